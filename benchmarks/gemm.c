@@ -1,0 +1,111 @@
+/* Timed loops for gemm.py: what the machine can do, and the kernels' own loops, on 1 or 2 threads.
+ *
+ * Every measurement starts its threads together from a spinning barrier, because waking a sleeping
+ * thread takes longer than a small matrix multiplication. */
+#include <immintrin.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <time.h>
+
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+
+typedef void (*accumulate)(const uint8_t *, const int8_t *, const int32_t *, int32_t *, int32_t,
+                           int32_t, int32_t);
+
+struct work {
+    void (*run)(const struct work *, int thread, int threads);
+    accumulate kernel;
+    const uint8_t *q;
+    const int8_t *weights; /* also the memory that `stream` reads */
+    const int32_t *init;
+    int32_t *y;
+    int32_t rows, panels;
+    int64_t amount; /* peak: iterations; stream: bytes */
+};
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* 16 independent accumulators: vpdpbusd has a latency of 4 to 5 cycles and starts twice in each. */
+AVX512 static void peak(const struct work *work, int thread, int threads) {
+    (void)thread, (void)threads;
+    __m512i sum[16], ones = _mm512_set1_epi8(1);
+    for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_si512();
+    for (int64_t n = 0; n < work->amount; n++)
+#define STEP(i) __asm__ volatile("vpdpbusd %1, %1, %0" : "+v"(sum[i]) : "v"(ones));
+        {STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10)
+         STEP(11) STEP(12) STEP(13) STEP(14) STEP(15)}
+}
+
+/* Reads the thread's share once, as two streams. */
+AVX512 static void stream(const struct work *work, int thread, int threads) {
+    const int64_t half = work->amount / threads / 2;
+    const int8_t *a = work->weights + 2 * half * thread, *b = a + half;
+    __m512i sum = _mm512_setzero_si512(), other = sum;
+    for (int64_t i = 0; i < half; i += 128) {
+        sum = _mm512_xor_si512(sum, _mm512_loadu_si512(a + i));
+        sum = _mm512_xor_si512(sum, _mm512_loadu_si512(a + i + 64));
+        other = _mm512_xor_si512(other, _mm512_loadu_si512(b + i));
+        other = _mm512_xor_si512(other, _mm512_loadu_si512(b + i + 64));
+    }
+    __asm__ volatile("" : : "v"(sum), "v"(other));
+}
+
+static void loop(const struct work *work, int thread, int threads) {
+    work->kernel(work->q, work->weights, work->init, work->y, work->rows,
+                 work->panels * thread / threads, work->panels * (thread + 1) / threads);
+}
+
+struct crew {
+    const struct work *work;
+    int threads, repeats;
+    atomic_int round, finished;
+};
+
+static void *helper(void *argument) {
+    struct crew *crew = argument;
+    for (int round = 1; round <= crew->repeats; round++) {
+        while (atomic_load(&crew->round) < round) _mm_pause();
+        crew->work->run(crew->work, 1, crew->threads);
+        atomic_fetch_add(&crew->finished, 1);
+    }
+    return NULL;
+}
+
+/* Runs `work` `repeats` times and notes the seconds of each. */
+static void measure(const struct work *work, int threads, int repeats, double *seconds) {
+    struct crew crew = {.work = work, .threads = threads, .repeats = repeats};
+    pthread_t other;
+    if (threads == 2 && pthread_create(&other, NULL, helper, &crew)) return;
+    for (int round = 1; round <= repeats; round++) {
+        double start = now();
+        atomic_store(&crew.round, round);
+        work->run(work, 0, threads);
+        while (atomic_load(&crew.finished) < (threads - 1) * round) _mm_pause();
+        seconds[round - 1] = now() - start;
+    }
+    if (threads == 2) pthread_join(other, NULL);
+}
+
+__attribute__((visibility("default"))) void measure_peak(int64_t iterations, int threads,
+                                                         int repeats, double *seconds) {
+    measure(&(struct work){.run = peak, .amount = iterations}, threads, repeats, seconds);
+}
+
+__attribute__((visibility("default"))) void measure_stream(const int8_t *memory, int64_t bytes,
+                                                           int threads, int repeats,
+                                                           double *seconds) {
+    struct work work = {.run = stream, .weights = memory, .amount = bytes};
+    measure(&work, threads, repeats, seconds);
+}
+
+__attribute__((visibility("default"))) void measure_loop(
+    accumulate kernel, const uint8_t *q, const int8_t *weights, const int32_t *init, int32_t *y,
+    int32_t rows, int32_t panels, int threads, int repeats, double *seconds) {
+    struct work work = {loop, kernel, q, weights, init, y, rows, panels, 0};
+    measure(&work, threads, repeats, seconds);
+}

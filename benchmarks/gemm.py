@@ -1,0 +1,249 @@
+"""How near the int8 kernels come to the machine: python benchmarks/gemm.py [--json] [--rounds 5].
+
+Peak is vpdpbusd on registers, stream is reading memory once; both are measured here, on as many
+threads.  `loop` is the kernel storing its int32 sums, `op` is Quantize and QMatMul + bias as ONNX
+Runtime runs them.  Everything is measured in turn, several times over; figures are the best and the
+median, in microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from qcompiler.ir.region import Region, Step
+from qcompiler.targets import tir
+from qcompiler.targets.cache import KernelCache
+from qcompiler.targets.library import build_library
+from qcompiler.targets.toolchain import find_linker
+from qcompiler.targets.x86 import ISAS
+from qcompiler.targets.x86.qmatmul import accumulator_function
+from qcompiler.targets.x86.tile import tile_shape
+
+SHAPES = ((128, 384, 384), (128, 1536, 384), (512, 1024, 1024))
+"""M, N, K."""
+GEMV = (1, 4096, 4096)
+STREAM_BYTES = 256 << 20
+COPIES = 4
+"""Nodes per timed run, each with weights of its own, so that Python's part in a run is small."""
+DOMAIN = "qcompiler.benchmark"
+
+Samples = list[float]
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """A copy on a 64-byte boundary, as ONNX Runtime and our packing allocate."""
+    raw = np.empty(array.nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+class Loops:
+    """The C part of this benchmark, linked with one accumulator kernel per shape."""
+
+    def __init__(self, folder: Path) -> None:
+        linker = find_linker()
+        source = Path(__file__).with_suffix(".c").read_text()
+        functions = {
+            f"loop_{m}_{n}_{k}": accumulator_function(k, n) for m, n, k in (*SHAPES, GEMV)
+        }
+        objects = [linker.compile(source, {}), tir.compile_object(functions, ISAS[0].mcpu)]
+        exports = ["measure_peak", "measure_stream", "measure_loop", *functions]
+        path = folder / "gemm.so"
+        path.write_bytes(linker.link(objects, exports))
+        self._library = ctypes.CDLL(str(path))
+        self._memory = aligned(np.ones(STREAM_BYTES, np.int8))
+
+    def peak(self, threads: int) -> Samples:
+        """Seconds per operation (a multiplication or an addition)."""
+        iterations = 100_000
+        operations = iterations * 16 * 128 * threads
+        samples = self._measure("measure_peak", ctypes.c_int64(iterations), threads, repeats=8)
+        return [sample / operations for sample in samples]
+
+    def stream(self, threads: int) -> Samples:
+        """Seconds per byte."""
+        size = ctypes.c_int64(STREAM_BYTES)
+        samples = self._measure(
+            "measure_stream", pointer(self._memory), size, threads, repeats=4
+        )
+        return [sample / STREAM_BYTES for sample in samples]
+
+    def loop(self, shape: tuple[int, int, int], threads: int) -> Callable[[], Samples]:
+        """A measurement of one kernel's loop."""
+        m, n, k = shape
+        columns = tile_shape(n).columns
+        panels = -(-n // columns)
+        # The values do not matter for the time, only where they lie.
+        q, y = aligned(np.ones((m, k), np.uint8)), aligned(np.zeros((m, n), np.int32))
+        weights = aligned(np.ones((panels * columns, k), np.int8))
+        init = aligned(np.zeros(panels * columns, np.int32))
+        kernel = getattr(self._library, f"loop_{m}_{n}_{k}")
+        arrays = [pointer(array) for array in (q, weights, init, y)]
+
+        def run() -> Samples:
+            keep_alive = q, weights, init, y
+            assert keep_alive
+            return self._measure("measure_loop", kernel, *arrays, m, panels, threads, repeats=100)
+
+        return run
+
+    def _measure(self, name: str, *arguments: Any, repeats: int) -> Samples:
+        seconds = (ctypes.c_double * repeats)()
+        getattr(self._library, name)(*arguments, repeats, seconds)
+        return list(seconds)
+
+
+def regions(shape: tuple[int, int, int]) -> tuple[Region, Region]:
+    """Quantize, and a matrix multiplication with a bias."""
+    _, n, k = shape
+    product = Region("QMatMulW8A8", (("K", k), ("N", n)), ("channel",), (Step("Add", (0, -1)),))
+    return Region("Quantize", (("K", k),)), product
+
+
+def model(shape: tuple[int, int, int]) -> bytes:
+    """`COPIES` times quantize and multiply."""
+    _, n, k = shape
+    quantize, product = regions(shape)
+    rng = np.random.default_rng(0)
+    nodes, initializers = [], []
+    for i in range(COPIES):
+        constants = {
+            f"w{i}": rng.integers(-127, 128, (k, n)).astype(np.int8),
+            f"ws{i}": rng.random(n, np.float32),
+            f"b{i}": rng.random(n, np.float32),
+        }
+        initializers += [numpy_helper.from_array(v, name) for name, v in constants.items()]
+        q, s = f"q{i}", f"s{i}"
+        nodes.append(helper.make_node(quantize.name, ["x"], [q, s], domain=DOMAIN))
+        nodes.append(
+            helper.make_node(product.name, [q, s, *constants], [f"y{i}"], domain=DOMAIN)
+        )
+    value = helper.make_tensor_value_info
+    outputs = [value(f"y{i}", TensorProto.FLOAT, ["m", n]) for i in range(COPIES)]
+    graph = helper.make_graph(
+        nodes, "gemm", [value("x", TensorProto.FLOAT, ["m", k])], outputs, initializers
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
+    made: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    return made.SerializeToString()
+
+
+def whole_op(shape: tuple[int, int, int], threads: int, library: Path) -> Callable[[], Samples]:
+    """A measurement of both ops in ONNX Runtime."""
+    m, n, k = shape
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(library))
+    session = ort.InferenceSession(model(shape), options, providers=["CPUExecutionProvider"])
+    binding = session.io_binding()
+    x = np.random.default_rng(1).standard_normal((m, k)).astype(np.float32)
+    binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(aligned(x)))
+    for i in range(COPIES):
+        y = ort.OrtValue.ortvalue_from_shape_and_type([m, n], np.float32)
+        binding.bind_ortvalue_output(f"y{i}", y)
+
+    def run() -> Samples:
+        from time import perf_counter
+
+        samples = []
+        for _ in range(40):
+            start = perf_counter()
+            session.run_with_iobinding(binding)
+            samples.append((perf_counter() - start) / COPIES)
+        return samples
+
+    return run
+
+
+def measure(rounds: int) -> dict[str, Samples]:
+    """All samples by name, taken in turn so that a busy moment touches all alike."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        loops = Loops(folder)
+        shapes = (*SHAPES, GEMV)
+        library = folder / "libbenchmark.so"
+        unique = list({region for shape in shapes for region in regions(shape)})
+        build_library(unique, DOMAIN, library, cache=KernelCache(folder / "cache"))
+        tasks: dict[str, Callable[[], Samples]] = {}
+        for threads in (1, 2):
+            tasks[f"peak {threads}"] = lambda t=threads: loops.peak(t)
+            tasks[f"stream {threads}"] = lambda t=threads: loops.stream(t)
+            for shape in shapes:
+                tasks[f"loop {shape} {threads}"] = loops.loop(shape, threads)
+                tasks[f"op {shape} {threads}"] = whole_op(shape, threads, library)
+        samples: dict[str, Samples] = {task: [] for task in tasks}
+        for _ in range(rounds):
+            for task, run in tasks.items():
+                samples[task] += run()
+        return samples
+
+
+def summarize(samples: dict[str, Samples]) -> list[dict[str, Any]]:
+    """One row per shape and number of threads."""
+    best = {name: min(values) for name, values in samples.items()}
+    middle = {name: statistics.median(values) for name, values in samples.items()}
+    rows = []
+    for threads in (1, 2):
+        for shape in (*SHAPES, GEMV):
+            m, n, k = shape
+            loop, op = f"loop {shape} {threads}", f"op {shape} {threads}"
+            row: dict[str, Any] = {"shape": f"{m}x{n}x{k}", "threads": threads}
+            row |= {"loop_us": best[loop] * 1e6, "loop_median_us": middle[loop] * 1e6}
+            row |= {"op_us": best[op] * 1e6, "op_median_us": middle[op] * 1e6}
+            if shape == GEMV:
+                limit, row["limit"] = best[f"stream {threads}"] * n * k, "stream"
+            else:
+                limit, row["limit"] = best[f"peak {threads}"] * 2 * m * n * k, "peak"
+            row |= {"of_limit": limit / best[loop], "op_of_limit": limit / best[op]}
+            rows.append(row | {"op_to_loop": best[op] / best[loop]})
+    return rows
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--rounds", type=int, default=5, help="times everything is measured")
+    arguments = parser.parse_args()
+    samples = measure(arguments.rounds)
+    rows = summarize(samples)
+    limits = {
+        f"{name}_{unit}_{threads}": 1e-9 / min(samples[f"{name} {threads}"])
+        for name, unit in (("peak", "gops"), ("stream", "gb_per_s"))
+        for threads in (1, 2)
+    }
+    if arguments.json:
+        json.dump({"limits": limits, "rows": rows}, sys.stdout, indent=1)
+        return
+    print("  ".join(f"{name} {value:.0f}" for name, value in limits.items()))
+    print(f"{'M x N x K':>15} threads {'loop us (median)':>18} {'of limit':>14} "
+          f"{'op us (median)':>18} op/loop")  # fmt: skip
+    for r in rows:
+        print(
+            f"{r['shape']:>15} {r['threads']:7} {r['loop_us']:9.1f} ({r['loop_median_us']:6.1f}) "
+            f"{r['of_limit']:7.1%} {r['limit']:>6} {r['op_us']:9.1f} ({r['op_median_us']:6.1f}) "
+            f"{r['op_to_loop']:7.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Questions about a graph that several passes ask, and a networkx view for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import networkx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+__all__ = [
+    "as_networkx",
+    "constant",
+    "dequantize_of",
+    "new_initializer",
+    "only_consumer",
+    "replace_nodes",
+    "same_shape",
+    "unique_name",
+]
+
+
+def constant(value: ir.Value | None) -> NDArray[Any] | None:
+    """The array of an initializer or Constant, or None for anything known only at run time."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    return value.const_value.numpy()
+
+
+def only_consumer(value: ir.Value) -> ir.Node | None:
+    """The one node that reads `value`; None if several do, or if it leaves the graph."""
+    uses = value.uses()
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    (use,) = uses
+    return use.node
+
+
+def same_shape(a: ir.Value, b: ir.Value) -> bool:
+    """Whether two values provably have equal shapes (equal numbers or equal symbols)."""
+    if a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
+        return False
+    return all(_same_dimension(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def _same_dimension(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
+    if isinstance(a, int) or isinstance(b, int):
+        return a == b
+    return a.value is not None and a.value == b.value
+
+
+def dequantize_of(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that makes `value`, if one does."""
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def unique_name(graph: ir.Graph, stem: str) -> str:
+    """`stem`, or `stem_1`, ... whichever no initializer of the graph has."""
+    name, count = stem, 0
+    while name in graph.initializers:
+        count += 1
+        name = f"{stem}_{count}"
+    return name
+
+
+def new_initializer(
+    graph: ir.Graph, stem: str, array: NDArray[Any], dtype: ir.DataType | None = None
+) -> ir.Value:
+    """Register a constant under a fresh name and return its value."""
+    name = unique_name(graph, stem)
+    tensor = ir.Tensor(array, dtype=dtype, name=name) if dtype else ir.tensor(array, name=name)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def replace_nodes(old: Sequence[ir.Node], new: Sequence[ir.Node]) -> None:
+    """Put `new` where the last of `old` stands; outputs of the last pass on name, type and users.
+
+    Nodes of `old` before the last must not be read from outside.
+    """
+    last = old[-1]
+    assert last.graph is not None
+    ir.convenience.replace_nodes_and_values(
+        last.graph, last, old, new, list(last.outputs), list(new[-1].outputs)
+    )
+
+
+def as_networkx(graph: ir.Graph) -> networkx.MultiDiGraph:
+    """Nodes as vertices and each value that passes between two of them as an edge."""
+    view = networkx.MultiDiGraph()
+    view.add_nodes_from(graph)
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value.producer() is not None:
+                view.add_edge(value.producer(), node, value=value)
+    return view

@@ -1,0 +1,76 @@
+"""What a kernel has to compute: one anchor op of the dialect and the elementwise steps after it.
+
+A region is read off an outlined function's body and holds no graph objects, so it can be hashed,
+compared, named and handed to a kernel generator:
+
+    y = Gelu(QMatMulW8A8(q, s, w, ws) + bias)
+    Region("QMatMulW8A8", (("K", 384), ("N", 1536)), ("channel",),
+           (Step("Add", (0, -1)), Step("Gelu", (1,))))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Literal
+
+__all__ = ["ExtraKind", "Region", "Step"]
+
+ExtraKind = Literal["channel", "tensor"]
+"""How an extra operand meets the result: one value per output channel, or the same shape."""
+
+_LETTER = {"channel": "C", "tensor": "T"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One elementwise op; its value is the next in the region's list of values.
+
+    `args` index the values of the region: 0 is the anchor's result, i the result of step i - 1,
+    and -1 - j is extra operand j.
+    """
+
+    op: str
+    args: tuple[int, ...]
+    attributes: tuple[tuple[str, int | float | str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """An anchor op with its static sizes, and the epilogue applied to its result.
+
+    The function made from a region takes the anchor's inputs, then one input per extra operand.
+    """
+
+    anchor: str
+    sizes: tuple[tuple[str, int], ...]
+    extras: tuple[ExtraKind, ...] = ()
+    steps: tuple[Step, ...] = ()
+
+    def size(self, name: str) -> int:
+        """The static size called `name` ("K", "N")."""
+        return dict(self.sizes)[name]
+
+    @property
+    def name(self) -> str:
+        """A C identifier, equal only for equal regions: "QMatMulW8A8_K384_N1536_AddC_Gelu"."""
+        parts = [self.anchor, *(f"{name}{size}" for name, size in self.sizes)]
+        for step in self.steps:
+            letters = (_LETTER[self.extras[-1 - arg]] for arg in step.args if arg < 0)
+            parts.append(step.op + "".join(letters))
+        plain = all(not step.attributes for step in self.steps) and self._is_chain()
+        if not plain:
+            parts.append(hashlib.sha256(repr(self).encode()).hexdigest()[:6])
+        return "_".join(parts)
+
+    def _is_chain(self) -> bool:
+        """Whether each step reads the value before it, then the next unread extra operands."""
+        unread = 0
+        for position, step in enumerate(self.steps):
+            expected = [position]
+            while len(expected) < len(step.args):
+                unread += 1
+                expected.append(-unread)
+            if list(step.args) != expected:
+                return False
+        return unread == len(self.extras)

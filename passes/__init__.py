@@ -1,0 +1,1 @@
+"""One rewrite per file, each usable alone from Python on any `onnx_ir.Model`."""

@@ -1,0 +1,157 @@
+"""Outline each anchor op with the elementwise ops after it as one function.
+
+    y = Gelu(Add(QMatMulW8A8(q, s, w, ws), b))
+        =>   y = QMatMulW8A8_K384_N1536_AddC_Gelu(q, s, w, ws, b)
+
+A region grows while its result has exactly one reader, that reader is elementwise, its other
+operand is one value per channel or provably has the result's shape, and a kernel for the larger
+region exists.  The function's body is the region in standard ops, so the numbers do not change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.ir import dialect
+from qcompiler.ir.decisions import decide, inherit
+from qcompiler.ir.graph import constant, new_initializer, only_consumer, replace_nodes, same_shape
+from qcompiler.ir.region import ExtraKind, Region, Step
+
+__all__ = ["UNBOUND", "FuseRegions"]
+
+UNBOUND = "qcompiler.region"
+"""Domain of outlined regions until `bind_kernels` names it after their hash."""
+
+_ANCHORS = frozenset({"Quantize", "QMatMulW8A8", "QMatMulW4A8", "QMatMulFp8"})
+
+
+@dataclasses.dataclass
+class _Growth:
+    """A region while it grows, with the graph objects it stands for."""
+
+    region: Region
+    extras: list[ir.Value]
+    last: ir.Node
+    covered: list[ir.Node]
+
+
+class FuseRegions(ir.passes.InPlacePass):
+    """Outline the regions that have a kernel; leave the others to their op's body.
+
+    Attributes:
+        supports: Says why there is no kernel for a region, or None if there is one.
+    """
+
+    def __init__(self, supports: Callable[[Region], str | None]) -> None:
+        super().__init__()
+        self.supports = supports
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Outline every supported region of the main graph."""
+        outlined = 0
+        for node in list(model.graph):
+            if node.domain != dialect.DOMAIN or node.op_type not in dialect.OPS:
+                continue
+            if node.op_type not in _ANCHORS:
+                if node.op_type != "QConv":
+                    decide(node, "body", f"no kernel for {node.op_type} yet")
+                continue
+            start = Region(node.op_type, _sizes(node))
+            if (reason := self.supports(start)) is not None:
+                decide(node, "body", reason)
+                continue
+            self._outline(model, self._grow(model.graph, _Growth(start, [], node, [node])))
+            outlined += 1
+        if outlined:
+            model.graph.opset_imports[UNBOUND] = dialect.VERSION
+            dialect.declare(model)
+        return ir.passes.PassResult(model, outlined > 0)
+
+    def _grow(self, graph: ir.Graph, growth: _Growth) -> _Growth:
+        while growth.region.anchor != "Quantize":
+            result = growth.last.outputs[0]
+            reader = only_consumer(result)
+            if reader is None or reader.graph is not graph or reader.domain != "":
+                break
+            grown = _try_extend(graph, growth, reader)
+            if grown is None or self.supports(grown.region) is not None:
+                break
+            growth = grown
+        return growth
+
+    def _outline(self, model: ir.Model, growth: _Growth) -> None:
+        anchor, opset = growth.covered[0], model.graph.opset_imports[""]
+        function = dialect.region_function(growth.region, UNBOUND, opset)
+        model.functions.setdefault(function.identifier(), function)
+        new = ir.node(
+            growth.region.name,
+            [*anchor.inputs, *growth.extras],
+            domain=UNBOUND,
+            version=dialect.VERSION,
+            num_outputs=len(anchor.outputs),
+        )
+        inherit(new, anchor)
+        new.meta["qcompiler.region"] = growth.region
+        steps = " + ".join(step.op for step in growth.region.steps)
+        decide(new, "body", f"fused with {steps}" if steps else "outlined")
+        replace_nodes(growth.covered, [new])
+
+
+def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...]:
+    if "block_size" in node.attributes and node.op_type.startswith("Quantize"):
+        return (("K", node.attributes.get_int("block_size")),)
+    weight = node.inputs[2]
+    assert weight is not None and weight.const_value is not None
+    depth, width = weight.const_value.shape.numpy()
+    return (("K", depth), ("N", width))
+
+
+def _try_extend(graph: ir.Graph, growth: _Growth, reader: ir.Node) -> _Growth | None:
+    """The growth with `reader` as its next step, or None if its operands do not fit."""
+    result, region = growth.last.outputs[0], growth.region
+    if len(reader.outputs) != 1 or not same_shape(reader.outputs[0], result):
+        return None
+    position = len(region.steps)
+    args: list[int] = []
+    extras, kinds = list(growth.extras), list(region.extras)
+    for operand in reader.inputs:
+        if operand is result:
+            args.append(position)
+            continue
+        kind = _extra_kind(operand, result, region.size("N"))
+        if kind is None or operand is None:
+            return None
+        extras.append(
+            _per_channel(graph, operand, region.size("N")) if kind == "channel" else operand
+        )
+        kinds.append(kind)
+        args.append(-len(extras))
+    if reader.op_type in ("Add", "Mul"):
+        args.sort(reverse=True)
+    attributes = tuple((key, attr.value) for key, attr in sorted(reader.attributes.items()))
+    step = Step(reader.op_type, tuple(args), attributes)
+    grown = dataclasses.replace(region, extras=tuple(kinds), steps=(*region.steps, step))
+    return _Growth(grown, extras, reader, [*growth.covered, reader])
+
+
+def _extra_kind(operand: ir.Value | None, result: ir.Value, width: int) -> ExtraKind | None:
+    array = constant(operand)
+    if array is not None:
+        fits = array.size == 1 or array.shape == (width,)
+        return "channel" if fits and array.ndim <= 1 and array.dtype == np.float32 else None
+    if operand is not None and operand.dtype is ir.DataType.FLOAT and same_shape(operand, result):
+        return "tensor"
+    return None
+
+
+def _per_channel(graph: ir.Graph, operand: ir.Value, width: int) -> ir.Value:
+    """A constant as one value per channel; a scalar is repeated."""
+    array = constant(operand)
+    assert array is not None
+    if array.shape == (width,):
+        return operand
+    return new_initializer(graph, f"{operand.name}_per_channel", np.full(width, array, np.float32))

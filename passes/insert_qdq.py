@@ -1,0 +1,164 @@
+"""Make every quantized activation an explicit pair of Q and DQ.
+
+1. Dynamic, per token: the scale is computed in the graph, and the pair is exact in stock ORT.
+
+       s = Max(ReduceMax(Abs(x)), 1e-20) / 127
+       y = MatMul(x, W)   =>   y = MatMul(DQ(Q(x, s), s), W)      axis = -1, block_size = K
+
+   Stored as int8 without a zero point: ORT 1.31 takes a blocked uint8 DQ before MatMul for a
+   per-tensor one and fails at run time.
+
+2. Static, per tensor: the scale and zero point come from calibration.
+
+       y = Relu(Conv(x, W, b))   =>   y = DQ(Q(Relu(Conv(DQ(Q(x)), W, b))))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.ir.decisions import decide, plan_of
+from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
+from qcompiler.ir.errors import CalibrationError
+from qcompiler.ir.graph import new_initializer, only_consumer
+from qcompiler.ir.types import PerGroup, QuantSpec, TensorStats
+
+__all__ = ["InsertQDQ", "Observer"]
+
+Observer = Callable[[ir.Model, Sequence[str]], Mapping[str, TensorStats]]
+"""Runs the model on calibration samples and returns what it saw of the named tensors."""
+
+
+class InsertQDQ(ir.passes.InPlacePass):
+    """Insert the activation pairs that the plans ask for; weights are left to the rounding passes.
+
+    Attributes:
+        observe: Where static ranges come from; only needed when a plan is static.
+    """
+
+    def __init__(self, observe: Observer | None = None) -> None:
+        super().__init__()
+        self.observe = observe
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Insert pairs.
+
+        Raises:
+            CalibrationError: A static plan, and nothing to calibrate it with.
+        """
+        planned = [(node, plan) for node in model.graph.all_nodes() if (plan := plan_of(node))]
+        static: dict[ir.Value, QuantSpec] = {}
+        pairs: dict[ir.Value, ir.Value] = {}
+        for node, plan in planned:
+            data = node.inputs[0]
+            assert data is not None
+            if plan.activation is not None and plan.activation.scale == "static":
+                static[data] = plan.activation
+            if plan.output is not None:
+                static[_rectified(node.outputs[0])] = plan.output
+        stats = self._observe(model, [node for node, plan in planned if plan.output], static)
+        for value, spec in static.items():
+            _insert_static(model.graph, value, spec, stats[value.name or ""])
+        for node, plan in planned:
+            if plan.activation is not None and plan.activation.scale == "dynamic":
+                data = node.inputs[0]
+                assert data is not None
+                if data not in pairs:
+                    pairs[data] = _insert_dynamic(model.graph, node, data, plan.activation)
+                node.replace_input_with(0, pairs[data])
+        return ir.passes.PassResult(model, bool(static or pairs))
+
+    def _observe(
+        self,
+        model: ir.Model,
+        nodes: list[ir.Node],
+        values: Mapping[ir.Value, QuantSpec],
+    ) -> Mapping[str, TensorStats]:
+        if not values:
+            return {}
+        if self.observe is None:
+            names = ", ".join(node.name or node.op_type for node in nodes[:3])
+            more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
+            raise CalibrationError(
+                f"{names}{more} need static activation ranges: give samples with --calib DIR "
+                "(calibration=...), or keep them float with --keep-float Conv"
+            )
+        return self.observe(model, [value.name or "" for value in values])
+
+
+def _rectified(value: ir.Value) -> ir.Value:
+    """The value to quantize for a result: after its Relu, which the integer form absorbs."""
+    consumer = only_consumer(value)
+    return consumer.outputs[0] if consumer is not None and consumer.op_type == "Relu" else value
+
+
+def _insert_static(graph: ir.Graph, value: ir.Value, spec: QuantSpec, stats: TensorStats) -> None:
+    low, high = min(stats.minimum, 0.0), max(stats.maximum, 0.0)
+    first, last = spec.type.range
+    scale = np.float32(max((high - low) / (last - first), SMALLEST_MAGNITUDE))
+    zero = np.clip(np.rint(first - low / scale), first, last)
+    name = value.name or "value"
+    scale_value = new_initializer(graph, f"{name}_scale", np.asarray(scale, np.float32))
+    zero_value = new_initializer(
+        graph, f"{name}_zero_point", np.asarray(zero).astype(spec.type.storage.numpy())
+    )
+    pair = [scale_value, zero_value]
+    quantized = ir.node("QuantizeLinear", [value, *pair], name=f"{name}_quantize")
+    widened = ir.node("DequantizeLinear", [quantized.outputs[0], *pair], name=f"{name}_dequantize")
+    _type(quantized.outputs[0], f"{name}_quantized", spec.type.storage, value.shape)
+    _type(widened.outputs[0], f"{name}_dequantized", ir.DataType.FLOAT, value.shape)
+    for node in (quantized, widened):
+        decide(node, "qdq", "static pair at the border of integer ops")
+    uses = [use for use in value.uses() if use.node is not quantized]
+    producer = value.producer()
+    if producer is not None and producer.graph is not None:
+        producer.graph.insert_after(producer, [quantized, widened])
+    else:
+        graph.insert_before(graph[0], [quantized, widened])
+    for use in uses:
+        use.node.replace_input_with(use.idx, widened.outputs[0])
+
+
+def _insert_dynamic(graph: ir.Graph, reader: ir.Node, value: ir.Value, spec: QuantSpec) -> ir.Value:
+    """The dequantized value of a new per-token pair on `value`, placed before `reader`."""
+    granularity = spec.type.granularity
+    assert isinstance(granularity, PerGroup)
+    name, attributes = value.name or "value", {"axis": -1, "block_size": granularity.group_size}
+    token_shape = None if value.shape is None else ir.Shape([*value.shape.dims[:-1], 1])
+    magnitude = ir.node("Abs", [value], name=f"{name}_abs")
+    axes = new_initializer(graph, "last_axis", np.asarray([-1], np.int64))
+    largest = ir.node(
+        "ReduceMax", [magnitude.outputs[0], axes], {"keepdims": 1}, name=f"{name}_absmax"
+    )
+    floor = new_initializer(graph, "smallest_magnitude", np.asarray(SMALLEST_MAGNITUDE, np.float32))
+    bounded = ir.node("Max", [largest.outputs[0], floor], name=f"{name}_bounded")
+    top = new_initializer(graph, "largest_step", np.asarray(spec.type.range[1], np.float32))
+    scale = ir.node("Div", [bounded.outputs[0], top], name=f"{name}_scale")
+    quantized = ir.node(
+        "QuantizeLinear",
+        [value, scale.outputs[0]],
+        attributes | {"output_dtype": int(spec.type.storage)},
+        name=f"{name}_quantize",
+    )
+    widened = ir.node(
+        "DequantizeLinear",
+        [quantized.outputs[0], scale.outputs[0]],
+        attributes,
+        name=f"{name}_dequantize",
+    )
+    _type(magnitude.outputs[0], f"{name}_abs", ir.DataType.FLOAT, value.shape)
+    for node, suffix in ((largest, "absmax"), (bounded, "bounded"), (scale, "scale")):
+        _type(node.outputs[0], f"{name}_{suffix}", ir.DataType.FLOAT, token_shape)
+    _type(quantized.outputs[0], f"{name}_quantized", spec.type.storage, value.shape)
+    _type(widened.outputs[0], f"{name}_dequantized", ir.DataType.FLOAT, value.shape)
+    new = [magnitude, largest, bounded, scale, quantized, widened]
+    assert reader.graph is not None
+    reader.graph.insert_before(reader, new)
+    return widened.outputs[0]
+
+
+def _type(value: ir.Value, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> None:
+    value.name, value.dtype, value.shape = name, dtype, shape

@@ -1,0 +1,124 @@
+"""Store planned weights as integers, each rounded to the nearest step.
+
+    y = MatMul(x, W)       =>   y = MatMul(x, DQ(W_q, s))          W_q = round(W / s)
+    y = Conv(DQ(x), W, b)  =>   y = Conv(DQ(x), DQ(W_q, s), DQ(b_q, s * s_x))
+    y = MatMul(x, W)       =>   y = MatMul(x, Cast(W_f8) * s)      for FP8
+
+Scales map the largest magnitude of each channel or group to the end of the range.  A weight that
+other nodes read too keeps its float form for them.  FP8 weights are widened by Cast and Mul: ORT
+1.31 takes two fp8 DQs before a MatMul for a uint8 product and refuses the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompiler.ir.arithmetic import quantize, weight_scale
+from qcompiler.ir.decisions import plan_of
+from qcompiler.ir.errors import ModelError
+from qcompiler.ir.graph import constant, new_initializer
+from qcompiler.ir.types import PerAxis, PerGroup, QuantType
+
+__all__ = ["RoundToNearest"]
+
+
+class RoundToNearest(ir.passes.InPlacePass):
+    """Replace each planned weight by its rounded form and a DequantizeLinear."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Round every planned weight.
+
+        Raises:
+            ModelError: A weight holds NaN or Inf.
+        """
+        rounded: dict[tuple[ir.Value, QuantType], ir.Node] = {}
+        planned = [(node, plan) for node in model.graph.all_nodes() if (plan := plan_of(node))]
+        for node, plan in planned:
+            weight = node.inputs[1]
+            assert weight is not None
+            key = (weight, plan.weight)
+            if key not in rounded:
+                rounded[key] = _round(model.graph, node, weight, plan.weight)
+            node.replace_input_with(1, rounded[key].outputs[0])
+            if node.op_type == "Conv":
+                _round_bias(model.graph, node, rounded[key])
+            if not weight.uses() and weight.name is not None:
+                model.graph.initializers.pop(weight.name, None)
+        return ir.passes.PassResult(model, bool(planned))
+
+
+def _round(graph: ir.Graph, node: ir.Node, weight: ir.Value, type: QuantType) -> ir.Node:
+    """A new DequantizeLinear, at the front of the graph, of the rounded weight."""
+    array = np.asarray(constant(weight), np.float32)
+    if not np.isfinite(array).all():
+        count = int(array.size - np.isfinite(array).sum())
+        raise ModelError(
+            f"the weight {weight.name!r} of {node.name!r} holds {count} NaN or Inf; repair the "
+            f"model, or keep the node float with --keep-float {node.name}"
+        )
+    scale = weight_scale(array, type)
+    stored = quantize(array, scale, type)
+    name = weight.name or "weight"
+    inputs = [
+        new_initializer(graph, f"{name}_{type.storage.name.lower()}", stored, type.storage),
+        new_initializer(graph, f"{name}_scale", scale),
+    ]
+    if type.is_float:
+        return _widen(graph, name, inputs, array.shape)
+    attributes = {"axis": 0}
+    match type.granularity:
+        case PerAxis(axis):
+            attributes = {"axis": axis}
+        case PerGroup(axis, group_size):
+            attributes = {"axis": axis, "block_size": group_size}
+    node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}_dequantize")
+    return _place(graph, node, name, array.shape)
+
+
+def _widen(graph: ir.Graph, name: str, inputs: list[ir.Value], shape: tuple[int, ...]) -> ir.Node:
+    """`Cast(stored) * scale` for one scale per column."""
+    product = ir.node("Mul", inputs, name=f"{name}_dequantize")
+    _place(graph, product, name, shape)
+    cast = ir.node("Cast", inputs[:1], {"to": int(ir.DataType.FLOAT)}, name=f"{name}_widen")
+    product.replace_input_with(0, _place(graph, cast, f"{name}_wide", shape).outputs[0])
+    return product
+
+
+def _round_bias(graph: ir.Graph, conv: ir.Node, weight: ir.Node) -> None:
+    """The bias of an integer convolution is an int32 at the scale of its accumulators."""
+    data = conv.inputs[0]
+    dequantize = data.producer() if data is not None else None
+    assert dequantize is not None and dequantize.op_type == "DequantizeLinear"
+    weight_steps = np.asarray(constant(weight.inputs[1]), np.float32)
+    steps = weight_steps * np.asarray(constant(dequantize.inputs[1]), np.float32)
+    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+    array: NDArray[Any] = np.zeros_like(steps) if bias is None else _array(bias)
+    # An int32 holds +-2^31 steps; a larger bias (a nearly dead channel) saturates there.
+    stored = np.clip(np.rint(np.asarray(array, np.float64) / steps), -(2**31), 2**31 - 1)
+    name = f"{conv.name}_bias"
+    inputs = [
+        new_initializer(graph, f"{name}_int32", stored.astype(np.int32)),
+        new_initializer(graph, f"{name}_scale", steps),
+    ]
+    widened = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{name}_dequantize")
+    conv.resize_inputs(3)
+    conv.replace_input_with(2, _place(graph, widened, name, stored.shape).outputs[0])
+
+
+def _array(value: ir.Value) -> NDArray[Any]:
+    array = constant(value)
+    assert array is not None
+    return array
+
+
+def _place(graph: ir.Graph, node: ir.Node, name: str, shape: tuple[int, ...]) -> ir.Node:
+    """Put a node that reads only constants at the front of the graph and type its output."""
+    output = node.outputs[0]
+    output.name, output.dtype = f"{name}_dequantized", ir.DataType.FLOAT
+    output.shape = ir.Shape(shape)
+    graph.insert_before(graph[0], node)
+    return node

@@ -1,0 +1,159 @@
+"""The bundle: one folder that ONNX Runtime runs, and the manifest that says what is in it.
+
+    model.onnx, model.onnx.data       canonical weights, mmapped by ORT
+    libqcompiler-<hash8>-<os>-<arch>.so
+    manifest.json
+
+Reading a bundle needs the standard library alone, so that deploying stays light.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qcompiler.ir.errors import BundleError, OptionError
+
+__all__ = ["MANIFEST", "MODEL", "SCHEMA", "LibraryEntry", "Manifest", "sha256_of", "staged_folder"]
+
+MODEL = "model.onnx"
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class LibraryEntry:
+    """The native library of a bundle.
+
+    Attributes:
+        file: File name inside the bundle.
+        domain: The op domain it registers.
+        machine: "<os>-<arch>" it is linked for.
+        isa: Instruction sets it carries, best first.
+        minimum_glibc: Oldest C library it loads with.
+    """
+
+    file: str
+    domain: str
+    machine: str
+    isa: tuple[str, ...]
+    minimum_glibc: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """Everything about a bundle that its model does not say itself.
+
+    Attributes:
+        target: Target name.
+        tools: Versions that shaped the result.
+        minimum_ort: Oldest ONNX Runtime that runs it, e.g. "1.23".
+        recipe: The effective recipe, usable again.
+        decisions: Per node: {"node", "op", "action", "why"}.
+        files: sha256 of each file.
+        library: The native library, if any kernel was bound.
+    """
+
+    target: str
+    tools: dict[str, str]
+    minimum_ort: str
+    recipe: dict[str, Any]
+    decisions: list[dict[str, str]]
+    files: dict[str, str]
+    library: LibraryEntry | None = None
+
+    def write(self, folder: Path) -> None:
+        """Write `manifest.json`."""
+        content = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read and validate the manifest of a bundle.
+
+        Raises:
+            BundleError: No bundle there, an unreadable manifest, or one of another schema.
+        """
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            schema = content.pop("schema")
+            if schema != SCHEMA:
+                raise BundleError(f"{path} has schema {schema}, this qcompiler reads {SCHEMA}")
+            entry = content.pop("library")
+            if entry is not None:
+                entry = LibraryEntry(**entry | {"isa": tuple(entry["isa"])})
+            return cls(**content, library=entry)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BundleError(f"{path} is not a readable manifest ({error})") from error
+
+    def check_file(self, folder: Path, name: str) -> None:
+        """Compare a file with the hash recorded for it.
+
+        Raises:
+            BundleError: It is missing or differs.
+        """
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{path} is missing: the bundle is incomplete, compile it again")
+        if sha256_of(path) != self.files.get(name):
+            raise BundleError(
+                f"{path} differs from the hash in {MANIFEST}: it was altered or copied in part; "
+                "compile the bundle again"
+            )
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def staged_folder(destination: Path) -> Iterator[Path]:
+    """A new folder beside `destination` that takes its place when the block ends without error.
+
+    Sessions that mapped the old bundle keep its files: they are moved aside, then unlinked.
+
+    Raises:
+        OptionError: The destination is a file, or a folder that is no bundle.
+    """
+    if destination.exists():
+        if not destination.is_dir():
+            raise OptionError(f"output {destination} is a file; name a folder with -o DIR")
+        if any(destination.iterdir()) and not (destination / MANIFEST).is_file():
+            raise OptionError(f"output {destination} holds other files; name another with -o DIR")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+    except OSError as error:
+        raise OptionError(f"cannot write to {destination.parent}: {error.strerror}") from error
+    try:
+        stage.chmod(0o755)
+        yield stage
+        _exchange(stage, destination)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _exchange(stage: Path, destination: Path) -> None:
+    # rename() onto a folder that is not empty fails, so the old one is moved aside first.
+    if not destination.exists():
+        os.rename(stage, destination)
+        return
+    with tempfile.TemporaryDirectory(
+        prefix=f".{destination.name}.", dir=destination.parent
+    ) as aside:
+        os.rename(destination, Path(aside) / "old")
+        os.rename(stage, destination)

@@ -1,0 +1,143 @@
+"""The passes of a compilation, in order, each with the stage it must leave the model in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+
+import onnx_ir as ir
+
+from qcompiler.ir.errors import ModelError, OptionError, QCompilerError, did_you_mean
+from qcompiler.ir.region import Region
+from qcompiler.ir.stages import Stage, verify
+from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.passes.bind_kernels import BindKernels
+from qcompiler.passes.canonicalize import Canonicalize
+from qcompiler.passes.fold_qdq import FoldQDQ
+from qcompiler.passes.fuse_gelu import FuseGelu
+from qcompiler.passes.fuse_regions import FuseRegions
+from qcompiler.passes.insert_qdq import InsertQDQ, Observer
+from qcompiler.passes.round_to_nearest import RoundToNearest
+from qcompiler.recipe import Recipe
+from qcompiler.targets import catalog
+from qcompiler.targets.target import Target
+
+__all__ = ["Pipeline", "Step"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One pass of a pipeline.
+
+    Attributes:
+        name: What it is called on the command line.
+        rewrite: The pass; any `onnx_ir` pass will do.
+        stage: What the model must satisfy afterwards.
+    """
+
+    name: str
+    rewrite: ir.passes.PassBase
+    stage: Stage
+
+
+class Pipeline:
+    """An ordered list of passes that can be edited before it runs.
+
+    pipeline = Pipeline.default(get_target("x86-int8"))
+    pipeline.insert_after("fuse-gelu", "my-pass", MyPass())
+    model = pipeline.run(model)
+    """
+
+    def __init__(self, steps: Iterable[Step]) -> None:
+        self.steps = list(steps)
+
+    @classmethod
+    def default(
+        cls, target: Target, recipe: Recipe | None = None, observe: Observer | None = None
+    ) -> Pipeline:
+        """The passes of a target.
+
+        Args:
+            target: From `get_target`.
+            recipe: What to do differently.
+            observe: Where static activation ranges come from, see `InsertQDQ`.
+        """
+        recipe = recipe or Recipe()
+        return cls(
+            [
+                Step("canonicalize", Canonicalize(), Stage.FLOAT),
+                Step("fuse-gelu", FuseGelu(), Stage.FLOAT),
+                Step(
+                    "assign-precision",
+                    AssignPrecision(target.scheme, recipe.keep_float, recipe.group_size),
+                    Stage.FLOAT,
+                ),
+                Step("insert-qdq", InsertQDQ(observe), Stage.QDQ),
+                Step("round-to-nearest", RoundToNearest(), Stage.QDQ),
+                Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),
+                Step("fuse-regions", FuseRegions(_kernels_of(target)), Stage.KERNEL),
+                Step("bind-kernels", BindKernels(catalog.fingerprint(target)), Stage.KERNEL),
+            ]
+        )
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    def insert_before(self, anchor: str, name: str, rewrite: ir.passes.PassBase) -> None:
+        """Insert a pass before the one called `anchor`, in that one's preceding stage."""
+        index = self._index(anchor)
+        stage = self.steps[index - 1].stage if index else Stage.FLOAT
+        self.steps.insert(index, Step(name, rewrite, stage))
+
+    def insert_after(self, anchor: str, name: str, rewrite: ir.passes.PassBase) -> None:
+        """Insert a pass after the one called `anchor`, in the same stage."""
+        index = self._index(anchor)
+        self.steps.insert(index + 1, Step(name, rewrite, self.steps[index].stage))
+
+    def replace(self, name: str, rewrite: ir.passes.PassBase) -> None:
+        """Let another pass do the work of the one called `name`."""
+        index = self._index(name)
+        self.steps[index] = dataclasses.replace(self.steps[index], rewrite=rewrite)
+
+    def remove(self, name: str) -> None:
+        """Leave out the pass called `name`."""
+        del self.steps[self._index(name)]
+
+    def run(self, model: ir.Model, on_step: Callable[[Step], None] | None = None) -> ir.Model:
+        """Run every pass and verify the model after each.
+
+        Args:
+            model: Changed in place by passes that work in place.
+            on_step: Called before each pass.
+
+        Returns:
+            The rewritten model.
+
+        Raises:
+            QCompilerError: A mistake in the input, as the pass found it.
+            ModelError: A pass failed on this model in a way of its own.
+            VerifyError: A pass broke a rule of its stage.
+        """
+        for step in self.steps:
+            if on_step is not None:
+                on_step(step)
+            try:
+                model = step.rewrite(model).model
+            except QCompilerError:
+                raise
+            except Exception as error:
+                raise ModelError(
+                    f"{step.name} failed on this model: {type(error).__name__}: {error}"
+                ) from error
+            verify(model, step.stage, after=step.name)
+        return model
+
+    def _index(self, name: str) -> int:
+        names = [step.name for step in self.steps]
+        if name not in names:
+            raise OptionError(f"no pass {name!r} in the pipeline{did_you_mean(name, names)}")
+        return names.index(name)
+
+
+def _kernels_of(target: Target) -> Callable[[Region], str | None]:
+    return lambda region: catalog.unsupported(target, region)

@@ -1,0 +1,74 @@
+"""The recipe: a user's whole intent beside the model and the target, as data and as TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from qcompiler.ir.errors import OptionError, did_you_mean
+
+__all__ = ["Recipe"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What to do differently from a target's defaults.
+
+    Attributes:
+        keep_float: Node names, op types, or shell patterns of either, that are not quantized.
+        group_size: Weights per scale for int4 targets; by default the target's own choice.
+    """
+
+    keep_float: tuple[str, ...] = ()
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            OptionError: A group size that is no power of two from 16 to 256.
+        """
+        if self.group_size is not None and self.group_size not in (16, 32, 64, 128, 256):
+            # ORT's MatMulNBits, which runs the bodies, takes powers of two from 16.
+            raise OptionError(f"group_size {self.group_size}: must be 16, 32, 64, 128 or 256")
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read a TOML file.
+
+        Raises:
+            OptionError: It is missing, not TOML, or has an unknown key or a wrong type.
+        """
+        try:
+            content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise OptionError(f"cannot read the recipe {path}: {error}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise OptionError(f"{path} is not TOML: {error}") from error
+        return cls.from_dict(content, str(path))
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], source: str = "recipe") -> Recipe:
+        """Build from plain values, as in a TOML file or a manifest.
+
+        Raises:
+            OptionError: An unknown key or a wrong type.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in content:
+            if key not in known:
+                raise OptionError(f"{source}: unknown key {key!r}{did_you_mean(key, known)}")
+        keep, size = content.get("keep_float", []), content.get("group_size")
+        if not isinstance(keep, list) or not all(isinstance(item, str) for item in keep):
+            raise OptionError(f"{source}: keep_float must be a list of strings, not {keep!r}")
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
+            raise OptionError(f"{source}: group_size must be an integer, not {size!r}")
+        return cls(tuple(keep), size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` takes; unset ones are left out."""
+        content: dict[str, Any] = {"keep_float": list(self.keep_float)}
+        return content | ({} if self.group_size is None else {"group_size": self.group_size})

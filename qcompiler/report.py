@@ -1,0 +1,95 @@
+"""What a compilation did, as data: for the closing table, `--json` and the manifest."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from qcompiler.ir.decisions import Action, Decision
+
+__all__ = ["Group", "Report"]
+
+_WEIGHTED = frozenset({"MatMul", "Conv", "Gemm", "ConvTranspose"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Nodes of one op that were decided alike."""
+
+    op: str
+    action: Action
+    why: str
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The outcome of one compilation.
+
+    Attributes:
+        bundle: The folder written.
+        target: Target name.
+        decisions: One per node of the final model.
+        bytes_before: Model and external data as given.
+        bytes_after: All files of the bundle.
+        seconds: Wall time per phase, in order.
+        peak_memory: Largest resident size of this process so far, in bytes.
+        warnings: What the user should know, in sentences.
+    """
+
+    bundle: Path
+    target: str
+    decisions: tuple[Decision, ...]
+    bytes_before: int
+    bytes_after: int
+    seconds: dict[str, float]
+    peak_memory: int
+    warnings: tuple[str, ...] = ()
+
+    def count(self, *actions: Action) -> int:
+        """Nodes decided one of these ways."""
+        return sum(decision.action in actions for decision in self.decisions)
+
+    def groups(self) -> list[Group]:
+        """Decisions counted by op, action and reason; kernels first, then by count."""
+        keys = collections.Counter((_op(d.op), d.action, d.why) for d in self.decisions)
+        order = {"kernel": 0, "qdq": 1, "body": 2, "float": 3}
+        groups = [Group(*key, count) for key, count in keys.items()]
+        return sorted(groups, key=lambda g: (order[g.action], -g.count, g.op))
+
+    def fallbacks(self) -> list[Decision]:
+        """Nodes with weights that the user would expect to be faster, and are not."""
+        return [
+            decision
+            for decision in self.decisions
+            if decision.action == "body"
+            or (
+                decision.action == "float"
+                and decision.op in _WEIGHTED
+                and "by request" not in decision.why
+                and "activation" not in decision.why
+            )
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "bundle": str(self.bundle),
+            "target": self.target,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
+            "peak_memory": self.peak_memory,
+            "warnings": list(self.warnings),
+            "groups": [dataclasses.asdict(group) for group in self.groups()],
+            "decisions": [dataclasses.asdict(decision) for decision in self.decisions],
+        }
+
+
+def _op(op: str) -> str:
+    """Regions of one anchor count together, whatever their sizes."""
+    head, *rest = op.split("_")
+    sizes = [part for part in rest if part[:1] in "KN" and part[1:].isdigit()]
+    return " + ".join([head, *(part for part in rest if part not in sizes)])

@@ -1,0 +1,1 @@
+"""What a machine can do, and the generators of its kernels."""

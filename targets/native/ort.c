@@ -1,0 +1,81 @@
+/* Access to ONNX Runtime: errors, tensors, threads. */
+#include <stdarg.h>
+#include <stdio.h>
+
+#include "qcompiler.h"
+
+void *const *qc_api;
+
+OrtStatus *qc_error(const struct qc_op *op, const char *format, ...) {
+    char message[1024];
+    int length = snprintf(message, sizeof message, "%s.%s: ", qc_domain, op->spec->name);
+    if (length < 0 || (size_t)length >= sizeof message) length = 0;
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message + length, sizeof message - (size_t)length, format, arguments);
+    va_end(arguments);
+    return QC_ORT(CreateStatus)(ORT_INVALID_ARGUMENT, message);
+}
+
+const char *qc_shape_text(const struct qc_shape *shape, char text[static 256]) {
+    int length = snprintf(text, 256, "[");
+    for (size_t i = 0; i < shape->rank && length < 230; i++) {
+        const char *separator = i ? ", " : "";
+        length += snprintf(text + length, 256 - (size_t)length, "%s%lld", separator,
+                           (long long)shape->dims[i]);
+    }
+    snprintf(text + length, 256 - (size_t)length, "]");
+    return text;
+}
+
+OrtStatus *qc_tensor_shape(const struct qc_op *op, const OrtValue *value, struct qc_shape *shape) {
+    OrtTensorTypeAndShapeInfo *info;
+    QC_TRY(QC_ORT(GetTensorTypeAndShape)(value, &info));
+    OrtStatus *status = QC_ORT(GetDimensionsCount)(info, &shape->rank);
+    if (!status && (shape->rank == 0 || shape->rank > QC_MAX_RANK))
+        status = qc_error(op, "a tensor has rank %zu; ranks 1 to %d are supported", shape->rank,
+                          QC_MAX_RANK);
+    if (!status) status = QC_ORT(GetDimensions)(info, shape->dims, shape->rank);
+    QC_ORT(ReleaseTensorTypeAndShapeInfo)(info);
+    return status;
+}
+
+OrtStatus *qc_input(OrtKernelContext *context, size_t index, const OrtValue **value,
+                    const void **data) {
+    QC_TRY(QC_ORT(KernelContext_GetInput)(context, index, value));
+    return QC_ORT(GetTensorMutableData)((OrtValue *)*value, (void **)data);
+}
+
+OrtStatus *qc_output(OrtKernelContext *context, size_t index, const struct qc_shape *shape,
+                     void **data) {
+    OrtValue *value;
+    QC_TRY(QC_ORT(KernelContext_GetOutput)(context, index, shape->dims, shape->rank, &value));
+    return QC_ORT(GetTensorMutableData)(value, data);
+}
+
+OrtStatus *qc_row_count(const struct qc_op *op, const struct qc_shape *shape, const char *input,
+                        int64_t *rows) {
+    if (shape->dims[shape->rank - 1] != op->spec->k) {
+        char text[256];
+        return qc_error(op, "input %s has shape %s; its last dimension must be %lld", input,
+                        qc_shape_text(shape, text), (long long)op->spec->k);
+    }
+    *rows = 1;
+    for (size_t i = 0; i + 1 < shape->rank; i++) *rows *= shape->dims[i];
+    return NULL;
+}
+
+OrtStatus *qc_parallel(OrtKernelContext *context, void (*task)(void *, size_t), size_t count,
+                       void *argument) {
+    if (count == 1) {
+        task(argument, 0);
+        return NULL;
+    }
+    /* As many batches as tasks: threads then take tasks one by one and finish together. */
+    return QC_ORT(KernelContext_ParallelFor)(context, task, count, count, argument);
+}
+
+int64_t qc_task_count(double nanoseconds) {
+    double tasks = nanoseconds / 8000;
+    return tasks < 2 ? 1 : tasks > 128 ? 128 : (int64_t)tasks;
+}

@@ -1,0 +1,181 @@
+/* RegisterCustomOps: offers ONNX Runtime every op of the generated table that this machine can run.
+ *
+ * An op that is not registered runs as its model-local function body instead. */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "qcompiler.h"
+
+static const struct qc_op *as_op(const OrtCustomOp *base) { return (const struct qc_op *)base; }
+
+/* --- what ONNX Runtime asks about an op ------------------------------------------------------ */
+
+static const char *get_name(const OrtCustomOp *op) { return as_op(op)->spec->name; }
+
+static const char *get_provider(const OrtCustomOp *op) {
+    (void)op;
+    return NULL; /* the CPU */
+}
+
+static size_t get_input_count(const OrtCustomOp *op) {
+    const struct qc_op_spec *spec = as_op(op)->spec;
+    return spec->anchor->input_count + strlen(spec->extras);
+}
+
+static int get_input_type(const OrtCustomOp *op, size_t index) {
+    const struct qc_anchor *anchor = as_op(op)->spec->anchor;
+    return index < anchor->input_count ? anchor->input_types[index] : ORT_FLOAT;
+}
+
+static size_t get_output_count(const OrtCustomOp *op) { return as_op(op)->spec->anchor->output_count; }
+
+static int get_output_type(const OrtCustomOp *op, size_t index) {
+    return as_op(op)->spec->anchor->output_types[index];
+}
+
+static int get_characteristic(const OrtCustomOp *op, size_t index) {
+    (void)op, (void)index;
+    return ORT_INPUT_REQUIRED;
+}
+
+static int get_memory_type(const OrtCustomOp *op, size_t index) {
+    (void)op, (void)index;
+    return ORT_MEMORY_DEFAULT;
+}
+
+static int get_one(const OrtCustomOp *op) {
+    (void)op;
+    return 1;
+}
+
+static OrtStatus *create_kernel(const OrtCustomOp *op, const void *api, const OrtKernelInfo *info,
+                                void **kernel) {
+    (void)api;
+    return as_op(op)->spec->anchor->create(as_op(op), info, kernel);
+}
+
+/* --- shape inference ------------------------------------------------------------------------- */
+
+static OrtStatus *set_output(OrtShapeInferContext *context, size_t index, int type,
+                             const struct qc_shape *shape, const char **symbols) {
+    OrtTensorTypeAndShapeInfo *info;
+    QC_TRY(QC_ORT(CreateTensorTypeAndShapeInfo)(&info));
+    OrtStatus *status = QC_ORT(SetTensorElementType)(info, type);
+    if (!status) status = QC_ORT(SetDimensions)(info, shape->dims, shape->rank);
+    if (!status) status = QC_ORT(SetSymbolicDimensions)(info, symbols, shape->rank);
+    if (!status) status = QC_ORT(ShapeInferContext_SetOutputTypeShape)(context, index, info);
+    QC_ORT(ReleaseTensorTypeAndShapeInfo)(info);
+    return status;
+}
+
+/* Every output has the leading dimensions of input 0. */
+static OrtStatus *infer_shapes(const OrtCustomOp *base, OrtShapeInferContext *context) {
+    const struct qc_op *op = as_op(base);
+    const struct qc_anchor *anchor = op->spec->anchor;
+    OrtTensorTypeAndShapeInfo *info; /* belongs to the context */
+    struct qc_shape shape;
+    const char *symbols[QC_MAX_RANK];
+    QC_TRY(QC_ORT(ShapeInferContext_GetInputTypeShape)(context, 0, &info));
+    QC_TRY(QC_ORT(GetDimensionsCount)(info, &shape.rank));
+    if (shape.rank == 0 || shape.rank > QC_MAX_RANK) return NULL; /* not known yet */
+    QC_TRY(QC_ORT(GetDimensions)(info, shape.dims, shape.rank));
+    QC_TRY(QC_ORT(GetSymbolicDimensions)(info, symbols, shape.rank));
+    symbols[shape.rank - 1] = "";
+    for (size_t i = 0; i < anchor->output_count; i++) {
+        shape.dims[shape.rank - 1] = anchor->last_dimension(op, i);
+        QC_TRY(set_output(context, i, anchor->output_types[i], &shape, symbols));
+    }
+    return NULL;
+}
+
+/* --- registration ---------------------------------------------------------------------------- */
+
+static OrtCustomOp describe(const struct qc_op_spec *spec) {
+    return (OrtCustomOp){
+        .version = QC_ORT_CUSTOM_OP_VERSION,
+        .GetName = get_name,
+        .GetExecutionProviderType = get_provider,
+        .GetInputType = get_input_type,
+        .GetInputTypeCount = get_input_count,
+        .GetOutputType = get_output_type,
+        .GetOutputTypeCount = get_output_count,
+        .KernelDestroy = spec->anchor->destroy,
+        .GetInputCharacteristic = get_characteristic,
+        .GetOutputCharacteristic = get_characteristic,
+        .GetInputMemoryType = get_memory_type,
+        .GetVariadicInputMinArity = get_one,
+        .GetVariadicInputHomogeneity = get_one,
+        .GetVariadicOutputMinArity = get_one,
+        .GetVariadicOutputHomogeneity = get_one,
+        .CreateKernelV2 = create_kernel,
+        .KernelComputeV2 = spec->anchor->compute,
+        .InferOutputShapeFn = infer_shapes,
+        .GetStartVersion = get_one,
+        .GetEndVersion = get_one,
+    };
+}
+
+/* Whether QCOMPILER_ISA, a name or "none", allows this instruction set. */
+static int is_allowed(const struct qc_isa *isa, const char *only) {
+    return (!only || !*only || strcmp(only, isa->name) == 0) && isa->is_available();
+}
+
+static const struct qc_variant *choose_variant(const struct qc_op_spec *spec, const char *only) {
+    for (size_t i = 0; i < spec->variant_count; i++)
+        if (is_allowed(spec->variants[i].isa, only)) return &spec->variants[i];
+    return NULL;
+}
+
+/* A misspelt QCOMPILER_ISA must not silently mean "slow". */
+static OrtStatus *check_override(const char *only) {
+    if (!only || !*only || strcmp(only, "none") == 0) return NULL;
+    char known[256] = "none";
+    for (size_t i = 0; qc_library_isa[i]; i++) {
+        if (strcmp(only, qc_library_isa[i]->name) == 0) return NULL;
+        strncat(known, ", ", sizeof known - strlen(known) - 1);
+        strncat(known, qc_library_isa[i]->name, sizeof known - strlen(known) - 1);
+    }
+    char message[512];
+    snprintf(message, sizeof message, "QCOMPILER_ISA=%.64s is not in the library of %s, which has: %s",
+             only, qc_domain, known);
+    return QC_ORT(CreateStatus)(ORT_INVALID_ARGUMENT, message);
+}
+
+/* The domain with every op that can run, or NULL if none can. */
+static OrtStatus *build_domain(const char *only, OrtCustomOpDomain **domain) {
+    struct qc_op *ops = calloc(qc_spec_count + 1, sizeof *ops);
+    if (!ops) return QC_ORT(CreateStatus)(ORT_FAIL, "out of memory for the op table");
+    *domain = NULL;
+    for (size_t i = 0; i < qc_spec_count; i++) {
+        const struct qc_variant *variant = choose_variant(&qc_specs[i], only);
+        if (!variant) continue;
+        ops[i] = (struct qc_op){describe(&qc_specs[i]), &qc_specs[i], variant};
+        if (!*domain) QC_TRY(QC_ORT(CreateCustomOpDomain)(qc_domain, domain));
+        QC_TRY(QC_ORT(CustomOpDomain_Add)(*domain, &ops[i].base));
+    }
+    if (!*domain) free(ops);
+    return NULL;
+}
+
+static OrtStatus *too_old(const OrtApiBase *base) {
+    char message[256];
+    snprintf(message, sizeof message,
+             "%s needs ONNX Runtime 1.%d or newer, this is %s: pip install -U onnxruntime",
+             qc_domain, QC_ORT_API_VERSION, base->GetVersionString());
+    qc_api = base->GetApi(1);
+    return qc_api ? QC_ORT(CreateStatus)(ORT_FAIL, message) : NULL;
+}
+
+__attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
+                                                                    const OrtApiBase *base) {
+    /* Sessions may outlive their options, so domains and ops are never released. */
+    void *const *api = base->GetApi(QC_ORT_API_VERSION);
+    if (!api) return too_old(base);
+    qc_api = api;
+    const char *only = getenv("QCOMPILER_ISA");
+    OrtCustomOpDomain *domain;
+    QC_TRY(check_override(only));
+    QC_TRY(build_domain(only, &domain));
+    return domain ? QC_ORT(AddCustomOpDomain)(options, domain) : NULL;
+}

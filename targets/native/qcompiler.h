@@ -1,0 +1,132 @@
+/* What the files of the library share: the generated table of ops (kernels.c), the anchors that run
+ * them (quantize.c, qmatmul.c), the instruction sets (x86.c) and access to ONNX Runtime. */
+#ifndef QCOMPILER_H
+#define QCOMPILER_H
+
+#include "ort_abi.h"
+
+enum { QC_MAX_RANK = 16, QC_MAX_EXTRAS = 8 };
+
+/* --- kernels: pure, serial, one range of the work per call ----------------------------------- */
+
+struct qc_quantize_args {
+    const float *x;
+    uint8_t *q;
+    float *s;
+    int32_t rows;
+};
+
+struct qc_qmatmul_args {
+    const uint8_t *q;
+    const float *s;
+    const int8_t *weights;
+    const int32_t *init;
+    const float *ws;
+    const float *extra[QC_MAX_EXTRAS];
+    float *y;
+    int32_t rows, panel_begin, panel_end;
+};
+
+struct qc_isa {
+    const char *name;
+    int (*is_available)(void);
+    /* w [k, n] to panels of `vectors` * 16 columns; init[column] = -128 * sum_k w. */
+    void (*pack_w8)(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
+                    int32_t *init);
+};
+
+extern const struct qc_isa qc_avx512_vnni;
+extern const struct qc_isa *const qc_library_isa[]; /* generated, ends with NULL */
+
+/* One kernel of an op, compiled for one instruction set. */
+struct qc_variant {
+    const struct qc_isa *isa;
+    void (*quantize)(const struct qc_quantize_args *);
+    void (*qmatmul)(const struct qc_qmatmul_args *);
+    int tile_rows, tile_vectors;
+};
+
+/* --- ops: the generated table ---------------------------------------------------------------- */
+
+struct qc_op;
+
+/* A family of ops that differ in sizes and epilogue. */
+struct qc_anchor {
+    const int *input_types;
+    size_t input_count; /* without extra operands, which are float */
+    const int *output_types;
+    size_t output_count;
+    OrtStatus *(*create)(const struct qc_op *, const OrtKernelInfo *, void **kernel);
+    OrtStatus *(*compute)(void *kernel, OrtKernelContext *);
+    void (*destroy)(void *kernel);
+    /* The last dimension of output `i`; the others are those of input 0. */
+    int64_t (*last_dimension)(const struct qc_op *, size_t i);
+};
+
+extern const struct qc_anchor qc_quantize, qc_qmatmul_w8a8;
+
+struct qc_op_spec {
+    const char *name;
+    const struct qc_anchor *anchor;
+    int64_t k, n;
+    const char *extras; /* a letter per extra operand: C per channel, T same shape as the result */
+    const struct qc_variant *variants; /* in order of preference */
+    size_t variant_count;
+};
+
+extern const char qc_domain[];
+extern const struct qc_op_spec qc_specs[];
+extern const size_t qc_spec_count;
+
+/* A spec and the variant chosen for this machine, as ONNX Runtime sees it. */
+struct qc_op {
+    OrtCustomOp base;
+    const struct qc_op_spec *spec;
+    const struct qc_variant *variant;
+};
+
+/* --- ONNX Runtime ---------------------------------------------------------------------------- */
+
+struct qc_shape {
+    size_t rank;
+    int64_t dims[QC_MAX_RANK];
+};
+
+/* Entry `name` of the API table. */
+#define QC_ORT(name) ((qc_ort_##name)qc_api[QC_ORT_INDEX_##name])
+#define QC_ORT_DECLARE(index, name, result, ...)                                                   \
+    typedef result (*qc_ort_##name)(__VA_ARGS__);                                                  \
+    enum { QC_ORT_INDEX_##name = index };
+QC_ORT_API(QC_ORT_DECLARE)
+extern void *const *qc_api;
+
+/* Returns from the caller with the status of `call`, unless that is success. */
+#define QC_TRY(call)                                                                               \
+    do {                                                                                           \
+        OrtStatus *status_ = (call);                                                               \
+        if (status_) return status_;                                                               \
+    } while (0)
+
+/* A status "<op>: <message>". */
+OrtStatus *qc_error(const struct qc_op *op, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+/* "[2, 128, 384]" into `text`. */
+const char *qc_shape_text(const struct qc_shape *shape, char text[static 256]);
+
+OrtStatus *qc_tensor_shape(const struct qc_op *op, const OrtValue *value, struct qc_shape *shape);
+OrtStatus *qc_input(OrtKernelContext *context, size_t index, const OrtValue **value,
+                    const void **data);
+OrtStatus *qc_output(OrtKernelContext *context, size_t index, const struct qc_shape *shape,
+                     void **data);
+/* The number of rows: the product of all dimensions but the last, which must be k. */
+OrtStatus *qc_row_count(const struct qc_op *op, const struct qc_shape *shape, const char *input,
+                        int64_t *rows);
+
+/* Runs task(argument, 0 .. count - 1) on the session's threads; a single task runs right here. */
+OrtStatus *qc_parallel(OrtKernelContext *context, void (*task)(void *, size_t), size_t count,
+                       void *argument);
+/* How many tasks work of `nanoseconds` is worth: one below 16 us, then one per 8 us, up to 128.
+ * Handing a task to ONNX Runtime's pool costs 0.2 us when a thread spins, several when it sleeps. */
+int64_t qc_task_count(double nanoseconds);
+
+#endif

@@ -1,0 +1,202 @@
+"""The few TIR words our kernel generators are written in, and the way from TIR to an object file.
+
+Kernels are plain C functions: pointer and int32 parameters, no packed ABI, no TVM runtime.  They
+are built with TVM's IR builder, so ordinary Python loops unroll.  This module imports tvm; import
+it only from a function, or from a module that is itself imported that way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.build import codegen_build, split_host_device_mods
+from tvm.tirx.script import builder as T
+
+__all__ = [
+    "LANES",
+    "Expr",
+    "Parameter",
+    "Register",
+    "broadcast",
+    "cast",
+    "compile_object",
+    "constant",
+    "function",
+    "half",
+    "intrinsic",
+    "lanes",
+    "loop",
+    "maximum",
+    "minimum",
+    "reinterpret",
+    "scratch",
+    "shuffle",
+    "store",
+    "when",
+]
+
+Expr = Any
+"""A TIR expression, variable or array; TVM ships no type stubs."""
+
+LANES = 16
+"""32-bit lanes in a zmm register."""
+
+_ON_STACK = {"disable_lower_builtin": True}
+"""Without this, TVM asks its runtime for the memory of a local array."""
+
+_ANY_SIZE = 1 << 30
+"""The declared length of a pointer parameter; TVM checks no bounds in raw functions."""
+
+minimum: Callable[[Expr, Expr], Expr] = tirx.min
+maximum: Callable[[Expr, Expr], Expr] = tirx.max
+cast: Callable[[str, Expr], Expr] = tirx.Cast
+reinterpret: Callable[[str, Expr], Expr] = tirx.reinterpret
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter of a kernel: a pointer to `dtype`, or one value of it."""
+
+    name: str
+    dtype: str
+    is_pointer: bool = True
+
+
+class Register:
+    """A value that LLVM keeps in one register, with an array of its own until then.
+
+    Accumulators that share an array stay in memory, which costs 5 to 30 percent.
+    """
+
+    def __init__(self, dtype: str, init: Expr, count: int = LANES) -> None:
+        self._count = count
+        self._vector_type = f"{dtype}x{count}"
+        self._array = scratch(dtype, count)
+        self.set(init)
+
+    def set(self, value: Expr) -> None:
+        """Overwrite all lanes."""
+        store(self._array, value, lanes(0, self._count) if self._count > 1 else _index(0))
+
+    @property
+    def value(self) -> Expr:
+        """All lanes, as they are at this point of the program."""
+        if self._count == 1:
+            return self._array[0]
+        return self._array.vload([_index(0)], self._vector_type)
+
+    def lane(self, index: int) -> Expr:
+        """One lane, as a scalar."""
+        return self._array[index]
+
+
+def _index(value: Expr) -> Expr:
+    return tirx.IntImm("int32", value) if isinstance(value, int) else value
+
+
+def broadcast(value: Expr, count: int = LANES) -> Expr:
+    """`value` in every lane; a Python float becomes a float32, a Python int an int32."""
+    if isinstance(value, float):
+        value = tirx.FloatImm("float32", value)
+    return tirx.Broadcast(_index(value), count)
+
+
+def lanes(start: Expr, count: int = LANES) -> Expr:
+    """The indices of `count` consecutive elements from `start`."""
+    return tirx.Ramp(_index(start), 1, count)
+
+
+def shuffle(value: Expr, order: Sequence[int]) -> Expr:
+    """Lane `i` of the result is lane `order[i]` of `value`."""
+    return tirx.Shuffle([value], [_index(lane) for lane in order])
+
+
+def intrinsic(dtype: str, name: str, *args: Expr) -> Expr:
+    """A call without side effects to the LLVM intrinsic `name`."""
+    return tirx.call_llvm_pure_intrin(dtype, name, *args)
+
+
+def constant(value: float, dtype: str) -> Expr:
+    """A constant of any type."""
+    return tirx.const(value, dtype)
+
+
+def half(value: Expr) -> Expr:
+    """`value // 2` for value >= 0."""
+    return tirx.shift_right(value, _index(1))
+
+
+def scratch(dtype: str, size: int) -> Expr:
+    """An array on the stack, on a cache line of its own."""
+    return T.alloc_buffer((size,), dtype, scope="local", align=64, annotations=_ON_STACK)
+
+
+def store(array: Expr, value: Expr, index: Expr) -> None:
+    """`array[index] = value`, where `index` may be `lanes(...)`."""
+    T.buffer_store(array, value, [index])
+
+
+def loop(begin: Expr, end: Expr) -> AbstractContextManager[Expr]:
+    """`for i in range(begin, end)`, in the compiled program."""
+    frame: AbstractContextManager[Expr] = T.serial(_index(begin), _index(end))
+    return frame
+
+
+@contextmanager
+def when(condition: Expr) -> Iterator[None]:
+    """The enclosed statements run if `condition` holds."""
+    with T.If(condition), T.Then():
+        yield
+
+
+def function(parameters: Sequence[Parameter], body: Callable[..., None]) -> Any:
+    """A kernel with these parameters, which may not alias; `body` gets them and emits statements.
+
+    Pointers arrive as flat arrays about whose alignment nothing is assumed: ORT hands out slices.
+    """
+    with IRBuilder() as builder, T.prim_func(s_tir=True, private=True):
+        T.func_attr({"tirx.noalias": True})
+        arguments = [
+            T.arg(p.name, T.handle(p.dtype) if p.is_pointer else tirx.Var(p.name, p.dtype))
+            for p in parameters
+        ]
+        body(
+            *(
+                T.decl_buffer((_ANY_SIZE,), p.dtype, data=argument, align=1)
+                if p.is_pointer
+                else argument
+                for p, argument in zip(parameters, arguments, strict=True)
+            )
+        )
+    return builder.get()
+
+
+def compile_object(functions: Mapping[str, Any], mcpu: str) -> bytes:
+    """An ELF object for x86-64 Linux with one global C symbol per function."""
+    target = tvm.target.Target(
+        {"kind": "llvm", "mcpu": mcpu, "mtriple": "x86_64-unknown-linux-gnu"}
+    )
+    host = target.with_host(target)
+    module = tvm.IRModule({tvm.ir.GlobalVar(name): body for name, body in functions.items()})
+    with tvm.transform.PassContext(config={"tirx.disable_storage_rewrite": True}):
+        lower, finish_host, _ = tirx.get_tir_pipeline("s_tir")
+        lowered = lower(tirx.transform.BindTarget(host)(module))
+        named = tvm.IRModule({}, attrs=lowered.attrs)
+        for variable, body in lowered.functions.items():
+            # Only now: a function that has its symbol earlier is given TVM's packed ABI.
+            body = body.without_attr("tirx.is_entry_func")
+            named[variable] = body.with_attr("global_symbol", variable.name_hint)
+        on_host, _ = split_host_device_mods(named)
+        compiled = codegen_build(finish_host()(on_host), target)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.o")
+        compiled.write_to_file(str(path), "o")
+        return path.read_bytes()

@@ -1,0 +1,107 @@
+"""The C compiler and linker that make a library of kernels.
+
+`ziglang`, a Python package, is preferred: it links against glibc 2.17 wherever it runs.  A C
+compiler of the machine works too, and the library then needs that machine's glibc or newer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from qcompiler.ir.errors import ToolchainError
+
+__all__ = ["Linker", "find_linker"]
+
+_COMPILE_FLAGS = (
+    "-std=c11", "-D_POSIX_C_SOURCE=200809L", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall",
+    "-Wextra", "-Werror",
+)  # fmt: skip
+# No build id, no symbol table: the same inputs must give the same bytes.
+_LINK_FLAGS = ("-shared", "-fPIC", "-s", "-Wl,--build-id=none", "-Wl,--gc-sections")
+
+
+@dataclasses.dataclass(frozen=True)
+class Linker:
+    """A C compiler driver; `name` says which and of what version, so it can key caches."""
+
+    name: str
+    command: tuple[str, ...]
+
+    @property
+    def identity(self) -> str:
+        """Everything about it that may change what it makes."""
+        return " ".join([self.name, *_COMPILE_FLAGS, *_LINK_FLAGS])
+
+    def compile(self, source: str, headers: dict[str, str], flags: Sequence[str] = ()) -> bytes:
+        """The object made from C text; `headers` maps the names it includes to their text."""
+        with TemporaryDirectory() as folder:
+            for name, text in {**headers, "source.c": source}.items():
+                Path(folder, name).write_text(text)
+            self._run([*_COMPILE_FLAGS, *flags, "-c", "source.c", "-o", "source.o"], folder)
+            return Path(folder, "source.o").read_bytes()
+
+    def link(self, objects: Sequence[bytes], exports: Sequence[str]) -> bytes:
+        """A shared library of which only the symbols `exports` can be seen."""
+        with TemporaryDirectory() as folder:
+            names = [f"{i}.o" for i in range(len(objects))]
+            for name, content in zip(names, objects, strict=True):
+                Path(folder, name).write_bytes(content)
+            visible = "".join(f"{symbol}; " for symbol in exports)
+            Path(folder, "exports.map").write_text(f"{{ global: {visible}local: *; }};\n")
+            script = "-Wl,--version-script=exports.map"
+            self._run([*_LINK_FLAGS, script, *names, "-o", "library.so"], folder)
+            return Path(folder, "library.so").read_bytes()
+
+    def _run(self, arguments: Sequence[str], folder: str) -> None:
+        # Relative names in a fresh folder, so that no path of this machine reaches the output.
+        command = [*self.command, *arguments]
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise ToolchainError(f"cannot run {shlex.join(self.command)}: {error}") from error
+        if done.returncode != 0:
+            raise ToolchainError(
+                f"{shlex.join(command)} failed:\n{done.stderr.strip()}\n"
+                "set CC to another C compiler, or: pip install qcompiler[zig]"
+            )
+
+
+def find_linker() -> Linker:
+    """ziglang if it is installed, else `$CC`, cc, gcc or clang.
+
+    Raises:
+        ToolchainError: if there is none, or `$CC` does not exist.
+    """
+    if importlib.util.find_spec("ziglang") is not None:
+        version = importlib.metadata.version("ziglang")
+        return Linker(
+            f"ziglang {version}",
+            (sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-linux-gnu.2.17"),
+        )
+    if explicit := shlex.split(os.environ.get("CC", "")):
+        return _system_compiler(explicit)
+    for name in ("cc", "gcc", "clang"):
+        if shutil.which(name):
+            return _system_compiler([name])
+    raise ToolchainError("no C compiler found (cc, gcc, clang, $CC): pip install qcompiler[zig]")
+
+
+def _system_compiler(command: Sequence[str]) -> Linker:
+    path = shutil.which(command[0])
+    if path is None:
+        raise ToolchainError(
+            f"CC={shlex.join(command)} does not exist; unset it or: pip install qcompiler[zig]"
+        )
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    first_line = (done.stdout.splitlines() or [path])[0]
+    return Linker(first_line, (path, *command[1:]))

@@ -1,0 +1,101 @@
+"""Kernels for x86-64: which regions they can compute, and their objects.
+
+Importing this package does not import tvm; asking it for anything but names does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+from pathlib import Path
+
+from qcompiler.ir.region import Region
+from qcompiler.targets.cache import content_key
+
+__all__ = ["ISAS", "Isa", "compile_region", "fingerprint", "kernel_symbol", "supports"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Isa:
+    """An instruction set kernels are compiled for.
+
+    `mcpu` is the oldest CPU LLVM knows that has it, so that the code runs on all of them; `c_name`
+    is its description in targets/native/x86.c.
+    """
+
+    name: str
+    mcpu: str
+    c_name: str
+
+
+ISAS: tuple[Isa, ...] = (Isa("avx512-vnni", "cascadelake", "qc_avx512_vnni"),)
+"""In order of preference; a library holds every kernel for each."""
+
+_ANCHORS = {"Quantize": ("K",), "QMatMulW8A8": ("K", "N")}
+_MAX_EXTRAS = 8
+_MAX_WEIGHTS = 1 << 30
+"""Kernels index the packed weights with int32."""
+
+
+def supports(region: Region) -> str | None:
+    """Why `region` has no kernel, or None when it has one."""
+    sizes = _ANCHORS.get(region.anchor)
+    if sizes is None:
+        return f"no kernel for {region.anchor}; there are {', '.join(_ANCHORS)}"
+    if tuple(name for name, _ in region.sizes) != sizes:
+        return f"{region.anchor} takes the sizes {', '.join(sizes)}"
+    if any(size < 1 for _, size in region.sizes):
+        return f"a size of {dict(region.sizes)} is not positive"
+    if region.anchor == "Quantize":
+        return "Quantize takes no epilogue" if region.extras or region.steps else None
+    if region.size("K") * region.size("N") > _MAX_WEIGHTS:
+        return f"{region.size('K')} x {region.size('N')} weights are more than 2^30"
+    return _unsupported_epilogue(region)
+
+
+def _unsupported_epilogue(region: Region) -> str | None:
+    if len(region.extras) > _MAX_EXTRAS:
+        return f"{len(region.extras)} extra operands; at most {_MAX_EXTRAS} are supported"
+    if not region.steps:
+        return None
+    from qcompiler.targets.x86.epilogue import unsupported_step
+
+    for position, step in enumerate(region.steps):
+        if not all(-len(region.extras) <= arg <= position for arg in step.args):
+            return f"step {position} ({step.op}) reads values that do not exist: {step.args}"
+        if reason := unsupported_step(step):
+            return reason
+    return None
+
+
+def kernel_symbol(region: Region, isa: Isa) -> str:
+    """The C name of a kernel."""
+    return f"{region.name}_{isa.name.replace('-', '_')}"
+
+
+def compile_region(region: Region, isa: Isa) -> bytes:
+    """The ELF object with the kernel of `region` for `isa`."""
+    from qcompiler.targets import tir
+    from qcompiler.targets.x86.qmatmul import qmatmul_function
+    from qcompiler.targets.x86.quantize import quantize_function
+
+    reason = supports(region)
+    assert reason is None, reason
+    function = (
+        quantize_function(region.size("K"))
+        if region.anchor == "Quantize"
+        else qmatmul_function(region)
+    )
+    return tir.compile_object({kernel_symbol(region, isa): function}, isa.mcpu)
+
+
+@functools.cache
+def fingerprint() -> str:
+    """A hash of all that decides what a kernel does: our sources and the version of TVM."""
+    targets = Path(__file__).resolve().parents[1]
+    sources = [*targets.glob("*.py"), *targets.glob("x86/*.py"), *targets.glob("native/*.[ch]")]
+    parts: list[str | bytes] = [importlib.metadata.version("apache-tvm")]
+    for source in sorted(sources):
+        parts += [source.name, source.read_bytes()]
+    return content_key(*parts)

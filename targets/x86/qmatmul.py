@@ -1,0 +1,231 @@
+"""W8A8 matrix multiplication for AVX512-VNNI, weights packed in panels of NR vectors of columns.
+
+    y = epilogue(float(sum_k (q - 128) w) * (s * ws))
+
+The weights lie as [panel][ceil(K/4)][NR * 64]: for each four rows of K, each lane of a panel has its
+four int8 side by side, as vpdpbusd reads them.  `init` holds -128 * sum_k w, so the zero point of
+the activations costs nothing.  A tile is MR rows by one panel, its accumulators in registers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qcompiler.ir.region import Region
+from qcompiler.targets import tir
+from qcompiler.targets.tir import LANES, Expr, Parameter, Register
+from qcompiler.targets.x86.epilogue import apply_steps
+from qcompiler.targets.x86.tile import tile_shape
+from qcompiler.targets.x86.vector import dot_product_u8s8, load_lanes, store_lanes
+
+__all__ = ["accumulator_function", "qmatmul_function"]
+
+_QUAD = 4
+"""Elements of K that one lane of vpdpbusd multiplies and adds."""
+
+Finish = Callable[[Sequence[Expr], Expr, Expr, int], None]
+"""Stores a part of one row of y: (its sums, 16 in each; row; first column; columns that exist)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """The parameters that the loops read."""
+
+    q: Expr
+    weights: Expr
+    init: Expr
+    rows: Expr
+    panel_begin: Expr
+    panel_end: Expr
+
+
+class Loops:
+    """Emits the loops over panels, tiles and K for one shape; `finish` turns sums into y."""
+
+    def __init__(self, k: int, n: int, operands: Operands, finish: Finish) -> None:
+        self._k = k
+        self._shape = tile_shape(n)
+        self._operands = operands
+        self._finish = finish
+        self._whole_panels, self._edge_columns = divmod(n, self._shape.columns)
+
+    def emit(self) -> None:
+        """Everything: panels [panel_begin, panel_end) of all rows."""
+        ops = self._operands
+        whole_end = tir.minimum(ops.panel_end, tir.constant(self._whole_panels, "int32"))
+        begin = Register("int32", ops.panel_begin, 1)
+        with tir.when(ops.rows == 1):
+            pairs = Register("int32", tir.half(whole_end - ops.panel_begin), 1)
+            self._single_row(pairs.value)
+            begin.set(ops.panel_begin + pairs.value * 2)
+        with tir.loop(0, whole_end - begin.value) as panel:
+            self._panel(begin.value + panel, self._shape.columns)
+        if self._edge_columns:
+            with tir.when(ops.panel_end > self._whole_panels):
+                self._panel(tir.constant(self._whole_panels, "int32"), self._edge_columns)
+
+    def _panel(self, panel: Expr, columns: int) -> None:
+        """All rows of one panel, in tiles of nearly equal height; the last overlaps upwards."""
+        rows, most, vectors = self._operands.rows, self._shape.rows, _vectors(columns)
+        first_column = panel * self._shape.columns
+        spilled = tir.scratch("int32", most * vectors * LANES)
+        tiles = Register("int32", (rows + (most - 1)) // most, 1)
+        height = Register("int32", (rows + tiles.value - 1) // tiles.value, 1)
+        with tir.loop(0, tiles.value) as index:
+            first = Register("int32", tir.minimum(index * height.value, rows - height.value), 1)
+            for exact in range(1, most):
+                with tir.when(height.value == exact):
+                    _spill(self._accumulate([panel], first.value, exact, vectors), spilled)
+            # One copy of the epilogue for all those heights, and for the full height one that takes
+            # the sums from registers: spilling them costs 4% at K = 384.
+            with tir.when(height.value < most), tir.loop(0, height.value) as i:
+                self._finish(_spilled(spilled, i, vectors), first.value + i, first_column, columns)
+            with tir.when(height.value == most):
+                for i, sums in enumerate(self._accumulate([panel], first.value, most, vectors)):
+                    self._finish(_values(sums), first.value + i, first_column, columns)
+
+    def _single_row(self, pairs: Expr) -> None:
+        """One row, two panels at a time: one stream of weights leaves memory bandwidth unused."""
+        shape, begin, row = self._shape, self._operands.panel_begin, tir.constant(0, "int32")
+        with tir.loop(0, pairs) as index:
+            panels = [begin + index, begin + pairs + index]
+            for panel, sums in zip(
+                panels, self._accumulate(panels, row, 1, shape.vectors), strict=True
+            ):
+                self._finish(_values(sums), row, panel * shape.columns, shape.columns)
+
+    def _accumulate(
+        self, panels: Sequence[Expr], first_row: Expr, height: int, vectors: int
+    ) -> list[list[Register]]:
+        """The sums over all of K of `height` rows, for each panel in turn: `vectors` per row."""
+        sums = [
+            [Register("int32", self._init(panel, j)) for j in range(vectors)]
+            for panel in panels
+            for _ in range(height)
+        ]
+
+        def step(quad: Expr, width: int) -> None:
+            for p, panel in enumerate(panels):
+                weights = [self._weights(panel, quad, j) for j in range(vectors)]
+                for i, row in enumerate(sums[p * height : (p + 1) * height]):
+                    activations = self._activations(first_row + i, quad, width)
+                    for total, weight in zip(row, weights, strict=True):
+                        total.set(dot_product_u8s8(total.value, activations, weight))
+
+        whole_quads, rest = divmod(self._k, _QUAD)
+        with tir.loop(0, whole_quads) as quad:
+            step(quad, _QUAD)
+        if rest:
+            step(whole_quads, rest)
+        return sums
+
+    def _init(self, panel: Expr, vector: int) -> Expr:
+        start = panel * self._shape.columns + vector * LANES
+        return load_lanes(self._operands.init, start, LANES, "int32")
+
+    def _weights(self, panel: Expr, quad: Expr, vector: int) -> Expr:
+        quads = -(-self._k // _QUAD)
+        start = (panel * quads + quad) * (self._shape.columns * _QUAD) + vector * LANES * _QUAD
+        return self._operands.weights.vload([start], "int8x64")
+
+    def _activations(self, row: Expr, quad: Expr, width: int) -> Expr:
+        """`width` activations as the bytes of an int32; those past the end of K are zero."""
+        start = row * self._k + quad * _QUAD
+        q = self._operands.q
+        if width == _QUAD:
+            return tir.reinterpret("int32", q.vload([start], "uint8x4"))
+        first, *others = (tir.cast("int32", q[start + i]) << (8 * i) for i in range(width))
+        return sum(others, first)
+
+
+def _vectors(columns: int) -> int:
+    return -(-columns // LANES)
+
+
+def _values(sums: Sequence[Register]) -> list[Expr]:
+    return [register.value for register in sums]
+
+
+def _spill(sums: Sequence[Sequence[Register]], memory: Expr) -> None:
+    flat = [register for row in sums for register in row]
+    for i, register in enumerate(flat):
+        tir.store(memory, register.value, tir.lanes(i * LANES))
+
+
+def _spilled(memory: Expr, row: Expr, vectors: int) -> list[Expr]:
+    return [load_lanes(memory, (row * vectors + j) * LANES, LANES, "int32") for j in range(vectors)]
+
+
+def qmatmul_function(region: Region) -> Any:
+    """The TIR of a `QMatMulW8A8` region.
+
+    `void f(const uint8_t *q, const float *s, const int8_t *weights, const int32_t *init,
+    const float *ws, const float *extra..., float *y, int32_t rows, int32_t panel_begin,
+    int32_t panel_end)`, where `ws` is padded to whole panels like `init`, and `rows` is at least 1.
+    """
+    k, n = region.size("K"), region.size("N")
+    extra_parameters = [Parameter(f"extra{i}", "float32") for i in range(len(region.extras))]
+
+    def body(q: Expr, s: Expr, weights: Expr, init: Expr, ws: Expr, *rest: Expr) -> None:
+        *extras, y, rows, begin, end = rest
+
+        def finish(sums: Sequence[Expr], row: Expr, first_column: Expr, columns: int) -> None:
+            for vector, total in enumerate(sums):
+                column = first_column + vector * LANES
+                count = min(LANES, columns - vector * LANES)
+                scale = tir.broadcast(s[row]) * load_lanes(ws, column, LANES)
+                anchor = tir.cast("float32x16", total) * scale
+                values = [
+                    load_lanes(extra, column if kind == "channel" else row * n + column, count)
+                    for extra, kind in zip(extras, region.extras, strict=True)
+                ]
+                store_lanes(y, apply_steps(region, anchor, values), row * n + column, count)
+
+        Loops(k, n, Operands(q, weights, init, rows, begin, end), finish).emit()
+
+    return tir.function(
+        [
+            Parameter("q", "uint8"),
+            Parameter("s", "float32"),
+            Parameter("weights", "int8"),
+            Parameter("init", "int32"),
+            Parameter("ws", "float32"),
+            *extra_parameters,
+            Parameter("y", "float32"),
+            *_RANGE,
+        ],
+        body,
+    )
+
+
+def accumulator_function(k: int, n: int) -> Any:
+    """The same loops with the int32 sums as result, for tests and for timing the loops alone.
+
+    `void f(const uint8_t *q, const int8_t *weights, const int32_t *init, int32_t *y, int32_t rows,
+    int32_t panel_begin, int32_t panel_end)`
+    """
+
+    def body(
+        q: Expr, weights: Expr, init: Expr, y: Expr, rows: Expr, begin: Expr, end: Expr
+    ) -> None:
+        def finish(sums: Sequence[Expr], row: Expr, first_column: Expr, columns: int) -> None:
+            for vector, total in enumerate(sums):
+                start = row * n + first_column + vector * LANES
+                store_lanes(y, total, start, min(LANES, columns - vector * LANES), "int32")
+
+        Loops(k, n, Operands(q, weights, init, rows, begin, end), finish).emit()
+
+    pointers = [
+        Parameter("q", "uint8"),
+        Parameter("weights", "int8"),
+        Parameter("init", "int32"),
+        Parameter("y", "int32"),
+    ]
+    return tir.function([*pointers, *_RANGE], body)
+
+
+_RANGE = tuple(
+    Parameter(name, "int32", is_pointer=False) for name in ("rows", "panel_begin", "panel_end")
+)

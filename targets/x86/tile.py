@@ -1,0 +1,34 @@
+"""How a matrix multiplication is cut into register tiles.  Imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["TileShape", "tile_shape"]
+
+_LANES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class TileShape:
+    """`rows` activations rows by `vectors` vectors of 16 output columns."""
+
+    rows: int
+    vectors: int
+
+    @property
+    def columns(self) -> int:
+        """Columns of y that one panel of weights makes."""
+        return self.vectors * _LANES
+
+
+# Accumulators, one step's weights and one broadcast must fit 32 zmm registers, and vpdpbusd needs 8
+# to 10 independent accumulators to hide its latency.  Both keep weight loads under 22 byte/cycle.
+_THREE_VECTORS = TileShape(8, 3)
+_FOUR_VECTORS = TileShape(6, 4)
+
+
+def tile_shape(n: int) -> TileShape:
+    """The tile for `n` output columns: the one that leaves the least of its last panel unused."""
+    vectors = -(-n // _LANES)
+    return _THREE_VECTORS if -vectors % 3 <= -vectors % 4 else _FOUR_VECTORS
