@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,10 @@ SHAPES = ((128, 384, 384), (128, 1536, 384), (512, 1024, 1024))
 GEMV = (1, 4096, 4096)
 STREAM_BYTES = 256 << 20
 COPIES = 4
-"""Nodes per timed run, each with weights of its own, so that Python's part in a run is small."""
+"""Ops per timed run, so that Python's part in it is small, but their results stay in L3."""
+GEMV_COPIES = 16
+"""Each op packs weights of its own: 16 times 16 MiB is as much as
+`STREAM_BYTES` and more than any cache holds."""
 DOMAIN = "qcompiler.benchmark"
 
 Samples = list[float]
@@ -63,7 +67,7 @@ class Loops:
         linker = find_linker()
         source = Path(__file__).with_suffix(".c").read_text()
         functions = {
-            f"loop_{m}_{n}_{k}": accumulator_function(k, n) for m, n, k in (*SHAPES, GEMV)
+            f"loop_{m}_{n}_{k}": accumulator_function(k, n) for m, n, k in SHAPES
         }
         objects = [linker.compile(source, {}), tir.compile_object(functions, ISAS[0].mcpu)]
         exports = ["measure_peak", "measure_stream", "measure_loop", *functions]
@@ -119,26 +123,32 @@ def regions(shape: tuple[int, int, int]) -> tuple[Region, Region]:
     return Region("Quantize", (("K", k),)), product
 
 
+def copies_of(shape: tuple[int, int, int]) -> int:
+    """How many ops a timed run has."""
+    return GEMV_COPIES if shape == GEMV else COPIES
+
+
 def model(shape: tuple[int, int, int]) -> bytes:
-    """`COPIES` times quantize and multiply."""
+    """Quantize and multiply, `copies_of(shape)` times."""
     _, n, k = shape
+    copies = copies_of(shape)
     quantize, product = regions(shape)
     rng = np.random.default_rng(0)
-    nodes, initializers = [], []
-    for i in range(COPIES):
-        constants = {
-            f"w{i}": rng.integers(-127, 128, (k, n)).astype(np.int8),
-            f"ws{i}": rng.random(n, np.float32),
-            f"b{i}": rng.random(n, np.float32),
-        }
-        initializers += [numpy_helper.from_array(v, name) for name, v in constants.items()]
+    constants = {
+        "w": rng.integers(-127, 128, (k, n)).astype(np.int8),
+        "ws": rng.random(n, np.float32),
+        "b": rng.random(n, np.float32),
+    }
+    initializers = [numpy_helper.from_array(v, name) for name, v in constants.items()]
+    nodes = []
+    for i in range(copies):
         q, s = f"q{i}", f"s{i}"
         nodes.append(helper.make_node(quantize.name, ["x"], [q, s], domain=DOMAIN))
         nodes.append(
             helper.make_node(product.name, [q, s, *constants], [f"y{i}"], domain=DOMAIN)
         )
     value = helper.make_tensor_value_info
-    outputs = [value(f"y{i}", TensorProto.FLOAT, ["m", n]) for i in range(COPIES)]
+    outputs = [value(f"y{i}", TensorProto.FLOAT, ["m", n]) for i in range(copies)]
     graph = helper.make_graph(
         nodes, "gemm", [value("x", TensorProto.FLOAT, ["m", k])], outputs, initializers
     )
@@ -150,6 +160,7 @@ def model(shape: tuple[int, int, int]) -> bytes:
 def whole_op(shape: tuple[int, int, int], threads: int, library: Path) -> Callable[[], Samples]:
     """A measurement of both ops in ONNX Runtime."""
     m, n, k = shape
+    copies = copies_of(shape)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.register_custom_ops_library(str(library))
@@ -157,18 +168,16 @@ def whole_op(shape: tuple[int, int, int], threads: int, library: Path) -> Callab
     binding = session.io_binding()
     x = np.random.default_rng(1).standard_normal((m, k)).astype(np.float32)
     binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(aligned(x)))
-    for i in range(COPIES):
+    for i in range(copies):
         y = ort.OrtValue.ortvalue_from_shape_and_type([m, n], np.float32)
         binding.bind_ortvalue_output(f"y{i}", y)
 
     def run() -> Samples:
-        from time import perf_counter
-
         samples = []
-        for _ in range(40):
+        for _ in range(10):
             start = perf_counter()
             session.run_with_iobinding(binding)
-            samples.append((perf_counter() - start) / COPIES)
+            samples.append((perf_counter() - start) / copies)
         return samples
 
     return run
@@ -188,7 +197,8 @@ def measure(rounds: int) -> dict[str, Samples]:
             tasks[f"peak {threads}"] = lambda t=threads: loops.peak(t)
             tasks[f"stream {threads}"] = lambda t=threads: loops.stream(t)
             for shape in shapes:
-                tasks[f"loop {shape} {threads}"] = loops.loop(shape, threads)
+                if shape != GEMV:
+                    tasks[f"loop {shape} {threads}"] = loops.loop(shape, threads)
                 tasks[f"op {shape} {threads}"] = whole_op(shape, threads, library)
         samples: dict[str, Samples] = {task: [] for task in tasks}
         for _ in range(rounds):
@@ -198,24 +208,42 @@ def measure(rounds: int) -> dict[str, Samples]:
 
 
 def summarize(samples: dict[str, Samples]) -> list[dict[str, Any]]:
-    """One row per shape and number of threads."""
-    best = {name: min(values) for name, values in samples.items()}
-    middle = {name: statistics.median(values) for name, values in samples.items()}
+    """One row per shape and number of threads; `of_limit` is of peak, or for `GEMV` of stream."""
+    best = {name: min(values) * 1e6 for name, values in samples.items()}
+    middle = {name: statistics.median(values) * 1e6 for name, values in samples.items()}
     rows = []
     for threads in (1, 2):
-        for shape in (*SHAPES, GEMV):
+        for shape in SHAPES:
             m, n, k = shape
             loop, op = f"loop {shape} {threads}", f"op {shape} {threads}"
             row: dict[str, Any] = {"shape": f"{m}x{n}x{k}", "threads": threads}
-            row |= {"loop_us": best[loop] * 1e6, "loop_median_us": middle[loop] * 1e6}
-            row |= {"op_us": best[op] * 1e6, "op_median_us": middle[op] * 1e6}
-            if shape == GEMV:
-                limit, row["limit"] = best[f"stream {threads}"] * n * k, "stream"
-            else:
-                limit, row["limit"] = best[f"peak {threads}"] * 2 * m * n * k, "peak"
-            row |= {"of_limit": limit / best[loop], "op_of_limit": limit / best[op]}
+            row |= {"loop_us": best[loop], "loop_median_us": middle[loop]}
+            row |= {"op_us": best[op], "op_median_us": middle[op]}
+            row["of_limit"] = best[f"peak {threads}"] * 2 * m * n * k / best[loop]
             rows.append(row | {"op_to_loop": best[op] / best[loop]})
+        _, n, k = GEMV
+        op = f"op {GEMV} {threads}"
+        row = {"shape": f"1x{n}x{k}", "threads": threads}
+        row |= {"op_us": best[op], "op_median_us": middle[op]}
+        rows.append(row | {"of_limit": best[f"stream {threads}"] * n * k / best[op]})
     return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Microseconds as best (median)."""
+
+    def timing(row: dict[str, Any], name: str) -> str:
+        if f"{name}_us" not in row:
+            return "-"
+        return f"{row[f'{name}_us']:.1f} ({row[f'{name}_median_us']:.1f})"
+
+    print(f"{'M x N x K':>15} {'threads':>8} {'loop us':>17} {'op us':>17} {'limit':>7} op/loop")
+    for row in rows:
+        ratio = f"{row['op_to_loop']:.2f}" if "op_to_loop" in row else "-"
+        print(
+            f"{row['shape']:>15} {row['threads']:8} {timing(row, 'loop'):>17} "
+            f"{timing(row, 'op'):>17} {row['of_limit']:7.1%} {ratio:>7}"
+        )
 
 
 def main() -> None:
@@ -235,14 +263,7 @@ def main() -> None:
         json.dump({"limits": limits, "rows": rows}, sys.stdout, indent=1)
         return
     print("  ".join(f"{name} {value:.0f}" for name, value in limits.items()))
-    print(f"{'M x N x K':>15} threads {'loop us (median)':>18} {'of limit':>14} "
-          f"{'op us (median)':>18} op/loop")  # fmt: skip
-    for r in rows:
-        print(
-            f"{r['shape']:>15} {r['threads']:7} {r['loop_us']:9.1f} ({r['loop_median_us']:6.1f}) "
-            f"{r['of_limit']:7.1%} {r['limit']:>6} {r['op_us']:9.1f} ({r['op_median_us']:6.1f}) "
-            f"{r['op_to_loop']:7.2f}"
-        )
+    print_table(rows)
 
 
 if __name__ == "__main__":

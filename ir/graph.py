@@ -30,11 +30,10 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
 
 def only_consumer(value: ir.Value) -> ir.Node | None:
     """The one node that reads `value`; None if several do, or if it leaves the graph."""
-    uses = value.uses()
-    if len(uses) != 1 or value.is_graph_output():
+    readers = {use.node for use in value.uses()}
+    if len(readers) != 1 or value.is_graph_output():
         return None
-    (use,) = uses
-    return use.node
+    return readers.pop()
 
 
 def same_shape(a: ir.Value, b: ir.Value) -> bool:

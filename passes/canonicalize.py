@@ -37,6 +37,7 @@ class Canonicalize(ir.passes.InPlacePass):
         Raises:
             ModelError: The opset cannot be raised.
         """
+        before = _signature(model)
         levels = {name: logging.getLogger(name).level for name in _QUIET}
         try:
             for name in _QUIET:
@@ -48,7 +49,13 @@ class Canonicalize(ir.passes.InPlacePass):
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
-        return ir.passes.PassResult(model, True)
+        return ir.passes.PassResult(model, _signature(model) != before)
+
+
+def _signature(model: ir.Model) -> tuple[object, ...]:
+    """What this pass may change; shapes and names that were missing do not count."""
+    nodes = tuple((node.op_type, len(node.inputs)) for node in model.graph.all_nodes())
+    return nodes, dict(model.graph.opset_imports), len(model.functions)
 
 
 def _normalise(model: ir.Model) -> None:

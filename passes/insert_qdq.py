@@ -23,7 +23,7 @@ import onnx_ir as ir
 from qcompiler.ir.decisions import decide, plan_of
 from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
 from qcompiler.ir.errors import CalibrationError
-from qcompiler.ir.graph import new_initializer, only_consumer
+from qcompiler.ir.graph import dequantize_of, new_initializer, only_consumer
 from qcompiler.ir.types import PerGroup, QuantSpec, TensorStats
 
 __all__ = ["InsertQDQ", "Observer"]
@@ -49,7 +49,11 @@ class InsertQDQ(ir.passes.InPlacePass):
         Raises:
             CalibrationError: A static plan, and nothing to calibrate it with.
         """
-        planned = [(node, plan) for node in model.graph.all_nodes() if (plan := plan_of(node))]
+        planned = [
+            (node, plan)
+            for node in model.graph.all_nodes()
+            if (plan := plan_of(node)) and dequantize_of(node.inputs[0]) is None
+        ]
         static: dict[ir.Value, QuantSpec] = {}
         pairs: dict[ir.Value, ir.Value] = {}
         for node, plan in planned:

@@ -36,7 +36,11 @@ class RoundToNearest(ir.passes.InPlacePass):
             ModelError: A weight holds NaN or Inf.
         """
         rounded: dict[tuple[ir.Value, QuantType], ir.Node] = {}
-        planned = [(node, plan) for node in model.graph.all_nodes() if (plan := plan_of(node))]
+        planned = [
+            (node, plan)
+            for node in model.graph.all_nodes()
+            if (plan := plan_of(node)) and constant(node.inputs[1]) is not None
+        ]
         for node, plan in planned:
             weight = node.inputs[1]
             assert weight is not None

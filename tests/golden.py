@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,13 +20,11 @@ Feeds = Mapping[str, NDArray[Any]]
 
 
 def model_of(text: str, weights: Mapping[str, Any] | None = None) -> ir.Model:
-    """A model from ONNX text (without its head), with initializers by name."""
-    tensors = [
-        value if isinstance(value, ir.TensorProtocol) else ir.tensor(value, name=name)
-        for name, value in (weights or {}).items()
-    ]
-    for tensor, name in zip(tensors, weights or {}, strict=True):
-        tensor.name = name
+    """A model from ONNX text (without its head) and those of the weights that it names."""
+    tensors = []
+    for name, value in (weights or {}).items():
+        if re.search(rf"\b{name}\b", text):
+            tensors.append(ir.tensor(np.asarray(value), name=name))
     model = ir.from_onnx_text(HEAD + text, initializers=tensors)
     common.NameFixPass()(model)
     for value in [*model.graph.initializers.values()]:

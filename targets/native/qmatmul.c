@@ -71,7 +71,14 @@ static int64_t split(struct qmatmul_run *run) {
     int64_t blocks = ceil_div(run->rows, run->block_rows);
     /* A single row reads two panels at a time, so it wants them in pairs. */
     int64_t most_groups = run->rows == 1 ? max(kernel->panels / 2, 1) : kernel->panels;
-    run->panel_groups = min(ceil_div(tasks, blocks), most_groups);
+    int64_t groups = min(ceil_div(tasks, blocks), most_groups);
+    run->panel_groups = groups;
+    /* Equal groups finish together; look for such a number, but not below half. */
+    for (int64_t equal = groups; equal > groups / 2; equal--)
+        if (kernel->panels % equal == 0) {
+            run->panel_groups = equal;
+            break;
+        }
     return blocks * run->panel_groups;
 }
 

@@ -1,0 +1,243 @@
+"""Bench: time two models against each other, in turn, in one process.
+
+Runs alternate, model then bundle and next time the other way round, so that clock drift and
+neighbours meet both alike.  Each session has threads of its own; the ones of the session that just
+ran are told to stop spinning, or they would hold the cores while the other runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qcompiler.bundle import MANIFEST
+from qcompiler.calibrate import Samples, check_sample
+from qcompiler.ir.errors import ModelError, OptionError
+from qcompiler.random_inputs import Feed, InputShape, random_feed
+from qcompiler.runtime import import_onnxruntime, load, open_session
+
+__all__ = [
+    "Bench",
+    "Result",
+    "Timing",
+    "available_cores",
+    "bench",
+    "open_model",
+]
+
+_WARM_UP_RUNS = 3
+_FEWEST_ROUNDS = 5
+_SAMPLES_IN_MEMORY = 32
+_SPINNING = "on during a run, stopped after it (session.force_spinning_stop)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of one run: the middle and the fastest of all."""
+
+    median: float
+    minimum: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one number of threads gave.
+
+    Attributes:
+        threads: Threads inside one op, for either side.
+        rounds: Runs of each side.
+        model: The side compared against.
+        bundle: The side in question.
+        speedup: Median of the model over that of the bundle: above 1 the bundle is faster.
+        speedup_of_minima: The same of the fastest runs.
+        spread: First and last quartile of the ratio, over rounds.
+    """
+
+    threads: int
+    rounds: int
+    model: Timing
+    bundle: Timing
+    speedup: float
+    speedup_of_minima: float
+    spread: tuple[float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """A finished measurement.
+
+    Attributes:
+        bundle: Path of the side in question.
+        model: Path of the side compared against.
+        providers: Execution providers of both.
+        inputs: What was fed; of the first sample where there are several.
+        samples: Number of different samples, 0 for random values.
+        spinning: What ORT's idle threads did.
+        results: One per number of threads.
+    """
+
+    bundle: Path
+    model: Path
+    providers: tuple[str, ...]
+    inputs: tuple[InputShape, ...]
+    samples: int
+    spinning: str
+    results: tuple[Result, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; times in seconds."""
+        content = dataclasses.asdict(self)
+        return content | {"bundle": str(self.bundle), "model": str(self.model)}
+
+
+def bench(
+    bundle: Path,
+    model: Path,
+    *,
+    threads: Sequence[int] = (),
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    seconds: float = 5.0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Bench:
+    """Time `bundle` against `model`.
+
+    Args:
+        bundle: A bundle, or any ONNX file.
+        model: An ONNX file, or another bundle.
+        threads: Numbers of threads to try; by default one, and all cores.
+        shapes: Shapes of random inputs; dynamic dimensions left open get a default.
+        data: Folder of samples to feed instead of random values.
+        seconds: Time to measure for, per number of threads.
+        progress: Told (threads, percent done, 100).
+
+    Raises:
+        OptionError: `seconds` or `threads` out of range, an unknown input, a shape that does not
+            fit.
+        CalibrationError: A sample that does not fit.
+        ModelError: A side cannot be loaded or fails.
+        BundleError: The bundle is incomplete or altered.
+    """
+    if seconds <= 0:
+        raise OptionError(f"seconds must be above 0, not {seconds}")
+    counts = list(dict.fromkeys(threads or (1, available_cores())))
+    tell = progress or (lambda label, done, total: None)
+    results, fed = [], list[InputShape]()
+    feeds: list[Feed] = []
+    providers: tuple[str, ...] = ()
+    for index, count in enumerate(counts):
+        second = open_model(bundle, threads=count, options=_options())
+        providers = tuple(second.get_providers())
+        first = open_model(model, threads=count, options=_options(), providers=providers)
+        _check_same_inputs(first, second)
+        if not feeds:
+            feeds, fed = _feeds(first.get_inputs(), shapes or {}, data)
+        label = f"{count} thread{'s' if count > 1 else ''}"
+
+        def step(done: float, label: str = label, index: int = index) -> None:
+            tell(label, round(100 * (index + done) / len(counts)), 100)
+
+        results.append(_measure(first, second, feeds, count, seconds, step))
+    return Bench(bundle, model, providers, tuple(fed), len(feeds) if data else 0, _SPINNING,
+                 tuple(results))  # fmt: skip
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def open_model(
+    path: Path,
+    *,
+    providers: Sequence[str] | None = None,
+    threads: int | None = None,
+    native: bool = True,
+    options: Any = None,
+) -> Any:
+    """A session of a bundle or of an ONNX file, whichever `path` is.
+
+    Raises:
+        ModelError: There is nothing at `path`, or ORT cannot load it.
+        BundleError: A folder that is not a complete bundle.
+    """
+    if not path.exists():
+        raise ModelError(f"no model: {path} does not exist")
+    if path.name == MANIFEST:
+        path = path.parent
+    if path.is_dir():
+        return load(
+            path, providers=providers, threads=threads, native=native, session_options=options
+        )
+    return open_session(path, providers=providers, threads=threads, options=options)
+
+
+def _options() -> Any:
+    options = import_onnxruntime().SessionOptions()
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _check_same_inputs(first: Any, second: Any) -> None:
+    names = [sorted(value.name for value in session.get_inputs()) for session in (first, second)]
+    if names[0] != names[1]:
+        raise OptionError(f"not the same model: one takes {names[0]}, the other {names[1]}")
+
+
+def _feeds(
+    inputs: Sequence[Any], shapes: Mapping[str, tuple[int, ...]],
+    data: str | os.PathLike[str] | None,
+) -> tuple[list[Feed], list[InputShape]]:  # fmt: skip
+    if data is None:
+        feed, fed = random_feed(inputs, shapes)
+        return [feed], fed
+    if shapes:
+        raise OptionError("give shapes or data, not both: samples have shapes of their own")
+    files = itertools.islice(Samples(data), _SAMPLES_IN_MEMORY)
+    feeds = [check_sample(name, sample, inputs) for name, sample in files]
+    fed = [InputShape(k, str(v.dtype), v.shape, {}) for k, v in feeds[0].items()]
+    return feeds, fed
+
+
+def _measure(first: Any, second: Any, feeds: Sequence[Feed], threads: int, seconds: float,
+             progress: Callable[[float], None]) -> Result:  # fmt: skip
+    for feed in feeds[:_WARM_UP_RUNS] * _WARM_UP_RUNS:
+        _time(first, feed), _time(second, feed)
+    times: list[tuple[float, float]] = []
+    start = time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds or len(times) < _FEWEST_ROUNDS:
+        feed = feeds[len(times) // 2 % len(feeds)]
+        if len(times) % 2:
+            after = _time(second, feed)
+            times.append((_time(first, feed), after))
+        else:
+            times.append((_time(first, feed), _time(second, feed)))
+        progress(min(spent / seconds, 1.0))
+    return _result(threads, times)
+
+
+def _time(session: Any, feed: Feed) -> float:
+    start = time.perf_counter()
+    try:
+        session.run(None, feed)
+    except Exception as error:
+        # ORT raises bare RuntimeErrors as well as its own types.
+        raise ModelError(f"the model fails on these inputs: {error}") from error
+    return time.perf_counter() - start
+
+
+def _result(threads: int, times: Sequence[tuple[float, float]]) -> Result:
+    model, bundle = (
+        Timing(statistics.median(side), min(side)) for side in zip(*times, strict=True)
+    )
+    low, _, high = statistics.quantiles((a / b for a, b in times), n=4)
+    return Result(threads, len(times), model, bundle, model.median / bundle.median,
+                  model.minimum / bundle.minimum, (low, high))  # fmt: skip

@@ -1,0 +1,89 @@
+"""Kernels called directly, on memory that faults one byte past its end, and their numpy reference."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import mmap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from qcompiler.targets.toolchain import find_linker
+from qcompiler.targets.x86 import ISAS
+from qcompiler.targets.x86.tile import TileShape
+
+Array = NDArray[Any]
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PROT_NONE = 0
+_counter = itertools.count()
+
+needs_avx512_vnni = pytest.mark.skipif(
+    not Path("/proc/cpuinfo").exists() or "avx512_vnni" not in Path("/proc/cpuinfo").read_text(),
+    reason="this CPU has no AVX512-VNNI",
+)
+
+
+def load(functions: Mapping[str, Any], folder: Path) -> ctypes.CDLL:
+    """A library with these TIR functions as its exports."""
+    from qcompiler.targets import tir
+
+    content = tir.compile_object(functions, ISAS[0].mcpu)
+    path = folder / f"kernels{next(_counter)}.so"
+    path.write_bytes(find_linker().link([content], list(functions)))
+    return ctypes.CDLL(str(path))
+
+
+class Guarded:
+    """Arrays between two pages that cannot be touched; each ends where the second page begins."""
+
+    def __init__(self) -> None:
+        self._maps: list[mmap.mmap] = []
+
+    def __call__(self, array: Array) -> Array:
+        page = mmap.PAGESIZE
+        size = -(-max(array.nbytes, 1) // page) * page
+        memory = mmap.mmap(-1, size + 2 * page)
+        self._maps.append(memory)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for start in (base, base + page + size):
+            assert _LIBC.mprotect(ctypes.c_void_p(start), page, _PROT_NONE) == 0
+        end = page + size
+        view = np.frombuffer(memory, np.uint8)[end - array.nbytes : end]
+        copy = view.view(array.dtype).reshape(array.shape)
+        copy[...] = array
+        return copy
+
+
+def pointer(array: Array) -> ctypes.c_void_p:
+    """The address of an array's data."""
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def pack(w: Array, shape: TileShape) -> tuple[Array, Array]:
+    """What the library's packing makes of w [K, N]: panels and `init`."""
+    k, n = w.shape
+    quads, panels = -(-k // 4), -(-n // shape.columns)
+    padded = np.zeros((quads * 4, panels * shape.columns), np.int8)
+    padded[:k, :n] = w
+    blocks = padded.reshape(quads, 4, panels, shape.vectors, 16).transpose(2, 0, 3, 4, 1)
+    return np.ascontiguousarray(blocks), -128 * padded.sum(0, dtype=np.int32)
+
+
+def quantize(x: Array) -> tuple[Array, Array]:
+    """The definition of Quantize, in float32."""
+    amax = np.maximum(np.abs(x).max(-1, keepdims=True), np.float32(1e-30))
+    inverse = np.float32(127) / amax
+    q = (np.clip(np.rint(x * inverse), -127, 127) + 128).astype(np.uint8)
+    return q, amax / np.float32(127)
+
+
+def accumulate(q: Array, w: Array) -> Array:
+    """The exact int32 sums of QMatMulW8A8."""
+    sums: Array = (q.astype(np.int32) - 128) @ w.astype(np.int32)
+    return sums

@@ -1,0 +1,107 @@
+import numpy as np
+import onnx_ir as ir
+import pytest
+from golden import model_of
+
+from qcompiler.ir.decisions import decision_of, plan_of
+from qcompiler.ir.errors import OptionError
+from qcompiler.ir.types import PerAxis, PerGroup
+from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.targets.catalog import TARGETS
+
+W = np.ones((64, 8), np.float32)
+
+
+def planned(text, weights, target="x86-int8", **options):
+    model = model_of(text, weights)
+    for index, node in enumerate(model.graph):
+        node.name = f"node_{index}"
+    AssignPrecision(TARGETS[target].scheme, **options)(model)
+    return list(model.graph)
+
+
+MATMUL = "g (float[2,64] x) => (float[2,8] y) { y = MatMul (x, w) }"
+
+
+def test_int8_is_per_channel_and_per_token():
+    (node,) = planned(MATMUL, {"w": W})
+    plan = plan_of(node)
+    assert plan.weight.storage is ir.DataType.INT8
+    assert plan.weight.granularity == PerAxis(1)
+    assert plan.weight.range == (-127, 127)
+    assert plan.activation.scale == "dynamic"
+    assert plan.activation.type.granularity == PerGroup(-1, 64)
+
+
+@pytest.mark.parametrize(("target", "size"), [("x86-int4", 32), ("cuda-int4", 64)])
+def test_int4_takes_the_first_group_size_that_divides(target, size):
+    (node,) = planned(MATMUL, {"w": W}, target)
+    assert plan_of(node).weight.granularity == PerGroup(0, size)
+
+
+def test_w4a16_leaves_activations_alone():
+    (node,) = planned(MATMUL, {"w": W}, "cuda-int4")
+    assert plan_of(node).activation is None
+
+
+def test_group_size_by_request_or_a_reason():
+    (node,) = planned(MATMUL, {"w": W}, "x86-int4", group_size=16)
+    assert plan_of(node).weight.granularity == PerGroup(0, 16)
+    (node,) = planned(MATMUL, {"w": W}, "x86-int4", group_size=128)
+    assert plan_of(node) is None
+    assert "K=64 is a multiple of no group size in (128,)" in decision_of(node).why
+
+
+@pytest.mark.parametrize(
+    ("text", "weights", "why"),
+    [
+        (
+            "g (float[2,64] x, float[64,8] w) => (float[2,8] y) { y = MatMul (x, w) }",
+            {},
+            "second operand is an activation",
+        ),
+        (
+            "g (float[3,2,64] x) => (float[3,2,8] y) { y = MatMul (x, w) }",
+            {"w": np.ones((3, 64, 8), np.float32)},
+            "rank 3",
+        ),
+        (
+            "g (double[2,64] x) => (double[2,8] y) { y = MatMul (x, w) }",
+            {"w": np.ones((64, 8))},
+            "weight is DOUBLE",
+        ),
+        ("g (float[2,8] x) => (float[2,8] y) { y = Softmax (x) }", {}, "Softmax is sensitive"),
+        (
+            "g (int64[2] x) => (float[2,8] y) { y = Gather (w, x) }",
+            {"w": W},
+            "no quantized form of Gather",
+        ),
+        (
+            "g (float[1,1,8,8] x) => (float[1,1,8,8] y) "
+            '{ t = Conv <auto_pad = "SAME_UPPER"> (x, w) y = Relu (t) }',
+            {"w": np.ones((1, 1, 3, 3), np.float32)},
+            "auto_pad",
+        ),
+        (
+            "g (float[1,1,8,8] x) => (float[1,1,6,6] y) { y = Conv (x, w) }",
+            {"w": np.ones((1, 1, 3, 3), np.float32)},
+            "leaves the graph",
+        ),
+    ],
+)
+def test_says_why_a_node_stays_float(text, weights, why):
+    node = planned(text, weights)[0]
+    assert plan_of(node) is None
+    assert decision_of(node).action == "float"
+    assert why in decision_of(node).why
+
+
+@pytest.mark.parametrize("pattern", ["node_0", "node_*", "MatMul", "Mat*"])
+def test_keep_float_by_name_pattern_or_op(pattern):
+    (node,) = planned(MATMUL, {"w": W}, keep_float=(pattern,))
+    assert decision_of(node).why == f"kept float by request ({pattern})"
+
+
+def test_keep_float_that_matches_nothing_is_an_error():
+    with pytest.raises(OptionError, match="'Matmul' matches no node.*did you mean 'MatMul'"):
+        planned(MATMUL, {"w": W}, keep_float=("Matmul",))

@@ -1,0 +1,96 @@
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from golden import assert_rewrites, model_of, run
+
+from qcompiler.ir.errors import ModelError
+from qcompiler.passes.canonicalize import Canonicalize
+
+RNG = np.random.default_rng(0)
+X = {"x": RNG.standard_normal((2, 6), dtype=np.float32)}
+W, B = RNG.standard_normal((6, 4), dtype=np.float32), RNG.standard_normal(4, dtype=np.float32)
+
+
+def test_expands_gemm():
+    assert_rewrites(
+        Canonicalize(),
+        model_of("g (float[2,6] x) => (float[2,4] y) { y = Gemm (x, w, b) }", {"w": W, "b": B}),
+        """inputs x
+        v3 = MatMul  (x, v2)
+        y = Add  (v3, v4)
+        outputs y""",
+        X,
+    )
+
+
+def test_folds_alpha_beta_and_transpose_into_the_constants():
+    model = model_of(
+        "g (float[2,6] x) => (float[2,4] y) "
+        "{ y = Gemm <alpha = 0.5, beta = 2.0, transB = 1> (x, w, b) }",
+        {"w": np.ascontiguousarray(W.T), "b": B},
+    )
+    Canonicalize()(model)
+    assert [node.op_type for node in model.graph] == ["MatMul", "Add"]
+    np.testing.assert_allclose(run(model, X)[0], 0.5 * X["x"] @ W + 2 * B, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("attributes", ["transA = 1", "transA = 1, transB = 1"])
+def test_keeps_a_gemm_with_a_transposed_activation(attributes):
+    weight = W if "transB" not in attributes else np.ascontiguousarray(W.T)
+    model = model_of(
+        f"g (float[6,2] x) => (float[2,4] y) {{ y = Gemm <{attributes}> (x, w) }}", {"w": weight}
+    )
+    Canonicalize()(model)
+    assert [node.op_type for node in model.graph] == ["Gemm"]
+
+
+def test_keeps_a_gemm_of_two_activations():
+    model = model_of("g (float[2,6] x, float[6,4] w) => (float[2,4] y) { y = Gemm (x, w) }")
+    Canonicalize()(model)
+    assert [node.op_type for node in model.graph] == ["Gemm"]
+
+
+@pytest.mark.parametrize("opset", [7, 9, 13, 17, 18])
+def test_raises_old_opsets(opset):
+    text = f'<ir_version: 8, opset_import: ["" : {opset}]> '
+    text += "g (float[2,6] x) => (float[2,6] y) { t = Softmax <axis = 1> (x) y = Relu (t) }"
+    proto = onnx.parser.parse_model(text)
+    model = ir.from_proto(proto)
+    Canonicalize()(model)
+    assert model.graph.opset_imports[""] == 21
+    expected = run(ir.from_proto(proto), X)
+    np.testing.assert_allclose(run(model, X)[0], expected[0], rtol=1e-6)
+
+
+def test_names_nameless_nodes_and_inlines_functions():
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21, "my" : 1]>'
+        "g (float[2,6] x) => (float[2,6] y) { t = my.twice (x) y = Relu (t) }"
+        '<domain: "my", opset_import: ["" : 21]> twice (a) => (b) { b = Add (a, a) }'
+    )
+    model = ir.from_proto(proto)
+    Canonicalize()(model)
+    assert [node.op_type for node in model.graph] == ["Add", "Relu"]
+    assert all(node.name for node in model.graph)
+    assert not model.functions
+
+
+def test_keeps_an_imported_quantization():
+    model = model_of(
+        "g (float[2,6] x) => (float[2,4] y) { wf = DequantizeLinear (w, s) y = MatMul (x, wf) }",
+        {"w": np.ones((6, 4), np.int8), "s": np.float32(0.5)},
+    )
+    Canonicalize()(model)
+    assert [node.op_type for node in model.graph] == ["DequantizeLinear", "MatMul"]
+
+
+def test_says_when_the_opset_cannot_be_raised():
+    # BatchNormalization in training mode has no counterpart in opset 9 and later.
+    text = (
+        '<ir_version: 3, opset_import: ["" : 6]> '
+        "g (float[1,2,3] x, float[2] a, float[2] b, float[2] m, float[2] v) => (float[1,2,3] y) "
+        "{ y = BatchNormalization <is_test = 0> (x, a, b, m, v) }"
+    )
+    with pytest.raises(ModelError, match="cannot raise the model from opset 6"):
+        Canonicalize()(ir.from_proto(onnx.parser.parse_model(text)))

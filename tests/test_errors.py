@@ -1,0 +1,350 @@
+"""What bad input gets: a typed error that names the thing, the value and the way out."""
+
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from golden import model_of
+
+import qcompiler
+from qcompiler.bundle import MANIFEST
+from qcompiler.ir.errors import (
+    BundleError,
+    CalibrationError,
+    ModelError,
+    OptionError,
+    QCompilerError,
+    RuntimeMissingError,
+)
+
+RNG = np.random.default_rng(0)
+W = RNG.standard_normal((64, 8), dtype=np.float32)
+CONV_W = RNG.standard_normal((4, 2, 3, 3), dtype=np.float32)
+MATMUL = "g (float[m,64] x) => (float[m,8] y) { y = MatMul (x, w) }"
+CONV = (
+    "g (float[n,2,8,8] x) => (float[n,4,6,6] y) { c = Conv (x, w) r = Relu (c) y = Identity (r) }"
+)
+
+
+@pytest.fixture
+def matmul(tmp_path):
+    path = tmp_path / "matmul.onnx"
+    ir.save(model_of(MATMUL, {"w": W}), path)
+    return path
+
+
+@pytest.fixture
+def conv(tmp_path):
+    path = tmp_path / "conv.onnx"
+    ir.save(model_of(CONV, {"w": CONV_W}), path)
+    return path
+
+
+@pytest.fixture
+def bundle(matmul, tmp_path):
+    return qcompiler.compile(matmul, "arm-int8", tmp_path / "bundle").bundle
+
+
+def samples(folder, *arrays):
+    folder.mkdir()
+    for index, content in enumerate(arrays):
+        np.savez(folder / f"{index}.npz", **content)
+    return folder
+
+
+IMAGE = RNG.standard_normal((1, 2, 8, 8), dtype=np.float32)
+
+
+def test_unknown_target(matmul):
+    with pytest.raises(OptionError, match="unknown target 'x86-int9'; did you mean 'x86-int8'"):
+        qcompiler.compile(matmul, "x86-int9")
+
+
+def test_missing_model(tmp_path):
+    with pytest.raises(ModelError, match=r"no model: .*nowhere.onnx does not exist"):
+        qcompiler.compile(tmp_path / "nowhere.onnx", "arm-int8", tmp_path / "out")
+
+
+def test_folder_as_model(tmp_path):
+    with pytest.raises(ModelError, match="is a folder; give the .onnx file"):
+        qcompiler.compile(tmp_path, "arm-int8", tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x09\x12\xff\xff\xff"])
+def test_corrupt_model(tmp_path, content):
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"bad.onnx .*ONNX model"):
+        qcompiler.compile(path, "arm-int8", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_model(matmul, tmp_path):
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(matmul.read_bytes()[:-700])
+    with pytest.raises(ModelError, match=r"cut.onnx"):
+        qcompiler.compile(path, "arm-int8", tmp_path / "out")
+
+
+def with_external_data(folder, location):
+    folder.mkdir(exist_ok=True)
+    model = model_of(MATMUL, {"w": W})
+    ir.save(model, folder / "m.onnx", external_data="w.bin", size_threshold_bytes=0)
+    proto = onnx.load(folder / "m.onnx", load_external_data=False)
+    for entry in proto.graph.initializer[0].external_data:
+        if entry.key == "location":
+            entry.value = location
+    onnx.save(proto, folder / "m.onnx")
+    return folder / "m.onnx"
+
+
+def test_missing_external_data(tmp_path):
+    path = with_external_data(tmp_path / "m", "w.bin")
+    (tmp_path / "m" / "w.bin").unlink()
+    with pytest.raises(ModelError, match=r"external data 'w.bin' of tensor 'w' is missing"):
+        qcompiler.compile(path, "arm-int8", tmp_path / "out")
+
+
+def test_truncated_external_data(tmp_path):
+    path = with_external_data(tmp_path / "m", "w.bin")
+    (tmp_path / "m" / "w.bin").write_bytes(b"short")
+    with pytest.raises(ModelError, match="truncated: tensor 'w' ends at byte 2048 of 5"):
+        qcompiler.compile(path, "arm-int8", tmp_path / "out")
+
+
+@pytest.mark.parametrize("location", ["../secret.bin", "/etc/passwd", "sub/../../secret.bin"])
+def test_external_data_outside_the_folder(tmp_path, location):
+    (tmp_path / "secret.bin").write_bytes(bytes(4096))
+    path = with_external_data(tmp_path / "m", location)
+    with pytest.raises(ModelError, match="lies outside the model's folder|cannot|readable"):
+        qcompiler.compile(path, "arm-int8", tmp_path / "out")
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    weight = W.copy()
+    weight[0, 0] = np.nan
+    with pytest.raises(ModelError, match="'w' of '.*' holds 1 NaN or Inf"):
+        qcompiler.compile(model_of(MATMUL, {"w": weight}), "arm-int8", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_calibration_where_it_is_needed(conv, tmp_path):
+    with pytest.raises(CalibrationError, match="--calib DIR.*--keep-float Conv"):
+        qcompiler.compile(conv, "arm-int8", tmp_path / "out")
+    recipe = qcompiler.Recipe(keep_float=("Conv",))
+    report = qcompiler.compile(conv, "arm-int8", tmp_path / "out", recipe=recipe)
+    assert "nothing was quantized" in report.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ([{"x": IMAGE}, {"z": IMAGE}], "1.npz has no array for input 'x'; it has ..z"),
+        ([{"x": IMAGE.astype("f8")}], "0.npz: input 'x' is float64, the model takes float32"),
+        ([{"x": IMAGE[0]}], "0.npz: input 'x' has shape .2, 8, 8., the model takes"),
+        ([{"x": IMAGE[:, :1]}], "0.npz: input 'x' has shape .1, 1, 8, 8., the model takes"),
+        ([{"x": IMAGE}, {"x": IMAGE * np.nan}], "1.npz: input 'x' holds NaN or Inf"),
+        ([{"x": np.full_like(IMAGE, 3e38)}], "0.npz: .* (NaN or Inf|holds)"),
+        ([{"x": IMAGE[:0]}], "the samples are empty"),
+    ],
+)
+def test_bad_samples(conv, tmp_path, arrays, message):
+    folder = samples(tmp_path / "calib", *arrays)
+    with pytest.raises(CalibrationError, match=message):
+        qcompiler.compile(conv, "arm-int8", tmp_path / "out", calibration=folder)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensor_that_overflows_in_a_sample(tmp_path):
+    model = model_of(
+        "g (float[n,2,8,8] x) => (float[n,4,6,6] y) "
+        "{ e = Exp (x) c = Conv (e, w) r = Relu (c) y = Identity (r) }",
+        {"w": CONV_W},
+    )
+    folder = samples(tmp_path / "calib", {"x": IMAGE}, {"x": IMAGE + 200})
+    with pytest.raises(CalibrationError, match="1.npz: tensor 'e' becomes NaN or Inf"):
+        qcompiler.compile(model, "arm-int8", tmp_path / "out", calibration=folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: None, "does not exist"),
+        (lambda p: p.mkdir(), "holds no .npz file"),
+        (lambda p: p.write_text("x"), "not an .npz of plain arrays"),
+        (
+            lambda p: np.savez(p.open("wb"), x=np.array([{}], dtype=object)),
+            "not an .npz of plain arrays",
+        ),
+    ],
+)
+def test_bad_sample_folders(conv, tmp_path, make, message):
+    path = tmp_path / "calib"
+    make(path)
+    with pytest.raises(CalibrationError, match=message):
+        qcompiler.compile(conv, "arm-int8", tmp_path / "out", calibration=path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("keep_flaot = []", "unknown key 'keep_flaot'; did you mean 'keep_float'"),
+        ("keep_float = 'Conv'", "keep_float must be a list of strings, not 'Conv'"),
+        ("keep_float = [1]", "keep_float must be a list of strings"),
+        ("group_size = 'big'", "group_size must be an integer, not 'big'"),
+        ("group_size = true", "group_size must be an integer"),
+        ("group_size = 48", "group_size 48: must be 16, 32, 64, 128 or 256"),
+        ("group_size =", "is not TOML"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, message):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(OptionError, match=message):
+        qcompiler.Recipe.read(path)
+
+
+def test_missing_recipe(tmp_path):
+    with pytest.raises(OptionError, match="cannot read the recipe"):
+        qcompiler.Recipe.read(tmp_path / "none.toml")
+
+
+def test_output_that_is_something_else(matmul, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OptionError, match="is a file"):
+        qcompiler.compile(matmul, "arm-int8", tmp_path / "file")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("mine")
+    with pytest.raises(OptionError, match="holds other files"):
+        qcompiler.compile(matmul, "arm-int8", tmp_path / "folder")
+    assert (tmp_path / "folder" / "thesis.tex").read_text() == "mine"
+
+
+def test_a_model_object_needs_an_output():
+    with pytest.raises(OptionError, match="give output="):
+        qcompiler.compile(model_of(MATMUL, {"w": W}), "arm-int8")
+
+
+def test_something_that_is_no_model(tmp_path):
+    with pytest.raises(ModelError, match="cannot read a int"):
+        qcompiler.compile(3, "arm-int8", tmp_path / "out")
+
+
+def test_strict_names_what_falls_back(matmul, tmp_path):
+    with pytest.raises(OptionError, match="--strict: 2 nodes fall back.*no arm kernels yet"):
+        qcompiler.compile(matmul, "arm-int8", tmp_path / "out", strict=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_recompile_keeps_the_old_bundle(bundle, conv):
+    before = (bundle / MANIFEST).read_bytes()
+    with pytest.raises(CalibrationError):
+        qcompiler.compile(conv, "arm-int8", bundle)
+    assert (bundle / MANIFEST).read_bytes() == before
+    assert sorted(p.name for p in bundle.parent.iterdir() if p.name.startswith(".")) == []
+
+
+def test_no_bundle(tmp_path):
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest.json"):
+        qcompiler.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"schema": 1}', '{"schema": 1, "library": 3}'])
+def test_unreadable_manifest(bundle, text):
+    (bundle / MANIFEST).write_text(text)
+    with pytest.raises(BundleError, match="not a readable manifest"):
+        qcompiler.load(bundle)
+
+
+def edit_manifest(bundle, **changes):
+    content = json.loads((bundle / MANIFEST).read_text())
+    (bundle / MANIFEST).write_text(json.dumps(content | changes))
+
+
+def test_manifest_of_another_schema(bundle):
+    edit_manifest(bundle, schema=99)
+    with pytest.raises(BundleError, match="has schema 99, this qcompiler reads 1"):
+        qcompiler.load(bundle)
+
+
+def test_an_older_onnxruntime_than_needed(bundle):
+    edit_manifest(bundle, minimum_ort="9.0")
+    with pytest.raises(BundleError, match=r"needs ONNX Runtime 9.0 or newer, this is"):
+        qcompiler.load(bundle)
+
+
+def test_altered_and_missing_files(bundle):
+    model = bundle / "model.onnx"
+    model.write_bytes(model.read_bytes() + b" ")
+    with pytest.raises(BundleError, match="differs from the hash"):
+        qcompiler.load(bundle)
+    model.unlink()
+    with pytest.raises(BundleError, match=r"model.onnx is missing"):
+        qcompiler.load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 0}, "threads must be at least 1, not 0"),
+        ({"providers": ["NoProvider"]}, "provider 'NoProvider' is not in this ONNX Runtime"),
+    ],
+)
+def test_bad_load_options(bundle, options, message):
+    with pytest.raises(OptionError, match=message):
+        qcompiler.load(bundle, **options)
+
+
+def test_no_onnxruntime(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(RuntimeMissingError, match=r"pip install 'qcompiler\[cpu\]'"):
+        qcompiler.load(bundle)
+
+
+def test_two_onnxruntimes(bundle, monkeypatch):
+    monkeypatch.setattr("qcompiler.runtime._is_installed", lambda package: True)
+    with pytest.warns(UserWarning, match="onnxruntime and onnxruntime-gpu are both installed"):
+        qcompiler.load(bundle)
+
+
+def test_errors_have_one_parent():
+    for error in (BundleError, CalibrationError, ModelError, OptionError, RuntimeMissingError):
+        assert issubclass(error, QCompilerError)
+
+
+def test_loading_imports_neither_compiler_nor_torch(bundle):
+    script = (
+        "import sys, qcompiler\n"
+        f"session = qcompiler.load({str(bundle)!r})\n"
+        "heavy = {'tvm', 'torch', 'onnx', 'onnx_ir', 'onnxscript'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_same_input_gives_the_same_bytes(conv, tmp_path):
+    folder = samples(tmp_path / "calib", {"x": IMAGE})
+    for name in ("one", "two"):
+        qcompiler.compile(conv, "arm-int8", tmp_path / name, calibration=folder)
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name
+
+
+def test_a_bundle_can_be_replaced_and_moved(matmul, bundle, tmp_path):
+    session = qcompiler.load(bundle)
+    feeds = {"x": RNG.standard_normal((2, 64), dtype=np.float32)}
+    before = session.run(None, feeds)[0]
+    qcompiler.compile(matmul, "arm-int8", bundle)
+    np.testing.assert_array_equal(session.run(None, feeds)[0], before)
+    shutil.move(bundle, tmp_path / "elsewhere")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moved = qcompiler.load(tmp_path / "elsewhere")
+    np.testing.assert_array_equal(moved.run(None, feeds)[0], before)

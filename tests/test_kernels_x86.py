@@ -1,0 +1,218 @@
+"""The x86 kernels by themselves: integers exactly, floats closely, and never a byte too far."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from raw_kernels import (
+    Array,
+    Guarded,
+    accumulate,
+    load,
+    needs_avx512_vnni,
+    pack,
+    pointer,
+    quantize,
+)
+from scipy import special
+
+from qcompiler.ir.region import Region, Step
+from qcompiler.targets import x86
+from qcompiler.targets.x86.tile import tile_shape
+
+pytestmark = needs_avx512_vnni
+
+few = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+sizes = st.integers(1, 140)
+
+
+def product(k: int, n: int, extras: tuple[str, ...] = (), *steps: Step) -> Region:
+    return Region("QMatMulW8A8", (("K", k), ("N", n)), extras, steps)  # type: ignore[arg-type]
+
+
+def int8(rng: np.random.Generator, *shape: int) -> Array:
+    return rng.integers(-128, 128, shape).astype(np.int8)
+
+
+def run_product(region: Region, q: Array, s: Array, w: Array, ws: Array, *extras: Array,
+                folder: Path, panels: tuple[int, int] | None = None) -> Array:  # fmt: skip
+    """The kernel's result, with every operand but the packed weights ending at a guard page."""
+    from qcompiler.targets.x86.qmatmul import qmatmul_function
+
+    kernel = load({"f": qmatmul_function(region)}, folder).f
+    guarded = Guarded()
+    shape = tile_shape(w.shape[1])
+    weights, init = (guarded(part) for part in pack(w, shape))
+    padded = guarded(np.zeros(init.shape, np.float32))
+    padded[: ws.size] = ws
+    y = guarded(np.full((q.shape[0], w.shape[1]), np.nan, np.float32))
+    operands = [guarded(q), guarded(s), weights, init, padded, *map(guarded, extras), y]
+    kernel(*map(pointer, operands), q.shape[0], *(panels or (0, weights.shape[0])))
+    return y.copy()
+
+
+@few
+@given(k=sizes, n=sizes, seed=st.integers(0, 2**32 - 1))
+@example(k=1, n=1, seed=0)
+@example(k=3, n=17, seed=0)
+@example(k=384, n=192, seed=0)
+def test_sums_are_exact(k: int, n: int, seed: int, tmp_path: Path) -> None:
+    from qcompiler.targets.x86.qmatmul import accumulator_function
+
+    rng, guarded, shape = np.random.default_rng(seed), Guarded(), tile_shape(n)
+    kernel = load({"f": accumulator_function(k, n)}, tmp_path).f
+    w = int8(rng, k, n)
+    weights, init = (guarded(part) for part in pack(w, shape))
+    for m in range(1, 2 * shape.rows + 2):
+        q = guarded(rng.integers(0, 256, (m, k)).astype(np.uint8))
+        y = guarded(np.full((m, n), -1, np.int32))
+        kernel(*map(pointer, (q, weights, init, y)), m, 0, weights.shape[0])
+        np.testing.assert_array_equal(y, accumulate(q, w))
+
+
+def test_sums_of_extreme_values_are_exact(tmp_path: Path) -> None:
+    """255 * -128 summed over K is the most vpdpbusd has to hold; its saturating twin fails here."""
+    k, n = 4096, 48
+    region = product(k, n)
+    q, w = np.full((3, k), 255, np.uint8), np.full((k, n), -128, np.int8)
+    one = np.ones((3, 1), np.float32)
+    y = run_product(region, q, one, w, np.ones(n, np.float32), folder=tmp_path)
+    np.testing.assert_array_equal(y, accumulate(q, w).astype(np.float32))
+
+
+@few
+@given(begin=st.integers(0, 5), count=st.integers(0, 5), m=st.integers(1, 20))
+@example(begin=0, count=5, m=1)
+@example(begin=1, count=3, m=1)
+def test_a_range_of_panels_writes_only_its_columns(
+    begin: int, count: int, m: int, tmp_path: Path
+) -> None:
+    k, n = 20, 48 * 4 + 20
+    rng = np.random.default_rng(0)
+    q, w = rng.integers(0, 256, (m, k)).astype(np.uint8), int8(rng, k, n)
+    s, ws = np.ones((m, 1), np.float32), np.ones(n, np.float32)
+    columns = tile_shape(n).columns
+    panels = -(-n // columns)
+    begin = min(begin, panels)
+    end = min(begin + count, panels)
+    y = run_product(product(k, n), q, s, w, ws, folder=tmp_path, panels=(begin, end))
+    inside = slice(begin * columns, min(end * columns, n))
+    np.testing.assert_array_equal(y[:, inside], accumulate(q, w)[:, inside].astype(np.float32))
+    outside = np.delete(y, inside, axis=1)
+    assert np.isnan(outside).all()
+
+
+@few
+@given(k=st.integers(1, 300), m=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
+@example(k=1, m=1, seed=0)
+@example(k=64, m=2, seed=1)
+def test_quantize_is_bit_identical(k: int, m: int, seed: int, tmp_path: Path) -> None:
+    from qcompiler.targets.x86.quantize import quantize_function
+
+    rng, guarded = np.random.default_rng(seed), Guarded()
+    kernel = load({"f": quantize_function(k)}, tmp_path).f
+    normal = rng.standard_normal((m, k)).astype(np.float32)
+    # With amax 127 or 254 the scale is exact, and halves are exact ties.
+    ties = rng.integers(-254, 255, (m, k)).astype(np.float32) / 2
+    ties[:, 0] = 127
+    zeros, tiny = np.zeros_like(normal), normal * np.float32(1e-35)
+    for values in (normal, normal * np.float32(1e30), ties, ties * 2, zeros, tiny):
+        x = guarded(values)
+        q, s = guarded(np.zeros((m, k), np.uint8)), guarded(np.zeros((m, 1), np.float32))
+        kernel(*map(pointer, (x, q, s)), m)
+        expected_q, expected_s = quantize(values)
+        np.testing.assert_array_equal(q, expected_q)
+        np.testing.assert_array_equal(s.view(np.int32), expected_s.view(np.int32))
+
+
+ELEMENTWISE: list[tuple[str, dict[str, float | str], Callable[[Array], Array]]] = [
+    ("Relu", {}, lambda x: np.maximum(x, 0)),
+    ("Clip", {"min": -1.5, "max": 2.0}, lambda x: np.clip(x, -1.5, 2)),
+    ("Clip", {"max": 0.5}, lambda x: np.minimum(x, 0.5)),
+    ("Gelu", {}, lambda x: x * special.ndtr(x)),
+    ("Gelu", {"approximate": "tanh"},
+     lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+    ("Sigmoid", {}, special.expit),
+    ("Tanh", {}, np.tanh),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "attributes", "reference"), ELEMENTWISE)
+def test_elementwise(
+    op: str,
+    attributes: dict[str, float | str],
+    reference: Callable[[Array], Array],
+    tmp_path: Path,
+) -> None:
+    """Absolute error at most 1e-6, over a grid that includes where exp under- and overflows."""
+    region = product(1, 40, (), Step(op, (0,), tuple(attributes.items())))
+    grid = np.arange(-128, 128)
+    q, w = (grid + 128).astype(np.uint8)[:, None], np.ones((1, 40), np.int8)
+    s = np.full((256, 1), 1 / 128, np.float32)
+    # From a fine grid within [-0.004, 0.004] to a coarse one over [-120, 120].
+    ws = np.geomspace(0.004, 120, 40).astype(np.float32)
+    y = run_product(region, q, s, w, ws, folder=tmp_path)
+    x = grid[:, None] * (s * ws).astype(np.float64)
+    tolerance = 1e-6 + 2e-7 * np.abs(x)
+    assert (np.abs(y - reference(x)) <= tolerance).all()
+
+
+@pytest.mark.parametrize("n", [1, 15, 48, 64, 100])
+def test_steps_read_extras_and_earlier_values(n: int, tmp_path: Path) -> None:
+    """((a + bias) * a - residual) + bias, with operands used twice and out of order."""
+    steps = (Step("Add", (0, -2)), Step("Mul", (1, 0)), Step("Sub", (2, -1)), Step("Add", (3, -2)))
+    region = product(9, n, ("tensor", "channel"), *steps)
+    rng, m = np.random.default_rng(n), 11
+    q, w = rng.integers(0, 256, (m, 9)).astype(np.uint8), int8(rng, 9, n)
+    s, ws = rng.random((m, 1), np.float32) / 100, rng.random(n, np.float32)
+    residual = rng.standard_normal((m, n)).astype(np.float32)
+    bias = rng.standard_normal(n).astype(np.float32)
+    y = run_product(region, q, s, w, ws, residual, bias, folder=tmp_path)
+    a = accumulate(q, w) * (s.astype(np.float64) * ws)
+    np.testing.assert_allclose(y, (a + bias) * a - residual + bias, rtol=2e-5, atol=2e-4)
+
+
+def test_division_by_zero_rows_do_not_spread(tmp_path: Path) -> None:
+    """A NaN scale stays in its row."""
+    q, w = np.full((9, 8), 200, np.uint8), np.ones((8, 48), np.int8)
+    s = np.ones((9, 1), np.float32)
+    s[4] = np.nan
+    y = run_product(product(8, 48), q, s, w, np.ones(48, np.float32), folder=tmp_path)
+    assert np.isnan(y[4]).all()
+    assert np.isfinite(np.delete(y, 4, axis=0)).all()
+
+
+@pytest.mark.parametrize(
+    ("region", "reason"),
+    [
+        (Region("QConv", (("K", 4),)), "no kernel for QConv"),
+        (Region("QMatMulW8A8", (("K", 4),)), "takes the sizes K, N"),
+        (product(0, 4), "not positive"),
+        (product(1 << 16, 1 << 15), "more than 2^30"),
+        (Region("Quantize", (("K", 4),), (), (Step("Relu", (0,)),)), "takes no epilogue"),
+        (product(4, 4, ("channel",) * 9), "at most 8"),
+        (product(4, 4, (), Step("Erf", (0,))), "no vector form of Erf"),
+        (product(4, 4, (), Step("Add", (0,))), "takes 2 operands, not 1"),
+        (product(4, 4, (), Step("Add", (0, -1))), "values that do not exist"),
+        (product(4, 4, (), Step("Relu", (1,))), "values that do not exist"),
+        (product(4, 4, (), Step("Relu", (0,), (("alpha", 1.0),))), "no attribute alpha"),
+        (product(4, 4, (), Step("Gelu", (0,), (("approximate", "x"),))), "known are none, tanh"),
+    ],
+)
+def test_unsupported_regions_say_why(region: Region, reason: str) -> None:
+    said = x86.supports(region)
+    assert said is not None
+    assert reason in said
+
+
+def test_supported_regions() -> None:
+    assert x86.supports(Region("Quantize", (("K", 1),))) is None
+    assert x86.supports(product(7, 3, ("channel",), Step("Add", (0, -1)))) is None
