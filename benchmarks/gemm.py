@@ -57,6 +57,7 @@ def aligned(array: np.ndarray) -> np.ndarray:
 
 
 def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    """The address of an array's data."""
     return ctypes.c_void_p(array.ctypes.data)
 
 
@@ -66,9 +67,7 @@ class Loops:
     def __init__(self, folder: Path) -> None:
         linker = find_linker()
         source = Path(__file__).with_suffix(".c").read_text()
-        functions = {
-            f"loop_{m}_{n}_{k}": accumulator_function(k, n) for m, n, k in SHAPES
-        }
+        functions = {f"loop_{m}_{n}_{k}": accumulator_function(k, n) for m, n, k in SHAPES}
         objects = [linker.compile(source, {}), tir.compile_object(functions, ISAS[0].mcpu)]
         exports = ["measure_peak", "measure_stream", "measure_loop", *functions]
         path = folder / "gemm.so"
@@ -86,9 +85,7 @@ class Loops:
     def stream(self, threads: int) -> Samples:
         """Seconds per byte."""
         size = ctypes.c_int64(STREAM_BYTES)
-        samples = self._measure(
-            "measure_stream", pointer(self._memory), size, threads, repeats=4
-        )
+        samples = self._measure("measure_stream", pointer(self._memory), size, threads, repeats=4)
         return [sample / STREAM_BYTES for sample in samples]
 
     def loop(self, shape: tuple[int, int, int], threads: int) -> Callable[[], Samples]:
@@ -144,9 +141,7 @@ def model(shape: tuple[int, int, int]) -> bytes:
     for i in range(copies):
         q, s = f"q{i}", f"s{i}"
         nodes.append(helper.make_node(quantize.name, ["x"], [q, s], domain=DOMAIN))
-        nodes.append(
-            helper.make_node(product.name, [q, s, *constants], [f"y{i}"], domain=DOMAIN)
-        )
+        nodes.append(helper.make_node(product.name, [q, s, *constants], [f"y{i}"], domain=DOMAIN))
     value = helper.make_tensor_value_info
     outputs = [value(f"y{i}", TensorProto.FLOAT, ["m", n]) for i in range(copies)]
     graph = helper.make_graph(

@@ -6,6 +6,7 @@ avoid the ones it gets wrong:
 
 * uint8 activations with zero point 128: s8 x s8 MatMulInteger is 23-100 times slower in ORT;
 * scales multiply one after the other: ORT fuses `Mul(a_scale, b_scale)` only for a scalar a_scale;
+* a Slice after ReduceMax: ORT returns an empty batch unreduced, [0, K] instead of [0, 1];
 * W4A8 widens its activations with Cast/Sub/Mul, because a DequantizeLinear there stops ORT from
   turning the weight's into MatMulNBits (weights would be dequantized at every run).
 
@@ -59,7 +60,10 @@ class DialectOp:
 _SCALE_OF_TOKEN = """
     magnitude = Abs (x)
     last = Constant <value_ints = [-1]> ()
-    largest = ReduceMax <keepdims = 1> (magnitude, last)
+    reduced = ReduceMax <keepdims = 1> (magnitude, last)
+    first = Constant <value_ints = [0]> ()
+    second = Constant <value_ints = [1]> ()
+    largest = Slice (reduced, first, second, last)
     floor = Constant <value_float = 1e-20> ()
     bounded = Max (largest, floor)
     top = Constant <value_float = {top}> ()

@@ -139,15 +139,15 @@ def _matrix_weight(value: ir.Value | None) -> tuple[ir.Value, ir.Value, int] | N
 
 
 def _is_token_scale(scale: ir.Value, data: ir.Value, depth: int) -> bool:
-    """Whether `scale` is Div(Max(ReduceMax(Abs(data)), tiny), top) over the whole last axis."""
+    """Whether `scale` is Div(Max(Slice(ReduceMax(Abs(data))), tiny), top) over the last axis."""
     chain, value = [], scale
-    for op in ("Div", "Max", "ReduceMax", "Abs"):
+    for op in ("Div", "Max", "Slice", "ReduceMax", "Abs"):
         node = value.producer()
         if node is None or node.op_type != op or node.inputs[0] is None:
             return False
         chain.append(node)
         value = node.inputs[0]
-    axes = constant(chain[2].inputs[1])
+    axes = constant(chain[3].inputs[1])
     last = data.shape[-1] if data.shape is not None and len(data.shape) else None
     return (
         value is data

@@ -26,6 +26,9 @@ __all__ = ["UNBOUND", "FuseRegions"]
 UNBOUND = "qcompiler.region"
 """Domain of outlined regions until `bind_kernels` names it after their hash."""
 
+_DEFAULTS = frozenset({("Gelu", "approximate", "none")})
+"""Attributes written out with their default value name no other kernel."""
+
 _ANCHORS = frozenset({"Quantize", "QMatMulW8A8", "QMatMulW4A8", "QMatMulFp8"})
 
 
@@ -132,7 +135,11 @@ def _try_extend(graph: ir.Graph, growth: _Growth, reader: ir.Node) -> _Growth | 
         args.append(-len(extras))
     if reader.op_type in ("Add", "Mul"):
         args.sort(reverse=True)
-    attributes = tuple((key, attr.value) for key, attr in sorted(reader.attributes.items()))
+    attributes = tuple(
+        (key, attribute.value)
+        for key, attribute in sorted(reader.attributes.items())
+        if (reader.op_type, key, attribute.value) not in _DEFAULTS
+    )
     step = Step(reader.op_type, tuple(args), attributes)
     grown = dataclasses.replace(region, extras=tuple(kinds), steps=(*region.steps, step))
     return _Growth(grown, extras, reader, [*growth.covered, reader])

@@ -2,9 +2,10 @@
 
 1. Dynamic, per token: the scale is computed in the graph, and the pair is exact in stock ORT.
 
-       s = Max(ReduceMax(Abs(x)), 1e-20) / 127
+       s = Max(Slice(ReduceMax(Abs(x))), 1e-20) / 127
        y = MatMul(x, W)   =>   y = MatMul(DQ(Q(x, s), s), W)      axis = -1, block_size = K
 
+   The Slice takes column 0 of a column: ORT returns an empty batch unreduced, [0, K] for [0, 1].
    Stored as int8 without a zero point: ORT 1.31 takes a blocked uint8 DQ before MatMul for a
    per-tensor one and fails at run time.
 
@@ -133,10 +134,12 @@ def _insert_dynamic(graph: ir.Graph, reader: ir.Node, value: ir.Value, spec: Qua
     name, attributes = value.name or "value", {"axis": -1, "block_size": granularity.group_size}
     token_shape = None if value.shape is None else ir.Shape([*value.shape.dims[:-1], 1])
     magnitude = ir.node("Abs", [value], name=f"{name}_abs")
-    axes = new_initializer(graph, "last_axis", np.asarray([-1], np.int64))
-    largest = ir.node(
-        "ReduceMax", [magnitude.outputs[0], axes], {"keepdims": 1}, name=f"{name}_absmax"
+    last = new_initializer(graph, "last_axis", np.asarray([-1], np.int64))
+    reduced = ir.node(
+        "ReduceMax", [magnitude.outputs[0], last], {"keepdims": 1}, name=f"{name}_reduced"
     )
+    ends = [new_initializer(graph, "column", np.asarray([i], np.int64)) for i in (0, 1)]
+    largest = ir.node("Slice", [reduced.outputs[0], *ends, last], name=f"{name}_absmax")
     floor = new_initializer(graph, "smallest_magnitude", np.asarray(SMALLEST_MAGNITUDE, np.float32))
     bounded = ir.node("Max", [largest.outputs[0], floor], name=f"{name}_bounded")
     top = new_initializer(graph, "largest_step", np.asarray(spec.type.range[1], np.float32))
@@ -154,11 +157,11 @@ def _insert_dynamic(graph: ir.Graph, reader: ir.Node, value: ir.Value, spec: Qua
         name=f"{name}_dequantize",
     )
     _type(magnitude.outputs[0], f"{name}_abs", ir.DataType.FLOAT, value.shape)
-    for node, suffix in ((largest, "absmax"), (bounded, "bounded"), (scale, "scale")):
-        _type(node.outputs[0], f"{name}_{suffix}", ir.DataType.FLOAT, token_shape)
+    for node in (reduced, largest, bounded, scale):
+        _type(node.outputs[0], f"{node.name}_value", ir.DataType.FLOAT, token_shape)
     _type(quantized.outputs[0], f"{name}_quantized", spec.type.storage, value.shape)
     _type(widened.outputs[0], f"{name}_dequantized", ir.DataType.FLOAT, value.shape)
-    new = [magnitude, largest, bounded, scale, quantized, widened]
+    new = [magnitude, reduced, largest, bounded, scale, quantized, widened]
     assert reader.graph is not None
     reader.graph.insert_before(reader, new)
     return widened.outputs[0]

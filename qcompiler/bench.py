@@ -209,7 +209,7 @@ def _feeds(
 
 def _measure(first: Any, second: Any, feeds: Sequence[Feed], threads: int, seconds: float,
              progress: Callable[[float], None]) -> Result:  # fmt: skip
-    for feed in feeds[:_WARM_UP_RUNS] * _WARM_UP_RUNS:
+    for feed in [*feeds[:_WARM_UP_RUNS]] * _WARM_UP_RUNS:
         _time(first, feed), _time(second, feed)
     times: list[tuple[float, float]] = []
     start = time.perf_counter()

@@ -18,7 +18,7 @@ import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.build import codegen_build, split_host_device_mods
-from tvm.tirx.script import builder as T
+from tvm.tirx.script import builder as script
 
 __all__ = [
     "LANES",
@@ -136,24 +136,24 @@ def half(value: Expr) -> Expr:
 
 def scratch(dtype: str, size: int) -> Expr:
     """An array on the stack, on a cache line of its own."""
-    return T.alloc_buffer((size,), dtype, scope="local", align=64, annotations=_ON_STACK)
+    return script.alloc_buffer((size,), dtype, scope="local", align=64, annotations=_ON_STACK)
 
 
 def store(array: Expr, value: Expr, index: Expr) -> None:
     """`array[index] = value`, where `index` may be `lanes(...)`."""
-    T.buffer_store(array, value, [index])
+    script.buffer_store(array, value, [index])
 
 
 def loop(begin: Expr, end: Expr) -> AbstractContextManager[Expr]:
     """`for i in range(begin, end)`, in the compiled program."""
-    frame: AbstractContextManager[Expr] = T.serial(_index(begin), _index(end))
+    frame: AbstractContextManager[Expr] = script.serial(_index(begin), _index(end))
     return frame
 
 
 @contextmanager
 def when(condition: Expr) -> Iterator[None]:
     """The enclosed statements run if `condition` holds."""
-    with T.If(condition), T.Then():
+    with script.If(condition), script.Then():
         yield
 
 
@@ -162,15 +162,17 @@ def function(parameters: Sequence[Parameter], body: Callable[..., None]) -> Any:
 
     Pointers arrive as flat arrays about whose alignment nothing is assumed: ORT hands out slices.
     """
-    with IRBuilder() as builder, T.prim_func(s_tir=True, private=True):
-        T.func_attr({"tirx.noalias": True})
+    with IRBuilder() as builder, script.prim_func(s_tir=True, private=True):
+        script.func_attr({"tirx.noalias": True})
         arguments = [
-            T.arg(p.name, T.handle(p.dtype) if p.is_pointer else tirx.Var(p.name, p.dtype))
+            script.arg(
+                p.name, script.handle(p.dtype) if p.is_pointer else tirx.Var(p.name, p.dtype)
+            )
             for p in parameters
         ]
         body(
             *(
-                T.decl_buffer((_ANY_SIZE,), p.dtype, data=argument, align=1)
+                script.decl_buffer((_ANY_SIZE,), p.dtype, data=argument, align=1)
                 if p.is_pointer
                 else argument
                 for p, argument in zip(parameters, arguments, strict=True)

@@ -77,7 +77,7 @@ class Linker:
 
 
 def find_linker() -> Linker:
-    """ziglang if it is installed, else `$CC`, cc, gcc or clang.
+    """The package ziglang if it is installed, else `$CC`, cc, gcc or clang.
 
     Raises:
         ToolchainError: if there is none, or `$CC` does not exist.

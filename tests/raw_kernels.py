@@ -1,4 +1,4 @@
-"""Kernels called directly, on memory that faults one byte past its end, and their numpy reference."""
+"""Kernels called directly, on memory that faults one byte past its end, and their reference."""
 
 from __future__ import annotations
 

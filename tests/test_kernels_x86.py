@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,10 +24,13 @@ from raw_kernels import (
 from scipy import special
 
 from qcompiler.ir.region import Region, Step
-from qcompiler.targets import x86
+from qcompiler.targets import toolchain, x86
+from qcompiler.targets.toolchain import find_linker
 from qcompiler.targets.x86.tile import tile_shape
 
 pytestmark = needs_avx512_vnni
+
+NATIVE = Path(toolchain.__file__).resolve().parent / "native"
 
 few = settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -88,8 +92,42 @@ def test_sums_of_extreme_values_are_exact(tmp_path: Path) -> None:
     np.testing.assert_array_equal(y, accumulate(q, w).astype(np.float32))
 
 
+PACK = """
+__attribute__((visibility("default"))) void pack(const int8_t *w, int64_t k, int64_t n, int vectors,
+                                                 int8_t *packed, int32_t *init) {
+    pack_w8(w, k, n, vectors, packed, init);
+}
+"""
+
+
+@pytest.fixture(scope="session")
+def packer(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The library's own packing, which is private to x86.c."""
+    headers = {path.name: path.read_text() for path in NATIVE.glob("*.h")}
+    source = (NATIVE / "x86.c").read_text() + PACK
+    path = tmp_path_factory.mktemp("packer") / "pack.so"
+    linker = find_linker()
+    path.write_bytes(linker.link([linker.compile(source, headers)], ["pack"]))
+    return ctypes.CDLL(str(path))
+
+
 @few
-@given(begin=st.integers(0, 5), count=st.integers(0, 5), m=st.integers(1, 20))
+@given(k=sizes, n=sizes)
+@example(k=1, n=1)
+@example(k=129, n=129)
+def test_packing(k: int, n: int, packer: ctypes.CDLL) -> None:
+    guarded, shape = Guarded(), tile_shape(n)
+    w = guarded(int8(np.random.default_rng(k), k, n))
+    expected = pack(w, shape)
+    packed, init = (guarded(np.full_like(part, 77)) for part in expected)
+    sizes = ctypes.c_int64(k), ctypes.c_int64(n)
+    packer.pack(pointer(w), *sizes, shape.vectors, pointer(packed), pointer(init))
+    np.testing.assert_array_equal(packed, expected[0])
+    np.testing.assert_array_equal(init, expected[1])
+
+
+@few
+@given(begin=st.integers(0, 4), count=st.integers(1, 5), m=st.integers(1, 20))
 @example(begin=0, count=5, m=1)
 @example(begin=1, count=3, m=1)
 def test_a_range_of_panels_writes_only_its_columns(
@@ -101,7 +139,7 @@ def test_a_range_of_panels_writes_only_its_columns(
     s, ws = np.ones((m, 1), np.float32), np.ones(n, np.float32)
     columns = tile_shape(n).columns
     panels = -(-n // columns)
-    begin = min(begin, panels)
+    begin = min(begin, panels - 1)
     end = min(begin + count, panels)
     y = run_product(product(k, n), q, s, w, ws, folder=tmp_path, panels=(begin, end))
     inside = slice(begin * columns, min(end * columns, n))

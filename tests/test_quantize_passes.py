@@ -39,12 +39,13 @@ def test_insert_makes_one_exact_pair_per_tensor():
         """inputs x
         v3 = Abs  (x)
         v5 = ReduceMax {'keepdims': '1'} (v3, v4)
-        v7 = Max  (v5, v6)
-        v9 = Div  (v7, v8)
-        v10 = QuantizeLinear {'axis': '-1', 'block_size': '64', 'output_dtype': '3'} (x, v9)
-        v11 = DequantizeLinear {'axis': '-1', 'block_size': '64'} (v10, v9)
-        y = MatMul  (v11, v12)
-        z = MatMul  (v11, v13)
+        v8 = Slice  (v5, v6, v7, v4)
+        v10 = Max  (v8, v9)
+        v12 = Div  (v10, v11)
+        v13 = QuantizeLinear {'axis': '-1', 'block_size': '64', 'output_dtype': '3'} (x, v12)
+        v14 = DequantizeLinear {'axis': '-1', 'block_size': '64'} (v13, v12)
+        y = MatMul  (v14, v15)
+        z = MatMul  (v14, v16)
         outputs y, z""",
         X,
         exact=False,

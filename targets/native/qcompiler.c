@@ -163,8 +163,9 @@ static OrtStatus *too_old(const OrtApiBase *base) {
     snprintf(message, sizeof message,
              "%s needs ONNX Runtime 1.%d or newer, this is %s: pip install -U onnxruntime",
              qc_domain, QC_ORT_API_VERSION, base->GetVersionString());
-    qc_api = base->GetApi(1);
-    return qc_api ? QC_ORT(CreateStatus)(ORT_FAIL, message) : NULL;
+    /* Version 1 is in every ONNX Runtime, and has CreateStatus. */
+    void *const *oldest = base->GetApi(1);
+    return ((qc_ort_CreateStatus)oldest[QC_ORT_INDEX_CreateStatus])(ORT_FAIL, message);
 }
 
 __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,

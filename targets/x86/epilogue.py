@@ -30,7 +30,7 @@ class Elementwise:
     choices: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
-def _clip(x: Expr, min: float = -math.inf, max: float = math.inf) -> Expr:  # noqa: A002
+def _clip(x: Expr, min: float = -math.inf, max: float = math.inf) -> Expr:
     return tir.minimum(tir.maximum(x, tir.broadcast(float(min))), tir.broadcast(float(max)))
 
 

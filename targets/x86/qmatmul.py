@@ -2,9 +2,9 @@
 
     y = epilogue(float(sum_k (q - 128) w) * (s * ws))
 
-The weights lie as [panel][ceil(K/4)][NR * 64]: for each four rows of K, each lane of a panel has its
-four int8 side by side, as vpdpbusd reads them.  `init` holds -128 * sum_k w, so the zero point of
-the activations costs nothing.  A tile is MR rows by one panel, its accumulators in registers.
+The weights lie as [panel][ceil(K/4)][NR * 64]: for each four rows of K, each lane of a panel has
+its four int8 side by side, as vpdpbusd reads them.  `init` holds -128 * sum_k w, so the zero point
+of the activations costs nothing.  A tile is MR rows by one panel, its accumulators in registers.
 """
 
 from __future__ import annotations
@@ -163,7 +163,8 @@ def qmatmul_function(region: Region) -> Any:
 
     `void f(const uint8_t *q, const float *s, const int8_t *weights, const int32_t *init,
     const float *ws, const float *extra..., float *y, int32_t rows, int32_t panel_begin,
-    int32_t panel_end)`, where `ws` is padded to whole panels like `init`, and `rows` is at least 1.
+    int32_t panel_end)`, where `ws` is padded to whole panels like `init`, and neither the rows nor
+    the range of panels is empty.
     """
     k, n = region.size("K"), region.size("N")
     extra_parameters = [Parameter(f"extra{i}", "float32") for i in range(len(region.extras))]

@@ -1,0 +1,5 @@
+"""`python -m qcompiler.cli`."""
+
+from qcompiler.cli.app import main
+
+main()

@@ -1,0 +1,94 @@
+"""`qcompile bench`: a bundle against its model, timed in turn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import rich_click as click
+from rich.text import Text
+
+from qcompiler.cli.console import Terminal, facts, figure_table, span
+from qcompiler.cli.options import FILE, json_option, verbose_option
+
+__all__ = ["bench_command"]
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+class ShapesType(click.ParamType):
+    """`input_ids=1x128,attention_mask=1x128`."""
+
+    name = "shapes"
+
+    def convert(
+        self, value: str | Shapes, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Shapes:
+        """Names and sizes, checked against the model later."""
+        if isinstance(value, dict):
+            return value
+        shapes: Shapes = {}
+        for part in value.split(","):
+            name, found, sizes = part.strip().rpartition("=")
+            numbers = [int(n) if n.isdecimal() else 0 for n in sizes.lower().split("x")]
+            if not found or not name or min(numbers) < 1:
+                self.fail(f"{part!r} is not NAME=SIZExSIZE, such as input_ids=1x128", param, ctx)
+            shapes[name] = tuple(numbers)
+        return shapes
+
+
+@click.command("bench")
+@click.argument("bundle", type=FILE, metavar="BUNDLE")
+@click.option("--against", type=FILE, metavar="MODEL", required=True,
+              help="The ONNX file it was compiled from, or another bundle.")
+@click.option("--threads", type=click.IntRange(min=1), multiple=True, metavar="N",
+              help="Threads inside an op; may repeat. One, and all cores, if not given.")
+@click.option("--shapes", type=ShapesType(), metavar="NAME=1x128,…",
+              help="Shapes of random inputs.")
+@click.option("--data", type=FILE, metavar="DIR", help="Feed these .npz samples instead.")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=5.0, metavar="S",
+              show_default=True, help="How long to measure, per number of threads.")
+@json_option
+@verbose_option
+@click.pass_obj
+def bench_command(
+    terminal: Terminal, bundle: Path, against: Path, threads: tuple[int, ...],
+    shapes: Shapes | None, data: Path | None, seconds: float, as_json: bool,
+) -> None:  # fmt: skip
+    """Time a bundle against its model, in turn, in one process."""
+    with terminal.progress(shown=not as_json) as progress:
+        progress("start", 0, 1)
+        from qcompiler.bench import bench
+
+        found = bench(bundle, against, threads=threads, shapes=shapes, data=data,
+                      seconds=seconds, progress=progress)  # fmt: skip
+    if as_json:
+        terminal.json(found.to_dict())
+        return
+    out = terminal.out
+    out.print(Text.assemble("\n", (str(bundle), "bold"), " against ", (str(against), "bold"), "\n"))
+    rows: list[tuple[str, str | Text]] = []
+    for index, fed in enumerate(found.inputs):
+        values = f"first of {found.samples} samples" if found.samples else "random"
+        assumed = "".join(f", {name} taken as {size}" for name, size in fed.assumed.items())
+        shape = "x".join(map(str, fed.shape)) or "scalar"
+        text = f"{fed.name} {fed.dtype} {shape}, {values}{assumed}"
+        rows.append(("Input" if index == 0 else "", text))
+    out.print(facts(*rows, ("Provider", ", ".join(found.providers)), ("Spinning", found.spinning)))
+    out.print()
+    table = figure_table(
+        ">Threads", ">Model, median", ">min", ">Bundle, median", ">min", ">Speedup", ">of minima",
+        ">middle half", ">Rounds",
+    )  # fmt: skip
+    for result in found.results:
+        low, high = result.spread
+        style = "green" if low > 1 else "red" if high < 1 else "yellow"
+        table.add_row(
+            str(result.threads), span(result.model.median), span(result.model.minimum),
+            span(result.bundle.median), span(result.bundle.minimum),
+            Text(f"{result.speedup:.2f}x", f"bold {style}"), f"{result.speedup_of_minima:.2f}x",
+            f"{low:.2f}–{high:.2f}x", f"{result.rounds:,}",
+        )  # fmt: skip
+    out.print(table)
+    out.print()
+    if any(low <= 1 <= high for low, high in (result.spread for result in found.results)):
+        out.print("Yellow: the middle half of the ratios includes 1, so neither is faster.")

@@ -1,0 +1,56 @@
+"""Options that several verbs share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import rich_click as click
+from click.shell_completion import CompletionItem
+
+__all__ = ["FILE", "TargetName", "json_option", "verbose_option"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FILE = click.Path(path_type=Path)
+"""Any path; the code behind it says what is wrong with it better than click does."""
+
+
+class TargetName(click.ParamType):
+    """A target's name; whether it exists is asked when it is used."""
+
+    name = "target"
+
+    def get_missing_message(self, param: click.Parameter, ctx: click.Context | None) -> str:
+        """Ends click's "Missing option '--target'."."""
+        return f"Choose from: {', '.join(_names())}"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The names that begin as what was typed."""
+        return [CompletionItem(name) for name in _names() if name.startswith(incomplete)]
+
+
+def json_option(command: F) -> F:
+    """`--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+def verbose_option(command: F) -> F:
+    """`-v`: kept by the terminal, so that errors know of it too."""
+    return click.option(
+        "-v", "--verbose", is_flag=True, expose_value=False, is_eager=True, callback=_set_verbose,
+        help="Tell more; show tracebacks of errors.",
+    )(command)  # fmt: skip
+
+
+def _set_verbose(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
+    ctx.obj.verbose = wanted
+
+
+def _names() -> list[str]:
+    from qcompiler.targets.catalog import TARGETS
+
+    return list(TARGETS)

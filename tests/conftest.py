@@ -1,0 +1,44 @@
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from golden import model_of
+
+import qcompiler
+from qcompiler.report import Report
+
+DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
+
+
+def has_avx512_vnni() -> bool:
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "avx512_vnni" in flags and "avx512bw" in flags
+
+
+needs_avx512_vnni = pytest.mark.skipif(not has_avx512_vnni(), reason="this CPU has no AVX512-VNNI")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory) -> Report:
+    """The example compiled for x86-int8."""
+    output = tmp_path_factory.mktemp("digits") / "digits.x86-int8"
+    return qcompiler.compile(
+        DIGITS / "digits.onnx", "x86-int8", output, calibration=DIGITS / "calib"
+    )
+
+
+def mlp(seed: int = 0, depth: int = 64, width: int = 48) -> ir.Model:
+    """Two linear layers with a GELU between and a residual around, dynamic in its rows."""
+    rng = np.random.default_rng(seed)
+    return model_of(
+        f"g (float[m,{depth}] x) => (float[m,{depth}] y) "
+        "{ p = MatMul (x, w) a = Add (p, b) h = Gelu (a) q = MatMul (h, v) c = Add (q, d) "
+        "y = Add (c, x) }",
+        {
+            "w": rng.standard_normal((depth, width), dtype=np.float32),
+            "b": rng.standard_normal(width, dtype=np.float32),
+            "v": rng.standard_normal((width, depth), dtype=np.float32),
+            "d": rng.standard_normal(depth, dtype=np.float32),
+        },
+    )

@@ -1,0 +1,209 @@
+"""Bundles as they live: several at once, stale, without their library, in other runtimes."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from conftest import DIGITS, mlp, needs_avx512_vnni
+from golden import sqnr
+from registry import package
+
+import qcompiler
+from qcompiler.bundle import Manifest
+from qcompiler.targets.catalog import TARGETS
+
+pytestmark = needs_avx512_vnni
+
+RNG = np.random.default_rng(0)
+X = {"x": RNG.standard_normal((5, 64), dtype=np.float32)}
+
+
+def compiled(folder, seed=0, **sizes):
+    return qcompiler.compile(mlp(seed, **sizes), "x86-int8", folder).bundle
+
+
+def library_of(bundle):
+    return bundle / Manifest.read(bundle).library.file
+
+
+def test_native_and_bodies_agree(tmp_path):
+    bundle = compiled(tmp_path / "b")
+    native = qcompiler.load(bundle).run(None, X)[0]
+    bodies = qcompiler.load(bundle, native=False).run(None, X)[0]
+    assert sqnr(bodies, native) > 60
+
+
+def test_three_plain_lines(tmp_path):
+    bundle = compiled(tmp_path / "b")
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library_of(bundle)))
+    session = ort.InferenceSession(bundle / "model.onnx", options)
+    np.testing.assert_array_equal(session.run(None, X)[0], qcompiler.load(bundle).run(None, X)[0])
+
+
+def test_without_its_library(tmp_path):
+    bundle = compiled(tmp_path / "b")
+    expected = qcompiler.load(bundle, native=False).run(None, X)[0]
+    library_of(bundle).unlink()
+    with pytest.warns(UserWarning, match=r"\.so is missing; running without kernels"):
+        session = qcompiler.load(bundle)
+    np.testing.assert_array_equal(session.run(None, X)[0], expected)
+
+
+def test_altered_library_is_not_loaded(tmp_path):
+    bundle = compiled(tmp_path / "b")
+    library = library_of(bundle)
+    library.write_bytes(library.read_bytes() + b"\0")
+    with pytest.raises(qcompiler.QCompilerError, match="differs from the hash"):
+        qcompiler.load(bundle)
+
+
+def test_stale_library_never_gives_wrong_numbers(tmp_path):
+    """The library of another model registers another domain: the bodies run."""
+    bundle, other = compiled(tmp_path / "b"), compiled(tmp_path / "o", depth=32)
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library_of(other)))
+    session = ort.InferenceSession(bundle / "model.onnx", options)
+    expected = qcompiler.load(bundle, native=False).run(None, X)[0]
+    np.testing.assert_array_equal(session.run(None, X)[0], expected)
+
+
+def test_two_bundles_in_one_process(tmp_path):
+    small = {"x": X["x"][:, :32].copy()}
+    first, second = compiled(tmp_path / "a"), compiled(tmp_path / "b", depth=32)
+    sessions = [qcompiler.load(first), qcompiler.load(second)]
+    for session, bundle, feeds in zip(sessions, (first, second), (X, small), strict=True):
+        bodies = qcompiler.load(bundle, native=False).run(None, feeds)[0]
+        assert sqnr(bodies, session.run(None, feeds)[0]) > 60
+
+
+def test_two_libraries_in_one_session(tmp_path):
+    first, second = compiled(tmp_path / "a"), compiled(tmp_path / "b", depth=32)
+    options = ort.SessionOptions()
+    for bundle in (first, second):
+        options.register_custom_ops_library(str(library_of(bundle)))
+    session = ort.InferenceSession(first / "model.onnx", options)
+    np.testing.assert_array_equal(session.run(None, X)[0], qcompiler.load(first).run(None, X)[0])
+
+
+def test_recompile_while_a_session_lives(tmp_path):
+    bundle = compiled(tmp_path / "b", seed=0)
+    session = qcompiler.load(bundle)
+    before = session.run(None, X)[0]
+    compiled(tmp_path / "b", seed=1)
+    np.testing.assert_array_equal(session.run(None, X)[0], before)
+    fresh = qcompiler.load(bundle)
+    bodies = qcompiler.load(bundle, native=False).run(None, X)[0]
+    assert sqnr(bodies, fresh.run(None, X)[0]) > 60
+    assert sqnr(before, bodies) < 30
+
+
+def test_same_bytes_twice(tmp_path):
+    first, second = compiled(tmp_path / "a"), compiled(tmp_path / "b")
+    assert sorted(p.name for p in first.iterdir()) == sorted(p.name for p in second.iterdir())
+    for file in first.iterdir():
+        assert file.read_bytes() == (second / file.name).read_bytes(), file.name
+
+
+def test_no_instruction_set_means_bodies(tmp_path):
+    """What cannot run here is not registered; ORT then inlines the function."""
+    bundle = compiled(tmp_path / "b")
+    script = (
+        "import numpy as np, qcompiler, sys\n"
+        "x = np.load(sys.argv[2])\n"
+        "np.save(sys.argv[3], qcompiler.load(sys.argv[1]).run(None, {'x': x})[0])"
+    )
+    np.save(tmp_path / "x.npy", X["x"])
+    command = [sys.executable, "-c", script, bundle, tmp_path / "x.npy", tmp_path / "y.npy"]
+    subprocess.run(command, check=True, env=os.environ | {"QCOMPILER_ISA": "none"})
+    expected = qcompiler.load(bundle, native=False).run(None, X)[0]
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), expected)
+
+
+def test_two_sessions_on_four_threads_each(tmp_path):
+    first, second = compiled(tmp_path / "a"), compiled(tmp_path / "b", seed=1)
+    sessions = [qcompiler.load(first, threads=2), qcompiler.load(second, threads=2)]
+    inputs = [RNG.standard_normal((rows, 64), dtype=np.float32) for rows in (1, 3, 8, 33)]
+    expected = [[s.run(None, {"x": x})[0] for x in inputs] for s in sessions]
+    wrong: list[tuple[int, int]] = []
+
+    def work(which: int, index: int) -> None:
+        for _ in range(1000):
+            result = sessions[which].run(None, {"x": inputs[index]})[0]
+            if not np.array_equal(result, expected[which][index]):
+                wrong.append((which, index))
+
+    threads = [threading.Thread(target=work, args=(w, i)) for w in (0, 1) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong  # in 1,000 runs of each of 2 x 4 threads
+
+
+@pytest.mark.parametrize("rows", [0, 1, 7, 200])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_any_number_of_rows(tmp_path, rows, threads):
+    bundle = compiled(tmp_path / "b")
+    feeds = {"x": RNG.standard_normal((rows, 64), dtype=np.float32)}
+    native = qcompiler.load(bundle, threads=threads).run(None, feeds)[0]
+    bodies = qcompiler.load(bundle, native=False).run(None, feeds)[0]
+    assert native.shape == bodies.shape == (rows, 64)
+    assert rows == 0 or sqnr(bodies, native) > 50
+
+
+def accuracy(session):
+    right = total = 0
+    for file in sorted((DIGITS / "test").glob("*.npz")):
+        with np.load(file) as sample:
+            logits = session.run(None, {"image": sample["image"]})[0]
+            right += int((logits.argmax(1) == sample["label"]).sum())
+            total += len(logits)
+    return right / total
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_target_compiles_the_example(tmp_path, target):
+    report = qcompiler.compile(
+        DIGITS / "digits.onnx", target, tmp_path / "b", calibration=DIGITS / "calib"
+    )
+    before = accuracy(ort.InferenceSession(DIGITS / "digits.onnx"))
+    assert accuracy(qcompiler.load(report.bundle, native=False)) > before - 0.01
+    assert accuracy(qcompiler.load(report.bundle)) > before - 0.01
+    assert report.bytes_after < report.bytes_before
+    assert report.count("kernel", "body") == 22 - 9 * (target == "cuda-int4")
+
+
+@pytest.mark.parametrize("version", ["1.23.2"])
+def test_in_another_onnxruntime(digits, tmp_path, version):
+    """The oldest ONNX Runtime the library supports runs the same bundle, natively."""
+    runtime = package(f"onnxruntime=={version}")
+    script = (
+        "import sys, numpy as np, onnxruntime, qcompiler\n"
+        f"assert onnxruntime.__version__ == {version!r}, onnxruntime.__file__\n"
+        "x = np.load(sys.argv[2])\n"
+        "for native in (True, False):\n"
+        "    session = qcompiler.load(sys.argv[1], native=native)\n"
+        "    np.save(sys.argv[3] + str(native), session.run(None, {'image': x})[0])\n"
+    )
+    image = RNG.random((3, 1, 20, 20), dtype=np.float32)
+    np.save(tmp_path / "x.npy", image)
+    command = [sys.executable, "-c", script, digits.bundle, tmp_path / "x.npy", tmp_path / "y"]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(runtime)})
+    expected = qcompiler.load(digits.bundle).run(None, {"image": image})[0]
+    for native in (True, False):
+        assert sqnr(expected, np.load(tmp_path / f"y{native}.npy")) > 25
+
+
+def test_moved_to_another_folder(digits, tmp_path):
+    shutil.copytree(digits.bundle, tmp_path / "copy")
+    image = {"image": RNG.random((3, 1, 20, 20), dtype=np.float32)}
+    np.testing.assert_array_equal(
+        qcompiler.load(tmp_path / "copy").run(None, image)[0],
+        qcompiler.load(digits.bundle).run(None, image)[0],
+    )

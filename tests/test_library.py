@@ -1,0 +1,419 @@
+"""The custom-op library: built twice alike, registered or not, right and robust in ONNX Runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from raw_kernels import Array, accumulate, needs_avx512_vnni, quantize
+from scipy import special
+
+from qcompiler.ir.errors import ToolchainError
+from qcompiler.ir.region import Region, Step
+from qcompiler.targets import toolchain
+from qcompiler.targets.cache import KernelCache
+from qcompiler.targets.elf import glibc_version, undefined_symbols
+from qcompiler.targets.library import Library, build_library, check_self_contained
+from qcompiler.targets.toolchain import Linker, find_linker
+
+DOMAIN = "qcompiler.0f1e2d3c"
+K, F, N = 70, 130, 70
+QUANTIZE_K = Region("Quantize", (("K", K),))
+QUANTIZE_F = Region("Quantize", (("K", F),))
+UP = Region(
+    "QMatMulW8A8", (("K", K), ("N", F)), ("channel",), (Step("Add", (0, -1)), Step("Gelu", (1,)))
+)
+DOWN = Region(
+    "QMatMulW8A8",
+    (("K", F), ("N", N)),
+    ("channel", "tensor"),
+    (Step("Add", (0, -1)), Step("Add", (1, -2))),
+)
+REGIONS = [QUANTIZE_K, QUANTIZE_F, UP, DOWN]
+NATIVE = Path(toolchain.__file__).resolve().parent / "native"
+TESTS_NATIVE = Path(__file__).resolve().parent / "native"
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> KernelCache:
+    return KernelCache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def library(cache: KernelCache, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    path = tmp_path_factory.mktemp("library") / "libqcompiler.so"
+    return build_library(REGIONS, DOMAIN, path, cache=cache)
+
+
+@pytest.fixture(scope="session")
+def constants() -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    return {
+        "w1": rng.integers(-127, 128, (K, F)).astype(np.int8),
+        "ws1": rng.random(F, np.float32) / 100,
+        "b1": rng.standard_normal(F).astype(np.float32),
+        "w2": rng.integers(-127, 128, (F, N)).astype(np.int8),
+        "ws2": rng.random(N, np.float32) / 100,
+        "b2": rng.standard_normal(N).astype(np.float32),
+    }
+
+
+def node(region: Region, inputs: list[str], outputs: list[str]) -> onnx.NodeProto:
+    return helper.make_node(region.name, inputs, outputs, domain=DOMAIN)
+
+
+def model(
+    nodes: list[onnx.NodeProto],
+    outputs: dict[str, int],
+    constants: dict[str, Array],
+    inputs: dict[str, tuple[int, list[Any]]] | None = None,
+) -> onnx.ModelProto:
+    value = helper.make_tensor_value_info
+    inputs = inputs or {"x": (TensorProto.FLOAT, ["batch", "tokens", K])}
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [value(name, dtype, shape) for name, (dtype, shape) in inputs.items()],
+        [value(name, dtype, None) for name, dtype in outputs.items()],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
+
+
+FEED_FORWARD = [
+    node(QUANTIZE_K, ["x"], ["q", "s"]),
+    node(UP, ["q", "s", "w1", "ws1", "b1"], ["u"]),
+    node(QUANTIZE_F, ["u"], ["uq", "us"]),
+    node(DOWN, ["uq", "us", "w2", "ws2", "b2", "x"], ["y"]),
+]
+
+
+def feed_forward(x: Array, c: dict[str, Array]) -> Array:
+    """What `FEED_FORWARD` computes, floats in double precision between the quantizations."""
+    q, s = quantize(x)
+    u = accumulate(q, c["w1"]) * (s.astype(np.float64) * c["ws1"]) + c["b1"]
+    q, s = quantize((u * special.ndtr(u)).astype(np.float32))
+    y: Array = accumulate(q, c["w2"]) * (s.astype(np.float64) * c["ws2"]) + c["b2"] + x
+    return y
+
+
+def session(
+    proto: onnx.ModelProto, library: Library | None, threads: int = 1
+) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    if library is not None:
+        options.register_custom_ops_library(str(library.path))
+    return ort.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+@needs_avx512_vnni
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_chain_of_ops(threads: int, library: Library, constants: dict[str, Array]) -> None:
+    outputs = {"y": TensorProto.FLOAT, "q": TensorProto.UINT8, "s": TensorProto.FLOAT}
+    run = session(model(FEED_FORWARD, outputs, constants), library, threads)
+    assert [o.shape for o in run.get_outputs()] == [
+        ["batch", "tokens", N], ["batch", "tokens", K], ["batch", "tokens", 1],
+    ]  # fmt: skip
+    for leading in [(1, 1), (1, 2), (3, 5), (2, 0), (0, 4), (2, 400), (5, 1000)]:
+        x = np.random.default_rng(1).standard_normal((*leading, K)).astype(np.float32)
+        y, q, s = run.run(None, {"x": x})
+        expected_q, expected_s = quantize(x) if x.size else (q, s)
+        np.testing.assert_array_equal(q, expected_q)
+        np.testing.assert_array_equal(s, expected_s)
+        assert y.shape == (*leading, N)
+        if x.size:
+            # A tie of the second quantization may fall either way: one step of it at most.
+            np.testing.assert_allclose(y, feed_forward(x, constants), atol=0.2)
+            assert np.abs(y - feed_forward(x, constants)).mean() < 1e-3
+
+
+@needs_avx512_vnni
+def test_sessions_and_threads_share_the_library(
+    library: Library, constants: dict[str, Array]
+) -> None:
+    proto = model(FEED_FORWARD, {"y": TensorProto.FLOAT}, constants)
+    sessions = [session(proto, library, threads=2) for _ in range(2)]
+    x = np.random.default_rng(2).standard_normal((8, 1, 120, K)).astype(np.float32)
+    expected = [sessions[0].run(None, {"x": part})[0] for part in x]
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        for i in np.random.default_rng(seed).integers(0, 8, 60):
+            y = sessions[seed % 2].run(None, {"x": x[i]})[0]
+            if not np.array_equal(y, expected[i]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def with_body(outputs: dict[str, int]) -> onnx.ModelProto:
+    """Quantize whose function body returns the constants 7 and 9."""
+    proto = model([node(QUANTIZE_K, ["x"], ["q", "s"])], outputs, {})
+    seven = numpy_helper.from_array(np.array([7], np.uint8))
+    nine = numpy_helper.from_array(np.array([9], np.float32))
+    body = [
+        helper.make_node("Constant", [], ["q"], value=seven),
+        helper.make_node("Constant", [], ["s"], value=nine),
+    ]
+    function = helper.make_function(
+        DOMAIN, QUANTIZE_K.name, ["x"], ["q", "s"], body, [helper.make_opsetid("", 20)]
+    )
+    proto.functions.append(function)
+    return proto
+
+
+@pytest.mark.parametrize(("isa", "runs"), [("none", "body"), ("avx512-vnni", "kernel")])
+def test_isa_override(
+    isa: str, runs: str, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if runs == "kernel" and needs_avx512_vnni.args[0]:
+        pytest.skip("this CPU has no AVX512-VNNI")
+    monkeypatch.setenv("QCOMPILER_ISA", isa)
+    proto = with_body({"q": TensorProto.UINT8, "s": TensorProto.FLOAT})
+    q, s = session(proto, library).run(None, {"x": np.ones((1, 1, K), np.float32)})
+    expected = ([7], [9]) if runs == "body" else ([255] * K, [1 / 127])
+    np.testing.assert_array_equal(q.ravel(), expected[0])
+    np.testing.assert_allclose(s.ravel(), expected[1])
+
+
+def test_unknown_isa_is_an_error(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QCOMPILER_ISA", "avx513")
+    with pytest.raises(Exception, match=r"avx513 is not in the library.*none, avx512-vnni"):
+        session(with_body({"q": TensorProto.UINT8}), library)
+
+
+@needs_avx512_vnni
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"q": (3, K + 1)}, r"input q has shape \[3, 71\]; its last dimension must be 70"),
+        ({"s": (2, 1)}, r"input s has shape \[2, 1\]; it must hold 3 values"),
+        ({"b": (F + 1,)}, r"input 4 has shape \[131\]; it must hold 130 values"),
+    ],
+)
+def test_wrong_shapes_are_errors(
+    changed: dict[str, tuple[int, ...]],
+    message: str,
+    library: Library,
+    constants: dict[str, Array],
+) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"q": (3, K), "s": (3, 1), "b": (F,)} | changed
+    inputs: dict[str, tuple[int, list[Any]]] = {
+        "q": (TensorProto.UINT8, [None, None]),
+        "s": (TensorProto.FLOAT, [None, None]),
+        "b": (TensorProto.FLOAT, [None]),
+    }
+    proto = model(
+        [node(UP, ["q", "s", "w1", "ws1", "b"], ["y"])],
+        {"y": TensorProto.FLOAT},
+        {name: constants[name] for name in ("w1", "ws1")},
+        inputs,
+    )
+    feeds = {
+        name: np.ones(shape, np.uint8 if name == "q" else np.float32)
+        for name, shape in shapes.items()
+    }
+    with pytest.raises(Exception, match=UP.name + ": " + message):
+        session(proto, library).run(None, feeds)
+
+
+@needs_avx512_vnni
+def test_weights_must_be_initializers_of_the_right_shape(
+    library: Library, constants: dict[str, Array]
+) -> None:
+    up = [node(QUANTIZE_K, ["x"], ["q", "s"]), node(UP, ["q", "s", "w1", "ws1", "b1"], ["y"])]
+    wrong = {**constants, "w1": constants["w1"].T}
+    with pytest.raises(Exception, match=r"w has shape \[130, 70\]; it must be \[70, 130\]"):
+        session(model(up, {"y": TensorProto.FLOAT}, wrong), library)
+    inputs: dict[str, tuple[int, list[Any]]] = {
+        "x": (TensorProto.FLOAT, [1, K]),
+        "w1": (TensorProto.INT8, [K, F]),
+    }
+    others = {name: array for name, array in constants.items() if name != "w1"}
+    with pytest.raises(Exception, match="w must be an initializer"):
+        session(model(up, {"y": TensorProto.FLOAT}, others, inputs), library)
+
+
+def test_an_old_onnxruntime_gets_a_real_error(library: Library) -> None:
+    """`GetApi` of our version is NULL; version 1 is there to say so with."""
+    messages: list[str] = []
+    create = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(
+        lambda _, message: messages.append(message.decode()) or 1
+    )
+    table = (ctypes.c_void_p * 1)(ctypes.cast(create, ctypes.c_void_p))
+    get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(
+        lambda version: ctypes.addressof(table) if version == 1 else None
+    )
+    version = ctypes.create_string_buffer(b"1.16.3")
+    get_version = ctypes.CFUNCTYPE(ctypes.c_void_p)(lambda: ctypes.addressof(version))
+    base = (ctypes.c_void_p * 2)(
+        ctypes.cast(get_api, ctypes.c_void_p), ctypes.cast(get_version, ctypes.c_void_p)
+    )
+    register = ctypes.CDLL(str(library.path)).RegisterCustomOps
+    register.restype = ctypes.c_void_p
+    assert register(None, base) == 1
+    assert messages == [
+        f"{DOMAIN} needs ONNX Runtime 1.22 or newer, this is 1.16.3: pip install -U onnxruntime"
+    ]
+
+
+def test_a_library_needs_only_libc(library: Library) -> None:
+    needed = undefined_symbols(library.path.read_bytes())
+    assert "malloc" in needed
+    assert not {name for name in needed if name.startswith(("TVM", "__TVM", "Py"))}
+    version = tuple(int(part) for part in library.minimum_glibc.split("."))
+    if library.linker.startswith("ziglang"):
+        assert version <= (2, 17)
+
+
+def test_only_the_entry_point_is_exported(library: Library) -> None:
+    loaded = ctypes.CDLL(str(library.path))
+    assert loaded.RegisterCustomOps
+    with pytest.raises(AttributeError):
+        _ = loaded.qc_specs
+
+
+def test_a_kernel_that_needs_a_runtime_is_refused() -> None:
+    source = "void TVMBackendAllocWorkspace(void); void f(void) { TVMBackendAllocWorkspace(); }"
+    with pytest.raises(ToolchainError, match="kernel f needs TVMBackendAllocWorkspace"):
+        check_self_contained("f", find_linker().compile(source, {}))
+
+
+def test_the_same_inputs_give_the_same_bytes(library: Library, tmp_path: Path) -> None:
+    again = build_library(
+        REGIONS[::-1] + REGIONS,
+        DOMAIN,
+        tmp_path / "elsewhere" / "other.so",
+        cache=KernelCache(tmp_path / "cache"),
+    )
+    assert again.path.read_bytes() == library.path.read_bytes()
+
+
+def test_a_damaged_cache_is_rebuilt(library: Library, cache: KernelCache, tmp_path: Path) -> None:
+    entries = [path for path in cache.folder.rglob("*") if path.is_file()]
+    assert entries
+    for i, entry in enumerate(entries):
+        content = entry.read_bytes()
+        entry.write_bytes(content[: len(content) // 2] if i % 2 else b"\0" + content[1:])
+    lines: list[str] = []
+    target = tmp_path / "rebuilt.so"
+    build_library(REGIONS, DOMAIN, target, cache=cache, progress=lines.append)
+    assert any(UP.name in line for line in lines)
+    assert target.read_bytes() == library.path.read_bytes()
+    build_library(REGIONS, DOMAIN, target, cache=cache, progress=lambda line: pytest.fail(line))
+
+
+def test_cache_folder_follows_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("QCOMPILER_CACHE", raising=False)
+    assert KernelCache().folder == tmp_path / "qcompiler"
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "mine"))
+    assert KernelCache().folder == tmp_path / "mine"
+
+
+def without_ziglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+
+
+def test_no_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ziglang(monkeypatch)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ToolchainError, match=r"pip install qcompiler\[zig\]"):
+        find_linker()
+
+
+def test_a_missing_cc_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_ziglang(monkeypatch)
+    monkeypatch.setenv("CC", "no-such-compiler -m64")
+    with pytest.raises(ToolchainError, match="CC=no-such-compiler -m64 does not exist"):
+        find_linker()
+
+
+def test_a_failing_compiler_shows_its_message() -> None:
+    with pytest.raises(ToolchainError, match="error: "):
+        find_linker().compile("int f(void) { return }", {})
+
+
+def system_compiler(monkeypatch: pytest.MonkeyPatch) -> Linker:
+    without_ziglang(monkeypatch)
+    try:
+        return find_linker()
+    except ToolchainError as error:
+        pytest.skip(str(error))
+
+
+@needs_avx512_vnni
+def test_a_system_compiler_works_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, constants: dict[str, Array]
+) -> None:
+    linker = system_compiler(monkeypatch)
+    built = build_library(
+        REGIONS, DOMAIN, tmp_path / "lib.so", cache=KernelCache(tmp_path / "cache")
+    )
+    assert built.linker == linker.name
+    assert built.minimum_glibc == glibc_version(built.path.read_bytes())
+    proto = model(FEED_FORWARD, {"y": TensorProto.FLOAT}, constants)
+    x = np.random.default_rng(3).standard_normal((1, 4, K)).astype(np.float32)
+    (y,) = session(proto, built).run(None, {"x": x})
+    np.testing.assert_allclose(y, feed_forward(x, constants), atol=0.2)
+
+
+def compile_program(source: Path, output: Path, *flags: str) -> None:
+    command = [*find_linker().command, "-std=c11", "-O1", f"-I{NATIVE}", str(source), *flags]
+    subprocess.run([*command, "-o", str(output)], check=True, capture_output=True, text=True)
+
+
+def official_header() -> Path:
+    folders = [os.environ.get("QCOMPILER_ORT_INCLUDE", ""), "/usr/include/onnxruntime"]
+    for folder in filter(None, folders):
+        if Path(folder, "onnxruntime_c_api.h").exists():
+            return Path(folder)
+    pytest.skip("no onnxruntime_c_api.h (libonnxruntime-dev, or set QCOMPILER_ORT_INCLUDE)")
+
+
+def test_our_header_agrees_with_the_official_one(tmp_path: Path) -> None:
+    compile_program(
+        TESTS_NATIVE / "abi_check.c", tmp_path / "check.o", "-c", f"-I{official_header()}"
+    )
+
+
+@needs_avx512_vnni
+def test_an_application_in_c(library: Library, constants: dict[str, Array], tmp_path: Path) -> None:
+    runtimes = list(Path(ort.__file__).parent.glob("capi/libonnxruntime.so*"))
+    if not runtimes:
+        pytest.skip("this onnxruntime wheel has no libonnxruntime.so")
+    inputs: dict[str, tuple[int, list[Any]]] = {"x": (TensorProto.FLOAT, ["tokens", K])}
+    proto = model(FEED_FORWARD, {"y": TensorProto.FLOAT}, constants, inputs)
+    (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
+    compile_program(TESTS_NATIVE / "host.c", tmp_path / "host", "-ldl")
+    x = np.random.default_rng(4).standard_normal((9, K)).astype(np.float32)
+    command = [tmp_path / "host", runtimes[0], library.path, tmp_path / "model.onnx"]
+    done = subprocess.run(
+        [str(part) for part in [*command, 9, K, N]], input=x.tobytes(), capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    y = np.frombuffer(done.stdout, np.float32).reshape(9, N)
+    (expected,) = session(proto, library).run(None, {"x": x})
+    np.testing.assert_array_equal(y, expected)
