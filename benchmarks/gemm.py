@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import statistics
 import sys
@@ -20,7 +21,6 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
@@ -148,8 +148,8 @@ def model(shape: tuple[int, int, int]) -> bytes:
         nodes, "gemm", [value("x", TensorProto.FLOAT, ["m", k])], outputs, initializers
     )
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
-    made: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=9)
-    return made.SerializeToString()
+    made = helper.make_model(graph, opset_imports=opsets, ir_version=9)
+    return bytes(made.SerializeToString())
 
 
 def whole_op(shape: tuple[int, int, int], threads: int, library: Path) -> Callable[[], Samples]:
@@ -189,8 +189,8 @@ def measure(rounds: int) -> dict[str, Samples]:
         build_library(unique, DOMAIN, library, cache=KernelCache(folder / "cache"))
         tasks: dict[str, Callable[[], Samples]] = {}
         for threads in (1, 2):
-            tasks[f"peak {threads}"] = lambda t=threads: loops.peak(t)
-            tasks[f"stream {threads}"] = lambda t=threads: loops.stream(t)
+            tasks[f"peak {threads}"] = functools.partial(loops.peak, threads)
+            tasks[f"stream {threads}"] = functools.partial(loops.stream, threads)
             for shape in shapes:
                 if shape != GEMV:
                     tasks[f"loop {shape} {threads}"] = loops.loop(shape, threads)

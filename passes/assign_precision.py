@@ -118,7 +118,7 @@ class AssignPrecision(ir.passes.InPlacePass):
 
     def _plan_matmul(self, node: ir.Node) -> NodePlan | str:
         weight, scheme = node.inputs[1], self.scheme
-        if (reason := _not_a_weight(weight)) is not None:
+        if (reason := _not_a_weight(weight) or _not_float(node.inputs[0])) is not None:
             return reason
         assert weight is not None and weight.const_value is not None
         shape = weight.const_value.shape.numpy()
@@ -140,8 +140,9 @@ class AssignPrecision(ir.passes.InPlacePass):
         scheme = self.scheme
         if scheme.conv_weight is None:
             return f"{scheme.name} keeps convolutions float"
-        for operand in node.inputs[1:]:
-            if operand is not None and (reason := _not_a_weight(operand)) is not None:
+        operands = [_not_a_weight(value) for value in node.inputs[1:] if value is not None]
+        for reason in [*operands, _not_float(node.inputs[0])]:
+            if reason is not None:
                 return reason
         if node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
             return "no quantized form of Conv with auto_pad yet"
@@ -157,6 +158,13 @@ def _per_channel(storage: ir.DataType, axis: int) -> QuantType:
     # -128 has no counterpart: leaving it out costs 0.05 dB and keeps every product negatable.
     narrow = storage is ir.DataType.INT8
     return QuantType(storage, granularity=PerAxis(axis), narrow_range=narrow)
+
+
+def _not_float(value: ir.Value | None) -> str | None:
+    if value is None or value.dtype is not ir.DataType.FLOAT:
+        dtype = "unknown" if value is None or value.dtype is None else value.dtype.name
+        return f"its input is {dtype}, only FLOAT is quantized"
+    return None
 
 
 def _not_a_weight(value: ir.Value | None) -> str | None:

@@ -79,6 +79,8 @@ class Bench:
         inputs: What was fed; of the first sample where there are several.
         samples: Number of different samples, 0 for random values.
         spinning: What ORT's idle threads did.
+        cores: Cores this process may use.
+        load: How many of them were busy in the minute before, on average.
         results: One per number of threads.
     """
 
@@ -88,6 +90,8 @@ class Bench:
     inputs: tuple[InputShape, ...]
     samples: int
     spinning: str
+    cores: int
+    load: float
     results: tuple[Result, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,25 +131,25 @@ def bench(
     if seconds <= 0:
         raise OptionError(f"seconds must be above 0, not {seconds}")
     counts = list(dict.fromkeys(threads or (1, available_cores())))
-    tell = progress or (lambda label, done, total: None)
-    results, fed = [], list[InputShape]()
-    feeds: list[Feed] = []
-    providers: tuple[str, ...] = ()
+    load = os.getloadavg()[0]
+    results: list[Result] = []
     for index, count in enumerate(counts):
-        second = open_model(bundle, threads=count, options=_options())
-        providers = tuple(second.get_providers())
-        first = open_model(model, threads=count, options=_options(), providers=providers)
-        _check_same_inputs(first, second)
-        if not feeds:
+        first, second = _sessions(model, bundle, count)
+        if index == 0:
             feeds, fed = _feeds(first.get_inputs(), shapes or {}, data)
-        label = f"{count} thread{'s' if count > 1 else ''}"
-
-        def step(done: float, label: str = label, index: int = index) -> None:
-            tell(label, round(100 * (index + done) / len(counts)), 100)
-
+        step = _percent(progress, count, index, len(counts))
         results.append(_measure(first, second, feeds, count, seconds, step))
-    return Bench(bundle, model, providers, tuple(fed), len(feeds) if data else 0, _SPINNING,
-                 tuple(results))  # fmt: skip
+    return Bench(
+        bundle=bundle,
+        model=model,
+        providers=tuple(second.get_providers()),
+        inputs=tuple(fed),
+        samples=len(feeds) if data else 0,
+        spinning=_SPINNING,
+        cores=available_cores(),
+        load=load,
+        results=tuple(results),
+    )
 
 
 def available_cores() -> int:
@@ -180,16 +184,30 @@ def open_model(
     return open_session(path, providers=providers, threads=threads, options=options)
 
 
-def _options() -> Any:
-    options = import_onnxruntime().SessionOptions()
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
+def _sessions(model: Path, bundle: Path, threads: int) -> tuple[Any, Any]:
+    """Both sides alike, with the providers that the bundle chooses."""
 
+    def options() -> Any:
+        options = import_onnxruntime().SessionOptions()
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        return options
 
-def _check_same_inputs(first: Any, second: Any) -> None:
+    second = open_model(bundle, threads=threads, options=options())
+    first = open_model(model, threads=threads, options=options(), providers=second.get_providers())
     names = [sorted(value.name for value in session.get_inputs()) for session in (first, second)]
     if names[0] != names[1]:
         raise OptionError(f"not the same model: one takes {names[0]}, the other {names[1]}")
+    return first, second
+
+
+def _percent(
+    progress: Callable[[str, int, int], None] | None, threads: int, index: int, count: int
+) -> Callable[[float], None]:
+    """From the share done of one measurement to the percent done of all."""
+    if progress is None:
+        return lambda share: None
+    label = f"{threads} thread{'s' if threads > 1 else ''}"
+    return lambda share: progress(label, round(100 * (index + share) / count), 100)
 
 
 def _feeds(
@@ -203,7 +221,7 @@ def _feeds(
         raise OptionError("give shapes or data, not both: samples have shapes of their own")
     files = itertools.islice(Samples(data), _SAMPLES_IN_MEMORY)
     feeds = [check_sample(name, sample, inputs) for name, sample in files]
-    fed = [InputShape(k, str(v.dtype), v.shape, {}) for k, v in feeds[0].items()]
+    fed = [InputShape(k, str(v.dtype), v.shape, "sample", {}) for k, v in feeds[0].items()]
     return feeds, fed
 
 

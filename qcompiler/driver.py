@@ -17,7 +17,7 @@ from qcompiler.bundle import MANIFEST, MODEL, LibraryEntry, Manifest, sha256_of,
 from qcompiler.calibrate import Samples, observe
 from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import decisions
-from qcompiler.ir.errors import OptionError, QCompilerError
+from qcompiler.ir.errors import ModelError, OptionError, QCompilerError
 from qcompiler.ir.types import TensorStats
 from qcompiler.passes.bind_kernels import bound_domain, bound_regions
 from qcompiler.pipeline import Pipeline
@@ -179,15 +179,7 @@ def _write(
     report: Report,
     library: LibraryEntry | None,
 ) -> None:
-    # Large tensors start on a page of their own, so that ORT maps rather than copies them.
-    ir.save(
-        model,
-        stage / MODEL,
-        external_data=f"{MODEL}.data",
-        size_threshold_bytes=1024,
-        alignment=4096,
-        align_threshold=4096,
-    )
+    _save(model, stage / MODEL)
     names = sorted(file.name for file in stage.iterdir() if file.name != MANIFEST)
     packages = ("qcompiler", "apache-tvm", "onnx-ir", "onnx")
     Manifest(
@@ -199,6 +191,27 @@ def _write(
         files={name: sha256_of(stage / name) for name in names},
         library=library,
     ).write(stage)
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    try:
+        # Large tensors start on a page of their own, so that ORT maps rather than copies them.
+        ir.save(
+            model,
+            path,
+            external_data=f"{path.name}.data",
+            size_threshold_bytes=1024,
+            alignment=4096,
+            align_threshold=4096,
+        )
+    except OSError as error:
+        raise OptionError(f"cannot write {path}: {error.strerror}") from error
+    except Exception as error:
+        # Names that are not UTF-8, for one, come as far as this.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ModelError(f"the compiled model cannot be saved: {cause}") from error
 
 
 def _warnings(report: Report) -> list[str]:

@@ -18,11 +18,20 @@ Feed = dict[str, NDArray[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class InputShape:
-    """One input as it was fed; `assumed` names the dynamic dimensions nobody gave a size for."""
+    """One input as it was fed.
+
+    Attributes:
+        name: Input name.
+        dtype: Its numpy type.
+        shape: Its shape.
+        values: What it was filled with: "random", "ones", "zeros", "0, 1, 2, …" or "sample".
+        assumed: Sizes of dynamic dimensions that nobody gave.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    values: str
     assumed: dict[str, int]
 
 
@@ -53,9 +62,10 @@ def random_feed(
         if shape is None:
             shape, assumed = _default_shape(expected, sizes)
             sizes |= assumed
-        array = _values(expected, shape, random)
+        kind = _kind(expected)
+        array = _values(expected, kind, shape, random)
         feed[expected.name] = array
-        fed.append(InputShape(expected.name, str(array.dtype), shape, assumed))
+        fed.append(InputShape(expected.name, str(array.dtype), shape, kind, assumed))
     return feed, fed
 
 
@@ -94,22 +104,40 @@ def _default_shape(
     return tuple(shape), assumed
 
 
-def _values(expected: Any, shape: tuple[int, ...], random: np.random.Generator) -> NDArray[Any]:
-    kind = expected.type.removeprefix("tensor(").removesuffix(")")
+def _kind(expected: Any) -> str:
+    """What to fill an input with, from its name: most of a model's run time ignores values."""
     name = expected.name.lower()
-    if kind in ("float", "float16", "double"):
-        dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
-        values = np.ones(shape) if "mask" in name else random.standard_normal(shape)
-        return values.astype(dtype)
-    if kind == "bool":
-        return np.ones(shape, bool)
-    if not kind.removeprefix("u").startswith("int"):
-        raise OptionError(f"cannot make up values for input {expected.name!r} of {expected.type}: "
-                          "give samples with --data DIR")  # fmt: skip
-    if "mask" in name:
-        return np.ones(shape, kind)
-    if "type" in name:
-        return np.zeros(shape, kind)
-    if "position" in name:
-        return np.broadcast_to(np.arange(shape[-1] if shape else 1), shape).astype(kind)
-    return random.integers(0, 100, shape).astype(kind)
+    if "mask" in name or expected.type == "tensor(bool)":
+        return "ones"
+    if "int" in expected.type and "type" in name:
+        return "zeros"
+    if "int" in expected.type and "position" in name:
+        return "0, 1, 2, …"
+    return "random"
+
+
+def _values(
+    expected: Any, kind: str, shape: tuple[int, ...], random: np.random.Generator
+) -> NDArray[Any]:
+    stored = expected.type.removeprefix("tensor(").removesuffix(")")
+    stored = {"float": "float32", "double": "float64"}.get(stored, stored)
+    try:
+        dtype = np.dtype(stored)
+    except TypeError:
+        dtype = np.dtype(object)
+    if dtype.kind not in "fiub":
+        raise OptionError(
+            f"cannot make up values for input {expected.name!r} of {expected.type}: "
+            "give samples with --data DIR"
+        )
+    match kind:
+        case "ones":
+            return np.ones(shape, dtype)
+        case "zeros":
+            return np.zeros(shape, dtype)
+        case "random" if dtype.kind == "f":
+            return random.standard_normal(shape).astype(dtype)
+        case "random":
+            # Small enough to be a token id of any vocabulary.
+            return random.integers(0, 100, shape).astype(dtype)
+    return np.broadcast_to(np.arange(shape[-1] if shape else 1), shape).astype(dtype)

@@ -36,6 +36,7 @@ __all__ = [
     "loop",
     "maximum",
     "minimum",
+    "prefetch_to_l2",
     "reinterpret",
     "scratch",
     "shuffle",
@@ -68,6 +69,10 @@ class Parameter:
     name: str
     dtype: str
     is_pointer: bool = True
+
+    def variable(self) -> Expr:
+        """A new TIR variable of its type."""
+        return script.handle(self.dtype) if self.is_pointer else tirx.Var(self.name, self.dtype)
 
 
 class Register:
@@ -144,6 +149,15 @@ def store(array: Expr, value: Expr, index: Expr) -> None:
     script.buffer_store(array, value, [index])
 
 
+def prefetch_to_l2(array: Expr, index: Expr) -> None:
+    """Ask for the cache line of `array[index]`; no fault if there is no such memory."""
+    read, level, data_cache = _index(0), _index(2), _index(1)
+    line = tirx.address_of(array[index])
+    script.evaluate(
+        tirx.call_llvm_intrin("void", "llvm.prefetch", line, read, level, data_cache)
+    )
+
+
 def loop(begin: Expr, end: Expr) -> AbstractContextManager[Expr]:
     """`for i in range(begin, end)`, in the compiled program."""
     frame: AbstractContextManager[Expr] = script.serial(_index(begin), _index(end))
@@ -164,12 +178,7 @@ def function(parameters: Sequence[Parameter], body: Callable[..., None]) -> Any:
     """
     with IRBuilder() as builder, script.prim_func(s_tir=True, private=True):
         script.func_attr({"tirx.noalias": True})
-        arguments = [
-            script.arg(
-                p.name, script.handle(p.dtype) if p.is_pointer else tirx.Var(p.name, p.dtype)
-            )
-            for p in parameters
-        ]
+        arguments = [script.arg(p.name, p.variable()) for p in parameters]
         body(
             *(
                 script.decl_buffer((_ANY_SIZE,), p.dtype, data=argument, align=1)

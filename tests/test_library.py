@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import subprocess
 import threading
@@ -256,9 +257,12 @@ def test_weights_must_be_initializers_of_the_right_shape(
 def test_an_old_onnxruntime_gets_a_real_error(library: Library) -> None:
     """`GetApi` of our version is NULL; version 1 is there to say so with."""
     messages: list[str] = []
-    create = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(
-        lambda _, message: messages.append(message.decode()) or 1
-    )
+
+    def note(_: int, message: bytes) -> int:
+        messages.append(message.decode())
+        return 1
+
+    create = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)(note)
     table = (ctypes.c_void_p * 1)(ctypes.cast(create, ctypes.c_void_p))
     get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)(
         lambda version: ctypes.addressof(table) if version == 1 else None
@@ -333,7 +337,7 @@ def test_cache_folder_follows_the_environment(
 
 
 def without_ziglang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 def test_no_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

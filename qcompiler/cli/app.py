@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import rich_click as click
 from click.shell_completion import CompletionItem
 from rich.text import Text
+from rich_click.rich_panel import RichCommandPanel, RichOptionPanel
 
 from qcompiler.cli.bench import bench_command
 from qcompiler.cli.compare import compare_command
@@ -43,13 +44,14 @@ class Application(click.RichGroup):
             args = ["--help"]
         return super().parse_args(ctx, args)
 
-    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_usage(self, ctx: Any, formatter: Any) -> None:
         """Both ways to call it."""
         formatter.write(Text("\n qcompile MODEL --target TARGET [OPTIONS]\n qcompile VERB ...\n"))
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The options of compiling, then our own and the verbs."""
-        compile_command.format_options(ctx, formatter)
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """The options of compiling, then the verbs and our own options."""
+        within = compile_command.context_class(compile_command, info_name=_COMPILE, parent=ctx)
+        compile_command.format_options(within, formatter)
         super().format_options(ctx, formatter)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
@@ -84,7 +86,12 @@ class Application(click.RichGroup):
 
 def _check_first_word(word: str, verbs: Sequence[str]) -> None:
     """Tell a mistyped verb from the name of a model."""
-    if word.startswith("-") or Path(word).exists() or Path(word).suffix or len(Path(word).parts) > 1:
+    if (
+        word.startswith("-")
+        or Path(word).exists()
+        or Path(word).suffix
+        or len(Path(word).parts) > 1
+    ):
         return
     hint = did_you_mean(word, verbs) or f"; the verbs are {', '.join(verbs)}"
     raise click.UsageError(f"{word!r} is neither a file nor a verb{hint}")
@@ -105,7 +112,7 @@ def _print_version(ctx: click.Context, option: click.Parameter, wanted: bool) ->
 
 application = Application(
     name="qcompile",
-    help="Compile a model into a folder that ONNX Runtime runs: quantized, with kernels of its own.",
+    help="Compile a model into a folder that ONNX Runtime runs: quantized, with its own kernels.",
     epilog="A file that is named like a verb is given with its folder: ./bench",
     commands=[
         compile_command, targets_command, inspect_command, bench_command, compare_command,
@@ -114,6 +121,10 @@ application = Application(
     params=[
         click.Option(["--version"], is_flag=True, expose_value=False, is_eager=True,
                      callback=_print_version, help="Print the version."),
+    ],
+    panels=[
+        RichCommandPanel("Verbs", ["targets", "inspect", "bench", "compare", "pass"]),
+        RichOptionPanel("General", ["--version", "--help"]),
     ],
     context_settings={"help_option_names": list(_HELP), "rich_help_config": {"theme": "slim"}},
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rich_click as click
 from rich.text import Text
@@ -10,12 +11,18 @@ from rich.text import Text
 from qcompiler.cli.console import Terminal, facts, figure_table, span
 from qcompiler.cli.options import FILE, json_option, verbose_option
 
+if TYPE_CHECKING:
+    from qcompiler.bench import Bench
+
 __all__ = ["bench_command"]
 
 Shapes = dict[str, tuple[int, ...]]
 
+_BUSY = 0.25
+"""Share of the cores that others may keep busy before it is mentioned."""
 
-class ShapesType(click.ParamType):
+
+class ShapesType(click.ParamType[Shapes]):
     """`input_ids=1x128,attention_mask=1x128`."""
 
     name = "shapes"
@@ -38,15 +45,32 @@ class ShapesType(click.ParamType):
 
 @click.command("bench")
 @click.argument("bundle", type=FILE, metavar="BUNDLE")
-@click.option("--against", type=FILE, metavar="MODEL", required=True,
-              help="The ONNX file it was compiled from, or another bundle.")
-@click.option("--threads", type=click.IntRange(min=1), multiple=True, metavar="N",
-              help="Threads inside an op; may repeat. One, and all cores, if not given.")
-@click.option("--shapes", type=ShapesType(), metavar="NAME=1x128,…",
-              help="Shapes of random inputs.")
+@click.option(
+    "--against",
+    type=FILE,
+    metavar="MODEL",
+    required=True,
+    help="The ONNX file it was compiled from, or another bundle.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    multiple=True,
+    metavar="N",
+    help="Threads inside an op; may repeat. One, and all cores, if not given.",
+)
+@click.option(
+    "--shapes", type=ShapesType(), metavar="NAME=1x128,…", help="Shapes of random inputs."
+)
 @click.option("--data", type=FILE, metavar="DIR", help="Feed these .npz samples instead.")
-@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), default=5.0, metavar="S",
-              show_default=True, help="How long to measure, per number of threads.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=5.0,
+    metavar="S",
+    show_default=True,
+    help="How long to measure, per number of threads.",
+)
 @json_option
 @verbose_option
 @click.pass_obj
@@ -56,7 +80,6 @@ def bench_command(
 ) -> None:  # fmt: skip
     """Time a bundle against its model, in turn, in one process."""
     with terminal.progress(shown=not as_json) as progress:
-        progress("start", 0, 1)
         from qcompiler.bench import bench
 
         found = bench(bundle, against, threads=threads, shapes=shapes, data=data,
@@ -64,16 +87,16 @@ def bench_command(
     if as_json:
         terminal.json(found.to_dict())
         return
+    _print(terminal, found)
+
+
+def _print(terminal: Terminal, found: Bench) -> None:
     out = terminal.out
-    out.print(Text.assemble("\n", (str(bundle), "bold"), " against ", (str(against), "bold"), "\n"))
-    rows: list[tuple[str, str | Text]] = []
-    for index, fed in enumerate(found.inputs):
-        values = f"first of {found.samples} samples" if found.samples else "random"
-        assumed = "".join(f", {name} taken as {size}" for name, size in fed.assumed.items())
-        shape = "x".join(map(str, fed.shape)) or "scalar"
-        text = f"{fed.name} {fed.dtype} {shape}, {values}{assumed}"
-        rows.append(("Input" if index == 0 else "", text))
-    out.print(facts(*rows, ("Provider", ", ".join(found.providers)), ("Spinning", found.spinning)))
+    title = Text.assemble(
+        "\n", (str(found.bundle), "bold"), " against ", (str(found.model), "bold"), "\n"
+    )
+    out.print(title)
+    out.print(facts(*_conditions(found)))
     out.print()
     table = figure_table(
         ">Threads", ">Model, median", ">min", ">Bundle, median", ">min", ">Speedup", ">of minima",
@@ -86,9 +109,27 @@ def bench_command(
             str(result.threads), span(result.model.median), span(result.model.minimum),
             span(result.bundle.median), span(result.bundle.minimum),
             Text(f"{result.speedup:.2f}x", f"bold {style}"), f"{result.speedup_of_minima:.2f}x",
-            f"{low:.2f}–{high:.2f}x", f"{result.rounds:,}",
+            f"{low:.2f} to {high:.2f}x", f"{result.rounds:,}",
         )  # fmt: skip
     out.print(table)
     out.print()
+    note = "Speedup is the ratio of the medians; the middle half is of the rounds' own ratios."
+    out.print(note, style="dim")
     if any(low <= 1 <= high for low, high in (result.spread for result in found.results)):
-        out.print("Yellow: the middle half of the ratios includes 1, so neither is faster.")
+        out.print("Where that half includes 1, neither is faster.", style="dim")
+
+
+def _conditions(found: Bench) -> list[tuple[str, str | Text]]:
+    """What was fed, and under which circumstances."""
+    rows: list[tuple[str, str | Text]] = []
+    for index, fed in enumerate(found.inputs):
+        values = f"first of {found.samples} samples" if found.samples else fed.values
+        assumed = "".join(f", {name} taken as {size}" for name, size in fed.assumed.items())
+        shape = "x".join(map(str, fed.shape)) or "scalar"
+        text = f"{fed.name} {fed.dtype} {shape}, {values}{assumed}"
+        rows.append(("Input" if index == 0 else "", text))
+    rows += [("Provider", ", ".join(found.providers)), ("Spinning", found.spinning)]
+    if found.load > _BUSY * found.cores:
+        text = f"{found.load:.1f} of {found.cores} cores were busy before: times may be too long"
+        rows.append(("Load", Text(text, "yellow")))
+    return rows

@@ -21,11 +21,19 @@ __all__ = ["compare_command"]
 @click.command("compare")
 @click.argument("model", type=FILE, metavar="MODEL")
 @click.argument("bundle", type=FILE, metavar="BUNDLE")
-@click.option("--data", type=FILE, metavar="DIR", required=True,
-              help="Folder of .npz samples, an array per input.")
+@click.option(
+    "--data",
+    type=FILE,
+    metavar="DIR",
+    required=True,
+    help="Folder of .npz samples, an array per input.",
+)
 @click.option("--labels", metavar="NAME", help="Array of the samples with the right classes.")
-@click.option("--native/--no-native", default=True,
-              help="Run the bundle's kernels, or only its functions' bodies.")
+@click.option(
+    "--native/--no-native",
+    default=True,
+    help="Run the bundle's kernels, or only its functions' bodies.",
+)
 @json_option
 @verbose_option
 @click.pass_obj
@@ -35,7 +43,6 @@ def compare_command(
 ) -> None:  # fmt: skip
     """Run a model and its bundle on samples, and measure the difference."""
     with terminal.progress(shown=not as_json) as progress:
-        progress("start", 0, 1)
         from qcompiler.compare import compare
 
         found = compare(model, bundle, data, labels=labels, native=native, progress=progress)
@@ -52,15 +59,17 @@ def compare_command(
     terminal.out.print()
     for output in found.outputs:
         if output.not_finite:
-            terminal.warning(f"output {output.name!r} of the bundle is NaN or Inf "
-                             f"{output.not_finite} times where the model's is a number")  # fmt: skip
+            terminal.warning(
+                f"output {output.name!r} of the bundle is NaN or Inf {output.not_finite} times "
+                "where the model's is a number"
+            )
 
 
 def _table(found: Comparison) -> Table:
     scores = any(output.top1 is not None for output in found.outputs)
     labelled = any(output.accuracy is not None for output in found.outputs)
     titles = ["Output", ">Values", ">SQNR", ">Cosine", ">Max error"]
-    titles += [">Same top-1"] * scores + [">Accuracy before", ">after"] * labelled
+    titles += [">Same top-1"] * scores + [">Accuracy, model", ">bundle"] * labelled
     table = figure_table(*titles)
     for output in found.outputs:
         cells = _figures(output)

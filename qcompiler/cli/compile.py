@@ -34,16 +34,39 @@ _WEIGHTLESS = "holds no weights to quantize"
 
 @click.command("compile", hidden=True, add_help_option=False)
 @click.argument("model", type=FILE, metavar="MODEL", help="An ONNX file.")
-@click.option("--target", type=TargetName(), metavar="TARGET", required=True,
-              help="What to compile for; `qcompile targets` lists them.")
-@click.option("-o", "--output", type=FILE, metavar="DIR",
-              help="The bundle's folder; <model>.<target> if not given.")
-@click.option("--calib", type=FILE, metavar="DIR",
-              help="Folder of .npz samples, an array per input; needed for convolutions.")
-@click.option("--recipe", "recipe_file", type=FILE, metavar="FILE",
-              help="A TOML file with the keys keep_float and group_size.")
-@click.option("--keep-float", multiple=True, metavar="PATTERN",
-              help="Do not quantize these nodes: a name, an op type or a pattern; may repeat.")
+@click.option(
+    "--target",
+    type=TargetName(),
+    metavar="TARGET",
+    required=True,
+    help="What to compile for; `qcompile targets` lists them.",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=FILE,
+    metavar="DIR",
+    help="The bundle's folder; <model>.<target> if not given.",
+)
+@click.option(
+    "--calib",
+    type=FILE,
+    metavar="DIR",
+    help="Folder of .npz samples, an array per input; needed for convolutions.",
+)
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=FILE,
+    metavar="FILE",
+    help="A TOML file with the keys keep_float and group_size.",
+)
+@click.option(
+    "--keep-float",
+    multiple=True,
+    metavar="PATTERN",
+    help="Do not quantize these nodes: a name, an op type or a pattern; may repeat.",
+)
 @click.option("--group-size", type=int, metavar="N", help="Weights per scale, for int4.")
 @click.option("--strict", is_flag=True, help="Fail if a node that could be fast is not.")
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
@@ -57,8 +80,7 @@ def compile_command(
 ) -> None:  # fmt: skip
     """Compile a model into a bundle."""
     with terminal.progress(shown=not (quiet or as_json)) as progress:
-        # TVM and onnx are imported here: seconds that the progress should cover.
-        progress("start", 0, 1)
+        # Imported here, so that the progress covers it.
         import qcompiler
 
         report = qcompiler.compile(

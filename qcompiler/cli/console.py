@@ -86,7 +86,7 @@ class Terminal:
     def one_line_warnings(self) -> Iterator[None]:
         """Show Python's warnings as our own, without the source line they come from."""
 
-        def show(message: Warning | str, *_: object) -> None:
+        def show(message: Warning | str, *_: Any, **__: Any) -> None:
             self.warning(" ".join(str(message).split()))
 
         with warnings.catch_warnings():
@@ -167,7 +167,7 @@ def _bar(console: Console) -> Iterator[ProgressCallback]:
         BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("left", style="dim"), Remaining(),
         console=console, transient=True, expand=True,
     )  # fmt: skip
-    task = progress.add_task("", total=None)
+    task = progress.add_task("starting", total=None)
     # What is over within a second needs no bar.
     timer = threading.Timer(1.0, progress.start)
     timer.daemon = True

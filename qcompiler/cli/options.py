@@ -17,7 +17,7 @@ FILE = click.Path(path_type=Path)
 """Any path; the code behind it says what is wrong with it better than click does."""
 
 
-class TargetName(click.ParamType):
+class TargetName(click.ParamType[str]):
     """A target's name; whether it exists is asked when it is used."""
 
     name = "target"

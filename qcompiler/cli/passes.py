@@ -42,8 +42,9 @@ class PassEntry:
 @click.argument("source", type=FILE, metavar="IN.onnx", required=False)
 @click.argument("output", type=FILE, metavar="OUT.onnx", required=False)
 @click.option("--list", "listed", is_flag=True, help="List the passes in order.")
-@click.option("--target", type=TargetName(), metavar="TARGET",
-              help="For passes that depend on one.")
+@click.option(
+    "--target", type=TargetName(), metavar="TARGET", help="For passes that depend on one."
+)
 @click.option("--calib", type=FILE, metavar="DIR", help="Samples, for insert-qdq.")
 @json_option
 @verbose_option
@@ -140,11 +141,11 @@ def _pipeline(target: str | None, calib: Path | None) -> Pipeline:
 
 def _apply(step: Step, model: ir.Model) -> tuple[bool, ir.Model]:
     """Run one step as the pipeline would; whether it changed anything, and the model."""
-    from qcompiler.pipeline import Pipeline
+    from qcompiler.ir.stages import verify
 
-    recorded = _Recorded(step.rewrite)
-    model = Pipeline([dataclasses.replace(step, rewrite=recorded)]).run(model)
-    return recorded.changed, model
+    result = step.rewrite(model)
+    verify(result.model, step.stage, after=step.name)
+    return result.modified, result.model
 
 
 def _count(model: ir.Model) -> int:

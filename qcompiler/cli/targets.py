@@ -93,7 +93,8 @@ def _built(target: Target) -> tuple[str, ...]:
     from qcompiler.targets import catalog, x86
 
     scheme = target.scheme
-    anchor = _ANCHORS[scheme.weight.name, scheme.activation and scheme.activation.name]
+    activation = None if scheme.activation is None else scheme.activation.name
+    anchor = _ANCHORS[scheme.weight.name, activation]
     probe = Region(anchor, (("K", 1024), ("N", 1024)))
     if catalog.unsupported(target, probe) is not None:
         return ()
@@ -122,7 +123,7 @@ def _scheme(scheme: Scheme) -> tuple[str, str, str]:
     name = {"FLOAT8E4M3FN": "e4m3"}
     weight = name.get(scheme.weight.name, scheme.weight.name.lower())
     if scheme.group_sizes:
-        weights = f"{weight}, groups of {'/'.join(map(str, scheme.group_sizes))}"
+        weights = f"{weight}, groups of {scheme.group_sizes[0]}"
     else:
         weights = f"{weight} per channel"
     if scheme.activation is None:
@@ -166,7 +167,7 @@ def _gpu() -> str | None:
 def _print(terminal: Terminal, found: list[TargetStatus], here: dict[str, Any]) -> None:
     table = figure_table("Target", "Weights", "Activations", "Convolutions", "Kernels", "Here")
     for status in found:
-        kernels = ", ".join(status.built_isa) or Text("bodies only", "yellow")
+        kernels = ", ".join(status.built_isa) or Text("none yet", "yellow")
         table.add_row(
             Text(status.target, "bold"), status.weights, status.activations, status.convolutions,
             kernels, _here(status),
@@ -189,7 +190,5 @@ def _here(status: TargetStatus) -> Text:
     if status.runs_native:
         return Text("native", "green")
     if status.built_isa:
-        return Text("not native: another machine", "yellow")
-    if not status.provider_available:
-        return Text(f"on the CPU: no {status.provider}", "dim")
-    return Text("as bodies", "dim")
+        return Text("bodies only", "yellow")
+    return Text("bodies only" if status.provider_available else "bodies, on the CPU", "yellow")

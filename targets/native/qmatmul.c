@@ -62,8 +62,8 @@ static int64_t split(struct qmatmul_run *run) {
         qc_task_count((multiply > stream ? multiply : stream) + m * n / EPILOGUE_RATE);
 
     int64_t rows = max(BLOCK_BYTES / spec->k, 4 * tile_rows);
-    /* Too few panels for all tasks: cut the rows, but never below two tiles. */
-    int64_t wanted_blocks = ceil_div(tasks, kernel->panels);
+    /* Few panels: cut the rows too, but never below two tiles, since every block reads all of w. */
+    int64_t wanted_blocks = ceil_div(min(tasks, 16), kernel->panels);
     rows = min(rows, max(ceil_div(run->rows, wanted_blocks), 2 * tile_rows));
     rows = ceil_div(rows, tile_rows) * tile_rows;
     run->block_rows = max(min(rows, MAX_BLOCK_ELEMENTS / max(spec->k, spec->n)), 1);

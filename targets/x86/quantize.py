@@ -69,7 +69,7 @@ def _row_amax(x: Expr, start: Expr, k: int) -> Expr:
 
 
 def _for_each_vector(k: int, emit: Callable[[Expr, int, int], None]) -> None:
-    """`emit(offset, lanes, chain)` along a row, in a loop of `_CHAINS` vectors and then the rest."""
+    """`emit(offset, lanes, chain)` along a row: a loop of `_CHAINS` vectors, then the rest."""
     chunk = _CHAINS * LANES
     with tir.loop(0, k // chunk) as index:
         for chain in range(_CHAINS):

@@ -31,4 +31,4 @@ _FOUR_VECTORS = TileShape(6, 4)
 def tile_shape(n: int) -> TileShape:
     """The tile for `n` output columns: the one that leaves the least of its last panel unused."""
     vectors = -(-n // _LANES)
-    return _THREE_VECTORS if -vectors % 3 <= -vectors % 4 else _FOUR_VECTORS
+    return _THREE_VECTORS
