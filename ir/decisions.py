@@ -14,6 +14,7 @@ import onnx_ir as ir
 from qcompiler.ir.types import QuantSpec, QuantType
 
 __all__ = [
+    "NO_WEIGHTS",
     "Action",
     "Decision",
     "NodePlan",
@@ -27,6 +28,9 @@ __all__ = [
 
 Action = Literal["kernel", "body", "qdq", "float"]
 """Who computes a node: our kernel, its function's body in ORT, ORT's own quantized op, or float."""
+
+NO_WEIGHTS = "holds no weights to quantize"
+"""Why an op that nobody decided about stays float."""
 
 _ACTION = "qcompiler.action"
 _WHY = "qcompiler.why"
@@ -94,7 +98,7 @@ def decision_of(node: ir.Node) -> Decision:
         node=node.name or "",
         op=node.op_type,
         action=node.metadata_props.get(_ACTION, "float"),  # type: ignore[arg-type]
-        why=node.metadata_props.get(_WHY, "holds no weights to quantize"),
+        why=node.metadata_props.get(_WHY, NO_WEIGHTS),
     )
 
 

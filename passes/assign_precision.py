@@ -69,7 +69,17 @@ class AssignPrecision(ir.passes.InPlacePass):
     def __init__(
         self, scheme: Scheme, keep_float: tuple[str, ...] = (), group_size: int | None = None
     ) -> None:
+        """Take the facts.
+
+        Raises:
+            OptionError: A group size for a scheme whose weights have no groups.
+        """
         super().__init__()
+        if group_size is not None and not scheme.group_sizes:
+            raise OptionError(
+                f"group_size {group_size}: {scheme.name} weights have one scale per channel; "
+                "leave it out, or choose an int4 target"
+            )
         self.scheme = scheme
         self.keep_float = keep_float
         self.group_sizes = (group_size,) if group_size else scheme.group_sizes
@@ -164,6 +174,9 @@ def _not_float(value: ir.Value | None) -> str | None:
     if value is None or value.dtype is not ir.DataType.FLOAT:
         dtype = "unknown" if value is None or value.dtype is None else value.dtype.name
         return f"its input is {dtype}, only FLOAT is quantized"
+    if value.shape is not None and len(value.shape) < 2:
+        # ORT takes the one scale of a vector for a per-tensor one and refuses its block size.
+        return "its input is a vector, only batches of them are quantized"
     return None
 
 

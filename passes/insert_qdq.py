@@ -88,8 +88,8 @@ class InsertQDQ(ir.passes.InPlacePass):
             names = ", ".join(node.name or node.op_type for node in nodes[:3])
             more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
             raise CalibrationError(
-                f"{names}{more} need static activation ranges: give samples with --calib DIR "
-                "(calibration=...), or keep them float with --keep-float Conv"
+                f"static activation ranges are needed by {names}{more}: give samples with "
+                "--calib DIR (calibration=...), or keep them float with --keep-float Conv"
             )
         return self.observe(model, [value.name or "" for value in values])
 

@@ -108,7 +108,7 @@ def bench(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     data: str | os.PathLike[str] | None = None,
     seconds: float = 5.0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, float, int], None] | None = None,
 ) -> Bench:
     """Time `bundle` against `model`.
 
@@ -140,16 +140,9 @@ def bench(
         step = _percent(progress, count, index, len(counts))
         results.append(_measure(first, second, feeds, count, seconds, step))
     return Bench(
-        bundle=bundle,
-        model=model,
-        providers=tuple(second.get_providers()),
-        inputs=tuple(fed),
-        samples=len(feeds) if data else 0,
-        spinning=_SPINNING,
-        cores=available_cores(),
-        load=load,
-        results=tuple(results),
-    )
+        bundle, model, tuple(second.get_providers()), tuple(fed), len(feeds) if data else 0,
+        _SPINNING, available_cores(), load, tuple(results),
+    )  # fmt: skip
 
 
 def available_cores() -> int:
@@ -201,7 +194,7 @@ def _sessions(model: Path, bundle: Path, threads: int) -> tuple[Any, Any]:
 
 
 def _percent(
-    progress: Callable[[str, int, int], None] | None, threads: int, index: int, count: int
+    progress: Callable[[str, float, int], None] | None, threads: int, index: int, count: int
 ) -> Callable[[float], None]:
     """From the share done of one measurement to the percent done of all."""
     if progress is None:

@@ -22,7 +22,16 @@ from typing import Any
 
 from qcompiler.ir.errors import BundleError, OptionError
 
-__all__ = ["MANIFEST", "MODEL", "SCHEMA", "LibraryEntry", "Manifest", "sha256_of", "staged_folder"]
+__all__ = [
+    "MANIFEST",
+    "MODEL",
+    "SCHEMA",
+    "LibraryEntry",
+    "Manifest",
+    "check_destination",
+    "sha256_of",
+    "staged_folder",
+]
 
 MODEL = "model.onnx"
 MANIFEST = "manifest.json"
@@ -120,6 +129,20 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_destination(destination: Path) -> Path:
+    """The same path, if a bundle may be written there.
+
+    Raises:
+        OptionError: It is a file, or a folder with something else in it.
+    """
+    if destination.exists():
+        if not destination.is_dir():
+            raise OptionError(f"output {destination} is a file; name a folder with -o DIR")
+        if any(destination.iterdir()) and not (destination / MANIFEST).is_file():
+            raise OptionError(f"output {destination} holds other files; name another with -o DIR")
+    return destination
+
+
 @contextlib.contextmanager
 def staged_folder(destination: Path) -> Iterator[Path]:
     """A new folder beside `destination` that takes its place when the block ends without error.
@@ -127,13 +150,9 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     Sessions that mapped the old bundle keep its files: they are moved aside, then unlinked.
 
     Raises:
-        OptionError: The destination is a file, or a folder that is no bundle.
+        OptionError: The destination cannot be written, or see `check_destination`.
     """
-    if destination.exists():
-        if not destination.is_dir():
-            raise OptionError(f"output {destination} is a file; name a folder with -o DIR")
-        if any(destination.iterdir()) and not (destination / MANIFEST).is_file():
-            raise OptionError(f"output {destination} holds other files; name another with -o DIR")
+    check_destination(destination)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))

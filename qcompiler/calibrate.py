@@ -21,7 +21,7 @@ from qcompiler.ir.errors import CalibrationError
 from qcompiler.ir.types import TensorStats
 from qcompiler.runtime import open_session
 
-__all__ = ["Samples", "observe"]
+__all__ = ["Sample", "Samples", "check_sample", "observe"]
 
 Sample = dict[str, NDArray[Any]]
 

@@ -84,7 +84,7 @@ def compare(
     *,
     labels: str | None = None,
     native: bool = True,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[str, float, int], None] | None = None,
 ) -> Comparison:
     """Run both on every sample and sum up the differences.
 

@@ -88,7 +88,7 @@ def _default_shape(
     expected: Any, sizes: Mapping[str, int]
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     """A shape for an input, and the named dimensions that had to be made up for it."""
-    shape, assumed = [], {}
+    shape, assumed = list[int](), dict[str, int]()
     rank = len(expected.shape)
     for axis, dim in enumerate(expected.shape):
         if isinstance(dim, int):

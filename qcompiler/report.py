@@ -36,17 +36,27 @@ class Report:
         bytes_after: All files of the bundle.
         seconds: Wall time per phase, in order.
         peak_memory: Largest resident size of this process so far, in bytes.
-        warnings: What the user should know, in sentences.
     """
 
     bundle: Path
     target: str
     decisions: tuple[Decision, ...]
     bytes_before: int
-    bytes_after: int
-    seconds: dict[str, float]
-    peak_memory: int
-    warnings: tuple[str, ...] = ()
+    bytes_after: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    peak_memory: int = 0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the user should know, in sentences."""
+        if self.count("kernel", "body", "qdq") == 0:
+            return ("nothing was quantized: the bundle runs in float like the original",)
+        if self.count("kernel") == 0 and self.count("body"):
+            return (
+                f"{self.target} has no kernels of its own for this model yet: its "
+                f"{self.count('body')} quantized nodes run as ONNX Runtime runs their bodies",
+            )
+        return ()
 
     def count(self, *actions: Action) -> int:
         """Nodes decided one of these ways."""

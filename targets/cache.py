@@ -8,6 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from qcompiler.ir.errors import ToolchainError
+
 __all__ = ["KernelCache", "content_key", "write_atomically"]
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -37,8 +39,18 @@ class KernelCache:
         return content if hashlib.sha256(content).digest() == digest else None
 
     def put(self, key: str, content: bytes) -> None:
-        """Store `content` under `key`."""
-        write_atomically(self._path(key), hashlib.sha256(content).digest() + content)
+        """Store `content` under `key`.
+
+        Raises:
+            ToolchainError: if the folder cannot be written.
+        """
+        try:
+            write_atomically(self._path(key), hashlib.sha256(content).digest() + content)
+        except OSError as error:
+            raise ToolchainError(
+                f"cannot write the kernel cache {self.folder}: {error}; "
+                "set QCOMPILER_CACHE to a folder that can be written"
+            ) from error
 
     def get_or_make(self, key: str, make: Callable[[], bytes]) -> bytes:
         """The content stored under `key`, made and stored now if it was not."""

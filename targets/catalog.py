@@ -11,7 +11,7 @@ from qcompiler.ir.region import Region
 from qcompiler.targets import x86
 from qcompiler.targets.target import Scheme, Target
 
-__all__ = ["TARGETS", "fingerprint", "get_target", "unsupported"]
+__all__ = ["TARGETS", "built_isas", "fingerprint", "get_target", "unsupported"]
 
 _INT8 = Scheme("int8", weight=ir.DataType.INT8, activation=ir.DataType.INT8)
 # Rounded to nearest, groups of 32 lose least; 128 is what the CUDA kernels are laid out for.
@@ -58,6 +58,13 @@ def unsupported(target: Target, region: Region) -> str | None:
     if target.arch != "x86":
         return f"no {target.arch} kernels yet"
     return x86.supports(region)
+
+
+def built_isas(target: Target) -> tuple[str, ...]:
+    """The instruction sets that kernels of the target exist for, best first."""
+    if target.arch != "x86" or target.scheme.name != "int8":
+        return ()
+    return tuple(isa.name for isa in x86.ISAS)
 
 
 def fingerprint(target: Target) -> str:

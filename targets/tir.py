@@ -153,9 +153,7 @@ def prefetch_to_l2(array: Expr, index: Expr) -> None:
     """Ask for the cache line of `array[index]`; no fault if there is no such memory."""
     read, level, data_cache = _index(0), _index(2), _index(1)
     line = tirx.address_of(array[index])
-    script.evaluate(
-        tirx.call_llvm_intrin("void", "llvm.prefetch", line, read, level, data_cache)
-    )
+    script.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", line, read, level, data_cache))
 
 
 def loop(begin: Expr, end: Expr) -> AbstractContextManager[Expr]:

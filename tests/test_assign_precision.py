@@ -70,6 +70,7 @@ def test_group_size_by_request_or_a_reason():
             {"w": np.ones((64, 8))},
             "weight is DOUBLE",
         ),
+        ("g (float[64] x) => (float[8] y) { y = MatMul (x, w) }", {"w": W}, "a vector"),
         ("g (float[2,8] x) => (float[2,8] y) { y = Softmax (x) }", {}, "Softmax is sensitive"),
         (
             "g (int64[2] x) => (float[2,8] y) { y = Gather (w, x) }",

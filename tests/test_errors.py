@@ -135,7 +135,10 @@ def test_weights_that_are_not_finite(tmp_path):
 
 
 def test_no_calibration_where_it_is_needed(conv, tmp_path):
-    with pytest.raises(CalibrationError, match="--calib DIR.*--keep-float Conv"):
+    with pytest.raises(
+        CalibrationError,
+        match="needed by .*--calib DIR.*--keep-float Conv",
+    ):
         qcompiler.compile(conv, "arm-int8", tmp_path / "out")
     recipe = qcompiler.Recipe(keep_float=("Conv",))
     report = qcompiler.compile(conv, "arm-int8", tmp_path / "out", recipe=recipe)

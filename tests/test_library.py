@@ -1,9 +1,8 @@
-"""The custom-op library: built twice alike, registered or not, right and robust in ONNX Runtime."""
+"""The custom-op library in ONNX Runtime: registered or not, right, robust, also from C."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
 import subprocess
 import threading
@@ -14,111 +13,42 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from feed_forward import (
+    DOMAIN,
+    FEED_FORWARD,
+    QUANTIZE_K,
+    REGIONS,
+    UP,
+    F,
+    K,
+    N,
+    feed_forward,
+    make_constants,
+    model,
+    node,
+    session,
+)
 from onnx import TensorProto, helper, numpy_helper
-from raw_kernels import Array, accumulate, needs_avx512_vnni, quantize
-from scipy import special
+from raw_kernels import Array, needs_avx512_vnni, quantize
 
-from qcompiler.ir.errors import ToolchainError
-from qcompiler.ir.region import Region, Step
 from qcompiler.targets import toolchain
 from qcompiler.targets.cache import KernelCache
-from qcompiler.targets.elf import glibc_version, undefined_symbols
-from qcompiler.targets.library import Library, build_library, check_self_contained
-from qcompiler.targets.toolchain import Linker, find_linker
+from qcompiler.targets.library import Library, build_library
+from qcompiler.targets.toolchain import find_linker
 
-DOMAIN = "qcompiler.0f1e2d3c"
-K, F, N = 70, 130, 70
-QUANTIZE_K = Region("Quantize", (("K", K),))
-QUANTIZE_F = Region("Quantize", (("K", F),))
-UP = Region(
-    "QMatMulW8A8", (("K", K), ("N", F)), ("channel",), (Step("Add", (0, -1)), Step("Gelu", (1,)))
-)
-DOWN = Region(
-    "QMatMulW8A8",
-    (("K", F), ("N", N)),
-    ("channel", "tensor"),
-    (Step("Add", (0, -1)), Step("Add", (1, -2))),
-)
-REGIONS = [QUANTIZE_K, QUANTIZE_F, UP, DOWN]
 NATIVE = Path(toolchain.__file__).resolve().parent / "native"
 TESTS_NATIVE = Path(__file__).resolve().parent / "native"
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> KernelCache:
-    return KernelCache(tmp_path_factory.mktemp("cache"))
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+    folder = tmp_path_factory.mktemp("library")
+    return build_library(REGIONS, DOMAIN, folder / "lib.so", cache=KernelCache(folder / "cache"))
 
 
-@pytest.fixture(scope="session")
-def library(cache: KernelCache, tmp_path_factory: pytest.TempPathFactory) -> Library:
-    path = tmp_path_factory.mktemp("library") / "libqcompiler.so"
-    return build_library(REGIONS, DOMAIN, path, cache=cache)
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def constants() -> dict[str, Array]:
-    rng = np.random.default_rng(0)
-    return {
-        "w1": rng.integers(-127, 128, (K, F)).astype(np.int8),
-        "ws1": rng.random(F, np.float32) / 100,
-        "b1": rng.standard_normal(F).astype(np.float32),
-        "w2": rng.integers(-127, 128, (F, N)).astype(np.int8),
-        "ws2": rng.random(N, np.float32) / 100,
-        "b2": rng.standard_normal(N).astype(np.float32),
-    }
-
-
-def node(region: Region, inputs: list[str], outputs: list[str]) -> onnx.NodeProto:
-    return helper.make_node(region.name, inputs, outputs, domain=DOMAIN)
-
-
-def model(
-    nodes: list[onnx.NodeProto],
-    outputs: dict[str, int],
-    constants: dict[str, Array],
-    inputs: dict[str, tuple[int, list[Any]]] | None = None,
-) -> onnx.ModelProto:
-    value = helper.make_tensor_value_info
-    inputs = inputs or {"x": (TensorProto.FLOAT, ["batch", "tokens", K])}
-    graph = helper.make_graph(
-        nodes,
-        "test",
-        [value(name, dtype, shape) for name, (dtype, shape) in inputs.items()],
-        [value(name, dtype, None) for name, dtype in outputs.items()],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
-    )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=9)
-
-
-FEED_FORWARD = [
-    node(QUANTIZE_K, ["x"], ["q", "s"]),
-    node(UP, ["q", "s", "w1", "ws1", "b1"], ["u"]),
-    node(QUANTIZE_F, ["u"], ["uq", "us"]),
-    node(DOWN, ["uq", "us", "w2", "ws2", "b2", "x"], ["y"]),
-]
-
-
-def feed_forward(x: Array, c: dict[str, Array]) -> Array:
-    """What `FEED_FORWARD` computes, floats in double precision between the quantizations."""
-    q, s = quantize(x)
-    u = accumulate(q, c["w1"]) * (s.astype(np.float64) * c["ws1"]) + c["b1"]
-    q, s = quantize((u * special.ndtr(u)).astype(np.float32))
-    y: Array = accumulate(q, c["w2"]) * (s.astype(np.float64) * c["ws2"]) + c["b2"] + x
-    return y
-
-
-def session(
-    proto: onnx.ModelProto, library: Library | None, threads: int = 1
-) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    if library is not None:
-        options.register_custom_ops_library(str(library.path))
-    return ort.InferenceSession(
-        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return make_constants()
 
 
 @needs_avx512_vnni
@@ -278,110 +208,6 @@ def test_an_old_onnxruntime_gets_a_real_error(library: Library) -> None:
     assert messages == [
         f"{DOMAIN} needs ONNX Runtime 1.22 or newer, this is 1.16.3: pip install -U onnxruntime"
     ]
-
-
-def test_a_library_needs_only_libc(library: Library) -> None:
-    needed = undefined_symbols(library.path.read_bytes())
-    assert "malloc" in needed
-    assert not {name for name in needed if name.startswith(("TVM", "__TVM", "Py"))}
-    version = tuple(int(part) for part in library.minimum_glibc.split("."))
-    if library.linker.startswith("ziglang"):
-        assert version <= (2, 17)
-
-
-def test_only_the_entry_point_is_exported(library: Library) -> None:
-    loaded = ctypes.CDLL(str(library.path))
-    assert loaded.RegisterCustomOps
-    with pytest.raises(AttributeError):
-        _ = loaded.qc_specs
-
-
-def test_a_kernel_that_needs_a_runtime_is_refused() -> None:
-    source = "void TVMBackendAllocWorkspace(void); void f(void) { TVMBackendAllocWorkspace(); }"
-    with pytest.raises(ToolchainError, match="kernel f needs TVMBackendAllocWorkspace"):
-        check_self_contained("f", find_linker().compile(source, {}))
-
-
-def test_the_same_inputs_give_the_same_bytes(library: Library, tmp_path: Path) -> None:
-    again = build_library(
-        REGIONS[::-1] + REGIONS,
-        DOMAIN,
-        tmp_path / "elsewhere" / "other.so",
-        cache=KernelCache(tmp_path / "cache"),
-    )
-    assert again.path.read_bytes() == library.path.read_bytes()
-
-
-def test_a_damaged_cache_is_rebuilt(library: Library, cache: KernelCache, tmp_path: Path) -> None:
-    entries = [path for path in cache.folder.rglob("*") if path.is_file()]
-    assert entries
-    for i, entry in enumerate(entries):
-        content = entry.read_bytes()
-        entry.write_bytes(content[: len(content) // 2] if i % 2 else b"\0" + content[1:])
-    lines: list[str] = []
-    target = tmp_path / "rebuilt.so"
-    build_library(REGIONS, DOMAIN, target, cache=cache, progress=lines.append)
-    assert any(UP.name in line for line in lines)
-    assert target.read_bytes() == library.path.read_bytes()
-    build_library(REGIONS, DOMAIN, target, cache=cache, progress=lambda line: pytest.fail(line))
-
-
-def test_cache_folder_follows_the_environment(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("QCOMPILER_CACHE", raising=False)
-    assert KernelCache().folder == tmp_path / "qcompiler"
-    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "mine"))
-    assert KernelCache().folder == tmp_path / "mine"
-
-
-def without_ziglang(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-
-
-def test_no_compiler_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ziglang(monkeypatch)
-    monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setenv("PATH", "")
-    with pytest.raises(ToolchainError, match=r"pip install qcompiler\[zig\]"):
-        find_linker()
-
-
-def test_a_missing_cc_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_ziglang(monkeypatch)
-    monkeypatch.setenv("CC", "no-such-compiler -m64")
-    with pytest.raises(ToolchainError, match="CC=no-such-compiler -m64 does not exist"):
-        find_linker()
-
-
-def test_a_failing_compiler_shows_its_message() -> None:
-    with pytest.raises(ToolchainError, match="error: "):
-        find_linker().compile("int f(void) { return }", {})
-
-
-def system_compiler(monkeypatch: pytest.MonkeyPatch) -> Linker:
-    without_ziglang(monkeypatch)
-    try:
-        return find_linker()
-    except ToolchainError as error:
-        pytest.skip(str(error))
-
-
-@needs_avx512_vnni
-def test_a_system_compiler_works_too(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, constants: dict[str, Array]
-) -> None:
-    linker = system_compiler(monkeypatch)
-    built = build_library(
-        REGIONS, DOMAIN, tmp_path / "lib.so", cache=KernelCache(tmp_path / "cache")
-    )
-    assert built.linker == linker.name
-    assert built.minimum_glibc == glibc_version(built.path.read_bytes())
-    proto = model(FEED_FORWARD, {"y": TensorProto.FLOAT}, constants)
-    x = np.random.default_rng(3).standard_normal((1, 4, K)).astype(np.float32)
-    (y,) = session(proto, built).run(None, {"x": x})
-    np.testing.assert_allclose(y, feed_forward(x, constants), atol=0.2)
 
 
 def compile_program(source: Path, output: Path, *flags: str) -> None:

@@ -1,5 +1,5 @@
 """`python -m qcompiler.cli`."""
 
-from qcompiler.cli.app import main
+from qcompiler.cli import main
 
 main()

@@ -23,7 +23,7 @@ from qcompiler.cli.passes import pass_command
 from qcompiler.cli.targets import targets_command
 from qcompiler.ir.errors import did_you_mean
 
-__all__ = ["application", "main"]
+__all__ = ["application", "run"]
 
 _COMPILE = "compile"
 _HELP = ("--help", "-h")
@@ -130,8 +130,8 @@ application = Application(
 )  # fmt: skip
 
 
-def main() -> NoReturn:
-    """The console script `qcompile`."""
+def run() -> NoReturn:
+    """Run the command line of this process."""
     # A polite kill unwinds the stack, so that no half-written bundle stays behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     application.main()

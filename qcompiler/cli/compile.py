@@ -29,7 +29,6 @@ _WHO = {
     "body": ("function body", "yellow"),
     "float": ("float", ""),
 }
-_WEIGHTLESS = "holds no weights to quantize"
 
 
 @click.command("compile", hidden=True, add_help_option=False)
@@ -126,10 +125,12 @@ def _print_report(terminal: Terminal, model: Path, report: Report) -> None:
 
 def decision_table(groups: Iterable[Group]) -> Table:
     """Nodes counted by who computes them and why; ops without weights on one line."""
+    from qcompiler.ir.decisions import NO_WEIGHTS
+
     table = figure_table(">Nodes", "Computed by", "Op", "Why")
     weightless = collections.Counter[str]()
     for group in groups:
-        if group.action == "float" and group.why == _WEIGHTLESS:
+        if group.action == "float" and group.why == NO_WEIGHTS:
             weightless[group.op] += group.count
             continue
         who, style = _WHO[group.action]

@@ -20,10 +20,13 @@ from qcompiler.ir.errors import QCompilerError
 
 __all__ = ["ProgressCallback", "Terminal", "facts", "figure_table", "size", "span"]
 
-ProgressCallback = Callable[[str, int, int], None]
+ProgressCallback = Callable[[str, float, int], None]
 
 _WIDTH_OF_A_FILE = 100
 """Columns where stdout is no terminal and $COLUMNS says nothing."""
+
+_BAR_AFTER = 1.0
+"""Seconds: what is over sooner needs no bar."""
 
 EXIT_USER, EXIT_INTERNAL, EXIT_INTERRUPTED = 1, 70, 130
 """70 is EX_SOFTWARE of sysexits.h; 130 is 128 + SIGINT."""
@@ -69,8 +72,10 @@ class Terminal:
             self.err.print(Text(lines, style="dim"), soft_wrap=True)
         if isinstance(error, QCompilerError):
             self.error(str(error))
-        elif isinstance(error, OSError) and error.strerror and error.filename:
-            self.error(f"{error.filename}: {error.strerror}")
+        elif isinstance(error, OSError) and error.strerror:
+            # A full disk, no permission: the machine's matter, not a bug of ours.
+            where = f"{error.filename}: " if error.filename else ""
+            self.error(f"{where}{error.strerror}")
         elif isinstance(error, MemoryError):
             self.error(f"out of memory ({error})" if str(error) else "out of memory")
         else:
@@ -168,12 +173,11 @@ def _bar(console: Console) -> Iterator[ProgressCallback]:
         console=console, transient=True, expand=True,
     )  # fmt: skip
     task = progress.add_task("starting", total=None)
-    # What is over within a second needs no bar.
-    timer = threading.Timer(1.0, progress.start)
+    timer = threading.Timer(_BAR_AFTER, progress.start)
     timer.daemon = True
     timer.start()
 
-    def update(label: str, done: int, total: int) -> None:
+    def update(label: str, done: float, total: int) -> None:
         progress.update(task, description=label, completed=done, total=total)
 
     try:
@@ -187,7 +191,7 @@ def _bar(console: Console) -> Iterator[ProgressCallback]:
 def _lines(console: Console) -> ProgressCallback:
     start, seen = time.perf_counter(), set[Any]()
 
-    def update(label: str, done: int, total: int) -> None:
+    def update(label: str, done: float, total: int) -> None:
         stage = label.split(":")[0]
         if stage not in seen:
             seen.add(stage)

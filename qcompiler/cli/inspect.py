@@ -73,6 +73,11 @@ def _model_facts(path: Path, model: ir.Model) -> dict[str, Any]:
         weights[tensor.dtype.name.lower()] += tensor.nbytes
     given = [v for v in graph.inputs if v.name not in graph.initializers]
     ops = collections.Counter(node.op_type for node in graph.all_nodes())
+    quantized = collections.Counter(
+        node.op_type
+        for node in graph.all_nodes()
+        if node.op_type in _QUANTIZED or node.domain.startswith("qcompiler")
+    )
     return {
         "kind": "model",
         "path": str(path),
@@ -86,7 +91,7 @@ def _model_facts(path: Path, model: ir.Model) -> dict[str, Any]:
         "nodes": ops.total(),
         "ops": dict(ops.most_common()),
         "functions": len(model.functions),
-        "quantized": {op: count for op, count in ops.most_common() if op in _QUANTIZED},
+        "quantized": dict(quantized.most_common()),
     }  # fmt: skip
 
 

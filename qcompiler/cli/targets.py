@@ -17,14 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["targets_command"]
 
-_ANCHORS = {
-    ("INT8", "INT8"): "QMatMulW8A8",
-    ("INT4", "INT8"): "QMatMulW4A8",
-    ("INT4", None): "QMatMulW4A16",
-    ("FLOAT8E4M3FN", "FLOAT8E4M3FN"): "QMatMulFp8",
-}
-"""The dialect op that a scheme's MatMul becomes, by storage of weights and activations."""
-
 
 @dataclasses.dataclass(frozen=True)
 class TargetStatus:
@@ -78,27 +70,15 @@ def targets_command(terminal: Terminal, as_json: bool) -> None:
 
 
 def _status(target: Target, providers: tuple[str, ...]) -> TargetStatus:
-    built = _built(target)
+    from qcompiler.targets.catalog import built_isas
+
+    built = built_isas(target)
     able = instruction_sets() if target.arch != "cuda" else _gpu_variants(target)
     available = target.provider in providers
     runs = machine() == target.machine and any(isa in able for isa in built) and available
     return TargetStatus(
         target.name, *_scheme(target.scheme), target.isa, built, runs, target.provider, available
     )
-
-
-def _built(target: Target) -> tuple[str, ...]:
-    """The variants that the target's MatMul has a kernel for."""
-    from qcompiler.ir.region import Region
-    from qcompiler.targets import catalog, x86
-
-    scheme = target.scheme
-    activation = None if scheme.activation is None else scheme.activation.name
-    anchor = _ANCHORS[scheme.weight.name, activation]
-    probe = Region(anchor, (("K", 1024), ("N", 1024)))
-    if catalog.unsupported(target, probe) is not None:
-        return ()
-    return tuple(isa.name for isa in x86.ISAS)
 
 
 def _gpu_variants(target: Target) -> tuple[str, ...]:

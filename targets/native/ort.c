@@ -1,10 +1,12 @@
 /* Access to ONNX Runtime: errors, tensors, threads. */
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "qcompiler.h"
 
 void *const *qc_api;
+int qc_has_api_24;
 
 OrtStatus *qc_error(const struct qc_op *op, const char *format, ...) {
     char message[1024];
@@ -28,13 +30,28 @@ const char *qc_shape_text(const struct qc_shape *shape, char text[static 256]) {
     return text;
 }
 
+static OrtStatus *check_rank(const struct qc_op *op, size_t rank) {
+    if (rank > 0 && rank <= QC_MAX_RANK) return NULL;
+    return qc_error(op, "a tensor has rank %zu; ranks 1 to %d are supported", rank, QC_MAX_RANK);
+}
+
+/* Saves a node 40 ns of 300. */
+static OrtStatus *borrow_shape(const struct qc_op *op, const OrtValue *value,
+                               struct qc_shape *shape) {
+    int type;
+    const int64_t *dims;
+    QC_TRY(QC_ORT(GetTensorElementTypeAndShapeDataReference)(value, &type, &dims, &shape->rank));
+    QC_TRY(check_rank(op, shape->rank));
+    memcpy(shape->dims, dims, shape->rank * sizeof *dims);
+    return NULL;
+}
+
 OrtStatus *qc_tensor_shape(const struct qc_op *op, const OrtValue *value, struct qc_shape *shape) {
+    if (qc_has_api_24) return borrow_shape(op, value, shape);
     OrtTensorTypeAndShapeInfo *info;
     QC_TRY(QC_ORT(GetTensorTypeAndShape)(value, &info));
     OrtStatus *status = QC_ORT(GetDimensionsCount)(info, &shape->rank);
-    if (!status && (shape->rank == 0 || shape->rank > QC_MAX_RANK))
-        status = qc_error(op, "a tensor has rank %zu; ranks 1 to %d are supported", shape->rank,
-                          QC_MAX_RANK);
+    if (!status) status = check_rank(op, shape->rank);
     if (!status) status = QC_ORT(GetDimensions)(info, shape->dims, shape->rank);
     QC_ORT(ReleaseTensorTypeAndShapeInfo)(info);
     return status;

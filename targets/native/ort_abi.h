@@ -9,8 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* Oldest API with all entries below: 22 brought GetTensorSizeInBytes, which spares a run the
- * allocation that asking for a shape costs. */
+/* Oldest API with all entries of QC_ORT_API: 22 brought GetTensorSizeInBytes, which spares a run
+ * the allocations that asking for a shape costs. */
 #define QC_ORT_API_VERSION 22
 /* The OrtCustomOp layout below; ONNX Runtime reads only the members this version had. */
 #define QC_ORT_CUSTOM_OP_VERSION 18
@@ -64,6 +64,11 @@ enum { ORT_MEMORY_DEFAULT = 0 };                                   /* OrtMemType
     X(274, KernelContext_ParallelFor, OrtStatus *, const OrtKernelContext *,                       \
       void (*)(void *, size_t), size_t, size_t, void *)                                            \
     X(318, GetTensorSizeInBytes, OrtStatus *, const OrtValue *, size_t *)
+
+/* Since API 24; used where ONNX Runtime has it, because it allocates nothing. */
+#define QC_ORT_API_24(X)                                                                           \
+    X(414, GetTensorElementTypeAndShapeDataReference, OrtStatus *, const OrtValue *, int *,        \
+      const int64_t **, size_t *)
 
 typedef struct OrtCustomOp OrtCustomOp;
 struct OrtCustomOp {

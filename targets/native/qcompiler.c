@@ -1,6 +1,7 @@
 /* RegisterCustomOps: offers ONNX Runtime every op of the generated table that this machine can run.
  *
  * An op that is not registered runs as its model-local function body instead. */
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -118,7 +119,7 @@ static OrtCustomOp describe(const struct qc_op_spec *spec) {
 
 /* Whether QCOMPILER_ISA, a name or "none", allows this instruction set. */
 static int is_allowed(const struct qc_isa *isa, const char *only) {
-    return (!only || !*only || strcmp(only, isa->name) == 0) && isa->is_available();
+    return (!*only || strcmp(only, isa->name) == 0) && isa->is_available();
 }
 
 static const struct qc_variant *choose_variant(const struct qc_op_spec *spec, const char *only) {
@@ -129,7 +130,7 @@ static const struct qc_variant *choose_variant(const struct qc_op_spec *spec, co
 
 /* A misspelt QCOMPILER_ISA must not silently mean "slow". */
 static OrtStatus *check_override(const char *only) {
-    if (!only || !*only || strcmp(only, "none") == 0) return NULL;
+    if (!*only || strcmp(only, "none") == 0) return NULL;
     char known[256] = "none";
     for (size_t i = 0; qc_library_isa[i]; i++) {
         if (strcmp(only, qc_library_isa[i]->name) == 0) return NULL;
@@ -142,20 +143,43 @@ static OrtStatus *check_override(const char *only) {
     return QC_ORT(CreateStatus)(ORT_INVALID_ARGUMENT, message);
 }
 
-/* The domain with every op that can run, or NULL if none can. */
-static OrtStatus *build_domain(const char *only, OrtCustomOpDomain **domain) {
-    struct qc_op *ops = calloc(qc_spec_count + 1, sizeof *ops);
-    if (!ops) return QC_ORT(CreateStatus)(ORT_FAIL, "out of memory for the op table");
-    *domain = NULL;
+/* The ops that can run, made once and shared by all sessions; never released, because sessions
+ * may outlive the options they came with. */
+struct registration {
+    char only[64]; /* QCOMPILER_ISA as it was */
+    OrtCustomOpDomain *domain; /* NULL if no op can run */
+    struct qc_op ops[];
+};
+
+static OrtStatus *build(const char *only, struct registration **result) {
+    struct registration *made = calloc(1, sizeof *made + qc_spec_count * sizeof *made->ops);
+    if (!made) return QC_ORT(CreateStatus)(ORT_FAIL, "out of memory for the op table");
+    strncpy(made->only, only, sizeof made->only - 1);
     for (size_t i = 0; i < qc_spec_count; i++) {
         const struct qc_variant *variant = choose_variant(&qc_specs[i], only);
         if (!variant) continue;
-        ops[i] = (struct qc_op){describe(&qc_specs[i]), &qc_specs[i], variant};
-        if (!*domain) QC_TRY(QC_ORT(CreateCustomOpDomain)(qc_domain, domain));
-        QC_TRY(QC_ORT(CustomOpDomain_Add)(*domain, &ops[i].base));
+        made->ops[i] = (struct qc_op){describe(&qc_specs[i]), &qc_specs[i], variant};
+        if (!made->domain) QC_TRY(QC_ORT(CreateCustomOpDomain)(qc_domain, &made->domain));
+        QC_TRY(QC_ORT(CustomOpDomain_Add)(made->domain, &made->ops[i].base));
     }
-    if (!*domain) free(ops);
+    *result = made;
     return NULL;
+}
+
+/* Two threads that come first together may build twice; either result is good. */
+static OrtStatus *find_or_build(const char *only, struct registration **result) {
+    static _Atomic(struct registration *) latest;
+    *result = atomic_load(&latest);
+    if (*result && strcmp((*result)->only, only) == 0) return NULL;
+    QC_TRY(build(only, result));
+    atomic_store(&latest, *result);
+    return NULL;
+}
+
+/* Asking GetApi instead would make an older ONNX Runtime complain on stderr. */
+static int has_api_24(const OrtApiBase *base) {
+    const char *version = base->GetVersionString();
+    return strncmp(version, "1.", 2) != 0 || atoi(version + 2) >= 24;
 }
 
 static OrtStatus *too_old(const OrtApiBase *base) {
@@ -170,13 +194,15 @@ static OrtStatus *too_old(const OrtApiBase *base) {
 
 __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOptions *options,
                                                                     const OrtApiBase *base) {
-    /* Sessions may outlive their options, so domains and ops are never released. */
     void *const *api = base->GetApi(QC_ORT_API_VERSION);
     if (!api) return too_old(base);
     qc_api = api;
+    qc_has_api_24 = has_api_24(base);
     const char *only = getenv("QCOMPILER_ISA");
-    OrtCustomOpDomain *domain;
+    if (!only) only = "";
+    struct registration *registration;
     QC_TRY(check_override(only));
-    QC_TRY(build_domain(only, &domain));
-    return domain ? QC_ORT(AddCustomOpDomain)(options, domain) : NULL;
+    QC_TRY(find_or_build(only, &registration));
+    if (!registration->domain) return NULL;
+    return QC_ORT(AddCustomOpDomain)(options, registration->domain);
 }

@@ -98,7 +98,9 @@ struct qc_shape {
     typedef result (*qc_ort_##name)(__VA_ARGS__);                                                  \
     enum { QC_ORT_INDEX_##name = index };
 QC_ORT_API(QC_ORT_DECLARE)
+QC_ORT_API_24(QC_ORT_DECLARE)
 extern void *const *qc_api;
+extern int qc_has_api_24;
 
 /* Returns from the caller with the status of `call`, unless that is success. */
 #define QC_TRY(call)                                                                               \

@@ -8,8 +8,8 @@ enum { INPUT_Q, INPUT_S, INPUT_W, INPUT_WS, INPUT_EXTRA };
 
 /* What one core does per nanosecond: multiply-adds, weight bytes from memory, results stored. */
 static const double MULTIPLY_RATE = 500, STREAM_RATE = 40, EPILOGUE_RATE = 10;
-/* Activations of a block of rows, which every panel reads again: a quarter of a 1 MiB L2. */
-static const int64_t BLOCK_BYTES = 256 * 1024;
+/* Activations of a block of rows, which every panel reads again: half of a 1 MiB L2. */
+static const int64_t BLOCK_BYTES = 512 * 1024;
 /* Kernels index a block with int32. */
 static const int64_t MAX_BLOCK_ELEMENTS = (int64_t)1 << 30;
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from qcompiler.ir.region import Region
 from qcompiler.targets.cache import content_key
+from qcompiler.targets.epilogue import unsupported_step
+from qcompiler.targets.x86.tile import tile_shape
 
 __all__ = ["ISAS", "Isa", "compile_region", "fingerprint", "kernel_symbol", "supports"]
 
@@ -34,8 +36,10 @@ ISAS: tuple[Isa, ...] = (Isa("avx512-vnni", "cascadelake", "qc_avx512_vnni"),)
 
 _ANCHORS = {"Quantize": ("K",), "QMatMulW8A8": ("K", "N")}
 _MAX_EXTRAS = 8
-_MAX_WEIGHTS = 1 << 30
-"""Kernels index the packed weights with int32."""
+_MAX_ELEMENTS = 1 << 30
+"""Kernels index a row, and the packed weights, with int32."""
+_MAX_K = (1 << 31) // (128 * 128) - 1
+"""The longest sum of int8 products that an int32 surely holds."""
 
 
 def supports(region: Region) -> str | None:
@@ -47,11 +51,21 @@ def supports(region: Region) -> str | None:
         return f"{region.anchor} takes the sizes {', '.join(sizes)}"
     if any(size < 1 for _, size in region.sizes):
         return f"a size of {dict(region.sizes)} is not positive"
+    if any(size > _MAX_ELEMENTS for _, size in region.sizes):
+        return f"a size of {dict(region.sizes)} is more than 2^30"
     if region.anchor == "Quantize":
         return "Quantize takes no epilogue" if region.extras or region.steps else None
-    if region.size("K") * region.size("N") > _MAX_WEIGHTS:
-        return f"{region.size('K')} x {region.size('N')} weights are more than 2^30"
-    return _unsupported_epilogue(region)
+    return _unsupported_product(region) or _unsupported_epilogue(region)
+
+
+def _unsupported_product(region: Region) -> str | None:
+    k, n = region.size("K"), region.size("N")
+    if k > _MAX_K:
+        return f"K={k}: an int32 sum of more than {_MAX_K} products may overflow"
+    columns = tile_shape(n).columns
+    if -(-n // columns) * columns * -(-k // 4) * 4 > _MAX_ELEMENTS:
+        return f"{k} x {n} weights take more than 2^30 bytes"
+    return None
 
 
 def _unsupported_epilogue(region: Region) -> str | None:
@@ -59,8 +73,6 @@ def _unsupported_epilogue(region: Region) -> str | None:
         return f"{len(region.extras)} extra operands; at most {_MAX_EXTRAS} are supported"
     if not region.steps:
         return None
-    from qcompiler.targets.x86.epilogue import unsupported_step
-
     for position, step in enumerate(region.steps):
         if not all(-len(region.extras) <= arg <= position for arg in step.args):
             return f"step {position} ({step.op}) reads values that do not exist: {step.args}"
@@ -94,7 +106,7 @@ def compile_region(region: Region, isa: Isa) -> bytes:
 def fingerprint() -> str:
     """A hash of all that decides what a kernel does: our sources and the version of TVM."""
     targets = Path(__file__).resolve().parents[1]
-    sources = [targets / "tir.py", targets / "kernel_table.py"]
+    sources = [targets / name for name in ("tir.py", "epilogue.py", "kernel_table.py")]
     sources += [*targets.glob("x86/*.py"), *targets.glob("native/*.[ch]")]
     parts: list[str | bytes] = [importlib.metadata.version("apache-tvm")]
     for source in sorted(sources):

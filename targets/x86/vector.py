@@ -10,15 +10,20 @@ import functools
 import math
 
 from qcompiler.targets import tir
-from qcompiler.targets.tir import LANES, Expr, Register
+from qcompiler.targets.tir import LANES, Expr, Register, broadcast, maximum, minimum
 
 __all__ = [
+    "Register",
     "absolute",
     "all_lanes_max",
+    "broadcast",
     "dot_product_u8s8",
     "erfc_positive",
     "exp",
+    "fma",
     "load_lanes",
+    "maximum",
+    "minimum",
     "round_to_int32",
     "sigmoid",
     "store_lanes",
@@ -101,7 +106,7 @@ def reciprocal(value: Expr) -> Expr:
             "float32x16", "llvm.x86.avx512.rcp14.ps.512", value, tir.broadcast(0.0), _all_lanes()
         ),
     )
-    error = _fma(tir.broadcast(0.0) - value, estimate.value, tir.broadcast(2.0))
+    error = fma(tir.broadcast(0.0) - value, estimate.value, tir.broadcast(2.0))
     return estimate.value * error
 
 
@@ -114,7 +119,7 @@ def erfc_positive(value: Expr) -> Expr:
     """erfc(value) for value >= 0."""
     z = Register("float32", value)
     t = Register(
-        "float32", reciprocal(_fma(z.value, tir.broadcast(_ERFC_SLOPE), tir.broadcast(1.0)))
+        "float32", reciprocal(fma(z.value, tir.broadcast(_ERFC_SLOPE), tir.broadcast(1.0)))
     )
     gauss = _exp2(z.value * z.value * tir.broadcast(-math.log2(math.e)))
     return gauss * (_polynomial(t.value, _ERFC) * t.value)
@@ -143,10 +148,11 @@ def _exp2(value: Expr) -> Expr:
 def _polynomial(variable: Expr, coefficients: tuple[float, ...]) -> Expr:
     """Horner's rule; `coefficients` from the constant up."""
     *rest, top = (tir.broadcast(c) for c in coefficients)
-    return functools.reduce(lambda sum_, c: _fma(sum_, variable, c), reversed(rest), top)
+    return functools.reduce(lambda sum_, c: fma(sum_, variable, c), reversed(rest), top)
 
 
-def _fma(a: Expr, b: Expr, c: Expr) -> Expr:
+def fma(a: Expr, b: Expr, c: Expr) -> Expr:
+    """A * b + c, rounded once."""
     return tir.intrinsic("float32x16", "llvm.fma.v16f32", a, b, c)
 
 

@@ -15,6 +15,9 @@
 #define SAME_INDEX(index, name, ...)                                                               \
     _Static_assert(offsetof(OrtApi, name) == (index) * sizeof(void *), #name);
 QC_ORT_API(SAME_INDEX)
+#if ORT_API_VERSION >= 24
+QC_ORT_API_24(SAME_INDEX)
+#endif
 
 #define SAME_MEMBER(name)                                                                          \
     _Static_assert(offsetof(OrtCustomOp, name) == offsetof(QcCustomOp, name), #name);

@@ -1,0 +1,91 @@
+"""The elementwise steps of a region, on vectors of float32.
+
+`ELEMENTWISE` is the whole list of what an epilogue can compute; a new op is one more row.  A row is
+written against the vector operations of an instruction set, `v` (see `targets/x86/vector.py`), so
+that every architecture shares the table; asking what it can do imports no tvm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qcompiler.ir.region import Region, Step
+
+__all__ = ["ELEMENTWISE", "apply_steps", "unsupported_step"]
+
+Expr = Any
+Vectors = Any
+"""A module of vector operations: broadcast, maximum, minimum, Register, absolute, erfc_positive,
+sigmoid."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Elementwise:
+    """An ONNX op: how many operands it takes, its vector form, and the attribute values known.
+
+    `emit` takes the vector operations, the operands, and attributes by their ONNX names.
+    """
+
+    arity: int
+    emit: Callable[..., Expr]
+    choices: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+
+def _clip(v: Vectors, x: Expr, min: float = -math.inf, max: float = math.inf) -> Expr:
+    return v.minimum(v.maximum(x, v.broadcast(float(min))), v.broadcast(float(max)))
+
+
+def _gelu(v: Vectors, x: Expr, approximate: str = "none") -> Expr:
+    if approximate == "tanh":
+        # x (1 + tanh(u)) / 2 = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+        scale = 2 * math.sqrt(2 / math.pi)
+        cubic = x * x * v.broadcast(0.044715 * scale) + v.broadcast(scale)
+        return x * v.sigmoid(x * cubic)
+    # x Phi(x) = max(x, 0) - |x| / 2 erfc(|x| / sqrt(2)), without cancellation for x < 0
+    magnitude = v.Register("float32", v.absolute(x))
+    tail = v.erfc_positive(magnitude.value * v.broadcast(math.sqrt(0.5)))
+    return v.maximum(x, v.broadcast(0.0)) - magnitude.value * v.broadcast(0.5) * tail
+
+
+ELEMENTWISE: dict[str, Elementwise] = {
+    "Add": Elementwise(2, lambda v, a, b: a + b),
+    "Sub": Elementwise(2, lambda v, a, b: a - b),
+    "Mul": Elementwise(2, lambda v, a, b: a * b),
+    "Relu": Elementwise(1, lambda v, x: v.maximum(x, v.broadcast(0.0))),
+    "Clip": Elementwise(1, _clip),
+    "Gelu": Elementwise(1, _gelu, {"approximate": ("none", "tanh")}),
+    "Sigmoid": Elementwise(1, lambda v, x: v.sigmoid(x)),
+    "Tanh": Elementwise(1, lambda v, x: v.broadcast(2.0) * v.sigmoid(x + x) - v.broadcast(1.0)),
+}
+
+
+def apply_steps(v: Vectors, region: Region, anchor: Expr, extras: Sequence[Expr]) -> Expr:
+    """The region's result for the lanes whose anchor value and extra operands are given."""
+    values = [v.Register("float32", anchor)]
+    operands = [v.Register("float32", extra) for extra in extras]
+    for step in region.steps:
+        args = [values[arg].value if arg >= 0 else operands[-1 - arg].value for arg in step.args]
+        result = ELEMENTWISE[step.op].emit(v, *args, **dict(step.attributes))
+        # In a register of its own, because later steps may read it more than once.
+        values.append(v.Register("float32", result))
+    return values[-1].value
+
+
+def unsupported_step(step: Step) -> str | None:
+    """Why `step` cannot be computed, or None when it can."""
+    row = ELEMENTWISE.get(step.op)
+    if row is None:
+        return f"no vector form of {step.op}; known are {', '.join(ELEMENTWISE)}"
+    if len(step.args) != row.arity:
+        return f"{step.op} takes {row.arity} operands, not {len(step.args)}"
+    known = list(inspect.signature(row.emit).parameters)[1 + row.arity :]
+    for name, value in step.attributes:
+        if name not in known:
+            return f"{step.op} has no attribute {name}"
+        if name in row.choices and value not in row.choices[name]:
+            return f"{step.op} with {name}={value!r}; known are {', '.join(row.choices[name])}"
+    return None

@@ -1,0 +1,178 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+
+from qcompiler.bench import bench, open_model
+from qcompiler.ir.errors import (
+    BundleError,
+    CalibrationError,
+    ModelError,
+    OptionError,
+    QCompilerError,
+)
+from qcompiler.random_inputs import random_feed
+
+
+@dataclasses.dataclass
+class Input:
+    """What `session.get_inputs()` gives."""
+
+    name: str
+    type: str
+    shape: list
+
+
+IDS = Input("input_ids", "tensor(int64)", ["batch", "seq"])
+MASK = Input("attention_mask", "tensor(int64)", ["batch", "seq"])
+IMAGE = Input("image", "tensor(float)", ["batch", 3, None, None])
+
+
+def save(path: Path, body: str) -> Path:
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 21]>\n{body}'), path)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return save(tmp_path / "a.onnx", "g (float[n, 4] x) => (float[n, 4] y) { y = Relu (x) }")
+
+
+def test_defaults_fill_dynamic_dimensions_and_say_so():
+    feed, fed = random_feed([IDS, MASK, IMAGE], {})
+    assert feed["input_ids"].shape == (1, 128)
+    assert feed["image"].shape == (1, 3, 224, 224)
+    assert fed[0].assumed == {"batch": 1, "seq": 128}
+    assert fed[1].assumed == {}
+    assert fed[2].assumed == {"image[2]": 224, "image[3]": 224}
+
+
+def test_a_given_shape_sizes_the_other_inputs():
+    feed, fed = random_feed([IDS, MASK], {"attention_mask": (2, 16)})
+    assert feed["input_ids"].shape == (2, 16)
+    assert fed[0].assumed == {}
+
+
+@pytest.mark.parametrize(
+    ("expected", "values"),
+    [
+        (Input("attention_mask", "tensor(int64)", [1, 3]), [[1, 1, 1]]),
+        (Input("mask", "tensor(float)", [1, 3]), [[1, 1, 1]]),
+        (Input("flag", "tensor(bool)", [2]), [True, True]),
+        (Input("token_type_ids", "tensor(int32)", [1, 3]), [[0, 0, 0]]),
+        (Input("position_ids", "tensor(int64)", [2, 3]), [[0, 1, 2], [0, 1, 2]]),
+    ],
+)
+def test_values_follow_names(expected, values):
+    feed, _ = random_feed([expected], {})
+    array = feed[expected.name]
+    np.testing.assert_array_equal(array, values)
+    assert str(array.dtype) in expected.type.replace("float", "float32")
+
+
+@pytest.mark.parametrize("kind", ["float", "float16", "double", "int64", "int32", "uint8"])
+def test_random_values_have_the_type(kind):
+    feed, fed = random_feed([Input("x", f"tensor({kind})", [64])], {})
+    assert fed[0].dtype == {"float": "float32", "double": "float64"}.get(kind, kind)
+    assert len(np.unique(feed["x"])) > 8
+    again, _ = random_feed([Input("x", f"tensor({kind})", [64])], {})
+    np.testing.assert_array_equal(feed["x"], again["x"])
+    if kind[0] in "iu":
+        assert feed["x"].min() >= 0
+        assert feed["x"].max() < 100
+
+
+@pytest.mark.parametrize(
+    ("inputs", "shapes", "message"),
+    [
+        ([IDS], {"input_id": (1, 2)}, "no input 'input_id'; did you mean 'input_ids'?"),
+        ([IDS], {"zzz": (1, 2)}, "no input 'zzz'; the inputs are input_ids"),
+        ([IDS], {"input_ids": (1, 2, 3)}, "input_ids=1x2x3 does not fit, the model takes"),
+        ([IMAGE], {"image": (1, 4, 8, 8)}, "image=1x4x8x8 does not fit"),
+        ([Input("s", "tensor(string)", [1])], {}, "cannot make up values for input 's'"),
+    ],
+)
+def test_inputs_that_cannot_be_made_up(inputs, shapes, message):
+    with pytest.raises(OptionError) as caught:
+        random_feed(inputs, shapes)
+    assert message in str(caught.value)
+
+
+def test_bench_times_both_sides(model):
+    told = []
+    found = bench(model, model, threads=[1, 1, 2], seconds=0.05,
+                  progress=lambda *step: told.append(step))  # fmt: skip
+    assert [result.threads for result in found.results] == [1, 2]
+    for result in found.results:
+        assert result.rounds >= 5
+        assert 0 < result.model.minimum <= result.model.median
+        assert result.spread[0] <= result.spread[1]
+        assert result.speedup == result.model.median / result.bundle.median
+    assert found.inputs[0].assumed == {"n": 1}
+    assert told[-1] == ("2 threads", 100, 100)
+    assert [step[1] for step in told] == sorted(step[1] for step in told)
+    assert json.loads(json.dumps(found.to_dict()))["results"][0]["threads"] == 1
+
+
+def test_bench_feeds_samples(model, tmp_path):
+    for index in range(3):
+        np.savez(tmp_path / f"{index}.npz", x=np.ones((2, 4), np.float32))
+    found = bench(model, model, threads=[1], data=tmp_path, seconds=0.01)
+    assert found.samples == 3
+    assert found.inputs[0].shape == (2, 4)
+    assert found.inputs[0].values == "sample"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seconds": 0}, OptionError, "seconds must be above 0"),
+        ({"threads": [0]}, OptionError, "threads must be at least 1"),
+        ({"shapes": {"y": (1,)}}, OptionError, "no input 'y'"),
+        ({"data": "nowhere"}, CalibrationError, "nowhere does not exist"),
+        ({"data": ".", "shapes": {"x": (1, 4)}}, OptionError, "not both"),
+    ],
+)
+def test_bad_options(model, options, error, message):
+    with pytest.raises(error, match=message):
+        bench(model, model, **{"threads": [1], "seconds": 0.01} | options)
+
+
+def test_models_that_do_not_belong_together(model, tmp_path):
+    other = save(tmp_path / "b.onnx", "g (float[n] z) => (float[n] y) { y = Relu (z) }")
+    with pytest.raises(OptionError, match="not the same model"):
+        bench(other, model, threads=[1], seconds=0.01)
+
+
+def test_a_model_that_fails_on_its_inputs(tmp_path):
+    path = save(
+        tmp_path / "c.onnx",
+        "g (float[n, m] x, float[k, n] w) => (float[a, b] y) { y = MatMul (x, w) }",
+    )
+    with pytest.raises(ModelError, match="fails on these inputs"):
+        bench(path, path, threads=[1], shapes={"x": (2, 3), "w": (5, 7)}, seconds=0.01)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [("nowhere", ModelError, "does not exist"), (".", BundleError, "not a bundle")],
+)
+def test_nothing_to_open(path, error, message):
+    with pytest.raises(error, match=message):
+        open_model(Path(path))
+
+
+def test_open_a_bundle_by_its_manifest(digits):
+    session = open_model(digits.bundle / "manifest.json")
+    assert session.get_inputs()[0].name == "image"
+
+
+def test_every_error_is_one_of_ours(tmp_path):
+    path = tmp_path / "garbage.onnx"
+    path.write_bytes(b"garbage")
+    with pytest.raises(QCompilerError, match="cannot load"):
+        open_model(path)

@@ -1,0 +1,329 @@
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from terminal import ARM, CALIB, MODEL, TEST, fails, qcompile
+
+from qcompiler.cli.console import Terminal, size, span
+from qcompiler.ir.decisions import NO_WEIGHTS, decision_of
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+# The program as a whole
+
+
+def test_help_shows_options_and_verbs():
+    for args in ((), ("--help",), ("-h",), (MODEL, "--help"), ("--target", "x86-int8", "-h")):
+        result = qcompile(*args)
+        assert result.exit_code == 0
+        for word in ("MODEL --target", "--keep-float", "inspect", "bench", "--version"):
+            assert word in result.stdout
+
+
+@pytest.mark.parametrize("verb", ["targets", "inspect", "bench", "compare", "pass"])
+def test_help_of_a_verb(verb):
+    result = qcompile(verb, "--help")
+    assert result.exit_code == 0
+    assert f"qcompile {verb}" in result.stdout
+    assert "--json" in result.stdout
+
+
+def test_version():
+    assert qcompile("--version").stdout.startswith("qcompile ")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["inspct", "x"], "'inspct' is neither a file nor a verb; did you mean 'inspect'?"),
+        (["frobnicate"], "the verbs are targets, inspect, bench, compare, pass"),
+        ([MODEL, "--targt", "x86-int8"], "No such option '--targt'"),
+        (["bench", "b", "--agaisnt", "m"], "Did you mean '--against'?"),
+        ([MODEL], "Missing option '--target'. Choose from: x86-int8, x86-int4, arm-int8"),
+        (["--target", "x86-int8"], "Missing argument 'MODEL'"),
+        ([MODEL, "extra", "--target", "x86-int8"], "unexpected extra argument (extra)"),
+        (["inspect"], "Missing argument 'MODEL|BUNDLE'"),
+        (["targets", "extra"], "unexpected extra argument (extra)"),
+    ],
+)
+def test_usage_errors(args, message):
+    fails(2, message, *args)
+
+
+def test_usage_errors_say_where_to_look():
+    assert "'qcompile bench --help' shows" in qcompile("bench", "x").stderr
+    assert "'qcompile --help' shows" in qcompile(MODEL).stderr
+
+
+def test_start_is_light():
+    code = "import qcompiler.cli.app, sys; print(*{m.split('.')[0] for m in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"numpy", "onnx", "onnx_ir", "onnxruntime", "tvm", "torch"} & {*done.stdout.split()}
+
+
+def test_module_is_the_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "qcompiler.cli", "inspct"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: 'inspct'")
+
+
+def test_broken_pipe_is_silent():
+    command = f'"{sys.executable}" -m qcompiler.cli targets --json | true'
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_no_bug_of_ours():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "qcompiler.cli", "pass", "--list"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "index", "expected"),
+    [
+        ("qcompile be", 1, "plain,bench"),
+        ("qcompile m.onnx --tar", 2, "plain,--target"),
+        ("qcompile m.onnx --target x", 3, "plain,x86-int8"),
+    ],
+)
+def test_shell_completion(words, index, expected):
+    environment = os.environ | {
+        "_QCOMPILE_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(index)
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "qcompiler.cli"],
+        capture_output=True, text=True, check=True, env=environment,
+    )  # fmt: skip
+    assert expected in done.stdout
+
+
+def raising(monkeypatch, error: BaseException) -> None:
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("qcompiler.driver.build_kernels", fail)
+
+
+def test_internal_error(monkeypatch):
+    raising(monkeypatch, ZeroDivisionError("one [bold] over nothing"))
+    result = qcompile(MODEL, *ARM)
+    assert result.exit_code == 70
+    assert "internal error: ZeroDivisionError: one [bold] over nothing\n" in result.stderr
+    assert "run again with -v for the traceback; please report it" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not os.listdir()
+
+
+def test_verbose_internal_error(monkeypatch):
+    raising(monkeypatch, ZeroDivisionError("x"))
+    result = qcompile(MODEL, *ARM, "-v")
+    assert result.exit_code == 70
+    assert "Traceback" in result.stderr
+    assert "run again" not in result.stderr
+
+
+def test_verbose_error_shows_its_cause():
+    Path("bad.onnx").write_bytes(b"garbage")
+    result = qcompile("bad.onnx", "--target", "x86-int8", "-v")
+    assert result.exit_code == 1
+    assert "The above exception was the direct cause" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: bad.onnx")
+
+
+def test_interrupt_leaves_nothing_behind(monkeypatch):
+    raising(monkeypatch, KeyboardInterrupt())
+    result = qcompile(MODEL, *ARM)
+    assert result.exit_code == 130
+    assert result.stderr.endswith("error: interrupted\n")
+    assert not os.listdir()
+
+
+def test_out_of_memory(monkeypatch):
+    raising(monkeypatch, MemoryError())
+    fails(1, "out of memory", MODEL, *ARM)
+
+
+def test_warnings_are_one_line(monkeypatch):
+    def build(*_, **__):
+        warnings.warn("mind\n the gap", stacklevel=1)
+
+    monkeypatch.setattr("qcompiler.driver.build_kernels", build)
+    stderr = qcompile(MODEL, *ARM).stderr
+    assert "warning: mind the gap\n" in stderr
+    assert "test_cli.py" not in stderr
+
+
+def test_a_terminal_gets_a_bar_after_a_while(monkeypatch):
+    monkeypatch.setattr("qcompiler.cli.console._BAR_AFTER", 0.05)
+    terminal = Terminal()
+    terminal.err = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with terminal.progress() as update:
+        update("quick", 0, 2)
+    assert "quick" not in terminal.err.file.getvalue()
+    with terminal.progress() as update:
+        update("kernels: a rather long name of a kernel that is compiled now", 1, 2)
+        time.sleep(0.3)
+    drawn = terminal.err.file.getvalue()
+    assert "kernels: a rather" in drawn
+    assert "left" in drawn
+
+
+# qcompile MODEL
+
+
+def test_compile_tells_what_was_done():
+    result = qcompile(MODEL, *ARM)
+    assert result.exit_code == 0, result.output
+    flat = " ".join(result.stdout.split())
+    assert "13 function body QMatMulW8A8 no arm kernels yet" in flat
+    assert "1 float Conv kept float by request (Conv)" in flat
+    assert "no weights to quantize: Add 18, Reshape 9" in flat
+    assert "Size 423.9 kB → " in flat
+    assert "times smaller" in flat
+    assert "Memory" in flat
+    assert "Bundle digits.arm-int8/" in flat
+    assert f"Next qcompile bench digits.arm-int8 --against {MODEL}" in flat
+    assert max(map(len, result.stdout.splitlines()[:-1])) <= 100
+    assert "warning: arm-int8 has no kernels of its own" in result.stderr
+    assert Path("digits.arm-int8/model.onnx").is_file()
+
+
+def test_compile_prints_a_line_per_stage():
+    stages = [line.split()[-1] for line in qcompile(MODEL, *ARM, "-o", "b").stderr.splitlines()]
+    assert stages[:3] == ["load", "canonicalize", "fuse-gelu"]
+    assert len(set(stages)) == len(stages)
+
+
+def test_compile_with_calibration_suggests_a_comparison():
+    result = qcompile(MODEL, "--target", "arm-int8", "--calib", CALIB, "-o", "b")
+    assert result.exit_code == 0
+    assert f"qcompile compare {MODEL} b --data {CALIB}" in result.stdout
+    assert "ORT's own QLinearConv" in result.stdout
+    assert sum("insert-qdq" in line for line in result.stderr.splitlines()) == 1
+
+
+def test_compile_verbose_lists_decisions_and_phases():
+    stdout = qcompile(MODEL, *ARM, "-v").stdout
+    assert "node_softmax" in stdout
+    assert "round-to-nearest" in stdout
+
+
+def test_compile_quietly():
+    result = qcompile(MODEL, *ARM, "-q")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert result.stderr.startswith("warning: arm-int8 has no kernels")
+    assert result.stderr.count("\n") == 1
+
+
+def test_compile_as_json():
+    result = qcompile(MODEL, *ARM, "--json", "-o", "b")
+    report = json.loads(result.stdout)
+    assert (report["bundle"], report["target"], result.stderr) == ("b", "arm-int8", "")
+    assert {"bytes_before", "seconds", "groups", "decisions", "warnings"} <= set(report)
+
+
+def test_compile_merges_recipe_and_options():
+    Path("r.toml").write_text('keep_float = ["Conv"]\ngroup_size = 32\n')
+    result = qcompile(MODEL, "--target", "cuda-int4", "--recipe", "r.toml", "--keep-float",
+                      "node_linear*", "--group-size", 64, "-o", "b", "-q")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    recipe = json.loads(Path("b/manifest.json").read_text())["recipe"]
+    assert recipe == {"keep_float": ["Conv", "node_linear*"], "group_size": 64}
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["nope.onnx", "--target", "x86-int8"], 1, "no model: nope.onnx does not exist"),
+        ([MODEL, "--target", "x86-int9"], 1, "unknown target 'x86-int9'; did you mean 'x86-int8'"),
+        ([MODEL, "--target", "arm-int8"], 1, "give samples with --calib DIR"),
+        ([MODEL, "--target", "arm-int8", "--calib", "no"], 1, "no samples: no does not exist"),
+        ([MODEL, "--target", "arm-int8", "--calib", "."], 1, "no samples: . holds no .npz file"),
+        ([MODEL, *ARM, "--recipe", "no.toml"], 1, "cannot read the recipe no.toml"),
+        ([MODEL, *ARM, "--keep-float", "Sofmax"], 1, "did you mean 'Softmax'?"),
+        ([MODEL, *ARM, "--group-size", "33"], 1, "must be 16, 32, 64, 128 or 256"),
+        ([MODEL, *ARM, "--group-size", "many"], 2, "'many' is not a valid integer"),
+        ([MODEL, *ARM, "--strict"], 1, "--strict: 22 nodes fall back"),
+        ([MODEL, *ARM, "-o", __file__], 1, "is a file; name a folder with -o DIR"),
+        ([MODEL, *ARM, "-o", TEST], 1, "holds other files; name another with -o DIR"),
+    ],
+)
+def test_compile_with_bad_input(args, code, message):
+    fails(code, message, *args)
+    assert not os.listdir()
+
+
+def test_ops_without_weights_are_told_apart():
+    import onnx_ir as ir
+
+    assert decision_of(ir.node("Relu", [ir.val("x")])).why == NO_WEIGHTS
+
+
+# qcompile targets
+
+
+def test_targets():
+    result = qcompile("targets", "-v")
+    assert result.exit_code == 0, result.output
+    flat = " ".join(result.stdout.split())
+    assert "arm-int8 int8 per channel int8 per token int8, uint8 static none yet" in flat
+    assert "cuda-int4 int4, groups of 128 float" in flat
+    assert "cuda-int8 sm_90a, sm_89, sm_80" in flat
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_targets_as_json():
+    found = json.loads(qcompile("targets", "--json").stdout)
+    by_name = {target["target"]: target for target in found["targets"]}
+    assert by_name["x86-int8"]["built_isa"][0] in by_name["x86-int8"]["planned_isa"]
+    assert by_name["arm-int8"]["built_isa"] == []
+    assert not by_name["arm-int8"]["runs_native"]
+    assert by_name["cuda-fp8"]["weights"] == "e4m3 per channel"
+    assert "CPUExecutionProvider" in found["here"]["providers"]
+
+
+def test_targets_without_a_linker(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "Linker none: pip install" in " ".join(qcompile("targets").stdout.split())
+
+
+# Figures
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (91_017_094, "91.0 MB"), (3e9, "3.00 GB")],
+)
+def test_size(count, text):
+    assert size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(125, "125 s"), (1.5, "1.50 s"), (0.0169, "16.9 ms"), (8.2e-5, "82.0 µs"), (0, "0.00 µs")],
+)
+def test_span(seconds, text):
+    assert span(seconds) == text

@@ -1,0 +1,235 @@
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+from terminal import ARM, CALIB, MODEL, TEST, fails, qcompile
+
+import qcompiler
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "digits.arm-int8"
+    qcompiler.compile(MODEL, "arm-int8", path, recipe=qcompiler.Recipe(keep_float=("Conv",)))
+    return path
+
+
+# qcompile inspect
+
+
+def test_inspect_a_model():
+    flat = " ".join(qcompile("inspect", MODEL).stdout.split())
+    assert "ONNX opset 20" in flat
+    assert "Input image float [batch, 1, 20, 20]" in flat
+    assert "Output logits float [batch, 10]" in flat
+    assert "Quantized no" in flat
+    assert "MatMul 16" in flat
+
+
+def test_inspect_a_model_as_json():
+    found = json.loads(qcompile("inspect", MODEL, "--json").stdout)
+    assert found["inputs"] == [{"name": "image", "dtype": "float", "shape": ["batch", 1, 20, 20]}]
+    assert found["ops"]["MatMul"] == 16
+    assert found["quantized"] == {}
+
+
+def test_inspect_sees_quantization(bundle):
+    assert "already: QMatMulW8A8 13" in qcompile("inspect", bundle / "model.onnx").stdout
+
+
+def test_inspect_a_bundle(bundle):
+    for path in (bundle, bundle / "manifest.json"):
+        result = qcompile("inspect", path)
+        assert result.exit_code == 0, result.output
+        flat = " ".join(result.stdout.split())
+        assert "a bundle for arm-int8" in flat
+        assert "ONNX Runtime 1.23 or newer" in flat
+        assert "keep_float = ['Conv']" in flat
+        assert "13 function body QMatMulW8A8" in flat
+        assert "holds" in flat
+
+
+def test_inspect_a_bundle_as_json(bundle):
+    found = json.loads(qcompile("inspect", bundle, "--json").stdout)
+    assert (found["kind"], found["target"]) == ("bundle", "arm-int8")
+    assert {file["state"] for file in found["files"]} == {"as written"}
+
+
+def test_inspect_an_altered_bundle():
+    assert qcompile(MODEL, *ARM, "-o", "b").exit_code == 0
+    with open("b/model.onnx", "ab") as file:
+        file.write(b"x")
+    Path("b/model.onnx.data").unlink()
+    result = qcompile("inspect", "b")
+    assert result.exit_code == 1
+    assert "altered" in result.stdout
+    assert "missing" in result.stdout
+    assert "error: b: model.onnx, model.onnx.data: not what was written" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "not a bundle: it has no manifest.json"),
+        ("{", "not a readable manifest"),
+        ('{"schema": 99}', "has schema 99"),
+        ('{"schema": 1, "target": "x", "tools": {}, "minimum_ort": "1.23", "recipe": {}, '
+         '"decisions": [{"no": "x"}], "files": {}, "library": null}', "unreadable decisions"),
+    ],
+)  # fmt: skip
+def test_inspect_what_is_no_bundle(content, message):
+    Path("b").mkdir()
+    if content is not None:
+        Path("b/manifest.json").write_text(content)
+    fails(1, message, "inspect", "b")
+
+
+# qcompile bench
+
+
+def test_bench(bundle):
+    result = qcompile("bench", bundle, "--against", MODEL, "--seconds", 0.05, "--threads", 1)
+    assert result.exit_code == 0, result.output
+    flat = " ".join(result.stdout.split())
+    assert "image float32 1x1x20x20, random, batch taken as 1" in flat
+    assert "Spinning on during a run, stopped after it" in flat
+    assert "Speedup" in flat
+    assert max(map(len, result.stdout.splitlines()[4:])) <= 100
+    assert "1 thread" in result.stderr
+
+
+def test_bench_as_json(bundle):
+    result = qcompile("bench", bundle, "--against", MODEL, "--seconds", 0.05, "--threads", 1,
+                      "--threads", 2, "--shapes", "image=3x1x20x20", "--json")  # fmt: skip
+    found = json.loads(result.stdout)
+    assert [measured["threads"] for measured in found["results"]] == [1, 2]
+    assert found["inputs"][0]["shape"] == [3, 1, 20, 20]
+    assert found["inputs"][0]["assumed"] == {}
+    assert result.stderr == ""
+
+
+def test_bench_with_samples(bundle):
+    result = qcompile("bench", bundle, "--against", MODEL, "--seconds", 0.01, "--threads", 1,
+                      "--data", CALIB)  # fmt: skip
+    assert "16x1x20x20, first of 4 samples" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ([], 2, "Missing option '--against'"),
+        (["--against", "nope.onnx"], 1, "no model: nope.onnx does not exist"),
+        (["--against", MODEL, "--threads", "0"], 2, "0 is not in the range x>=1"),
+        (["--against", MODEL, "--seconds", "0"], 2, "not in the range x>0"),
+        (["--against", MODEL, "--shapes", "image"], 2, "'image' is not NAME=SIZExSIZE"),
+        (["--against", MODEL, "--shapes", "image=1xa"], 2, "'image=1xa' is not NAME=SIZExSIZE"),
+        (["--against", MODEL, "--shapes", "image=1x0"], 2, "'image=1x0' is not NAME=SIZExSIZE"),
+        (["--against", MODEL, "--shapes", "imag=1x1"], 1, "did you mean 'image'?"),
+        (["--against", MODEL, "--shapes", "image=1x1"], 1, "image=1x1 does not fit"),
+        (["--against", MODEL, "--data", "nowhere"], 1, "nowhere does not exist"),
+        (["--against", MODEL, "--data", CALIB, "--shapes", "image=1x1x20x20"], 1, "not both"),
+    ],
+)
+def test_bench_with_bad_input(bundle, args, code, message):
+    fails(code, message, "bench", bundle, *args)
+
+
+# qcompile compare
+
+
+def test_compare(bundle):
+    result = qcompile("compare", MODEL, bundle, "--data", TEST, "--labels", "label")
+    assert result.exit_code == 0, result.output
+    flat = " ".join(result.stdout.split())
+    assert "10 sample files" in flat
+    assert "Accuracy, model" in flat
+    assert "98.70%" in flat
+    assert " dB" in flat
+    assert max(map(len, result.stdout.splitlines()[3:])) <= 100
+
+
+def test_compare_as_json(bundle):
+    result = qcompile("compare", MODEL, bundle, "--data", CALIB, "--no-native", "--json")
+    found = json.loads(result.stdout)
+    assert (found["samples"], found["native"], result.stderr) == (4, False, "")
+    assert found["outputs"][0]["sqnr"] > 25
+    assert found["outputs"][0]["accuracy"] is None
+
+
+def test_compare_equal_models():
+    assert "equal" in qcompile("compare", MODEL, MODEL, "--data", CALIB).stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ([MODEL, "BUNDLE"], 2, "Missing option '--data'"),
+        ([MODEL, "BUNDLE", "--data", "nowhere"], 1, "nowhere does not exist"),
+        ([MODEL, "BUNDLE", "--data", CALIB, "--labels", "label"], 1, "no array 'label' of labels"),
+        ([MODEL, "nowhere", "--data", CALIB], 1, "no model: nowhere does not exist"),
+        (["nope.onnx", "BUNDLE", "--data", CALIB], 1, "no model: nope.onnx does not exist"),
+    ],
+)
+def test_compare_with_bad_input(bundle, args, code, message):
+    fails(code, message, "compare", *(bundle if arg == "BUNDLE" else arg for arg in args))
+
+
+# qcompile pass
+
+
+def test_pass_list():
+    flat = " ".join(qcompile("pass", "--list").stdout.split())
+    assert "fuse-gelu float Gather the pieces of an exact GELU into one op." in flat
+    found = json.loads(qcompile("pass", "--list", "--json").stdout)["passes"]
+    assert [entry["name"] for entry in found][:2] == ["canonicalize", "fuse-gelu"]
+    assert {entry["name"]: entry["needs"] for entry in found}["fuse-regions"] == "--target"
+
+
+def test_pass_runs():
+    result = qcompile("pass", "canonicalize+fold-qdq", MODEL, "out.onnx")
+    assert result.exit_code == 0, result.output
+    assert "changed nothing" in result.stdout
+    assert onnx.load("out.onnx").opset_import[0].version == 21
+
+
+def test_passes_in_pieces_do_what_they_do_together():
+    first = "canonicalize+assign-precision+insert-qdq+round-to-nearest"
+    result = qcompile("pass", first, MODEL, "qdq.onnx", "--target", "arm-int8", "--calib", CALIB)
+    assert result.exit_code == 0, result.output
+    result = qcompile("pass", "fold-qdq", "qdq.onnx", "folded.onnx", "--json")
+    assert json.loads(result.stdout)["passes"][0]["changed"]
+    assert "QMatMulW8A8" in {node.op_type for node in onnx.load("folded.onnx").graph.node}
+
+
+def test_pass_keeps_external_data_complete():
+    onnx.save(onnx.load(MODEL), "in.onnx", save_as_external_data=True, location="in.data")
+    Path("sub").mkdir()
+    assert qcompile("pass", "fuse-gelu", "in.onnx", "sub/out.onnx").exit_code == 0
+    Path("in.data").unlink()
+    assert qcompile("inspect", "sub/out.onnx").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ([], 2, "give NAME IN.onnx OUT.onnx, or --list"),
+        (["canonicalize", MODEL], 2, "give NAME IN.onnx OUT.onnx, or --list"),
+        (["fold-qdf", MODEL, "o.onnx"], 1, "no pass 'fold-qdf'; did you mean 'fold-qdq'?"),
+        (["zzz", MODEL, "o.onnx"], 1, "no pass 'zzz'; one of canonicalize, fuse-gelu"),
+        (["fuse-regions", MODEL, "o.onnx"], 1, "depends on the target: add --target TARGET"),
+        (["insert-qdq", MODEL, "o.onnx"], 1, "needs the plans of assign-precision"),
+        (["canonicalize", MODEL, MODEL], 1, "is the input; name another file"),
+        (["canonicalize", "nope.onnx", "o.onnx"], 1, "nope.onnx does not exist"),
+        (["canonicalize", MODEL, "no/folder/o.onnx"], 1, "no/folder"),
+        (["assign-precision", MODEL, "o.onnx", "--target", "x"], 1, "unknown target 'x'"),
+    ],
+)
+def test_pass_with_bad_input(args, code, message):
+    fails(code, message, "pass", *args)

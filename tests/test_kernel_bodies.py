@@ -1,0 +1,165 @@
+"""Every kernel against its function's body in ONNX Runtime: the reference is the body itself."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from conftest import needs_avx512_vnni
+from golden import sqnr
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from qcompiler.ir import dialect
+from qcompiler.ir.region import Region, Step
+from qcompiler.targets.epilogue import ELEMENTWISE
+from qcompiler.targets.library import KernelCache, build_library
+
+pytestmark = needs_avx512_vnni
+
+DOMAIN = "qcompiler.00b0d1e5"
+BIAS = Step("Add", (0, -1))
+
+
+def matmul(k, n, extras=(), *steps):
+    return Region("QMatMulW8A8", (("K", k), ("N", n)), extras, steps)
+
+
+def one_step(name):
+    """A region that ends in the op `name`, with an operand of each kind where it takes two."""
+    if ELEMENTWISE[name].arity == 1:
+        return matmul(24, 40, ("channel",), BIAS, Step(name, (1,)))
+    steps = (Step(name, (0, -1)), Step(name, (-2, 1)))
+    return matmul(24, 40, ("channel", "tensor"), *steps)
+
+
+# Clip's bounds are inputs in ONNX, so no body can be written for a Clip with attributes.
+STEPS = [name for name in ELEMENTWISE if name != "Clip"]
+QUANTIZES = [Region("Quantize", (("K", k),)) for k in (1, 3, 16, 63, 64, 100, 384)]
+MATMULS = [
+    matmul(1, 1),
+    matmul(3, 5),
+    matmul(4, 16, ("channel",), BIAS),
+    matmul(63, 47, ("channel", "tensor"), BIAS, Step("Add", (1, -2))),
+    matmul(64, 48),
+    matmul(65, 49, ("channel",), BIAS),
+    matmul(130, 64, ("tensor",), Step("Add", (0, -1))),
+    matmul(384, 193, ("channel",), BIAS, Step("Gelu", (1,))),
+    matmul(256, 400, ("channel",), BIAS, Step("Gelu", (1,), (("approximate", "tanh"),))),
+    *map(one_step, STEPS),
+]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("library") / "kernels.so"
+    build_library([*QUANTIZES, *MATMULS], DOMAIN, path, cache=KernelCache())
+    return path
+
+
+@functools.cache
+def weights(region: Region) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(region.size("K") * 1000 + region.size("N"))
+    k, n = region.size("K"), region.size("N")
+    constants = {
+        "w": rng.integers(-127, 128, (k, n)).astype(np.int8),
+        "ws": (rng.uniform(0.5, 1.5, n) / (40 * np.sqrt(k))).astype(np.float32),
+    }
+    for index, kind in enumerate(region.extras):
+        if kind == "channel":
+            constants[f"extra{index}"] = rng.standard_normal(n).astype(np.float32)
+    return constants
+
+
+def model_of(region: Region, rank: int) -> bytes:
+    """One call of the region's function, dynamic in all dimensions but the last."""
+    op = dialect.OPS[region.anchor]
+    function = dialect.region_function(region, DOMAIN, 21)
+    constants = {} if region.anchor == "Quantize" else weights(region)
+    sizes = dict(region.sizes)
+    last = {"x": sizes["K"], "q": sizes["K"], "s": 1, "y": sizes.get("N")}
+
+    def value(name: str) -> ir.Value:
+        if name in constants:
+            tensor = ir.tensor(constants[name], name=name)
+            return ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype),
+                            shape=ir.Shape(tensor.shape))  # fmt: skip
+        dtype = ir.DataType.FLOAT if name.startswith("extra") else op.type_of(name)
+        shape = [f"d{i}" for i in range(rank - 1)] + [last.get(name, sizes.get("N"))]
+        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+    operands = [value(v.name) for v in function.inputs]
+    results = [value(name) for name in op.outputs]
+    node = ir.Node(DOMAIN, region.name, operands, outputs=results)
+    graph = ir.Graph([v for v in operands if v.const_value is None], results, nodes=[node],
+                     initializers=[v for v in operands if v.const_value is not None],
+                     opset_imports={"": 21, DOMAIN: 1}, name="region")  # fmt: skip
+    return ir.to_proto(ir.Model(graph, ir_version=10, functions=[function])).SerializeToString()
+
+
+@functools.cache
+def session(region: Region, rank: int, threads: int, library: Path | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model_of(region, rank), options)
+
+
+leading = st.lists(st.integers(0, 21), min_size=1, max_size=3)
+
+
+@settings(deadline=None, max_examples=120)
+@example([1], 384, 0, 0.0).via("one row")
+@example([0], 64, 0, 0.0).via("an empty batch")
+@example([2, 0, 3], 64, 0, 0.0).via("an empty batch inside")
+@example([257], 100, 0, 0.0).via("more than a tile of tiles")
+@given(leading, st.sampled_from([r.size("K") for r in QUANTIZES]), st.integers(0, 2**32 - 1),
+       st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e30]))  # fmt: skip
+def test_quantize(library, shape, k, seed, magnitude):
+    region = Region("Quantize", (("K", k),))
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal([*shape, k]) * magnitude).astype(np.float32)
+    expected = session(region, len(shape) + 1, 1, None).run(None, {"x": x})
+    for threads in (1, 2):
+        native = session(region, len(shape) + 1, threads, library).run(None, {"x": x})
+        for got, want in zip(native, expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+def test_quantize_rounds_ties_like_its_body(library):
+    region = Region("Quantize", (("K", 64),))
+    x = (np.arange(4 * 64, dtype=np.float32).reshape(4, 64) - 128) / 2
+    x[:, 0] = (127, 63.5, 127 / 3, 1e-3)
+    expected = session(region, 2, 1, None).run(None, {"x": x})
+    native = session(region, 2, 1, library).run(None, {"x": x})
+    np.testing.assert_array_equal(native[0], expected[0])
+    np.testing.assert_array_equal(native[1], expected[1])
+
+
+@settings(deadline=None, max_examples=150)
+@example([1], MATMULS[7], 0).via("one row")
+@example([0], MATMULS[7], 0).via("an empty batch")
+@example([9], MATMULS[3], 0).via("just over a tile")
+@example([300], MATMULS[7], 0).via("several blocks of rows")
+@given(leading, st.sampled_from(MATMULS), st.integers(0, 2**32 - 1))
+def test_matmul(library, shape, region, seed):
+    rng = np.random.default_rng(seed)
+    k, n = region.size("K"), region.size("N")
+    feeds = {
+        "q": rng.integers(0, 256, [*shape, k]).astype(np.uint8),
+        "s": rng.uniform(0.01, 0.02, [*shape, 1]).astype(np.float32),
+    }
+    for index, kind in enumerate(region.extras):
+        if kind == "tensor":
+            feeds[f"extra{index}"] = rng.standard_normal([*shape, n]).astype(np.float32)
+    (expected,) = session(region, len(shape) + 1, 1, None).run(None, feeds)
+    for threads in (1, 2):
+        (native,) = session(region, len(shape) + 1, threads, library).run(None, feeds)
+        assert native.shape == expected.shape
+        assert not native.size or sqnr(expected, native) >= 60
+        np.testing.assert_allclose(native, expected, rtol=1e-4, atol=1e-4)
