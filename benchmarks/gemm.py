@@ -14,10 +14,10 @@ import functools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,12 @@ SHAPES = ((128, 384, 384), (128, 1536, 384), (512, 1024, 1024))
 """M, N, K."""
 GEMV = (1, 4096, 4096)
 STREAM_BYTES = 256 << 20
-COPIES = 4
-"""Ops per timed run, so that Python's part in it is small, but their results stay in L3."""
+COPIES = 16
+"""Ops per timed run, so that Python's part in it is small; all store into the same memory, as ORT
+reuses it between the nodes of a model."""
+PAUSE = 0.02
+"""Seconds before each measurement: threads of the session before spin for a while, on a core that
+the next one needs."""
 GEMV_COPIES = 16
 """Each op packs weights of its own: 16 times 16 MiB is as much as
 `STREAM_BYTES` and more than any cache holds."""
@@ -163,16 +167,17 @@ def whole_op(shape: tuple[int, int, int], threads: int, library: Path) -> Callab
     binding = session.io_binding()
     x = np.random.default_rng(1).standard_normal((m, k)).astype(np.float32)
     binding.bind_ortvalue_input("x", ort.OrtValue.ortvalue_from_numpy(aligned(x)))
+    y = ort.OrtValue.ortvalue_from_shape_and_type([m, n], np.float32)
     for i in range(copies):
-        y = ort.OrtValue.ortvalue_from_shape_and_type([m, n], np.float32)
         binding.bind_ortvalue_output(f"y{i}", y)
 
     def run() -> Samples:
         samples = []
+        session.run_with_iobinding(binding)
         for _ in range(10):
-            start = perf_counter()
+            start = time.perf_counter()
             session.run_with_iobinding(binding)
-            samples.append((perf_counter() - start) / copies)
+            samples.append((time.perf_counter() - start) / copies)
         return samples
 
     return run
@@ -198,6 +203,7 @@ def measure(rounds: int) -> dict[str, Samples]:
         samples: dict[str, Samples] = {task: [] for task in tasks}
         for _ in range(rounds):
             for task, run in tasks.items():
+                time.sleep(PAUSE)
                 samples[task] += run()
         return samples
 

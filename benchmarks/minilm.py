@@ -44,24 +44,28 @@ def options(threads: int) -> ort.SessionOptions:
     return result
 
 
-def contenders(model: Path, dynamic: Path, bundle: Path) -> dict[str, Make]:
+def stock(path: Path, disabled: list[str]) -> Make:
+    """Makes sessions of an ONNX file, some of ORT's optimizers off."""
+    return lambda threads: ort.InferenceSession(
+        path, options(threads), disabled_optimizers=disabled
+    )
+
+
+def bundle(path: Path, native: bool = True) -> Make:
+    """Makes sessions of a bundle."""
+    return lambda threads: qcompiler.load(path, session_options=options(threads), native=native)
+
+
+def contenders(model: Path, dynamic: Path, compiled: Path) -> dict[str, Make]:
     """Session makers by name; the first is what ratios refer to."""
     unfused = ["SkipLayerNormFusion"]
-
-    def stock(path: Path, disabled: list[str]) -> Make:
-        return lambda threads: ort.InferenceSession(
-            path, options(threads), disabled_optimizers=disabled
-        )
-
     return {
         "ORT FP32": stock(model, []),
         "ORT FP32, SkipLayerNorm off": stock(model, unfused),
         "ORT dynamic INT8": stock(dynamic, []),
         "ORT dynamic INT8, SkipLayerNorm off": stock(dynamic, unfused),
-        "qcompiler x86-int8": lambda n: qcompiler.load(bundle, session_options=options(n)),
-        "qcompiler, bodies only": lambda n: qcompiler.load(
-            bundle, session_options=options(n), native=False
-        ),
+        "qcompiler x86-int8": bundle(compiled),
+        "qcompiler, bodies only": bundle(compiled, native=False),
     }
 
 
@@ -129,8 +133,10 @@ def measure_sts(makers: dict[str, Make], sts: Path, tokenizer_file: Path) -> dic
     result: dict[str, Any] = {}
     reference = None
     print(f"\nSTS-B, {len(rows)} pairs:")
-    for name in ("ORT FP32", "ORT dynamic INT8", "qcompiler x86-int8", "qcompiler, bodies only"):
-        session, vectors = makers[name](2), np.zeros((len(sentences), 384))
+    for name, make in makers.items():
+        if name.endswith("off"):
+            continue  # the same numbers
+        session, vectors = make(2), np.zeros((len(sentences), 384))
         for start in range(0, len(order), 32):
             index = order[start : start + 32]
             encoded = tokenizer.encode_batch([sentences[i] for i in index])

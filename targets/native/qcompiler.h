@@ -127,8 +127,8 @@ OrtStatus *qc_row_count(const struct qc_op *op, const struct qc_shape *shape, co
 /* Runs task(argument, 0 .. count - 1) on the session's threads; a single task runs right here. */
 OrtStatus *qc_parallel(OrtKernelContext *context, void (*task)(void *, size_t), size_t count,
                        void *argument);
-/* How many tasks work of `nanoseconds` is worth: one below 16 us, then one per 8 us, up to 128.
- * Handing a task to ONNX Runtime's pool costs 0.2 us when a thread spins, several when it sleeps. */
+/* How many tasks work of `nanoseconds` is worth: a power of two, to share out evenly among threads,
+ * of at least 1 us each. */
 int64_t qc_task_count(double nanoseconds);
 
 #endif

@@ -2,7 +2,7 @@
 #include "qcompiler.h"
 
 /* float32 elements one core quantizes per nanosecond, from L2. */
-static const double QUANTIZE_RATE = 8;
+static const double QUANTIZE_RATE = 14;
 /* Kernels index a block with int32. */
 static const int64_t MAX_BLOCK_ELEMENTS = (int64_t)1 << 30;
 
