@@ -37,3 +37,23 @@ def package(requirement: str) -> Path:
         if not folder.exists():
             shutil.move(part, folder)
     return folder
+
+
+def debian_package(name: str) -> Path:
+    """The unpacked files of a Debian package; skips the test where it cannot be had."""
+    folder = CACHE / name
+    if folder.is_dir():
+        return folder
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        pytest.skip(f"{name} cannot be had here: this is not a Debian system")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        download = ["apt-get", "-q", "download", name]
+        result = subprocess.run(download, cwd=scratch, capture_output=True, text=True)
+        archives = list(Path(scratch).glob("*.deb"))
+        if result.returncode or not archives:
+            pytest.skip(f"{name} cannot be downloaded: {result.stderr.strip()[-200:]}")
+        part = Path(scratch) / "part"
+        subprocess.run(["dpkg-deb", "-x", archives[0], part], check=True)
+        shutil.move(part, folder)
+    return folder
