@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from qcompiler.ir.errors import ToolchainError
 from qcompiler.ir.region import Region
 from qcompiler.targets.x86 import ISAS, Isa, kernel_symbol
-from qcompiler.targets.x86.tile import tile_shape
+from qcompiler.targets.x86.families import FAMILIES
 
 __all__ = ["kernel_table"]
 
 _DOMAIN = re.compile(r"[A-Za-z0-9_.]+")
-_RANGE = ["int32_t", "int32_t", "int32_t"]
 
 
 def kernel_table(regions: Sequence[Region], domain: str) -> str:
@@ -47,43 +46,33 @@ def _variants(region: Region) -> str:
 
 
 def _wrapper(region: Region, isa: Isa) -> str:
-    symbol = kernel_symbol(region, isa)
-    if region.anchor == "Quantize":
-        types = ["const float *", "uint8_t *", "float *", "int32_t"]
-        values = ["a->x", "a->q", "a->s", "a->rows"]
-        struct = "qc_quantize_args"
-    else:
-        extras = range(len(region.extras))
-        types = ["const uint8_t *", "const float *", "const int8_t *", "const int32_t *"]
-        types += ["const float *", *("const float *" for _ in extras), "float *", *_RANGE]
-        values = ["a->q", "a->s", "a->weights", "a->init", "a->ws"]
-        values += [*(f"a->extra[{i}]" for i in extras), "a->y"]
-        values += ["a->rows", "a->panel_begin", "a->panel_end"]
-        struct = "qc_qmatmul_args"
+    family, symbol = FAMILIES[region.anchor], kernel_symbol(region, isa)
+    parameters = family.parameters(region)
+    types = ", ".join(c_type for c_type, _ in parameters)
+    values = ", ".join(value for _, value in parameters)
     return (
-        f"void {symbol}({', '.join(types)});\n"
-        f"static void run_{symbol}(const struct {struct} *a) {{\n"
-        f"    {symbol}({', '.join(values)});\n"
+        f"void {symbol}({types});\n"
+        f"static void run_{symbol}(const struct qc_{family.member}_args *a) {{\n"
+        f"    {symbol}({values});\n"
         "}\n"
     )
 
 
 def _variant(region: Region, isa: Isa) -> str:
-    run = f"run_{kernel_symbol(region, isa)}"
-    if region.anchor == "Quantize":
-        return f"{{.isa = &{isa.c_name}, .quantize = {run}}}"
-    tile = tile_shape(region.size("N"))
-    return (
-        f"{{.isa = &{isa.c_name}, .qmatmul = {run}, "
-        f".tile_rows = {tile.rows}, .tile_vectors = {tile.vectors}}}"
-    )
+    family = FAMILIES[region.anchor]
+    members = {"isa": f"&{isa.c_name}", family.member: f"run_{kernel_symbol(region, isa)}"}
+    members |= {name: str(value) for name, value in family.constants(region).items()}
+    return "{" + ", ".join(f".{name} = {value}" for name, value in members.items()) + "}"
 
 
 def _op(region: Region) -> str:
-    anchor = "qc_quantize" if region.anchor == "Quantize" else "qc_qmatmul_w8a8"
-    n = region.size("N") if region.anchor != "Quantize" else 0
-    extras = "".join("C" if kind == "channel" else "T" for kind in region.extras)
-    return (
-        f'    {{"{region.name}", &{anchor}, {region.size("K")}, {n}, "{extras}", '
-        f"variants_{region.name}, {len(ISAS)}}},"
-    )
+    sizes = dict(region.sizes)
+    members = {
+        "name": f'"{region.name}"',
+        "anchor": f"&{FAMILIES[region.anchor].anchor}",
+        **{name.lower(): str(size) for name, size in sizes.items()},
+        "extras": '"' + "".join("C" if k == "channel" else "T" for k in region.extras) + '"',
+        "variants": f"variants_{region.name}",
+        "variant_count": str(len(ISAS)),
+    }
+    return "    {" + ", ".join(f".{name} = {value}" for name, value in members.items()) + "},"

@@ -1,0 +1,134 @@
+"""The families of kernels: how a region of each anchor op becomes a C function.
+
+One row per anchor.  Nothing here imports tvm; a row's generator does when it is called.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from qcompiler.ir.region import Region
+from qcompiler.targets.epilogue import unsupported_step
+from qcompiler.targets.x86.tile import tile_shape
+
+__all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "unsupported_epilogue"]
+
+MAX_EXTRAS = 8
+MAX_ELEMENTS = 1 << 30
+"""Kernels index a row, and the packed weights, with int32."""
+MAX_DEPTH = (1 << 31) // (128 * 128) - 1
+"""The longest sum of int8 products that an int32 surely holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Kernels of one anchor op.
+
+    Attributes:
+        sizes: Names of a region's sizes, in order.
+        anchor: The `struct qc_anchor` that runs them, in targets/native/.
+        member: The function pointer of `struct qc_variant`; its arguments are
+            `struct qc_<member>_args`.
+        parameters: C type and expression (from the arguments `a`) of each kernel parameter.
+        unsupported: Why a region has no kernel, or None.
+        generate: The TIR of a region's kernel.
+        constants: Further members of `struct qc_variant`, as C initializers.
+    """
+
+    sizes: tuple[str, ...]
+    anchor: str
+    member: str
+    parameters: Callable[[Region], list[tuple[str, str]]]
+    unsupported: Callable[[Region], str | None]
+    generate: Callable[[Region], Any]
+    constants: Callable[[Region], dict[str, int]] = lambda region: {}
+
+
+def _generate_quantize(region: Region) -> Any:
+    from qcompiler.targets.x86.quantize import quantize_function
+
+    return quantize_function(region.size("K"))
+
+
+def _generate_qmatmul(region: Region) -> Any:
+    from qcompiler.targets.x86.qmatmul import qmatmul_function
+
+    return qmatmul_function(region)
+
+
+def _unsupported_quantize(region: Region) -> str | None:
+    return "Quantize takes no epilogue" if region.extras or region.steps else None
+
+
+def _unsupported_qmatmul(region: Region) -> str | None:
+    k, n = region.size("K"), region.size("N")
+    if k > MAX_DEPTH:
+        return f"K={k}: an int32 sum of more than {MAX_DEPTH} products may overflow"
+    columns = tile_shape(n).columns
+    if -(-n // columns) * columns * -(-k // 4) * 4 > MAX_ELEMENTS:
+        return f"{k} x {n} weights take more than 2^30 bytes"
+    return unsupported_epilogue(region)
+
+
+def unsupported_epilogue(region: Region) -> str | None:
+    """Why the steps of a region cannot be computed, or None."""
+    if len(region.extras) > MAX_EXTRAS:
+        return f"{len(region.extras)} extra operands; at most {MAX_EXTRAS} are supported"
+    for position, step in enumerate(region.steps):
+        if not all(-len(region.extras) <= arg <= position for arg in step.args):
+            return f"step {position} ({step.op}) reads values that do not exist: {step.args}"
+        if reason := unsupported_step(step):
+            return reason
+    return None
+
+
+def _quantize_parameters(region: Region) -> list[tuple[str, str]]:
+    return [
+        ("const float *", "a->x"),
+        ("uint8_t *", "a->q"),
+        ("float *", "a->s"),
+        ("int32_t", "a->rows"),
+    ]
+
+
+def _qmatmul_parameters(region: Region) -> list[tuple[str, str]]:
+    return [
+        ("const uint8_t *", "a->q"),
+        ("const float *", "a->s"),
+        ("const int8_t *", "a->weights"),
+        ("const int32_t *", "a->init"),
+        ("const float *", "a->ws"),
+        *(("const float *", f"a->extra[{i}]") for i in range(len(region.extras))),
+        ("float *", "a->y"),
+        ("int32_t", "a->rows"),
+        ("int32_t", "a->panel_begin"),
+        ("int32_t", "a->panel_end"),
+    ]
+
+
+def _qmatmul_constants(region: Region) -> dict[str, int]:
+    tile = tile_shape(region.size("N"))
+    return {"tile_rows": tile.rows, "tile_vectors": tile.vectors}
+
+
+FAMILIES = {
+    "Quantize": Family(
+        ("K",),
+        "qc_quantize",
+        "quantize",
+        _quantize_parameters,
+        _unsupported_quantize,
+        _generate_quantize,
+    ),
+    "QMatMulW8A8": Family(
+        ("K", "N"),
+        "qc_qmatmul_w8a8",
+        "qmatmul",
+        _qmatmul_parameters,
+        _unsupported_qmatmul,
+        _generate_qmatmul,
+        _qmatmul_constants,
+    ),
+}
