@@ -3,10 +3,12 @@
     pip install '.[cpu,zig]' torch transformers tokenizers scipy
     python benchmarks/minilm.py --sts sts-dev.csv --json benchmarks/results/minilm.json
 
-Peers, each as exported and with ORT's SkipLayerNormalization fusion off (it is slower than what it
-replaces on this model): FP32, and ORT's dynamic INT8 (per channel, MatMul only).  Sessions run in
-turn; idle threads of the others do not spin.  `--sts` is the dev split of the STS benchmark (tab
-separated, score and two sentences in columns 5 to 7).
+Peers: ORT in FP32 and ORT's dynamic INT8 (per channel, MatMul only), each as exported and with the
+SkipLayerNormalization fusion off (it is slower than what it replaces on this model); where openvino
+and nncf are installed also OpenVINO in FP32, at its default precision, and NNCF's INT8 (transformer
+preset, calibrated with 300 sentences).  Sessions run in turn; the idle threads do not spin.
+`--sts` and `--train` are splits of the STS benchmark (tab separated, score and two sentences in
+columns 5 to 7).
 """
 
 from __future__ import annotations
@@ -69,6 +71,49 @@ def contenders(model: Path, dynamic: Path, compiled: Path) -> dict[str, Make]:
     }
 
 
+def optional_peers(model: Path, tokenizer_file: Path, train: Path | None) -> dict[str, Make]:
+    """OpenVINO's sessions, if it is installed and there is something to calibrate NNCF with."""
+    try:
+        import nncf  # noqa: F401
+        import openvino  # noqa: F401
+    except ImportError as error:
+        print(f"without OpenVINO: {error}")
+        return {}
+    if train is None:
+        print("without OpenVINO: --train gives no sentences to calibrate with")
+        return {}
+    from peers import openvino_peers
+
+    sentences = [row[5] for row in read_sts(train)[:300]]
+    tokenizer = load_tokenizer(tokenizer_file)
+    return openvino_peers(model, [encode(tokenizer, [sentence]) for sentence in sentences])
+
+
+def read_sts(path: Path) -> list[list[str]]:
+    """The rows of a split of the STS benchmark."""
+    with path.open(encoding="utf-8") as file:
+        return list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The model's tokenizer, padding to the longest and cutting at 128."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.enable_truncation(128)
+    tokenizer.enable_padding()
+    return tokenizer
+
+
+def encode(tokenizer: Any, sentences: list[str]) -> dict[str, Any]:
+    """The model's inputs for a batch of sentences."""
+    encoded = tokenizer.encode_batch(sentences)
+    return {
+        "input_ids": np.array([e.ids for e in encoded], np.int64),
+        "attention_mask": np.array([e.attention_mask for e in encoded], np.int64),
+    }
+
+
 def interleave(sessions: dict[str, Any], feeds: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Milliseconds per run, {"median", "min"} by name, runs alternating for `seconds`."""
     times: dict[str, list[float]] = {name: [] for name in sessions}
@@ -120,15 +165,10 @@ def measure_opening(makers: dict[str, Make], rounds: int = 7) -> dict[str, float
 def measure_sts(makers: dict[str, Make], sts: Path, tokenizer_file: Path) -> dict[str, Any]:
     """Spearman's rho on STS-B, and the SQNR of the sentence vectors against ORT FP32."""
     from scipy.stats import spearmanr
-    from tokenizers import Tokenizer
 
-    with sts.open(encoding="utf-8") as file:
-        rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows, tokenizer = read_sts(sts), load_tokenizer(tokenizer_file)
     scores = [float(row[4]) for row in rows]
     sentences = [row[5] for row in rows] + [row[6] for row in rows]
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    tokenizer.enable_truncation(128)
-    tokenizer.enable_padding()
     order = np.argsort([len(s) for s in sentences])
     result: dict[str, Any] = {}
     reference = None
@@ -139,10 +179,8 @@ def measure_sts(makers: dict[str, Make], sts: Path, tokenizer_file: Path) -> dic
         session, vectors = make(2), np.zeros((len(sentences), 384))
         for start in range(0, len(order), 32):
             index = order[start : start + 32]
-            encoded = tokenizer.encode_batch([sentences[i] for i in index])
-            mask = np.array([e.attention_mask for e in encoded], np.int64)
-            ids = np.array([e.ids for e in encoded], np.int64)
-            hidden = session.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+            feeds = encode(tokenizer, [sentences[i] for i in index])
+            hidden, mask = session.run(None, feeds)[0], feeds["attention_mask"]
             mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
             vectors[index] = mean / np.linalg.norm(mean, axis=1, keepdims=True)
         reference = vectors if reference is None else reference
@@ -185,6 +223,7 @@ def cpu_name() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sts", type=Path, help="dev split of the STS benchmark")
+    parser.add_argument("--train", type=Path, help="train split, to calibrate NNCF with")
     parser.add_argument("--seconds", type=float, default=8.0, help="per shape and thread count")
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
@@ -195,6 +234,7 @@ def main() -> None:
                          per_channel=True, op_types_to_quantize=["MatMul"])  # fmt: skip
         compiled = measure_compile(model, folder)
         makers = contenders(model, folder / "dynamic.onnx", folder / "warm")
+        makers |= optional_peers(model, tokenizer, arguments.train)
         content = {
             "machine": {"cpu": cpu_name(), "cores": os.cpu_count()},
             "versions": {"qcompiler": "0.1.0", "onnxruntime": ort.__version__,

@@ -11,6 +11,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from qcompiler.ir.region import Region
 from qcompiler.ir.types import QuantSpec, QuantType
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "decisions",
     "inherit",
     "plan_of",
+    "region_of",
     "set_plan",
+    "set_region",
 ]
 
 Action = Literal["kernel", "body", "qdq", "float"]
@@ -34,17 +37,28 @@ NO_WEIGHTS = "holds no weights to quantize"
 
 _ACTION = "qcompiler.action"
 _WHY = "qcompiler.why"
+_UNEXPECTED = "qcompiler.unexpected"
 _PLAN = "qcompiler.plan"
+_REGION = "qcompiler.region"
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """One node of the final graph: who computes it and why."""
+    """One node of the final graph.
+
+    Attributes:
+        node: Its name.
+        op: Its type.
+        action: Who computes it.
+        why: For people.
+        expected: False where a user would have expected better: `--strict` refuses it.
+    """
 
     node: str
     op: str
     action: Action
     why: str
+    expected: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,10 +93,32 @@ def plan_of(node: ir.Node) -> NodePlan | None:
     return plan
 
 
-def decide(node: ir.Node, action: Action, why: str) -> None:
-    """Record what happens to `node`; a later decision replaces an earlier one."""
+def set_region(node: ir.Node, region: Region) -> None:
+    """Say what an outlined node computes; it survives saving."""
+    node.metadata_props[_REGION] = region.to_json()
+
+
+def region_of(node: ir.Node) -> Region | None:
+    """What an outlined node computes, None for all others."""
+    text = node.metadata_props.get(_REGION)
+    return None if text is None else Region.from_json(text)
+
+
+def decide(node: ir.Node, action: Action, why: str, *, expected: bool | None = None) -> None:
+    """Record what happens to `node`; a later decision replaces an earlier one.
+
+    Args:
+        node: Where it is recorded.
+        action: Who computes it.
+        why: The reason.
+        expected: See `Decision`; by default all but "body" is.
+    """
     node.metadata_props[_ACTION] = action
     node.metadata_props[_WHY] = why
+    if action != "body" if expected is None else expected:
+        node.metadata_props.pop(_UNEXPECTED, None)
+    else:
+        node.metadata_props[_UNEXPECTED] = "true"
 
 
 def inherit(new: ir.Node, old: ir.Node) -> None:
@@ -99,6 +135,7 @@ def decision_of(node: ir.Node) -> Decision:
         op=node.op_type,
         action=node.metadata_props.get(_ACTION, "float"),  # type: ignore[arg-type]
         why=node.metadata_props.get(_WHY, NO_WEIGHTS),
+        expected=_UNEXPECTED not in node.metadata_props,
     )
 
 

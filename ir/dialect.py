@@ -7,20 +7,26 @@ avoid the ones it gets wrong:
 * uint8 activations with zero point 128: s8 x s8 MatMulInteger is 23-100 times slower in ORT;
 * scales multiply one after the other: ORT fuses `Mul(a_scale, b_scale)` only for a scalar a_scale;
 * a Slice after ReduceMax: ORT returns an empty batch unreduced, [0, K] instead of [0, 1];
+* Sum, not Add, before a LayerNormalization: ORT makes SkipLayerNormalization of that pair, which is
+  8 times slower;
+* RMSNorm in the one spelling that ORT makes SimplifiedLayerNormalization of;
 * W4A8 widens its activations with Cast/Sub/Mul, because a DequantizeLinear there stops ORT from
   turning the weight's into MatMulNBits (weights would be dequantized at every run).
 
 The same text gives the generic op (`{block_size}` becomes a reference to the attribute) and the
-body of one region (it becomes that region's number).
+body of one region (it becomes that region's number); `{=epsilon}` where the body's op calls the
+attribute something else.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import onnx.parser
 import onnx_ir as ir
 
+from qcompiler.ir.attention import attention_body
 from qcompiler.ir.region import Region
 
 __all__ = ["DOMAIN", "OPS", "VERSION", "DialectOp", "declare", "function_of", "region_function"]
@@ -40,9 +46,10 @@ class DialectOp:
         name: Op type.
         inputs: Names in order; the types ORT must see are in `types`.
         outputs: Names in order.
-        body: ONNX text lines; `{attribute}` marks where an attribute goes.
+        body: ONNX text lines; `{attribute}` marks where an attribute goes, see above.
         attributes: Attribute names the op takes.
         types: Storage of each input and output that is not float32.
+        form: The body of a region with these flags, if flags select one.
     """
 
     name: str
@@ -51,6 +58,7 @@ class DialectOp:
     body: str
     attributes: tuple[str, ...] = ()
     types: tuple[tuple[str, ir.DataType], ...] = ()
+    form: Callable[[tuple[str, ...]], str] | None = None
 
     def type_of(self, name: str) -> ir.DataType:
         """The data type of an input or output."""
@@ -58,7 +66,7 @@ class DialectOp:
 
 
 _SCALE_OF_TOKEN = """
-    magnitude = Abs (x)
+    magnitude = Abs ({x})
     last = Constant <value_ints = [-1]> ()
     reduced = ReduceMax <keepdims = 1> (magnitude, last)
     first = Constant <value_ints = [0]> ()
@@ -70,19 +78,23 @@ _SCALE_OF_TOKEN = """
     s = Div (bounded, top)
 """
 
+_TOKEN_TO_INT8 = (
+    _SCALE_OF_TOKEN.replace("{top}", "127.0")
+    + """
+    middle = Constant <value = uint8 {128}> ()
+    shape = Shape (s)
+    zero = Expand (middle, shape)
+    q = QuantizeLinear <axis = -1, {block_size}> ({x}, s, zero)
+"""
+)
+
 _QUANTIZE = DialectOp(
     name="Quantize",
     inputs=("x",),
     outputs=("q", "s"),
     attributes=("block_size",),
     types=(("q", ir.DataType.UINT8),),
-    body=_SCALE_OF_TOKEN.replace("{top}", "127.0")
-    + """
-    middle = Constant <value = uint8 {128}> ()
-    shape = Shape (s)
-    zero = Expand (middle, shape)
-    q = QuantizeLinear <axis = -1, {block_size}> (x, s, zero)
-""",
+    body=_TOKEN_TO_INT8.replace("{x}", "x"),
 )
 
 _QUANTIZE_FP8 = DialectOp(
@@ -91,7 +103,7 @@ _QUANTIZE_FP8 = DialectOp(
     outputs=("q", "s"),
     attributes=("block_size",),
     types=(("q", ir.DataType.FLOAT8E4M3FN),),
-    body=_SCALE_OF_TOKEN.replace("{top}", "448.0")
+    body=_SCALE_OF_TOKEN.replace("{top}", "448.0").replace("{x}", "x")
     + """
     q = QuantizeLinear <axis = -1, {block_size}, output_dtype = 17> (x, s)
 """,
@@ -172,9 +184,64 @@ _CONV = DialectOp(
 """,
 )
 
-OPS = {op.name: op for op in (_QUANTIZE, _QUANTIZE_FP8, _W8A8, _W4A8, _W4A16, _FP8, _CONV)}
+_LAYER_NORM = """
+    y = LayerNormalization <axis = -1, {epsilon}> (x, gamma, beta)
+"""
 
-_ATTRIBUTE_TYPE = {"block_size": "int", "group": "int"}
+_RMS_NORM = """
+    two = Constant <value_float = 2.0> ()
+    squares = Pow (x, two)
+    axes = Constant <value_ints = [-1]> ()
+    mean = ReduceMean <keepdims = 1> (squares, axes)
+    epsilon = Constant <value_float {=epsilon}> ()
+    above_zero = Add (mean, epsilon)
+    root = Sqrt (above_zero)
+    unit = Div (x, root)
+    y = Mul (unit, gamma)
+"""
+
+
+def _norm(name: str, body: str, parameters: tuple[str, ...], residual: bool) -> DialectOp:
+    """A norm of `x`, or of `x = a + b`, and the `Quantize` of its result."""
+    return DialectOp(
+        name=name,
+        inputs=(*(("a", "b") if residual else ("x",)), *parameters),
+        outputs=(*(("x",) if residual else ()), "y", "q", "s"),
+        attributes=("epsilon", "block_size"),
+        types=(("q", ir.DataType.UINT8),),
+        body=("    x = Sum (a, b)" if residual else "") + body + _TOKEN_TO_INT8.replace("{x}", "y"),
+    )
+
+
+_NORMS = (
+    _norm("LayerNorm", _LAYER_NORM, ("gamma", "beta"), residual=False),
+    _norm("AddLayerNorm", _LAYER_NORM, ("gamma", "beta"), residual=True),
+    _norm("RMSNorm", _RMS_NORM, ("gamma",), residual=False),
+    _norm("AddRMSNorm", _RMS_NORM, ("gamma",), residual=True),
+)
+
+_ATTENTION = DialectOp(
+    name="Attention",
+    inputs=("q", "k", "v", "scale"),
+    outputs=("y",),
+    body=attention_body((), masked=False),
+    form=lambda flags: attention_body(flags, masked=False),
+)
+
+_MASKED_ATTENTION = DialectOp(
+    name="MaskedAttention",
+    inputs=("q", "k", "v", "scale", "mask"),
+    outputs=("y",),
+    body=attention_body((), masked=True),
+    form=lambda flags: attention_body(flags, masked=True),
+)
+
+_MATMULS = (_W8A8, _W4A8, _W4A16, _FP8)
+_ATTENTIONS = (_ATTENTION, _MASKED_ATTENTION)
+
+OPS = {op.name: op for op in (_QUANTIZE, _QUANTIZE_FP8, *_MATMULS, _CONV, *_NORMS, *_ATTENTIONS)}
+
+_ATTRIBUTE_TYPE = {"block_size": "int", "epsilon": "float", "group": "int"}
 
 
 def _parse(
@@ -200,23 +267,50 @@ def function_of(name: str, opset: int) -> ir.Function:
     for attribute in op.attributes:
         kind = _ATTRIBUTE_TYPE.get(attribute, "ints")
         body = body.replace(f"{{{attribute}}}", f"{attribute}: {kind} = @{attribute}")
+        body = body.replace(f"{{={attribute}}}", f": {kind} = @{attribute}")
     return _parse(name, DOMAIN, op, op.inputs, ", ".join(op.outputs), body, opset)
 
 
 def region_function(region: Region, domain: str, opset: int) -> ir.Function:
     """The function of one region: its anchor's body with its sizes, then its steps."""
     op = OPS[region.anchor]
-    body = op.body.replace("{block_size}", f"block_size = {region.size('K')}")
+    body = op.form(region.flags) if op.form is not None else op.body
+    body = body.replace("{block_size}", f"block_size = {dict(region.sizes).get('K')}")
+    for key, value in region.attributes:
+        body = body.replace(f"{{{key}}}", f"{key} = {_literal(value)}")
+        body = body.replace(f"{{={key}}}", f"= {_literal(value)}")
     extras = tuple(f"extra{i}" for i in range(len(region.extras)))
     values = [op.outputs[0]]
     for step in region.steps:
         operands = (values[arg] if arg >= 0 else extras[-1 - arg] for arg in step.args)
         attributes = ", ".join(f"{key} = {_literal(value)}" for key, value in step.attributes)
-        call = f"{step.op} <{attributes}>" if attributes else step.op
         values.append(f"step{len(values)}")
+        if step.op == "Clip":
+            body += _clip(values[-1], next(operands), dict(step.attributes))
+            continue
+        call = f"{step.op} <{attributes}>" if attributes else step.op
         body += f"    {values[-1]} = {call} ({', '.join(operands)})\n"
-    outputs = ", ".join([values[-1], *op.outputs[1:]])
-    return _parse(region.name, domain, op, op.inputs + extras, outputs, body, opset)
+    outputs = region.outputs or (values[-1], *op.outputs[1:])
+    function = _parse(region.name, domain, op, op.inputs + extras, ", ".join(outputs), body, opset)
+    _remove_unused(function)
+    return function
+
+
+def _remove_unused(function: ir.Function) -> None:
+    """Drop the lines of a body that lead to no output."""
+    for node in reversed(list(function)):
+        if not any(value.uses() or value in function.outputs for value in node.outputs):
+            function.remove(node, safe=True)
+
+
+def _clip(result: str, operand: str, bounds: dict[str, int | float | str]) -> str:
+    """Clip takes its bounds as inputs: lines that make them."""
+    lines, names = "", [operand, "", ""]
+    for index, bound in enumerate(("min", "max")):
+        if bound in bounds:
+            names[1 + index] = f"{result}_{bound}"
+            lines += f"    {names[1 + index]} = Constant <value_float = {bounds[bound]}> ()\n"
+    return lines + f"    {result} = Clip ({', '.join(names).rstrip(', ')})\n"
 
 
 def _literal(value: float | str) -> str:

@@ -50,7 +50,7 @@ class ToolchainError(QCompilerError):
     """The kernels could not be compiled or linked on this machine."""
 
 
-class VerifyError(QCompilerError):
+class VerifyError(Exception):
     """A pass left the model in a state its stage does not allow: a bug in that pass."""
 
 

@@ -1,21 +1,22 @@
-"""Questions about a graph that several passes ask, and a networkx view for the rest."""
+"""Questions about a graph that several passes ask, and edits that several make."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import networkx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 __all__ = [
-    "as_networkx",
     "constant",
     "dequantize_of",
     "new_initializer",
     "only_consumer",
+    "place_after",
+    "rectified",
     "replace_nodes",
+    "same_dimension",
     "same_shape",
     "unique_name",
 ]
@@ -40,13 +41,15 @@ def same_shape(a: ir.Value, b: ir.Value) -> bool:
     """Whether two values provably have equal shapes (equal numbers or equal symbols)."""
     if a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
         return False
-    return all(_same_dimension(x, y) for x, y in zip(a.shape, b.shape, strict=True))
+    return all(same_dimension(x, y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
-def _same_dimension(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
+def same_dimension(a: int | ir.SymbolicDim, b: int | ir.SymbolicDim) -> bool:
+    """Whether two dimensions are provably equal."""
     if isinstance(a, int) or isinstance(b, int):
         return a == b
-    return a.value is not None and a.value == b.value
+    # Some exporters write "?" for any dimension they do not know.
+    return a.value is not None and a.value == b.value and any(c.isalpha() for c in a.value)
 
 
 def dequantize_of(value: ir.Value | None) -> ir.Node | None:
@@ -56,9 +59,10 @@ def dequantize_of(value: ir.Value | None) -> ir.Node | None:
 
 
 def unique_name(graph: ir.Graph, stem: str) -> str:
-    """`stem`, or `stem_1`, ... whichever no initializer of the graph has."""
+    """`stem`, or `stem_1`, ... whichever no initializer, input or output of the graph has."""
+    taken = {value.name for value in [*graph.inputs, *graph.outputs]}
     name, count = stem, 0
-    while name in graph.initializers:
+    while name in graph.initializers or name in taken:
         count += 1
         name = f"{stem}_{count}"
     return name
@@ -89,12 +93,26 @@ def replace_nodes(old: Sequence[ir.Node], new: Sequence[ir.Node]) -> None:
     )
 
 
-def as_networkx(graph: ir.Graph) -> networkx.MultiDiGraph:
-    """Nodes as vertices and each value that passes between two of them as an edge."""
-    view = networkx.MultiDiGraph()
-    view.add_nodes_from(graph)
-    for node in graph:
-        for value in node.inputs:
-            if value is not None and value.producer() is not None:
-                view.add_edge(value.producer(), node, value=value)
-    return view
+def rectified(value: ir.Value) -> ir.Value:
+    """The value after its Relu, if that is all that reads it: an integer form absorbs the Relu."""
+    consumer = only_consumer(value)
+    return consumer.outputs[0] if consumer is not None and consumer.op_type == "Relu" else value
+
+
+def place_after(value: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """Insert nodes where `value` is defined, so that every reader of it, in branches too, is below.
+
+    Args:
+        value: Made by a node, or an input or initializer of a graph.
+        nodes: In topological order.
+    """
+    producer = value.producer()
+    if producer is not None:
+        assert producer.graph is not None
+        producer.graph.insert_after(producer, nodes)
+        return
+    assert value.graph is not None
+    if len(value.graph):
+        value.graph.insert_before(value.graph[0], nodes)
+    else:
+        value.graph.extend(nodes)

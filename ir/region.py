@@ -1,18 +1,24 @@
 """What a kernel has to compute: one anchor op of the dialect and the elementwise steps after it.
 
-A region is read off an outlined function's body and holds no graph objects, so it can be hashed,
-compared, named and handed to a kernel generator:
+A region holds no graph objects, so it can be hashed, compared, named and handed to a kernel
+generator; the node that stands for it carries it as text (`ir/decisions.py`):
 
     y = Gelu(QMatMulW8A8(q, s, w, ws) + bias)
     Region("QMatMulW8A8", (("K", 384), ("N", 1536)), ("channel",),
            (Step("Add", (0, -1)), Step("Gelu", (1,))))
+
+An anchor may have attributes, and a region may compute only some of its outputs:
+
+    q, s = Quantize(LayerNormalization(x, gamma, beta))
+    Region("LayerNorm", (("K", 384),), outputs=("q", "s"), attributes=(("epsilon", 1e-05),))
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Literal
+import json
+from typing import Any, Literal
 
 __all__ = ["ExtraKind", "Region", "Step"]
 
@@ -40,12 +46,17 @@ class Region:
     """An anchor op with its static sizes, and the epilogue applied to its result.
 
     The function made from a region takes the anchor's inputs, then one input per extra operand.
+    `outputs` names those of the anchor that are computed, in its order; empty means all.
+    `flags` are words that select a form of the anchor's body, see `ir/attention.py`.
     """
 
     anchor: str
     sizes: tuple[tuple[str, int], ...]
     extras: tuple[ExtraKind, ...] = ()
     steps: tuple[Step, ...] = ()
+    outputs: tuple[str, ...] = ()
+    attributes: tuple[tuple[str, float], ...] = ()
+    flags: tuple[str, ...] = ()
 
     def size(self, name: str) -> int:
         """The static size called `name` ("K", "N")."""
@@ -54,14 +65,29 @@ class Region:
     @property
     def name(self) -> str:
         """A C identifier, equal only for equal regions: "QMatMulW8A8_K384_N1536_AddC_Gelu"."""
-        parts = [self.anchor, *(f"{name}{size}" for name, size in self.sizes)]
+        parts = [self.anchor, *(f"{name}{size}" for name, size in self.sizes), *self.flags]
         for step in self.steps:
             letters = (_LETTER[self.extras[-1 - arg]] for arg in step.args if arg < 0)
             parts.append(step.op + "".join(letters))
-        plain = all(not step.attributes for step in self.steps) and self._is_chain()
-        if not plain:
+        parts += ["".join(self.outputs)] if self.outputs else []
+        plain = not self.attributes and all(not step.attributes for step in self.steps)
+        if not plain or not self._is_chain():
             parts.append(hashlib.sha256(repr(self).encode()).hexdigest()[:6])
         return "_".join(parts)
+
+    def to_json(self) -> str:
+        """A text that `from_json` reads back."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Region:
+        """The region of a text made by `to_json`."""
+        content = {key: _as_tuple(value) for key, value in json.loads(text).items()}
+        steps = json.loads(text)["steps"]
+        content["steps"] = tuple(
+            Step(**{key: _as_tuple(value) for key, value in step.items()}) for step in steps
+        )
+        return cls(**content)
 
     def _is_chain(self) -> bool:
         """Whether each step reads the value before it, then the next unread extra operands."""
@@ -74,3 +100,7 @@ class Region:
             if list(step.args) != expected:
                 return False
         return unread == len(self.extras)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value

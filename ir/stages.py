@@ -9,6 +9,7 @@ kernel     regions outlined into a domain of their own
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 
 import onnx_ir as ir
 
@@ -38,7 +39,7 @@ def verify(model: ir.Model, stage: Stage, after: str) -> None:
     Raises:
         VerifyError: Names the pass, the node and the broken rule.
     """
-    for rule in (_known_ops, _typed_outputs, _function_rules, _operand_types):
+    for rule in (_scopes, _known_ops, _typed_outputs, _function_rules, _operand_types):
         for node_name, problem in rule(model, stage):
             raise VerifyError(f"after {after}: {node_name}: {problem} (stage {stage.name.lower()})")
 
@@ -48,6 +49,36 @@ _Problems = list[tuple[str, str]]
 
 def _ours(domain: str) -> bool:
     return domain == dialect.DOMAIN or domain.startswith(f"{dialect.DOMAIN}.")
+
+
+def _scopes(model: ir.Model, stage: Stage) -> _Problems:
+    """Every value is defined before it is read, where it can be seen, under a name of its own."""
+    problems: _Problems = []
+
+    def define(values: Iterable[ir.Value], seen: dict[str, ir.Value], owner: str) -> None:
+        for value in values:
+            if not value.name:
+                problems.append((owner, "a value has no name"))
+            elif seen.setdefault(value.name, value) is not value:
+                problems.append((owner, f"a second value is named {value.name!r}"))
+
+    def visit(graph: ir.Graph, outer: dict[str, ir.Value]) -> None:
+        seen, owner = dict(outer), graph.name or "the graph"
+        define([*graph.inputs, *graph.initializers.values()], seen, owner)
+        for node in graph:
+            for value in node.inputs:
+                if value is not None and seen.get(value.name or "") is not value:
+                    problems.append((str(node.name), f"reads {value.name!r} before it is defined"))
+            for attribute in node.attributes.values():
+                if attribute.type is ir.AttributeType.GRAPH:
+                    visit(attribute.as_graph(), seen)
+            define((value for value in node.outputs if value.name != ""), seen, str(node.name))
+        for value in graph.outputs:
+            if seen.get(value.name or "") is not value:
+                problems.append((owner, f"output {value.name!r} is not defined"))
+
+    visit(model.graph, {})
+    return problems
 
 
 def _known_ops(model: ir.Model, stage: Stage) -> _Problems:
@@ -101,14 +132,19 @@ def _operand_types(model: ir.Model, stage: Stage) -> _Problems:
     for node in model.graph.all_nodes():
         if not _ours(node.domain):
             continue
-        op = dialect.OPS[node.op_type.split("_")[0]]
+        op = dialect.OPS.get(node.op_type.split("_")[0])
+        if op is None:
+            problems.append((str(node.name), f"{node.op_type} is no op of the dialect"))
+            continue
+        function = model.functions[node.op_identifier()]
         named = [
-            *zip(op.inputs, node.inputs, strict=False),
-            *zip(op.outputs, node.outputs, strict=False),
+            *zip(function.inputs, node.inputs, strict=False),
+            *zip(function.outputs, node.outputs, strict=False),
         ]
+        # By name in the function: a region may have extra operands and only some of the outputs.
         problems += [
             (str(node.name), f"{name} is {value.dtype}, {op.name} needs {op.type_of(name).name}")
-            for name, value in named
+            for name, value in ((str(formal.name), actual) for formal, actual in named)
             if value is not None and value.dtype not in (None, op.type_of(name))
         ]
     return problems

@@ -8,53 +8,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 
 import onnx_ir as ir
 
 from qcompiler.ir.decisions import NodePlan, decide, set_plan
 from qcompiler.ir.errors import OptionError, did_you_mean
+from qcompiler.ir.graph import dequantize_of, rectified
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
 from qcompiler.targets.target import Scheme
 
-__all__ = ["SENSITIVE", "AssignPrecision"]
+__all__ = ["AssignPrecision"]
 
-SENSITIVE = frozenset(
-    {
-        "Softmax",
-        "LogSoftmax",
-        "LayerNormalization",
-        "RMSNormalization",
-        "SimplifiedLayerNormalization",
-        "GroupNormalization",
-        "InstanceNormalization",
-        "BatchNormalization",
-        "ReduceMean",
-        "ReduceSum",
-        "Exp",
-        "Log",
-        "Pow",
-        "Sqrt",
-        "Erf",
-        "Gelu",
-        "Sigmoid",
-        "Tanh",
-    }
-)
-"""Ops whose error grows when their inputs are rounded to 8 bits; they stay float."""
+_SENSITIVE = frozenset({
+    "Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization", "GroupNormalization",
+    "InstanceNormalization", "BatchNormalization", "ReduceMean", "ReduceSum", "Exp", "Log", "Pow",
+    "Sqrt", "Erf", "Gelu", "Sigmoid", "Tanh",
+})  # fmt: skip
+"""Ops whose error grows when their inputs are rounded to 8 bits."""
 
-_NOT_YET = frozenset(
-    {
-        "Gather",
-        "ConvTranspose",
-        "LSTM",
-        "GRU",
-        "RNN",
-        "Attention",
-        "Einsum",
-        "Gemm",
-    }
-)
+_NOT_YET = {"Gather": True, "ConvTranspose": False, "LSTM": False, "GRU": False, "RNN": False,
+            "Einsum": False, "Gemm": False}  # fmt: skip
+"""Ops with weights of their own that have no quantized form yet, and whether users expect that."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Float:
+    """The reason for a node to stay float; not expected where quantizing it was the point."""
+
+    why: str
+    expected: bool = True
+
+
+_IMPORTED = _Float("already quantized in the source: left to ORT as it is")
 
 
 class AssignPrecision(ir.passes.InPlacePass):
@@ -63,7 +50,7 @@ class AssignPrecision(ir.passes.InPlacePass):
     Attributes:
         scheme: The target's number formats.
         keep_float: Node names, op types or shell patterns of either that stay float.
-        group_size: Elements per weight scale instead of the scheme's own choice.
+        group_sizes: Elements per weight scale, in order of preference.
     """
 
     def __init__(
@@ -90,50 +77,55 @@ class AssignPrecision(ir.passes.InPlacePass):
         self._check_patterns(nodes)
         planned = 0
         for node in nodes:
-            plan = self._plan(node)
+            plan = self._plan(node, in_branch=node.graph is not model.graph)
             if isinstance(plan, NodePlan):
                 set_plan(node, plan)
                 decide(node, "qdq", str(plan))
                 planned += 1
             elif plan is not None:
-                decide(node, "float", plan)
+                decide(node, "float", plan.why, expected=plan.expected)
         return ir.passes.PassResult(model, planned > 0)
 
     def _check_patterns(self, nodes: list[ir.Node]) -> None:
         names = [node.name or "" for node in nodes] + sorted({node.op_type for node in nodes})
         for pattern in self.keep_float:
-            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            if not any(_matches(name, pattern) for name in names):
                 raise OptionError(
                     f"keep_float {pattern!r} matches no node name and no op type of the model"
                     f"{did_you_mean(pattern, names)}"
                 )
 
-    def _plan(self, node: ir.Node) -> NodePlan | str | None:
+    def _plan(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float | None:
         """A plan, the reason to stay float, or None for ops that hold nothing to quantize."""
         for pattern in self.keep_float:
-            if any(fnmatch.fnmatchcase(n, pattern) for n in (node.name or "", node.op_type)):
-                return f"kept float by request ({pattern})"
+            if _matches(node.name or "", pattern) or _matches(node.op_type, pattern):
+                return _Float(f"kept float by request ({pattern})")
         if node.domain not in ("", "ai.onnx"):
-            return f"op of the foreign domain {node.domain}"
+            return _Float(f"op of the foreign domain {node.domain}")
         match node.op_type:
             case "MatMul":
-                return self._plan_matmul(node)
+                return self._plan_matmul(node, in_branch)
             case "Conv":
-                return self._plan_conv(node)
-            case op if op in SENSITIVE:
-                return f"{op} is sensitive: kept in FP32"
-            case op if op in _NOT_YET:
-                return f"no quantized form of {op} yet"
+                return self._plan_conv(node, in_branch)
+            case op if op in _SENSITIVE:
+                return _Float(f"{op} is sensitive: kept in {_dtype_name(node.outputs[0])}")
+            case op if op in _NOT_YET and _has_float_constant(node):
+                return _Float(f"no quantized form of {op} yet", _NOT_YET[op])
         return None
 
-    def _plan_matmul(self, node: ir.Node) -> NodePlan | str:
+    def _plan_matmul(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float:
         weight, scheme = node.inputs[1], self.scheme
-        if (reason := _not_a_weight(weight) or _not_float(node.inputs[0])) is not None:
+        if _no_weight(node.inputs[0]) is None:
+            return _Float("its weight is on the left, only right operands are quantized", False)
+        if (reason := _no_weight(weight) or _no_batch_of_floats(node.inputs[0])) is not None:
             return reason
         assert weight is not None and weight.const_value is not None
         shape = weight.const_value.shape.numpy()
-        if len(shape) != 2:
-            return f"its weight has rank {len(shape)}, only matrices are quantized yet"
+        if len(shape) != 2 or 0 in shape:
+            return _Float(f"its weight has shape {list(shape)}, only matrices are quantized", False)
+        if in_branch and self.group_sizes:
+            # Making MatMulNBits of it, ORT 1.31 looks for the weight inside the branch and fails.
+            return _Float("ORT does not find int4 weights from inside a branch", False)
         depth = shape[0]
         activation = None
         if scheme.activation is not None:
@@ -143,25 +135,33 @@ class AssignPrecision(ir.passes.InPlacePass):
             return NodePlan(_per_channel(scheme.weight, axis=1), activation)
         size = next((size for size in self.group_sizes if depth % size == 0), None)
         if size is None:
-            return f"K={depth} is a multiple of no group size in {self.group_sizes}"
+            return _Float(f"K={depth} is a multiple of no group size in {self.group_sizes}", False)
         return NodePlan(QuantType(scheme.weight, granularity=PerGroup(0, size)), activation)
 
-    def _plan_conv(self, node: ir.Node) -> NodePlan | str:
+    def _plan_conv(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float:
         scheme = self.scheme
         if scheme.conv_weight is None:
-            return f"{scheme.name} keeps convolutions float"
-        operands = [_not_a_weight(value) for value in node.inputs[1:] if value is not None]
-        for reason in [*operands, _not_float(node.inputs[0])]:
+            return _Float(f"{scheme.name} keeps convolutions float")
+        if in_branch:
+            return _Float("static ranges are not observed inside branches and loops", False)
+        operands = [_no_weight(value) for value in node.inputs[1:] if value is not None]
+        imported = _IMPORTED if dequantize_of(node.inputs[0]) is not None else None
+        for reason in [*operands, imported, _not_float(node.inputs[0])]:
             if reason is not None:
                 return reason
         if node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
-            return "no quantized form of Conv with auto_pad yet"
-        if node.outputs[0].is_graph_output():
-            return "its result leaves the graph"
+            return _Float("no quantized form of Conv with auto_pad yet", False)
+        if rectified(node.outputs[0]).is_graph_output():
+            return _Float("its result leaves the graph")
         activation = QuantSpec(
             QuantType(scheme.conv_activation, granularity=PerTensor(), symmetric=False), "static"
         )
         return NodePlan(_per_channel(scheme.conv_weight, axis=0), activation, output=activation)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """As a shell pattern, or to the letter: node names may hold brackets."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def _per_channel(storage: ir.DataType, axis: int) -> QuantType:
@@ -170,19 +170,40 @@ def _per_channel(storage: ir.DataType, axis: int) -> QuantType:
     return QuantType(storage, granularity=PerAxis(axis), narrow_range=narrow)
 
 
-def _not_float(value: ir.Value | None) -> str | None:
-    if value is None or value.dtype is not ir.DataType.FLOAT:
-        dtype = "unknown" if value is None or value.dtype is None else value.dtype.name
-        return f"its input is {dtype}, only FLOAT is quantized"
-    if value.shape is not None and len(value.shape) < 2:
+def _no_batch_of_floats(value: ir.Value | None) -> _Float | None:
+    if (reason := _not_float(value)) is not None:
+        return reason
+    assert value is not None
+    if dequantize_of(value) is not None:
+        return _IMPORTED
+    if value.shape is None:
+        return _Float("the rank of its input is unknown", False)
+    if len(value.shape) < 2:
         # ORT takes the one scale of a vector for a per-tensor one and refuses its block size.
-        return "its input is a vector, only batches of them are quantized"
+        return _Float("its input is a vector, only batches of them are quantized", False)
     return None
 
 
-def _not_a_weight(value: ir.Value | None) -> str | None:
+def _not_float(value: ir.Value | None) -> _Float | None:
+    if value is None or value.dtype is not ir.DataType.FLOAT:
+        return _Float(f"its input is {_dtype_name(value)}, only FLOAT is quantized", False)
+    return None
+
+
+def _no_weight(value: ir.Value | None) -> _Float | None:
+    if dequantize_of(value) is not None:
+        return _IMPORTED
     if value is None or value.const_value is None or value.is_graph_input():
-        return "its second operand is an activation: no quantized form yet"
+        return _Float("its second operand is an activation: no quantized form yet")
     if value.const_value.dtype is not ir.DataType.FLOAT:
-        return f"its weight is {value.const_value.dtype.name}, only FLOAT is quantized"
+        return _Float(f"its weight is {_dtype_name(value)}, only FLOAT is quantized", False)
     return None
+
+
+def _has_float_constant(node: ir.Node) -> bool:
+    tensors = [value.const_value for value in node.inputs if value is not None]
+    return any(tensor is not None and tensor.dtype.is_floating_point() for tensor in tensors)
+
+
+def _dtype_name(value: ir.Value | None) -> str:
+    return "an unknown type" if value is None or value.dtype is None else value.dtype.name

@@ -12,7 +12,7 @@ import hashlib
 
 import onnx_ir as ir
 
-from qcompiler.ir.decisions import decide, decision_of
+from qcompiler.ir.decisions import decide, decision_of, region_of
 from qcompiler.ir.region import Region
 from qcompiler.passes.fuse_regions import UNBOUND
 
@@ -64,7 +64,7 @@ def bound_regions(model: ir.Model) -> list[Region]:
     """The distinct regions to build kernels for, by name."""
     found: dict[str, Region] = {}
     for node in model.graph.all_nodes():
-        region = node.meta.get("qcompiler.region")
-        if isinstance(region, Region):
-            found[region.name] = region
+        region = region_of(node)
+        if region is not None:
+            assert found.setdefault(region.name, region) == region, f"two regions {region.name}"
     return [found[name] for name in sorted(found)]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer, version_converter
@@ -35,7 +36,7 @@ class Canonicalize(ir.passes.InPlacePass):
         """Canonicalize in place.
 
         Raises:
-            ModelError: The opset cannot be raised.
+            ModelError: The opset cannot be raised, or the model is inconsistent.
         """
         before = _signature(model)
         levels = {name: logging.getLogger(name).level for name in _QUIET}
@@ -46,6 +47,11 @@ class Canonicalize(ir.passes.InPlacePass):
             _normalise(model)
             _raise_opset(model)
             _simplify(model)
+        except ModelError:
+            raise
+        except Exception as error:
+            # These are other libraries' passes on a model that nobody has checked yet.
+            raise ModelError(f"the model cannot be brought into canonical form: {error}") from error
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
@@ -69,6 +75,9 @@ def _normalise(model: ir.Model) -> None:
     for index, node in enumerate(model.graph.all_nodes()):
         if not node.name:
             node.name = f"{node.op_type}_{index}"
+        # The model may come out of a bundle: its decisions were about other nodes.
+        for key in [key for key in node.metadata_props if key.startswith("qcompiler.")]:
+            del node.metadata_props[key]
 
 
 def _raise_opset(model: ir.Model) -> None:
@@ -100,6 +109,11 @@ def _simplify(model: ir.Model) -> None:
         common.ShapeInferencePass(strict_mode=False),
         common.NameFixPass(),
     )(model)
+    # Metadata on nodes came with IR 10; more than the opset needs would shut out older ORTs.
+    needed = onnx.helper.find_min_ir_version_for(
+        [onnx.helper.make_opsetid("", model.graph.opset_imports[""])]
+    )
+    model.ir_version = max(needed, 10)
 
 
 def _lift(model: ir.Model) -> None:

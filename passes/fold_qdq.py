@@ -13,11 +13,12 @@ by the same scale.  What is left as Q/DQ is what ORT fuses by itself or runs in 
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
-from qcompiler.ir.decisions import decide, inherit
+from qcompiler.ir.decisions import decide, decision_of, inherit
 from qcompiler.ir.graph import constant, dequantize_of, replace_nodes
 from qcompiler.passes.fold_conv import try_fold_conv
 
@@ -30,6 +31,10 @@ _MATMUL = {
 }
 
 
+_TOP = {ir.DataType.INT8: 127.0, ir.DataType.FLOAT8E4M3FN: 448.0}
+"""The stored value that a token's largest magnitude is mapped to."""
+
+
 class FoldQDQ(ir.passes.InPlacePass):
     """Replace the pairs around MatMul and Conv by `qcompiler` ops."""
 
@@ -38,66 +43,82 @@ class FoldQDQ(ir.passes.InPlacePass):
         self._quantized: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fold every pair that has an integer form."""
+        """Fold every pair that has an integer form, and say which planned nodes were not."""
         self._quantized = {}
         folded = 0
         for node in list(model.graph.all_nodes()):
-            if node.op_type == "MatMul":
-                folded += self._try_fold_matmul(node)
-            elif node.op_type == "Conv":
-                folded += try_fold_conv(model.graph, node)
+            done = (
+                self._try_fold_matmul(node)
+                if node.op_type == "MatMul"
+                else node.op_type == "Conv" and try_fold_conv(model.graph, node)
+            )
+            folded += done
+            if not done and node.op_type in ("MatMul", "Conv") and _is_planned(node):
+                why = "planned, but its surroundings did not let it be folded"
+                decide(node, "float", why, expected=False)
         if folded:
             common.RemoveUnusedNodesPass()(model)
+            common.NameFixPass()(model)
             dialect.declare(model)
         return ir.passes.PassResult(model, folded > 0)
 
     def _try_fold_matmul(self, node: ir.Node) -> bool:
-        weight = _matrix_weight(node.inputs[1])
+        weight, pair = _matrix_weight(node.inputs[1]), _token_pair(node.inputs[0])
         if weight is None:
             return False
         stored, scale, block = weight
         assert stored.dtype is not None
-        pair = self._try_quantize(node, node.inputs[0])
         if pair is None:
-            if stored.dtype is not ir.DataType.INT4 or dequantize_of(node.inputs[0]):
+            x = node.inputs[0]
+            is_float = x is not None and x.dtype is ir.DataType.FLOAT and dequantize_of(x) is None
+            if stored.dtype is not ir.DataType.INT4 or not block or not is_float:
                 return False
-            inputs, op = [node.inputs[0], stored, scale], "QMatMulW4A16"
+            inputs, op = [x, stored, scale], "QMatMulW4A16"
         else:
-            activation, quantized = pair
+            activation = pair.outputs[0].dtype
+            assert activation is not None
             name = _MATMUL.get((activation, stored.dtype))
             if name is None or bool(block) != (name == "QMatMulW4A8"):
                 return False
-            inputs, op = [*quantized, stored, scale], name
+            inputs, op = [*self._quantize(pair), stored, scale], name
         attributes = {"block_size": block} if block else {}
         new = ir.node(op, inputs, attributes, domain=dialect.DOMAIN, version=dialect.VERSION)
-        _replace(node, new)
+        inherit(new, node)
+        replace_nodes([node], [new])
         decide(new, "body", "folded, no kernel bound yet")
         return True
 
-    def _try_quantize(
-        self,
-        reader: ir.Node,
-        value: ir.Value | None,
-    ) -> tuple[ir.DataType, tuple[ir.Value, ir.Value]] | None:
-        """The storage and the (q, s) of a `Quantize` equal to the per-token pair behind `value`."""
-        widened = dequantize_of(value)
-        quantize = widened.inputs[0].producer() if widened and widened.inputs[0] else None
-        if quantize is None or quantize.op_type != "QuantizeLinear" or len(quantize.inputs) != 2:
-            return None
-        data, scale = quantize.inputs
-        assert widened is not None and data is not None and scale is not None
-        depth = quantize.attributes.get_int("block_size", 0)
-        if widened.inputs[1] is not scale or not _is_token_scale(scale, data, depth):
-            return None
-        stored = quantize.outputs[0]
-        assert stored.dtype is not None
+    def _quantize(self, pair: ir.Node) -> tuple[ir.Value, ir.Value]:
+        """The (q, s) of a Quantize that equals the per-token `pair`, one for all its readers."""
+        stored = pair.outputs[0]
         if stored not in self._quantized:
-            self._quantized[stored] = _insert_quantize(quantize, depth)
-        return stored.dtype, self._quantized[stored]
+            self._quantized[stored] = _insert_quantize(pair)
+        return self._quantized[stored]
 
 
-def _insert_quantize(pair: ir.Node, depth: int) -> tuple[ir.Value, ir.Value]:
+def _is_planned(node: ir.Node) -> bool:
+    return decision_of(node).action == "qdq"
+
+
+def _token_pair(value: ir.Value | None) -> ir.Node | None:
+    """The QuantizeLinear of a dynamic per-token pair that makes `value`, if one does."""
+    widened = dequantize_of(value)
+    stored = widened.inputs[0] if widened is not None else None
+    quantize = stored.producer() if stored is not None else None
+    if widened is None or quantize is None or quantize.op_type != "QuantizeLinear":
+        return None
+    if len(quantize.inputs) != 2 or len(widened.inputs) != 2:
+        return None
+    axes = {node.attributes.get_int("axis", 1) for node in (quantize, widened)}
+    blocks = {node.attributes.get_int("block_size", 0) for node in (quantize, widened)}
+    if widened.inputs[1] is not quantize.inputs[1] or axes != {-1} or len(blocks) != 1:
+        return None
+    return quantize if _has_token_scale(quantize, blocks.pop()) else None
+
+
+def _insert_quantize(pair: ir.Node) -> tuple[ir.Value, ir.Value]:
     data, scale = pair.inputs
+    depth = pair.attributes.get_int("block_size")
     assert data is not None and scale is not None and pair.graph is not None
     fp8 = pair.outputs[0].dtype is ir.DataType.FLOAT8E4M3FN
     new = ir.node(
@@ -134,31 +155,45 @@ def _matrix_weight(value: ir.Value | None) -> tuple[ir.Value, ir.Value, int] | N
         stored = widen.inputs[0]
     if stored is None or stored.const_value is None or len(stored.const_value.shape) != 2:
         return None
-    fits = scale is not None and scale.const_value is not None and axis == (0 if block else 1)
-    return (stored, scale, block) if fits and scale is not None else None
+    if scale is None or scale.const_value is None:
+        return None
+    k, n = stored.const_value.shape.numpy()
+    expected = (-(-k // block), n) if block else (n,)
+    fits = axis == (0 if block else 1) and scale.const_value.shape.numpy() == expected
+    return (stored, scale, block) if fits else None
 
 
-def _is_token_scale(scale: ir.Value, data: ir.Value, depth: int) -> bool:
-    """Whether `scale` is Div(Max(Slice(ReduceMax(Abs(data))), tiny), top) over the last axis."""
-    chain, value = [], scale
+def _has_token_scale(quantize: ir.Node, depth: int) -> bool:
+    """Whether the scale is Div(Max(Slice(ReduceMax(Abs(x))), tiny), top) over the last axis."""
+    data, value = quantize.inputs
+    chain = []
     for op in ("Div", "Max", "Slice", "ReduceMax", "Abs"):
-        node = value.producer()
-        if node is None or node.op_type != op or node.inputs[0] is None:
+        node = value.producer() if value is not None else None
+        if node is None or node.op_type != op:
             return False
         chain.append(node)
         value = node.inputs[0]
-    axes = constant(chain[3].inputs[1])
-    last = data.shape[-1] if data.shape is not None and len(data.shape) else None
+    stored = quantize.outputs[0].dtype
+    top = _TOP.get(stored) if stored is not None else None
+    last = data.shape[-1] if data is not None and data.shape is not None else None
+    division, bounded, column, reduced, _ = chain
     return (
         value is data
         and depth > 0
         and last in (depth, None)
-        and axes is not None
-        and (axes.tolist() == [-1])
+        and top is not None
+        and _holds(division.inputs[1], top)
+        and _holds(bounded.inputs[1], dialect.SMALLEST_MAGNITUDE)
+        and [constant(v) for v in column.inputs[1:4]] == [[0], [1], [-1]]
+        and _holds(reduced.inputs[1], -1)
+        and reduced.attributes.get_int("keepdims", 1) == 1
     )
 
 
-def _replace(old: ir.Node, new: ir.Node) -> None:
-    """Put `new` in the place of `old`: same output name, type, users, decision."""
-    inherit(new, old)
-    replace_nodes([old], [new])
+def _holds(value: ir.Value | None, number: float) -> bool:
+    array = constant(value)
+    return (
+        array is not None
+        and array.size == 1
+        and bool(np.float32(array.item()) == np.float32(number))
+    )

@@ -107,6 +107,6 @@ def _is_scalar(value: ir.Value | None, number: float) -> bool:
     array = constant(value)
     return (
         array is not None
-        and array.size == 1
+        and array.ndim == 0
         and bool(np.isclose(np.asarray(array, np.float64).item(), number, rtol=1e-4))
     )

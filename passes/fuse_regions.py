@@ -11,13 +11,14 @@ region exists.  The function's body is the region in standard ops, so the number
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
-from qcompiler.ir.decisions import decide, inherit
+from qcompiler.ir.decisions import decide, inherit, set_region
 from qcompiler.ir.graph import constant, new_initializer, only_consumer, replace_nodes, same_shape
 from qcompiler.ir.region import ExtraKind, Region, Step
 
@@ -54,9 +55,9 @@ class FuseRegions(ir.passes.InPlacePass):
         self.supports = supports
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Outline every supported region of the main graph."""
+        """Outline every supported region, in branches and loops too."""
         outlined = 0
-        for node in list(model.graph):
+        for node in list(model.graph.all_nodes()):
             if node.domain != dialect.DOMAIN or node.op_type not in dialect.OPS:
                 continue
             if node.op_type not in _ANCHORS:
@@ -67,20 +68,21 @@ class FuseRegions(ir.passes.InPlacePass):
             if (reason := self.supports(start)) is not None:
                 decide(node, "body", reason)
                 continue
-            self._outline(model, self._grow(model.graph, _Growth(start, [], node, [node])))
+            self._outline(model, self._grow(_Growth(start, [], node, [node])))
             outlined += 1
         if outlined:
+            common.NameFixPass()(model)
             model.graph.opset_imports[UNBOUND] = dialect.VERSION
             dialect.declare(model)
         return ir.passes.PassResult(model, outlined > 0)
 
-    def _grow(self, graph: ir.Graph, growth: _Growth) -> _Growth:
+    def _grow(self, growth: _Growth) -> _Growth:
         while growth.region.anchor != "Quantize":
             result = growth.last.outputs[0]
             reader = only_consumer(result)
-            if reader is None or reader.graph is not graph or reader.domain != "":
+            if reader is None or reader.graph is not growth.last.graph or reader.domain != "":
                 break
-            grown = _try_extend(graph, growth, reader)
+            grown = _try_extend(growth, reader)
             if grown is None or self.supports(grown.region) is not None:
                 break
             growth = grown
@@ -90,15 +92,19 @@ class FuseRegions(ir.passes.InPlacePass):
         anchor, opset = growth.covered[0], model.graph.opset_imports[""]
         function = dialect.region_function(growth.region, UNBOUND, opset)
         model.functions.setdefault(function.identifier(), function)
+        extras = [
+            value if kind == "tensor" else _per_channel(model.graph, value, growth.region)
+            for value, kind in zip(growth.extras, growth.region.extras, strict=True)
+        ]
         new = ir.node(
             growth.region.name,
-            [*anchor.inputs, *growth.extras],
+            [*anchor.inputs, *extras],
             domain=UNBOUND,
             version=dialect.VERSION,
             num_outputs=len(anchor.outputs),
         )
         inherit(new, anchor)
-        new.meta["qcompiler.region"] = growth.region
+        set_region(new, growth.region)
         steps = " + ".join(step.op for step in growth.region.steps)
         decide(new, "body", f"fused with {steps}" if steps else "outlined")
         replace_nodes(growth.covered, [new])
@@ -113,7 +119,7 @@ def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...]:
     return (("K", depth), ("N", width))
 
 
-def _try_extend(graph: ir.Graph, growth: _Growth, reader: ir.Node) -> _Growth | None:
+def _try_extend(growth: _Growth, reader: ir.Node) -> _Growth | None:
     """The growth with `reader` as its next step, or None if its operands do not fit."""
     result, region = growth.last.outputs[0], growth.region
     if len(reader.outputs) != 1 or not same_shape(reader.outputs[0], result):
@@ -121,16 +127,17 @@ def _try_extend(graph: ir.Graph, growth: _Growth, reader: ir.Node) -> _Growth | 
     position = len(region.steps)
     args: list[int] = []
     extras, kinds = list(growth.extras), list(region.extras)
-    for operand in reader.inputs:
+    operands, bounds = _bounds(reader)
+    if operands is None:
+        return None
+    for operand in operands:
         if operand is result:
             args.append(position)
             continue
         kind = _extra_kind(operand, result, region.size("N"))
         if kind is None or operand is None:
             return None
-        extras.append(
-            _per_channel(graph, operand, region.size("N")) if kind == "channel" else operand
-        )
+        extras.append(operand)
         kinds.append(kind)
         args.append(-len(extras))
     if reader.op_type in ("Add", "Mul"):
@@ -140,9 +147,28 @@ def _try_extend(graph: ir.Graph, growth: _Growth, reader: ir.Node) -> _Growth | 
         for key, attribute in sorted(reader.attributes.items())
         if (reader.op_type, key, attribute.value) not in _DEFAULTS
     )
-    step = Step(reader.op_type, tuple(args), attributes)
+    step = Step(reader.op_type, tuple(args), attributes + bounds)
     grown = dataclasses.replace(region, extras=tuple(kinds), steps=(*region.steps, step))
     return _Growth(grown, extras, reader, [*growth.covered, reader])
+
+
+def _bounds(
+    reader: ir.Node,
+) -> tuple[Sequence[ir.Value | None] | None, tuple[tuple[str, float], ...]]:
+    """The operands of a step, and the constant bounds of a Clip as attributes.
+
+    ONNX has them as inputs since opset 11; None for operands if they are not constant.
+    """
+    if reader.op_type != "Clip":
+        return reader.inputs, ()
+    found = []
+    for name, value in zip(("min", "max"), reader.inputs[1:], strict=False):
+        if value is not None:
+            array = constant(value)
+            if array is None or array.size != 1:
+                return None, ()
+            found.append((name, float(array.item())))
+    return reader.inputs[:1], tuple(found)
 
 
 def _extra_kind(operand: ir.Value | None, result: ir.Value, width: int) -> ExtraKind | None:
@@ -155,9 +181,9 @@ def _extra_kind(operand: ir.Value | None, result: ir.Value, width: int) -> Extra
     return None
 
 
-def _per_channel(graph: ir.Graph, operand: ir.Value, width: int) -> ir.Value:
+def _per_channel(graph: ir.Graph, operand: ir.Value, region: Region) -> ir.Value:
     """A constant as one value per channel; a scalar is repeated."""
-    array = constant(operand)
+    width, array = region.size("N"), constant(operand)
     assert array is not None
     if array.shape == (width,):
         return operand

@@ -16,21 +16,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
-from qcompiler.ir.decisions import decide, plan_of
+from qcompiler.ir.decisions import NodePlan, decide, plan_of
 from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
 from qcompiler.ir.errors import CalibrationError
-from qcompiler.ir.graph import dequantize_of, new_initializer, only_consumer
+from qcompiler.ir.graph import dequantize_of, new_initializer, place_after, rectified
 from qcompiler.ir.types import PerGroup, QuantSpec, TensorStats
 
 __all__ = ["InsertQDQ", "Observer"]
 
 Observer = Callable[[ir.Model, Sequence[str]], Mapping[str, TensorStats]]
 """Runs the model on calibration samples and returns what it saw of the named tensors."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """A tensor that gets a static pair, and who reads the pair; None for all its readers."""
+
+    value: ir.Value
+    spec: QuantSpec
+    readers: frozenset[ir.Node] | None
 
 
 class InsertQDQ(ir.passes.InPlacePass):
@@ -55,34 +66,28 @@ class InsertQDQ(ir.passes.InPlacePass):
             for node in model.graph.all_nodes()
             if (plan := plan_of(node)) and dequantize_of(node.inputs[0]) is None
         ]
-        static: dict[ir.Value, QuantSpec] = {}
+        static = _static_sites(planned)
         pairs: dict[ir.Value, ir.Value] = {}
-        for node, plan in planned:
-            data = node.inputs[0]
-            assert data is not None
-            if plan.activation is not None and plan.activation.scale == "static":
-                static[data] = plan.activation
-            if plan.output is not None:
-                static[_rectified(node.outputs[0])] = plan.output
         stats = self._observe(model, [node for node, plan in planned if plan.output], static)
-        for value, spec in static.items():
-            _insert_static(model.graph, value, spec, stats[value.name or ""])
+        for site in static:
+            _insert_static(model.graph, site, stats[site.value.name or ""])
         for node, plan in planned:
             if plan.activation is not None and plan.activation.scale == "dynamic":
                 data = node.inputs[0]
                 assert data is not None
                 if data not in pairs:
-                    pairs[data] = _insert_dynamic(model.graph, node, data, plan.activation)
+                    pairs[data] = _insert_dynamic(model.graph, data, plan.activation)
                 node.replace_input_with(0, pairs[data])
+        common.NameFixPass()(model)
         return ir.passes.PassResult(model, bool(static or pairs))
 
     def _observe(
         self,
         model: ir.Model,
         nodes: list[ir.Node],
-        values: Mapping[ir.Value, QuantSpec],
+        sites: list[_Site],
     ) -> Mapping[str, TensorStats]:
-        if not values:
+        if not sites:
             return {}
         if self.observe is None:
             names = ", ".join(node.name or node.op_type for node in nodes[:3])
@@ -91,16 +96,32 @@ class InsertQDQ(ir.passes.InPlacePass):
                 f"static activation ranges are needed by {names}{more}: give samples with "
                 "--calib DIR (calibration=...), or keep them float with --keep-float Conv"
             )
-        return self.observe(model, [value.name or "" for value in values])
+        return self.observe(model, [site.value.name or "" for site in sites])
 
 
-def _rectified(value: ir.Value) -> ir.Value:
-    """The value to quantize for a result: after its Relu, which the integer form absorbs."""
-    consumer = only_consumer(value)
-    return consumer.outputs[0] if consumer is not None and consumer.op_type == "Relu" else value
+def _static_sites(planned: Sequence[tuple[ir.Node, NodePlan]]) -> list[_Site]:
+    """One site per tensor: inputs for their planned readers only, results for every reader."""
+    inputs: dict[ir.Value, set[ir.Node]] = {}
+    specs: dict[ir.Value, QuantSpec] = {}
+    results: set[ir.Value] = set()
+    for node, plan in planned:
+        data = node.inputs[0]
+        assert data is not None
+        if plan.activation is not None and plan.activation.scale == "static":
+            inputs.setdefault(data, set()).add(node)
+            specs[data] = plan.activation
+        if plan.output is not None:
+            result = rectified(node.outputs[0])
+            results.add(result)
+            specs[result] = plan.output
+    return [
+        _Site(value, spec, None if value in results else frozenset(inputs[value]))
+        for value, spec in specs.items()
+    ]
 
 
-def _insert_static(graph: ir.Graph, value: ir.Value, spec: QuantSpec, stats: TensorStats) -> None:
+def _insert_static(graph: ir.Graph, site: _Site, stats: TensorStats) -> None:
+    value, spec = site.value, site.spec
     low, high = min(stats.minimum, 0.0), max(stats.maximum, 0.0)
     first, last = spec.type.range
     scale = np.float32(max((high - low) / (last - first), SMALLEST_MAGNITUDE))
@@ -117,18 +138,18 @@ def _insert_static(graph: ir.Graph, value: ir.Value, spec: QuantSpec, stats: Ten
     _type(widened.outputs[0], f"{name}_dequantized", ir.DataType.FLOAT, value.shape)
     for node in (quantized, widened):
         decide(node, "qdq", "static pair at the border of integer ops")
-    uses = [use for use in value.uses() if use.node is not quantized]
-    producer = value.producer()
-    if producer is not None and producer.graph is not None:
-        producer.graph.insert_after(producer, [quantized, widened])
-    else:
-        graph.insert_before(graph[0], [quantized, widened])
+    uses = [
+        use
+        for use in value.uses()
+        if use.node is not quantized and (site.readers is None or use.node in site.readers)
+    ]
+    place_after(value, [quantized, widened])
     for use in uses:
         use.node.replace_input_with(use.idx, widened.outputs[0])
 
 
-def _insert_dynamic(graph: ir.Graph, reader: ir.Node, value: ir.Value, spec: QuantSpec) -> ir.Value:
-    """The dequantized value of a new per-token pair on `value`, placed before `reader`."""
+def _insert_dynamic(graph: ir.Graph, value: ir.Value, spec: QuantSpec) -> ir.Value:
+    """The dequantized value of a new per-token pair on `value`."""
     granularity = spec.type.granularity
     assert isinstance(granularity, PerGroup)
     name, attributes = value.name or "value", {"axis": -1, "block_size": granularity.group_size}
@@ -161,9 +182,7 @@ def _insert_dynamic(graph: ir.Graph, reader: ir.Node, value: ir.Value, spec: Qua
         _type(node.outputs[0], f"{node.name}_value", ir.DataType.FLOAT, token_shape)
     _type(quantized.outputs[0], f"{name}_quantized", spec.type.storage, value.shape)
     _type(widened.outputs[0], f"{name}_dequantized", ir.DataType.FLOAT, value.shape)
-    new = [magnitude, reduced, largest, bounded, scale, quantized, widened]
-    assert reader.graph is not None
-    reader.graph.insert_before(reader, new)
+    place_after(value, [magnitude, reduced, largest, bounded, scale, quantized, widened])
     return widened.outputs[0]
 
 

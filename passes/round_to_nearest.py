@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
 from qcompiler.ir.arithmetic import quantize, weight_scale
 from qcompiler.ir.decisions import plan_of
 from qcompiler.ir.errors import ModelError
-from qcompiler.ir.graph import constant, new_initializer
+from qcompiler.ir.graph import constant, dequantize_of, new_initializer
 from qcompiler.ir.types import PerAxis, PerGroup, QuantType
 
 __all__ = ["RoundToNearest"]
@@ -35,7 +36,7 @@ class RoundToNearest(ir.passes.InPlacePass):
         Raises:
             ModelError: A weight holds NaN or Inf.
         """
-        rounded: dict[tuple[ir.Value, QuantType], ir.Node] = {}
+        rounded: dict[tuple[ir.Value, QuantType, bytes], ir.Node] = {}
         planned = [
             (node, plan)
             for node in model.graph.all_nodes()
@@ -44,18 +45,42 @@ class RoundToNearest(ir.passes.InPlacePass):
         for node, plan in planned:
             weight = node.inputs[1]
             assert weight is not None
-            key = (weight, plan.weight)
+            floor = _scale_floor(node)
+            key = (weight, plan.weight, floor.tobytes())
             if key not in rounded:
-                rounded[key] = _round(model.graph, node, weight, plan.weight)
+                rounded[key] = _round(model.graph, node, weight, plan.weight, floor)
             node.replace_input_with(1, rounded[key].outputs[0])
             if node.op_type == "Conv":
                 _round_bias(model.graph, node, rounded[key])
-            if not weight.uses() and weight.name is not None:
-                model.graph.initializers.pop(weight.name, None)
+            _drop_if_unread(weight)
+        common.NameFixPass()(model)
         return ir.passes.PassResult(model, bool(planned))
 
 
-def _round(graph: ir.Graph, node: ir.Node, weight: ir.Value, type: QuantType) -> ir.Node:
+def _drop_if_unread(weight: ir.Value) -> None:
+    home = weight.graph.initializers if weight.graph is not None else {}
+    unread = not weight.uses() and not weight.is_graph_output()
+    if unread and weight.name is not None and home.get(weight.name) is weight:
+        del home[weight.name]
+
+
+def _scale_floor(node: ir.Node) -> NDArray[np.float32]:
+    """The least weight scale per channel at which an int32 still holds the bias of a Conv.
+
+    A dead channel (all weights zero, common after a BatchNorm was folded) may have a bias; at the
+    tiny scale its weights alone would give, that bias would saturate and be lost.
+    """
+    bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    data = dequantize_of(node.inputs[0])
+    if node.op_type != "Conv" or bias is None or data is None:
+        return np.zeros((), np.float32)
+    steps = np.asarray(constant(data.inputs[1]), np.float64)
+    return np.asarray(np.abs(np.asarray(bias, np.float64)) / (steps * 2**30), np.float32)
+
+
+def _round(
+    graph: ir.Graph, node: ir.Node, weight: ir.Value, type: QuantType, floor: NDArray[np.float32]
+) -> ir.Node:
     """A new DequantizeLinear, at the front of the graph, of the rounded weight."""
     array = np.asarray(constant(weight), np.float32)
     if not np.isfinite(array).all():
@@ -64,7 +89,7 @@ def _round(graph: ir.Graph, node: ir.Node, weight: ir.Value, type: QuantType) ->
             f"the weight {weight.name!r} of {node.name!r} holds {count} NaN or Inf; repair the "
             f"model, or keep the node float with --keep-float {node.name}"
         )
-    scale = weight_scale(array, type)
+    scale = np.maximum(weight_scale(array, type), floor)
     stored = quantize(array, scale, type)
     name = weight.name or "weight"
     inputs = [
@@ -101,8 +126,7 @@ def _round_bias(graph: ir.Graph, conv: ir.Node, weight: ir.Node) -> None:
     steps = weight_steps * np.asarray(constant(dequantize.inputs[1]), np.float32)
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
     array: NDArray[Any] = np.zeros_like(steps) if bias is None else _array(bias)
-    # An int32 holds +-2^31 steps; a larger bias (a nearly dead channel) saturates there.
-    stored = np.clip(np.rint(np.asarray(array, np.float64) / steps), -(2**31), 2**31 - 1)
+    stored = np.rint(np.asarray(array, np.float64) / steps)  # within int32: see _scale_floor
     name = f"{conv.name}_bias"
     inputs = [
         new_initializer(graph, f"{name}_int32", stored.astype(np.int32)),

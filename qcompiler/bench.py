@@ -7,29 +7,24 @@ ran are told to stop spinning, or they would hold the cores while the other runs
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcompiler.bundle import MANIFEST
 from qcompiler.calibrate import Samples, check_sample
+from qcompiler.cores import available_cores, busy_cores
 from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.random_inputs import Feed, InputShape, random_feed
-from qcompiler.runtime import import_onnxruntime, load, open_session
+from qcompiler.runtime import import_onnxruntime, open_model
 
-__all__ = [
-    "Bench",
-    "Result",
-    "Timing",
-    "available_cores",
-    "bench",
-    "open_model",
-]
+__all__ = ["Bench", "Result", "Timing", "bench"]
 
 _WARM_UP_RUNS = 3
 _FEWEST_ROUNDS = 5
@@ -80,7 +75,7 @@ class Bench:
         samples: Number of different samples, 0 for random values.
         spinning: What ORT's idle threads did.
         cores: Cores this process may use.
-        load: How many of them were busy in the minute before, on average.
+        load: How many of them others kept busy just before; None where that is not known.
         results: One per number of threads.
     """
 
@@ -91,7 +86,7 @@ class Bench:
     samples: int
     spinning: str
     cores: int
-    load: float
+    load: float | None
     results: tuple[Result, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,53 +123,22 @@ def bench(
         ModelError: A side cannot be loaded or fails.
         BundleError: The bundle is incomplete or altered.
     """
-    if seconds <= 0:
-        raise OptionError(f"seconds must be above 0, not {seconds}")
+    if not 0 < seconds < math.inf:
+        raise OptionError(f"seconds must be above 0 and finite, not {seconds}")
     counts = list(dict.fromkeys(threads or (1, available_cores())))
-    load = os.getloadavg()[0]
+    load = busy_cores()
     results: list[Result] = []
     for index, count in enumerate(counts):
         first, second = _sessions(model, bundle, count)
         if index == 0:
             feeds, fed = _feeds(first.get_inputs(), shapes or {}, data)
         step = _percent(progress, count, index, len(counts))
-        results.append(_measure(first, second, feeds, count, seconds, step))
+        with _explained([] if data else fed):
+            results.append(_measure(first, second, feeds, count, seconds, step))
     return Bench(
         bundle, model, tuple(second.get_providers()), tuple(fed), len(feeds) if data else 0,
         _SPINNING, available_cores(), load, tuple(results),
     )  # fmt: skip
-
-
-def available_cores() -> int:
-    """Cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def open_model(
-    path: Path,
-    *,
-    providers: Sequence[str] | None = None,
-    threads: int | None = None,
-    native: bool = True,
-    options: Any = None,
-) -> Any:
-    """A session of a bundle or of an ONNX file, whichever `path` is.
-
-    Raises:
-        ModelError: There is nothing at `path`, or ORT cannot load it.
-        BundleError: A folder that is not a complete bundle.
-    """
-    if not path.exists():
-        raise ModelError(f"no model: {path} does not exist")
-    if path.name == MANIFEST:
-        path = path.parent
-    if path.is_dir():
-        return load(
-            path, providers=providers, threads=threads, native=native, session_options=options
-        )
-    return open_session(path, providers=providers, threads=threads, options=options)
 
 
 def _sessions(model: Path, bundle: Path, threads: int) -> tuple[Any, Any]:
@@ -218,6 +182,23 @@ def _feeds(
     return feeds, fed
 
 
+@contextlib.contextmanager
+def _explained(made_up: Sequence[InputShape]) -> Iterator[None]:
+    """Where the model fails on inputs that were made up, say what was guessed and what to do."""
+    try:
+        yield
+    except ModelError as error:
+        if not made_up:
+            raise
+        assumed = {name: size for fed in made_up for name, size in fed.assumed.items()}
+        listed = ", ".join(f"{name}={size}" for name, size in assumed.items())
+        guess = f"assuming {listed}, " if listed else ""
+        raise ModelError(
+            f"the inputs were made up, {guess}and may not suit the model: give --shapes "
+            f"NAME=1x128,… or --data DIR; {error}"
+        ) from error
+
+
 def _measure(first: Any, second: Any, feeds: Sequence[Feed], threads: int, seconds: float,
              progress: Callable[[float], None]) -> Result:  # fmt: skip
     for feed in [*feeds[:_WARM_UP_RUNS]] * _WARM_UP_RUNS:
@@ -232,6 +213,7 @@ def _measure(first: Any, second: Any, feeds: Sequence[Feed], threads: int, secon
         else:
             times.append((_time(first, feed), _time(second, feed)))
         progress(min(spent / seconds, 1.0))
+    progress(1.0)
     return _result(threads, times)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,8 @@ __all__ = [
     "sha256_of",
     "staged_folder",
 ]
+
+_ATTEMPTS = 100
 
 MODEL = "model.onnx"
 MANIFEST = "manifest.json"
@@ -103,9 +106,23 @@ class Manifest:
             entry = content.pop("library")
             if entry is not None:
                 entry = LibraryEntry(**entry | {"isa": tuple(entry["isa"])})
-            return cls(**content, library=entry)
+            manifest = cls(**content, library=entry)
+            manifest._check_types()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(f"{path} is not a readable manifest ({error})") from error
+        return manifest
+
+    def _check_types(self) -> None:
+        """Refuse a manifest that only looks like one, before anything relies on it."""
+        texts = [self.target, self.minimum_ort, *self.files, *self.files.values()]
+        if self.library is not None:
+            texts += [self.library.file, self.library.domain, self.library.machine]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a name or a hash in it is not a text")
+        if not all(part.isdigit() for part in self.minimum_ort.split(".")):
+            raise ValueError(f"minimum_ort {self.minimum_ort!r} is no version")
+        if any(Path(name).name != name for name in self.files):
+            raise ValueError("a file in it lies outside the bundle")
 
     def check_file(self, folder: Path, name: str) -> None:
         """Compare a file with the hash recorded for it.
@@ -133,14 +150,32 @@ def check_destination(destination: Path) -> Path:
     """The same path, if a bundle may be written there.
 
     Raises:
-        OptionError: It is a file, or a folder with something else in it.
+        OptionError: It is a file, the current folder, or a folder with something else in it.
     """
     if destination.exists():
         if not destination.is_dir():
             raise OptionError(f"output {destination} is a file; name a folder with -o DIR")
-        if any(destination.iterdir()) and not (destination / MANIFEST).is_file():
-            raise OptionError(f"output {destination} holds other files; name another with -o DIR")
+        if Path.cwd().resolve().is_relative_to(destination.resolve()):
+            raise OptionError(
+                f"output {destination} is the current folder, which cannot be replaced; name "
+                "another with -o DIR"
+            )
+        if foreign := _foreign_files(destination):
+            raise OptionError(
+                f"output {destination} holds other files ({', '.join(foreign[:3])}); name another "
+                "folder with -o DIR"
+            )
     return destination
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """What a bundle's manifest does not account for: replacing the folder would lose it."""
+    names = sorted(path.name for path in folder.iterdir())
+    try:
+        manifest = Manifest.read(folder)
+    except BundleError:
+        return names
+    return [name for name in names if name != MANIFEST and name not in manifest.files]
 
 
 @contextlib.contextmanager
@@ -152,7 +187,7 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     Raises:
         OptionError: The destination cannot be written, or see `check_destination`.
     """
-    check_destination(destination)
+    destination = check_destination(destination).resolve()
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
@@ -161,18 +196,31 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     try:
         stage.chmod(0o755)
         yield stage
-        _exchange(stage, destination)
+        try:
+            _exchange(stage, destination)
+        except OSError as error:
+            raise OptionError(f"cannot replace {destination}: {error.strerror}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
 
 def _exchange(stage: Path, destination: Path) -> None:
-    # rename() onto a folder that is not empty fails, so the old one is moved aside first.
-    if not destination.exists():
-        os.rename(stage, destination)
-        return
-    with tempfile.TemporaryDirectory(
-        prefix=f".{destination.name}.", dir=destination.parent
-    ) as aside:
-        os.rename(destination, Path(aside) / "old")
-        os.rename(stage, destination)
+    """Put `stage` in the place of `destination`, or leave everything as it was.
+
+    rename() onto a folder that is not empty fails, so an old bundle is moved aside first.  Another
+    process may do the same meanwhile; the last one wins.
+    """
+    for attempt in range(_ATTEMPTS):
+        old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(destination, old)
+            os.rename(stage, destination)
+            return
+        except OSError as error:
+            if any(old.iterdir()) and not destination.exists():
+                os.rename(old, destination)
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == _ATTEMPTS - 1:
+                raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)

@@ -53,9 +53,12 @@ class Samples:
         """
         for file in self.files:
             try:
-                with np.load(file, allow_pickle=False) as content:
+                content = np.load(file, allow_pickle=False)
+                if not isinstance(content, np.lib.npyio.NpzFile):
+                    raise ValueError("it is a single array; save it with np.savez(file, name=…)")
+                with content:
                     yield file.name, {name: content[name] for name in content.files}
-            except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+            except (OSError, ValueError, zipfile.BadZipFile) as error:
                 raise CalibrationError(f"{file} is not an .npz of plain arrays: {error}") from error
 
 

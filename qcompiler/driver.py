@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,14 +67,17 @@ def compile(
     clock = Clock(progress)
     goal, recipe = get_target(target), recipe or Recipe()
     destination = check_destination(_destination(source, target, output))
-    samples = Samples(calibration) if calibration is not None else None
-    pipeline = pipeline or Pipeline.default(goal, recipe, _observer(samples, clock))
+    observer = _Observer(Samples(calibration), clock) if calibration is not None else None
+    pipeline = pipeline or Pipeline.default(goal, recipe, observer)
     clock.total = len(pipeline.steps) + 3
     clock.start("load")
     model = load_model(source)
     bytes_before = _source_bytes(source, model)
     model = pipeline.run(model, lambda step: clock.start(step.name))
     report = Report(destination, target, tuple(decisions(model)), bytes_before)
+    if observer is not None and not observer.was_asked:
+        unused = f"the calibration samples were not used: nothing here is static for {target}"
+        report = dataclasses.replace(report, notes=(unused,))
     if strict:
         _refuse_fallbacks(report)
     with staged_folder(destination) as stage:
@@ -111,17 +114,18 @@ def _source_bytes(source: object, model: ir.Model) -> int:
     return Path(source).stat().st_size + outside
 
 
-def _observer(
-    samples: Samples | None,
-    clock: Clock,
-) -> Callable[[ir.Model, Sequence[str]], Mapping[str, TensorStats]] | None:
-    if samples is None:
-        return None
+class _Observer:
+    """Observes the samples when a pass asks for ranges, and knows whether one did."""
 
-    def tell(done: int, total: int) -> None:
-        clock.detail(f"sample {done} of {total}", done / total)
+    def __init__(self, samples: Samples, clock: Clock) -> None:
+        self.samples, self.clock, self.was_asked = samples, clock, False
 
-    return lambda model, names: observe(model, names, samples, tell)
+    def __call__(self, model: ir.Model, names: Sequence[str]) -> Mapping[str, TensorStats]:
+        self.was_asked = True
+        return observe(model, names, self.samples, self._tell)
+
+    def _tell(self, done: int, total: int) -> None:
+        self.clock.detail(f"sample {done} of {total}", done / total)
 
 
 def _refuse_fallbacks(report: Report) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import onnx
 import onnx_ir as ir
 
-from qcompiler.ir.errors import ModelError
+from qcompiler.ir.errors import ModelError, QCompilerError
+from qcompiler.runtime import open_session
 
 if TYPE_CHECKING:
     import torch
@@ -53,20 +54,25 @@ def _load_file(path: Path) -> ir.Model:
     try:
         onnx.checker.check_model(str(path))
     except Exception as error:
-        # ValidationError, but also bare protobuf and C++ errors for malformed fields.
-        raise ModelError(f"{path} is not a valid ONNX model: {_first_line(error)}") from error
+        # ValidationError, but also bare protobuf and C++ errors for malformed fields.  ORT takes
+        # some models that the checker does not, inputs without a shape for one.
+        try:
+            open_session(path)
+        except QCompilerError:
+            message = f"{path} is not a valid ONNX model: {_first_line(error)}"
+            raise ModelError(message) from error
     return model
 
 
 def _check_external_data(model: ir.Model, path: Path) -> None:
     """Every external tensor must lie inside the model's folder and be complete."""
-    folder = path.resolve().parent
+    folder = path.parent.absolute()
     for graph in [model.graph, *model.graph.subgraphs()]:
         for value in graph.initializers.values():
             tensor = value.const_value
             if not isinstance(tensor, ir.ExternalTensor):
                 continue
-            file = (folder / tensor.location).resolve()
+            file = Path(os.path.normpath(folder / tensor.location))
             if not file.is_relative_to(folder):
                 raise ModelError(
                     f"{path}: tensor {value.name!r} lies outside the model's folder "
@@ -76,6 +82,12 @@ def _check_external_data(model: ir.Model, path: Path) -> None:
                 raise ModelError(
                     f"{path}: external data {tensor.location!r} of tensor {value.name!r} is "
                     f"missing; copy it into {folder}"
+                )
+            if file.is_symlink():
+                # ONNX's own checker refuses them: a link may lead anywhere.
+                raise ModelError(
+                    f"{path}: external data {tensor.location!r} is a symbolic link, as in a hub's "
+                    "cache; copy the model with cp -rL and compile the copy"
                 )
             end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
             if end > file.stat().st_size:
@@ -98,7 +110,10 @@ def _export(program: torch.export.ExportedProgram) -> ir.Model:
             f"cannot read a {type(program).__name__}: give a path, an onnx_ir.Model or a "
             "torch.export.ExportedProgram"
         )
-    exported = torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False)
+    try:
+        exported = torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False)
+    except torch.onnx.OnnxExporterError as error:
+        raise ModelError(f"torch cannot express this program in ONNX: {error}") from error
     assert exported is not None
     # The exporter's model shares memory with torch; bytes of our own outlive it.
     model: ir.Model = ir.from_proto(exported.model_proto)

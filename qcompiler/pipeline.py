@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterable, Iterator
 
 import onnx_ir as ir
 
-from qcompiler.ir.errors import ModelError, OptionError, QCompilerError, did_you_mean
+from qcompiler.ir.errors import OptionError, QCompilerError, did_you_mean
 from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.bind_kernels import BindKernels
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.fold_qdq import FoldQDQ
+from qcompiler.passes.fuse_attention import FuseAttention
+from qcompiler.passes.fuse_batchnorm import FuseBatchNorm
 from qcompiler.passes.fuse_gelu import FuseGelu
+from qcompiler.passes.fuse_norms import FuseNorms
 from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
 from qcompiler.passes.round_to_nearest import RoundToNearest
@@ -66,6 +69,7 @@ class Pipeline:
         return cls(
             [
                 Step("canonicalize", Canonicalize(), Stage.FLOAT),
+                Step("fuse-batchnorm", FuseBatchNorm(), Stage.FLOAT),
                 Step("fuse-gelu", FuseGelu(), Stage.FLOAT),
                 Step(
                     "assign-precision",
@@ -76,6 +80,12 @@ class Pipeline:
                 Step("round-to-nearest", RoundToNearest(), Stage.QDQ),
                 Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),
                 Step("fuse-regions", FuseRegions(_kernels_of(target)), Stage.KERNEL),
+                Step("fuse-norms", FuseNorms(_kernels_of(target)), Stage.KERNEL),
+                Step(
+                    "fuse-attention",
+                    FuseAttention(_kernels_of(target), bfloat16=recipe.bfloat16),
+                    Stage.KERNEL,
+                ),
                 Step("bind-kernels", BindKernels(catalog.fingerprint(target)), Stage.KERNEL),
             ]
         )
@@ -115,7 +125,6 @@ class Pipeline:
 
         Raises:
             QCompilerError: A mistake in the input, as the pass found it.
-            ModelError: A pass failed on this model in a way of its own.
             VerifyError: A pass broke a rule of its stage.
         """
         for step in self.steps:
@@ -123,12 +132,11 @@ class Pipeline:
                 on_step(step)
             try:
                 model = step.rewrite(model).model
-            except QCompilerError:
+            except ir.passes.PassError as error:
+                # onnx_ir wraps what happens inside a sequence of passes; ours speak for themselves.
+                if isinstance(error.__cause__, QCompilerError):
+                    raise error.__cause__ from None
                 raise
-            except Exception as error:
-                raise ModelError(
-                    f"{step.name} failed on this model: {type(error).__name__}: {error}"
-                ) from error
             verify(model, step.stage, after=step.name)
         return model
 

@@ -41,7 +41,8 @@ def random_feed(
     """Values for each of `session.get_inputs()`, always the same ones.
 
     Floats are normal, integers below 100; names with "mask" get ones, "type" zeros and "position"
-    0, 1, 2, ....  A dynamic dimension takes the size it has in a given shape, else a default.
+    0, 1, 2, ....  A dynamic dimension takes the size it has in a given shape, else a default: for
+    "past" the default is none at all.
 
     Raises:
         OptionError: An unknown input, a shape that does not fit, a type that cannot be made up.
@@ -51,22 +52,38 @@ def random_feed(
         if name not in names:
             hint = did_you_mean(name, names) or f"; the inputs are {', '.join(names)}"
             raise OptionError(f"shapes: the model has no input {name!r}{hint}")
-    sizes: dict[str, int] = {}
-    for expected in inputs:
-        if expected.name in shapes:
-            sizes |= _sizes_in(expected, shapes[expected.name])
-    random = np.random.default_rng(0)
+    chosen, random = _choose_shapes(inputs, shapes), np.random.default_rng(0)
     feed, fed = Feed(), []
     for expected in inputs:
-        shape, assumed = shapes.get(expected.name), dict[str, int]()
-        if shape is None:
-            shape, assumed = _default_shape(expected, sizes)
-            sizes |= assumed
+        shape, assumed = chosen[expected.name]
         kind = _kind(expected)
         array = _values(expected, kind, shape, random)
         feed[expected.name] = array
         fed.append(InputShape(expected.name, str(array.dtype), shape, kind, assumed))
     return feed, fed
+
+
+def _choose_shapes(
+    inputs: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[tuple[int, ...], dict[str, int]]]:
+    """A shape for each input, and the dimensions that were made up for it first."""
+    sizes: dict[str, int] = {}
+    for expected in inputs:
+        if expected.name in shapes:
+            sizes |= _sizes_in(expected, shapes[expected.name])
+    chosen = dict[str, tuple[tuple[int, ...], dict[str, int]]]()
+    # Sums of dimensions come last, when their terms are known.
+    for expected in sorted(inputs, key=_has_sum):
+        if expected.name in shapes:
+            chosen[expected.name] = shapes[expected.name], {}
+        else:
+            chosen[expected.name] = _default_shape(expected, sizes)
+            sizes |= chosen[expected.name][1]
+    return chosen
+
+
+def _has_sum(expected: Any) -> bool:
+    return any(isinstance(dim, str) and len(_terms(dim)) > 1 for dim in expected.shape)
 
 
 def _sizes_in(expected: Any, shape: tuple[int, ...]) -> dict[str, int]:
@@ -89,19 +106,38 @@ def _default_shape(
 ) -> tuple[tuple[int, ...], dict[str, int]]:
     """A shape for an input, and the named dimensions that had to be made up for it."""
     shape, assumed = list[int](), dict[str, int]()
-    rank = len(expected.shape)
     for axis, dim in enumerate(expected.shape):
         if isinstance(dim, int):
             shape.append(dim)
             continue
         name = dim or f"{expected.name}[{axis}]"
-        known = sizes.get(name, assumed.get(name))
-        # A batch of one; images of 224 x 224; sequences of 128.
-        size = known if known is not None else 1 if axis == 0 else 224 if rank == 4 else 128
-        if known is None:
-            assumed[name] = size
+        size = _known_size(name, {**sizes, **assumed})
+        if size is None:
+            size = assumed[name] = _default_size(expected, axis)
         shape.append(size)
     return tuple(shape), assumed
+
+
+def _known_size(name: str, sizes: Mapping[str, int]) -> int | None:
+    """The size of a dimension called "seq", or "past + seq" as torch.export writes a sum."""
+    if name in sizes:
+        return sizes[name]
+    parts = [int(part) if part.isdecimal() else sizes.get(part) for part in _terms(name)]
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
+def _terms(name: str) -> list[str]:
+    return [term.strip() for term in name.split("+")]
+
+
+def _default_size(expected: Any, axis: int) -> int:
+    """A batch of one that remembers nothing yet; sequences of 128; images of 224 x 224."""
+    if axis == 0:
+        return 1
+    if "past" in expected.name.lower():
+        return 0
+    return 224 if len(expected.shape) == 4 else 128
 
 
 def _kind(expected: Any) -> str:

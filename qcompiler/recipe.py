@@ -20,17 +20,23 @@ class Recipe:
     Attributes:
         keep_float: Node names, op types, or shell patterns of either, that are not quantized.
         group_size: Weights per scale for int4 targets; by default the target's own choice.
+        bfloat16: Let attention round what it multiplies to bfloat16 on processors that multiply
+            those (x86: AVX512-BF16): up to twice as fast, with errors 45 dB below the result.
     """
 
     keep_float: tuple[str, ...] = ()
     group_size: int | None = None
+    bfloat16: bool = False
 
     def __post_init__(self) -> None:
         """Check the values.
 
         Raises:
-            OptionError: A group size that is no power of two from 16 to 256.
+            OptionError: Patterns that are no strings, or a group size that is no power of two from
+                16 to 256.
         """
+        if isinstance(self.keep_float, str) or not all(isinstance(p, str) for p in self.keep_float):
+            raise OptionError(f"keep_float must be a sequence of strings, not {self.keep_float!r}")
         if self.group_size is not None and self.group_size not in (16, 32, 64, 128, 256):
             # ORT's MatMulNBits, which runs the bodies, takes powers of two from 16.
             raise OptionError(f"group_size {self.group_size}: must be 16, 32, 64, 128 or 256")
@@ -44,8 +50,10 @@ class Recipe:
         """
         try:
             content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"cannot read the recipe {path}: {error}") from error
+        except OSError as error:
+            raise OptionError(f"cannot read the recipe {path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise OptionError(f"{path} is not a text file: {error}") from error
         except tomllib.TOMLDecodeError as error:
             raise OptionError(f"{path} is not TOML: {error}") from error
         return cls.from_dict(content, str(path))
@@ -66,9 +74,13 @@ class Recipe:
             raise OptionError(f"{source}: keep_float must be a list of strings, not {keep!r}")
         if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
             raise OptionError(f"{source}: group_size must be an integer, not {size!r}")
-        return cls(tuple(keep), size)
+        bfloat16 = content.get("bfloat16", False)
+        if not isinstance(bfloat16, bool):
+            raise OptionError(f"{source}: bfloat16 must be true or false, not {bfloat16!r}")
+        return cls(tuple(keep), size, bfloat16)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` takes; unset ones are left out."""
         content: dict[str, Any] = {"keep_float": list(self.keep_float)}
-        return content | ({} if self.group_size is None else {"group_size": self.group_size})
+        content |= {} if self.group_size is None else {"group_size": self.group_size}
+        return content | ({"bfloat16": True} if self.bfloat16 else {})

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
 from qcompiler.ir.decisions import Action, Decision
 
 __all__ = ["Group", "Report"]
-
-_WEIGHTED = frozenset({"MatMul", "Conv", "Gemm", "ConvTranspose"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,28 +34,33 @@ class Report:
         bytes_before: Model and external data as given.
         bytes_after: All files of the bundle.
         seconds: Wall time per phase, in order.
+        notes: What else the user should know, in sentences.
         peak_memory: Largest resident size of this process so far, in bytes.
     """
 
     bundle: Path
     target: str
-    decisions: tuple[Decision, ...]
+    decisions: tuple[Decision, ...] = dataclasses.field(repr=False)
     bytes_before: int
     bytes_after: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     peak_memory: int = 0
 
+    notes: tuple[str, ...] = ()
+
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the user should know, in sentences."""
         if self.count("kernel", "body", "qdq") == 0:
-            return ("nothing was quantized: the bundle runs in float like the original",)
+            first = "nothing was quantized: the bundle runs in float like the original"
+            return (first, *self.notes)
         if self.count("kernel") == 0 and self.count("body"):
-            return (
+            first = (
                 f"{self.target} has no kernels of its own for this model yet: its "
-                f"{self.count('body')} quantized nodes run as ONNX Runtime runs their bodies",
+                f"{self.count('body')} quantized nodes run as ONNX Runtime runs their bodies"
             )
-        return ()
+            return (first, *self.notes)
+        return self.notes
 
     def count(self, *actions: Action) -> int:
         """Nodes decided one of these ways."""
@@ -71,17 +75,7 @@ class Report:
 
     def fallbacks(self) -> list[Decision]:
         """Nodes with weights that the user would expect to be faster, and are not."""
-        return [
-            decision
-            for decision in self.decisions
-            if decision.action == "body"
-            or (
-                decision.action == "float"
-                and decision.op in _WEIGHTED
-                and "by request" not in decision.why
-                and "activation" not in decision.why
-            )
-        ]
+        return [decision for decision in self.decisions if not decision.expected]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -101,5 +95,6 @@ class Report:
 def _op(op: str) -> str:
     """Regions of one anchor count together, whatever their sizes."""
     head, *rest = op.split("_")
-    sizes = [part for part in rest if part[:1] in "KN" and part[1:].isdigit()]
-    return " + ".join([head, *(part for part in rest if part not in sizes)])
+    # Neither sizes nor flags nor the digest of attributes.
+    hidden = re.compile("[DKN][0-9]+|[a-z]+|[0-9a-f]{6}")
+    return " + ".join([head, *(part for part in rest if not hidden.fullmatch(part))])

@@ -17,13 +17,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompiler.bundle import MODEL, LibraryEntry, Manifest
+from qcompiler.bundle import MANIFEST, MODEL, LibraryEntry, Manifest
 from qcompiler.ir.errors import BundleError, ModelError, OptionError, RuntimeMissingError
 
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["import_onnxruntime", "load", "open_session"]
+__all__ = [
+    "OLDEST_ORT",
+    "check_onnxruntime",
+    "import_onnxruntime",
+    "load",
+    "open_model",
+    "open_session",
+]
+
+OLDEST_ORT = "1.23"
+"""The oldest ONNX Runtime that any bundle runs in."""
+
+Provider = str | tuple[str, dict[str, Any]]
+"""An execution provider, alone or with its options, as ONNX Runtime takes them."""
 
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 
@@ -31,7 +44,7 @@ _PACKAGES = ("onnxruntime", "onnxruntime-gpu")
 def load(
     bundle: str | os.PathLike[str],
     *,
-    providers: Sequence[str] | None = None,
+    providers: Sequence[Provider] | None = None,
     threads: int | None = None,
     native: bool = True,
     session_options: onnxruntime.SessionOptions | None = None,
@@ -43,7 +56,7 @@ def load(
         providers: Execution providers in order; by default the bundle target's, then the CPU.
         threads: Threads inside one op; by default ORT's choice (one per core).
         native: Use the kernels; False runs the functions' bodies only.
-        session_options: Further options; the library is added to them.
+        session_options: Further options. The library and `threads` are added to this very object.
 
     Returns:
         The session.
@@ -65,8 +78,15 @@ def load(
         if manifest.library is None or name != manifest.library.file:
             manifest.check_file(folder, name)
     options = session_options or ort.SessionOptions()
-    if native and manifest.library is not None:
-        _register(options, folder, manifest, manifest.library)
+    if manifest.library is not None:
+        registered = _is_registered(options, manifest.library)
+        if registered and not native:
+            raise OptionError(
+                "native=False, but these session_options already hold the bundle's kernels; pass "
+                "fresh ones"
+            )
+        if native:
+            _register(options, folder, manifest, manifest.library)
     if providers is None:
         providers = _default_providers(manifest.target, ort.get_available_providers())
     return open_session(folder / MODEL, providers=providers, threads=threads, options=options)
@@ -75,7 +95,7 @@ def load(
 def open_session(
     model: Path,
     *,
-    providers: Sequence[str] | None = None,
+    providers: Sequence[Provider] | None = None,
     threads: int | None = None,
     options: onnxruntime.SessionOptions | None = None,
 ) -> onnxruntime.InferenceSession:
@@ -89,18 +109,44 @@ def open_session(
     ort = import_onnxruntime()
     options = options or ort.SessionOptions()
     if threads is not None:
-        if threads < 1:
-            raise OptionError(f"threads must be at least 1, not {threads}")
+        if not isinstance(threads, int) or threads < 1:
+            raise OptionError(f"threads must be a whole number from 1, not {threads!r}")
         options.intra_op_num_threads = threads
     available = ort.get_available_providers()
     for provider in providers or ():
-        if provider not in available:
-            raise OptionError(f"provider {provider!r} is not in this ONNX Runtime: {available}")
+        name = provider if isinstance(provider, str) else provider[0]
+        if name not in available:
+            raise OptionError(f"provider {name!r} is not in this ONNX Runtime: {available}")
     try:
         return ort.InferenceSession(model, options, providers=providers or ["CPUExecutionProvider"])
     except Exception as error:
         # ORT raises a dozen unrelated exception types here, some of them bare RuntimeError.
         raise ModelError(f"ONNX Runtime cannot load {model}: {error}") from error
+
+
+def open_model(
+    path: Path,
+    *,
+    providers: Sequence[Provider] | None = None,
+    threads: int | None = None,
+    native: bool = True,
+    options: onnxruntime.SessionOptions | None = None,
+) -> onnxruntime.InferenceSession:
+    """A session of a bundle or of an ONNX file, whichever `path` is.
+
+    Raises:
+        ModelError: There is nothing at `path`, or ORT cannot load it.
+        BundleError: A folder that is not a complete bundle.
+    """
+    if not path.exists():
+        raise ModelError(f"no model: {path} does not exist")
+    if path.name == MANIFEST:
+        path = path.parent
+    if path.is_dir():
+        return load(
+            path, providers=providers, threads=threads, native=native, session_options=options
+        )
+    return open_session(path, providers=providers, threads=threads, options=options)
 
 
 def import_onnxruntime() -> Any:
@@ -128,6 +174,28 @@ def import_onnxruntime() -> Any:
             "pip install --force-reinstall onnxruntime"
         )
     return onnxruntime
+
+
+def check_onnxruntime() -> None:
+    """Fail unless an ONNX Runtime is installed that runs what is compiled.
+
+    Raises:
+        RuntimeMissingError: There is none, or it is too old.
+    """
+    found = import_onnxruntime().__version__
+    if _version(found) < _version(OLDEST_ORT):
+        raise RuntimeMissingError(
+            f"ONNX Runtime {found} is too old, {OLDEST_ORT} or newer is needed: "
+            "pip install -U onnxruntime"
+        )
+
+
+def _is_registered(options: Any, library: LibraryEntry) -> bool:
+    """Whether the options hold this library; it leaves its domain there as a config entry."""
+    try:
+        return bool(options.get_session_config_entry(library.domain) == "registered")
+    except RuntimeError:
+        return False
 
 
 def _register(options: Any, folder: Path, manifest: Manifest, library: LibraryEntry) -> None:

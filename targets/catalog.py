@@ -53,20 +53,22 @@ def get_target(name: str) -> Target:
         raise OptionError(f"unknown target {name!r}{hint}") from None
 
 
-def unsupported(target: Target, region: Region) -> str | None:
-    """Why the target has no kernel for a region, or None if it has one."""
-    if target.arch != "x86":
-        return f"no {target.arch} kernels yet"
-    return x86.supports(region)
-
-
 def built_isas(target: Target) -> tuple[str, ...]:
     """The instruction sets that kernels of the target exist for, best first."""
-    if target.arch != "x86" or target.scheme.name != "int8":
-        return ()
-    return tuple(isa.name for isa in x86.ISAS)
+    return tuple(isa.name for isa in x86.ISAS) if _has_kernels(target) else ()
+
+
+def unsupported(target: Target, region: Region) -> str | None:
+    """Why the target has no kernel for a region, or None if it has one."""
+    if not _has_kernels(target):
+        return f"no {target.name} kernels yet"
+    return x86.supports(region)
 
 
 def fingerprint(target: Target) -> str:
     """Hash of everything that shapes the target's kernels; empty while it has none."""
-    return x86.fingerprint() if target.arch == "x86" else ""
+    return x86.fingerprint() if _has_kernels(target) else ""
+
+
+def _has_kernels(target: Target) -> bool:
+    return target.arch == "x86" and target.scheme.name == "int8"

@@ -74,7 +74,7 @@ def build_library(
     write_atomically(output, image, mode=0o755)
     return Library(
         path=output,
-        isa=tuple(isa.name for isa in x86.ISAS),
+        isa=tuple(dict.fromkeys(isa.name for r in unique for isa in x86.isas_of(r))),
         minimum_glibc=glibc_version(image),
         linker=linker.name,
         seconds=time.perf_counter() - start,
@@ -85,7 +85,11 @@ def kernel_objects(
     regions: Sequence[Region], cache: KernelCache, progress: Progress
 ) -> list[bytes]:
     """The objects of all kernels of `regions`, one per instruction set."""
-    return [_kernel_object(region, isa, cache, progress) for region in regions for isa in x86.ISAS]
+    return [
+        _kernel_object(region, isa, cache, progress)
+        for region in regions
+        for isa in x86.isas_of(region)
+    ]
 
 
 def _kernel_object(region: Region, isa: x86.Isa, cache: KernelCache, progress: Progress) -> bytes:

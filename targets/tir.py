@@ -31,14 +31,18 @@ __all__ = [
     "constant",
     "function",
     "half",
+    "imported",
+    "inlined",
     "intrinsic",
     "lanes",
     "loop",
     "maximum",
     "minimum",
+    "prefetch_to_l1",
     "prefetch_to_l2",
     "reinterpret",
     "scratch",
+    "select",
     "shuffle",
     "store",
     "when",
@@ -60,6 +64,7 @@ minimum: Callable[[Expr, Expr], Expr] = tirx.min
 maximum: Callable[[Expr, Expr], Expr] = tirx.max
 cast: Callable[[str, Expr], Expr] = tirx.Cast
 reinterpret: Callable[[str, Expr], Expr] = tirx.reinterpret
+select: Callable[[Expr, Expr, Expr], Expr] = tirx.Select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +124,10 @@ def lanes(start: Expr, count: int = LANES) -> Expr:
     return tirx.Ramp(_index(start), 1, count)
 
 
-def shuffle(value: Expr, order: Sequence[int]) -> Expr:
-    """Lane `i` of the result is lane `order[i]` of `value`."""
-    return tirx.Shuffle([value], [_index(lane) for lane in order])
+def shuffle(value: Expr, order: Sequence[int], other: Expr | None = None) -> Expr:
+    """Lane `i` of the result is lane `order[i]` of `value`, which `other` continues if given."""
+    values = [value] if other is None else [value, other]
+    return tirx.Shuffle(values, [_index(lane) for lane in order])
 
 
 def intrinsic(dtype: str, name: str, *args: Expr) -> Expr:
@@ -151,9 +157,31 @@ def store(array: Expr, value: Expr, index: Expr) -> None:
 
 def prefetch_to_l2(array: Expr, index: Expr) -> None:
     """Ask for the cache line of `array[index]`; no fault if there is no such memory."""
-    read, level, data_cache = _index(0), _index(2), _index(1)
-    line = tirx.address_of(array[index])
-    script.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", line, read, level, data_cache))
+    _prefetch(array, index, write=False, level=2)
+
+
+def prefetch_to_l1(array: Expr, index: Expr, write: bool = False) -> None:
+    """The same, to be read or written soon."""
+    _prefetch(array, index, write, level=3)
+
+
+def _prefetch(array: Expr, index: Expr, write: bool, level: int) -> None:
+    line, data_cache = tirx.address_of(array[index]), _index(1)
+    how = (_index(int(write)), _index(level), data_cache)
+    script.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", line, *how))
+
+
+def imported(text: str) -> AbstractContextManager[None]:
+    """The enclosed statements may call functions defined in this LLVM IR, see `inlined`."""
+    frame: AbstractContextManager[None] = script.attr(
+        constant(0, "int32"), "pragma_import_llvm", text
+    )
+    return frame
+
+
+def inlined(dtype: str, name: str, *args: Expr) -> Expr:
+    """A call without side effects to a function of imported LLVM IR, which is inlined."""
+    return tirx.call_pure_extern(dtype, name, *args)
 
 
 def loop(begin: Expr, end: Expr) -> AbstractContextManager[Expr]:

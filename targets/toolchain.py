@@ -40,7 +40,8 @@ class Linker:
     @property
     def identity(self) -> str:
         """Everything about it that may change what it makes."""
-        return " ".join([self.name, *_COMPILE_FLAGS, *_LINK_FLAGS])
+        # Not the path of the program: the name says which it is and of what version.
+        return " ".join([self.name, *self.command[1:], *_COMPILE_FLAGS, *_LINK_FLAGS])
 
     def compile(self, source: str, headers: dict[str, str], flags: Sequence[str] = ()) -> bytes:
         """The object made from C text; `headers` maps the names it includes to their text."""

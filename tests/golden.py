@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -21,14 +22,13 @@ Feeds = Mapping[str, NDArray[Any]]
 
 def model_of(text: str, weights: Mapping[str, Any] | None = None) -> ir.Model:
     """A model from ONNX text (without its head) and those of the weights that it names."""
-    tensors = []
+    proto = onnx.parser.parse_model(HEAD + text)
     for name, value in (weights or {}).items():
         if re.search(rf"\b{name}\b", text):
-            tensors.append(ir.tensor(np.asarray(value), name=name))
-    model = ir.from_onnx_text(HEAD + text, initializers=tensors)
+            tensor = ir.tensor(np.asarray(value), name=name)
+            proto.graph.initializer.append(ir.serde.serialize_tensor(tensor))
+    model = ir.from_proto(proto)
     common.NameFixPass()(model)
-    for value in [*model.graph.initializers.values()]:
-        value.dtype, value.shape = value.const_value.dtype, value.const_value.shape
     common.ShapeInferencePass(strict_mode=False)(model)
     return model
 

@@ -63,7 +63,7 @@ def test_group_size_by_request_or_a_reason():
         (
             "g (float[3,2,64] x) => (float[3,2,8] y) { y = MatMul (x, w) }",
             {"w": np.ones((3, 64, 8), np.float32)},
-            "rank 3",
+            "shape [3, 64, 8]",
         ),
         (
             "g (double[2,64] x) => (double[2,8] y) { y = MatMul (x, w) }",

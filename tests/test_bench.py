@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import onnx
 import onnx.parser
 import pytest
 
-from qcompiler.bench import bench, open_model
+from qcompiler.bench import bench
+from qcompiler.cores import available_cores, busy_cores
 from qcompiler.ir.errors import (
     BundleError,
     CalibrationError,
@@ -16,6 +18,7 @@ from qcompiler.ir.errors import (
     QCompilerError,
 )
 from qcompiler.random_inputs import random_feed
+from qcompiler.runtime import open_model
 
 
 @dataclasses.dataclass
@@ -49,6 +52,19 @@ def test_defaults_fill_dynamic_dimensions_and_say_so():
     assert fed[0].assumed == {"batch": 1, "seq": 128}
     assert fed[1].assumed == {}
     assert fed[2].assumed == {"image[2]": 224, "image[3]": 224}
+
+
+PAST = Input("past_key_values.0.key", "tensor(float)", ["batch", 3, "past", 64])
+SUM = Input("attention_mask", "tensor(int64)", ["batch", "past + seq"])
+
+
+def test_the_past_is_empty_and_sums_add_up():
+    feed, fed = random_feed([IDS, SUM, PAST], {})
+    assert feed["past_key_values.0.key"].shape == (1, 3, 0, 64)
+    assert feed["attention_mask"].shape == (1, 128)
+    assert [shape.assumed for shape in fed] == [{"batch": 1, "seq": 128}, {}, {"past": 0}]
+    feed, _ = random_feed([IDS, SUM, PAST], {"input_ids": (2, 1), PAST.name: (2, 3, 7, 64)})
+    assert feed["attention_mask"].shape == (2, 8)
 
 
 def test_a_given_shape_sizes_the_other_inputs():
@@ -131,7 +147,9 @@ def test_bench_feeds_samples(model, tmp_path):
     ("options", "error", "message"),
     [
         ({"seconds": 0}, OptionError, "seconds must be above 0"),
-        ({"threads": [0]}, OptionError, "threads must be at least 1"),
+        ({"seconds": float("nan")}, OptionError, "seconds must be above 0"),
+        ({"seconds": float("inf")}, OptionError, "and finite, not inf"),
+        ({"threads": [0]}, OptionError, "threads must be a whole number from 1"),
         ({"shapes": {"y": (1,)}}, OptionError, "no input 'y'"),
         ({"data": "nowhere"}, CalibrationError, "nowhere does not exist"),
         ({"data": ".", "shapes": {"x": (1, 4)}}, OptionError, "not both"),
@@ -155,6 +173,51 @@ def test_a_model_that_fails_on_its_inputs(tmp_path):
     )
     with pytest.raises(ModelError, match="fails on these inputs"):
         bench(path, path, threads=[1], shapes={"x": (2, 3), "w": (5, 7)}, seconds=0.01)
+
+
+def test_a_model_that_fails_on_made_up_inputs(tmp_path):
+    path = save(
+        tmp_path / "c.onnx",
+        "g (float[n, m] x, float[k, n] w) => (float[a, b] y) { y = MatMul (x, w) }",
+    )
+    with pytest.raises(ModelError) as caught:
+        bench(path, path, threads=[1], shapes={"x": (2, 3)}, seconds=0.01)
+    assert "made up, assuming k=1, and may not suit the model" in str(caught.value)
+    assert "give --shapes NAME=1x128,… or --data DIR" in str(caught.value)
+    np.savez(tmp_path / "0.npz", x=np.ones((2, 3), np.float32), w=np.ones((5, 7), np.float32))
+    with pytest.raises(ModelError) as caught:
+        bench(path, path, threads=[1], data=tmp_path / "0.npz", seconds=0.01)
+    assert "made up" not in str(caught.value)
+
+
+def test_the_last_word_is_100_percent(model, monkeypatch):
+    # A round asks for the time five times, so the last one begins 21 seconds after the start.
+    monkeypatch.setattr("qcompiler.bench.time.perf_counter", itertools.count().__next__)
+    told = []
+    bench(model, model, threads=[1], seconds=22, progress=lambda *step: told.append(step[1]))
+    assert told[-2:] == [95, 100]
+
+
+STAT = """cpu  9 9 9 9
+cpu0 {} 0 0 {} 0 0 0 0 50 0
+cpu1 0 0 0 {} {} 0 0 0 0 0
+intr 5
+"""
+
+
+def test_busy_cores_are_counted(tmp_path, monkeypatch):
+    stat = tmp_path / "stat"
+    monkeypatch.setattr("qcompiler.cores._STAT", stat)
+    monkeypatch.setattr("qcompiler.cores._ours", lambda: {0, 1})
+    monkeypatch.setattr(
+        "qcompiler.cores.time.sleep", lambda _: stat.write_text(STAT.format(175, 25, 60, 40))
+    )
+    stat.write_text(STAT.format(100, 0, 0, 0))
+    assert busy_cores() == 0.75
+    assert available_cores() == 2
+    monkeypatch.setattr("qcompiler.cores.time.sleep", lambda _: stat.unlink(missing_ok=True))
+    assert busy_cores() is None
+    assert busy_cores() is None
 
 
 @pytest.mark.parametrize(

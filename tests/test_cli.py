@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 from terminal import ARM, CALIB, MODEL, TEST, fails, qcompile
 
-from qcompiler.cli.console import Terminal, size, span
+from qcompiler.cli.console import Terminal
+from qcompiler.cli.figures import size, span
 from qcompiler.ir.decisions import NO_WEIGHTS, decision_of
 
 
@@ -73,9 +74,10 @@ def test_start_is_light():
     assert not {"numpy", "onnx", "onnx_ir", "onnxruntime", "tvm", "torch"} & {*done.stdout.split()}
 
 
-def test_module_is_the_program():
+@pytest.mark.parametrize("module", ["qcompiler", "qcompiler.cli"])
+def test_module_is_the_program(module):
     done = subprocess.run(
-        [sys.executable, "-m", "qcompiler.cli", "inspct"],
+        [sys.executable, "-m", module, "inspct"],
         capture_output=True,
         text=True,
         check=False,
@@ -91,13 +93,18 @@ def test_broken_pipe_is_silent():
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_is_no_bug_of_ours():
+@pytest.mark.parametrize(
+    "args", [("targets", "--json"), ("pass", "--list"), ("--help",), ("--version",)]
+)
+def test_a_full_disk_is_no_bug_of_ours(args):
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "qcompiler.cli", "pass", "--list"],
+            [sys.executable, "-m", "qcompiler", *args], env=buffered,
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
-    assert (done.returncode, done.stderr) == (1, "error: No space left on device\n")
+    message = "error: standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +183,7 @@ def test_warnings_are_one_line(monkeypatch):
 
 
 def test_a_terminal_gets_a_bar_after_a_while(monkeypatch):
-    monkeypatch.setattr("qcompiler.cli.console._BAR_AFTER", 0.05)
+    monkeypatch.setattr("qcompiler.cli.progress._BAR_AFTER", 0.05)
     terminal = Terminal()
     terminal.err = Console(file=io.StringIO(), force_terminal=True, width=80)
     with terminal.progress() as update:
@@ -187,7 +194,6 @@ def test_a_terminal_gets_a_bar_after_a_while(monkeypatch):
         time.sleep(0.3)
     drawn = terminal.err.file.getvalue()
     assert "kernels: a rather" in drawn
-    assert "left" in drawn
 
 
 # qcompile MODEL
@@ -197,7 +203,7 @@ def test_compile_tells_what_was_done():
     result = qcompile(MODEL, *ARM)
     assert result.exit_code == 0, result.output
     flat = " ".join(result.stdout.split())
-    assert "13 function body QMatMulW8A8 no arm kernels yet" in flat
+    assert "13 function body QMatMulW8A8 no arm-int8 kernels yet" in flat
     assert "1 float Conv kept float by request (Conv)" in flat
     assert "no weights to quantize: Add 18, Reshape 9" in flat
     assert "Size 423.9 kB → " in flat
@@ -212,14 +218,15 @@ def test_compile_tells_what_was_done():
 
 def test_compile_prints_a_line_per_stage():
     stages = [line.split()[-1] for line in qcompile(MODEL, *ARM, "-o", "b").stderr.splitlines()]
-    assert stages[:3] == ["load", "canonicalize", "fuse-gelu"]
+    assert stages[:2] == ["load", "canonicalize"]
+    assert "write" in stages
     assert len(set(stages)) == len(stages)
 
 
-def test_compile_with_calibration_suggests_a_comparison():
+def test_compile_with_calibration():
     result = qcompile(MODEL, "--target", "arm-int8", "--calib", CALIB, "-o", "b")
     assert result.exit_code == 0
-    assert f"qcompile compare {MODEL} b --data {CALIB}" in result.stdout
+    assert f"qcompile compare {MODEL} b --data DIR\n" in result.stdout
     assert "ORT's own QLinearConv" in result.stdout
     assert sum("insert-qdq" in line for line in result.stderr.splitlines()) == 1
 
@@ -267,7 +274,7 @@ def test_compile_merges_recipe_and_options():
         ([MODEL, *ARM, "--group-size", "many"], 2, "'many' is not a valid integer"),
         ([MODEL, *ARM, "--strict"], 1, "--strict: 22 nodes fall back"),
         ([MODEL, *ARM, "-o", __file__], 1, "is a file; name a folder with -o DIR"),
-        ([MODEL, *ARM, "-o", TEST], 1, "holds other files; name another with -o DIR"),
+        ([MODEL, *ARM, "-o", TEST], 1, "holds other files (batch_00.npz"),
     ],
 )
 def test_compile_with_bad_input(args, code, message):

@@ -1,7 +1,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from terminal import ARM, CALIB, MODEL, TEST, fails, qcompile
 
@@ -53,7 +55,8 @@ def test_inspect_a_bundle(bundle):
         assert "ONNX Runtime 1.23 or newer" in flat
         assert "keep_float = ['Conv']" in flat
         assert "13 function body QMatMulW8A8" in flat
-        assert "holds" in flat
+        assert "Content" in flat
+        assert "intact" in flat
 
 
 def test_inspect_a_bundle_as_json(bundle):
@@ -128,6 +131,10 @@ def test_bench_with_samples(bundle):
         (["--against", "nope.onnx"], 1, "no model: nope.onnx does not exist"),
         (["--against", MODEL, "--threads", "0"], 2, "0 is not in the range x>=1"),
         (["--against", MODEL, "--seconds", "0"], 2, "not in the range x>0"),
+        (["--against", MODEL, "--seconds", "-1"], 2, "not in the range x>0"),
+        (["--against", MODEL, "--seconds", "nan"], 2, "nan is no number of seconds"),
+        (["--against", MODEL, "--seconds", "inf"], 2, "inf is no number of seconds"),
+        (["--against", MODEL, "--seconds", "soon"], 2, "'soon' is not a valid"),
         (["--against", MODEL, "--shapes", "image"], 2, "'image' is not NAME=SIZExSIZE"),
         (["--against", MODEL, "--shapes", "image=1xa"], 2, "'image=1xa' is not NAME=SIZExSIZE"),
         (["--against", MODEL, "--shapes", "image=1x0"], 2, "'image=1x0' is not NAME=SIZExSIZE"),
@@ -149,7 +156,7 @@ def test_compare(bundle):
     assert result.exit_code == 0, result.output
     flat = " ".join(result.stdout.split())
     assert "10 sample files" in flat
-    assert "Accuracy, model" in flat
+    assert "Same Accuracy Accuracy" in flat
     assert "98.70%" in flat
     assert " dB" in flat
     assert max(map(len, result.stdout.splitlines()[3:])) <= 100
@@ -161,6 +168,23 @@ def test_compare_as_json(bundle):
     assert (found["samples"], found["native"], result.stderr) == (4, False, "")
     assert found["outputs"][0]["sqnr"] > 25
     assert found["outputs"][0]["accuracy"] is None
+
+
+def test_compare_sums_up_many_outputs():
+    names = [f"y{index}" for index in range(20)]
+    for scale in (1.0, 1.1):
+        body = "".join(f"{name} = {'Mul' if name == 'y17' else 'Add'} (x, s) " for name in names)
+        onnx.save(onnx.parser.parse_model(
+            f'<ir_version: 10, opset_import: ["": 21]> g (float[4] x) => '
+            f"({', '.join(f'float[4] {name}' for name in names)}) "
+            f"{{ s = Constant <value_float = {scale}> () {body} }}"), f"{scale}.onnx")  # fmt: skip
+    np.savez("x.npz", x=np.ones(4, np.float32))
+    command = ("compare", "1.0.onnx", "1.1.onnx", "--data", "x.npz")
+    stdout = qcompile(*command).stdout
+    assert [name for name in names if f"\n{name} " in stdout] == names[:6]
+    assert "and 14 more: worst SQNR 20.0 dB (y17); -v lists them" in stdout
+    assert all(f"\n{name} " in qcompile(*command, "-v").stdout for name in names)
+    assert len(json.loads(qcompile(*command, "--json").stdout)["outputs"]) == 20
 
 
 def test_compare_equal_models():
@@ -188,7 +212,7 @@ def test_pass_list():
     flat = " ".join(qcompile("pass", "--list").stdout.split())
     assert "fuse-gelu float Gather the pieces of an exact GELU into one op." in flat
     found = json.loads(qcompile("pass", "--list", "--json").stdout)["passes"]
-    assert [entry["name"] for entry in found][:2] == ["canonicalize", "fuse-gelu"]
+    assert found[0]["name"] == "canonicalize"
     assert {entry["name"]: entry["needs"] for entry in found}["fuse-regions"] == "--target"
 
 
@@ -222,7 +246,7 @@ def test_pass_keeps_external_data_complete():
         ([], 2, "give NAME IN.onnx OUT.onnx, or --list"),
         (["canonicalize", MODEL], 2, "give NAME IN.onnx OUT.onnx, or --list"),
         (["fold-qdf", MODEL, "o.onnx"], 1, "no pass 'fold-qdf'; did you mean 'fold-qdq'?"),
-        (["zzz", MODEL, "o.onnx"], 1, "no pass 'zzz'; one of canonicalize, fuse-gelu"),
+        (["zzz", MODEL, "o.onnx"], 1, "no pass 'zzz'; one of canonicalize, fuse-"),
         (["fuse-regions", MODEL, "o.onnx"], 1, "depends on the target: add --target TARGET"),
         (["insert-qdq", MODEL, "o.onnx"], 1, "needs the plans of assign-precision"),
         (["canonicalize", MODEL, MODEL], 1, "is the input; name another file"),

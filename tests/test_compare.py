@@ -64,6 +64,26 @@ def test_labels(folder):
     assert json.loads(json.dumps(found.to_dict()))["outputs"][0]["accuracy"]["model"] == 0.75
 
 
+@pytest.mark.parametrize(
+    ("name", "classes", "rows"),
+    [("y", 101, 6), ("y", 100, 0), ("logits", 5, 6), ("last_hidden_state", 384, 0)],
+)
+def test_scores_of_every_step(tmp_path, name, classes, rows):
+    kind = f"float[b, s, {classes}]"
+    same, other = (
+        save(tmp_path / op, f"g ({kind} x) => ({kind} {name}) {{ {name} = {op} (x) }}")
+        for op in ("Identity", "Neg")
+    )
+    x = np.random.default_rng(0).standard_normal((2, 3, classes)).astype(np.float32)
+    np.savez(tmp_path / "0.npz", x=x, label=x.argmax(-1))
+    (output,) = compare(same, other, tmp_path / "0.npz").outputs
+    assert (output.rows, output.top1) == (rows, 0.0 if rows else None)
+    if rows:
+        (output,) = compare(same, same, tmp_path / "0.npz", labels="label").outputs
+        assert output.accuracy is not None
+        assert (output.top1, output.accuracy.bundle) == (1.0, 1.0)
+
+
 def test_silence_has_no_ratio(folder):
     (output,) = compare(model(folder, 0.0), model(folder, 1.0), folder / "data").outputs
     assert (output.sqnr, output.cosine) == (-300.0, None)
@@ -87,7 +107,12 @@ def test_nan_is_counted_and_left_out(folder):
     [
         ({"label": None}, "label", CalibrationError, "no array 'label' of labels; it has"),
         ({"label": np.array([0.5, 1.0])}, "label", CalibrationError, "float64, not integers"),
-        ({"label": np.array([1, 2, 3])}, "label", CalibrationError, r"shape \[3\], there are 2"),
+        (
+            {"label": np.array([1, 2, 3])},
+            "label",
+            CalibrationError,
+            r"shape \[3\], there are scores",
+        ),
         ({"x": None}, None, CalibrationError, "no array for input 'x'"),
         ({"x": np.ones((2, 4), np.float32)}, None, CalibrationError, r"shape \[2, 4\]"),
         ({"x": np.ones((2, 3))}, None, CalibrationError, "is float64"),
@@ -107,7 +132,7 @@ def test_labels_need_scores(folder):
     flat = save(
         folder / "f.onnx", "g (float[n, 3] x) => (float y) { y = ReduceMax <keepdims = 0> (x) }"
     )
-    with pytest.raises(OptionError, match=r"no output is a 2-D float"):
+    with pytest.raises(OptionError, match=r"no output is a float of"):
         compare(flat, flat, folder / "data", labels="label")
 
 

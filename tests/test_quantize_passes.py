@@ -5,6 +5,7 @@ import onnx_ir as ir
 import pytest
 from golden import assert_rewrites, model_of, run, sqnr, text_of
 
+from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.errors import CalibrationError, ModelError
 from qcompiler.ir.stages import Stage, verify
 from qcompiler.ir.types import TensorStats
@@ -56,7 +57,7 @@ def test_insert_makes_one_exact_pair_per_tensor():
 
 def test_insert_needs_calibration_for_convolutions():
     model = assigned(
-        "g (float[1,2,8,8] x) => (float[1,4,6,6] y) { t = Conv (x, w) y = Relu (t) }",
+        "g (float[1,2,8,8] x) => (float[1,4,6,6] y) { t = Conv (x, w) r = Relu (t) y = Neg (r) }",
         {"w": np.ones((4, 2, 3, 3), np.float32)},
     )
     with pytest.raises(CalibrationError, match="needed by node_0: .*--calib.*--keep-float Conv"):
@@ -261,3 +262,160 @@ def test_the_domain_of_dialect_ops_is_declared_and_dropped():
     FoldQDQ()(model)
     assert {name for _, name, _ in model.functions} == {"Quantize", "QMatMulW8A8"}
     assert all(isinstance(f, ir.Function) for f in model.functions.values())
+
+
+def test_a_dead_channel_keeps_its_bias():
+    """At the scale its zero weights would give, the int32 bias would saturate and be lost."""
+    weights = CONV_WEIGHTS | {"w": CONV_WEIGHTS["w"].copy(), "b": np.array([5, 0.1, -7, 2], "f4")}
+    weights["w"][0] = 0
+    weights["w"][2] = 1e-9
+    model = assigned(CONV, weights)
+    reference = run(model, IMAGES)[0]
+    for rewrite in (InsertQDQ(observed), RoundToNearest(), FoldQDQ()):
+        rewrite(model)
+    assert [n.op_type for n in model.graph].count("QConv") == 2
+    assert sqnr(reference, run(model, IMAGES)[0]) > 30
+
+
+def test_other_readers_of_an_input_keep_their_precision():
+    model = assigned(
+        "g (float[n,2,8,8] x) => (float[n,4,6,6] y, float[n,2,8,8] e) "
+        "{ c = Conv (x, w) y = Neg (c) e = Exp (x) }",
+        CONV_WEIGHTS,
+    )
+    expected = run(model, IMAGES)[1]
+    InsertQDQ(observed)(model)
+    np.testing.assert_array_equal(run(model, IMAGES)[1], expected)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    ["top", "keepdims", "axis"],
+)
+def test_leaves_a_token_scale_of_another_kind(spoil):
+    model = assigned(MATMUL, {"w": W})
+    InsertQDQ()(model)
+    RoundToNearest()(model)
+    for node in model.graph:
+        if node.op_type == "Div" and spoil == "top":
+            constant = ir.tensor(np.float32(20), name="twenty")
+            value = ir.Value(
+                name="twenty", const_value=constant, type=ir.TensorType(constant.dtype)
+            )
+            model.graph.register_initializer(value)
+            node.replace_input_with(1, value)
+        if node.op_type == "ReduceMax" and spoil == "keepdims":
+            node.attributes["keepdims"] = ir.AttrInt64("keepdims", 0)
+        if (
+            node.op_type == "DequantizeLinear"
+            and spoil == "axis"
+            and "block_size" in node.attributes
+        ):
+            node.attributes["axis"] = ir.AttrInt64("axis", 1)
+    assert not FoldQDQ()(model).modified
+
+
+QUANTIZED_CONV = (
+    "g (float[1,2,8,8] x) => (float[1,4,6,6] y) {{ q = QuantizeLinear (x, xs, xz) "
+    "d = DequantizeLinear (q, xs, xz) f = DequantizeLinear <axis = {axis}> (w, ws, wz) "
+    "g = DequantizeLinear <axis = 0> (b, bs) c = Conv {attributes} (d, f, g) "
+    "r = QuantizeLinear (c, ys, yz) y = DequantizeLinear (r, ys, yz) }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "attributes", "folds"),
+    [
+        ({}, "", True),
+        ({"wz": np.full(4, 20, np.int8)}, "", False),
+        ({"bs": np.full(4, 0.5, np.float32)}, "", False),
+        ({"xz": np.int8(0), "yz": np.int8(0)}, "", False),
+        ({}, '<auto_pad = "VALID">', False),
+    ],
+)
+def test_folds_an_imported_convolution_only_if_nothing_is_lost(changes, attributes, folds):
+    steps = np.full(4, 0.02, np.float32)
+    weights = {
+        "xs": np.float32(0.03), "xz": np.uint8(120), "ys": np.float32(0.2), "yz": np.uint8(128),
+        "w": RNG.integers(-127, 128, (4, 2, 3, 3)).astype(np.int8), "ws": steps,
+        "wz": np.zeros(4, np.int8), "b": RNG.integers(-900, 900, 4).astype(np.int32),
+        "bs": steps * np.float32(0.03),
+    }  # fmt: skip
+    text = QUANTIZED_CONV.format(axis=0, attributes=attributes)
+    model = model_of(text, weights | changes)
+    before = run(model, {"x": IMAGES["x"][:1]})[0]
+    assert FoldQDQ()(model).modified == folds
+    np.testing.assert_allclose(run(model, {"x": IMAGES["x"][:1]})[0], before, atol=0.21)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # int4 with one scale per column has no op of ours
+        "g (float[3,64] x) => (float[3,8] y) "
+        "{ wf = DequantizeLinear <axis = 1> (w, ws) y = MatMul (x, wf) }",
+        # activations that are not float32
+        "g (float16[3,64] x) => (float16[3,8] y) "
+        "{ wf = DequantizeLinear <axis = 0, block_size = 32> (w, wh) y = MatMul (x, wf) }",
+    ],
+)
+def test_leaves_imported_int4_that_has_no_op(text):
+    int4 = ir.DataType.INT4.numpy()
+    weights = {
+        "w": RNG.integers(-8, 8, (64, 8)).astype(int4),
+        "ws": np.ones(8, np.float32),
+        "wh": np.ones((2, 8), np.float16),
+    }
+    assert not FoldQDQ()(model_of(text, weights)).modified
+
+
+def test_imported_weights_are_said_to_be_quantized_already():
+    model = assigned(
+        "g (float[3,64] x) => (float[3,8] y) "
+        "{ wf = DequantizeLinear <axis = 1> (w, ws) y = MatMul (x, wf) }",
+        {"w": np.ones((64, 8), np.int8), "ws": np.ones(8, np.float32)},
+    )
+    assert "already quantized in the source" in decision_of(list(model.graph)[-1]).why
+
+
+def test_a_plan_that_came_to_nothing_is_not_reported_as_done():
+    model = assigned(MATMUL, {"w": W})
+    FoldQDQ()(model)
+    (node,) = model.graph
+    assert decision_of(node).action == "float"
+    assert not decision_of(node).expected
+
+
+def test_names_that_are_taken():
+    """Generated names step aside for the model's own."""
+    model = assigned(
+        "g (float[m,64] x) => (float[m,8] y, float[m,64] x_q, float[m,64] w_scale) "
+        "{ y = MatMul (x, w) x_q = Neg (x) w_scale = Abs (x) }",
+        {"w": W},
+    )
+    for rewrite, stage in ((InsertQDQ(), Stage.QDQ), (RoundToNearest(), Stage.QDQ),
+                           (FoldQDQ(), Stage.QUANTIZED)):  # fmt: skip
+        rewrite(model)
+        verify(model, stage, "test")
+    assert [value.name for value in model.graph.outputs] == ["y", "x_q", "w_scale"]
+    run(model, X)
+
+
+BRANCHES = (
+    "g (float[m,64] x, bool c) => (float[m,8] y) { y = If (c) "
+    "<then_branch = a () => (float[m,8] p) { p = MatMul (x, w) }, "
+    "else_branch = b () => (float[m,8] n) { t = MatMul (x, w) n = Neg (t) }> }"
+)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_branches_share_what_is_outside_them(target):
+    model = assigned(BRANCHES, {"w": W}, target)
+    feeds = [X | {"c": np.array(flag)} for flag in (True, False)]
+    expected = [run(model, feed)[0] for feed in feeds]
+    for rewrite, stage in ((InsertQDQ(), Stage.QDQ), (RoundToNearest(), Stage.QDQ),
+                           (FoldQDQ(), Stage.QUANTIZED)):  # fmt: skip
+        rewrite(model)
+        verify(model, stage, "test")
+    for feed, want in zip(feeds, expected, strict=True):
+        assert sqnr(want, run(model, feed)[0]) > 15

@@ -20,6 +20,7 @@ from qcompiler.cli.compile import compile_command
 from qcompiler.cli.console import EXIT_INTERRUPTED, Terminal
 from qcompiler.cli.inspect import inspect_command
 from qcompiler.cli.passes import pass_command
+from qcompiler.cli.streams import noting_interrupts, prepare_streams
 from qcompiler.cli.targets import targets_command
 from qcompiler.ir.errors import did_you_mean
 
@@ -61,12 +62,13 @@ class Application(click.RichGroup):
     def main(self, args: Sequence[str] | None = None, *_: Any, **__: Any) -> NoReturn:
         """Run a command line and exit with its code."""
         terminal = Terminal()
-        with terminal.one_line_warnings():
+        with noting_interrupts(terminal.note_interrupt), terminal.one_line_warnings():
             sys.exit(self._run(terminal, args))
 
     def _run(self, terminal: Terminal, args: Sequence[str] | None) -> int:
         try:
             code = super().main(args, "qcompile", standalone_mode=False, obj=terminal)
+            terminal.flush()
         except click.UsageError as error:
             terminal.error(error.format_message())
             path = error.ctx.command_path if error.ctx is not None else "qcompile"
@@ -80,6 +82,10 @@ class Application(click.RichGroup):
             terminal.error("interrupted")
             return EXIT_INTERRUPTED
         except Exception as error:
+            if terminal.interrupted:
+                # TVM, for one, turns a KeyboardInterrupt into an empty RuntimeError.
+                terminal.error("interrupted")
+                return EXIT_INTERRUPTED
             return terminal.failure(error)
         return code if isinstance(code, int) else 0
 
@@ -132,6 +138,7 @@ application = Application(
 
 def run() -> NoReturn:
     """Run the command line of this process."""
+    prepare_streams()
     # A polite kill unwinds the stack, so that no half-written bundle stays behind.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     application.main()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import rich_click as click
 from rich.text import Text
 
-from qcompiler.cli.console import Terminal, facts, figure_table, span
+from qcompiler.cli.console import Terminal
+from qcompiler.cli.figures import FigureTable, facts, span
 from qcompiler.cli.options import FILE, json_option, verbose_option
 
 if TYPE_CHECKING:
@@ -43,6 +45,21 @@ class ShapesType(click.ParamType[Shapes]):
         return shapes
 
 
+class SecondsType(click.FloatRange):
+    """A time above 0 that ends."""
+
+    name = "seconds"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Also refuse what no range does: nan."""
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds):
+            self.fail(f"{value} is no number of seconds", param, ctx)
+        return seconds
+
+
 @click.command("bench")
 @click.argument("bundle", type=FILE, metavar="BUNDLE")
 @click.option(
@@ -65,7 +82,7 @@ class ShapesType(click.ParamType[Shapes]):
 @click.option("--data", type=FILE, metavar="DIR", help="Feed these .npz samples instead.")
 @click.option(
     "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=SecondsType(min=0, min_open=True),
     default=5.0,
     metavar="S",
     show_default=True,
@@ -98,9 +115,21 @@ def _print(terminal: Terminal, found: Bench) -> None:
     out.print(title)
     out.print(facts(*_conditions(found)))
     out.print()
-    table = figure_table(
-        ">Threads", ">Model, median", ">min", ">Bundle, median", ">min", ">Speedup", ">of minima",
-        ">middle half", ">Rounds",
+    out.print(_table(found))
+    out.print()
+    for result in found.results:
+        low, high = result.spread
+        if low <= 1 <= high:
+            plural = "s" if result.threads > 1 else ""
+            text = f"On {result.threads} thread{plural} neither is clearly faster."
+            out.print(text, style="yellow")
+
+
+def _table(found: Bench) -> FigureTable:
+    table = FigureTable(
+        ">Threads", ">Model\nmedian", ">Model\nfastest", ">Bundle\nmedian", ">Bundle\nfastest",
+        ">Speedup\nmedian", ">Speedup\nfastest", ">Speedup\nmiddle 50%", ">Runs",
+        droppable=["Runs", "Speedup\nfastest", "Model\nfastest", "Bundle\nfastest"],
     )  # fmt: skip
     for result in found.results:
         low, high = result.spread
@@ -109,14 +138,9 @@ def _print(terminal: Terminal, found: Bench) -> None:
             str(result.threads), span(result.model.median), span(result.model.minimum),
             span(result.bundle.median), span(result.bundle.minimum),
             Text(f"{result.speedup:.2f}x", f"bold {style}"), f"{result.speedup_of_minima:.2f}x",
-            f"{low:.2f} to {high:.2f}x", f"{result.rounds:,}",
+            f"{low:.2f}-{high:.2f}x", f"{result.rounds:,}",
         )  # fmt: skip
-    out.print(table)
-    out.print()
-    note = "Speedup is the ratio of the medians; the middle half is of the rounds' own ratios."
-    out.print(note, style="dim")
-    if any(low <= 1 <= high for low, high in (result.spread for result in found.results)):
-        out.print("Where that half includes 1, neither is faster.", style="dim")
+    return table
 
 
 def _conditions(found: Bench) -> list[tuple[str, str | Text]]:
@@ -129,7 +153,7 @@ def _conditions(found: Bench) -> list[tuple[str, str | Text]]:
         text = f"{fed.name} {fed.dtype} {shape}, {values}{assumed}"
         rows.append(("Input" if index == 0 else "", text))
     rows += [("Provider", ", ".join(found.providers)), ("Spinning", found.spinning)]
-    if found.load > _BUSY * found.cores:
-        text = f"{found.load:.1f} of {found.cores} cores were busy before: times may be too long"
+    if found.load is not None and found.load > _BUSY * found.cores:
+        text = f"{found.load:.1f} of {found.cores} cores were busy already: times may be too long"
         rows.append(("Load", Text(text, "yellow")))
     return rows

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import shlex
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich_click as click
-from rich.table import Table
 from rich.text import Text
 
-from qcompiler.cli.console import Terminal, facts, figure_table, size, span
+from qcompiler.cli.console import Terminal
+from qcompiler.cli.decisions import decision_table, every_decision
+from qcompiler.cli.figures import FigureTable, facts, size, span
 from qcompiler.cli.options import FILE, TargetName, json_option, verbose_option
 
 if TYPE_CHECKING:
-    from qcompiler.ir.decisions import Decision
     from qcompiler.recipe import Recipe
-    from qcompiler.report import Group, Report
+    from qcompiler.report import Report
 
-__all__ = ["compile_command", "decision_table"]
-
-_WHO = {
-    "kernel": ("our kernel", "green"),
-    "qdq": ("ONNX Runtime, int8", "green"),
-    "body": ("function body", "yellow"),
-    "float": ("float", ""),
-}
+__all__ = ["compile_command"]
 
 
 @click.command("compile", hidden=True, add_help_option=False)
@@ -58,7 +49,7 @@ _WHO = {
     "recipe_file",
     type=FILE,
     metavar="FILE",
-    help="A TOML file with the keys keep_float and group_size.",
+    help="A TOML file with the keys keep_float, group_size and bfloat16.",
 )
 @click.option(
     "--keep-float",
@@ -81,7 +72,9 @@ def compile_command(
     with terminal.progress(shown=not (quiet or as_json)) as progress:
         # Imported here, so that the progress covers it.
         import qcompiler
+        from qcompiler.runtime import check_onnxruntime
 
+        check_onnxruntime()
         report = qcompiler.compile(
             model, target, output, recipe=_recipe(recipe_file, keep_float, group_size),
             calibration=calib, strict=strict, progress=progress,
@@ -94,7 +87,7 @@ def compile_command(
     for warning in report.warnings:
         terminal.warning(warning)
     if not quiet:
-        terminal.next(*_next_commands(model, report, calib))
+        terminal.next(*_next_commands(model, report))
 
 
 def _recipe(file: Path | None, keep_float: tuple[str, ...], group_size: int | None) -> Recipe:
@@ -117,30 +110,10 @@ def _print_report(terminal: Terminal, model: Path, report: Report) -> None:
     out.print(facts(*_totals(report)))
     out.print()
     if terminal.verbose:
-        out.print(_every_decision(report.decisions))
+        out.print(every_decision(report.decisions))
         out.print()
         out.print(_phases(report.seconds))
         out.print()
-
-
-def decision_table(groups: Iterable[Group]) -> Table:
-    """Nodes counted by who computes them and why; ops without weights on one line."""
-    from qcompiler.ir.decisions import NO_WEIGHTS
-
-    table = figure_table(">Nodes", "Computed by", "Op", "Why")
-    weightless = collections.Counter[str]()
-    for group in groups:
-        if group.action == "float" and group.why == NO_WEIGHTS:
-            weightless[group.op] += group.count
-            continue
-        who, style = _WHO[group.action]
-        table.add_row(str(group.count), Text(who, style), group.op, Text(group.why, "dim"))
-    if weightless:
-        listed = ", ".join(f"{op} {count}" for op, count in weightless.most_common(6))
-        more = f" and {len(weightless) - 6} more ops" if len(weightless) > 6 else ""
-        why = Text(f"no weights to quantize: {listed}{more}", "dim")
-        table.add_row(str(weightless.total()), "float", "others", why)
-    return table
 
 
 def _totals(report: Report) -> list[tuple[str, str | Text]]:
@@ -157,24 +130,17 @@ def _totals(report: Report) -> list[tuple[str, str | Text]]:
     ]
 
 
-def _every_decision(decisions: Sequence[Decision]) -> Table:
-    table = figure_table("Node", "Op", "Computed by", "Why")
-    for decision in decisions:
-        who, style = _WHO[decision.action]
-        table.add_row(decision.node, decision.op, Text(who, style), Text(decision.why, "dim"))
-    return table
-
-
-def _phases(seconds: dict[str, float]) -> Table:
-    table = figure_table("Phase", ">Time")
+def _phases(seconds: dict[str, float]) -> FigureTable:
+    table = FigureTable("Phase", ">Time")
     for name, value in seconds.items():
         table.add_row(name, span(value))
     return table
 
 
-def _next_commands(model: Path, report: Report, calib: Path | None) -> list[str]:
+def _next_commands(model: Path, report: Report) -> list[str]:
     bundle = str(report.bundle)
-    commands = [["qcompile", "bench", bundle, "--against", str(model)]]
-    if calib is not None:
-        commands.append(["qcompile", "compare", str(model), bundle, "--data", str(calib)])
-    return [shlex.join(command) for command in commands]
+    # Not the samples of --calib: answers on those say little about others.
+    return [
+        shlex.join(["qcompile", "bench", bundle, "--against", str(model)]),
+        shlex.join(["qcompile", "compare", str(model), bundle, "--data", "DIR"]),
+    ]

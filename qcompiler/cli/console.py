@@ -6,27 +6,25 @@ import contextlib
 import json
 import os
 import sys
-import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from qcompiler.cli import missing_package
+from qcompiler.cli.streams import discard
 from qcompiler.ir.errors import QCompilerError
 
-__all__ = ["ProgressCallback", "Terminal", "facts", "figure_table", "size", "span"]
+if TYPE_CHECKING:
+    from qcompiler.cli.progress import ProgressCallback
 
-ProgressCallback = Callable[[str, float, int], None]
+__all__ = ["EXIT_INTERRUPTED", "Terminal"]
 
 _WIDTH_OF_A_FILE = 100
 """Columns where stdout is no terminal and $COLUMNS says nothing."""
-
-_BAR_AFTER = 1.0
-"""Seconds: what is over sooner needs no bar."""
 
 EXIT_USER, EXIT_INTERNAL, EXIT_INTERRUPTED = 1, 70, 130
 """70 is EX_SOFTWARE of sysexits.h; 130 is 128 + SIGINT."""
@@ -39,16 +37,18 @@ class Terminal:
         out: Results.
         err: Progress, warnings and errors.
         verbose: Tracebacks and further tables are wanted.
+        interrupted: Ctrl-C was pressed, whether or not anyone took notice.
     """
 
     def __init__(self) -> None:
-        self.out = _console()
-        self.err = _console(stderr=True)
+        self.out, self.err = _Results(False), _Remarks(True)
         self.verbose = False
+        self.interrupted = False
 
     def json(self, value: object) -> None:
         """One JSON object, and nothing else, on stdout."""
-        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+        ascii_only = not self.out.encoding.startswith("utf")
+        text = json.dumps(value, indent=2, ensure_ascii=ascii_only, allow_nan=False)
         self.out.print(text, soft_wrap=True)
 
     def error(self, message: str) -> None:
@@ -78,6 +78,8 @@ class Terminal:
             self.error(f"{where}{error.strerror}")
         elif isinstance(error, MemoryError):
             self.error(f"out of memory ({error})" if str(error) else "out of memory")
+        elif isinstance(error, ModuleNotFoundError) and (hint := missing_package(error)):
+            self.error(hint)
         else:
             label = Text("internal error: ", "bold red")
             self.err.print(label + Text(f"{type(error).__name__}: {error}"), soft_wrap=True)
@@ -102,99 +104,71 @@ class Terminal:
     def progress(self, shown: bool = True) -> Iterator[ProgressCallback]:
         """A bar where stderr is a terminal, else a line per stage; nothing unless `shown`."""
         if not shown:
-            yield lambda label, done, total: None
-        elif self.err.is_terminal:
-            with _bar(self.err) as update:
-                yield update
+            yield self._until_interrupted(lambda label, done, total: None)
+            return
+        from qcompiler.cli.progress import progress_bar, progress_lines
+
+        if self.err.is_terminal:
+            with progress_bar(self.err) as update:
+                yield self._until_interrupted(update)
         else:
-            yield _lines(self.err)
+            yield self._until_interrupted(progress_lines(self.err))
+
+    def note_interrupt(self) -> None:
+        """Remember a Ctrl-C."""
+        self.interrupted = True
+
+    def flush(self) -> None:
+        """Write what is still on its way to stdout, such as click's help.
+
+        Raises:
+            OSError: That failed; it names stdout.
+        """
+        with _named(self.out.file, "standard output"):
+            self.out.file.flush()
+
+    def _until_interrupted(self, update: ProgressCallback) -> ProgressCallback:
+        def checked(label: str, done: float, total: int) -> None:
+            if self.interrupted:  # and native code swallowed it
+                raise KeyboardInterrupt
+            update(label, done, total)
+
+        return checked
 
 
-def facts(*rows: tuple[str, str | Text]) -> Table:
-    """Names and values, aligned."""
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
+class _Console(Console):
+    """A stream that text reaches as it is, without markup or colours of its own."""
+
+    def __init__(self, stderr: bool) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_A_FILE
+        super().__init__(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
 
 
-def figure_table(*columns: str) -> Table:
-    """A table without lines; columns whose title starts with ">" are aligned right."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
-    for title in columns:
-        numeric = title.startswith(">")
-        table.add_column(
-            title.removeprefix(">"),
-            justify="right" if numeric else "left",
-            no_wrap=numeric,
-            overflow="fold",
-        )
-    return table
+class _Results(_Console):
+    """What goes to stdout; an error says so."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, or raise an OSError that names where it could not."""
+        with _named(self.file, "standard output"):
+            super().print(*objects, **options)
 
 
-def size(count: float) -> str:
-    """Bytes, in powers of a thousand: "91.0 MB"."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
+class _Remarks(_Console):
+    """What goes to stderr; there is nobody to tell where that fails."""
 
-
-def span(seconds: float) -> str:
-    """A time with three digits: "16.9 ms"."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if seconds * factor >= 1 or unit == "µs":
-            value = seconds * factor
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-    raise AssertionError
-
-
-def _console(stderr: bool = False) -> Console:
-    stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_A_FILE
-    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print if possible."""
+        try:
+            super().print(*objects, **options)
+        except OSError:
+            discard(self.file)
 
 
 @contextlib.contextmanager
-def _bar(console: Console) -> Iterator[ProgressCallback]:
-    import threading
-
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-    from rich.table import Column
-
-    label_column = Column(ratio=1, no_wrap=True, overflow="ellipsis")
-    progress = Progress(
-        SpinnerColumn(), TextColumn("{task.description}", table_column=label_column),
-        BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("left", style="dim"), Remaining(),
-        console=console, transient=True, expand=True,
-    )  # fmt: skip
-    task = progress.add_task("starting", total=None)
-    timer = threading.Timer(_BAR_AFTER, progress.start)
-    timer.daemon = True
-    timer.start()
-
-    def update(label: str, done: float, total: int) -> None:
-        progress.update(task, description=label, completed=done, total=total)
-
+def _named(stream: IO[str], name: str) -> Iterator[None]:
     try:
-        yield update
-    finally:
-        timer.cancel()
-        timer.join()
-        progress.stop()
-
-
-def _lines(console: Console) -> ProgressCallback:
-    start, seen = time.perf_counter(), set[Any]()
-
-    def update(label: str, done: float, total: int) -> None:
-        stage = label.split(":")[0]
-        if stage not in seen:
-            seen.add(stage)
-            console.print(f"{time.perf_counter() - start:6.1f} s  {stage}", soft_wrap=True)
-
-    return update
+        yield
+    except OSError as error:
+        discard(stream)
+        raise OSError(error.errno, error.strerror, name) from error

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 from rich.text import Text
 
-from qcompiler.cli.compile import decision_table
-from qcompiler.cli.console import Terminal, facts, figure_table, size
+from qcompiler.cli.console import Terminal
+from qcompiler.cli.decisions import decision_table
+from qcompiler.cli.figures import FigureTable, facts, size
 from qcompiler.cli.options import FILE, json_option, verbose_option
 from qcompiler.ir.errors import BundleError
 
@@ -180,10 +181,10 @@ def _print_bundle(
     out.print()
     out.print(decision_table(groups))
     out.print()
-    table = figure_table("File", ">Size", "Hash")
+    table = FigureTable("File", ">Size", "Content")
     for file in files:
         good = file["state"] == "as written"
-        state = Text("holds" if good else file["state"], "green" if good else "bold red")
+        state = Text("intact" if good else file["state"], "green" if good else "bold red")
         table.add_row(file["name"], size(file["bytes"]), state)
     out.print(table)
     out.print()

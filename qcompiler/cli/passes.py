@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 from rich.text import Text
 
-from qcompiler.cli.console import Terminal, figure_table
+from qcompiler.cli.console import Terminal
+from qcompiler.cli.figures import FigureTable
 from qcompiler.cli.options import FILE, TargetName, json_option, verbose_option
 from qcompiler.ir.errors import OptionError, did_you_mean
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["pass_command"]
 
-_NEEDS_TARGET = frozenset({"assign-precision", "fuse-regions", "bind-kernels"})
+_NEEDS_TARGET = frozenset({"assign-precision", "fuse-regions", "fuse-norms", "bind-kernels"})
 _NEEDS_PLANS = frozenset({"insert-qdq", "round-to-nearest"})
 _INLINE_LIMIT = 1 << 30
 """Above this many bytes weights go into a file of their own: protobuf ends at 2 GiB."""
@@ -75,7 +76,7 @@ def pass_command(
     if as_json:
         terminal.json({"output": str(output), "passes": rows})
         return
-    table = figure_table("Pass", ">Nodes before", ">after", "")
+    table = FigureTable("Pass", ">Nodes\nbefore", ">Nodes\nafter", "")
     for row in rows:
         note = "" if row["changed"] else Text("changed nothing", "yellow")
         table.add_row(row["pass"], str(row["nodes_before"]), str(row["nodes_after"]), note)
@@ -88,7 +89,7 @@ def _list(terminal: Terminal, as_json: bool) -> None:
     if as_json:
         terminal.json({"passes": [dataclasses.asdict(entry) for entry in entries]})
         return
-    table = figure_table("Pass", "Leaves", "Needs", "What it does")
+    table = FigureTable("Pass", "Leaves", "Needs", "What it does")
     for entry in entries:
         table.add_row(Text(entry.name, "bold"), entry.stage, entry.needs, entry.summary)
     terminal.out.print(table)

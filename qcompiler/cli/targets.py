@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import rich_click as click
 from rich.text import Text
 
-from qcompiler.cli.console import Terminal, facts, figure_table
+from qcompiler.cli.console import Terminal
+from qcompiler.cli.figures import FigureTable, facts
 from qcompiler.cli.host import gpu_capability, instruction_sets, machine
 from qcompiler.cli.options import json_option, verbose_option
 
@@ -145,7 +146,8 @@ def _gpu() -> str | None:
 
 
 def _print(terminal: Terminal, found: list[TargetStatus], here: dict[str, Any]) -> None:
-    table = figure_table("Target", "Weights", "Activations", "Convolutions", "Kernels", "Here")
+    table = FigureTable("Target", "Weights", "Activations", "Convolutions", "Kernels", "Here",
+                        droppable=["Convolutions"])  # fmt: skip
     for status in found:
         kernels = ", ".join(status.built_isa) or Text("none yet", "yellow")
         table.add_row(
@@ -157,13 +159,23 @@ def _print(terminal: Terminal, found: list[TargetStatus], here: dict[str, Any]) 
     terminal.out.print(facts(
         ("Processor", f"{here['machine']}: {', '.join(here['instruction_sets']) or 'unknown'}"),
         ("GPU", here["gpu"] or "none"),
-        ("ONNX Runtime", f"{here['onnxruntime'] or 'not installed'}: "
-                         f"{', '.join(here['providers'])}"),
+        ("ONNX Runtime", _onnxruntime_in_words(here)),
         ("Linker", here["linker"] or "none: pip install 'qcompiler[zig]', or set CC"),
     ))  # fmt: skip
     if terminal.verbose:
         terminal.out.print("\nInstruction sets planned, best first", style="dim")
         terminal.out.print(facts(*((s.target, ", ".join(s.planned_isa)) for s in found)))
+
+
+def _onnxruntime_in_words(here: dict[str, Any]) -> str | Text:
+    from qcompiler.ir.errors import RuntimeMissingError
+    from qcompiler.runtime import check_onnxruntime
+
+    try:
+        check_onnxruntime()
+    except RuntimeMissingError as error:
+        return Text(str(error), "yellow")
+    return f"{here['onnxruntime']}: {', '.join(here['providers'])}"
 
 
 def _here(status: TargetStatus) -> Text:

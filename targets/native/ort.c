@@ -85,6 +85,22 @@ OrtStatus *qc_row_count(const struct qc_op *op, const struct qc_shape *shape, co
     return NULL;
 }
 
+OrtStatus *qc_check_floats(const struct qc_op *op, const OrtValue *value, const char *input,
+                           int64_t elements) {
+    size_t bytes;
+    QC_TRY(QC_ORT(GetTensorSizeInBytes)(value, &bytes));
+    if (bytes == (size_t)elements * sizeof(float)) return NULL;
+    struct qc_shape shape;
+    char text[256];
+    QC_TRY(qc_tensor_shape(op, value, &shape));
+    return qc_error(op, "input %s has shape %s; it must hold %lld values", input,
+                    qc_shape_text(&shape, text), (long long)elements);
+}
+
+size_t qc_output_index(const struct qc_op *op, size_t i) {
+    return (size_t)(op->spec->outputs[i] - '0');
+}
+
 OrtStatus *qc_parallel(OrtKernelContext *context, void (*task)(void *, size_t), size_t count,
                        void *argument) {
     if (count == 1) {

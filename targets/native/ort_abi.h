@@ -54,6 +54,8 @@ enum { ORT_MEMORY_DEFAULT = 0 };                                   /* OrtMemType
     X(91, KernelContext_GetOutput, OrtStatus *, OrtKernelContext *, size_t, const int64_t *,       \
       size_t, OrtValue **)                                                                         \
     X(99, ReleaseTensorTypeAndShapeInfo, void, OrtTensorTypeAndShapeInfo *)                        \
+    X(130, AddSessionConfigEntry, OrtStatus *, OrtSessionOptions *, const char *, const char *)    \
+    X(237, HasSessionConfigEntry, OrtStatus *, const OrtSessionOptions *, const char *, int *)     \
     X(249, KernelInfoGetConstantInput_tensor, OrtStatus *, const OrtKernelInfo *, size_t, int *,   \
       const OrtValue **)                                                                           \
     X(268, ShapeInferContext_GetInputTypeShape, OrtStatus *, const OrtShapeInferContext *, size_t, \

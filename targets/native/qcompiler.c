@@ -29,10 +29,10 @@ static int get_input_type(const OrtCustomOp *op, size_t index) {
     return index < anchor->input_count ? anchor->input_types[index] : ORT_FLOAT;
 }
 
-static size_t get_output_count(const OrtCustomOp *op) { return as_op(op)->spec->anchor->output_count; }
+static size_t get_output_count(const OrtCustomOp *op) { return strlen(as_op(op)->spec->outputs); }
 
 static int get_output_type(const OrtCustomOp *op, size_t index) {
-    return as_op(op)->spec->anchor->output_types[index];
+    return as_op(op)->spec->anchor->output_types[qc_output_index(as_op(op), index)];
 }
 
 static int get_characteristic(const OrtCustomOp *op, size_t index) {
@@ -77,15 +77,17 @@ static OrtStatus *infer_shapes(const OrtCustomOp *base, OrtShapeInferContext *co
     OrtTensorTypeAndShapeInfo *info; /* belongs to the context */
     struct qc_shape shape;
     const char *symbols[QC_MAX_RANK];
+    if (!anchor->last_dimension) return NULL;
     QC_TRY(QC_ORT(ShapeInferContext_GetInputTypeShape)(context, 0, &info));
     QC_TRY(QC_ORT(GetDimensionsCount)(info, &shape.rank));
     if (shape.rank == 0 || shape.rank > QC_MAX_RANK) return NULL; /* not known yet */
     QC_TRY(QC_ORT(GetDimensions)(info, shape.dims, shape.rank));
     QC_TRY(QC_ORT(GetSymbolicDimensions)(info, symbols, shape.rank));
     symbols[shape.rank - 1] = "";
-    for (size_t i = 0; i < anchor->output_count; i++) {
-        shape.dims[shape.rank - 1] = anchor->last_dimension(op, i);
-        QC_TRY(set_output(context, i, anchor->output_types[i], &shape, symbols));
+    for (size_t i = 0; op->spec->outputs[i]; i++) {
+        size_t output = qc_output_index(op, i);
+        shape.dims[shape.rank - 1] = anchor->last_dimension(op, output);
+        QC_TRY(set_output(context, i, anchor->output_types[output], &shape, symbols));
     }
     return NULL;
 }
@@ -182,6 +184,16 @@ static int has_api_24(const OrtApiBase *base) {
     return strncmp(version, "1.", 2) != 0 || atoi(version + 2) >= 24;
 }
 
+/* Adds the domain, unless these options have it, from this library or another of the same content:
+ * ONNX Runtime refuses to make a session of options with one domain twice. */
+static OrtStatus *add_once(OrtSessionOptions *options, OrtCustomOpDomain *domain) {
+    int is_there = 0;
+    QC_TRY(QC_ORT(HasSessionConfigEntry)(options, qc_domain, &is_there));
+    if (is_there) return NULL;
+    QC_TRY(QC_ORT(AddCustomOpDomain)(options, domain));
+    return QC_ORT(AddSessionConfigEntry)(options, qc_domain, "registered");
+}
+
 static OrtStatus *too_old(const OrtApiBase *base) {
     char message[256];
     snprintf(message, sizeof message,
@@ -203,6 +215,5 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
     struct registration *registration;
     QC_TRY(check_override(only));
     QC_TRY(find_or_build(only, &registration));
-    if (!registration->domain) return NULL;
-    return QC_ORT(AddCustomOpDomain)(options, registration->domain);
+    return registration->domain ? add_once(options, registration->domain) : NULL;
 }

@@ -1,5 +1,5 @@
 /* What the files of the library share: the generated table of ops (kernels.c), the anchors that run
- * them (quantize.c, qmatmul.c), the instruction sets (x86.c) and access to ONNX Runtime. */
+ * them (quantize.c, norm.c, qmatmul.c), the instruction sets (x86.c) and access to ONNX Runtime. */
 #ifndef QCOMPILER_H
 #define QCOMPILER_H
 
@@ -16,6 +16,15 @@ struct qc_quantize_args {
     int32_t rows;
 };
 
+/* x is an input, or with a residual the sum a + b; what a region does not have is NULL. */
+struct qc_norm_args {
+    const float *a, *b, *gamma, *beta;
+    float *x, *y;
+    uint8_t *q;
+    float *s;
+    int32_t rows;
+};
+
 struct qc_qmatmul_args {
     const uint8_t *q;
     const float *s;
@@ -27,6 +36,15 @@ struct qc_qmatmul_args {
     int32_t rows, panel_begin, panel_end;
 };
 
+/* Strides count floats from row to row; mask_step is 0 for a mask with one value per row. */
+struct qc_attention_args {
+    const float *q, *k, *v, *mask;
+    float *y;
+    int32_t q_stride, k_stride, v_stride, y_stride, mask_row_stride, mask_step;
+    int32_t rows, keys, zero_empty;
+    float scale;
+};
+
 struct qc_isa {
     const char *name;
     int (*is_available)(void);
@@ -35,15 +53,18 @@ struct qc_isa {
                     int32_t *init);
 };
 
-extern const struct qc_isa qc_avx512_vnni;
+extern const struct qc_isa qc_avx512_vnni, qc_avx512_bf16;
 extern const struct qc_isa *const qc_library_isa[]; /* generated, ends with NULL */
 
 /* One kernel of an op, compiled for one instruction set. */
 struct qc_variant {
     const struct qc_isa *isa;
     void (*quantize)(const struct qc_quantize_args *);
+    void (*norm)(const struct qc_norm_args *);
     void (*qmatmul)(const struct qc_qmatmul_args *);
+    void (*attention)(const struct qc_attention_args *);
     int tile_rows, tile_vectors;
+    int block_rows; /* the most rows of one call of attention */
 };
 
 /* --- ops: the generated table ---------------------------------------------------------------- */
@@ -59,17 +80,22 @@ struct qc_anchor {
     OrtStatus *(*create)(const struct qc_op *, const OrtKernelInfo *, void **kernel);
     OrtStatus *(*compute)(void *kernel, OrtKernelContext *);
     void (*destroy)(void *kernel);
-    /* The last dimension of output `i`; the others are those of input 0. */
+    /* The last dimension of the anchor's output `i`; the others are those of input 0.
+     * NULL if shapes are not inferred. */
     int64_t (*last_dimension)(const struct qc_op *, size_t i);
 };
 
 extern const struct qc_anchor qc_quantize, qc_qmatmul_w8a8;
+extern const struct qc_anchor qc_attention, qc_masked_attention;
+extern const struct qc_anchor qc_layer_norm, qc_add_layer_norm, qc_rms_norm, qc_add_rms_norm;
 
 struct qc_op_spec {
     const char *name;
     const struct qc_anchor *anchor;
-    int64_t k, n;
+    int64_t k, n, d;
+    const char *form;   /* the region's flags */
     const char *extras; /* a letter per extra operand: C per channel, T same shape as the result */
+    const char *outputs; /* a digit per output: which of the anchor's it is */
     const struct qc_variant *variants; /* in order of preference */
     size_t variant_count;
 };
@@ -120,6 +146,11 @@ OrtStatus *qc_input(OrtKernelContext *context, size_t index, const OrtValue **va
                     const void **data);
 OrtStatus *qc_output(OrtKernelContext *context, size_t index, const struct qc_shape *shape,
                      void **data);
+/* Which of the anchor's outputs is output `i` of the op. */
+size_t qc_output_index(const struct qc_op *op, size_t i);
+/* An error unless the input holds this many float32. */
+OrtStatus *qc_check_floats(const struct qc_op *op, const OrtValue *value, const char *input,
+                           int64_t elements);
 /* The number of rows: the product of all dimensions but the last, which must be k. */
 OrtStatus *qc_row_count(const struct qc_op *op, const struct qc_shape *shape, const char *input,
                         int64_t *rows);

@@ -82,18 +82,6 @@ static int64_t split(struct qmatmul_run *run) {
     return blocks * run->panel_groups;
 }
 
-static OrtStatus *check_bytes(const struct qc_op *op, const OrtValue *value, const char *input,
-                              int64_t elements) {
-    size_t bytes;
-    QC_TRY(QC_ORT(GetTensorSizeInBytes)(value, &bytes));
-    if (bytes == (size_t)elements * sizeof(float)) return NULL;
-    struct qc_shape shape;
-    char text[256];
-    QC_TRY(qc_tensor_shape(op, value, &shape));
-    return qc_error(op, "input %s has shape %s; it must hold %lld values", input,
-                    qc_shape_text(&shape, text), (long long)elements);
-}
-
 static OrtStatus *bind_inputs(struct qmatmul_run *run, OrtKernelContext *context,
                               struct qc_shape *shape) {
     static const char *const EXTRA_NAMES[QC_MAX_EXTRAS] = {"4", "5", "6", "7", "8", "9", "10", "11"};
@@ -103,11 +91,11 @@ static OrtStatus *bind_inputs(struct qmatmul_run *run, OrtKernelContext *context
     QC_TRY(qc_tensor_shape(op, value, shape));
     QC_TRY(qc_row_count(op, shape, "q", &run->rows));
     QC_TRY(qc_input(context, INPUT_S, &value, (const void **)&run->args.s));
-    QC_TRY(check_bytes(op, value, "s", run->rows));
+    QC_TRY(qc_check_floats(op, value, "s", run->rows));
     for (size_t i = 0; op->spec->extras[i]; i++) {
         int64_t rows = op->spec->extras[i] == 'T' ? run->rows : 1;
         QC_TRY(qc_input(context, INPUT_EXTRA + i, &value, (const void **)&run->args.extra[i]));
-        QC_TRY(check_bytes(op, value, EXTRA_NAMES[i], rows * op->spec->n));
+        QC_TRY(qc_check_floats(op, value, EXTRA_NAMES[i], rows * op->spec->n));
     }
     return NULL;
 }

@@ -20,6 +20,12 @@ static int avx512_vnni_is_available(void) {
     return (b & leaf7_b) == leaf7_b && (c & vnni);
 }
 
+/* And those compiled for "cooperlake", for the ops that have one: AVX512-BF16 too. */
+static int avx512_bf16_is_available(void) {
+    unsigned a, b, c, d;
+    return avx512_vnni_is_available() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+}
+
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
 
 /* Rows k .. k + 3 of 16 columns, so that each 32-bit lane has the four values of its column. */
@@ -64,3 +70,4 @@ AVX512 static void pack_w8(const int8_t *w, int64_t k, int64_t n, int vectors, i
 }
 
 const struct qc_isa qc_avx512_vnni = {"avx512-vnni", avx512_vnni_is_available, pack_w8};
+const struct qc_isa qc_avx512_bf16 = {"avx512-bf16", avx512_bf16_is_available, pack_w8};

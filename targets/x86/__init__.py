@@ -10,11 +10,20 @@ import functools
 import importlib.metadata
 from pathlib import Path
 
+from qcompiler.ir.attention import BFLOAT16
 from qcompiler.ir.region import Region
 from qcompiler.targets.cache import content_key
 from qcompiler.targets.x86.families import FAMILIES, MAX_ELEMENTS
 
-__all__ = ["ISAS", "Isa", "compile_region", "fingerprint", "kernel_symbol", "supports"]
+__all__ = [
+    "ISAS",
+    "Isa",
+    "compile_region",
+    "fingerprint",
+    "isas_of",
+    "kernel_symbol",
+    "supports",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +41,13 @@ class Isa:
 
 ISAS: tuple[Isa, ...] = (Isa("avx512-vnni", "cascadelake", "qc_avx512_vnni"),)
 """In order of preference; a library holds every kernel for each."""
+
+_AVX512_BF16 = Isa("avx512-bf16", "cooperlake", "qc_avx512_bf16")
+
+
+def isas_of(region: Region) -> tuple[Isa, ...]:
+    """The instruction sets that `region` is compiled for, in order of preference."""
+    return (_AVX512_BF16, *ISAS) if BFLOAT16 in region.flags else ISAS
 
 
 def supports(region: Region) -> str | None:
@@ -59,7 +75,8 @@ def compile_region(region: Region, isa: Isa) -> bytes:
 
     reason = supports(region)
     assert reason is None, reason
-    function = FAMILIES[region.anchor].generate(region)
+    family = FAMILIES[region.anchor]
+    function = family.generators.get(isa.name, family.generate)(region)
     return tir.compile_object({kernel_symbol(region, isa): function}, isa.mcpu)
 
 
@@ -67,8 +84,9 @@ def compile_region(region: Region, isa: Isa) -> bytes:
 def fingerprint() -> str:
     """A hash of all that decides what a kernel does: our sources and the version of TVM."""
     targets = Path(__file__).resolve().parents[1]
-    sources = [targets / name for name in ("tir.py", "epilogue.py", "kernel_table.py")]
-    sources += [*targets.glob("x86/*.py"), *targets.glob("native/*.[ch]")]
+    sources = [*targets.glob("*.py"), *targets.glob("x86/*.py"), *targets.glob("native/*.[ch]")]
+    # The dialect's constants are compiled into kernels, a region's name is an op's.
+    sources += [targets.parent / "ir" / name for name in ("dialect.py", "region.py")]
     parts: list[str | bytes] = [importlib.metadata.version("apache-tvm")]
     for source in sorted(sources):
         parts += [source.name, source.read_bytes()]

@@ -6,14 +6,17 @@ One row per anchor.  Nothing here imports tvm; a row's generator does when it is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from qcompiler.ir.dialect import OPS
 from qcompiler.ir.region import Region
 from qcompiler.targets.epilogue import unsupported_step
+from qcompiler.targets.x86.attention_shape import MAX_DEPTH as MAX_HEAD
+from qcompiler.targets.x86.attention_shape import attention_shape
 from qcompiler.targets.x86.tile import tile_shape
 
-__all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "unsupported_epilogue"]
+__all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "norm_operands", "unsupported_epilogue"]
 
 MAX_EXTRAS = 8
 MAX_ELEMENTS = 1 << 30
@@ -35,6 +38,7 @@ class Family:
         unsupported: Why a region has no kernel, or None.
         generate: The TIR of a region's kernel.
         constants: Further members of `struct qc_variant`, as C initializers.
+        generators: What to generate instead for an instruction set with kernels of its own.
     """
 
     sizes: tuple[str, ...]
@@ -44,6 +48,7 @@ class Family:
     unsupported: Callable[[Region], str | None]
     generate: Callable[[Region], Any]
     constants: Callable[[Region], dict[str, int]] = lambda region: {}
+    generators: Mapping[str, Callable[[Region], Any]] = dataclasses.field(default_factory=dict)
 
 
 def _generate_quantize(region: Region) -> Any:
@@ -52,14 +57,48 @@ def _generate_quantize(region: Region) -> Any:
     return quantize_function(region.size("K"))
 
 
+def _generate_norm(region: Region) -> Any:
+    from qcompiler.targets.x86.norm import norm_function
+
+    return norm_function(region)
+
+
 def _generate_qmatmul(region: Region) -> Any:
     from qcompiler.targets.x86.qmatmul import qmatmul_function
 
     return qmatmul_function(region)
 
 
+def _generate_attention(region: Region) -> Any:
+    from qcompiler.targets.x86.attention import attention_function
+
+    return attention_function(region.size("D"))
+
+
+def _generate_attention_bf16(region: Region) -> Any:
+    from qcompiler.targets.x86.attention_bf16 import attention_bf16_function
+
+    return attention_bf16_function(region.size("D"))
+
+
 def _unsupported_quantize(region: Region) -> str | None:
     return "Quantize takes no epilogue" if region.extras or region.steps else None
+
+
+def _unsupported_norm(region: Region) -> str | None:
+    if region.extras or region.steps:
+        return f"{region.anchor} takes no epilogue"
+    if not region.outputs or ("q" in region.outputs) != ("s" in region.outputs):
+        return f"{region.anchor} has the outputs x, y, and q with s, not {region.outputs}"
+    return None
+
+
+def _unsupported_attention(region: Region) -> str | None:
+    if region.extras or region.steps:
+        return f"{region.anchor} takes no epilogue"
+    if region.size("D") > MAX_HEAD:
+        return f"heads of {region.size('D')}; at most {MAX_HEAD} are supported"
+    return None
 
 
 def _unsupported_qmatmul(region: Region) -> str | None:
@@ -93,6 +132,17 @@ def _quantize_parameters(region: Region) -> list[tuple[str, str]]:
     ]
 
 
+def norm_operands(region: Region) -> list[str]:
+    """The pointers a kernel of a norm takes: its inputs and outputs, by their names in the op."""
+    return [*OPS[region.anchor].inputs, *region.outputs]
+
+
+def _norm_parameters(region: Region) -> list[tuple[str, str]]:
+    inputs = [("const float *", f"a->{name}") for name in OPS[region.anchor].inputs]
+    outputs = [("uint8_t *" if name == "q" else "float *", f"a->{name}") for name in region.outputs]
+    return [*inputs, *outputs, ("int32_t", "a->rows")]
+
+
 def _qmatmul_parameters(region: Region) -> list[tuple[str, str]]:
     return [
         ("const uint8_t *", "a->q"),
@@ -108,9 +158,38 @@ def _qmatmul_parameters(region: Region) -> list[tuple[str, str]]:
     ]
 
 
+def _attention_parameters(region: Region) -> list[tuple[str, str]]:
+    inputs = [("const float *", f"a->{name}") for name in ("q", "k", "v", "mask")]
+    numbers = ("q_stride", "k_stride", "v_stride", "y_stride", "mask_row_stride", "mask_step",
+               "rows", "keys", "zero_empty")  # fmt: skip
+    integers = [("int32_t", f"a->{name}") for name in numbers]
+    return [*inputs, ("float *", "a->y"), *integers, ("float", "a->scale")]
+
+
+def _attention_constants(region: Region) -> dict[str, int]:
+    return {"block_rows": attention_shape(region.size("D")).rows}
+
+
 def _qmatmul_constants(region: Region) -> dict[str, int]:
     tile = tile_shape(region.size("N"))
     return {"tile_rows": tile.rows, "tile_vectors": tile.vectors}
+
+
+def _norm(anchor: str) -> Family:
+    return Family(("K",), anchor, "norm", _norm_parameters, _unsupported_norm, _generate_norm)
+
+
+def _attention(anchor: str) -> Family:
+    return Family(
+        ("D",),
+        anchor,
+        "attention",
+        _attention_parameters,
+        _unsupported_attention,
+        _generate_attention,
+        _attention_constants,
+        {"avx512-bf16": _generate_attention_bf16},
+    )
 
 
 FAMILIES = {
@@ -131,4 +210,10 @@ FAMILIES = {
         _generate_qmatmul,
         _qmatmul_constants,
     ),
+    "LayerNorm": _norm("qc_layer_norm"),
+    "AddLayerNorm": _norm("qc_add_layer_norm"),
+    "RMSNorm": _norm("qc_rms_norm"),
+    "AddRMSNorm": _norm("qc_add_rms_norm"),
+    "Attention": _attention("qc_attention"),
+    "MaskedAttention": _attention("qc_masked_attention"),
 }

@@ -12,25 +12,29 @@ Saturation needs no instruction either: |x| <= amax, so that the quotient rounds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
 from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
 from qcompiler.targets.x86.vector import (
-    absolute,
     all_lanes_max,
     fma,
+    larger_magnitude,
     load_lanes,
-    pack_uint8,
+    offset_by_128,
+    pack_int8,
     round_to_int32,
     store_lanes,
 )
 
-__all__ = ["quantize_function"]
+__all__ = ["Values", "for_rows", "quantize_function", "quantize_rows", "sweep"]
 
-_SMALLEST_AMAX = SMALLEST_MAGNITUDE
+Values = Callable[[Expr, int], Expr]
+"""Lanes `offset` to `offset + count` of a row as a vector, zeros after them."""
+
 _CHAINS = 4
 """Running maxima kept apart, because one vmaxps takes 2 to 4 cycles and two can start in each."""
 
@@ -55,67 +59,96 @@ def quantize_function(k: int) -> Any:
     """The TIR of `void f(const float *x, uint8_t *q, float *s, int32_t rows)`, rows of `k`."""
 
     def body(x: Expr, q: Expr, s: Expr, rows: Expr) -> None:
-        grouped = tir.constant(0, "int32")
-        if k <= _LONGEST_GROUPED_ROW:
-            groups = Register("int32", rows // _ROWS, 1)
-            with tir.loop(0, groups.value) as group:
-                _rows(x, q, s, k, [group * _ROWS + i for i in range(_ROWS)])
-            grouped = groups.value * _ROWS
-        with tir.loop(0, rows - grouped) as row:
-            _rows(x, q, s, k, [grouped + row])
+        group = _ROWS if k <= _LONGEST_GROUPED_ROW else 1
+        for_rows(rows, group, lambda some: _rows(x, q, s, k, some))
 
     return tir.function(_PARAMETERS, body)
 
 
+def for_rows(rows: Expr, group: int, emit: Callable[[Sequence[Expr]], None]) -> None:
+    """`emit` code for `group` rows at a time, and for the rows left over one by one."""
+    grouped = tir.constant(0, "int32")
+    if group > 1:
+        groups = Register("int32", rows // group, 1)
+        with tir.loop(0, groups.value) as index:
+            emit([index * group + i for i in range(group)])
+        grouped = groups.value * group
+    with tir.loop(0, rows - grouped) as row:
+        emit([grouped + row])
+
+
+def sweep(k: int, unroll: int, emit: Callable[[Expr, int, int], None]) -> None:
+    """`emit(offset, lanes, i)` for each vector of a row of `k`, `unroll` of them in a loop's body.
+
+    `i` counts from 0 to `unroll - 1`; only the last vector of a row has fewer than 16 lanes.
+    """
+    chunk = unroll * LANES
+    with tir.loop(0, k // chunk) as index:
+        for i in range(unroll):
+            emit(index * chunk + i * LANES, LANES, i)
+    for i, offset in enumerate(range(k - k % chunk, k, LANES)):
+        emit(offset, min(LANES, k - offset), i)
+
+
 def _rows(x: Expr, q: Expr, s: Expr, k: int, rows: Sequence[Expr]) -> None:
     """Quantize the given rows; each step is emitted for all of them before the next."""
-    starts = [row * k for row in rows]
-    amax = [Register("float32", _row_amax(x, start, k)) for start in starts]
-    scales = [Register("float32", top.value / tir.broadcast(127.0)) for top in amax]
-    inverses = [Register("float32", tir.broadcast(1.0) / scale.value) for scale in scales]
+    values = [functools.partial(_load, x, row * k) for row in rows]
+    amax = [Register("float32", _row_amax(value, k)) for value in values]
+    quantize_rows(values, amax, q, s, rows, k)
+
+
+def _load(x: Expr, start: Expr, offset: Expr, count: int) -> Expr:
+    return load_lanes(x, start + offset, count)
+
+
+def quantize_rows(
+    values: Sequence[Values],
+    amax: Sequence[Register],
+    q: Expr,
+    s: Expr,
+    rows: Sequence[Expr],
+    k: int,
+) -> None:
+    """Store `q` and `s` of the given rows, with their values and largest magnitudes."""
+    scales = [Register("float32", top.lane(0) / tir.constant(127.0, "float32"), 1) for top in amax]
+    inverses = [
+        Register("float32", tir.constant(1.0, "float32") / scale.value, 1) for scale in scales
+    ]
     for row, scale in zip(rows, scales, strict=True):
-        tir.store(s, scale.lane(0), row)
-    for start, scale, inverse in zip(starts, scales, inverses, strict=True):
-        _quantize_row(x, q, start, k, scale.value, inverse.value)
+        tir.store(s, scale.value, row)
+    for row, value, scale, inverse in zip(rows, values, scales, inverses, strict=True):
+        multiples = [Register("float32", tir.broadcast(one.value)) for one in (scale, inverse)]
+        _quantize_row(value, q, row * k, k, *(several.value for several in multiples))
 
 
-def _quantize_row(x: Expr, q: Expr, start: Expr, k: int, scale: Expr, inverse: Expr) -> None:
+def _quantize_row(values: Values, q: Expr, start: Expr, k: int, scale: Expr, inverse: Expr) -> None:
     minus_scale = Register("float32", tir.broadcast(0.0) - scale)
 
     def integers(offset: Expr, count: int) -> Expr:
-        value = Register("float32", load_lanes(x, start + offset, count))
+        value = Register("float32", values(offset, count))
         near = Register("float32", value.value * inverse)
         error = fma(near.value, minus_scale.value, value.value)
-        return round_to_int32(fma(error, inverse, near.value)) + tir.broadcast(128)
+        return round_to_int32(fma(error, inverse, near.value))
 
     with tir.loop(0, k // _CHUNK) as index:
         quarters = [
             Register("int32", integers(index * _CHUNK + i * LANES, LANES)) for i in range(4)
         ]
-        packed = pack_uint8([quarter.value for quarter in quarters])
-        tir.store(q, packed, tir.lanes(start + index * _CHUNK, _CHUNK))
-    for offset, count in _rest(k):
-        narrow = tir.cast("uint8x16", integers(offset, count))
+        packed = pack_int8([quarter.value for quarter in quarters])
+        tir.store(q, offset_by_128(packed), tir.lanes(start + index * _CHUNK, _CHUNK))
+    for offset in range(k - k % _CHUNK, k, LANES):
+        count = min(LANES, k - offset)
+        narrow = tir.cast("uint8x16", integers(offset, count) + tir.broadcast(128))
         store_lanes(q, narrow, start + offset, count, "uint8")
 
 
-def _row_amax(x: Expr, start: Expr, k: int) -> Expr:
+def _row_amax(values: Values, k: int) -> Expr:
     """The largest magnitude of the row, at least 1e-20, in all lanes."""
-    maxima = [Register("float32", tir.broadcast(_SMALLEST_AMAX)) for _ in range(_CHAINS)]
+    maxima = [Register("float32", tir.broadcast(SMALLEST_MAGNITUDE)) for _ in range(_CHAINS)]
 
     def update(offset: Expr, count: int, chain: int) -> None:
-        value = absolute(load_lanes(x, start + offset, count))
-        maxima[chain].set(tir.maximum(maxima[chain].value, value))
+        maxima[chain].set(larger_magnitude(values(offset, count), maxima[chain].value))
 
-    with tir.loop(0, k // _CHUNK) as index:
-        for chain in range(_CHAINS):
-            update(index * _CHUNK + chain * LANES, LANES, chain)
-    for chain, (offset, count) in enumerate(_rest(k)):
-        update(offset, count, chain)
+    sweep(k, _CHAINS, update)
     first, second, third, fourth = (chain.value for chain in maxima)
     return all_lanes_max(tir.maximum(tir.maximum(first, second), tir.maximum(third, fourth)))
-
-
-def _rest(k: int) -> list[tuple[int, int]]:
-    """Offset and lanes of the vectors after the last whole chunk of a row."""
-    return [(offset, min(LANES, k - offset)) for offset in range(k - k % _CHUNK, k, LANES)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Register, broadcast, maximum, minimum
@@ -17,27 +17,43 @@ __all__ = [
     "Register",
     "absolute",
     "all_lanes_max",
+    "all_lanes_sum",
     "broadcast",
     "dot_product_u8s8",
     "erfc_positive",
     "exp",
+    "exp_of_negative",
+    "first_lanes",
     "fma",
+    "larger_magnitude",
     "load_lanes",
     "maximum",
     "minimum",
-    "pack_uint8",
+    "offset_by_128",
+    "pack_int8",
+    "reciprocal_root",
     "round_to_int32",
     "sigmoid",
     "store_lanes",
+    "sums_of",
+    "transpose",
 ]
 
 _ROUND_AS_MXCSR = 4
 """The rounding operand that means "as the control register says": to nearest, ties to even."""
 
+_ROUND_DOWN = 1
+"""The rounding operand of vreduceps that means "towards minus infinity"."""
+
 # 2^f on [-1/2, 1/2], relative error 9e-8.
 _EXP2 = (
     1.0, 0.6931470036506653, 0.24022242426872253, 0.05550733581185341, 0.009671512991189957,
     0.001326472731307149,
+)  # fmt: skip
+
+# 2^f on [0, 1], relative error 3e-6.
+_EXP2_OF_FRACTION = (
+    1.0, 0.6930448440, 0.2412802090, 0.0522424716, 0.0134266900,
 )  # fmt: skip
 
 # erfc(z) exp(z^2) = t P(t) with t = 1 / (1 + 0.4 z), absolute error of z erfc(z) 7e-9 for z >= 0.
@@ -85,8 +101,8 @@ def round_to_int32(value: Expr) -> Expr:
     return _masked("int32x16", "llvm.x86.avx512.mask.cvtps2dq.512", value, tir.broadcast(0))
 
 
-def pack_uint8(quarters: Sequence[Expr]) -> Expr:
-    """Four vectors of int32 from 0 to 255 as one uint8x64, in order.
+def pack_int8(quarters: Sequence[Expr]) -> Expr:
+    """Four vectors of int32 from -128 to 127 as one int8x64, in order.
 
     Four instructions and one store; vpmovdb takes two of each for every vector.
     """
@@ -94,10 +110,32 @@ def pack_uint8(quarters: Sequence[Expr]) -> Expr:
         tir.intrinsic("int16x32", "llvm.x86.avx512.packssdw.512", first, second)
         for first, second in (quarters[:2], quarters[2:])
     ]
-    mixed = tir.intrinsic("int8x64", "llvm.x86.avx512.packuswb.512", *pairs)
+    mixed = tir.intrinsic("int8x64", "llvm.x86.avx512.packsswb.512", *pairs)
     # Packing works within 128 bits: dword 4 i + j holds elements 4 i to 4 i + 3 of quarter j.
     order = [4 * (dword % 4) + dword // 4 for dword in range(LANES)]
-    return tir.reinterpret("uint8x64", tir.shuffle(tir.reinterpret("int32x16", mixed), order))
+    return tir.reinterpret("int8x64", tir.shuffle(tir.reinterpret("int32x16", mixed), order))
+
+
+def offset_by_128(value: Expr) -> Expr:
+    """An int8x64 as uint8 with zero point 128: its sign bits flipped."""
+    signs = tir.broadcast(tir.constant(0x80808080, "uint32"))
+    return tir.reinterpret("uint8x64", tir.reinterpret("uint32x16", value) ^ signs)
+
+
+def reciprocal_root(value: Expr) -> Expr:
+    """1 / sqrt(value) to 2 ulp: an estimate of 14 bits and one Newton step.
+
+    It can start again every few cycles; vsqrtps and vdivps together take 20.
+    """
+    estimate = Register(
+        "float32",
+        tir.intrinsic(
+            "float32x16", "llvm.x86.avx512.rsqrt14.ps.512", value, tir.broadcast(0.0), _all_lanes()
+        ),
+    )
+    half = Register("float32", estimate.value * tir.broadcast(-0.5))
+    error = fma(value * estimate.value, estimate.value, tir.broadcast(-1.0))
+    return fma(half.value, error, estimate.value)
 
 
 def absolute(value: Expr) -> Expr:
@@ -105,14 +143,75 @@ def absolute(value: Expr) -> Expr:
     return tir.intrinsic("float32x16", "llvm.fabs.v16f32", value)
 
 
+def larger_magnitude(value: Expr, magnitude: Expr) -> Expr:
+    """max(|value|, magnitude) for magnitude >= 0, in one instruction (vrangeps)."""
+    sign_cleared_of_larger_magnitude = tir.constant(0b1011, "int32")
+    return _masked(
+        "float32x16",
+        "llvm.x86.avx512.mask.range.ps.512",
+        value,
+        magnitude,
+        sign_cleared_of_larger_magnitude,
+        tir.broadcast(0.0),
+    )
+
+
 def all_lanes_max(value: Expr) -> Expr:
     """The largest lane, in every lane."""
+    return _reduce_lanes(value, tir.maximum)
+
+
+def all_lanes_sum(value: Expr) -> Expr:
+    """The sum of all lanes, in every lane."""
+    return _reduce_lanes(value, lambda a, b: a + b)
+
+
+def _reduce_lanes(value: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
     for distance in (8, 4, 2, 1):
         # A register per stage: as one expression the tree would double at each.
         stage = Register("float32", value)
         swapped = tir.shuffle(stage.value, [lane ^ distance for lane in range(LANES)])
-        value = tir.maximum(stage.value, swapped)
+        value = combine(stage.value, swapped)
     return value
+
+
+def transpose(rows: Sequence[Register], dtype: str = "float32") -> list[Register]:
+    """The columns of 16 registers of 16 lanes: four rounds that swap blocks of 1, 2, 4 and 8."""
+    current = list(rows)
+    for distance in (1, 2, 4, 8):
+        for i in (i for i in range(LANES) if not i & distance):
+            pair = _swap_blocks(current[i], current[i + distance], distance, dtype)
+            current[i], current[i + distance] = pair
+    return current
+
+
+def sums_of(rows: Sequence[Register]) -> Expr:
+    """The sums of the lanes of 16 registers, one in each lane: a transpose that adds as it goes."""
+    current = list(rows)
+    for distance in (1, 2, 4, 8):
+        pairs = zip(current[::2], current[1::2], strict=True)
+        halves = [_swap_blocks(first, second, distance) for first, second in pairs]
+        current = [Register("float32", low.value + high.value) for low, high in halves]
+    return current[0].value
+
+
+def _swap_blocks(
+    first: Register, second: Register, distance: int, dtype: str = "float32"
+) -> tuple[Register, Register]:
+    """Two rows of a matrix of 2 x 2 blocks of so many lanes, transposed blockwise."""
+    low = [LANES + j - distance if j & distance else j for j in range(LANES)]
+    high = [LANES + j if j & distance else j + distance for j in range(LANES)]
+    return (
+        Register(dtype, tir.shuffle(first.value, low, second.value)),
+        Register(dtype, tir.shuffle(first.value, high, second.value)),
+    )
+
+
+def first_lanes(value: Expr, count: int) -> Expr:
+    """The first `count` lanes of `value`, zeros after them."""
+    if count == LANES:
+        return value
+    return tir.select(tir.lanes(0) < tir.broadcast(count), value, tir.broadcast(0.0))
 
 
 def reciprocal(value: Expr) -> Expr:
@@ -130,6 +229,22 @@ def reciprocal(value: Expr) -> Expr:
 def exp(value: Expr) -> Expr:
     """e^value to 1e-5 relative (1e-7 for |value| < 1), between 2^-126 and 2^126."""
     return _exp2(value * tir.broadcast(math.log2(math.e)))
+
+
+def exp_of_negative(value: Expr) -> Expr:
+    """e^value to 3e-6 relative for -80 < value <= 0; 0 far below and for -inf, NaN for NaN.
+
+    Half the instructions of `exp`: vreduceps gives x - floor(x), and 0 for -inf, and vscalefps
+    takes the floor of its exponent itself.
+    """
+    power = Register("float32", value * tir.broadcast(math.log2(math.e)))
+    nothing, below = tir.broadcast(0.0), tir.constant(_ROUND_DOWN, "int32")
+    fraction = Register(
+        "float32",
+        _masked("float32x16", "llvm.x86.avx512.mask.reduce.ps.512", power.value, below, nothing),
+    )
+    series = _polynomial(fraction.value, _EXP2_OF_FRACTION)
+    return _masked("float32x16", "llvm.x86.avx512.mask.scalef.ps.512", series, power.value, nothing)
 
 
 def erfc_positive(value: Expr) -> Expr:

@@ -1,0 +1,81 @@
+/* Timed loops for norm.py: the kernel, and moving the bytes it moves, on 1 or 2 threads. */
+#include <immintrin.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <time.h>
+
+#define AVX512 __attribute__((target("avx512f,avx512bw")))
+
+typedef void (*norm)(const float *a, const float *b, const float *gamma, const float *beta,
+                     float *y, uint8_t *q, float *s, int32_t rows);
+
+struct work {
+    norm kernel; /* NULL: only move bytes */
+    const float *a, *b, *gamma, *beta;
+    float *y;
+    uint8_t *q;
+    float *s;
+    int64_t rows, k;
+};
+
+/* y = a + b and a quarter as many bytes to q: the least that a residual, y and q can cost. */
+AVX512 static void stream(const struct work *work, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += 64) {
+        __m512 sum[4];
+        for (int j = 0; j < 4; j++) {
+            sum[j] = _mm512_add_ps(_mm512_loadu_ps(work->a + i + 16 * j),
+                                   _mm512_loadu_ps(work->b + i + 16 * j));
+            _mm512_storeu_ps(work->y + i + 16 * j, sum[j]);
+        }
+        _mm512_storeu_si512(work->q + i, _mm512_castps_si512(sum[0]));
+    }
+}
+
+static void run(const struct work *w, int thread, int threads) {
+    int64_t begin = w->rows * thread / threads, end = w->rows * (thread + 1) / threads;
+    if (!w->kernel) {
+        stream(w, begin * w->k, end * w->k);
+        return;
+    }
+    w->kernel(w->a + begin * w->k, w->b + begin * w->k, w->gamma, w->beta, w->y + begin * w->k,
+              w->q + begin * w->k, w->s + begin, (int32_t)(end - begin));
+}
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+struct crew {
+    const struct work *work;
+    int repeats;
+    atomic_int round, finished;
+};
+
+static void *helper(void *argument) {
+    struct crew *crew = argument;
+    for (int round = 1; round <= crew->repeats; round++) {
+        while (atomic_load(&crew->round) < round) _mm_pause();
+        run(crew->work, 1, 2);
+        atomic_fetch_add(&crew->finished, 1);
+    }
+    return NULL;
+}
+
+/* Runs `work` `repeats` times, threads starting together from a barrier; the seconds of each. */
+__attribute__((visibility("default"))) void measure(const struct work *work, int threads,
+                                                    int repeats, double *seconds) {
+    struct crew crew = {.work = work, .repeats = repeats};
+    pthread_t other;
+    if (threads == 2 && pthread_create(&other, NULL, helper, &crew)) return;
+    for (int round = 1; round <= repeats; round++) {
+        double start = now();
+        atomic_store(&crew.round, round);
+        run(work, 0, threads);
+        while (atomic_load(&crew.finished) < (threads - 1) * round) _mm_pause();
+        seconds[round - 1] = now() - start;
+    }
+    if (threads == 2) pthread_join(other, NULL);
+}

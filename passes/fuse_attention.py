@@ -1,0 +1,81 @@
+"""Outline attention as one function.
+
+    MatMul(Softmax(MatMul(Q, Transpose(K)) * scale + mask), V)
+        =>   MaskedAttention_D64_ssss(Q, K, V, scale, mask)
+
+`match_attention` says which spellings are found.  The function's body is the same computation in
+standard ops; transposes between [batch, tokens, heads, D] and [batch, heads, tokens, D] around it
+are part of it, because a kernel reads and writes either order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qcompiler.ir import dialect
+from qcompiler.ir.attention import BFLOAT16
+from qcompiler.ir.decisions import decide, set_region
+from qcompiler.ir.graph import new_initializer, replace_nodes
+from qcompiler.ir.region import Region
+from qcompiler.passes.fuse_regions import UNBOUND
+from qcompiler.passes.match_attention import Attention, Mismatch, match_attention
+
+__all__ = ["FuseAttention"]
+
+
+class FuseAttention(ir.passes.InPlacePass):
+    """Outline the attentions that have a kernel.
+
+    Attributes:
+        supports: Says why there is no kernel for a region, or None if there is one.
+        bfloat16: Whether a kernel may round the factors of both products to bfloat16, where the
+            processor multiplies those: about twice as fast, and good to 45 dB instead of 100.
+    """
+
+    def __init__(self, supports: Callable[[Region], str | None], *, bfloat16: bool = False) -> None:
+        super().__init__()
+        self.supports = supports
+        self.bfloat16 = bfloat16
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Outline every supported attention of the main graph."""
+        nodes = [node for node in model.graph if node.op_type == "Softmax" and node.domain == ""]
+        fused = sum(self._try_fuse(model, node) for node in nodes)
+        if fused:
+            model.graph.opset_imports[UNBOUND] = dialect.VERSION
+            common.RemoveUnusedNodesPass()(model)
+        return ir.passes.PassResult(model, fused > 0)
+
+    def _try_fuse(self, model: ir.Model, softmax: ir.Node) -> bool:
+        try:
+            found = match_attention(softmax)
+        except Mismatch as reason:
+            if softmax.outputs[0].uses():
+                decide(softmax, "float", f"not fused as attention: {reason}")
+            return False
+        anchor = "Attention" if found.mask is None else "MaskedAttention"
+        flags = (*found.flags, BFLOAT16) if self.bfloat16 else found.flags
+        region = Region(anchor, (("D", found.depth),), flags=flags)
+        if (missing := self.supports(region)) is not None:
+            decide(softmax, "float", missing)
+            return False
+        _outline(model, softmax, found, region)
+        return True
+
+
+def _outline(model: ir.Model, softmax: ir.Node, found: Attention, region: Region) -> None:
+    function = dialect.region_function(region, UNBOUND, model.graph.opset_imports[""])
+    model.functions.setdefault(function.identifier(), function)
+    scale = new_initializer(model.graph, f"{softmax.name}_scale", np.array(found.scale, np.float32))
+    inputs = [*(operand.value for operand in found.operands), scale]
+    inputs += [] if found.mask is None else [found.mask]
+    new = ir.node(region.name, inputs, domain=UNBOUND, version=dialect.VERSION, name=softmax.name)
+    set_region(new, region)
+    decide(new, "body", "scores, softmax and context in one")
+    last = found.result.producer()
+    assert last is not None
+    replace_nodes([last], [new])

@@ -1,0 +1,119 @@
+/* x?, y?, (q, s)? = a norm of x, or of x = a + b: LayerNorm(x, gamma, beta) or RMSNorm(x, gamma). */
+#include "qcompiler.h"
+
+/* float32 elements of x one core normalizes and quantizes per nanosecond, from L2. */
+static const double NORM_RATE = 8;
+/* Kernels index a block with int32. */
+static const int64_t MAX_BLOCK_ELEMENTS = (int64_t)1 << 30;
+
+struct norm_run {
+    const struct qc_op *op;
+    struct qc_norm_args args; /* of the whole; pointers are moved per task */
+    int64_t rows, tasks;
+};
+
+static struct qc_norm_args from_row(const struct norm_run *run, int64_t row) {
+    struct qc_norm_args args = run->args;
+    float **floats[] = {&args.x, &args.y};
+    const float **operands[] = {&args.a, &args.b};
+    for (int i = 0; i < 2; i++) {
+        if (*floats[i]) *floats[i] += row * run->op->spec->k;
+        if (*operands[i]) *operands[i] += row * run->op->spec->k;
+    }
+    if (args.q) args.q += row * run->op->spec->k;
+    if (args.s) args.s += row;
+    return args;
+}
+
+static void norm_task(void *argument, size_t index) {
+    const struct norm_run *run = argument;
+    int64_t begin = run->rows * (int64_t)index / run->tasks;
+    int64_t end = run->rows * ((int64_t)index + 1) / run->tasks;
+    int64_t step = MAX_BLOCK_ELEMENTS / run->op->spec->k;
+    for (int64_t row = begin; row < end; row += step) {
+        struct qc_norm_args args = from_row(run, row);
+        args.rows = (int32_t)(end - row < step ? end - row : step);
+        run->op->variant->norm(&args);
+    }
+}
+
+static int has_residual(const struct qc_op *op) {
+    return op->spec->anchor == &qc_add_layer_norm || op->spec->anchor == &qc_add_rms_norm;
+}
+
+static OrtStatus *bind_inputs(struct norm_run *run, OrtKernelContext *context,
+                              struct qc_shape *shape) {
+    const struct qc_op *op = run->op;
+    const int residual = has_residual(op);
+    const OrtValue *value;
+    const float *data;
+    size_t index = 0;
+    QC_TRY(qc_input(context, index++, &value, (const void **)&data));
+    QC_TRY(qc_tensor_shape(op, value, shape));
+    QC_TRY(qc_row_count(op, shape, residual ? "a" : "x", &run->rows));
+    if (residual) {
+        run->args.a = data;
+        QC_TRY(qc_input(context, index++, &value, (const void **)&run->args.b));
+        QC_TRY(qc_check_floats(op, value, "b", run->rows * op->spec->k));
+    } else {
+        run->args.x = (float *)data; /* only read */
+    }
+    QC_TRY(qc_input(context, index++, &value, (const void **)&run->args.gamma));
+    QC_TRY(qc_check_floats(op, value, "gamma", op->spec->k));
+    if (index == op->spec->anchor->input_count) return NULL;
+    QC_TRY(qc_input(context, index, &value, (const void **)&run->args.beta));
+    return qc_check_floats(op, value, "beta", op->spec->k);
+}
+
+static OrtStatus *bind_outputs(struct norm_run *run, OrtKernelContext *context,
+                               const struct qc_shape *shape) {
+    void **const targets[] = {(void **)&run->args.x, (void **)&run->args.y, (void **)&run->args.q,
+                              (void **)&run->args.s};
+    void **const *outputs = has_residual(run->op) ? targets : targets + 1;
+    for (size_t i = 0; run->op->spec->outputs[i]; i++) {
+        size_t output = qc_output_index(run->op, i);
+        struct qc_shape actual = *shape;
+        actual.dims[shape->rank - 1] = run->op->spec->anchor->last_dimension(run->op, output);
+        QC_TRY(qc_output(context, i, &actual, outputs[output]));
+    }
+    return NULL;
+}
+
+static OrtStatus *norm_compute(void *kernel, OrtKernelContext *context) {
+    struct norm_run run = {.op = kernel};
+    struct qc_shape shape;
+    QC_TRY(bind_inputs(&run, context, &shape));
+    QC_TRY(bind_outputs(&run, context, &shape));
+    if (run.rows == 0) return NULL;
+    run.tasks = qc_task_count((double)run.rows * (double)run.op->spec->k / NORM_RATE);
+    if (run.tasks > run.rows) run.tasks = run.rows;
+    return qc_parallel(context, norm_task, (size_t)run.tasks, &run);
+}
+
+static OrtStatus *norm_create(const struct qc_op *op, const OrtKernelInfo *info, void **kernel) {
+    (void)info;
+    *kernel = (void *)op; /* nothing to keep per node */
+    return NULL;
+}
+
+static void norm_destroy(void *kernel) { (void)kernel; }
+
+/* s, the last output, has one value per row. */
+static int64_t norm_last_dimension(const struct qc_op *op, size_t output) {
+    return output + 1 == op->spec->anchor->output_count ? 1 : op->spec->k;
+}
+
+static const int FLOATS[] = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT};
+static const int X_Y_Q_S[] = {ORT_FLOAT, ORT_FLOAT, ORT_UINT8, ORT_FLOAT};
+
+#define NORM(inputs, types, outputs)                                                               \
+    {                                                                                              \
+        .input_types = FLOATS, .input_count = inputs, .output_types = types,                       \
+        .output_count = outputs, .create = norm_create, .compute = norm_compute,                   \
+        .destroy = norm_destroy, .last_dimension = norm_last_dimension,                            \
+    }
+
+const struct qc_anchor qc_layer_norm = NORM(3, X_Y_Q_S + 1, 3);
+const struct qc_anchor qc_add_layer_norm = NORM(4, X_Y_Q_S, 4);
+const struct qc_anchor qc_rms_norm = NORM(2, X_Y_Q_S + 1, 3);
+const struct qc_anchor qc_add_rms_norm = NORM(3, X_Y_Q_S, 4);

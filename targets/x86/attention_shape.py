@@ -1,0 +1,43 @@
+"""How attention is cut into blocks that stay in the caches.  Imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["MAX_DEPTH", "PANEL", "TILE_ROWS", "AttentionShape", "attention_shape"]
+
+PANEL = 32
+"""Keys that a tile multiplies at a time."""
+TILE_ROWS = 8
+
+MAX_DEPTH = 1024
+"""The longest head vector: its smallest blocks already fill what is set aside for them."""
+
+_BLOCK_FLOATS = 16384
+"""Of packed keys, and again of values: 64 KiB each, in L2 with room for the rest."""
+_ROW_FLOATS = 16384
+_MOST_KEYS, _MOST_ROWS = 1024, 256
+_LANES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """Blocks for one head dimension.
+
+    Attributes:
+        padded_d: The head dimension in whole vectors.
+        keys: Keys of a block; all that a kernel needs lies on the stack, about 250 KiB.
+        rows: The most rows of one call.
+    """
+
+    padded_d: int
+    keys: int
+    rows: int
+
+
+def attention_shape(d: int) -> AttentionShape:
+    """The blocks for head vectors of `d` floats."""
+    padded = -(-d // _LANES) * _LANES
+    keys = min(_BLOCK_FLOATS // padded // PANEL * PANEL, _MOST_KEYS)
+    rows = min(_ROW_FLOATS // padded // TILE_ROWS * TILE_ROWS, _MOST_ROWS)
+    return AttentionShape(padded, max(keys, PANEL), max(rows, TILE_ROWS))

@@ -1,0 +1,151 @@
+"""Softmax over keys that come block by block, and the values it weighs, for AVX-512.
+
+Each row keeps its largest score so far, the sum of its exponentials and its weighted sum of values;
+a block that raises the largest first scales the other two by e^(old - new) (Milakov and Gimelshein,
+"Online normalizer calculation for softmax", 2018).  So any number of keys needs the same memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from qcompiler.targets import tir
+from qcompiler.targets.tir import LANES, Expr, Register
+from qcompiler.targets.x86.attention_shape import PANEL, TILE_ROWS, AttentionShape
+from qcompiler.targets.x86.vector import (
+    all_lanes_max,
+    all_lanes_sum,
+    exp_of_negative,
+    fma,
+    load_lanes,
+    store_lanes,
+)
+
+__all__ = ["LOWEST", "RunningSoftmax"]
+
+LOWEST = -3.4028234663852886e38
+"""Where the running maximum starts: not -inf, because -inf - -inf is not 0."""
+
+
+class RunningSoftmax:
+    """Emits what happens between the two products; all of its memory is on the stack.
+
+    `scores` holds one block for the rows of a tile, `stride` floats apart, and `weights` what
+    becomes of them, here in the same place.
+    """
+
+    def __init__(self, shape: AttentionShape) -> None:
+        self._padded_d = shape.padded_d
+        self.stride = shape.keys + LANES
+        self.scores = tir.scratch("float32", TILE_ROWS * self.stride)
+        self.weights, self.weight_stride = self.scores, self.stride
+        self._context = tir.scratch("float32", shape.rows * shape.padded_d)
+        self._top = tir.scratch("float32", shape.rows * LANES)
+        self._sum = tir.scratch("float32", shape.rows * LANES)
+
+    def clear(self, rows: Expr) -> None:
+        """Prepare for no keys seen, in whole tiles."""
+        with tir.loop(0, ((rows + (TILE_ROWS - 1)) // TILE_ROWS) * TILE_ROWS) as row:
+            tir.store(self._top, tir.broadcast(LOWEST), tir.lanes(row * LANES))
+            tir.store(self._sum, tir.broadcast(0.0), tir.lanes(row * LANES))
+            for start in range(0, self._padded_d, LANES):
+                index = tir.lanes(row * self._padded_d + start)
+                tir.store(self._context, tir.broadcast(0.0), index)
+
+    def fill(self, i: int, mask: Expr, source: Expr, step: Expr, count: Expr) -> None:
+        """Row i of the scores starts as its mask, and as -inf from the last key to a panel's end.
+
+        `step` is 1, or 0 if `mask[source]` is for all keys.
+        """
+        start, target = Register("int32", source, 1), i * self.stride
+        whole = (count // LANES) * LANES
+        with tir.when(step == 0):
+            with tir.loop(0, count // LANES) as j:
+                everywhere = tir.broadcast(mask[start.value])
+                tir.store(self.scores, everywhere, tir.lanes(target + j * LANES))
+            with tir.loop(whole, count) as j:
+                tir.store(self.scores, mask[start.value], target + j)
+        with tir.when(step != 0):
+            with tir.loop(0, count // LANES) as j:
+                values = load_lanes(mask, start.value + j * LANES, LANES)
+                tir.store(self.scores, values, tir.lanes(target + j * LANES))
+            with tir.loop(whole, count) as j:
+                tir.store(self.scores, mask[start.value + j], target + j)
+        with tir.loop(count, ((count + (PANEL - 1)) // PANEL) * PANEL) as j:
+            tir.store(self.scores, tir.constant(-math.inf, "float32"), target + j)
+
+    def add_scores(self, i: int, key: Expr, values: Expr, top: Register) -> None:
+        """Adds to 16 scores of row i, and raises `top` to them."""
+        index = i * self.stride + key
+        score = Register("float32", values + load_lanes(self.scores, index, LANES))
+        tir.store(self.scores, score.value, tir.lanes(index))
+        top.set(tir.maximum(top.value, score.value))
+
+    def weigh(
+        self, tops: Sequence[Register], first_row: Expr, count: Expr, *, packed: bool = True
+    ) -> list[Register]:
+        """The scores become exponentials; returns the factor for what each row has summed before.
+
+        Unless `packed` they stay float32 in `scores`.
+
+        Each step is emitted for all rows before the next: the reductions of one row are 30 cycles
+        of latency, which the others fill.
+        """
+        starts = [(first_row + i) * LANES for i in range(len(tops))]
+        highest = [Register("float32", all_lanes_max(top.value)) for top in tops]
+        before = [Register("float32", load_lanes(self._top, start, LANES)) for start in starts]
+        now = [
+            Register("float32", tir.maximum(old.value, new.value))
+            for old, new in zip(before, highest, strict=True)
+        ]
+        kept = [
+            Register("float32", exp_of_negative(old.value - new.value))
+            for old, new in zip(before, now, strict=True)
+        ]
+        sums = [self._exponentials(i, top, count, packed) for i, top in enumerate(now)]
+        added = [Register("float32", all_lanes_sum(total.value)) for total in sums]
+        for start, top, factor, total in zip(starts, now, kept, added, strict=True):
+            old = load_lanes(self._sum, start, LANES)
+            tir.store(self._sum, fma(old, factor.value, total.value), tir.lanes(start))
+            tir.store(self._top, top.value, tir.lanes(start))
+        return kept
+
+    def store_weights(self, i: int, panel: Expr, weights: Sequence[Register], packed: bool) -> None:
+        """The exponentials of a panel of row i."""
+        for u, weight in enumerate(weights):
+            index = i * self.stride + panel * PANEL + u * LANES
+            tir.store(self.scores, weight.value, tir.lanes(index))
+
+    def _exponentials(self, i: int, top: Register, count: Expr, packed: bool) -> Register:
+        """Row i of the scores becomes e^(score - top); returns the sums per lane."""
+        sums = [Register("float32", tir.broadcast(0.0)) for _ in range(2)]
+        with tir.loop(0, (count + (PANEL - 1)) // PANEL) as panel:
+            start = i * self.stride + panel * PANEL
+            scores = [load_lanes(self.scores, start + u * LANES, LANES) for u in range(2)]
+            weights = [Register("float32", exp_of_negative(score - top.value)) for score in scores]
+            self.store_weights(i, panel, weights, packed)
+            for total, weight in zip(sums, weights, strict=True):
+                total.set(total.value + weight.value)
+        return Register("float32", sums[0].value + sums[1].value)
+
+    def add_context(self, row: Expr, first: int, kept: Register, sums: Sequence[Register]) -> None:
+        """The context of a row from float `first` on: what is kept of it, and these sums."""
+        for u, total in enumerate(sums):
+            index = row * self._padded_d + first + u * LANES
+            new = fma(load_lanes(self._context, index, LANES), kept.value, total.value)
+            tir.store(self._context, new, tir.lanes(index))
+
+    def finish(self, row: Expr, y: Expr, start: Expr, d: int, zero_empty: Expr) -> None:
+        """Store the context of a row divided by its sum; zeros if that is 0 or NaN, on request."""
+        total = self._sum[row * LANES]
+        one = tir.constant(1.0, "float32")
+        inverse = Register("float32", tir.broadcast(one / total))
+        empty = 1 - tir.cast("int32", total > tir.constant(0.0, "float32"))
+        is_zero = Register("int32", empty * zero_empty, 1)
+        for chunk in range(0, d, LANES):
+            width = min(LANES, d - chunk)
+            context = load_lanes(self._context, row * self._padded_d + chunk, LANES)
+            store_lanes(y, context * inverse.value, start + chunk, width)
+            with tir.when(is_zero.value != 0):
+                store_lanes(y, tir.broadcast(0.0), start + chunk, width)

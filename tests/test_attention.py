@@ -1,0 +1,189 @@
+"""fuse-attention: what is found, what is not and why, and that the numbers stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import DIGITS, needs_avx512_vnni
+from golden import model_of, run, sqnr
+
+import qcompiler
+from qcompiler.ir.decisions import decisions
+from qcompiler.ir.stages import Stage, verify
+from qcompiler.passes.canonicalize import Canonicalize
+from qcompiler.passes.fuse_attention import FuseAttention
+from qcompiler.pipeline import Pipeline
+from qcompiler.recipe import Recipe
+from qcompiler.targets.catalog import get_target
+
+HEADS = "g (float[b,2,s,16] q, float[b,2,t,16] k, float[b,2,t,16] v, float[b,1,s,t] m) "
+TOKENS = "g (float[b,s,2,16] q, float[b,t,2,16] k, float[b,t,2,16] v, float[b,1,s,t] m) "
+RESULT = {"h": "=> (float[b,2,s,16] y)", "s": "=> (float[b,s,2,16] y)"}
+CORE = "{ turned = Transpose <perm = [0, 1, 3, 2]> (k) "
+
+
+def graph(body: str, result: str = "h", heads: str = HEADS, **weights: np.ndarray) -> ir.Model:
+    numbers = {"half": np.float32(0.5), "four": np.float32([[4.0]]), "zero": np.float32(0)}
+    model = model_of(f"{heads}{RESULT[result]} {body}", numbers | weights)
+    for index, node in enumerate(model.graph):
+        node.name = f"node_{index}"
+    return model
+
+
+def feeds_of(model: ir.Model) -> dict[str, np.ndarray]:
+    rng, sizes = np.random.default_rng(1), {"b": 2, "s": 5, "t": 7, "o": 3}
+    return {
+        str(value.name): rng.standard_normal(
+            [dim if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape or ()]
+        ).astype(np.float32)
+        for value in model.graph.inputs
+    }
+
+
+def fused(model: ir.Model) -> list[str]:
+    """The ops after fusing, which changes no number and is done in one go."""
+    feeds = feeds_of(model)
+    before = run(model, feeds)
+    assert FuseAttention(lambda region: None)(model).modified
+    verify(model, Stage.KERNEL, "fuse-attention")
+    for got, want in zip(run(model, feeds), before, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    assert not FuseAttention(lambda region: None)(model).modified
+    return [node.op_type for node in model.graph]
+
+
+SWAP = "Transpose <perm = [0, 2, 1, 3]>"
+SOFT = "p = Softmax <axis = -1> (scores) "
+GUARD = "nan = IsNaN (p) w = Where (nan, zero, p) "
+DETOUR = (
+    "shape = Shape (k) one = Slice (shape, i0, i2) rows = Slice (shape, i2, i3) "
+    "cols = Slice (shape, i3, i4) to3 = Concat <axis = 0> (any, rows, cols) "
+    "flat = Reshape (k, to3) swapped = Transpose <perm = [0, 2, 1]> (flat) "
+    "to4 = Concat <axis = 0> (one, cols, rows) turned = Reshape (swapped, to4) "
+)
+INTS = {"i0": [0], "i2": [2], "i3": [3], "i4": [4], "any": [-1]}
+
+
+@pytest.mark.parametrize(
+    ("body", "result", "heads", "op"),
+    [
+        (CORE + "scores = MatMul (q, turned) " + SOFT + "y = MatMul (p, v) }",
+         "h", HEADS, "Attention_D16_hhhh"),
+        (CORE + "x = MatMul (q, turned) z = Mul (half, x) scores = Add (m, z) " + SOFT + GUARD
+         + "y = MatMul (w, v) }", "h", HEADS, "MaskedAttention_D16_hhhh_zero"),
+        (CORE + "x = MatMul (q, turned) z = Div (x, four) scores = Add (z, m) " + SOFT
+         + f"c = MatMul (p, v) y = {SWAP} (c) }}", "s", HEADS, "MaskedAttention_D16_hhhs"),
+        (f"{{ qh = {SWAP} (q) qs = Mul (qh, half) kt = Transpose <perm = [0, 2, 3, 1]> (k) "
+         f"ks = Mul (kt, half) scores = MatMul (qs, ks) {SOFT} vh = {SWAP} (v) "
+         f"c = MatMul (p, vh) y = {SWAP} (c) }}", "s", TOKENS, "Attention_D16_ssss"),
+        (f"{{ qd = Div (q, four) qh = {SWAP} (qd) kh = {SWAP} (k) "
+         f"kt = Transpose <perm = [0, 1, 3, 2]> (kh) scores = MatMul (qh, kt) {SOFT} "
+         f"vh = {SWAP} (v) y = MatMul (p, vh) }}", "h", TOKENS, "Attention_D16_sssh"),
+        ("{ " + DETOUR + "scores = MatMul (q, turned) " + SOFT + "y = MatMul (p, v) }",
+         "h", HEADS, "Attention_D16_hhhh"),
+        (CORE + "x = MatMul (q, turned) scores = Add (x, row) " + SOFT + "y = MatMul (p, v) }",
+         "h", HEADS, "MaskedAttention_D16_hhhh"),
+    ],
+)  # fmt: skip
+def test_finds(body, result, heads, op):
+    weights = {name: np.array(value, np.int64) for name, value in INTS.items()}
+    weights["row"] = np.zeros((1, 1), np.float32)
+    assert fused(graph(body, result, heads, **weights)) == [op]
+
+
+def test_a_scale_of_values_stays_outside():
+    body = CORE + "scores = MatMul (q, turned) " + SOFT + "s = Mul (v, half) y = MatMul (p, s) }"
+    assert fused(graph(body)) == ["Mul", "Attention_D16_hhhh"]
+
+
+def test_leaves_what_others_read():
+    text = HEADS + "=> (float[b,2,s,16] y, float[b,2,16,t] turned) " + CORE + (
+        "scores = MatMul (q, turned) " + SOFT + "y = MatMul (p, v) }"
+    )  # fmt: skip
+    assert fused(model_of(text)) == ["Transpose", "Attention_D16_hhhh"]
+
+
+TWO = "=> (float[b,2,s,16] y, float[b,2,s,t] {}) "
+PLAIN = "scores = MatMul (q, turned) " + SOFT + "y = MatMul (p, v) }"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (HEADS + TWO.format("p") + CORE + PLAIN, "p is read elsewhere"),
+        (HEADS + TWO.format("scores") + CORE + PLAIN, "read only there"),
+        (HEADS + TWO.format("z") + CORE + "scores = MatMul (q, turned) " + SOFT
+         + "y = MatMul (p, v) z = Neg (p) }", "p is read elsewhere"),
+        (HEADS + RESULT["h"] + CORE + "scores = MatMul (q, turned) p = Softmax <axis = 2> (scores) "
+         "y = MatMul (p, v) }", "last of four dimensions"),
+        (HEADS + RESULT["h"] + CORE + "x = MatMul (q, turned) scores = Mul (x, m) " + SOFT
+         + "y = MatMul (p, v) }", "read only there"),
+        (HEADS + RESULT["h"] + CORE + "scores = MatMul (q, turned) " + SOFT + "n = Relu (p) "
+         "y = MatMul (n, v) }", "read by Relu"),
+        (HEADS + RESULT["h"] + CORE + "scores = MatMul (q, turned) " + SOFT + "nan = IsNaN (p) "
+         "w = Where (nan, half, p) y = MatMul (w, v) }", "p is read elsewhere"),
+        ("g (float[b,2,s,16] q, float[b,2,16,t] turned, float[b,2,t,16] v) " + RESULT["h"] + "{ "
+         + PLAIN, "transposed keys"),
+        ("g (float[b,2,s,16] q, float[b,2,t,16] k, float[b,2,t,8] v) => (float[b,2,s,8] y)" + CORE
+         + PLAIN, "one known size"),
+        ("g (float[b,2,s,d] q, float[b,2,t,d] k, float[b,2,t,d] v) => (float[b,2,s,d] y)" + CORE
+         + PLAIN, "one known size"),
+        ("g (double[b,2,s,16] q, double[b,2,t,16] k, double[b,2,t,16] v) => (double[b,2,s,16] y)"
+         + CORE + PLAIN, "not FLOAT"),
+        ("g (float[b,s,16] q, float[b,t,16] k, float[b,t,16] v) => (float[b,s,16] y)"
+         "{ turned = Transpose <perm = [0, 2, 1]> (k) " + PLAIN, "last of four dimensions"),
+        (HEADS + RESULT["h"] + "{ kt = Transpose <perm = [0, 1, 3, 2]> (k) to3 = Concat <axis = 0> "
+         "(any, n1, n2) flat = Reshape (kt, to3) swapped = Transpose <perm = [0, 2, 1]> (flat) "
+         "sh = Shape (kt) turned = Reshape (swapped, sh) " + PLAIN, "transposed keys"),
+    ],
+)  # fmt: skip
+def test_leaves_near_misses_with_a_reason(text, reason):
+    numbers = {"half": np.float32(0.5), "any": np.int64([-1]), "n1": np.int64([8]),
+               "n2": np.int64([32])}  # fmt: skip
+    model = model_of(text, numbers)
+    before = [node.op_type for node in model.graph]
+    assert not FuseAttention(lambda region: None)(model).modified
+    assert [node.op_type for node in model.graph] == before
+    (why,) = [d.why for d in decisions(model) if d.op == "Softmax"]
+    assert reason in why
+
+
+def test_says_why_there_is_no_kernel():
+    model = graph(CORE + PLAIN)
+    assert not FuseAttention(lambda region: f"no kernel for {region.name}")(model).modified
+    (why,) = [d.why for d in decisions(model) if d.op == "Softmax"]
+    assert why == "no kernel for Attention_D16_hhhh"
+
+
+def test_the_example_keeps_its_numbers():
+    model = Canonicalize()(ir.load(DIGITS / "digits.onnx")).model
+    feeds = {"image": np.random.default_rng(0).random((3, 1, 20, 20), np.float32)}
+    before = run(model, feeds)
+    assert FuseAttention(lambda region: None)(model).modified
+    verify(model, Stage.KERNEL, "fuse-attention")
+    assert sum(node.op_type == "Attention_D16_ssss" for node in model.graph) == 2
+    for got, want in zip(run(model, feeds), before, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@needs_avx512_vnni
+def test_the_compiled_example_runs_it_as_a_kernel(digits):
+    kernels = {d.op for d in digits.decisions if d.action == "kernel"}
+    assert "Attention_D16_ssss" in kernels
+    feeds = {"image": np.random.default_rng(0).random((3, 1, 20, 20), np.float32)}
+    results = [
+        qcompiler.load(digits.bundle, native=native).run(None, feeds) for native in (True, False)
+    ]
+    for got, want in zip(*results, strict=True):
+        assert sqnr(want, got) >= 40
+
+
+def test_a_recipe_allows_bfloat16(tmp_path):
+    recipe = Recipe.from_dict({"bfloat16": True})
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    model = Canonicalize()(ir.load(DIGITS / "digits.onnx")).model
+    pipeline = Pipeline.default(get_target("x86-int8"), recipe)
+    (step,) = [step for step in pipeline if step.name == "fuse-attention"]
+    step.rewrite(model)
+    assert sum(node.op_type == "Attention_D16_ssss_bf16" for node in model.graph) == 2

@@ -1,0 +1,225 @@
+"""The kernels of norms against float64 and against their function's body in ONNX Runtime.
+
+q cannot always equal the body's: y is rounded differently in its last bits, so a value that lies at
+a tie between two integers may fall on the other side.  It is one step at most, and only there.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from conftest import needs_avx512_vnni
+from golden import sqnr
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from raw_kernels import Guarded, load, pointer, quantize
+
+from qcompiler.ir import dialect
+from qcompiler.ir.region import Region
+from qcompiler.targets.library import KernelCache, build_library
+from qcompiler.targets.x86 import supports
+from qcompiler.targets.x86.families import norm_operands
+
+pytestmark = needs_avx512_vnni
+
+DOMAIN = "qcompiler.00b0d1e6"
+EPSILON = 1e-5
+
+
+def region(anchor, k, outputs):
+    attributes = (("epsilon", EPSILON),)
+    return Region(anchor, (("K", k),), outputs=tuple(outputs), attributes=attributes)
+
+
+NORMS = [
+    region("LayerNorm", 384, "yqs"),
+    region("LayerNorm", 1, "yqs"),
+    region("LayerNorm", 37, "y"),
+    region("LayerNorm", 130, "qs"),
+    region("LayerNorm", 1027, "yqs"),
+    region("AddLayerNorm", 384, "xqs"),
+    region("AddLayerNorm", 384, "qs"),
+    region("AddLayerNorm", 63, "yqs"),
+    region("AddLayerNorm", 5, "xy"),
+    region("AddLayerNorm", 3000, "xyqs"),
+    region("RMSNorm", 1, "y"),
+    region("RMSNorm", 576, "qs"),
+    region("RMSNorm", 79, "yqs"),
+    region("AddRMSNorm", 576, "xqs"),
+    region("AddRMSNorm", 100, "y"),
+    region("AddRMSNorm", 17, "xyqs"),
+]
+
+
+@functools.cache
+def parameters(k: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(k)
+    return {name: rng.standard_normal(k).astype(np.float32) for name in ("gamma", "beta")}
+
+
+@functools.cache
+def model_of(region: Region, rank: int) -> bytes:
+    """One call of the region's function, dynamic in all dimensions but the last."""
+    op, k = dialect.OPS[region.anchor], region.size("K")
+    function = dialect.region_function(region, DOMAIN, 21)
+    constants = parameters(k)
+
+    def value(name: str) -> ir.Value:
+        if name in constants:
+            tensor = ir.tensor(constants[name], name=name)
+            return ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype),
+                            shape=ir.Shape(tensor.shape))  # fmt: skip
+        shape = [f"d{i}" for i in range(rank - 1)] + [1 if name == "s" else k]
+        return ir.Value(name=name, type=ir.TensorType(op.type_of(name)), shape=ir.Shape(shape))
+
+    operands = [value(v.name) for v in function.inputs]
+    results = [value(v.name) for v in function.outputs]
+    node = ir.Node(DOMAIN, region.name, operands, outputs=results)
+    graph = ir.Graph([v for v in operands if v.const_value is None], results, nodes=[node],
+                     initializers=[v for v in operands if v.const_value is not None],
+                     opset_imports={"": 21, DOMAIN: 1}, name="norm")  # fmt: skip
+    return ir.to_proto(ir.Model(graph, ir_version=10, functions=[function])).SerializeToString()
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("norms") / "kernels.so"
+    build_library(NORMS, DOMAIN, path, cache=KernelCache())
+    return path
+
+
+@functools.cache
+def session(region: Region, rank: int, threads: int, library: Path | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    if library is not None:
+        options.register_custom_ops_library(str(library))
+    return ort.InferenceSession(model_of(region, rank), options)
+
+
+def run(region, feeds, threads, library):
+    """The outputs by name."""
+    rank = next(iter(feeds.values())).ndim
+    values = session(region, rank, threads, library).run(None, feeds)
+    return dict(zip(region.outputs, values, strict=True))
+
+
+def reference(region: Region, x: np.ndarray) -> np.ndarray:
+    """Y in float64."""
+    x, p = x.astype(np.float64), parameters(region.size("K"))
+    if "LayerNorm" in region.anchor:
+        c = x - x.mean(-1, keepdims=True)
+        return c / np.sqrt((c * c).mean(-1, keepdims=True) + EPSILON) * p["gamma"] + p["beta"]
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPSILON) * p["gamma"]
+
+
+def check_integers(q, s, other_q, other_s, y) -> None:
+    """Equal, but for one step where y lies at a tie."""
+    np.testing.assert_allclose(s, other_s, rtol=2e-5)
+    steps = q.astype(int) - other_q.astype(int)
+    assert np.abs(steps).max(initial=0) <= 1
+    from_tie = np.abs(np.abs(np.modf(y / other_s)[0]) - 0.5)
+    assert from_tie[steps != 0].max(initial=0) < 2e-3
+    assert np.count_nonzero(steps) <= 1 + steps.size / 500
+
+
+def check(region, feeds, library, floor_db=90.0, against_body=True) -> None:
+    x = feeds["x"] if "x" in feeds else feeds["a"] + feeds["b"]
+    y = reference(region, x)
+    body = run(region, feeds, 1, None) if against_body else {}
+    for threads in (1, 2):
+        native = run(region, feeds, threads, library)
+        if "x" in native:
+            np.testing.assert_array_equal(native["x"], x)
+        if "y" in native and y.size:
+            assert native["y"].shape == y.shape
+            assert sqnr(y, native["y"]) >= floor_db
+            assert not body or sqnr(body["y"], native["y"]) >= floor_db
+        if "q" in native:
+            q, s = quantize(y.astype(np.float32)) if y.size else (native["q"], native["s"])
+            assert native["s"].shape == s.shape
+            check_integers(native["q"], native["s"], q, s, y)
+        if "q" in body:
+            check_integers(native["q"], native["s"], body["q"], body["s"], y)
+        if {"y", "q"} <= native.keys() and y.size:
+            # What was quantized is the very y that was stored.
+            q, s = quantize(native["y"])
+            np.testing.assert_array_equal(native["q"], q)
+            np.testing.assert_array_equal(native["s"], s)
+
+
+def feeds_of(region, shape, seed, scale=1.0, mean=0.0):
+    rng = np.random.default_rng(seed)
+    names = [n for n in dialect.OPS[region.anchor].inputs if n not in ("gamma", "beta")]
+    shape = (*shape, region.size("K"))
+    return {n: (rng.standard_normal(shape) * scale + mean).astype(np.float32) for n in names}
+
+
+@settings(deadline=None, max_examples=150)
+@example([1], NORMS[0], 0, 1.0).via("one row")
+@example([0], NORMS[0], 0, 1.0).via("an empty batch")
+@example([2, 0, 3], NORMS[5], 0, 1.0).via("an empty batch inside")
+@example([259], NORMS[0], 0, 1.0).via("several tasks and a rest")
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.sampled_from(NORMS),
+       st.integers(0, 2**32 - 1), st.sampled_from([0.1, 1.0, 100.0]))  # fmt: skip
+def test_norm(library, shape, region, seed, scale):
+    # With one element ORT divides what rounding left of nothing.
+    check(region, feeds_of(region, shape, seed, scale), library, against_body=region.size("K") > 1)
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
+def test_large_mean(library, norm):
+    # The body loses its digits here: ORT subtracts two squares.
+    check(norm, feeds_of(norm, [13], 0, 1.0, 1e4), library, against_body=False)
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
+@pytest.mark.parametrize("value", [0.0, 1.0, 12345.678])
+def test_rows_without_variance(library, norm, value):
+    feeds = {name: np.full_like(x, value) for name, x in feeds_of(norm, [7], 0).items()}
+    native = run(norm, feeds, 2, library)
+    p = parameters(norm.size("K"))
+    expected = p["beta"] if "LayerNorm" in norm.anchor else p["gamma"] * (value != 0)
+    y = np.broadcast_to(expected, (7, norm.size("K")))
+    tolerance = {"rtol": 1e-4, "atol": 1e-6}
+    if "y" in native:
+        np.testing.assert_allclose(native["y"], y, **tolerance)
+    if "q" in native:
+        np.testing.assert_allclose((native["q"] - 128.0) * native["s"], y, atol=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+@pytest.mark.parametrize(("anchor", "k", "outputs"), [
+    ("AddLayerNorm", 65, "xyqs"), ("RMSNorm", 15, "qs"), ("LayerNorm", 2051, "yqs"),
+])  # fmt: skip
+def test_stays_within_its_arrays(tmp_path, rows, anchor, k, outputs):
+    from qcompiler.targets.x86.norm import norm_function
+
+    norm, guarded = region(anchor, k, outputs), Guarded()
+    library = load({"norm": norm_function(norm)}, tmp_path)
+    arrays = feeds_of(norm, [rows], 0) | parameters(k)
+    for name in outputs:
+        shape = (rows, 1 if name == "s" else k)
+        arrays[name] = np.zeros(shape, np.uint8 if name == "q" else np.float32)
+    placed = {name: guarded(arrays[name]) for name in norm_operands(norm)}
+    library.norm(*map(pointer, placed.values()), rows)
+    q, s = quantize(reference(norm, sum(feeds_of(norm, [rows], 0).values())).astype(np.float32))
+    assert np.abs(placed["q"].astype(int) - q).max() <= 1
+    np.testing.assert_allclose(placed["s"], s, rtol=1e-5)
+
+
+def test_wrong_shapes_are_refused(library):
+    feeds = feeds_of(NORMS[5], [3], 0)
+    with pytest.raises(Exception, match=r"input b has shape \[2, 384\]; it must hold 1152 values"):
+        run(NORMS[5], feeds | {"b": feeds["b"][:2]}, 1, library)
+
+
+def test_what_has_no_kernel():
+    assert "takes no epilogue" in str(supports(Region("LayerNorm", (("K", 8),), ("channel",))))
+    assert "q with s" in str(supports(Region("LayerNorm", (("K", 8),), outputs=("y", "q"))))
+    assert supports(NORMS[0]) is None

@@ -1,0 +1,259 @@
+"""fuse-norms: what is outlined with which outputs, what stays and why; the numbers stay."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from golden import HEAD, assert_rewrites, model_of, text_of
+from onnx_ir.passes import common
+
+from qcompiler.ir.decisions import decision_of
+from qcompiler.ir.region import Region
+from qcompiler.ir.stages import Stage, verify
+from qcompiler.passes.fuse_norms import FuseNorms
+from qcompiler.passes.fuse_regions import FuseRegions
+from qcompiler.targets.catalog import TARGETS, unsupported
+
+RNG = np.random.default_rng(0)
+K = 64
+WEIGHTS = {
+    "gamma": RNG.standard_normal(K, dtype=np.float32),
+    "beta": RNG.standard_normal(K, dtype=np.float32),
+    "one": np.ones(1, np.float32),
+    "two": np.float32(2),
+    "three": np.float32(3),
+    "axis": np.array([-1]),
+    "first_axis": np.array([0]),
+    "eps": np.float32(1e-5),
+}
+FEEDS = {name: RNG.standard_normal((3, 5, K), dtype=np.float32) for name in "ab"}
+A, AB = f"g (float[m,n,{K}] a)", f"g (float[m,n,{K}] a, float[m,n,{K}] b)"
+X, Y = f"float[m,n,{K}] x", f"float[m,n,{K}] y"
+QS = f"uint8[m,n,{K}] q, float[m,n,1] s"
+NORM = "y = LayerNormalization <axis = -1> ({x}, gamma, beta)"
+QUANTIZE = f"q, s = qcompiler.Quantize <block_size = {K}> (y)"
+
+
+def everything(region):
+    return None
+
+
+def outlined(anchor, outputs):
+    attributes = (("epsilon", float(np.float32(1e-5))),)
+    return Region(anchor, (("K", K),), outputs=tuple(outputs), attributes=attributes).name
+
+
+def quantized(text):
+    """A model as fuse-regions leaves it."""
+    model = model_of(text, WEIGHTS)
+    for index, node in enumerate(model.graph):
+        node.name = f"node_{index}"
+    FuseRegions(everything)(model)
+    return model
+
+
+def fused(text, operation, inputs="a", outputs="y", floor_db=0.0):
+    """Whether the whole text becomes one op."""
+    model = quantized(text)
+    known = len(inputs) + len(outputs)
+    parameters = [f"v{known}", f"v{known + 1}"] if "LayerNorm" in operation else [f"v{known}"]
+    after = f"""
+        inputs {", ".join(inputs)}
+        {", ".join(outputs)} = qcompiler.region.{operation}  ({", ".join([*inputs, *parameters])})
+        outputs {", ".join(outputs)}
+    """
+    feeds = {name: FEEDS[name] for name in inputs}
+    exact = not floor_db
+    assert_rewrites(FuseNorms(everything), model, after, feeds, exact=exact, floor_db=floor_db)
+    verify(model, Stage.KERNEL, "fuse-norms")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("results", "outputs"), [(Y, "y"), (QS, "qs"), (f"{Y}, {QS}", "yqs"), (f"{QS}, {Y}", "yqs")]
+)
+def test_norm_and_quantize(results, outputs):
+    quantize = QUANTIZE if "q" in outputs else ""
+    model = quantized(f"{A} => ({results}) {{ {NORM.format(x='a')} {quantize} }}")
+    assert FuseNorms(everything)(model).modified
+    (node,) = model.graph
+    assert node.op_type == outlined("LayerNorm", outputs)
+    assert [value.name for value in node.outputs] == list(outputs)
+    assert [function.name for function in model.functions.values()] == [node.op_type]
+    verify(model, Stage.KERNEL, "fuse-norms")
+
+
+@pytest.mark.parametrize("outputs", ["y", "qs", "yqs", "xy", "xqs", "xyqs"])
+def test_residual(outputs):
+    quantize = QUANTIZE if "q" in outputs else ""
+    results = ", ".join(text for name, text in (("x", X), ("y", Y), ("q", QS)) if name in outputs)
+    text = f"{AB} => ({results}) {{ x = Add (a, b) {NORM.format(x='x')} {quantize} }}"
+    fused(text, outlined("AddLayerNorm", outputs), "ab", outputs)
+
+
+def test_values_that_other_ops_read_are_outputs():
+    model = quantized(
+        f"{AB} => (float[m,n,{K}] u, float[m,n,{K}] v, {QS}) {{ x = Add (a, b) u = Neg (x) "
+        f"{NORM.format(x='x')} v = Abs (y) {QUANTIZE} }}"
+    )
+    after = f"""
+        inputs a, b
+        v8, v9, q, s = qcompiler.region.{outlined("AddLayerNorm", "xyqs")}  (a, b, v6, v7)
+        u = Neg  (v8)
+        v = Abs  (v9)
+        outputs u, v, q, s
+    """
+    assert_rewrites(FuseNorms(everything), model, after, FEEDS)
+
+
+def test_two_norms_share_a_sum():
+    model = quantized(
+        f"{AB} => ({Y}, float[m,n,{K}] z) {{ x = Add (a, b) {NORM.format(x='x')} "
+        "z = LayerNormalization (x, beta, gamma) }"
+    )
+    assert FuseNorms(everything)(model).modified
+    names = [node.op_type for node in model.graph]
+    assert names == [outlined("AddLayerNorm", "xy"), outlined("LayerNorm", "y")]
+
+
+def test_two_quantizes_share_a_norm():
+    model = quantized(
+        f"{A} => ({QS}, uint8[m,n,{K}] r, float[m,n,1] t) {{ {NORM.format(x='a')} {QUANTIZE} "
+        f"r, t = qcompiler.Quantize <block_size = {K}> (y) }}"
+    )
+    assert FuseNorms(everything)(model).modified
+    assert [n.op_type for n in model.graph] == [outlined("LayerNorm", "yqs"), f"Quantize_K{K}"]
+    assert len(model.functions) == 2
+
+
+def test_a_missing_bias_is_zero():
+    model = quantized(f"{A} => ({Y}) {{ y = LayerNormalization (a, gamma) }}")
+    assert FuseNorms(everything)(model).modified
+    (node,) = model.graph
+    assert not node.inputs[2].const_value.numpy().any()
+
+
+SQUARE = {"pow": "p = Pow (x, two)", "mul": "p = Mul (x, x)"}
+ROOT = {
+    "reciprocal": "i = Reciprocal (r) u = Mul (x, i)",
+    "divide": "u = Div (x, r)",
+    "inverse": "i = Div (one, r) u = Mul (i, x)",
+}
+MEAN = "m = ReduceMean <keepdims = 1> (p, axis)"
+
+
+@pytest.mark.parametrize("root", ROOT)
+@pytest.mark.parametrize("square", SQUARE)
+@pytest.mark.parametrize("order", ["gamma, u", "u, gamma"])
+def test_rms_norm_in_pieces(square, root, order):
+    text = (
+        f"{AB} => ({X}, {QS}) {{ x = Add (a, b) {SQUARE[square]} {MEAN} e = Add (m, eps) "
+        f"r = Sqrt (e) {ROOT[root]} y = Mul ({order}) {QUANTIZE} }}"
+    )
+    fused(text, outlined("AddRMSNorm", "xqs"), "ab", "xqs", floor_db=60)
+
+
+def test_rms_normalization():
+    text = f"{A} => ({Y}) {{ y = RMSNormalization <epsilon = 1e-5> (a, gamma) }}"
+    model = ir.from_onnx_text(
+        HEAD.replace("21", "23") + text, initializers=[ir.tensor(WEIGHTS["gamma"], name="gamma")]
+    )
+    gamma = model.graph.initializers["gamma"]
+    gamma.dtype, gamma.shape = gamma.const_value.dtype, gamma.const_value.shape
+    common.ShapeInferencePass(strict_mode=False)(model)
+    after = f"inputs a\ny = qcompiler.region.{outlined('RMSNorm', 'y')}  (a, v2)\noutputs y"
+    rewrite, feeds = FuseNorms(everything), {"a": FEEDS["a"]}
+    assert_rewrites(rewrite, model, after, feeds, exact=False, floor_db=100)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        f"p = Pow (x, three) {MEAN} e = Add (m, eps) r = Sqrt (e) u = Div (x, r)",
+        "p = Pow (x, two) m = ReduceMean <keepdims = 1> (p, first_axis) e = Add (m, eps) "
+        "r = Sqrt (e) u = Div (x, r)",
+        f"p = Pow (x, two) {MEAN} r = Sqrt (m) u = Div (x, r)",
+        f"p = Pow (x, two) {MEAN} e = Add (m, eps) r = Sqrt (e) u = Div (b, r)",
+        f"p = Pow (x, two) {MEAN} e = Add (m, eps) r = Sqrt (e) i = Div (two, r) u = Mul (i, x)",
+    ],
+    ids=["cube", "other axis", "no epsilon", "other value", "twice"],
+)
+def test_almost_rms_norm(pieces):
+    model = quantized(f"{AB} => ({Y}) {{ x = Add (a, b) {pieces} y = Mul (u, gamma) }}")
+    assert not FuseNorms(everything)(model).modified
+
+
+@pytest.mark.parametrize("result", "pmeru")
+def test_pieces_that_others_read_stay(result):
+    shape = f"m,n,{K}" if result in "pu" else "m,n,1"
+    model = quantized(
+        f"{A} => ({Y}, float[{shape}] o) {{ x = Abs (a) p = Mul (x, x) {MEAN} e = Add (m, eps) "
+        f"r = Sqrt (e) u = Div (x, r) y = Mul (u, gamma) o = Neg ({result}) }}"
+    )
+    assert not FuseNorms(everything)(model).modified
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            f"{A} => ({Y}) {{ y = LayerNormalization <axis = 1> (a, gamma, beta) }}",
+            "normalizes more than the last axis",
+        ),
+        (
+            f"{A} => ({Y}) {{ y = LayerNormalization <stash_type = 16> (a, gamma, beta) }}",
+            "its statistics are not float32",
+        ),
+        (
+            f"{A} => ({Y}, float[m,n,1] u) {{ y, u = LayerNormalization (a, gamma, beta) }}",
+            "its mean or deviation is read",
+        ),
+        (
+            f"{A} => ({Y}) {{ y = LayerNormalization (a, one) }}",
+            "one is not one float32 per channel",
+        ),
+        (
+            f"g (float[m,{K}] a, float[{K}] b) => (float[m,{K}] y) "
+            "{ y = LayerNormalization (a, b) }",
+            "b is no constant",
+        ),
+        (
+            "g (float[m,n] a) => (float[m,n] y) { y = LayerNormalization (a, gamma) }",
+            "the length of its last axis is not known",
+        ),
+        (
+            f"g (double[m,{K}] a) => (double[m,{K}] y) {{ y = LayerNormalization (a, gamma) }}",
+            "DOUBLE is normalized in float",
+        ),
+    ],
+)
+def test_stays_with_a_reason(text, reason):
+    model = quantized(text)
+    before = text_of(model)
+    assert not FuseNorms(everything)(model).modified
+    assert text_of(model) == before
+    (decision,) = map(decision_of, model.graph)
+    assert (decision.action, decision.why) == ("float", reason)
+
+
+def test_an_addition_that_broadcasts_stays():
+    model = quantized(
+        f"g (float[m,{K}] a, float[1,{K}] b) => (float[m,{K}] y) "
+        f"{{ x = Add (a, b) {NORM.format(x='x')} }}"
+    )
+    assert FuseNorms(everything)(model).modified
+    assert [node.op_type for node in model.graph] == ["Add", outlined("LayerNorm", "y")]
+
+
+def test_takes_the_norm_alone_where_there_is_no_larger_kernel():
+    model = quantized(f"{AB} => ({QS}) {{ x = Add (a, b) {NORM.format(x='x')} {QUANTIZE} }}")
+    rewrite = FuseNorms(lambda region: "no" if region.anchor.startswith("Add") else None)
+    assert rewrite(model).modified
+    names = [node.op_type for node in model.graph]
+    assert names == ["Add", outlined("LayerNorm", "y"), f"Quantize_K{K}"]
+
+
+def test_targets_without_the_kernel_say_so():
+    model = quantized(f"{A} => ({Y}) {{ {NORM.format(x='a')} }}")
+    target = TARGETS["arm-int8"]
+    assert not FuseNorms(lambda region: unsupported(target, region))(model).modified
+    assert [decision_of(node).why.split("-")[0] for node in model.graph] == ["no arm"]
