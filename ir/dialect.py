@@ -72,11 +72,11 @@ _SCALE_OF_TOKEN = """
     first = Constant <value_ints = [0]> ()
     second = Constant <value_ints = [1]> ()
     largest = Slice (reduced, first, second, last)
-    floor = Constant <value_float = 1e-20> ()
+    floor = Constant <value_float = {floor}> ()
     bounded = Max (largest, floor)
     top = Constant <value_float = {top}> ()
     s = Div (bounded, top)
-"""
+""".replace("{floor}", str(SMALLEST_MAGNITUDE))
 
 _TOKEN_TO_INT8 = (
     _SCALE_OF_TOKEN.replace("{top}", "127.0")

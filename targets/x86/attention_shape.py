@@ -16,7 +16,7 @@ MAX_DEPTH = 1024
 _BLOCK_FLOATS = 16384
 """Of packed keys, and again of values: 64 KiB each, in L2 with room for the rest."""
 _ROW_FLOATS = 16384
-_MOST_KEYS, _MOST_ROWS = 1024, 256
+_MOST_KEYS, _MOST_ROWS = 512, 256
 _LANES = 16
 
 
