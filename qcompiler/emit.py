@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import importlib.metadata
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from qcompiler.recipe import Recipe
 from qcompiler.targets.target import Target
 
 __all__ = ["build_kernels", "minimum_ort", "write_bundle"]
+
+_GLUE_STEPS = 10
 
 _OPSET_OF_ORT = (("1.23", 23), ("1.24", 25), ("1.25", 26))
 """The newest opset each ONNX Runtime loads; tried with the wheels 1.23.0 to 1.31.1."""
@@ -38,10 +41,14 @@ def build_kernels(
         return None
     from qcompiler.targets.library import KernelCache, build_library  # imports tvm
 
+    steps = itertools.count()
+
+    def tell(line: str) -> None:
+        # A line for each kernel that is not cached, a few for the glue and the link.
+        clock.detail(line, min(next(steps) / (len(regions) + _GLUE_STEPS), 1.0))
+
     file = f"lib{domain.replace('.', '-')}-{target.machine}.so"
-    library = build_library(
-        regions, domain, folder / file, cache=KernelCache(), progress=clock.detail
-    )
+    library = build_library(regions, domain, folder / file, cache=KernelCache(), progress=tell)
     return LibraryEntry(file, domain, target.machine, library.isa, library.minimum_glibc)
 
 
