@@ -14,6 +14,7 @@ from collections.abc import Iterable
 import onnx_ir as ir
 
 from qcompiler.ir import dialect
+from qcompiler.ir.decisions import region_of
 from qcompiler.ir.errors import VerifyError
 
 __all__ = ["Stage", "verify"]
@@ -92,6 +93,8 @@ def _known_ops(model: ir.Model, stage: Stage) -> _Problems:
             problems.append((str(node.name), f"{node.op_type} may not appear before folding"))
         if node.domain != dialect.DOMAIN and stage < Stage.KERNEL:
             problems.append((str(node.name), f"{node.op_type} may not appear before outlining"))
+        if node.domain != dialect.DOMAIN and region_of(node) is None:
+            problems.append((str(node.name), f"{node.op_type} does not say what it computes"))
         if node.op_identifier() not in model.functions:
             problems.append((str(node.name), f"{node.op_type} has no function body"))
     return problems

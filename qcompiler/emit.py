@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import importlib.metadata
+import itertools
 from pathlib import Path
 
 import onnx_ir as ir
