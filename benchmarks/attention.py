@@ -75,6 +75,8 @@ class Contestant:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        # The threads of the session before would hold a core that the next one needs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if library is not None:
             options.register_custom_ops_library(str(library))
         self._session = ort.InferenceSession(model, options)
