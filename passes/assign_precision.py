@@ -108,7 +108,7 @@ class AssignPrecision(ir.passes.InPlacePass):
             case "Conv":
                 return self._plan_conv(node, in_branch)
             case op if op in _SENSITIVE:
-                return _Float(f"{op} is sensitive: kept in {_dtype_name(node.outputs[0])}")
+                return _Float(f"{op} is sensitive: not rounded to 8 bits")
             case op if op in _NOT_YET and _has_float_constant(node):
                 return _Float(f"no quantized form of {op} yet", _NOT_YET[op])
         return None
