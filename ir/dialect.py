@@ -21,7 +21,7 @@ attribute something else.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import onnx.parser
 import onnx_ir as ir
@@ -29,7 +29,16 @@ import onnx_ir as ir
 from qcompiler.ir.attention import attention_body
 from qcompiler.ir.region import Region
 
-__all__ = ["DOMAIN", "OPS", "VERSION", "DialectOp", "declare", "function_of", "region_function"]
+__all__ = [
+    "DOMAIN",
+    "OPS",
+    "VERSION",
+    "DialectOp",
+    "declare",
+    "function_of",
+    "region_function",
+    "type_results",
+]
 
 DOMAIN = "qcompiler"
 VERSION = 1
@@ -315,6 +324,19 @@ def _clip(result: str, operand: str, bounds: dict[str, int | float | str]) -> st
 
 def _literal(value: float | str) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def type_results(node: ir.Node, op: str, outputs: Sequence[str] = ()) -> None:
+    """Give the results of a node their types where shape inference found none.
+
+    Args:
+        node: In place, computing what `op` does.
+        op: Name of a dialect op.
+        outputs: Which of the op's outputs the node has; all by default.
+    """
+    for value, name in zip(node.outputs, outputs or OPS[op].outputs, strict=True):
+        if value.dtype is None:
+            value.dtype = OPS[op].type_of(name)
 
 
 def declare(model: ir.Model) -> None:

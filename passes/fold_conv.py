@@ -64,6 +64,7 @@ def try_fold_conv(graph: ir.Graph, conv: ir.Node) -> bool:
     )
     inherit(new, conv)
     replace_nodes(covered, [new])
+    dialect.type_results(new, "QConv")
     decide(new, "qdq", "ORT's own QLinearConv")
     return True
 

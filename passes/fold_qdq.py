@@ -85,6 +85,7 @@ class FoldQDQ(ir.passes.InPlacePass):
         new = ir.node(op, inputs, attributes, domain=dialect.DOMAIN, version=dialect.VERSION)
         inherit(new, node)
         replace_nodes([node], [new])
+        dialect.type_results(new, op)
         decide(new, "body", "folded, no kernel bound yet")
         return True
 

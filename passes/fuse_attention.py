@@ -48,6 +48,7 @@ class FuseAttention(ir.passes.InPlacePass):
         if fused:
             model.graph.opset_imports[UNBOUND] = dialect.VERSION
             common.RemoveUnusedNodesPass()(model)
+            common.NameFixPass()(model)
         return ir.passes.PassResult(model, fused > 0)
 
     def _try_fuse(self, model: ir.Model, softmax: ir.Node) -> bool:
@@ -79,3 +80,4 @@ def _outline(model: ir.Model, softmax: ir.Node, found: Attention, region: Region
     last = found.result.producer()
     assert last is not None
     replace_nodes([last], [new])
+    dialect.type_results(new, region.anchor)

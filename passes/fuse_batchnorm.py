@@ -1,44 +1,60 @@
 """Fold a BatchNormalization into the convolution before it.
 
     BatchNormalization(Conv(x, W, b), gamma, beta, mu, var)   =>   Conv(x, W', b')
-        W' = W gamma / sqrt(var + eps),  b' = (b - mu) gamma / sqrt(var + eps) + beta
+        f = gamma / sqrt(var + eps),  W' = W f,  b' = (b - mu) f + beta
 
-Also for ConvTranspose and Gemm; the rules are onnxscript's.  Left alone, the normalization would
-stay in float between two integer convolutions.
+Left alone, the normalization would stay in float between two integer convolutions.  (onnxscript has
+rules for this; 0.7 folds training mode too, and loses weights that are graph outputs.)
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
-from onnxscript.rewriter import RewritePass
-from onnxscript.rewriter.rules.common import (
-    fuse_batchnorm_into_conv_rule,
-    fuse_batchnorm_into_conv_transpose_rule,
-    fuse_batchnorm_into_gemm_rule,
-)
+from onnx_ir.passes import common
+
+from qcompiler.ir.graph import constant, new_initializer, only_consumer, replace_nodes
 
 __all__ = ["FuseBatchNorm"]
 
-_RULES = [
-    fuse_batchnorm_into_conv_rule,
-    fuse_batchnorm_into_conv_transpose_rule,
-    fuse_batchnorm_into_gemm_rule,
-]
+_INPUTS = 5
 
 
 class FuseBatchNorm(ir.passes.InPlacePass):
-    """Fold every BatchNormalization whose producer is read by nothing else."""
+    """Fold every BatchNormalization in inference mode whose Conv is read by nothing else."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fold in place; what a BatchNormalization was folded into keeps its own name."""
-        producers = {
-            node.outputs[0].name: node.inputs[0].producer()
-            for node in model.graph.all_nodes()
-            if node.op_type == "BatchNormalization" and node.inputs[0] is not None
-        }
-        names = {value: node.name for value, node in producers.items() if node is not None}
-        result = RewritePass(_RULES)(model)
-        for node in model.graph.all_nodes():
-            if node.op_type != "BatchNormalization" and node.outputs[0].name in names:
-                node.name = names[node.outputs[0].name]
-        return ir.passes.PassResult(model, result.modified)
+        """Fold in place; the Conv keeps its name."""
+        convolutions = [node for node in model.graph.all_nodes() if node.op_type == "Conv"]
+        folded = sum(_try_fold(model.graph, node) for node in convolutions)
+        if folded:
+            common.RemoveUnusedNodesPass()(model)
+            common.NameFixPass()(model)
+        return ir.passes.PassResult(model, folded > 0)
+
+
+def _try_fold(graph: ir.Graph, conv: ir.Node) -> bool:
+    norm = only_consumer(conv.outputs[0])
+    if norm is None or norm.op_type != "BatchNormalization" or norm.graph is not conv.graph:
+        return False
+    training = norm.attributes.get_int("training_mode", 0)
+    extra = any(value.uses() or value.is_graph_output() for value in norm.outputs[1:])
+    if training or extra or len(norm.inputs) != _INPUTS:
+        return False
+    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
+    weight, *parameters = (constant(value) for value in [conv.inputs[1], *norm.inputs[1:]])
+    offset = np.zeros((), np.float32) if bias is None else constant(bias)
+    if weight is None or offset is None or any(array is None for array in parameters):
+        return False
+    gamma, beta, mean, variance = (np.asarray(array, np.float64) for array in parameters)
+    factor = gamma / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
+    scaled = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
+    shifted = (np.asarray(offset, np.float64) - mean) * factor + beta
+    operands = [
+        conv.inputs[0],
+        new_initializer(graph, f"{conv.name}_weight", scaled.astype(weight.dtype)),
+        new_initializer(graph, f"{conv.name}_bias", shifted.astype(weight.dtype)),
+    ]
+    new = ir.node("Conv", operands, conv.attributes, name=conv.name)
+    replace_nodes([conv, norm], [new])
+    return True

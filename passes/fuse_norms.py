@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decide, inherit, region_of, set_region
@@ -51,6 +52,7 @@ class FuseNorms(ir.passes.InPlacePass):
         if outlined:
             model.graph.opset_imports[UNBOUND] = dialect.VERSION
             _drop_unused_functions(model)
+            common.NameFixPass()(model)
         return ir.passes.PassResult(model, outlined > 0)
 
     def _outline(self, model: ir.Model, norm: Norm) -> str | None:
@@ -138,6 +140,7 @@ def _replace(
     decide(new, "body", f"fused with {' and '.join(fused)}" if fused else "outlined")
     old = [*([add] if add else []), *norm.nodes, *([quantize] if quantize else [])]
     ir.convenience.replace_nodes_and_values(graph, old[0], old, [new], results, list(new.outputs))
+    dialect.type_results(new, region.anchor, region.outputs)
 
 
 def _drop_unused_functions(model: ir.Model) -> None:

@@ -108,6 +108,7 @@ class FuseRegions(ir.passes.InPlacePass):
         steps = " + ".join(step.op for step in growth.region.steps)
         decide(new, "body", f"fused with {steps}" if steps else "outlined")
         replace_nodes(growth.covered, [new])
+        dialect.type_results(new, growth.region.anchor)
 
 
 def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...]:

@@ -81,7 +81,7 @@ def match_attention(softmax: ir.Node) -> Attention:
         raise Mismatch("not a softmax over the last of four dimensions")
     weights, guarded = _guarded(result)
     context = _only_reader(weights, "MatMul")
-    if context.inputs[0] is not weights:
+    if context.inputs[0] is not weights or context.inputs[1] is weights:
         raise Mismatch("its result is not the left operand of a product")
     product, mask, scale = _product(scores)
     query = _look_through(_require(product.inputs[0]))

@@ -173,5 +173,8 @@ def _is_over_last_axis(mean: ir.Node, x: ir.Value) -> bool:
 
 
 def _scalar(value: ir.Value | None) -> float | None:
+    """The number of a constant that adds no dimension to what it meets."""
     array = constant(value)
-    return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
+    if array is None or array.size != 1 or array.ndim > 1:
+        return None
+    return float(array.reshape(-1)[0])

@@ -1,12 +1,20 @@
+import os
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 from golden import model_of
+from hypothesis import settings
 
 import qcompiler
 from qcompiler.report import Report
+
+# The same examples at every run, so that a failure is the change's;
+# HYPOTHESIS_PROFILE=explore looks for new ones.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore")
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
 

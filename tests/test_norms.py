@@ -3,9 +3,11 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+from conftest import needs_avx512_vnni
 from golden import HEAD, assert_rewrites, model_of, text_of
 from onnx_ir.passes import common
 
+import qcompiler
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage, verify
@@ -257,3 +259,21 @@ def test_targets_without_the_kernel_say_so():
     target = TARGETS["arm-int8"]
     assert not FuseNorms(lambda region: unsupported(target, region))(model).modified
     assert [decision_of(node).why.split("-")[0] for node in model.graph] == ["no arm"]
+
+
+@needs_avx512_vnni
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_row_that_is_not_finite_stays_so(tmp_path, bad):
+    """As in its body; the other rows are untouched."""
+    model = model_of(
+        "g (float[s,32] x) => (float[s,32] y) { s2 = Pow (x, two) m = ReduceMean (s2, last) "
+        "a = Add (m, e) r = Sqrt (a) u = Div (x, r) y = Mul (u, g) }",
+        {"two": np.float32(2), "last": np.array([-1]), "e": np.float32(1e-5),
+         "g": np.ones(32, np.float32)},
+    )  # fmt: skip
+    bundle = qcompiler.compile(model, "x86-int8", tmp_path / "b").bundle
+    x = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
+    x[1, 3] = bad
+    native = qcompiler.load(bundle).run(None, {"x": x})[0]
+    bodies = qcompiler.load(bundle, native=False).run(None, {"x": x})[0]
+    np.testing.assert_allclose(native, bodies, rtol=1e-5, atol=1e-6)

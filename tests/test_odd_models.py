@@ -142,6 +142,20 @@ MODELS = {
          "b": np.array([0.1, 0.7, -1, 2], np.float32)},
         {"x": IMAGE},
     ),
+    "an attention of itself": (
+        "g (float[b,h,16,16] q, float[b,h,16,16] k) => (float[b,h,16,16] y) "
+        "{ t = Transpose <perm = [0,1,3,2]> (k) p = MatMul (q, t) w = Softmax (p) "
+        "y = MatMul (w, w) }",
+        {},
+        {"q": normal(1, 2, 16, 16), "k": normal(1, 2, 16, 16)},
+    ),
+    "an RMSNorm that adds dimensions": (
+        "g (float[b,s,32] x) => (float[o,p,q,32] y) { s2 = Pow (x, two) "
+        "m = ReduceMean (s2, last) a = Add (m, e) r = Sqrt (a) u = Div (x, r) y = Mul (u, g) }",
+        {"two": np.float32(2), "last": np.array([-1]), "g": normal(32),
+         "e": np.full((1, 1, 1, 1), 1e-5, np.float32)},
+        {"x": normal(2, 3, 32)},
+    ),
     "a long name": (
         "g (float[m,64] x) => (float[m,16] y) { y = MatMul (x, " + "w" * 300 + ") }",
         {"w" * 300: W},

@@ -419,3 +419,13 @@ def test_branches_share_what_is_outside_them(target):
         verify(model, stage, "test")
     for feed, want in zip(feeds, expected, strict=True):
         assert sqnr(want, run(model, feed)[0]) > 15
+
+
+def test_results_are_typed_where_shape_inference_found_nothing():
+    model = assigned(
+        "g (float[m,64] x) => (float[m,8] z) { y = MatMul (x, w) z = Neg (y) }", {"w": W}
+    )
+    next(iter(model.graph)).outputs[0].type = None
+    for rewrite in (InsertQDQ(), RoundToNearest(), FoldQDQ()):
+        rewrite(model)
+    verify(model, Stage.QUANTIZED, "fold-qdq")

@@ -187,8 +187,14 @@ class _Norm:
         return all_lanes_sum(total.combine(operator.add)) * tir.broadcast(1.0 / self._k)
 
     def _factor(self, variance: Expr) -> Register:
-        above_zero = tir.minimum(variance + tir.broadcast(self._epsilon), tir.broadcast(_LARGEST))
-        return Register("float32", reciprocal_root(Register("float32", above_zero).value))
+        above_zero = Register("float32", variance + tir.broadcast(self._epsilon))
+        largest = tir.broadcast(_LARGEST)
+        # In this order a NaN stays: the second operand is taken if the comparison fails.
+        bounded = Register("float32", tir.minimum(largest, above_zero.value))
+        factor = reciprocal_root(bounded.value)
+        return Register(
+            "float32", tir.select(above_zero.value > largest, tir.broadcast(0.0), factor)
+        )
 
     def _sum(self, row: _Row, offset: Expr, count: int) -> Expr:
         """The norm's operand, from its inputs."""
