@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from qcompiler.targets.toolchain import find_linker
@@ -22,11 +21,6 @@ Array = NDArray[Any]
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PROT_NONE = 0
 _counter = itertools.count()
-
-needs_avx512_vnni = pytest.mark.skipif(
-    not Path("/proc/cpuinfo").exists() or "avx512_vnni" not in Path("/proc/cpuinfo").read_text(),
-    reason="this CPU has no AVX512-VNNI",
-)
 
 
 def load(functions: Mapping[str, Any], folder: Path) -> ctypes.CDLL:

@@ -9,18 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import needs_avx512_vnni
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from raw_kernels import (
-    Array,
-    Guarded,
-    accumulate,
-    load,
-    needs_avx512_vnni,
-    pack,
-    pointer,
-    quantize,
-)
+from raw_kernels import Array, Guarded, accumulate, load, pack, pointer, quantize
 from scipy import special
 
 from qcompiler.ir.region import Region, Step

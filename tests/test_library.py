@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from conftest import needs_avx512_vnni
 from feed_forward import (
     DOMAIN,
     FEED_FORWARD,
@@ -29,7 +30,7 @@ from feed_forward import (
     session,
 )
 from onnx import TensorProto, helper, numpy_helper
-from raw_kernels import Array, needs_avx512_vnni, quantize
+from raw_kernels import Array, quantize
 from registry import debian_package
 
 from qcompiler.targets import toolchain

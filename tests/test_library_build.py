@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import needs_avx512_vnni
 from feed_forward import (
     DOMAIN,
     FEED_FORWARD,
@@ -20,7 +21,6 @@ from feed_forward import (
     session,
 )
 from onnx import TensorProto
-from raw_kernels import needs_avx512_vnni
 
 from qcompiler.ir.errors import ToolchainError
 from qcompiler.targets.cache import KernelCache
