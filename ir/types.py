@@ -1,8 +1,7 @@
 """Quantized types: how a float tensor is stored as integers or small floats.
 
 After MLIR's quant dialect (expressed and storage type) and torchao's granularity.  These are
-facts, never graph objects: the graph is always an `onnx_ir.Model`, and `QuantParams` is a view
-read off it.
+facts, never graph objects: the graph is always an `onnx_ir.Model`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ __all__ = [
     "PerAxis",
     "PerGroup",
     "PerTensor",
-    "QuantParams",
     "QuantSpec",
     "QuantType",
     "TensorStats",
@@ -109,15 +107,6 @@ class QuantSpec:
 
     def __str__(self) -> str:
         return f"{self.scale} {self.type}"
-
-
-@dataclasses.dataclass(frozen=True)
-class QuantParams:
-    """A `QuantType` together with the graph values that realise it."""
-
-    type: QuantType
-    scale: ir.Value
-    zero_point: ir.Value | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ def build_kernels(
     domain, regions = bound_domain(model), bound_regions(model)
     if domain is None:
         return None
-    from qcompiler.targets.library import KernelCache, build_library  # imports tvm
+    from qcompiler.targets.library import KernelCache, build_library
 
     steps = itertools.count()
 

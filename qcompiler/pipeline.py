@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -36,11 +37,30 @@ class Step:
         name: What it is called on the command line.
         rewrite: The pass; any `onnx_ir` pass will do.
         stage: What the model must satisfy afterwards.
+        needs: What the pass depends on beside the model: the target, or plans made before it.
     """
 
     name: str
     rewrite: ir.passes.PassBase
     stage: Stage
+    needs: Literal["", "target", "plans"] = ""
+
+    def apply(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run the pass and verify what it leaves.
+
+        Raises:
+            QCompilerError: A mistake in the input, as the pass found it.
+            VerifyError: The pass broke a rule of its stage.
+        """
+        try:
+            result = self.rewrite(model)
+        except ir.passes.PassError as error:
+            # onnx_ir wraps what happens inside a sequence of passes; ours speak for themselves.
+            if isinstance(error.__cause__, QCompilerError):
+                raise error.__cause__ from None
+            raise
+        verify(result.model, self.stage, after=self.name)
+        return result
 
 
 class Pipeline:
@@ -75,18 +95,22 @@ class Pipeline:
                     "assign-precision",
                     AssignPrecision(target.scheme, recipe.keep_float, recipe.group_size),
                     Stage.FLOAT,
+                    "target",
                 ),
-                Step("insert-qdq", InsertQDQ(observe), Stage.QDQ),
-                Step("round-to-nearest", RoundToNearest(), Stage.QDQ),
+                Step("insert-qdq", InsertQDQ(observe), Stage.QDQ, "plans"),
+                Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
                 Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),
-                Step("fuse-regions", FuseRegions(_kernels_of(target)), Stage.KERNEL),
-                Step("fuse-norms", FuseNorms(_kernels_of(target)), Stage.KERNEL),
+                Step("fuse-regions", FuseRegions(_kernels_of(target)), Stage.KERNEL, "target"),
+                Step("fuse-norms", FuseNorms(_kernels_of(target)), Stage.KERNEL, "target"),
                 Step(
                     "fuse-attention",
                     FuseAttention(_kernels_of(target), bfloat16=recipe.bfloat16),
                     Stage.KERNEL,
+                    "target",
                 ),
-                Step("bind-kernels", BindKernels(catalog.fingerprint(target)), Stage.KERNEL),
+                Step(
+                    "bind-kernels", BindKernels(catalog.fingerprint(target)), Stage.KERNEL, "target"
+                ),
             ]
         )
 
@@ -130,14 +154,7 @@ class Pipeline:
         for step in self.steps:
             if on_step is not None:
                 on_step(step)
-            try:
-                model = step.rewrite(model).model
-            except ir.passes.PassError as error:
-                # onnx_ir wraps what happens inside a sequence of passes; ours speak for themselves.
-                if isinstance(error.__cause__, QCompilerError):
-                    raise error.__cause__ from None
-                raise
-            verify(model, step.stage, after=step.name)
+            model = step.apply(model).model
         return model
 
     def _index(self, name: str) -> int:

@@ -257,3 +257,8 @@ def test_pass_keeps_external_data_complete():
 )
 def test_pass_with_bad_input(args, code, message):
     fails(code, message, "pass", *args)
+
+
+@pytest.mark.parametrize("name", ["fuse-regions", "fuse-norms", "fuse-attention", "bind-kernels"])
+def test_a_pass_that_asks_for_kernels_asks_for_the_target(name, tmp_path):
+    fails(1, f"{name} depends on the target", "pass", name, MODEL, tmp_path / "out.onnx")

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["pass_command"]
 
-_NEEDS_TARGET = frozenset({"assign-precision", "fuse-regions", "fuse-norms", "bind-kernels"})
-_NEEDS_PLANS = frozenset({"insert-qdq", "round-to-nearest"})
 _INLINE_LIMIT = 1 << 30
 """Above this many bytes weights go into a file of their own: protobuf ends at 2 GiB."""
 
@@ -69,7 +67,8 @@ def pass_command(
     rows: list[dict[str, Any]] = []
     for step in steps:
         before = _count(model)
-        changed, model = _apply(step, model)
+        result = step.apply(model)
+        changed, model = result.modified, result.model
         rows.append({"pass": step.name, "changed": changed, "nodes_before": before,
                      "nodes_after": _count(model)})  # fmt: skip
     _save(model, output)
@@ -98,9 +97,7 @@ def _list(terminal: Terminal, as_json: bool) -> None:
 def _entry(step: Step) -> PassEntry:
     text = sys.modules[type(step.rewrite).__module__].__doc__ or type(step.rewrite).__doc__ or ""
     summary = text.strip().partition("\n\n")[0].replace("\n", " ")
-    needs = "--target" if step.name in _NEEDS_TARGET else ""
-    if step.name in _NEEDS_PLANS:
-        needs = "assign-precision"
+    needs = {"": "", "target": "--target", "plans": "assign-precision"}[step.needs]
     return PassEntry(step.name, step.stage.name.lower(), needs, summary)
 
 
@@ -116,9 +113,10 @@ def _chosen(names: str, target: str | None, calib: Path | None) -> list[Step]:
         if name not in steps:
             hint = did_you_mean(name, steps) or f"; one of {', '.join(steps)}"
             raise OptionError(f"no pass {name!r}{hint}")
-        if name in _NEEDS_TARGET and target is None:
+        needs = steps[name].needs
+        if needs == "target" and target is None:
             raise OptionError(f"{name} depends on the target: add --target TARGET")
-        if name in _NEEDS_PLANS and "assign-precision" not in chosen[:index]:
+        if needs == "plans" and "assign-precision" not in chosen[:index]:
             raise OptionError(
                 f"{name} needs the plans of assign-precision, which files do not hold; run both: "
                 f"qcompile pass assign-precision+{name} … --target TARGET"
@@ -138,15 +136,6 @@ def _pipeline(target: str | None, calib: Path | None) -> Pipeline:
 
     samples = Samples(calib)
     return Pipeline.default(goal, observe=lambda model, names: observe(model, names, samples))
-
-
-def _apply(step: Step, model: ir.Model) -> tuple[bool, ir.Model]:
-    """Run one step as the pipeline would; whether it changed anything, and the model."""
-    from qcompiler.ir.stages import verify
-
-    result = step.rewrite(model)
-    verify(result.model, step.stage, after=step.name)
-    return result.modified, result.model
 
 
 def _count(model: ir.Model) -> int:
