@@ -19,7 +19,7 @@ __all__ = ["ELEMENTWISE", "apply_steps", "unsupported_step"]
 
 Expr = Any
 Vectors = Any
-"""A module of vector operations: broadcast, maximum, minimum, Register, absolute, erfc_positive,
+"""A module of vector operations: broadcast, maximum, minimum, Register, absolute, gelu_tail,
 sigmoid."""
 
 
@@ -40,15 +40,7 @@ def _clip(v: Vectors, x: Expr, min: float = -math.inf, max: float = math.inf) ->
 
 
 def _gelu(v: Vectors, x: Expr, approximate: str = "none") -> Expr:
-    if approximate == "tanh":
-        # x (1 + tanh(u)) / 2 = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-        scale = 2 * math.sqrt(2 / math.pi)
-        cubic = x * x * v.broadcast(0.044715 * scale) + v.broadcast(scale)
-        return x * v.sigmoid(x * cubic)
-    # x Phi(x) = max(x, 0) - |x| / 2 erfc(|x| / sqrt(2)), without cancellation for x < 0
-    magnitude = v.Register("float32", v.absolute(x))
-    tail = v.erfc_positive(magnitude.value * v.broadcast(math.sqrt(0.5)))
-    return v.maximum(x, v.broadcast(0.0)) - magnitude.value * v.broadcast(0.5) * tail
+    return v.maximum(x, v.broadcast(0.0)) - v.gelu_tail(v.absolute(x), approximate)
 
 
 ELEMENTWISE: dict[str, Elementwise] = {

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from qcompiler.targets import tir
+from qcompiler.targets.piecewise import GELU_TAILS, Piecewise
 from qcompiler.targets.tir import LANES, Expr, Register, broadcast, maximum, minimum
 
 __all__ = [
@@ -20,11 +21,11 @@ __all__ = [
     "all_lanes_sum",
     "broadcast",
     "dot_product_u8s8",
-    "erfc_positive",
     "exp",
     "exp_of_negative",
     "first_lanes",
     "fma",
+    "gelu_tail",
     "larger_magnitude",
     "load_lanes",
     "maximum",
@@ -56,13 +57,9 @@ _EXP2_OF_FRACTION = (
     1.0, 0.6930448440, 0.2412802090, 0.0522424716, 0.0134266900,
 )  # fmt: skip
 
-# erfc(z) exp(z^2) = t P(t) with t = 1 / (1 + 0.4 z), absolute error of z erfc(z) 7e-9 for z >= 0.
-# One odd polynomial for erf, the usual choice, cannot reach 1e-6 in float32.
-_ERFC_SLOPE = 0.4
-_ERFC = (
-    0.2339019477367401, 0.14920590817928314, 0.5002164840698242, -0.4110690951347351,
-    0.7342315316200256, -0.20648708939552307,
-)  # fmt: skip
+_ROUNDER = 1.5 * 2**23
+"""Added to a float from 0 to 2^22 and taken away again it rounds to an integer, which the low bits
+of the sum hold."""
 
 
 def load_lanes(array: Expr, start: Expr, count: int, dtype: str = "float32") -> Expr:
@@ -247,14 +244,32 @@ def exp_of_negative(value: Expr) -> Expr:
     return _masked("float32x16", "llvm.x86.avx512.mask.scalef.ps.512", series, power.value, nothing)
 
 
-def erfc_positive(value: Expr) -> Expr:
-    """erfc(value) for value >= 0."""
-    z = Register("float32", value)
-    t = Register(
-        "float32", reciprocal(fma(z.value, tir.broadcast(_ERFC_SLOPE), tir.broadcast(1.0)))
-    )
-    gauss = _exp2(z.value * z.value * tir.broadcast(-math.log2(math.e)))
-    return gauss * (_polynomial(t.value, _ERFC) * t.value)
+def gelu_tail(magnitude: Expr, approximate: str) -> Expr:
+    """max(x, 0) - GELU(x) for the magnitude of x, to 6e-7; NaN for NaN."""
+    return _piecewise(magnitude, GELU_TAILS[approximate])
+
+
+def _piecewise(magnitude: Expr, pieces: Piecewise) -> Expr:
+    """A function of magnitude >= 0: each coefficient is picked from two registers of them."""
+    # In this order vminps returns NaN for NaN.
+    bounded = Register("float32", minimum(broadcast(pieces.last), magnitude))
+    per_step = broadcast(1.0 / pieces.step)
+    index = Register("float32", fma(bounded.value, per_step, broadcast(_ROUNDER)))
+    middle = index.value - broadcast(_ROUNDER)
+    offset = Register("float32", fma(bounded.value, per_step, broadcast(0.0) - middle))
+    order = tir.reinterpret("int32x16", index.value)
+    *rest, top = (_lookup(table, order) for table in pieces.coefficients)
+    return functools.reduce(lambda sum_, c: fma(sum_, offset.value, c), reversed(rest), top)
+
+
+def _lookup(table: Sequence[float], index: Expr) -> Expr:
+    """`table[index % 32]` (vpermi2ps)."""
+    low, high = (_vector(table[i : i + LANES]) for i in (0, LANES))
+    return tir.intrinsic("float32x16", "llvm.x86.avx512.vpermi2var.ps.512", low, index, high)
+
+
+def _vector(numbers: Sequence[float]) -> Expr:
+    return tir.concatenate([tir.constant(number, "float32") for number in numbers])
 
 
 def sigmoid(value: Expr) -> Expr:
