@@ -20,13 +20,14 @@ class Recipe:
     Attributes:
         keep_float: Node names, op types, or shell patterns of either, that are not quantized.
         group_size: Weights per scale for int4 targets; by default the target's own choice.
-        bfloat16: Let attention round what it multiplies to bfloat16 on processors that multiply
-            those (x86: AVX512-BF16): up to twice as fast, with errors 45 dB below the result.
+        bfloat16: Whether attention rounds what it multiplies to bfloat16 on processors that
+            multiply those (x86: AVX512-BF16): up to twice as fast, with errors 45 dB below the
+            result.  By default where that is less than the error of its quantized operands.
     """
 
     keep_float: tuple[str, ...] = ()
     group_size: int | None = None
-    bfloat16: bool = False
+    bfloat16: bool | None = None
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -74,8 +75,8 @@ class Recipe:
             raise OptionError(f"{source}: keep_float must be a list of strings, not {keep!r}")
         if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
             raise OptionError(f"{source}: group_size must be an integer, not {size!r}")
-        bfloat16 = content.get("bfloat16", False)
-        if not isinstance(bfloat16, bool):
+        bfloat16 = content.get("bfloat16")
+        if bfloat16 is not None and not isinstance(bfloat16, bool):
             raise OptionError(f"{source}: bfloat16 must be true or false, not {bfloat16!r}")
         return cls(tuple(keep), size, bfloat16)
 
@@ -83,4 +84,4 @@ class Recipe:
         """Plain values that `from_dict` takes; unset ones are left out."""
         content: dict[str, Any] = {"keep_float": list(self.keep_float)}
         content |= {} if self.group_size is None else {"group_size": self.group_size}
-        return content | ({"bfloat16": True} if self.bfloat16 else {})
+        return content | ({} if self.bfloat16 is None else {"bfloat16": self.bfloat16})

@@ -170,20 +170,29 @@ def test_the_example_keeps_its_numbers():
 @needs_avx512_vnni
 def test_the_compiled_example_runs_it_as_a_kernel(digits):
     kernels = {d.op for d in digits.decisions if d.action == "kernel"}
-    assert "Attention_D16_ssss" in kernels
+    assert "Attention_D16_ssss_bf16" in kernels
     feeds = {"image": np.random.default_rng(0).random((3, 1, 20, 20), np.float32)}
     results = [
         qcompiler.load(digits.bundle, native=native).run(None, feeds) for native in (True, False)
     ]
     for got, want in zip(*results, strict=True):
-        assert sqnr(want, got) >= 40
+        # Rounding to bfloat16 moves a few activations to the integer next to theirs.
+        assert sqnr(want, got) >= 35
 
 
-def test_a_recipe_allows_bfloat16(tmp_path):
-    recipe = Recipe.from_dict({"bfloat16": True})
-    assert Recipe.from_dict(recipe.to_dict()) == recipe
+@pytest.mark.parametrize(
+    ("recipe", "whole", "attention_alone"),
+    [({}, "_bf16", ""), ({"bfloat16": True}, "_bf16", "_bf16"), ({"bfloat16": False}, "", "")],
+)
+def test_bfloat16_is_used_after_int8_products_or_as_the_recipe_says(recipe, whole, attention_alone):
+    chosen = Recipe.from_dict(recipe | {"keep_float": ["Conv"]})
+    assert Recipe.from_dict(chosen.to_dict()) == chosen
+    steps = list(Pipeline.default(get_target("x86-int8"), chosen))
+    through = [step.name for step in steps].index("fuse-attention")
+    model = ir.load(DIGITS / "digits.onnx")
+    for step in steps[: through + 1]:
+        model = step.apply(model).model
+    assert sum(node.op_type == f"Attention_D16_ssss{whole}" for node in model.graph) == 2
     model = Canonicalize()(ir.load(DIGITS / "digits.onnx")).model
-    pipeline = Pipeline.default(get_target("x86-int8"), recipe)
-    (step,) = [step for step in pipeline if step.name == "fuse-attention"]
-    step.rewrite(model)
-    assert sum(node.op_type == "Attention_D16_ssss_bf16" for node in model.graph) == 2
+    steps[through].rewrite(model)
+    assert sum(node.op_type == f"Attention_D16_ssss{attention_alone}" for node in model.graph) == 2
