@@ -3,9 +3,10 @@
     y = Gelu(Add(QMatMulW8A8(q, s, w, ws), b))
         =>   y = QMatMulW8A8_K384_N1536_AddC_Gelu(q, s, w, ws, b)
 
-A region grows while its result has exactly one reader, that reader is elementwise, its other
-operand is one value per channel or provably has the result's shape, and a kernel for the larger
-region exists.  The function's body is the region in standard ops, so the numbers do not change.
+A region grows while its result has exactly one reader, or two of which one leads to the other, as
+in x * Sigmoid(x); these are elementwise, their other operands are one value per channel or provably
+have the result's shape, and a kernel for the larger region exists.  The function's body is the
+region in standard ops, so the numbers do not change.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ UNBOUND = "qcompiler.region"
 _DEFAULTS = frozenset({("Gelu", "approximate", "none")})
 """Attributes written out with their default value name no other kernel."""
 
+_LONGEST_WAY = 3
+"""Nodes beside a direct path: HardSwish may come as Mul(x, Clip(Add(x, 3))) / 6."""
+
 _ANCHORS = frozenset({"Quantize", "QMatMulW8A8", "QMatMulW4A8", "QMatMulFp8"})
 
 
@@ -39,8 +43,12 @@ class _Growth:
 
     region: Region
     extras: list[ir.Value]
-    last: ir.Node
     covered: list[ir.Node]
+
+    @property
+    def values(self) -> list[ir.Value]:
+        """The anchor's result and that of each step."""
+        return [node.outputs[0] for node in self.covered]
 
 
 class FuseRegions(ir.passes.InPlacePass):
@@ -68,7 +76,7 @@ class FuseRegions(ir.passes.InPlacePass):
             if (reason := self.supports(start)) is not None:
                 decide(node, "body", reason)
                 continue
-            self._outline(model, self._grow(_Growth(start, [], node, [node])))
+            self._outline(model, self._grow(_Growth(start, [], [node])))
             outlined += 1
         if outlined:
             common.NameFixPass()(model)
@@ -78,12 +86,10 @@ class FuseRegions(ir.passes.InPlacePass):
 
     def _grow(self, growth: _Growth) -> _Growth:
         while growth.region.anchor != "Quantize":
-            result = growth.last.outputs[0]
-            reader = only_consumer(result)
-            if reader is None or reader.graph is not growth.last.graph or reader.domain != "":
-                break
-            grown = _try_extend(growth, reader)
-            if grown is None or self.supports(grown.region) is not None:
+            grown: _Growth | None = growth
+            for reader in _next_steps(growth.values[-1]):
+                grown = _try_extend(grown, reader) if grown is not None else None
+            if grown is None or grown is growth or self.supports(grown.region) is not None:
                 break
             growth = grown
         return growth
@@ -120,20 +126,41 @@ def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...]:
     return (("K", depth), ("N", width))
 
 
+def _next_steps(result: ir.Value) -> list[ir.Node]:
+    """The node that reads `result`; of two such nodes, the way from one to the other."""
+    if (reader := only_consumer(result)) is not None:
+        return [reader]
+    readers = list(dict.fromkeys(use.node for use in result.uses()))
+    if len(readers) != 2 or result.is_graph_output():
+        return []
+    for first, last in (readers, reversed(readers)):
+        way: list[ir.Node] = [first]
+        while len(way) <= _LONGEST_WAY and len(way[-1].outputs) == 1:
+            after = only_consumer(way[-1].outputs[0])
+            if after is None:
+                break
+            way.append(after)
+            if after is last:
+                return way
+    return []
+
+
 def _try_extend(growth: _Growth, reader: ir.Node) -> _Growth | None:
-    """The growth with `reader` as its next step, or None if its operands do not fit."""
-    result, region = growth.last.outputs[0], growth.region
+    """The growth with `reader` as its next step, or None if it or its operands do not fit."""
+    values, region = growth.values, growth.region
+    result = values[-1]
+    if reader.domain != "" or reader.graph is not growth.covered[0].graph:
+        return None
     if len(reader.outputs) != 1 or not same_shape(reader.outputs[0], result):
         return None
-    position = len(region.steps)
     args: list[int] = []
     extras, kinds = list(growth.extras), list(region.extras)
     operands, bounds = _bounds(reader)
     if operands is None:
         return None
     for operand in operands:
-        if operand is result:
-            args.append(position)
+        if operand in values:
+            args.append(values.index(operand))
             continue
         kind = _extra_kind(operand, result, region.size("N"))
         if kind is None or operand is None:
@@ -150,7 +177,7 @@ def _try_extend(growth: _Growth, reader: ir.Node) -> _Growth | None:
     )
     step = Step(reader.op_type, tuple(args), attributes + bounds)
     grown = dataclasses.replace(region, extras=tuple(kinds), steps=(*region.steps, step))
-    return _Growth(grown, extras, reader, [*growth.covered, reader])
+    return _Growth(grown, extras, [*growth.covered, reader])
 
 
 def _bounds(

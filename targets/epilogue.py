@@ -39,6 +39,15 @@ def _clip(v: Vectors, x: Expr, min: float = -math.inf, max: float = math.inf) ->
     return v.minimum(v.maximum(x, v.broadcast(float(min))), v.broadcast(float(max)))
 
 
+def _hard_sigmoid(v: Vectors, x: Expr, alpha: float = 0.2, beta: float = 0.5) -> Expr:
+    return _clip(v, x * v.broadcast(float(alpha)) + v.broadcast(float(beta)), 0.0, 1.0)
+
+
+def _leaky_relu(v: Vectors, x: Expr, alpha: float = 0.01) -> Expr:
+    zero = v.broadcast(0.0)
+    return v.maximum(x, zero) + v.minimum(x, zero) * v.broadcast(float(alpha))
+
+
 def _gelu(v: Vectors, x: Expr, approximate: str = "none") -> Expr:
     return v.maximum(x, v.broadcast(0.0)) - v.gelu_tail(v.absolute(x), approximate)
 
@@ -47,9 +56,13 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "Add": Elementwise(2, lambda v, a, b: a + b),
     "Sub": Elementwise(2, lambda v, a, b: a - b),
     "Mul": Elementwise(2, lambda v, a, b: a * b),
+    "Div": Elementwise(2, lambda v, a, b: a / b),
     "Relu": Elementwise(1, lambda v, x: v.maximum(x, v.broadcast(0.0))),
+    "LeakyRelu": Elementwise(1, _leaky_relu),
     "Clip": Elementwise(1, _clip),
     "Gelu": Elementwise(1, _gelu, {"approximate": ("none", "tanh")}),
+    "HardSigmoid": Elementwise(1, _hard_sigmoid),
+    "HardSwish": Elementwise(1, lambda v, x: x * _hard_sigmoid(v, x, 1 / 6, 0.5)),
     "Sigmoid": Elementwise(1, lambda v, x: v.sigmoid(x)),
     "Tanh": Elementwise(1, lambda v, x: v.broadcast(2.0) * v.sigmoid(x + x) - v.broadcast(1.0)),
 }

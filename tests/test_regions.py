@@ -74,6 +74,42 @@ def test_uses_the_result_twice():
 
 
 @pytest.mark.parametrize(
+    ("steps", "name"),
+    [
+        ("a = Sigmoid (p) y = Mul (p, a)", "Sigmoid_Mul"),
+        ("a = HardSigmoid <alpha = 0.1666667> (p) y = Mul (a, p)", "HardSigmoid_Mul"),
+        ("a = Add (p, three) c = Clip (a, zero, six) d = Mul (c, p) y = Div (d, six)",
+         "AddC_Clip_Mul_DivC"),
+        ("a = Add (p, r) c = Tanh (a) y = Sub (a, c)", "AddT_Tanh_Sub"),
+    ],
+)  # fmt: skip
+def test_takes_both_ways_from_a_value(steps, name):
+    numbers = {"three": np.float32(3), "six": np.float32(6), "zero": np.float32(0)}
+    text = "g (float[m,64] x, float[m,8] r) => (float[m,8] y) { p = MatMul (x, w) "
+    (quantize, region) = fused(text + steps + " }", **numbers)
+    assert quantize == "Quantize_K64"
+    assert region.startswith(f"QMatMulW8A8_K64_N8_{name}_")
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "a = Sigmoid (p) c = Relu (p) d = Neg (p) e = Mul (a, c) y = Mul (e, d)",  # three ways
+        "a = Sigmoid (p) z = Relu (a) y = Mul (p, a)",  # the side way is read elsewhere
+        "a = Softmax (p) y = Mul (p, a)",  # the side way is not elementwise
+    ],
+)
+def test_leaves_other_forks(steps):
+    def elementwise(region):
+        return "no" if any(step.op == "Softmax" for step in region.steps) else None
+
+    text = "g (float[m,64] x) => (float[m,8] y, float[m,8] z) { p = MatMul (x, w) "
+    steps += "" if " z =" in steps else " z = Identity (x8)"
+    ops = fused(text + steps + " }", elementwise, x8=np.zeros((3, 8), np.float32))
+    assert ops[:2] == ["Quantize_K64", "QMatMulW8A8_K64_N8"]
+
+
+@pytest.mark.parametrize(
     ("text", "rest"),
     [
         # the product has two readers
