@@ -300,6 +300,10 @@ def region_function(region: Region, domain: str, opset: int) -> ir.Function:
         call = f"{step.op} <{attributes}>" if attributes else step.op
         body += f"    {values[-1]} = {call} ({', '.join(operands)})\n"
     outputs = region.outputs or (values[-1], *op.outputs[1:])
+    if region.widths:
+        outputs = tuple(f"y{i}" for i in range(len(region.widths)))
+        body += f"    widths = Constant <value_ints = {list(region.widths)}> ()\n"
+        body += f"    {', '.join(outputs)} = Split <axis = -1> ({values[-1]}, widths)\n"
     function = _parse(region.name, domain, op, op.inputs + extras, ", ".join(outputs), body, opset)
     _remove_unused(function)
     return function

@@ -7,6 +7,11 @@ generator; the node that stands for it carries it as text (`ir/decisions.py`):
     Region("QMatMulW8A8", (("K", 384), ("N", 1536)), ("channel",),
            (Step("Add", (0, -1)), Step("Gelu", (1,))))
 
+Products of one input that were merged are one region with several results:
+
+    Region("QMatMulW8A8", (("K", 384), ("N", 1152)), ("channel",), (Step("Add", (0, -1)),),
+           widths=(384, 384, 384))
+
 An anchor may have attributes, and a region may compute only some of its outputs:
 
     q, s = Quantize(LayerNormalization(x, gamma, beta))
@@ -48,6 +53,7 @@ class Region:
     The function made from a region takes the anchor's inputs, then one input per extra operand.
     `outputs` names those of the anchor that are computed, in its order; empty means all.
     `flags` are words that select a form of the anchor's body, see `ir/attention.py`.
+    `widths` divides the columns of the result among several outputs; empty means one.
     """
 
     anchor: str
@@ -57,6 +63,7 @@ class Region:
     outputs: tuple[str, ...] = ()
     attributes: tuple[tuple[str, float], ...] = ()
     flags: tuple[str, ...] = ()
+    widths: tuple[int, ...] = ()
 
     def size(self, name: str) -> int:
         """The static size called `name` ("K", "N")."""
@@ -69,9 +76,10 @@ class Region:
         for step in self.steps:
             letters = (_LETTER[self.extras[-1 - arg]] for arg in step.args if arg < 0)
             parts.append(step.op + "".join(letters))
+        parts += ["x".join(map(str, self.widths))] if self.widths else []
         parts += ["".join(self.outputs)] if self.outputs else []
         plain = not self.attributes and all(not step.attributes for step in self.steps)
-        if not plain or not self._is_chain():
+        if not plain or not self.is_chain():
             parts.append(hashlib.sha256(repr(self).encode()).hexdigest()[:6])
         return "_".join(parts)
 
@@ -89,7 +97,7 @@ class Region:
         )
         return cls(**content)
 
-    def _is_chain(self) -> bool:
+    def is_chain(self) -> bool:
         """Whether each step reads the value before it, then the next unread extra operands."""
         unread = 0
         for position, step in enumerate(self.steps):

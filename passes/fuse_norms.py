@@ -20,7 +20,7 @@ from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decide, inherit, region_of, set_region
 from qcompiler.ir.graph import new_initializer, same_shape
 from qcompiler.ir.region import Region
-from qcompiler.passes.fuse_regions import UNBOUND
+from qcompiler.passes.fuse_regions import UNBOUND, drop_unused_functions
 from qcompiler.passes.match_norms import Norm, match_norm
 
 __all__ = ["FuseNorms"]
@@ -51,7 +51,7 @@ class FuseNorms(ir.passes.InPlacePass):
                 decide(node, "float", reason)
         if outlined:
             model.graph.opset_imports[UNBOUND] = dialect.VERSION
-            _drop_unused_functions(model)
+            drop_unused_functions(model)
             common.NameFixPass()(model)
         return ir.passes.PassResult(model, outlined > 0)
 
@@ -141,11 +141,3 @@ def _replace(
     old = [*([add] if add else []), *norm.nodes, *([quantize] if quantize else [])]
     ir.convenience.replace_nodes_and_values(graph, old[0], old, [new], results, list(new.outputs))
     dialect.type_results(new, region.anchor, region.outputs)
-
-
-def _drop_unused_functions(model: ir.Model) -> None:
-    """A Quantize that was absorbed may have been the last of its size."""
-    used = {node.op_identifier() for node in model.graph.all_nodes()}
-    for identifier in [key for key in model.functions if key[0] == UNBOUND]:
-        if identifier not in used:
-            del model.functions[identifier]

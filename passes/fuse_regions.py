@@ -23,7 +23,7 @@ from qcompiler.ir.decisions import decide, inherit, set_region
 from qcompiler.ir.graph import constant, new_initializer, only_consumer, replace_nodes, same_shape
 from qcompiler.ir.region import ExtraKind, Region, Step
 
-__all__ = ["UNBOUND", "FuseRegions"]
+__all__ = ["UNBOUND", "FuseRegions", "drop_unused_functions"]
 
 UNBOUND = "qcompiler.region"
 """Domain of outlined regions until `bind_kernels` names it after their hash."""
@@ -216,3 +216,11 @@ def _per_channel(graph: ir.Graph, operand: ir.Value, region: Region) -> ir.Value
     if array.shape == (width,):
         return operand
     return new_initializer(graph, f"{operand.name}_per_channel", np.full(width, array, np.float32))
+
+
+def drop_unused_functions(model: ir.Model) -> None:
+    """Remove the functions of regions that a larger region has taken in."""
+    used = {node.op_identifier() for node in model.graph.all_nodes()}
+    for identifier in [key for key in model.functions if key[0] == UNBOUND]:
+        if identifier not in used:
+            del model.functions[identifier]

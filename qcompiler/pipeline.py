@@ -21,6 +21,7 @@ from qcompiler.passes.fuse_gelu import FuseGelu
 from qcompiler.passes.fuse_norms import FuseNorms
 from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
+from qcompiler.passes.merge_siblings import MergeSiblings
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.recipe import Recipe
 from qcompiler.targets import catalog
@@ -108,6 +109,7 @@ class Pipeline:
                     Stage.KERNEL,
                     "target",
                 ),
+                Step("merge-siblings", MergeSiblings(_kernels_of(target)), Stage.KERNEL, "target"),
                 Step(
                     "bind-kernels", BindKernels(catalog.fingerprint(target)), Stage.KERNEL, "target"
                 ),

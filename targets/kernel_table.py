@@ -68,14 +68,17 @@ def _variant(region: Region, isa: Isa) -> str:
 
 
 def _op(region: Region) -> str:
-    sizes, outputs = dict(region.sizes), OPS[region.anchor].outputs
+    sizes, widths = dict(region.sizes), region.widths
+    names = OPS[region.anchor].outputs
+    outputs = range(len(widths)) if widths else map(names.index, region.outputs or names)
     members = {
         "name": f'"{region.name}"',
         "anchor": f"&{FAMILIES[region.anchor].anchor}",
         **{name.lower(): str(size) for name, size in sizes.items()},
         "form": f'"{"_".join(region.flags)}"',
         "extras": '"' + "".join("C" if k == "channel" else "T" for k in region.extras) + '"',
-        "outputs": '"' + "".join(str(outputs.index(o)) for o in region.outputs or outputs) + '"',
+        "outputs": '"' + "".join(map(str, outputs)) + '"',
+        "widths": "(const int64_t[]){" + ", ".join(map(str, [*widths, 0])) + "}",
         "variants": f"variants_{region.name}",
         "variant_count": str(len(isas_of(region))),
     }

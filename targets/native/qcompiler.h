@@ -5,7 +5,7 @@
 
 #include "ort_abi.h"
 
-enum { QC_MAX_RANK = 16, QC_MAX_EXTRAS = 8 };
+enum { QC_MAX_RANK = 16, QC_MAX_EXTRAS = 8, QC_MAX_PARTS = 8 };
 
 /* --- kernels: pure, serial, one range of the work per call ----------------------------------- */
 
@@ -34,6 +34,7 @@ struct qc_qmatmul_args {
     const float *extra[QC_MAX_EXTRAS];
     float *y;
     int32_t rows, panel_begin, panel_end;
+    int32_t y_columns, y_first; /* of the result that `y` is: its width, its first column */
 };
 
 /* Strides count floats from row to row; mask_step is 0 for a mask with one value per row. */
@@ -96,6 +97,7 @@ struct qc_op_spec {
     const char *form;   /* the region's flags */
     const char *extras; /* a letter per extra operand: C per channel, T same shape as the result */
     const char *outputs; /* a digit per output: which of the anchor's it is */
+    const int64_t *widths; /* columns of each result, ends with 0; empty for a single result */
     const struct qc_variant *variants; /* in order of preference */
     size_t variant_count;
 };

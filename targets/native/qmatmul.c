@@ -1,4 +1,5 @@
-/* y = epilogue(QMatMulW8A8(q, s, w, ws), extra...): int8 weights, int8 activations per row. */
+/* y = epilogue(QMatMulW8A8(q, s, w, ws), extra...): int8 weights, int8 activations per row.
+ * Merged products of one input are one with several results, each some columns of the whole. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,9 +24,37 @@ struct qmatmul {
 
 struct qmatmul_run {
     const struct qmatmul *kernel;
-    struct qc_qmatmul_args args; /* of the whole; rows and panels are set per task */
+    struct qc_qmatmul_args args; /* of the whole; y, rows and panels are set per task */
+    float *y[QC_MAX_PARTS];
     int64_t rows, block_rows, panel_groups;
 };
+
+static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* Columns of result `part`. */
+static int64_t width(const struct qc_op *op, size_t part) {
+    return op->spec->widths[0] ? op->spec->widths[part] : op->spec->n;
+}
+
+/* Panels [begin, end) of rows from `row` on; each call of the kernel stores to one result. */
+static void run_panels(const struct qmatmul_run *run, struct qc_qmatmul_args *args, int64_t row,
+                       int64_t begin, int64_t end) {
+    const struct qc_op *op = run->kernel->op;
+    const int64_t panel_columns = op->variant->tile_vectors * 16;
+    int64_t first = 0;
+    for (size_t part = 0; op->spec->outputs[part]; part++) {
+        int64_t columns = width(op, part);
+        args->panel_begin = (int32_t)max(begin, first / panel_columns);
+        args->panel_end = (int32_t)min(end, ceil_div(first + columns, panel_columns));
+        args->y = run->y[part] + row * columns;
+        args->y_columns = (int32_t)columns;
+        args->y_first = (int32_t)first;
+        if (args->panel_begin < args->panel_end) op->variant->qmatmul(args);
+        first += columns;
+    }
+}
 
 static void qmatmul_task(void *argument, size_t index) {
     const struct qmatmul_run *run = argument;
@@ -38,18 +67,12 @@ static void qmatmul_task(void *argument, size_t index) {
     struct qc_qmatmul_args args = run->args;
     args.q += row * spec->k;
     args.s += row;
-    args.y += row * spec->n;
     for (size_t i = 0; spec->extras[i]; i++)
         if (spec->extras[i] == 'T') args.extra[i] += row * spec->n;
     args.rows = (int32_t)rows;
-    args.panel_begin = (int32_t)(kernel->panels * group / run->panel_groups);
-    args.panel_end = (int32_t)(kernel->panels * (group + 1) / run->panel_groups);
-    kernel->op->variant->qmatmul(&args);
+    run_panels(run, &args, row, kernel->panels * group / run->panel_groups,
+               kernel->panels * (group + 1) / run->panel_groups);
 }
-
-static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /* Cuts the work into blocks of rows times groups of panels; returns the number of tasks. */
 static int64_t split(struct qmatmul_run *run) {
@@ -108,8 +131,10 @@ static OrtStatus *qmatmul_compute(void *state, OrtKernelContext *context) {
     };
     struct qc_shape shape;
     QC_TRY(bind_inputs(&run, context, &shape));
-    shape.dims[shape.rank - 1] = kernel->op->spec->n;
-    QC_TRY(qc_output(context, 0, &shape, (void **)&run.args.y));
+    for (size_t part = 0; kernel->op->spec->outputs[part]; part++) {
+        shape.dims[shape.rank - 1] = width(kernel->op, part);
+        QC_TRY(qc_output(context, part, &shape, (void **)&run.y[part]));
+    }
     if (run.rows == 0) return NULL;
     return qc_parallel(context, qmatmul_task, (size_t)split(&run), &run);
 }
@@ -169,18 +194,14 @@ static OrtStatus *qmatmul_create(const struct qc_op *op, const OrtKernelInfo *in
     return NULL;
 }
 
-static int64_t qmatmul_last_dimension(const struct qc_op *op, size_t output) {
-    (void)output;
-    return op->spec->n;
-}
 
 const struct qc_anchor qc_qmatmul_w8a8 = {
     .input_types = (const int[]){ORT_UINT8, ORT_FLOAT, ORT_INT8, ORT_FLOAT},
     .input_count = INPUT_EXTRA,
-    .output_types = (const int[]){ORT_FLOAT},
-    .output_count = 1,
+    .output_types = (const int[QC_MAX_PARTS]){ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT,
+                                              ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
     .create = qmatmul_create,
     .compute = qmatmul_compute,
     .destroy = qmatmul_destroy,
-    .last_dimension = qmatmul_last_dimension,
+    .last_dimension = width,
 };

@@ -19,6 +19,7 @@ from qcompiler.targets.x86.tile import tile_shape
 __all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "norm_operands", "unsupported_epilogue"]
 
 MAX_EXTRAS = 8
+MAX_PARTS = 8
 MAX_ELEMENTS = 1 << 30
 """Kernels index a row, and the packed weights, with int32."""
 MAX_DEPTH = (1 << 31) // (128 * 128) - 1
@@ -106,6 +107,10 @@ def _unsupported_qmatmul(region: Region) -> str | None:
     if k > MAX_DEPTH:
         return f"K={k}: an int32 sum of more than {MAX_DEPTH} products may overflow"
     columns = tile_shape(n).columns
+    if len(region.widths) > MAX_PARTS:
+        return f"{len(region.widths)} results; at most {MAX_PARTS} are supported"
+    if any(width % columns for width in region.widths):
+        return f"results of {region.widths} columns: not all are multiples of {columns}"
     if -(-n // columns) * columns * -(-k // 4) * 4 > MAX_ELEMENTS:
         return f"{k} x {n} weights take more than 2^30 bytes"
     return unsupported_epilogue(region)
@@ -155,6 +160,7 @@ def _qmatmul_parameters(region: Region) -> list[tuple[str, str]]:
         ("int32_t", "a->rows"),
         ("int32_t", "a->panel_begin"),
         ("int32_t", "a->panel_end"),
+        *((("int32_t", "a->y_columns"), ("int32_t", "a->y_first")) if region.widths else ()),
     ]
 
 

@@ -187,13 +187,19 @@ def qmatmul_function(region: Region) -> Any:
     `void f(const uint8_t *q, const float *s, const int8_t *weights, const int32_t *init,
     const float *ws, const float *extra..., float *y, int32_t rows, int32_t panel_begin,
     int32_t panel_end)`, where `ws` is padded to whole panels like `init`, and neither the rows nor
-    the range of panels is empty.
+    the range of panels is empty.  A region of several results stores those of one per call, in `y`,
+    and takes that one's width and first column, `int32_t y_columns, int32_t y_first`, at the end.
     """
     k, n = region.size("K"), region.size("N")
-    extra_parameters = [Parameter(f"extra{i}", "float32") for i in range(len(region.extras))]
+    extra_count = len(region.extras)
+    extra_parameters = [Parameter(f"extra{i}", "float32") for i in range(extra_count)]
 
     def body(q: Expr, s: Expr, weights: Expr, init: Expr, ws: Expr, *rest: Expr) -> None:
-        *extras, y, rows, begin, end = rest
+        extras, (y, rows, begin, end, *part) = (
+            rest[: len(region.extras)],
+            rest[len(region.extras) :],
+        )
+        y_columns, y_first = part or (n, 0)
 
         def finish(sums: Sequence[Expr], row: Expr, first_column: Expr, columns: int) -> None:
             for index, total in enumerate(sums):
@@ -205,7 +211,8 @@ def qmatmul_function(region: Region) -> Any:
                     load_lanes(extra, column if kind == "channel" else row * n + column, count)
                     for extra, kind in zip(extras, region.extras, strict=True)
                 ]
-                store_lanes(y, apply_steps(vector, region, anchor, values), row * n + column, count)
+                result = apply_steps(vector, region, anchor, values)
+                store_lanes(y, result, row * y_columns + (column - y_first), count)
 
         Loops(k, n, Operands(q, weights, init, rows, begin, end), finish).emit()
 
@@ -219,6 +226,7 @@ def qmatmul_function(region: Region) -> Any:
             *extra_parameters,
             Parameter("y", "float32"),
             *_RANGE,
+            *(_PART if region.widths else ()),
         ],
         body,
     )
@@ -253,3 +261,5 @@ def accumulator_function(k: int, n: int) -> Any:
 _RANGE = tuple(
     Parameter(name, "int32", is_pointer=False) for name in ("rows", "panel_begin", "panel_end")
 )
+
+_PART = tuple(Parameter(name, "int32", is_pointer=False) for name in ("y_columns", "y_first"))

@@ -1,0 +1,168 @@
+"""Merge products of one input into one, with their weights side by side and a result each.
+
+    a = QMatMulW8A8_K384_N384_AddC(q, s, wa, wsa, ba)
+    b = QMatMulW8A8_K384_N384_AddC(q, s, wb, wsb, bb)
+        =>  a, b = QMatMulW8A8_K384_N768_AddC_384x384(q, s, [wa wb], [wsa wsb], [ba bb])
+
+Query, key and value of an attention: one node instead of three, and its threads are handed work
+once.  Epilogues must be the same, but for a bias or a factor that some have and others do not:
+those get zeros or ones.  Runs after `fuse_regions`, on what that outlined.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qcompiler.ir import dialect
+from qcompiler.ir.decisions import decide, inherit, region_of, set_region
+from qcompiler.ir.graph import constant, new_initializer
+from qcompiler.ir.region import ExtraKind, Region, Step
+from qcompiler.passes.fuse_regions import UNBOUND, drop_unused_functions
+
+__all__ = ["MergeSiblings"]
+
+_NEUTRAL = {"Add": 0.0, "Mul": 1.0}
+_ANCHOR_INPUTS = 4
+"""q, s, w and ws; a region's extra operands follow."""
+
+
+class MergeSiblings(ir.passes.InPlacePass):
+    """Merge outlined products that read the same q and s, where a kernel can compute them.
+
+    Attributes:
+        supports: Says why there is no kernel for a region, or None if there is one.
+    """
+
+    def __init__(self, supports: Callable[[Region], str | None]) -> None:
+        super().__init__()
+        self.supports = supports
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Merge siblings of every graph, branches and loops included."""
+        merged = 0
+        for node in list(model.graph.all_nodes()):
+            if node.graph is not None and _is_mergeable(node):
+                merged += self._merge(model, _siblings(node))
+        if merged:
+            drop_unused_functions(model)
+            common.RemoveUnusedNodesPass()(model)
+            common.NameFixPass()(model)
+        return ir.passes.PassResult(model, merged > 0)
+
+    def _merge(self, model: ir.Model, nodes: Sequence[ir.Node]) -> bool:
+        regions = [_region(node) for node in nodes]
+        steps = _common_steps([region.steps for region in regions])
+        if len(nodes) < 2 or steps is None:
+            return False
+        widths = tuple(region.size("N") for region in regions)
+        sizes = (("K", regions[0].size("K")), ("N", sum(widths)))
+        channel: ExtraKind = "channel"
+        extras = (channel,) * sum(len(step.args) - 1 for step in steps)
+        whole = dataclasses.replace(
+            regions[0], sizes=sizes, extras=extras, steps=steps, widths=widths
+        )
+        if self.supports(whole) is not None:
+            return False
+        _replace(model, nodes, whole)
+        return True
+
+
+def _region(node: ir.Node) -> Region:
+    region = region_of(node)
+    assert region is not None
+    return region
+
+
+def _is_mergeable(node: ir.Node) -> bool:
+    """Whether it is a product whose epilogue only reads constants, each step the one before."""
+    region = region_of(node) if node.domain == UNBOUND else None
+    return (
+        region is not None
+        and region.anchor == "QMatMulW8A8"
+        and not region.widths
+        and "tensor" not in region.extras
+        and region.is_chain()
+    )
+
+
+def _siblings(node: ir.Node) -> list[ir.Node]:
+    """The mergeable nodes of the same graph with the same q and s, in order."""
+    q, s = node.inputs[:2]
+    assert q is not None and node.graph is not None
+    found = {use.node for use in q.uses() if use.node.graph is node.graph}
+    return [
+        other
+        for other in node.graph
+        if other in found and other.inputs[1] is s and _is_mergeable(other)
+    ]
+
+
+def _common_steps(chains: Sequence[tuple[Step, ...]]) -> tuple[Step, ...] | None:
+    """The longest of the chains if the others only lack neutral steps of it."""
+    longest = max(chains, key=len)
+    return longest if all(_aligned(chain, longest) is not None for chain in chains) else None
+
+
+def _aligned(chain: tuple[Step, ...], longest: tuple[Step, ...]) -> list[bool] | None:
+    """For each step of `longest` whether `chain` has it; None if `chain` is no such part of it."""
+    left, present = list(chain), []
+    for step in longest:
+        has = bool(left) and (left[0].op, left[0].attributes) == (step.op, step.attributes)
+        if not has and (step.op not in _NEUTRAL or len(step.args) != 2):
+            return None
+        present.append(has)
+        left = left[1:] if has else left
+    return present if not left else None
+
+
+def _replace(model: ir.Model, nodes: Sequence[ir.Node], whole: Region) -> None:
+    first, opset = nodes[0], model.graph.opset_imports[""]
+    function = dialect.region_function(whole, UNBOUND, opset)
+    model.functions.setdefault(function.identifier(), function)
+    operands = [_operands(node, whole) for node in nodes]
+    stem = f"{first.inputs[2].name}_merged" if first.inputs[2] is not None else "merged"
+    columns = [
+        new_initializer(model.graph, stem, np.concatenate(parts, axis=-1))
+        for parts in zip(*operands, strict=True)
+    ]
+    new = ir.node(
+        whole.name,
+        [*first.inputs[:2], *columns],
+        domain=UNBOUND,
+        version=dialect.VERSION,
+        num_outputs=len(nodes),
+    )
+    inherit(new, first)
+    set_region(new, whole)
+    decide(new, "body", f"{len(nodes)} products of one input: {', '.join(map(_name, nodes))}")
+    results = [node.outputs[0] for node in nodes]
+    assert first.graph is not None
+    ir.convenience.replace_nodes_and_values(
+        first.graph, first, nodes, [new], results, list(new.outputs)
+    )
+    dialect.type_results(new, whole.anchor, ["y"] * len(nodes))
+
+
+def _name(node: ir.Node) -> str:
+    return node.name or node.op_type
+
+
+def _operands(node: ir.Node, whole: Region) -> list[np.ndarray]:
+    """The weights, their scales and one row per extra operand of `whole`, neutral where missing."""
+    region = _region(node)
+    constants = [constant(value) for value in node.inputs[2:]]
+    found = [array for array in constants if array is not None]
+    weights, extras = found[:2], iter(found[2:])
+    present = _aligned(region.steps, whole.steps)
+    assert present is not None and len(found) == len(constants)
+    rows = []
+    for step, has in zip(whole.steps, present, strict=True):
+        if len(step.args) == 2:
+            neutral = np.full(region.size("N"), _NEUTRAL.get(step.op, 0.0), np.float32)
+            rows.append(next(extras) if has else neutral)
+    return [*weights, *rows]

@@ -1,0 +1,99 @@
+"""merge-siblings: which products become one, which do not, and that the numbers stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from golden import run
+from test_regions import everything, folded
+
+from qcompiler.ir.decisions import decisions
+from qcompiler.ir.stages import Stage, verify
+from qcompiler.passes.fuse_regions import FuseRegions
+from qcompiler.passes.merge_siblings import MergeSiblings
+
+RNG = np.random.default_rng(1)
+WEIGHTS = {
+    "a": RNG.standard_normal((64, 8), np.float32),
+    "c": RNG.standard_normal((64, 16), np.float32),
+    "d": RNG.standard_normal((64, 8), np.float32),
+    "u": RNG.standard_normal(8, np.float32),
+    "v": RNG.standard_normal(16, np.float32),
+    "three": np.float32(3),
+}
+THREE = "g (float[m,64] x) => (float[m,8] p, float[m,16] q, float[m,8] r) "
+TWO = "g (float[m,64] x) => (float[m,8] p, float[m,16] q) "
+FEEDS = {"x": RNG.standard_normal((3, 64), np.float32)}
+
+
+def outlined(text: str) -> ir.Model:
+    model = folded(text, **WEIGHTS)
+    FuseRegions(everything)(model)
+    return model
+
+
+def merged(text: str) -> list[str]:
+    """The ops after merging, which changes no number and is done in one go."""
+    model = outlined(text)
+    before = run(model, FEEDS)
+    MergeSiblings(everything)(model)
+    verify(model, Stage.KERNEL, "merge-siblings")
+    for got, want in zip(run(model, FEEDS), before, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert not MergeSiblings(everything)(model).modified
+    assert len(model.functions) == len({node.op_type for node in model.graph if node.domain})
+    return [node.op_type for node in model.graph]
+
+
+def test_merges_products_of_one_input():
+    ops = merged(THREE + "{ p = MatMul (x, a) q = MatMul (x, c) r = MatMul (x, d) }")
+    assert ops == ["Quantize_K64", "QMatMulW8A8_K64_N32_8x16x8"]
+
+
+def test_fills_a_missing_bias_or_factor_with_one_that_changes_nothing():
+    ops = merged(
+        THREE + "{ i = MatMul (x, a) j = Add (i, u) p = Mul (j, three) "
+        "q = MatMul (x, c) k = MatMul (x, d) r = Add (k, u) }"
+    )
+    assert ops == ["Quantize_K64", "QMatMulW8A8_K64_N32_AddC_MulC_8x16x8"]
+
+
+def test_says_which_products_it_merged():
+    model = outlined(TWO + "{ p = MatMul (x, a) q = MatMul (x, c) }")
+    MergeSiblings(everything)(model)
+    assert decisions(model)[-1].why == "2 products of one input: node_0, node_1"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TWO + "{ p = MatMul (x, a) y = Neg (x) q = MatMul (y, c) }",  # two inputs
+        TWO + "{ i = MatMul (x, a) p = Relu (i) q = MatMul (x, c) }",  # an activation of one
+        TWO + "{ i = MatMul (x, a) p = Relu (i) j = MatMul (x, c) q = Tanh (j) }",
+        # one needs the other's result
+        "g (float[m,64] x) => (float[m,8] q) "
+        "{ p = MatMul (x, a) z = Sigmoid (p) r = MatMul (x, d) q = Mul (r, z) }",
+    ],
+)
+def test_leaves_others_alone(text):
+    model = outlined(text)
+    before = [node.op_type for node in model.graph]
+    assert merged(text) == before
+
+
+def test_leaves_what_has_no_kernel():
+    model = outlined(TWO + "{ p = MatMul (x, a) q = MatMul (x, c) }")
+    assert not MergeSiblings(lambda region: "no" if region.widths else None)(model).modified
+
+
+def test_merges_only_within_a_branch():
+    text = (
+        "g (float[m,64] x, bool f) => (float[m,8] p, float[m,16] q) { p = MatMul (x, a) "
+        "q = If (f) <then_branch = t () => (float[m,16] y) { y = MatMul (x, c) }, "
+        "else_branch = e () => (float[m,16] z) { z = MatMul (x, c) }> }"
+    )
+    model = outlined(text)
+    MergeSiblings(everything)(model)
+    verify(model, Stage.KERNEL, "merge-siblings")
+    assert not any(node.op_type.endswith("8x16") for node in model.graph.all_nodes())
