@@ -132,6 +132,15 @@ _W8A8 = DialectOp(
 """,
 )
 
+_W8A8_DYNAMIC = DialectOp(
+    name="DynamicQMatMulW8A8",
+    inputs=("x", "w", "ws"),
+    outputs=("y",),
+    attributes=("block_size",),
+    types=(("w", ir.DataType.INT8),),
+    body=_QUANTIZE.body + _W8A8.body.replace("middle", "zero_point"),
+)
+
 _W4A8 = DialectOp(
     name="QMatMulW4A8",
     inputs=("q", "s", "w", "ws"),
@@ -245,7 +254,7 @@ _MASKED_ATTENTION = DialectOp(
     form=lambda flags: attention_body(flags, masked=True),
 )
 
-_MATMULS = (_W8A8, _W4A8, _W4A16, _FP8)
+_MATMULS = (_W8A8, _W8A8_DYNAMIC, _W4A8, _W4A16, _FP8)
 _ATTENTIONS = (_ATTENTION, _MASKED_ATTENTION)
 
 OPS = {op.name: op for op in (_QUANTIZE, _QUANTIZE_FP8, *_MATMULS, _CONV, *_NORMS, *_ATTENTIONS)}

@@ -19,6 +19,7 @@ from qcompiler.passes.fuse_attention import FuseAttention
 from qcompiler.passes.fuse_batchnorm import FuseBatchNorm
 from qcompiler.passes.fuse_gelu import FuseGelu
 from qcompiler.passes.fuse_norms import FuseNorms
+from qcompiler.passes.fuse_quantize import FuseQuantize
 from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
 from qcompiler.passes.merge_siblings import MergeSiblings
@@ -110,6 +111,7 @@ class Pipeline:
                     "target",
                 ),
                 Step("merge-siblings", MergeSiblings(_kernels_of(target)), Stage.KERNEL, "target"),
+                Step("fuse-quantize", FuseQuantize(_kernels_of(target)), Stage.KERNEL, "target"),
                 Step(
                     "bind-kernels", BindKernels(catalog.fingerprint(target)), Stage.KERNEL, "target"
                 ),

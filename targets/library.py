@@ -61,7 +61,7 @@ def build_library(
     start = time.perf_counter()
     tell = progress or (lambda _: None)
     linker = find_linker()
-    unique = sorted(set(regions), key=lambda region: region.name)
+    unique = x86.with_parts(regions)
     key = content_key("library", x86.fingerprint(), linker.identity, domain, repr(unique))
 
     def make() -> bytes:
@@ -88,6 +88,7 @@ def kernel_objects(
     return [
         _kernel_object(region, isa, cache, progress)
         for region in regions
+        if x86.has_own_kernel(region)
         for isa in x86.isas_of(region)
     ]
 

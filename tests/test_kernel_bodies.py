@@ -55,12 +55,16 @@ MATMULS = [
     Region("QMatMulW8A8", (("K", 63), ("N", 192)), widths=(48, 96, 48)),
     dataclasses.replace(matmul(20, 96, ("channel",), BIAS, Step("Relu", (1,))), widths=(48, 48)),
 ]
+DYNAMIC = [
+    dataclasses.replace(region, anchor="DynamicQMatMulW8A8")
+    for region in (MATMULS[0], MATMULS[2], MATMULS[3], MATMULS[7], MATMULS[-1], matmul(4096, 17))
+]
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("library") / "kernels.so"
-    build_library([*QUANTIZES, *MATMULS], DOMAIN, path, cache=KernelCache())
+    build_library([*QUANTIZES, *MATMULS, *DYNAMIC], DOMAIN, path, cache=KernelCache())
     return path
 
 
@@ -154,7 +158,11 @@ def test_quantize_rounds_ties_like_its_body(library):
 @example([9], MATMULS[3], 0).via("just over a tile")
 @example([300], MATMULS[7], 0).via("several blocks of rows")
 @example([300], MATMULS[-1], 0).via("several results")
-@given(leading, st.sampled_from(MATMULS), st.integers(0, 2**32 - 1))
+@example([700], DYNAMIC[0], 0).via("more rows than are quantized at once")
+@example([33], DYNAMIC[-1], 0).via("long rows, quantized by the tasks")
+@example([16], DYNAMIC[3], 0).via("few rows, quantized before")
+@example([0], DYNAMIC[3], 0).via("an empty batch to be quantized")
+@given(leading, st.sampled_from([*MATMULS, *DYNAMIC]), st.integers(0, 2**32 - 1))
 def test_matmul(library, shape, region, seed):
     rng = np.random.default_rng(seed)
     k, n = region.size("K"), region.size("N")
@@ -162,6 +170,8 @@ def test_matmul(library, shape, region, seed):
         "q": rng.integers(0, 256, [*shape, k]).astype(np.uint8),
         "s": rng.uniform(0.01, 0.02, [*shape, 1]).astype(np.float32),
     }
+    if region in DYNAMIC:
+        feeds = {"x": rng.standard_normal([*shape, k], np.float32)}
     for index, kind in enumerate(region.extras):
         if kind == "tensor":
             feeds[f"extra{index}"] = rng.standard_normal([*shape, n]).astype(np.float32)

@@ -66,6 +66,24 @@ OrtStatus *qc_input(OrtKernelContext *context, size_t index, const OrtValue **va
     return QC_ORT(GetTensorMutableData)((OrtValue *)*value, (void **)data);
 }
 
+OrtStatus *qc_constant_input(const struct qc_op *op, const OrtKernelInfo *info, size_t index,
+                            const char *name, const struct qc_shape *expected, const void **data) {
+    int is_constant = 0;
+    const OrtValue *value = NULL;
+    QC_TRY(QC_ORT(KernelInfoGetConstantInput_tensor)(info, index, &is_constant, &value));
+    if (!is_constant) return qc_error(op, "input %s must be an initializer", name);
+    struct qc_shape shape;
+    QC_TRY(qc_tensor_shape(op, value, &shape));
+    if (shape.rank != expected->rank ||
+        memcmp(shape.dims, expected->dims, shape.rank * sizeof *shape.dims)) {
+        char actual_text[256], expected_text[256];
+        return qc_error(op, "input %s has shape %s; it must be %s", name,
+                        qc_shape_text(&shape, actual_text),
+                        qc_shape_text(expected, expected_text));
+    }
+    return QC_ORT(GetTensorMutableData)((OrtValue *)value, (void **)data);
+}
+
 OrtStatus *qc_output(OrtKernelContext *context, size_t index, const struct qc_shape *shape,
                      void **data) {
     OrtValue *value;

@@ -86,7 +86,7 @@ struct qc_anchor {
     int64_t (*last_dimension)(const struct qc_op *, size_t i);
 };
 
-extern const struct qc_anchor qc_quantize, qc_qmatmul_w8a8;
+extern const struct qc_anchor qc_quantize, qc_qmatmul_w8a8, qc_dynamic_qmatmul_w8a8;
 extern const struct qc_anchor qc_attention, qc_masked_attention;
 extern const struct qc_anchor qc_layer_norm, qc_add_layer_norm, qc_rms_norm, qc_add_rms_norm;
 
@@ -146,6 +146,9 @@ const char *qc_shape_text(const struct qc_shape *shape, char text[static 256]);
 OrtStatus *qc_tensor_shape(const struct qc_op *op, const OrtValue *value, struct qc_shape *shape);
 OrtStatus *qc_input(OrtKernelContext *context, size_t index, const OrtValue **value,
                     const void **data);
+/* The data of an input that must be an initializer with these dimensions. */
+OrtStatus *qc_constant_input(const struct qc_op *op, const OrtKernelInfo *info, size_t index,
+                             const char *name, const struct qc_shape *expected, const void **data);
 OrtStatus *qc_output(OrtKernelContext *context, size_t index, const struct qc_shape *shape,
                      void **data);
 /* Which of the anchor's outputs is output `i` of the op. */

@@ -1,5 +1,10 @@
 /* y = epilogue(QMatMulW8A8(q, s, w, ws), extra...): int8 weights, int8 activations per row.
- * Merged products of one input are one with several results, each some columns of the whole. */
+ * Merged products of one input are one with several results, each some columns of the whole.
+ *
+ * DynamicQMatMulW8A8(x, w, ws) quantizes x itself: a small x before the work is handed out, of a large
+ * one each task the rows it multiplies, so that no task waits for another and what a core quantized is
+ * still in its cache. */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -13,6 +18,8 @@ static const double MULTIPLY_RATE = 500, STREAM_RATE = 40, EPILOGUE_RATE = 10;
 static const int64_t BLOCK_BYTES = 512 * 1024;
 /* Kernels index a block with int32. */
 static const int64_t MAX_BLOCK_ELEMENTS = (int64_t)1 << 30;
+/* What is quantized at once lies on the stack; less than this takes no longer than handing it out. */
+enum { QUANTIZED_BYTES = 64 * 1024, QUANTIZED_ROWS = 512, FEW_BYTES = 32 * 1024 };
 
 struct qmatmul {
     const struct qc_op *op;
@@ -25,6 +32,7 @@ struct qmatmul {
 struct qmatmul_run {
     const struct qmatmul *kernel;
     struct qc_qmatmul_args args; /* of the whole; y, rows and panels are set per task */
+    const float *x; /* to be quantized; NULL if q and s are inputs */
     float *y[QC_MAX_PARTS];
     int64_t rows, block_rows, panel_groups;
 };
@@ -56,6 +64,28 @@ static void run_panels(const struct qmatmul_run *run, struct qc_qmatmul_args *ar
     }
 }
 
+struct quantized {
+    uint8_t q[QUANTIZED_BYTES] __attribute__((aligned(64)));
+    float s[QUANTIZED_ROWS];
+};
+
+/* Quantizes rows of x, for args to read. */
+static void quantize(const struct qc_op *op, const float *x, int64_t rows, struct quantized *memory,
+                     struct qc_qmatmul_args *args) {
+    op->variant->quantize(&(struct qc_quantize_args){x, memory->q, memory->s, (int32_t)rows});
+    args->q = memory->q;
+    args->s = memory->s;
+}
+
+/* The rows of a task, which it quantizes first. */
+static void quantize_and_run(const struct qmatmul_run *run, struct qc_qmatmul_args *args,
+                             int64_t row) {
+    const struct qc_op *op = run->kernel->op;
+    struct quantized memory;
+    quantize(op, run->x + row * op->spec->k, args->rows, &memory, args);
+    run_panels(run, args, row, 0, run->kernel->panels);
+}
+
 static void qmatmul_task(void *argument, size_t index) {
     const struct qmatmul_run *run = argument;
     const struct qmatmul *kernel = run->kernel;
@@ -65,36 +95,53 @@ static void qmatmul_task(void *argument, size_t index) {
     int64_t rows = run->rows - row < run->block_rows ? run->rows - row : run->block_rows;
 
     struct qc_qmatmul_args args = run->args;
-    args.q += row * spec->k;
-    args.s += row;
     for (size_t i = 0; spec->extras[i]; i++)
         if (spec->extras[i] == 'T') args.extra[i] += row * spec->n;
     args.rows = (int32_t)rows;
+    if (run->x) {
+        quantize_and_run(run, &args, row);
+        return;
+    }
+    args.q += row * spec->k;
+    args.s += row;
     run_panels(run, &args, row, kernel->panels * group / run->panel_groups,
                kernel->panels * (group + 1) / run->panel_groups);
+}
+
+/* Whole tiles that a task can quantize. */
+static int64_t most_quantized(const struct qc_op *op) {
+    const int64_t tile_rows = op->variant->tile_rows;
+    return min(QUANTIZED_BYTES / op->spec->k, QUANTIZED_ROWS) / tile_rows * tile_rows;
+}
+
+/* Rows of a block that all panels are multiplied with in turn, for about so many tasks. */
+static int64_t choose_block_rows(const struct qmatmul_run *run, int64_t tasks) {
+    const struct qc_op *op = run->kernel->op;
+    const int64_t tile_rows = op->variant->tile_rows, k = op->spec->k, n = op->spec->n;
+    /* Never below two tiles, since every block reads all of w. */
+    const int64_t least = 2 * tile_rows;
+    if (run->x) return min(max(ceil_div(run->rows, min(tasks, 16)), least), most_quantized(op));
+    int64_t rows = max(BLOCK_BYTES / k, 4 * tile_rows);
+    /* Few panels: cut the rows too. */
+    int64_t wanted_blocks = ceil_div(min(tasks, 16), run->kernel->panels);
+    rows = min(rows, max(ceil_div(run->rows, wanted_blocks), least));
+    rows = ceil_div(rows, tile_rows) * tile_rows;
+    return max(min(rows, MAX_BLOCK_ELEMENTS / max(k, n)), 1);
 }
 
 /* Cuts the work into blocks of rows times groups of panels; returns the number of tasks. */
 static int64_t split(struct qmatmul_run *run) {
     const struct qmatmul *kernel = run->kernel;
     const struct qc_op_spec *spec = kernel->op->spec;
-    const int64_t tile_rows = kernel->op->variant->tile_rows;
     double m = (double)run->rows, k = (double)spec->k, n = (double)spec->n;
     double multiply = m * k * n / MULTIPLY_RATE, stream = k * n / STREAM_RATE;
     int64_t tasks =
         qc_task_count((multiply > stream ? multiply : stream) + m * n / EPILOGUE_RATE);
-
-    int64_t rows = max(BLOCK_BYTES / spec->k, 4 * tile_rows);
-    /* Few panels: cut the rows too, but never below two tiles, since every block reads all of w. */
-    int64_t wanted_blocks = ceil_div(min(tasks, 16), kernel->panels);
-    rows = min(rows, max(ceil_div(run->rows, wanted_blocks), 2 * tile_rows));
-    rows = ceil_div(rows, tile_rows) * tile_rows;
-    run->block_rows = max(min(rows, MAX_BLOCK_ELEMENTS / max(spec->k, spec->n)), 1);
-
+    run->block_rows = choose_block_rows(run, tasks);
     int64_t blocks = ceil_div(run->rows, run->block_rows);
     /* A single row reads two panels at a time, so it wants them in pairs. */
     int64_t most_groups = run->rows == 1 ? max(kernel->panels / 2, 1) : kernel->panels;
-    int64_t groups = min(ceil_div(tasks, blocks), most_groups);
+    int64_t groups = run->x ? 1 : min(ceil_div(tasks, blocks), most_groups);
     run->panel_groups = groups;
     /* Equal groups finish together; look for such a number, but not below half. */
     for (int64_t equal = groups; equal > groups / 2; equal--)
@@ -105,22 +152,47 @@ static int64_t split(struct qmatmul_run *run) {
     return blocks * run->panel_groups;
 }
 
-static OrtStatus *bind_inputs(struct qmatmul_run *run, OrtKernelContext *context,
-                              struct qc_shape *shape) {
-    static const char *const EXTRA_NAMES[QC_MAX_EXTRAS] = {"4", "5", "6", "7", "8", "9", "10", "11"};
+/* Inputs after q and s, or after x, which takes the place of both. */
+static size_t shifted(const struct qc_op *op, size_t input) {
+    return op->variant->quantize ? input - 1 : input;
+}
+
+static OrtStatus *bind_activations(struct qmatmul_run *run, OrtKernelContext *context,
+                                   struct qc_shape *shape) {
     const struct qc_op *op = run->kernel->op;
     const OrtValue *value;
-    QC_TRY(qc_input(context, INPUT_Q, &value, (const void **)&run->args.q));
+    const void *data;
+    QC_TRY(qc_input(context, 0, &value, &data));
     QC_TRY(qc_tensor_shape(op, value, shape));
-    QC_TRY(qc_row_count(op, shape, "q", &run->rows));
+    QC_TRY(qc_row_count(op, shape, op->variant->quantize ? "x" : "q", &run->rows));
+    if (op->variant->quantize) {
+        run->x = data;
+        return NULL;
+    }
+    run->args.q = data;
     QC_TRY(qc_input(context, INPUT_S, &value, (const void **)&run->args.s));
-    QC_TRY(qc_check_floats(op, value, "s", run->rows));
+    return qc_check_floats(op, value, "s", run->rows);
+}
+
+static OrtStatus *bind_extras(struct qmatmul_run *run, OrtKernelContext *context) {
+    const struct qc_op *op = run->kernel->op;
     for (size_t i = 0; op->spec->extras[i]; i++) {
-        int64_t rows = op->spec->extras[i] == 'T' ? run->rows : 1;
-        QC_TRY(qc_input(context, INPUT_EXTRA + i, &value, (const void **)&run->args.extra[i]));
-        QC_TRY(qc_check_floats(op, value, EXTRA_NAMES[i], rows * op->spec->n));
+        const size_t input = shifted(op, INPUT_EXTRA + i);
+        const int64_t rows = op->spec->extras[i] == 'T' ? run->rows : 1;
+        const OrtValue *value;
+        char name[24];
+        QC_TRY(qc_input(context, input, &value, (const void **)&run->args.extra[i]));
+        snprintf(name, sizeof name, "%zu", input);
+        QC_TRY(qc_check_floats(op, value, name, rows * op->spec->n));
     }
     return NULL;
+}
+
+static OrtStatus *quantize_then_run(struct qmatmul_run *run, OrtKernelContext *context) {
+    struct quantized memory;
+    quantize(run->kernel->op, run->x, run->rows, &memory, &run->args);
+    run->x = NULL;
+    return qc_parallel(context, qmatmul_task, (size_t)split(run), run);
 }
 
 static OrtStatus *qmatmul_compute(void *state, OrtKernelContext *context) {
@@ -130,33 +202,16 @@ static OrtStatus *qmatmul_compute(void *state, OrtKernelContext *context) {
         .args = {.weights = kernel->weights, .init = kernel->init, .ws = kernel->ws},
     };
     struct qc_shape shape;
-    QC_TRY(bind_inputs(&run, context, &shape));
+    QC_TRY(bind_activations(&run, context, &shape));
+    QC_TRY(bind_extras(&run, context));
     for (size_t part = 0; kernel->op->spec->outputs[part]; part++) {
         shape.dims[shape.rank - 1] = width(kernel->op, part);
         QC_TRY(qc_output(context, part, &shape, (void **)&run.y[part]));
     }
     if (run.rows == 0) return NULL;
+    if (run.x && run.rows <= QUANTIZED_ROWS && run.rows * kernel->op->spec->k <= FEW_BYTES)
+        return quantize_then_run(&run, context);
     return qc_parallel(context, qmatmul_task, (size_t)split(&run), &run);
-}
-
-/* The data of an input that must be an initializer with these dimensions. */
-static OrtStatus *constant_input(const struct qc_op *op, const OrtKernelInfo *info, size_t index,
-                                 const char *name, const struct qc_shape *expected,
-                                 const void **data) {
-    int is_constant = 0;
-    const OrtValue *value = NULL;
-    QC_TRY(QC_ORT(KernelInfoGetConstantInput_tensor)(info, index, &is_constant, &value));
-    if (!is_constant) return qc_error(op, "input %s must be an initializer", name);
-    struct qc_shape shape;
-    QC_TRY(qc_tensor_shape(op, value, &shape));
-    if (shape.rank != expected->rank ||
-        memcmp(shape.dims, expected->dims, shape.rank * sizeof *shape.dims)) {
-        char actual_text[256], expected_text[256];
-        return qc_error(op, "input %s has shape %s; it must be %s", name,
-                        qc_shape_text(&shape, actual_text),
-                        qc_shape_text(expected, expected_text));
-    }
-    return QC_ORT(GetTensorMutableData)((OrtValue *)value, (void **)data);
 }
 
 static void qmatmul_destroy(void *state) {
@@ -168,8 +223,9 @@ static void qmatmul_destroy(void *state) {
 static OrtStatus *qmatmul_create(const struct qc_op *op, const OrtKernelInfo *info, void **state) {
     const int64_t k = op->spec->k, n = op->spec->n;
     const void *w, *ws;
-    QC_TRY(constant_input(op, info, INPUT_W, "w", &(struct qc_shape){2, {k, n}}, &w));
-    QC_TRY(constant_input(op, info, INPUT_WS, "ws", &(struct qc_shape){1, {n}}, &ws));
+    const struct qc_shape w_shape = {2, {k, n}}, ws_shape = {1, {n}};
+    QC_TRY(qc_constant_input(op, info, shifted(op, INPUT_W), "w", &w_shape, &w));
+    QC_TRY(qc_constant_input(op, info, shifted(op, INPUT_WS), "ws", &ws_shape, &ws));
 
     const int64_t panel_columns = op->variant->tile_vectors * 16;
     const int64_t panels = ceil_div(n, panel_columns);
@@ -195,13 +251,18 @@ static OrtStatus *qmatmul_create(const struct qc_op *op, const OrtKernelInfo *in
 }
 
 
-const struct qc_anchor qc_qmatmul_w8a8 = {
-    .input_types = (const int[]){ORT_UINT8, ORT_FLOAT, ORT_INT8, ORT_FLOAT},
-    .input_count = INPUT_EXTRA,
-    .output_types = (const int[QC_MAX_PARTS]){ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT,
-                                              ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT},
-    .create = qmatmul_create,
-    .compute = qmatmul_compute,
-    .destroy = qmatmul_destroy,
-    .last_dimension = width,
-};
+static const int FLOATS[QC_MAX_PARTS] = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT,
+                                         ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT};
+
+#define QMATMUL(types, inputs)                                                                     \
+    {                                                                                              \
+        .input_types = types, .input_count = inputs, .output_types = FLOATS,                       \
+        .create = qmatmul_create, .compute = qmatmul_compute, .destroy = qmatmul_destroy,          \
+        .last_dimension = width,                                                                   \
+    }
+
+static const int Q_S_W_WS[] = {ORT_UINT8, ORT_FLOAT, ORT_INT8, ORT_FLOAT};
+static const int X_W_WS[] = {ORT_FLOAT, ORT_INT8, ORT_FLOAT};
+
+const struct qc_anchor qc_qmatmul_w8a8 = QMATMUL(Q_S_W_WS, 4);
+const struct qc_anchor qc_dynamic_qmatmul_w8a8 = QMATMUL(X_W_WS, 3);

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+from collections.abc import Iterable
 from pathlib import Path
 
 from qcompiler.ir.attention import BFLOAT16
@@ -20,9 +21,11 @@ __all__ = [
     "Isa",
     "compile_region",
     "fingerprint",
+    "has_own_kernel",
     "isas_of",
     "kernel_symbol",
     "supports",
+    "with_parts",
 ]
 
 
@@ -64,6 +67,19 @@ def supports(region: Region) -> str | None:
     return family.unsupported(region)
 
 
+def with_parts(regions: Iterable[Region]) -> list[Region]:
+    """The regions and those whose kernels they are made of, each once, by name."""
+    found = {
+        part for region in regions for part in (region, *FAMILIES[region.anchor].parts(region))
+    }
+    return sorted(found, key=lambda region: region.name)
+
+
+def has_own_kernel(region: Region) -> bool:
+    """Whether `region` is compiled, not made of others."""
+    return FAMILIES[region.anchor].generate is not None
+
+
 def kernel_symbol(region: Region, isa: Isa) -> str:
     """The C name of a kernel."""
     return f"{region.name}_{isa.name.replace('-', '_')}"
@@ -76,7 +92,9 @@ def compile_region(region: Region, isa: Isa) -> bytes:
     reason = supports(region)
     assert reason is None, reason
     family = FAMILIES[region.anchor]
-    function = family.generators.get(isa.name, family.generate)(region)
+    generate = family.generators.get(isa.name, family.generate)
+    assert generate is not None, f"{region.anchor} is made of other kernels"
+    function = generate(region)
     return tir.compile_object({kernel_symbol(region, isa): function}, isa.mcpu)
 
 

@@ -22,6 +22,10 @@ MAX_EXTRAS = 8
 MAX_PARTS = 8
 MAX_ELEMENTS = 1 << 30
 """Kernels index a row, and the packed weights, with int32."""
+MAX_QUANTIZED_DEPTH = 4096
+"""A tile of such rows fits the 64 KiB that DynamicQMatMulW8A8 quantizes into."""
+MAX_CACHED_WEIGHTS = 768 << 10
+"""Bytes of weights that an L2 of 1 MiB holds beside a block of activations."""
 MAX_DEPTH = (1 << 31) // (128 * 128) - 1
 """The longest sum of int8 products that an int32 surely holds."""
 
@@ -37,7 +41,8 @@ class Family:
             `struct qc_<member>_args`.
         parameters: C type and expression (from the arguments `a`) of each kernel parameter.
         unsupported: Why a region has no kernel, or None.
-        generate: The TIR of a region's kernel.
+        generate: The TIR of a region's kernel; None for one that is made of others'.
+        parts: The regions whose kernels it is made of.
         constants: Further members of `struct qc_variant`, as C initializers.
         generators: What to generate instead for an instruction set with kernels of its own.
     """
@@ -47,7 +52,8 @@ class Family:
     member: str
     parameters: Callable[[Region], list[tuple[str, str]]]
     unsupported: Callable[[Region], str | None]
-    generate: Callable[[Region], Any]
+    generate: Callable[[Region], Any] | None
+    parts: Callable[[Region], tuple[Region, ...]] = lambda region: ()
     constants: Callable[[Region], dict[str, int]] = lambda region: {}
     generators: Mapping[str, Callable[[Region], Any]] = dataclasses.field(default_factory=dict)
 
@@ -114,6 +120,20 @@ def _unsupported_qmatmul(region: Region) -> str | None:
     if -(-n // columns) * columns * -(-k // 4) * 4 > MAX_ELEMENTS:
         return f"{k} x {n} weights take more than 2^30 bytes"
     return unsupported_epilogue(region)
+
+
+def _dynamic_parts(region: Region) -> tuple[Region, ...]:
+    quantize = Region("Quantize", (("K", region.size("K")),))
+    return quantize, dataclasses.replace(region, anchor="QMatMulW8A8")
+
+
+def _unsupported_dynamic(region: Region) -> str | None:
+    k, n = region.size("K"), region.size("N")
+    if k > MAX_QUANTIZED_DEPTH:
+        return f"K={k}: rows of more than {MAX_QUANTIZED_DEPTH} are quantized first"
+    if k * n > MAX_CACHED_WEIGHTS:
+        return f"{k} x {n} weights do not stay in a cache while few rows at a time are multiplied"
+    return _unsupported_qmatmul(region)
 
 
 def unsupported_epilogue(region: Region) -> str | None:
@@ -193,8 +213,8 @@ def _attention(anchor: str) -> Family:
         _attention_parameters,
         _unsupported_attention,
         _generate_attention,
-        _attention_constants,
-        {"avx512-bf16": _generate_attention_bf16},
+        constants=_attention_constants,
+        generators={"avx512-bf16": _generate_attention_bf16},
     )
 
 
@@ -214,6 +234,16 @@ FAMILIES = {
         _qmatmul_parameters,
         _unsupported_qmatmul,
         _generate_qmatmul,
+        constants=_qmatmul_constants,
+    ),
+    "DynamicQMatMulW8A8": Family(
+        ("K", "N"),
+        "qc_dynamic_qmatmul_w8a8",
+        "qmatmul",
+        _qmatmul_parameters,
+        _unsupported_dynamic,
+        None,
+        _dynamic_parts,
         _qmatmul_constants,
     ),
     "LayerNorm": _norm("qc_layer_norm"),

@@ -1,0 +1,86 @@
+"""Let a product quantize its own input, where nothing else reads the integers.
+
+    y = QMatMulW8A8_K384_N384_AddC(Quantize_K384(x), w, ws, b)
+        =>  y = DynamicQMatMulW8A8_K384_N384_AddC(x, w, ws, b)
+
+Threads need not wait for each other between the two, and the integers never leave a core's cache.
+Runs after `fuse_norms` and `merge_siblings`, which have better uses for a Quantize.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qcompiler.ir import dialect
+from qcompiler.ir.decisions import decide, decision_of, inherit, region_of, set_region
+from qcompiler.ir.graph import only_consumer
+from qcompiler.ir.region import Region
+from qcompiler.passes.fuse_regions import UNBOUND, drop_unused_functions
+
+__all__ = ["FuseQuantize"]
+
+
+class FuseQuantize(ir.passes.InPlacePass):
+    """Join each outlined Quantize with the one outlined product that reads it.
+
+    Attributes:
+        supports: Says why there is no kernel for a region, or None if there is one.
+    """
+
+    def __init__(self, supports: Callable[[Region], str | None]) -> None:
+        super().__init__()
+        self.supports = supports
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Join every pair, in branches and loops too."""
+        joined = sum(self._join(model, node) for node in list(model.graph.all_nodes()))
+        if joined:
+            drop_unused_functions(model)
+            common.NameFixPass()(model)
+        return ir.passes.PassResult(model, joined > 0)
+
+    def _join(self, model: ir.Model, quantize: ir.Node) -> bool:
+        product = _only_product(quantize)
+        region = region_of(product) if product is not None else None
+        if product is None or region is None:
+            return False
+        whole = dataclasses.replace(region, anchor="DynamicQMatMulW8A8")
+        if self.supports(whole) is not None:
+            return False
+        function = dialect.region_function(whole, UNBOUND, model.graph.opset_imports[""])
+        model.functions.setdefault(function.identifier(), function)
+        new = ir.node(
+            whole.name,
+            [*quantize.inputs, *product.inputs[2:]],
+            domain=UNBOUND,
+            version=dialect.VERSION,
+            num_outputs=len(product.outputs),
+        )
+        inherit(new, product)
+        set_region(new, whole)
+        decide(new, "body", f"{decision_of(product).why}; quantizes its input")
+        graph = product.graph
+        assert graph is not None
+        ir.convenience.replace_nodes_and_values(
+            graph, product, [quantize, product], [new], product.outputs, new.outputs
+        )
+        dialect.type_results(new, whole.anchor, ["y"] * len(new.outputs))
+        return True
+
+
+def _only_product(quantize: ir.Node) -> ir.Node | None:
+    """The product of the same graph that alone reads both results of an outlined Quantize."""
+    region = region_of(quantize) if quantize.domain == UNBOUND else None
+    if region is None or region.anchor != "Quantize":
+        return None
+    q, s = quantize.outputs
+    product = only_consumer(q)
+    if product is None or product is not only_consumer(s) or product.graph is not quantize.graph:
+        return None
+    found = region_of(product) if product.domain == UNBOUND else None
+    fits = found is not None and found.anchor == "QMatMulW8A8"
+    return product if fits and list(product.inputs[:2]) == [q, s] else None
