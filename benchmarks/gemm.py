@@ -2,14 +2,15 @@
 
 Peak is vpdpbusd on registers, stream is reading memory once; both are measured here, on as many
 threads.  `loop` is the kernel storing its int32 sums, `op` is Quantize and QMatMul + bias as ONNX
-Runtime runs them.  Everything is measured in turn, several times over; figures are the best and the
-median, in microseconds.
+Runtime runs them, in one node where a model would have one.  Everything is measured in turn,
+several times over; figures are the best and the median, in microseconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import dataclasses
 import functools
 import json
 import statistics
@@ -29,7 +30,7 @@ from qcompiler.targets import tir
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.library import build_library
 from qcompiler.targets.toolchain import find_linker
-from qcompiler.targets.x86 import ISAS
+from qcompiler.targets.x86 import ISAS, supports
 from qcompiler.targets.x86.qmatmul import accumulator_function
 from qcompiler.targets.x86.tile import tile_shape
 
@@ -117,11 +118,14 @@ class Loops:
         return list(seconds)
 
 
-def regions(shape: tuple[int, int, int]) -> tuple[Region, Region]:
-    """Quantize, and a matrix multiplication with a bias."""
+def regions(shape: tuple[int, int, int]) -> list[Region]:
+    """What a model would have for Quantize and a matrix multiplication with a bias."""
     _, n, k = shape
     product = Region("QMatMulW8A8", (("K", k), ("N", n)), ("channel",), (Step("Add", (0, -1)),))
-    return Region("Quantize", (("K", k),)), product
+    dynamic = dataclasses.replace(product, anchor="DynamicQMatMulW8A8")
+    if supports(dynamic) is None:
+        return [dynamic]
+    return [Region("Quantize", (("K", k),)), product]
 
 
 def copies_of(shape: tuple[int, int, int]) -> int:
@@ -133,7 +137,7 @@ def model(shape: tuple[int, int, int]) -> bytes:
     """Quantize and multiply, `copies_of(shape)` times."""
     _, n, k = shape
     copies = copies_of(shape)
-    quantize, product = regions(shape)
+    *quantize, product = regions(shape)
     rng = np.random.default_rng(0)
     constants = {
         "w": rng.integers(-127, 128, (k, n)).astype(np.int8),
@@ -143,9 +147,13 @@ def model(shape: tuple[int, int, int]) -> bytes:
     initializers = [numpy_helper.from_array(v, name) for name, v in constants.items()]
     nodes = []
     for i in range(copies):
-        q, s = f"q{i}", f"s{i}"
-        nodes.append(helper.make_node(quantize.name, ["x"], [q, s], domain=DOMAIN))
-        nodes.append(helper.make_node(product.name, [q, s, *constants], [f"y{i}"], domain=DOMAIN))
+        inputs = ["x"]
+        for region in quantize:
+            nodes.append(helper.make_node(region.name, inputs, [f"q{i}", f"s{i}"], domain=DOMAIN))
+            inputs = [f"q{i}", f"s{i}"]
+        nodes.append(
+            helper.make_node(product.name, [*inputs, *constants], [f"y{i}"], domain=DOMAIN)
+        )
     value = helper.make_tensor_value_info
     outputs = [value(f"y{i}", TensorProto.FLOAT, ["m", n]) for i in range(copies)]
     graph = helper.make_graph(
