@@ -63,7 +63,7 @@ def _wrapper(region: Region, isa: Isa) -> str:
 def _variant(region: Region, isa: Isa) -> str:
     family = FAMILIES[region.anchor]
     members = {"isa": f"&{isa.c_name}", family.member: f"run_{kernel_symbol(region, isa)}"}
-    members |= {name: str(value) for name, value in family.constants(region).items()}
+    members |= {name: str(value) for name, value in family.constants(region, isa).items()}
     return "{" + ", ".join(f".{name} = {value}" for name, value in members.items()) + "}"
 
 

@@ -5,7 +5,6 @@ Importing this package does not import tvm; asking it for anything but names doe
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 from pathlib import Path
@@ -14,6 +13,7 @@ from qcompiler.ir.attention import BFLOAT16
 from qcompiler.ir.region import Region
 from qcompiler.targets.cache import content_key
 from qcompiler.targets.x86.families import FAMILIES, MAX_ELEMENTS
+from qcompiler.targets.x86.isa import AVX512_BF16, AVX512_VNNI, Isa
 
 __all__ = [
     "ISAS",
@@ -26,28 +26,13 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Isa:
-    """An instruction set kernels are compiled for.
-
-    `mcpu` is the oldest CPU LLVM knows that has it, so that the code runs on all of them; `c_name`
-    is its description in targets/native/x86.c.
-    """
-
-    name: str
-    mcpu: str
-    c_name: str
-
-
-ISAS: tuple[Isa, ...] = (Isa("avx512-vnni", "cascadelake", "qc_avx512_vnni"),)
+ISAS: tuple[Isa, ...] = (AVX512_VNNI,)
 """In order of preference; a library holds every kernel for each."""
-
-_AVX512_BF16 = Isa("avx512-bf16", "cooperlake", "qc_avx512_bf16")
 
 
 def isas_of(region: Region) -> tuple[Isa, ...]:
     """The instruction sets that `region` is compiled for, in order of preference."""
-    return (_AVX512_BF16, *ISAS) if BFLOAT16 in region.flags else ISAS
+    return (AVX512_BF16, *ISAS) if BFLOAT16 in region.flags else ISAS
 
 
 def supports(region: Region) -> str | None:
@@ -76,7 +61,7 @@ def compile_region(region: Region, isa: Isa) -> bytes:
     reason = supports(region)
     assert reason is None, reason
     family = FAMILIES[region.anchor]
-    function = family.generators.get(isa.name, family.generate)(region)
+    function = family.generate(region, isa)
     return tir.compile_object({kernel_symbol(region, isa): function}, isa.mcpu)
 
 

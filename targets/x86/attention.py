@@ -16,8 +16,10 @@ from typing import Any
 from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
 from qcompiler.targets.x86.attention_shape import PANEL, TILE_ROWS, AttentionShape, attention_shape
+from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
 from qcompiler.targets.x86.running_softmax import LOWEST, RunningSoftmax
-from qcompiler.targets.x86.vector import fma, load_lanes, sums_of, transpose
+from qcompiler.targets.x86.units import unit_of
+from qcompiler.targets.x86.vector import VectorUnit, fma, load_lanes, sums_of, transpose
 
 __all__ = ["Attention", "attention_function"]
 
@@ -29,7 +31,7 @@ _INTEGERS = ("q_stride", "k_stride", "v_stride", "y_stride", "mask_row_stride", 
              "keys", "zero_empty")  # fmt: skip
 
 
-def attention_function(d: int, kind: type[Attention] | None = None) -> Any:
+def attention_function(d: int, kind: type[Attention] | None = None, isa: Isa = AVX512_VNNI) -> Any:
     """The TIR of the attention of one head with vectors of `d`.
 
     `void f(const float *q, const float *k, const float *v, const float *mask, float *y,
@@ -43,9 +45,8 @@ def attention_function(d: int, kind: type[Attention] | None = None) -> Any:
     parameters.append(Parameter("scale", "float32", is_pointer=False))
 
     def body(*arguments: Expr) -> None:
-        (kind or Attention)(
-            d, dict(zip((p.name for p in parameters), arguments, strict=True))
-        ).emit()
+        named = dict(zip((p.name for p in parameters), arguments, strict=True))
+        (kind or Attention)(d, isa, named).emit()
 
     return tir.function(parameters, body)
 
@@ -59,11 +60,11 @@ class Attention:
     lane = "float32"
     pair = 1
 
-    def __init__(self, d: int, arguments: dict[str, Expr]) -> None:
+    def __init__(self, d: int, isa: Isa, arguments: dict[str, Expr]) -> None:
         shape = attention_shape(d)
         self._d, self._padded_d, self._block = d, shape.padded_d, shape.keys
         self._a = arguments
-        self._softmax = self.running_softmax(shape)
+        self._softmax = self.running_softmax(shape, unit_of(isa))
         self._depth = -(-d // self.pair)
         self._query_stride = -(-self._depth // LANES) * LANES
         self._single_q = tir.scratch("float32", shape.padded_d)
@@ -71,9 +72,9 @@ class Attention:
         self._k = tir.scratch(self.lane, shape.keys * self._depth)
         self._v = tir.scratch(self.lane, shape.keys // self.pair * shape.padded_d)
 
-    def running_softmax(self, shape: AttentionShape) -> RunningSoftmax:
+    def running_softmax(self, shape: AttentionShape, unit: VectorUnit) -> RunningSoftmax:
         """What keeps the scores and their weights."""
-        return RunningSoftmax(shape)
+        return RunningSoftmax(shape, unit)
 
     def dot(self, total: Expr, one: Expr, other: Expr) -> Expr:
         """`total` plus the products of two vectors of lanes."""

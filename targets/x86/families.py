@@ -6,7 +6,7 @@ One row per anchor.  Nothing here imports tvm; a row's generator does when it is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from qcompiler.ir.dialect import OPS
@@ -14,6 +14,7 @@ from qcompiler.ir.region import Region
 from qcompiler.targets.epilogue import unsupported_step
 from qcompiler.targets.x86.attention_shape import MAX_DEPTH as MAX_HEAD
 from qcompiler.targets.x86.attention_shape import attention_shape
+from qcompiler.targets.x86.isa import AVX512_BF16, Isa
 from qcompiler.targets.x86.tile import tile_shape
 
 __all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "norm_operands", "unsupported_epilogue"]
@@ -36,9 +37,8 @@ class Family:
             `struct qc_<member>_args`.
         parameters: C type and expression (from the arguments `a`) of each kernel parameter.
         unsupported: Why a region has no kernel, or None.
-        generate: The TIR of a region's kernel.
+        generate: The TIR of a region's kernel for an instruction set.
         constants: Further members of `struct qc_variant`, as C initializers.
-        generators: What to generate instead for an instruction set with kernels of its own.
     """
 
     sizes: tuple[str, ...]
@@ -46,39 +46,35 @@ class Family:
     member: str
     parameters: Callable[[Region], list[tuple[str, str]]]
     unsupported: Callable[[Region], str | None]
-    generate: Callable[[Region], Any]
-    constants: Callable[[Region], dict[str, int]] = lambda region: {}
-    generators: Mapping[str, Callable[[Region], Any]] = dataclasses.field(default_factory=dict)
+    generate: Callable[[Region, Isa], Any]
+    constants: Callable[[Region, Isa], dict[str, int]] = lambda region, isa: {}
 
 
-def _generate_quantize(region: Region) -> Any:
+def _generate_quantize(region: Region, isa: Isa) -> Any:
     from qcompiler.targets.x86.quantize import quantize_function
 
-    return quantize_function(region.size("K"))
+    return quantize_function(region.size("K"), isa)
 
 
-def _generate_norm(region: Region) -> Any:
+def _generate_norm(region: Region, isa: Isa) -> Any:
     from qcompiler.targets.x86.norm import norm_function
 
-    return norm_function(region)
+    return norm_function(region, isa)
 
 
-def _generate_qmatmul(region: Region) -> Any:
+def _generate_qmatmul(region: Region, isa: Isa) -> Any:
     from qcompiler.targets.x86.qmatmul import qmatmul_function
 
-    return qmatmul_function(region)
+    return qmatmul_function(region, isa)
 
 
-def _generate_attention(region: Region) -> Any:
+def _generate_attention(region: Region, isa: Isa) -> Any:
     from qcompiler.targets.x86.attention import attention_function
-
-    return attention_function(region.size("D"))
-
-
-def _generate_attention_bf16(region: Region) -> Any:
     from qcompiler.targets.x86.attention_bf16 import attention_bf16_function
 
-    return attention_bf16_function(region.size("D"))
+    if isa == AVX512_BF16:
+        return attention_bf16_function(region.size("D"))
+    return attention_function(region.size("D"), isa=isa)
 
 
 def _unsupported_quantize(region: Region) -> str | None:
@@ -166,11 +162,11 @@ def _attention_parameters(region: Region) -> list[tuple[str, str]]:
     return [*inputs, ("float *", "a->y"), *integers, ("float", "a->scale")]
 
 
-def _attention_constants(region: Region) -> dict[str, int]:
+def _attention_constants(region: Region, isa: Isa) -> dict[str, int]:
     return {"block_rows": attention_shape(region.size("D")).rows}
 
 
-def _qmatmul_constants(region: Region) -> dict[str, int]:
+def _qmatmul_constants(region: Region, isa: Isa) -> dict[str, int]:
     tile = tile_shape(region.size("N"))
     return {"tile_rows": tile.rows, "tile_vectors": tile.vectors}
 
@@ -188,7 +184,6 @@ def _attention(anchor: str) -> Family:
         _unsupported_attention,
         _generate_attention,
         _attention_constants,
-        {"avx512-bf16": _generate_attention_bf16},
     )
 
 

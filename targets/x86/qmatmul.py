@@ -17,9 +17,10 @@ from qcompiler.ir.region import Region
 from qcompiler.targets import tir
 from qcompiler.targets.epilogue import apply_steps
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
-from qcompiler.targets.x86 import vector
+from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
-from qcompiler.targets.x86.vector import dot_product_u8s8, load_lanes, store_lanes
+from qcompiler.targets.x86.units import unit_of
+from qcompiler.targets.x86.vector import load_lanes, store_lanes
 
 __all__ = ["accumulator_function", "qmatmul_function"]
 
@@ -46,7 +47,8 @@ class Operands:
 class Loops:
     """Emits the loops over panels, tiles and K for one shape; `finish` turns sums into y."""
 
-    def __init__(self, k: int, n: int, operands: Operands, finish: Finish) -> None:
+    def __init__(self, k: int, n: int, isa: Isa, operands: Operands, finish: Finish) -> None:
+        self._unit = unit_of(isa)
         self._k = k
         self._quads = -(-k // _QUAD)
         self._shape = tile_shape(n)
@@ -129,10 +131,8 @@ class Loops:
                 tir.prefetch_to_l2(self._operands.weights, next_panel + line)
             for p, panel in enumerate(panels):
                 weights = [self._weights(panel, quad, j) for j in range(vectors)]
-                for i, row in enumerate(sums[p * height : (p + 1) * height]):
-                    activations = self._activations(first_row + i, quad, width)
-                    for total, weight in zip(row, weights, strict=True):
-                        total.set(dot_product_u8s8(total.value, activations, weight))
+                quads = [self._activations(first_row + i, quad, width) for i in range(height)]
+                self._multiply(sums[p * height : (p + 1) * height], quads, weights)
 
         whole_quads, rest = divmod(self._k, _QUAD)
         with tir.loop(0, whole_quads) as quad:
@@ -140,6 +140,15 @@ class Loops:
         if rest:
             step(whole_quads, rest)
         return sums
+
+    def _multiply(
+        self, sums: Sequence[Sequence[Register]], quads: Sequence[Expr], weights: Sequence[Expr]
+    ) -> None:
+        """`sums[i][j] += quads[i] weights[j]`."""
+        for part in range(self._unit.dot_parts):
+            for row, quad in zip(sums, quads, strict=True):
+                for total, weight in zip(row, weights, strict=True):
+                    total.set(self._unit.dot_product_u8s8(total.value, quad, weight, part))
 
     def _init(self, panel: Expr, vector: int) -> Expr:
         start = panel * self._shape.columns + vector * LANES
@@ -181,15 +190,15 @@ def _spilled(memory: Expr, row: Expr, vectors: int) -> list[Expr]:
     return [load_lanes(memory, (row * vectors + j) * LANES, LANES, "int32") for j in range(vectors)]
 
 
-def qmatmul_function(region: Region) -> Any:
-    """The TIR of a `QMatMulW8A8` region.
+def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
+    """The TIR of a `QMatMulW8A8` region for an instruction set.
 
     `void f(const uint8_t *q, const float *s, const int8_t *weights, const int32_t *init,
     const float *ws, const float *extra..., float *y, int32_t rows, int32_t panel_begin,
     int32_t panel_end)`, where `ws` is padded to whole panels like `init`, and neither the rows nor
     the range of panels is empty.
     """
-    k, n = region.size("K"), region.size("N")
+    k, n, unit = region.size("K"), region.size("N"), unit_of(isa)
     extra_parameters = [Parameter(f"extra{i}", "float32") for i in range(len(region.extras))]
 
     def body(q: Expr, s: Expr, weights: Expr, init: Expr, ws: Expr, *rest: Expr) -> None:
@@ -205,9 +214,9 @@ def qmatmul_function(region: Region) -> Any:
                     load_lanes(extra, column if kind == "channel" else row * n + column, count)
                     for extra, kind in zip(extras, region.extras, strict=True)
                 ]
-                store_lanes(y, apply_steps(vector, region, anchor, values), row * n + column, count)
+                store_lanes(y, apply_steps(unit, region, anchor, values), row * n + column, count)
 
-        Loops(k, n, Operands(q, weights, init, rows, begin, end), finish).emit()
+        Loops(k, n, isa, Operands(q, weights, init, rows, begin, end), finish).emit()
 
     return tir.function(
         [
@@ -224,7 +233,7 @@ def qmatmul_function(region: Region) -> Any:
     )
 
 
-def accumulator_function(k: int, n: int) -> Any:
+def accumulator_function(k: int, n: int, isa: Isa = AVX512_VNNI) -> Any:
     """The same loops with the int32 sums as result, for tests and for timing the loops alone.
 
     `void f(const uint8_t *q, const int8_t *weights, const int32_t *init, int32_t *y, int32_t rows,
@@ -239,7 +248,7 @@ def accumulator_function(k: int, n: int) -> Any:
                 start = row * n + first_column + index * LANES
                 store_lanes(y, total, start, min(LANES, columns - index * LANES), "int32")
 
-        Loops(k, n, Operands(q, weights, init, rows, begin, end), finish).emit()
+        Loops(k, n, isa, Operands(q, weights, init, rows, begin, end), finish).emit()
 
     pointers = [
         Parameter("q", "uint8"),
