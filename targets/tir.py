@@ -216,10 +216,15 @@ def function(parameters: Sequence[Parameter], body: Callable[..., None]) -> Any:
     return builder.get()
 
 
-def compile_object(functions: Mapping[str, Any], mcpu: str) -> bytes:
+def compile_object(functions: Mapping[str, Any], mcpu: str, features: Sequence[str] = ()) -> bytes:
     """An ELF object for x86-64 Linux with one global C symbol per function."""
     target = tvm.target.Target(
-        {"kind": "llvm", "mcpu": mcpu, "mtriple": "x86_64-unknown-linux-gnu"}
+        {
+            "kind": "llvm",
+            "mcpu": mcpu,
+            "mattr": list(features),
+            "mtriple": "x86_64-unknown-linux-gnu",
+        }
     )
     host = target.with_host(target)
     module = tvm.IRModule({tvm.ir.GlobalVar(name): body for name, body in functions.items()})

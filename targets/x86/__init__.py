@@ -13,7 +13,7 @@ from qcompiler.ir.attention import BFLOAT16
 from qcompiler.ir.region import Region
 from qcompiler.targets.cache import content_key
 from qcompiler.targets.x86.families import FAMILIES, MAX_ELEMENTS
-from qcompiler.targets.x86.isa import AVX512_BF16, AVX512_VNNI, Isa
+from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
 
 __all__ = [
     "ISAS",
@@ -26,13 +26,16 @@ __all__ = [
 ]
 
 
-ISAS: tuple[Isa, ...] = (AVX512_VNNI,)
-"""In order of preference; a library holds every kernel for each."""
+ISAS: tuple[Isa, ...] = (AVX512_VNNI, AVX_VNNI, AVX2)
+"""In order of preference; a processor that has one has those after it that its ops lack."""
 
 
-def isas_of(region: Region) -> tuple[Isa, ...]:
-    """The instruction sets that `region` is compiled for, in order of preference."""
-    return (AVX512_BF16, *ISAS) if BFLOAT16 in region.flags else ISAS
+def isas_of(*regions: Region) -> tuple[Isa, ...]:
+    """The instruction sets that any of `regions` is compiled for, in order of preference."""
+    isas = {isa for region in regions for isa in FAMILIES[region.anchor].isas}
+    if any(BFLOAT16 in region.flags for region in regions):
+        isas.add(AVX512_BF16)
+    return tuple(isa for isa in (AVX512_BF16, *ISAS) if isa in isas)
 
 
 def supports(region: Region) -> str | None:
@@ -62,7 +65,7 @@ def compile_region(region: Region, isa: Isa) -> bytes:
     assert reason is None, reason
     family = FAMILIES[region.anchor]
     function = family.generate(region, isa)
-    return tir.compile_object({kernel_symbol(region, isa): function}, isa.mcpu)
+    return tir.compile_object({kernel_symbol(region, isa): function}, isa.mcpu, isa.features)
 
 
 @functools.cache

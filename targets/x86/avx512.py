@@ -21,9 +21,9 @@ _ROUND_DOWN = 1
 class Avx512(VectorUnit):
     """AVX-512 F, BW, DQ and VNNI."""
 
-    def dot_product_u8s8(self, total: Expr, quads: Expr, weights: Expr, part: int) -> Expr:
-        """`total + dot(quads, weights)` per lane (vpdpbusd)."""
-        everywhere = tir.reinterpret("uint8x64", tir.broadcast(quads))
+    def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
+        """`total` plus four products per lane (vpdpbusd)."""
+        everywhere = tir.reinterpret("uint8x64", tir.broadcast(activations))
         return tir.intrinsic("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, everywhere, weights)
 
     def round_to_int32(self, value: Expr) -> Expr:

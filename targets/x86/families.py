@@ -14,7 +14,7 @@ from qcompiler.ir.region import Region
 from qcompiler.targets.epilogue import unsupported_step
 from qcompiler.targets.x86.attention_shape import MAX_DEPTH as MAX_HEAD
 from qcompiler.targets.x86.attention_shape import attention_shape
-from qcompiler.targets.x86.isa import AVX512_BF16, Isa
+from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
 
 __all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "norm_operands", "unsupported_epilogue"]
@@ -39,6 +39,7 @@ class Family:
         unsupported: Why a region has no kernel, or None.
         generate: The TIR of a region's kernel for an instruction set.
         constants: Further members of `struct qc_variant`, as C initializers.
+        isas: The instruction sets it is compiled for, in order of preference.
     """
 
     sizes: tuple[str, ...]
@@ -48,6 +49,7 @@ class Family:
     unsupported: Callable[[Region], str | None]
     generate: Callable[[Region, Isa], Any]
     constants: Callable[[Region, Isa], dict[str, int]] = lambda region, isa: {}
+    isas: tuple[Isa, ...] = (AVX512_VNNI, AVX2)
 
 
 def _generate_quantize(region: Region, isa: Isa) -> Any:
@@ -167,7 +169,7 @@ def _attention_constants(region: Region, isa: Isa) -> dict[str, int]:
 
 
 def _qmatmul_constants(region: Region, isa: Isa) -> dict[str, int]:
-    tile = tile_shape(region.size("N"))
+    tile = tile_shape(region.size("N"), isa)
     return {"tile_rows": tile.rows, "tile_vectors": tile.vectors}
 
 
@@ -204,6 +206,7 @@ FAMILIES = {
         _unsupported_qmatmul,
         _generate_qmatmul,
         _qmatmul_constants,
+        (AVX512_VNNI, AVX_VNNI, AVX2),
     ),
     "LayerNorm": _norm("qc_layer_norm"),
     "AddLayerNorm": _norm("qc_add_layer_norm"),

@@ -1,4 +1,4 @@
-"""Softmax over keys that come block by block, and the values it weighs, for AVX-512.
+"""Softmax over keys that come block by block, and the values it weighs.
 
 Each row keeps its largest score so far, the sum of its exponentials and its weighted sum of values;
 a block that raises the largest first scales the other two by e^(old - new) (Milakov and Gimelshein,

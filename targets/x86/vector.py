@@ -164,15 +164,17 @@ class VectorUnit(ABC):
     maximum = staticmethod(maximum)
     minimum = staticmethod(minimum)
 
-    dot_parts = 1
-    """In how many parts `dot_product_u8s8` comes."""
+    depth = 4
+    """Rows of K whose products `dot_product_u8s8` adds in each lane."""
+    widens = False
+    """Whether it takes activations as int16, not uint8."""
 
     @abstractmethod
-    def dot_product_u8s8(self, total: Expr, quads: Expr, weights: Expr, part: int) -> Expr:
-        """`total + dot(quads, weights)` per lane, over four uint8 and four int8, exactly.
+    def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
+        """`total` plus `depth` products per lane, exactly.
 
-        `quads` is an int32 that holds four uint8, used for all lanes; `weights` is an int8x64.
-        Each of the `dot_parts` adds some of the products.
+        `activations` are the bits of an int32, used for all lanes; `weights` are int8, those of a
+        lane side by side.
         """
 
     @abstractmethod
