@@ -9,6 +9,7 @@
 #include <time.h>
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define AVX2 __attribute__((target("avx2")))
 
 typedef void (*accumulate)(const uint8_t *, const int8_t *, const int32_t *, int32_t *, int32_t,
                            int32_t, int32_t);
@@ -30,29 +31,56 @@ static double now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* 16 independent accumulators: vpdpbusd has a latency of 4 to 5 cycles and starts twice in each. */
-AVX512 static void peak(const struct work *work, int thread, int threads) {
+/* 12 independent accumulators: products have a latency of 4 to 5 cycles and start twice in each. */
+#define TWELVE                                                                                     \
+    STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10) STEP(11)
+
+AVX512 static void peak_avx512_vnni(const struct work *work, int thread, int threads) {
     (void)thread, (void)threads;
-    __m512i sum[16], ones = _mm512_set1_epi8(1);
-    for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_si512();
-    for (int64_t n = 0; n < work->amount; n++)
+    __m512i sum[12], ones = _mm512_set1_epi8(1);
+    for (int i = 0; i < 12; i++) sum[i] = _mm512_setzero_si512();
+    for (int64_t n = 0; n < work->amount; n++) {
 #define STEP(i) __asm__ volatile("vpdpbusd %1, %1, %0" : "+v"(sum[i]) : "v"(ones));
-        {STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10)
-         STEP(11) STEP(12) STEP(13) STEP(14) STEP(15)}
+        TWELVE
+#undef STEP
+    }
+}
+
+AVX2 static void peak_avx_vnni(const struct work *work, int thread, int threads) {
+    (void)thread, (void)threads;
+    __m256i sum[12], ones = _mm256_set1_epi8(1);
+    for (int i = 0; i < 12; i++) sum[i] = _mm256_setzero_si256();
+    for (int64_t n = 0; n < work->amount; n++) {
+#define STEP(i) __asm__ volatile("%{vex%} vpdpbusd %1, %1, %0" : "+x"(sum[i]) : "x"(ones));
+        TWELVE
+#undef STEP
+    }
+}
+
+AVX2 static void peak_avx2(const struct work *work, int thread, int threads) {
+    (void)thread, (void)threads;
+    __m256i sum[12], product, ones = _mm256_set1_epi16(1);
+    for (int i = 0; i < 12; i++) sum[i] = _mm256_setzero_si256();
+    for (int64_t n = 0; n < work->amount; n++) {
+#define STEP(i)                                                                                    \
+    __asm__ volatile("vpmaddwd %2, %2, %1\n\tvpaddd %1, %0, %0"                                    \
+                     : "+x"(sum[i]), "=&x"(product)                                                \
+                     : "x"(ones));
+        TWELVE
+#undef STEP
+    }
 }
 
 /* Reads the thread's share once, as two streams. */
-AVX512 static void stream(const struct work *work, int thread, int threads) {
+AVX2 static void stream(const struct work *work, int thread, int threads) {
     const int64_t half = work->amount / threads / 2;
     const int8_t *a = work->weights + 2 * half * thread, *b = a + half;
-    __m512i sum = _mm512_setzero_si512(), other = sum;
-    for (int64_t i = 0; i < half; i += 128) {
-        sum = _mm512_xor_si512(sum, _mm512_loadu_si512(a + i));
-        sum = _mm512_xor_si512(sum, _mm512_loadu_si512(a + i + 64));
-        other = _mm512_xor_si512(other, _mm512_loadu_si512(b + i));
-        other = _mm512_xor_si512(other, _mm512_loadu_si512(b + i + 64));
+    __m256i sum = _mm256_setzero_si256(), other = sum;
+    for (int64_t i = 0; i < half; i += 32) {
+        sum = _mm256_xor_si256(sum, _mm256_loadu_si256((const __m256i *)(a + i)));
+        other = _mm256_xor_si256(other, _mm256_loadu_si256((const __m256i *)(b + i)));
     }
-    __asm__ volatile("" : : "v"(sum), "v"(other));
+    __asm__ volatile("" : : "x"(sum), "x"(other));
 }
 
 static void loop(const struct work *work, int thread, int threads) {
@@ -91,10 +119,14 @@ static void measure(const struct work *work, int threads, int repeats, double *s
     if (threads == 2) pthread_join(other, NULL);
 }
 
-__attribute__((visibility("default"))) void measure_peak(int64_t iterations, int threads,
-                                                         int repeats, double *seconds) {
-    measure(&(struct work){.run = peak, .amount = iterations}, threads, repeats, seconds);
-}
+#define MEASURE_PEAK(isa)                                                                          \
+    __attribute__((visibility("default"))) void measure_peak_##isa(int64_t iterations, int threads, \
+                                                                   int repeats, double *seconds) { \
+        measure(&(struct work){.run = peak_##isa, .amount = iterations}, threads, repeats, seconds); \
+    }
+MEASURE_PEAK(avx512_vnni)
+MEASURE_PEAK(avx_vnni)
+MEASURE_PEAK(avx2)
 
 __attribute__((visibility("default"))) void measure_stream(const int8_t *memory, int64_t bytes,
                                                            int threads, int repeats,

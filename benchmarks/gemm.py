@@ -1,9 +1,10 @@
-"""How near the int8 kernels come to the machine: python benchmarks/gemm.py [--json] [--rounds 5].
+"""How near the int8 kernels come to the machine: python benchmarks/gemm.py [--json] [--isa avx2].
 
-Peak is vpdpbusd on registers, stream is reading memory once; both are measured here, on as many
-threads.  `loop` is the kernel storing its int32 sums, `op` is Quantize and QMatMul + bias as ONNX
-Runtime runs them, in one node where a model would have one.  Everything is measured in turn,
-several times over; figures are the best and the median, in microseconds.
+Peak is vpdpbusd on registers, or vpmaddwd and vpaddd for AVX2; stream is reading memory once; both
+are measured here, on as many threads.  `loop` is the kernel storing its int32 sums, `op` is
+Quantize and QMatMul + bias as ONNX Runtime runs them, in one node where a model would have one.
+Everything is measured in turn, several times over; figures are the best and the median, in
+microseconds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import ctypes
 import dataclasses
 import functools
 import json
+import os
 import statistics
 import sys
 import time
@@ -30,7 +32,7 @@ from qcompiler.targets import tir
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.library import build_library
 from qcompiler.targets.toolchain import find_linker
-from qcompiler.targets.x86 import ISAS, supports
+from qcompiler.targets.x86 import ISAS, Isa, supports
 from qcompiler.targets.x86.qmatmul import accumulator_function
 from qcompiler.targets.x86.tile import tile_shape
 
@@ -48,6 +50,9 @@ GEMV_COPIES = 16
 """Each op packs weights of its own: 16 times 16 MiB is as much as
 `STREAM_BYTES` and more than any cache holds."""
 DOMAIN = "qcompiler.benchmark"
+
+PEAK_OPERATIONS = {"avx512-vnni": 12 * 128, "avx-vnni": 12 * 64, "avx2": 12 * 32}
+"""Multiplications and additions of one iteration of gemm.c's peak loops."""
 
 Samples = list[float]
 
@@ -69,12 +74,15 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
 class Loops:
     """The C part of this benchmark, linked with one accumulator kernel per shape."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, isa: Isa) -> None:
+        self._isa = isa
         linker = find_linker()
         source = Path(__file__).with_suffix(".c").read_text()
-        functions = {f"loop_{m}_{n}_{k}": accumulator_function(k, n) for m, n, k in SHAPES}
-        objects = [linker.compile(source, {}), tir.compile_object(functions, ISAS[0].mcpu)]
-        exports = ["measure_peak", "measure_stream", "measure_loop", *functions]
+        functions = {f"loop_{m}_{n}_{k}": accumulator_function(k, n, isa) for m, n, k in SHAPES}
+        kernels = tir.compile_object(functions, isa.mcpu, isa.features)
+        self._peak = f"measure_peak_{isa.name.replace('-', '_')}"
+        objects = [linker.compile(source, {}), kernels]
+        exports = [self._peak, "measure_stream", "measure_loop", *functions]
         path = folder / "gemm.so"
         path.write_bytes(linker.link(objects, exports))
         self._library = ctypes.CDLL(str(path))
@@ -83,8 +91,8 @@ class Loops:
     def peak(self, threads: int) -> Samples:
         """Seconds per operation (a multiplication or an addition)."""
         iterations = 100_000
-        operations = iterations * 16 * 128 * threads
-        samples = self._measure("measure_peak", ctypes.c_int64(iterations), threads, repeats=8)
+        operations = iterations * PEAK_OPERATIONS[self._isa.name] * threads
+        samples = self._measure(self._peak, ctypes.c_int64(iterations), threads, repeats=8)
         return [sample / operations for sample in samples]
 
     def stream(self, threads: int) -> Samples:
@@ -96,7 +104,7 @@ class Loops:
     def loop(self, shape: tuple[int, int, int], threads: int) -> Callable[[], Samples]:
         """A measurement of one kernel's loop."""
         m, n, k = shape
-        columns = tile_shape(n).columns
+        columns = tile_shape(n, self._isa).columns
         panels = -(-n // columns)
         # The values do not matter for the time, only where they lie.
         q, y = aligned(np.ones((m, k), np.uint8)), aligned(np.zeros((m, n), np.int32))
@@ -191,11 +199,11 @@ def whole_op(shape: tuple[int, int, int], threads: int, library: Path) -> Callab
     return run
 
 
-def measure(rounds: int) -> dict[str, Samples]:
+def measure(rounds: int, isa: Isa) -> dict[str, Samples]:
     """All samples by name, taken in turn so that a busy moment touches all alike."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        loops = Loops(folder)
+        loops = Loops(folder, isa)
         shapes = (*SHAPES, GEMV)
         library = folder / "libbenchmark.so"
         unique = list({region for shape in shapes for region in regions(shape)})
@@ -260,8 +268,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--rounds", type=int, default=5, help="times everything is measured")
+    names = [isa.name for isa in ISAS]
+    parser.add_argument("--isa", choices=names, default=names[0], help="default: %(default)s")
     arguments = parser.parse_args()
-    samples = measure(arguments.rounds)
+    os.environ["QCOMPILER_ISA"] = arguments.isa
+    samples = measure(arguments.rounds, ISAS[names.index(arguments.isa)])
     rows = summarize(samples)
     limits = {
         f"{name}_{unit}_{threads}": 1e-9 / min(samples[f"{name} {threads}"])

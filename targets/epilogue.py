@@ -19,7 +19,7 @@ __all__ = ["ELEMENTWISE", "apply_steps", "unsupported_step"]
 
 Expr = Any
 Vectors = Any
-"""A module of vector operations: broadcast, maximum, minimum, Register, absolute, gelu_tail,
+"""An object with vector operations: broadcast, maximum, minimum, Register, absolute, gelu_tail,
 sigmoid."""
 
 

@@ -74,7 +74,7 @@ def build_library(
     write_atomically(output, image, mode=0o755)
     return Library(
         path=output,
-        isa=tuple(dict.fromkeys(isa.name for r in unique for isa in x86.isas_of(r))),
+        isa=tuple(isa.name for isa in x86.isas_of(*unique)),
         minimum_glibc=glibc_version(image),
         linker=linker.name,
         seconds=time.perf_counter() - start,

@@ -226,12 +226,13 @@ def function(parameters: Sequence[Parameter], body: Callable[..., None]) -> Any:
     return builder.get()
 
 
-def compile_object(functions: Mapping[str, Any], mcpu: str) -> bytes:
+def compile_object(functions: Mapping[str, Any], mcpu: str, features: Sequence[str] = ()) -> bytes:
     """An ELF object for x86-64 Linux with one global C symbol per function."""
     target = tvm.target.Target(
         {
             "kind": "llvm",
             "mcpu": mcpu,
+            "mattr": list(features),
             "mtriple": "x86_64-unknown-linux-gnu",
             "cl-opt": _IN_PLACE,
         }

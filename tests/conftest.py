@@ -6,6 +6,7 @@ import onnx_ir as ir
 import pytest
 from golden import model_of
 from hypothesis import settings
+from instruction_sets import needs
 
 import qcompiler
 from qcompiler.report import Report
@@ -19,12 +20,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
 
 
-def has_avx512_vnni() -> bool:
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    return "avx512_vnni" in flags and "avx512bw" in flags
-
-
-needs_avx512_vnni = pytest.mark.skipif(not has_avx512_vnni(), reason="this CPU has no AVX512-VNNI")
+needs_avx512_vnni = needs("avx512-vnni")
 
 
 @pytest.fixture(scope="session")

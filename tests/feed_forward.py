@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+from instruction_sets import offer
 from onnx import TensorProto, helper, numpy_helper
 from raw_kernels import Array, accumulate, quantize
 from scipy import special
 
 from qcompiler.ir.region import Region, Step
 from qcompiler.targets.library import Library
+from qcompiler.targets.x86 import Isa
 
 DOMAIN = "qcompiler.0f1e2d3c"
 K, F, N = 70, 130, 70
@@ -71,13 +73,13 @@ def feed_forward(x: Array, c: dict[str, Array]) -> Array:
 
 
 def session(
-    proto: onnx.ModelProto, library: Library | None, threads: int = 1
+    proto: onnx.ModelProto, library: Library | None, threads: int = 1, isa: Isa | None = None
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     if library is not None:
-        options.register_custom_ops_library(str(library.path))
+        offer(options, library.path, isa)
     return ort.InferenceSession(
         proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from instruction_sets import substitute
 from numpy.typing import NDArray
 
 from qcompiler.targets.toolchain import find_linker
-from qcompiler.targets.x86 import ISAS
-from qcompiler.targets.x86.tile import TileShape
+from qcompiler.targets.x86 import ISAS, Isa
+from qcompiler.targets.x86.tile import tile_shape
 
 Array = NDArray[Any]
 
@@ -23,11 +24,12 @@ _PROT_NONE = 0
 _counter = itertools.count()
 
 
-def load(functions: Mapping[str, Any], folder: Path) -> ctypes.CDLL:
+def load(functions: Mapping[str, Any], folder: Path, isa: Isa = ISAS[0]) -> ctypes.CDLL:
     """A library with these TIR functions as its exports."""
     from qcompiler.targets import tir
 
-    content = tir.compile_object(functions, ISAS[0].mcpu)
+    chosen = substitute(isa)
+    content = tir.compile_object(functions, chosen.mcpu, chosen.features)
     path = folder / f"kernels{next(_counter)}.so"
     path.write_bytes(find_linker().link([content], list(functions)))
     return ctypes.CDLL(str(path))
@@ -59,13 +61,15 @@ def pointer(array: Array) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def pack(w: Array, shape: TileShape) -> tuple[Array, Array]:
+def pack(w: Array, isa: Isa) -> tuple[Array, Array]:
     """What the library's packing makes of w [K, N]: panels and `init`."""
-    k, n = w.shape
-    quads, panels = -(-k // 4), -(-n // shape.columns)
-    padded = np.zeros((quads * 4, panels * shape.columns), np.int8)
+    from qcompiler.targets.x86.units import unit_of
+
+    (k, n), shape, depth = w.shape, tile_shape(w.shape[1], isa), unit_of(isa).depth
+    groups, panels = -(-k // depth), -(-n // shape.columns)
+    padded = np.zeros((groups * depth, panels * shape.columns), np.int8)
     padded[:k, :n] = w
-    blocks = padded.reshape(quads, 4, panels, shape.vectors, 16).transpose(2, 0, 3, 4, 1)
+    blocks = padded.reshape(groups, depth, panels, shape.vectors, 16).transpose(2, 0, 3, 4, 1)
     return np.ascontiguousarray(blocks), -128 * padded.sum(0, dtype=np.int32)
 
 

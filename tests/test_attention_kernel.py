@@ -10,15 +10,16 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from conftest import needs_avx512_vnni
 from golden import sqnr
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from instruction_sets import each_isa, each_raw_isa, needs, offer
 from raw_kernels import Guarded, load, pointer
 
 from qcompiler.ir import dialect
 from qcompiler.ir.region import Region
 from qcompiler.targets.library import KernelCache, build_library
+from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, Isa
 
 DOMAIN = "qcompiler.0a77e471"
 LAYOUTS = ("hhhh", "ssss", "hshs")
@@ -48,7 +49,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @functools.cache
 def session(
-    region: Region, mask_rank: int, threads: int, library: Path | None
+    region: Region, mask_rank: int, threads: int, library: Path | None, isa: Isa | None = None
 ) -> ort.InferenceSession:
     """One call of the region's function with everything dynamic but D."""
     function = dialect.region_function(region, DOMAIN, 21)
@@ -72,7 +73,7 @@ def session(
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     if library is not None:
-        options.register_custom_ops_library(str(library))
+        offer(options, library, isa)
     return ort.InferenceSession(model.SerializeToString(), options)
 
 
@@ -81,13 +82,13 @@ def by(layout: str, *by_head: int) -> list[int]:
     return [batch, tokens, heads, d] if layout == "s" else [batch, heads, tokens, d]
 
 
-def check(region: Region, feeds: dict[str, np.ndarray], library: Path) -> np.ndarray:
+def check(region: Region, feeds: dict[str, np.ndarray], library: Path, isa: Isa) -> np.ndarray:
     """The kernel's result with one and two threads, after comparing it with the body's."""
     rank = feeds["mask"].ndim if "mask" in feeds else 0
     with np.errstate(all="ignore"):
         (expected,) = session(region, rank, 1, None).run(None, feeds)
     for threads in (1, 2):
-        (native,) = session(region, rank, threads, library).run(None, feeds)
+        (native,) = session(region, rank, threads, library, isa).run(None, feeds)
         assert native.shape == expected.shape
         np.testing.assert_array_equal(np.isnan(native), np.isnan(expected))
         if np.nan_to_num(expected).any():
@@ -96,7 +97,7 @@ def check(region: Region, feeds: dict[str, np.ndarray], library: Path) -> np.nda
     return native  # type: ignore[no-any-return]
 
 
-@needs_avx512_vnni
+@each_isa("Attention")
 @settings(deadline=None, max_examples=150)
 @example(REGIONS[3], (1, 2, 1), 1, 4, 0, (), "random").via("one row, one key")
 @example(REGIONS[3], (1, 2, 5), 600, 4, 0, (), "random").via("two blocks of keys")
@@ -118,7 +119,7 @@ def check(region: Region, feeds: dict[str, np.ndarray], library: Path) -> np.nda
     st.sets(st.integers(0, 3)).map(tuple),
     st.sampled_from(["random", "padding", "nothing", "lowest", "half"]),
 )
-def test_kernel_is_its_body(library, region, sizes, keys, mask_rank, seed, ones, kind):
+def test_kernel_is_its_body(library, isa, region, sizes, keys, mask_rank, seed, ones, kind):
     rng, d = np.random.default_rng(seed), region.size("D")
     batch, heads, rows = sizes
     layout = region.flags[0]
@@ -129,7 +130,7 @@ def test_kernel_is_its_body(library, region, sizes, keys, mask_rank, seed, ones,
     if region.anchor == "MaskedAttention":
         shape = [1 if i in ones else n for i, n in enumerate((batch, heads, rows, keys))]
         feeds["mask"] = mask_of(kind, rng, shape[4 - mask_rank :])
-    check(region, feeds, library)
+    check(region, feeds, library, isa)
 
 
 def mask_of(kind: str, rng: np.random.Generator, shape: list[int]) -> np.ndarray:
@@ -144,27 +145,27 @@ def mask_of(kind: str, rng: np.random.Generator, shape: list[int]) -> np.ndarray
     return mask
 
 
-@needs_avx512_vnni
+@each_isa("Attention")
 @pytest.mark.parametrize("repeated", ["q", "k", "v", "kv", "qk"])
-def test_batch_and_heads_broadcast(library, repeated):
+def test_batch_and_heads_broadcast(library, isa, repeated):
     rng, chosen = np.random.default_rng(0), REGIONS[1]
     feeds = {
         name: rng.standard_normal([1, 1, 7, 16] if name in repeated else [2, 3, 7, 16], np.float32)
         for name in "qkv"
     }
     feeds["mask"] = rng.standard_normal((2, 1, 1, 7), np.float32)
-    assert check(chosen, feeds, library).shape == (2, 3, 7, 16)
+    assert check(chosen, feeds, library, isa).shape == (2, 3, 7, 16)
 
 
-@needs_avx512_vnni
-def test_a_mask_may_repeat_rows_and_keys(library):
+@each_isa("Attention")
+def test_a_mask_may_repeat_rows_and_keys(library, isa):
     rng = np.random.default_rng(0)
     shapes = {"q": (1, 2, 1, 16), "k": (1, 2, 1, 16), "v": (1, 2, 40, 16), "mask": (2, 1, 5, 40)}
     feeds = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-    assert check(REGIONS[1], feeds, library).shape == (2, 2, 5, 16)
+    assert check(REGIONS[1], feeds, library, isa).shape == (2, 2, 5, 16)
 
 
-@needs_avx512_vnni
+@each_isa("Attention")
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
@@ -173,11 +174,11 @@ def test_a_mask_may_repeat_rows_and_keys(library):
         ({"mask": (1, 1, 5, 4)}, "do not fit"),
     ],
 )
-def test_kernel_names_shapes_that_do_not_fit(library, shapes, message):
+def test_kernel_names_shapes_that_do_not_fit(library, isa, shapes, message):
     usual = {"q": (1, 2, 5, 16), "k": (1, 2, 5, 16), "v": (1, 2, 5, 16), "mask": (1, 1, 5, 5)}
     feeds = {name: np.zeros(shape, np.float32) for name, shape in (usual | shapes).items()}
     with pytest.raises(Exception, match=message):
-        session(REGIONS[1], 4, 1, library).run(None, feeds)
+        session(REGIONS[1], 4, 1, library, isa).run(None, feeds)
 
 
 @pytest.fixture(scope="module")
@@ -185,16 +186,18 @@ def raw_kernel(tmp_path_factory: pytest.TempPathFactory):
     from qcompiler.targets.x86.attention import attention_function
 
     folder = tmp_path_factory.mktemp("raw")
-    return functools.cache(lambda d: load({"f": attention_function(d)}, folder).f)
+    return functools.cache(
+        lambda d, isa: load({"f": attention_function(d, isa=isa)}, folder, isa).f
+    )
 
 
-@needs_avx512_vnni
+@each_raw_isa("Attention")
 @pytest.mark.parametrize(
     ("d", "rows", "keys"), [(20, 3, 5), (20, 1, 33), (20, 9, 17), (32, 13, 1), (32, 2, 1040)]
 )
-def test_kernel_never_reads_or_writes_too_far(raw_kernel, d, rows, keys):
+def test_kernel_never_reads_or_writes_too_far(raw_kernel, isa, d, rows, keys):
     """Every tensor ends where its last vector does, at a page that faults."""
-    kernel = raw_kernel(d)
+    kernel = raw_kernel(d, isa)
     rng, guarded, gap = np.random.default_rng(0), Guarded(), 3
     stride = d + gap
 
@@ -222,15 +225,16 @@ def has_avx512_bf16() -> bool:
     return path.exists() and "avx512_bf16" in path.read_text()
 
 
-@needs_avx512_vnni
+@needs("avx512-vnni")
 @pytest.mark.skipif(not has_avx512_bf16(), reason="this CPU has no AVX512-BF16")
 @pytest.mark.parametrize("d", [20, 64])
-def test_bfloat16_is_close_to_its_body(d, tmp_path, monkeypatch):
+def test_bfloat16_is_close_to_its_body(d, tmp_path):
     chosen = Region("MaskedAttention", (("D", d),), flags=("ssss", "zero", "bf16"))
     path = tmp_path / "kernels.so"
     assert build_library([chosen], DOMAIN, path, cache=KernelCache()).isa == (
         "avx512-bf16",
         "avx512-vnni",
+        "avx2",
     )
     rng = np.random.default_rng(d)
     for rows, keys in ((1, 33), (2, 1), (9, 33), (40, 300), (5, 1031)):
@@ -241,10 +245,8 @@ def test_bfloat16_is_close_to_its_body(d, tmp_path, monkeypatch):
         feeds["mask"] = mask_of("padding", rng, [1, 1, rows, keys])
         feeds["mask"][..., 0, :] = -np.inf
         (expected,) = session(chosen, 4, 1, None).run(None, feeds)
-        for isa, floor_db in (("", 45), ("avx512-vnni", 60)):
-            monkeypatch.setenv("QCOMPILER_ISA", isa)
-            session.cache_clear()
-            (native,) = session(chosen, 4, 2, path).run(None, feeds)
+        for isa, floor_db in ((None, 45), (AVX512_BF16, 45), (AVX512_VNNI, 60), (AVX2, 60)):
+            (native,) = session(chosen, 4, 2, path, isa).run(None, feeds)
             np.testing.assert_array_equal(native[:, 0], 0)
             if expected.any():
                 assert sqnr(expected, native) >= floor_db

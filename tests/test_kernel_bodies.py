@@ -10,17 +10,16 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from conftest import needs_avx512_vnni
 from golden import sqnr
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from instruction_sets import each_isa, offer
 
 from qcompiler.ir import dialect
 from qcompiler.ir.region import Region, Step
 from qcompiler.targets.epilogue import ELEMENTWISE
 from qcompiler.targets.library import KernelCache, build_library
-
-pytestmark = needs_avx512_vnni
+from qcompiler.targets.x86 import Isa
 
 DOMAIN = "qcompiler.00b0d1e5"
 BIAS = Step("Add", (0, -1))
@@ -34,7 +33,9 @@ def one_step(name):
     """A region that ends in the op `name`, with an operand of each kind where it takes two."""
     if ELEMENTWISE[name].arity == 1:
         return matmul(24, 40, ("channel",), BIAS, Step(name, (1,)))
-    steps = (Step(name, (0, -1)), Step(name, (-2, 1)))
+    # A sum may be 0, so it is not divided by.
+    second = (1, -2) if name == "Div" else (-2, 1)
+    steps = (Step(name, (0, -1)), Step(name, second))
     return matmul(24, 40, ("channel", "tensor"), *steps)
 
 
@@ -113,17 +114,20 @@ def model_of(region: Region, rank: int) -> bytes:
 
 
 @functools.cache
-def session(region: Region, rank: int, threads: int, library: Path | None) -> ort.InferenceSession:
+def session(
+    region: Region, rank: int, threads: int, library: Path | None = None, isa: Isa | None = None
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     if library is not None:
-        options.register_custom_ops_library(str(library))
+        offer(options, library, isa)
     return ort.InferenceSession(model_of(region, rank), options)
 
 
 leading = st.lists(st.integers(0, 21), min_size=1, max_size=3)
 
 
+@each_isa("Quantize")
 @settings(deadline=None, max_examples=120)
 @example([1], 384, 0, 0.0).via("one row")
 @example([0], 64, 0, 0.0).via("an empty batch")
@@ -131,27 +135,29 @@ leading = st.lists(st.integers(0, 21), min_size=1, max_size=3)
 @example([257], 100, 0, 0.0).via("more than a tile of tiles")
 @given(leading, st.sampled_from([r.size("K") for r in QUANTIZES]), st.integers(0, 2**32 - 1),
        st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e30]))  # fmt: skip
-def test_quantize(library, shape, k, seed, magnitude):
+def test_quantize(library, isa, shape, k, seed, magnitude):
     region = Region("Quantize", (("K", k),))
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal([*shape, k]) * magnitude).astype(np.float32)
-    expected = session(region, len(shape) + 1, 1, None).run(None, {"x": x})
+    expected = session(region, len(shape) + 1, 1).run(None, {"x": x})
     for threads in (1, 2):
-        native = session(region, len(shape) + 1, threads, library).run(None, {"x": x})
+        native = session(region, len(shape) + 1, threads, library, isa).run(None, {"x": x})
         for got, want in zip(native, expected, strict=True):
             np.testing.assert_array_equal(got, want)
 
 
-def test_quantize_rounds_ties_like_its_body(library):
+@each_isa("Quantize")
+def test_quantize_rounds_ties_like_its_body(library, isa):
     region = Region("Quantize", (("K", 64),))
     x = (np.arange(4 * 64, dtype=np.float32).reshape(4, 64) - 128) / 2
     x[:, 0] = (127, 63.5, 127 / 3, 1e-3)
-    expected = session(region, 2, 1, None).run(None, {"x": x})
-    native = session(region, 2, 1, library).run(None, {"x": x})
+    expected = session(region, 2, 1).run(None, {"x": x})
+    native = session(region, 2, 1, library, isa).run(None, {"x": x})
     np.testing.assert_array_equal(native[0], expected[0])
     np.testing.assert_array_equal(native[1], expected[1])
 
 
+@each_isa("QMatMulW8A8")
 @settings(deadline=None, max_examples=150)
 @example([1], MATMULS[7], 0).via("one row")
 @example([0], MATMULS[7], 0).via("an empty batch")
@@ -163,7 +169,7 @@ def test_quantize_rounds_ties_like_its_body(library):
 @example([16], DYNAMIC[3], 0).via("few rows, quantized before")
 @example([0], DYNAMIC[3], 0).via("an empty batch to be quantized")
 @given(leading, st.sampled_from([*MATMULS, *DYNAMIC]), st.integers(0, 2**32 - 1))
-def test_matmul(library, shape, region, seed):
+def test_matmul(library, isa, shape, region, seed):
     rng = np.random.default_rng(seed)
     k, n = region.size("K"), region.size("N")
     feeds = {
@@ -175,9 +181,9 @@ def test_matmul(library, shape, region, seed):
     for index, kind in enumerate(region.extras):
         if kind == "tensor":
             feeds[f"extra{index}"] = rng.standard_normal([*shape, n]).astype(np.float32)
-    expected = session(region, len(shape) + 1, 1, None).run(None, feeds)
+    expected = session(region, len(shape) + 1, 1).run(None, feeds)
     for threads in (1, 2):
-        natives = session(region, len(shape) + 1, threads, library).run(None, feeds)
+        natives = session(region, len(shape) + 1, threads, library, isa).run(None, feeds)
         for native, want in zip(natives, expected, strict=True):
             assert native.shape == want.shape
             assert not native.size or sqnr(want, native) >= 60

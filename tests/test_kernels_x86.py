@@ -9,18 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import needs_avx512_vnni
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from instruction_sets import each_raw_isa
 from raw_kernels import Array, Guarded, accumulate, load, pack, pointer, quantize
 from scipy import special
 
 from qcompiler.ir.region import Region, Step
 from qcompiler.targets import toolchain, x86
 from qcompiler.targets.toolchain import find_linker
+from qcompiler.targets.x86 import ISAS, Isa
 from qcompiler.targets.x86.tile import tile_shape
-
-pytestmark = needs_avx512_vnni
 
 NATIVE = Path(toolchain.__file__).resolve().parent / "native"
 
@@ -38,15 +37,14 @@ def int8(rng: np.random.Generator, *shape: int) -> Array:
     return rng.integers(-128, 128, shape).astype(np.int8)
 
 
-def run_product(region: Region, q: Array, s: Array, w: Array, ws: Array, *extras: Array,
+def run_product(isa: Isa, region: Region, q: Array, s: Array, w: Array, ws: Array, *extras: Array,
                 folder: Path, panels: tuple[int, int] | None = None) -> Array:  # fmt: skip
     """The kernel's result, with every operand but the packed weights ending at a guard page."""
     from qcompiler.targets.x86.qmatmul import qmatmul_function
 
-    kernel = load({"f": qmatmul_function(region)}, folder).f
+    kernel = load({"f": qmatmul_function(region, isa)}, folder, isa).f
     guarded = Guarded()
-    shape = tile_shape(w.shape[1])
-    weights, init = (guarded(part) for part in pack(w, shape))
+    weights, init = (guarded(part) for part in pack(w, isa))
     padded = guarded(np.zeros(init.shape, np.float32))
     padded[: ws.size] = ws
     y = guarded(np.full((q.shape[0], w.shape[1]), np.nan, np.float32))
@@ -55,18 +53,20 @@ def run_product(region: Region, q: Array, s: Array, w: Array, ws: Array, *extras
     return y.copy()
 
 
+@each_raw_isa("QMatMulW8A8")
 @few
 @given(k=sizes, n=sizes, seed=st.integers(0, 2**32 - 1))
 @example(k=1, n=1, seed=0)
 @example(k=3, n=17, seed=0)
 @example(k=384, n=192, seed=0)
-def test_sums_are_exact(k: int, n: int, seed: int, tmp_path: Path) -> None:
+@example(k=1027, n=33, seed=0)
+def test_sums_are_exact(isa: Isa, k: int, n: int, seed: int, tmp_path: Path) -> None:
     from qcompiler.targets.x86.qmatmul import accumulator_function
 
-    rng, guarded, shape = np.random.default_rng(seed), Guarded(), tile_shape(n)
-    kernel = load({"f": accumulator_function(k, n)}, tmp_path).f
+    rng, guarded, shape = np.random.default_rng(seed), Guarded(), tile_shape(n, isa)
+    kernel = load({"f": accumulator_function(k, n, isa)}, tmp_path, isa).f
     w = int8(rng, k, n)
-    weights, init = (guarded(part) for part in pack(w, shape))
+    weights, init = (guarded(part) for part in pack(w, isa))
     for m in range(1, 2 * shape.rows + 2):
         q = guarded(rng.integers(0, 256, (m, k)).astype(np.uint8))
         y = guarded(np.full((m, n), -1, np.int32))
@@ -74,21 +74,28 @@ def test_sums_are_exact(k: int, n: int, seed: int, tmp_path: Path) -> None:
         np.testing.assert_array_equal(y, accumulate(q, w))
 
 
-def test_sums_of_extreme_values_are_exact(tmp_path: Path) -> None:
-    """255 * -128 summed over K is the most vpdpbusd has to hold; its saturating twin fails here."""
-    k, n = 4096, 48
-    region = product(k, n)
-    q, w = np.full((3, k), 255, np.uint8), np.full((k, n), -128, np.int8)
-    one = np.ones((3, 1), np.float32)
-    y = run_product(region, q, one, w, np.ones(n, np.float32), folder=tmp_path)
-    np.testing.assert_array_equal(y, accumulate(q, w).astype(np.float32))
+@each_raw_isa("QMatMulW8A8")
+@pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 513, 131071])
+def test_sums_of_extreme_values_are_exact(isa: Isa, k: int, tmp_path: Path) -> None:
+    """255 * -128 over the longest K is the most a lane has to hold; saturating twins fail here."""
+    from qcompiler.targets.x86.qmatmul import accumulator_function
+
+    n, guarded = 48, Guarded()
+    kernel = load({"f": accumulator_function(k, n, isa)}, tmp_path, isa).f
+    for activation, weight in ((255, -128), (255, 127), (0, -128)):
+        q = guarded(np.full((3, k), activation, np.uint8))
+        w, y = np.full((k, n), weight, np.int8), guarded(np.zeros((3, n), np.int32))
+        weights, init = (guarded(part) for part in pack(w, isa))
+        kernel(*map(pointer, (q, weights, init, y)), 3, 0, weights.shape[0])
+        np.testing.assert_array_equal(y, (activation - 128) * weight * k)
 
 
 PACK = """
-__attribute__((visibility("default"))) void pack(const int8_t *w, int64_t k, int64_t n, int vectors,
-                                                 int8_t *packed, int32_t *init) {
-    pack_w8(w, k, n, vectors, packed, init);
-}
+#define EXPORT(isa)                                                                                \
+    __attribute__((visibility("default"))) void pack_##isa(                                        \
+        const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed, int32_t *init) {       \
+        isa.pack_w8(w, k, n, vectors, packed, init);                                               \
+    }
 """
 
 
@@ -97,58 +104,66 @@ def packer(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The library's own packing, which is private to x86.c."""
     headers = {path.name: path.read_text() for path in NATIVE.glob("*.h")}
     source = (NATIVE / "x86.c").read_text() + PACK
+    source += "\n".join(f"EXPORT({isa.c_name})" for isa in ISAS)
     path = tmp_path_factory.mktemp("packer") / "pack.so"
     linker = find_linker()
-    path.write_bytes(linker.link([linker.compile(source, headers)], ["pack"]))
+    path.write_bytes(
+        linker.link([linker.compile(source, headers)], [f"pack_{isa.c_name}" for isa in ISAS])
+    )
     return ctypes.CDLL(str(path))
 
 
+@each_raw_isa("QMatMulW8A8")
 @few
 @given(k=sizes, n=sizes)
 @example(k=1, n=1)
 @example(k=129, n=129)
-def test_packing(k: int, n: int, packer: ctypes.CDLL) -> None:
-    guarded, shape = Guarded(), tile_shape(n)
+def test_packing(isa: Isa, k: int, n: int, packer: ctypes.CDLL) -> None:
+    guarded = Guarded()
     w = guarded(int8(np.random.default_rng(k), k, n))
-    expected = pack(w, shape)
+    w[:, 0] = -128
+    expected = pack(w, isa)
     packed, init = (guarded(np.full_like(part, 77)) for part in expected)
     sizes = ctypes.c_int64(k), ctypes.c_int64(n)
-    packer.pack(pointer(w), *sizes, shape.vectors, pointer(packed), pointer(init))
+    pack_w8 = getattr(packer, f"pack_{isa.c_name}")
+    pack_w8(pointer(w), *sizes, tile_shape(n, isa).vectors, pointer(packed), pointer(init))
     np.testing.assert_array_equal(packed, expected[0])
     np.testing.assert_array_equal(init, expected[1])
 
 
+@each_raw_isa("QMatMulW8A8")
 @few
 @given(begin=st.integers(0, 4), count=st.integers(1, 5), m=st.integers(1, 20))
 @example(begin=0, count=5, m=1)
 @example(begin=1, count=3, m=1)
 def test_a_range_of_panels_writes_only_its_columns(
-    begin: int, count: int, m: int, tmp_path: Path
+    isa: Isa, begin: int, count: int, m: int, tmp_path: Path
 ) -> None:
     k, n = 20, 48 * 4 + 20
     rng = np.random.default_rng(0)
     q, w = rng.integers(0, 256, (m, k)).astype(np.uint8), int8(rng, k, n)
     s, ws = np.ones((m, 1), np.float32), np.ones(n, np.float32)
-    columns = tile_shape(n).columns
+    columns = tile_shape(n, isa).columns
     panels = -(-n // columns)
     begin = min(begin, panels - 1)
     end = min(begin + count, panels)
-    y = run_product(product(k, n), q, s, w, ws, folder=tmp_path, panels=(begin, end))
+    y = run_product(isa, product(k, n), q, s, w, ws, folder=tmp_path, panels=(begin, end))
     inside = slice(begin * columns, min(end * columns, n))
     np.testing.assert_array_equal(y[:, inside], accumulate(q, w)[:, inside].astype(np.float32))
     outside = np.delete(y, inside, axis=1)
     assert np.isnan(outside).all()
 
 
+@each_raw_isa("Quantize")
 @few
 @given(k=st.integers(1, 300), m=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
 @example(k=1, m=1, seed=0)
 @example(k=64, m=2, seed=1)
-def test_quantize_is_bit_identical(k: int, m: int, seed: int, tmp_path: Path) -> None:
+def test_quantize_is_bit_identical(isa: Isa, k: int, m: int, seed: int, tmp_path: Path) -> None:
     from qcompiler.targets.x86.quantize import quantize_function
 
     rng, guarded = np.random.default_rng(seed), Guarded()
-    kernel = load({"f": quantize_function(k)}, tmp_path).f
+    kernel = load({"f": quantize_function(k, isa)}, tmp_path, isa).f
     normal = rng.standard_normal((m, k)).astype(np.float32)
     # With amax 127 or 254 the scale is exact, and halves are exact ties.
     ties = rng.integers(-254, 255, (m, k)).astype(np.float32) / 2
@@ -175,8 +190,10 @@ ELEMENTWISE: list[tuple[str, dict[str, float | str], Callable[[Array], Array]]] 
 ]  # fmt: skip
 
 
+@each_raw_isa("QMatMulW8A8")
 @pytest.mark.parametrize(("op", "attributes", "reference"), ELEMENTWISE)
 def test_elementwise(
+    isa: Isa,
     op: str,
     attributes: dict[str, float | str],
     reference: Callable[[Array], Array],
@@ -189,14 +206,15 @@ def test_elementwise(
     s = np.full((256, 1), 1 / 128, np.float32)
     # From a fine grid within [-0.004, 0.004] to a coarse one over [-120, 120].
     ws = np.geomspace(0.004, 120, 40).astype(np.float32)
-    y = run_product(region, q, s, w, ws, folder=tmp_path)
+    y = run_product(isa, region, q, s, w, ws, folder=tmp_path)
     x = grid[:, None] * (s * ws).astype(np.float64)
     tolerance = 1e-6 + 2e-7 * np.abs(x)
     assert (np.abs(y - reference(x)) <= tolerance).all()
 
 
+@each_raw_isa("QMatMulW8A8")
 @pytest.mark.parametrize("n", [1, 15, 48, 64, 100])
-def test_steps_read_extras_and_earlier_values(n: int, tmp_path: Path) -> None:
+def test_steps_read_extras_and_earlier_values(isa: Isa, n: int, tmp_path: Path) -> None:
     """((a + bias) * a - residual) + bias, with operands used twice and out of order."""
     steps = (Step("Add", (0, -2)), Step("Mul", (1, 0)), Step("Sub", (2, -1)), Step("Add", (3, -2)))
     region = product(9, n, ("tensor", "channel"), *steps)
@@ -205,17 +223,18 @@ def test_steps_read_extras_and_earlier_values(n: int, tmp_path: Path) -> None:
     s, ws = rng.random((m, 1), np.float32) / 100, rng.random(n, np.float32)
     residual = rng.standard_normal((m, n)).astype(np.float32)
     bias = rng.standard_normal(n).astype(np.float32)
-    y = run_product(region, q, s, w, ws, residual, bias, folder=tmp_path)
+    y = run_product(isa, region, q, s, w, ws, residual, bias, folder=tmp_path)
     a = accumulate(q, w) * (s.astype(np.float64) * ws)
     np.testing.assert_allclose(y, (a + bias) * a - residual + bias, rtol=2e-5, atol=2e-4)
 
 
-def test_division_by_zero_rows_do_not_spread(tmp_path: Path) -> None:
+@each_raw_isa("QMatMulW8A8")
+def test_division_by_zero_rows_do_not_spread(isa: Isa, tmp_path: Path) -> None:
     """A NaN scale stays in its row."""
     q, w = np.full((9, 8), 200, np.uint8), np.ones((8, 48), np.int8)
     s = np.ones((9, 1), np.float32)
     s[4] = np.nan
-    y = run_product(product(8, 48), q, s, w, np.ones(48, np.float32), folder=tmp_path)
+    y = run_product(isa, product(8, 48), q, s, w, np.ones(48, np.float32), folder=tmp_path)
     assert np.isnan(y[4]).all()
     assert np.isfinite(np.delete(y, 4, axis=0)).all()
 

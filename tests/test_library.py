@@ -29,14 +29,17 @@ from feed_forward import (
     node,
     session,
 )
+from instruction_sets import each_isa
 from onnx import TensorProto, helper, numpy_helper
 from raw_kernels import Array, quantize
 from registry import debian_package
 
+from qcompiler.cli.host import instruction_sets
 from qcompiler.targets import toolchain
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.library import Library, build_library
 from qcompiler.targets.toolchain import find_linker
+from qcompiler.targets.x86 import ISAS, Isa
 
 NATIVE = Path(toolchain.__file__).resolve().parent / "native"
 TESTS_NATIVE = Path(__file__).resolve().parent / "native"
@@ -53,11 +56,13 @@ def constants() -> dict[str, Array]:
     return make_constants()
 
 
-@needs_avx512_vnni
+@each_isa("QMatMulW8A8")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_chain_of_ops(threads: int, library: Library, constants: dict[str, Array]) -> None:
+def test_a_chain_of_ops(
+    isa: Isa, threads: int, library: Library, constants: dict[str, Array]
+) -> None:
     outputs = {"y": TensorProto.FLOAT, "q": TensorProto.UINT8, "s": TensorProto.FLOAT}
-    run = session(model(FEED_FORWARD, outputs, constants), library, threads)
+    run = session(model(FEED_FORWARD, outputs, constants), library, threads, isa)
     assert [o.shape for o in run.get_outputs()] == [
         ["batch", "tokens", N], ["batch", "tokens", K], ["batch", "tokens", 1],
     ]  # fmt: skip
@@ -114,12 +119,10 @@ def with_body(outputs: dict[str, int]) -> onnx.ModelProto:
     return proto
 
 
-@pytest.mark.parametrize(("isa", "runs"), [("none", "body"), ("avx512-vnni", "kernel")])
-def test_isa_override(
-    isa: str, runs: str, library: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if runs == "kernel" and needs_avx512_vnni.args[0]:
-        pytest.skip("this CPU has no AVX512-VNNI")
+@pytest.mark.parametrize("isa", ["none", *(isa.name for isa in ISAS)])
+def test_isa_override(isa: str, library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantize has no kernel for AVX-VNNI: the one for AVX2, which that includes, must run."""
+    runs = "kernel" if isa in instruction_sets() else "body"
     monkeypatch.setenv("QCOMPILER_ISA", isa)
     proto = with_body({"q": TensorProto.UINT8, "s": TensorProto.FLOAT})
     q, s = session(proto, library).run(None, {"x": np.ones((1, 1, K), np.float32)})
@@ -130,7 +133,9 @@ def test_isa_override(
 
 def test_unknown_isa_is_an_error(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QCOMPILER_ISA", "avx513")
-    with pytest.raises(Exception, match=r"avx513 is not in the library.*none, avx512-vnni"):
+    with pytest.raises(
+        Exception, match=r"avx513 is not in the library.*none, avx512-vnni, avx-vnni, avx2"
+    ):
         session(with_body({"q": TensorProto.UINT8}), library)
 
 

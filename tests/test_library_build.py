@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from conftest import needs_avx512_vnni
 from feed_forward import (
     DOMAIN,
     FEED_FORWARD,
+    QUANTIZE_K,
     REGIONS,
     UP,
     K,
@@ -23,10 +26,20 @@ from feed_forward import (
 from onnx import TensorProto
 
 from qcompiler.ir.errors import ToolchainError
+from qcompiler.ir.region import Region
+from qcompiler.targets import x86
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.elf import glibc_version, undefined_symbols
 from qcompiler.targets.library import Library, build_library, check_self_contained
 from qcompiler.targets.toolchain import Linker, find_linker
+from qcompiler.targets.x86.isa import AVX2, AVX_VNNI, Isa
+
+KINDS = [
+    QUANTIZE_K,
+    UP,
+    Region("AddLayerNorm", (("K", 70),), outputs=("x", "q", "s"), attributes=(("epsilon", 1e-5),)),
+    Region("Attention", (("D", 20),), flags=("hhhh",)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -147,3 +160,34 @@ def test_a_system_compiler_works_too(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     x = np.random.default_rng(3).standard_normal((1, 4, K)).astype(np.float32)
     (y,) = session(proto, built).run(None, {"x": x})
     np.testing.assert_allclose(y, feed_forward(x, constants), atol=0.2)
+
+
+def disassembly(region: Region, isa: Isa, folder: Path) -> list[tuple[str, str]]:
+    """Bytes and text of each instruction of a kernel."""
+    if not shutil.which("objdump"):
+        pytest.skip("no objdump here")
+    path = folder / "kernel.o"
+    path.write_bytes(x86.compile_region(region, isa))
+    done = subprocess.run(
+        ["objdump", "-d", "-w", "-M", "intel", path], check=True, capture_output=True, text=True
+    )
+    lines = [line.split("\t") for line in done.stdout.splitlines()]
+    return [(line[1].strip(), line[2]) for line in lines if len(line) == 3]
+
+
+@pytest.mark.parametrize("isa", [AVX_VNNI, AVX2], ids=lambda isa: isa.name)
+@pytest.mark.parametrize("region", KINDS, ids=lambda region: region.anchor)
+def test_kernels_for_ymm_need_no_avx512(region: Region, isa: Isa, tmp_path: Path) -> None:
+    """EVEX, AVX-512's encoding, begins with 62; only with it are there zmm, 32 ymm and masks."""
+    instructions = disassembly(region, isa, tmp_path)
+    assert sum("ymm" in text for _, text in instructions) > 10
+    assert not [text for code, text in instructions if code.startswith("62 ") or "zmm" in text]
+
+
+@pytest.mark.parametrize(
+    ("isa", "used"), [(AVX_VNNI, "vpdpbusd"), (AVX2, "vpmaddwd")], ids=["avx-vnni", "avx2"]
+)
+def test_products_never_saturate(isa: Isa, used: str, tmp_path: Path) -> None:
+    names = {text.removeprefix("{vex} ").split()[0] for _, text in disassembly(UP, isa, tmp_path)}
+    assert {"vpdpbusd", "vpmaddwd"} & names == {used}
+    assert not {"vpdpbusds", "vpmaddubsw"} & names

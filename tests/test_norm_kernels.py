@@ -13,19 +13,17 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from conftest import needs_avx512_vnni
 from golden import sqnr
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from instruction_sets import each_isa, each_raw_isa, offer
 from raw_kernels import Guarded, load, pointer, quantize
 
 from qcompiler.ir import dialect
 from qcompiler.ir.region import Region
 from qcompiler.targets.library import KernelCache, build_library
-from qcompiler.targets.x86 import supports
+from qcompiler.targets.x86 import Isa, supports
 from qcompiler.targets.x86.families import norm_operands
-
-pytestmark = needs_avx512_vnni
 
 DOMAIN = "qcompiler.00b0d1e6"
 EPSILON = 1e-5
@@ -94,18 +92,20 @@ def library(tmp_path_factory) -> Path:
 
 
 @functools.cache
-def session(region: Region, rank: int, threads: int, library: Path | None) -> ort.InferenceSession:
+def session(
+    region: Region, rank: int, threads: int, library: Path | None, isa: Isa | None
+) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     if library is not None:
-        options.register_custom_ops_library(str(library))
+        offer(options, library, isa)
     return ort.InferenceSession(model_of(region, rank), options)
 
 
-def run(region, feeds, threads, library):
+def run(region, feeds, threads, library, isa=None):
     """The outputs by name."""
     rank = next(iter(feeds.values())).ndim
-    values = session(region, rank, threads, library).run(None, feeds)
+    values = session(region, rank, threads, library, isa).run(None, feeds)
     return dict(zip(region.outputs, values, strict=True))
 
 
@@ -128,12 +128,12 @@ def check_integers(q, s, other_q, other_s, y) -> None:
     assert np.count_nonzero(steps) <= 1 + steps.size / 500
 
 
-def check(region, feeds, library, floor_db=90.0, against_body=True) -> None:
+def check(region, feeds, library, isa, floor_db=90.0, against_body=True) -> None:
     x = feeds["x"] if "x" in feeds else feeds["a"] + feeds["b"]
     y = reference(region, x)
     body = run(region, feeds, 1, None) if against_body else {}
     for threads in (1, 2):
-        native = run(region, feeds, threads, library)
+        native = run(region, feeds, threads, library, isa)
         if "x" in native:
             np.testing.assert_array_equal(native["x"], x)
         if "y" in native and y.size:
@@ -160,6 +160,7 @@ def feeds_of(region, shape, seed, scale=1.0, mean=0.0):
     return {n: (rng.standard_normal(shape) * scale + mean).astype(np.float32) for n in names}
 
 
+@each_isa("LayerNorm")
 @settings(deadline=None, max_examples=150)
 @example([1], NORMS[0], 0, 1.0).via("one row")
 @example([0], NORMS[0], 0, 1.0).via("an empty batch")
@@ -167,22 +168,25 @@ def feeds_of(region, shape, seed, scale=1.0, mean=0.0):
 @example([259], NORMS[0], 0, 1.0).via("several tasks and a rest")
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.sampled_from(NORMS),
        st.integers(0, 2**32 - 1), st.sampled_from([0.1, 1.0, 100.0]))  # fmt: skip
-def test_norm(library, shape, region, seed, scale):
+def test_norm(library, isa, shape, region, seed, scale):
     # With one element ORT divides what rounding left of nothing.
-    check(region, feeds_of(region, shape, seed, scale), library, against_body=region.size("K") > 1)
+    feeds = feeds_of(region, shape, seed, scale)
+    check(region, feeds, library, isa, against_body=region.size("K") > 1)
 
 
+@each_isa("LayerNorm")
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
-def test_large_mean(library, norm):
+def test_large_mean(library, isa, norm):
     # The body loses its digits here: ORT subtracts two squares.
-    check(norm, feeds_of(norm, [13], 0, 1.0, 1e4), library, against_body=False)
+    check(norm, feeds_of(norm, [13], 0, 1.0, 1e4), library, isa, against_body=False)
 
 
+@each_isa("LayerNorm")
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
 @pytest.mark.parametrize("value", [0.0, 1.0, 12345.678])
-def test_rows_without_variance(library, norm, value):
+def test_rows_without_variance(library, isa, norm, value):
     feeds = {name: np.full_like(x, value) for name, x in feeds_of(norm, [7], 0).items()}
-    native = run(norm, feeds, 2, library)
+    native = run(norm, feeds, 2, library, isa)
     p = parameters(norm.size("K"))
     expected = p["beta"] if "LayerNorm" in norm.anchor else p["gamma"] * (value != 0)
     y = np.broadcast_to(expected, (7, norm.size("K")))
@@ -193,15 +197,16 @@ def test_rows_without_variance(library, norm, value):
         np.testing.assert_allclose((native["q"] - 128.0) * native["s"], y, atol=0.02)
 
 
+@each_raw_isa("LayerNorm")
 @pytest.mark.parametrize("rows", [1, 4, 7])
 @pytest.mark.parametrize(("anchor", "k", "outputs"), [
     ("AddLayerNorm", 65, "xyqs"), ("RMSNorm", 15, "qs"), ("LayerNorm", 2051, "yqs"),
 ])  # fmt: skip
-def test_stays_within_its_arrays(tmp_path, rows, anchor, k, outputs):
+def test_stays_within_its_arrays(tmp_path, isa, rows, anchor, k, outputs):
     from qcompiler.targets.x86.norm import norm_function
 
     norm, guarded = region(anchor, k, outputs), Guarded()
-    library = load({"norm": norm_function(norm)}, tmp_path)
+    library = load({"norm": norm_function(norm, isa)}, tmp_path, isa)
     arrays = feeds_of(norm, [rows], 0) | parameters(k)
     for name in outputs:
         shape = (rows, 1 if name == "s" else k)
@@ -213,10 +218,11 @@ def test_stays_within_its_arrays(tmp_path, rows, anchor, k, outputs):
     np.testing.assert_allclose(placed["s"], s, rtol=1e-5)
 
 
-def test_wrong_shapes_are_refused(library):
+@each_isa("LayerNorm")
+def test_wrong_shapes_are_refused(library, isa):
     feeds = feeds_of(NORMS[5], [3], 0)
     with pytest.raises(Exception, match=r"input b has shape \[2, 384\]; it must hold 1152 values"):
-        run(NORMS[5], feeds | {"b": feeds["b"][:2]}, 1, library)
+        run(NORMS[5], feeds | {"b": feeds["b"][:2]}, 1, library, isa)
 
 
 def test_what_has_no_kernel():

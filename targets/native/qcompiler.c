@@ -119,9 +119,20 @@ static OrtCustomOp describe(const struct qc_op_spec *spec) {
     };
 }
 
-/* Whether QCOMPILER_ISA, a name or "none", allows this instruction set. */
+static const struct qc_isa *find_isa(const char *name) {
+    for (size_t i = 0; qc_library_isa[i]; i++)
+        if (strcmp(name, qc_library_isa[i]->name) == 0) return qc_library_isa[i];
+    return NULL;
+}
+
+/* Whether QCOMPILER_ISA, a name or "none", allows this instruction set: as if the CPU had the one
+ * named and what that includes. */
 static int is_allowed(const struct qc_isa *isa, const char *only) {
-    return (!*only || strcmp(only, isa->name) == 0) && isa->is_available();
+    if (!*only) return isa->is_available();
+    const struct qc_isa *named = find_isa(only);
+    if (!named || !named->is_available()) return 0;
+    while (named && named != isa) named = named->includes;
+    return named != NULL;
 }
 
 static const struct qc_variant *choose_variant(const struct qc_op_spec *spec, const char *only) {
@@ -132,10 +143,9 @@ static const struct qc_variant *choose_variant(const struct qc_op_spec *spec, co
 
 /* A misspelt QCOMPILER_ISA must not silently mean "slow". */
 static OrtStatus *check_override(const char *only) {
-    if (!*only || strcmp(only, "none") == 0) return NULL;
+    if (!*only || strcmp(only, "none") == 0 || find_isa(only)) return NULL;
     char known[256] = "none";
     for (size_t i = 0; qc_library_isa[i]; i++) {
-        if (strcmp(only, qc_library_isa[i]->name) == 0) return NULL;
         strncat(known, ", ", sizeof known - strlen(known) - 1);
         strncat(known, qc_library_isa[i]->name, sizeof known - strlen(known) - 1);
     }

@@ -49,12 +49,13 @@ struct qc_attention_args {
 struct qc_isa {
     const char *name;
     int (*is_available)(void);
+    const struct qc_isa *includes; /* what a CPU that has it has too, for ops without kernels for it */
     /* w [k, n] to panels of `vectors` * 16 columns; init[column] = -128 * sum_k w. */
     void (*pack_w8)(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
                     int32_t *init);
 };
 
-extern const struct qc_isa qc_avx512_vnni, qc_avx512_bf16;
+extern const struct qc_isa qc_avx512_bf16, qc_avx512_vnni, qc_avx_vnni, qc_avx2;
 extern const struct qc_isa *const qc_library_isa[]; /* generated, ends with NULL */
 
 /* One kernel of an op, compiled for one instruction set. */

@@ -5,69 +5,136 @@
 
 #include "qcompiler.h"
 
-/* The kernels are compiled for "cascadelake": AVX-512 F, CD, BW, DQ, VL and VNNI, FMA and BMI. */
-static int avx512_vnni_is_available(void) {
-    const unsigned fma = 1u << 12, osxsave = 1u << 27;
-    const unsigned leaf7_b = 1u << 3 | 1u << 5 | 1u << 8 | /* BMI1, AVX2, BMI2 */
-                             1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;
-    const unsigned vnni = 1u << 11;
-    const unsigned zmm_state = 0xe6; /* the operating system saves xmm, ymm, zmm and masks */
-    unsigned a, b, c, d, saved, high;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & (fma | osxsave)) != (fma | osxsave)) return 0;
+static int has(unsigned value, unsigned bits) { return (value & bits) == bits; }
+
+/* Whether the operating system saves these registers; asked only where there is XGETBV. */
+static int saves(unsigned state) {
+    unsigned saved, high;
     __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
-    if ((saved & zmm_state) != zmm_state) return 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    return (b & leaf7_b) == leaf7_b && (c & vnni);
+    return has(saved, state);
 }
 
-/* And those compiled for "cooperlake", for the ops that have one: AVX512-BF16 too. */
+/* The kernels are compiled for "haswell": AVX2, FMA, F16C, BMI 1 and 2, MOVBE, POPCNT, LZCNT. */
+static int avx2_is_available(void) {
+    const unsigned fma = 1u << 12, movbe = 1u << 22, popcnt = 1u << 23, osxsave = 1u << 27;
+    const unsigned avx = 1u << 28, f16c = 1u << 29, lzcnt = 1u << 5;
+    const unsigned leaf7_b = 1u << 3 | 1u << 5 | 1u << 8; /* BMI1, AVX2, BMI2 */
+    const unsigned xmm_ymm = 0x6;
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    if (!has(c, fma | movbe | popcnt | osxsave | avx | f16c) || !saves(xmm_ymm)) return 0;
+    if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || !has(c, lzcnt)) return 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && has(b, leaf7_b);
+}
+
+static int avx_vnni_is_available(void) {
+    unsigned a, b, c, d;
+    return avx2_is_available() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 1u << 4);
+}
+
+/* For "cascadelake": AVX-512 F, DQ, CD, BW, VL and VNNI too. */
+static int avx512_vnni_is_available(void) {
+    const unsigned leaf7_b = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;
+    const unsigned vnni = 1u << 11, xmm_ymm_zmm_masks = 0xe6;
+    unsigned a, b, c, d;
+    if (!avx2_is_available() || !saves(xmm_ymm_zmm_masks)) return 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && has(b, leaf7_b) && has(c, vnni);
+}
+
+/* For "cooperlake", for the ops that have such kernels: AVX512-BF16 too. */
 static int avx512_bf16_is_available(void) {
     unsigned a, b, c, d;
-    return avx512_vnni_is_available() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+    return avx512_vnni_is_available() && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
+           has(a, 1u << 5);
 }
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define AVX2 __attribute__((target("avx2")))
 
-/* Rows k .. k + 3 of 16 columns, so that each 32-bit lane has the four values of its column. */
-AVX512 static __m512i load_quad(const int8_t *w, int64_t n, int64_t rows, __mmask16 columns) {
-    __m128i row[4];
-    for (int i = 0; i < 4; i++)
-        row[i] = i < rows ? _mm_maskz_loadu_epi8(columns, w + i * n) : _mm_setzero_si128();
-    __m128i low01 = _mm_unpacklo_epi8(row[0], row[1]), high01 = _mm_unpackhi_epi8(row[0], row[1]);
-    __m128i low23 = _mm_unpacklo_epi8(row[2], row[3]), high23 = _mm_unpackhi_epi8(row[2], row[3]);
-    __m512i quad = _mm512_castsi128_si512(_mm_unpacklo_epi16(low01, low23));
-    quad = _mm512_inserti32x4(quad, _mm_unpackhi_epi16(low01, low23), 1);
-    quad = _mm512_inserti32x4(quad, _mm_unpacklo_epi16(high01, high23), 2);
-    return _mm512_inserti32x4(quad, _mm_unpackhi_epi16(high01, high23), 3);
+/* Rows of 16 columns: `rows` of them exist, and `columns` of each; the others are zeros. */
+struct source {
+    const int8_t *w;
+    int64_t n, rows, columns;
+};
+
+AVX2 static __m128i load_row(const struct source *source, int64_t row) {
+    int8_t part[16] = {0};
+    if (row >= source->rows || source->columns <= 0) return _mm_setzero_si128();
+    const int8_t *values = source->w + row * source->n;
+    if (source->columns >= 16) return _mm_loadu_si128((const __m128i *)values);
+    memcpy(part, values, (size_t)source->columns);
+    return _mm_loadu_si128((const __m128i *)part);
 }
 
-/* To [panel][ceil(k / 4)][vectors * 64], in blocks of 64 rows: within one, each panel is written in
- * 64-byte pieces next to each other and no more than 64 pages of w are open. */
-AVX512 static void pack_w8(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
-                           int32_t *init) {
-    enum { BLOCK_QUADS = 16 };
-    const __m512i zero_point = _mm512_set1_epi8((char)128);
-    const int64_t quads = (k + 3) / 4, all_vectors = (n + 15) / 16;
-    const int64_t panels = (all_vectors + vectors - 1) / vectors;
+/* Rows `row` and `row + 1`, column by column; adds both to the int16 sums of their columns. */
+AVX2 static __m256i load_pair(const struct source *source, int64_t row, __m256i *sums) {
+    __m128i first = load_row(source, row), second = load_row(source, row + 1);
+    __m256i pair = _mm256_set_m128i(_mm_unpackhi_epi8(first, second),
+                                    _mm_unpacklo_epi8(first, second));
+    *sums = _mm256_add_epi16(*sums, _mm256_maddubs_epi16(_mm256_set1_epi8(1), pair));
+    return pair;
+}
+
+/* Rows `row` to `row + depth - 1`, so that each 32-bit lane of a product has those of its column. */
+AVX2 static void pack_group(const struct source *source, int64_t row, int depth, int8_t *target,
+                            __m256i *sums) {
+    __m256i *vectors = (__m256i *)target;
+    __m256i low = load_pair(source, row, sums);
+    if (depth == 2) {
+        _mm256_storeu_si256(vectors, low);
+        return;
+    }
+    __m256i high = load_pair(source, row + 2, sums);
+    __m256i even = _mm256_unpacklo_epi16(low, high), odd = _mm256_unpackhi_epi16(low, high);
+    _mm256_storeu_si256(vectors, _mm256_permute2x128_si256(even, odd, 0x20));
+    _mm256_storeu_si256(vectors + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+}
+
+/* init -= 128 sums */
+AVX2 static void subtract(int32_t *init, __m256i sums) {
+    __m128i halves[] = {_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1)};
+    for (int i = 0; i < 2; i++) {
+        __m256i *target = (__m256i *)init + i;
+        __m256i wide = _mm256_slli_epi32(_mm256_cvtepi16_epi32(halves[i]), 7);
+        _mm256_storeu_si256(target, _mm256_sub_epi32(_mm256_loadu_si256(target), wide));
+    }
+}
+
+/* To [panel][ceil(k / depth)][vectors * 16 * depth], in blocks of 64 rows: within one, each panel
+ * is written in pieces next to each other, no more than 64 pages of w are open, and int16 holds the
+ * sums. */
+AVX2 static void pack(const int8_t *w, int64_t k, int64_t n, int vectors, int depth, int8_t *packed,
+                      int32_t *init) {
+    enum { BLOCK_ROWS = 64 };
+    const int64_t groups = (k + depth - 1) / depth, all_vectors = (n + 15) / 16;
+    const int64_t panels = (all_vectors + vectors - 1) / vectors, bytes = 16 * depth;
     memset(init, 0, (size_t)(panels * vectors) * 64);
-    for (int64_t first = 0; first < quads; first += BLOCK_QUADS) {
-        int64_t last = first + BLOCK_QUADS < quads ? first + BLOCK_QUADS : quads;
+    for (int64_t first = 0; first < k; first += BLOCK_ROWS) {
+        int64_t last = first + BLOCK_ROWS < k ? first + BLOCK_ROWS : k;
         for (int64_t vector = 0; vector < panels * vectors; vector++) {
-            int64_t left = n - vector * 16, panel = vector / vectors;
-            __mmask16 columns = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1 << left) - 1);
-            int8_t *target = packed + (panel * quads * vectors + vector % vectors) * 64;
-            __m512i sum = _mm512_setzero_si512();
-            for (int64_t quad = first; quad < last; quad++) {
-                const int8_t *source = w + quad * 4 * n + (left > 0 ? vector * 16 : 0);
-                __m512i values = load_quad(source, n, k - quad * 4, columns);
-                _mm512_store_si512(target + quad * vectors * 64, values);
-                sum = _mm512_dpbusd_epi32(sum, zero_point, values);
-            }
-            __m512i before = _mm512_loadu_si512(init + vector * 16);
-            _mm512_storeu_si512(init + vector * 16, _mm512_sub_epi32(before, sum));
+            int64_t panel = vector / vectors, left = n - vector * 16;
+            const struct source source = {left > 0 ? w + vector * 16 : w, n, k, left};
+            int8_t *target = packed + (panel * groups * vectors + vector % vectors) * bytes;
+            __m256i sums = _mm256_setzero_si256();
+            for (int64_t row = first; row < last; row += depth)
+                pack_group(&source, row, depth, target + row / depth * vectors * bytes, &sums);
+            subtract(init + vector * 16, sums);
         }
     }
 }
 
-const struct qc_isa qc_avx512_vnni = {"avx512-vnni", avx512_vnni_is_available, pack_w8};
-const struct qc_isa qc_avx512_bf16 = {"avx512-bf16", avx512_bf16_is_available, pack_w8};
+static void pack_pairs(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
+                       int32_t *init) {
+    pack(w, k, n, vectors, 2, packed, init);
+}
+
+static void pack_quads(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
+                       int32_t *init) {
+    pack(w, k, n, vectors, 4, packed, init);
+}
+
+const struct qc_isa qc_avx2 = {"avx2", avx2_is_available, NULL, pack_pairs};
+const struct qc_isa qc_avx_vnni = {"avx-vnni", avx_vnni_is_available, &qc_avx2, pack_quads};
+const struct qc_isa qc_avx512_vnni = {"avx512-vnni", avx512_vnni_is_available, &qc_avx2,
+                                      pack_quads};
+const struct qc_isa qc_avx512_bf16 = {"avx512-bf16", avx512_bf16_is_available, &qc_avx512_vnni,
+                                      pack_quads};

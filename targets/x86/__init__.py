@@ -5,7 +5,6 @@ Importing this package does not import tvm; asking it for anything but names doe
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 from collections.abc import Iterable
@@ -15,10 +14,12 @@ from qcompiler.ir.attention import BFLOAT16
 from qcompiler.ir.region import Region
 from qcompiler.targets.cache import content_key
 from qcompiler.targets.x86.families import FAMILIES, MAX_ELEMENTS
+from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
 
 __all__ = [
     "ISAS",
     "Isa",
+    "best_isa",
     "compile_region",
     "fingerprint",
     "has_own_kernel",
@@ -29,28 +30,23 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Isa:
-    """An instruction set kernels are compiled for.
-
-    `mcpu` is the oldest CPU LLVM knows that has it, so that the code runs on all of them; `c_name`
-    is its description in targets/native/x86.c.
-    """
-
-    name: str
-    mcpu: str
-    c_name: str
+ISAS: tuple[Isa, ...] = (AVX512_VNNI, AVX_VNNI, AVX2)
+"""In order of preference; a processor that has one has those after it that its ops lack."""
 
 
-ISAS: tuple[Isa, ...] = (Isa("avx512-vnni", "cascadelake", "qc_avx512_vnni"),)
-"""In order of preference; a library holds every kernel for each."""
+def isas_of(*regions: Region) -> tuple[Isa, ...]:
+    """The instruction sets that any of `regions` is compiled for, in order of preference."""
+    isas = {isa for region in regions for isa in FAMILIES[region.anchor].isas}
+    if any(BFLOAT16 in region.flags for region in regions):
+        isas.add(AVX512_BF16)
+    return tuple(isa for isa in (AVX512_BF16, *ISAS) if isa in isas)
 
-_AVX512_BF16 = Isa("avx512-bf16", "cooperlake", "qc_avx512_bf16")
 
-
-def isas_of(region: Region) -> tuple[Isa, ...]:
-    """The instruction sets that `region` is compiled for, in order of preference."""
-    return (_AVX512_BF16, *ISAS) if BFLOAT16 in region.flags else ISAS
+def best_isa(region: Region, isa: Isa) -> Isa:
+    """The one of the instruction sets of `region` that a processor with `isa` would run best."""
+    order = (AVX512_BF16, *ISAS)
+    found = [one for one in isas_of(region) if order.index(one) >= order.index(isa)]
+    return found[0]
 
 
 def supports(region: Region) -> str | None:
@@ -92,10 +88,9 @@ def compile_region(region: Region, isa: Isa) -> bytes:
     reason = supports(region)
     assert reason is None, reason
     family = FAMILIES[region.anchor]
-    generate = family.generators.get(isa.name, family.generate)
-    assert generate is not None, f"{region.anchor} is made of other kernels"
-    function = generate(region)
-    return tir.compile_object({kernel_symbol(region, isa): function}, isa.mcpu)
+    assert family.generate is not None, f"{region.anchor} is made of other kernels"
+    function = family.generate(region, isa)
+    return tir.compile_object({kernel_symbol(region, isa): function}, isa.mcpu, isa.features)
 
 
 @functools.cache

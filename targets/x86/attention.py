@@ -1,4 +1,4 @@
-"""Attention in float32 for AVX-512: scores, softmax and context of one head in one pass.
+"""Attention in float32: scores, softmax and context of one head in one pass.
 
     y = softmax(q k^T scale + mask) v
 
@@ -16,20 +16,23 @@ from typing import Any
 from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
 from qcompiler.targets.x86.attention_shape import PANEL, TILE_ROWS, AttentionShape, attention_shape
+from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
 from qcompiler.targets.x86.running_softmax import LOWEST, RunningSoftmax
-from qcompiler.targets.x86.vector import fma, load_lanes, sums_of, transpose
+from qcompiler.targets.x86.units import unit_of
+from qcompiler.targets.x86.vector import VectorUnit, fma, load_lanes, sums_of, transpose
 
 __all__ = ["Attention", "attention_function"]
 
-_HEIGHTS = (TILE_ROWS, 4, 1)
-"""Rows of a tile; 8 by 2 vectors keep both multiply-add units busy and fit the registers."""
+_TILES = {32: ((TILE_ROWS, 4, 1), 2), 8: ((4, 1), 1)}
+"""By the vectors that the registers hold: rows of a tile, and its vectors.  8 by 2 zmm keep both
+multiply-add units busy and fit the registers, as do 4 by 1 pairs of ymm."""
 
 _POINTERS = ("q", "k", "v", "mask", "y")
 _INTEGERS = ("q_stride", "k_stride", "v_stride", "y_stride", "mask_row_stride", "mask_step", "rows",
              "keys", "zero_empty")  # fmt: skip
 
 
-def attention_function(d: int, kind: type[Attention] | None = None) -> Any:
+def attention_function(d: int, kind: type[Attention] | None = None, isa: Isa = AVX512_VNNI) -> Any:
     """The TIR of the attention of one head with vectors of `d`.
 
     `void f(const float *q, const float *k, const float *v, const float *mask, float *y,
@@ -43,9 +46,8 @@ def attention_function(d: int, kind: type[Attention] | None = None) -> Any:
     parameters.append(Parameter("scale", "float32", is_pointer=False))
 
     def body(*arguments: Expr) -> None:
-        (kind or Attention)(
-            d, dict(zip((p.name for p in parameters), arguments, strict=True))
-        ).emit()
+        named = dict(zip((p.name for p in parameters), arguments, strict=True))
+        (kind or Attention)(d, isa, named).emit()
 
     return tir.function(parameters, body)
 
@@ -59,11 +61,12 @@ class Attention:
     lane = "float32"
     pair = 1
 
-    def __init__(self, d: int, arguments: dict[str, Expr]) -> None:
+    def __init__(self, d: int, isa: Isa, arguments: dict[str, Expr]) -> None:
         shape = attention_shape(d)
         self._d, self._padded_d, self._block = d, shape.padded_d, shape.keys
         self._a = arguments
-        self._softmax = self.running_softmax(shape)
+        self._heights, self._width = _TILES[isa.vectors]
+        self._softmax = self.running_softmax(shape, unit_of(isa))
         self._depth = -(-d // self.pair)
         self._query_stride = -(-self._depth // LANES) * LANES
         self._single_q = tir.scratch("float32", shape.padded_d)
@@ -71,9 +74,9 @@ class Attention:
         self._k = tir.scratch(self.lane, shape.keys * self._depth)
         self._v = tir.scratch(self.lane, shape.keys // self.pair * shape.padded_d)
 
-    def running_softmax(self, shape: AttentionShape) -> RunningSoftmax:
+    def running_softmax(self, shape: AttentionShape, unit: VectorUnit) -> RunningSoftmax:
         """What keeps the scores and their weights."""
-        return RunningSoftmax(shape)
+        return RunningSoftmax(shape, unit)
 
     def dot(self, total: Expr, one: Expr, other: Expr) -> Expr:
         """`total` plus the products of two vectors of lanes."""
@@ -153,13 +156,14 @@ class Attention:
 
     def _rows(self, first: Expr, count: Expr) -> None:
         """All rows against one block, in tiles; rows that the last tile has too many repeat."""
-        whole = Register("int32", self._a["rows"] // TILE_ROWS, 1)
+        most = self._heights[0]
+        whole = Register("int32", self._a["rows"] // most, 1)
         with tir.loop(0, whole.value) as tile:
-            self._tile(TILE_ROWS, tile * TILE_ROWS, first, count)
-        rest = Register("int32", self._a["rows"] - whole.value * TILE_ROWS, 1)
-        for height, below in zip(_HEIGHTS, (*_HEIGHTS[1:], 0), strict=True):
+            self._tile(most, tile * most, first, count)
+        rest = Register("int32", self._a["rows"] - whole.value * most, 1)
+        for height, below in zip(self._heights, (*self._heights[1:], 0), strict=True):
             with tir.when((rest.value > below) & (rest.value <= height)):
-                self._tile(height, whole.value * TILE_ROWS, first, count)
+                self._tile(height, whole.value * most, first, count)
 
     def _tile(self, height: int, first_row: Expr, first: Expr, count: Expr) -> None:
         last_row = self._a["rows"] - 1
@@ -177,22 +181,24 @@ class Attention:
         """Adds q k^T to the rows of scores; returns the maxima, per lane."""
         tops = [Register("float32", tir.broadcast(LOWEST)) for _ in range(height)]
         with tir.loop(0, (count + (PANEL - 1)) // PANEL) as panel:
-            sums = _zeros(height, 2)
-            with tir.loop(0, self._depth) as j:
-                start = (panel * self._depth + j) * PANEL
-                keys = [load_lanes(self._k, start + u * LANES, LANES, self.lane) for u in range(2)]
-                queries = [self._q[i * self._query_stride + j] for i in range(height)]
-                self._multiply(sums, queries, keys)
-            for i, pair in enumerate(sums):
-                for u, total in enumerate(pair):
-                    self._softmax.add_scores(i, panel * PANEL + u * LANES, total.value, tops[i])
+            for first in range(0, PANEL, self._width * LANES):
+                offsets = range(first, first + self._width * LANES, LANES)
+                sums = _zeros(height, self._width)
+                with tir.loop(0, self._depth) as j:
+                    start = (panel * self._depth + j) * PANEL
+                    keys = [load_lanes(self._k, start + u, LANES, self.lane) for u in offsets]
+                    queries = [self._q[i * self._query_stride + j] for i in range(height)]
+                    self._multiply(sums, queries, keys)
+                for i, row in enumerate(sums):
+                    for u, total in zip(offsets, row, strict=True):
+                        self._softmax.add_scores(i, panel * PANEL + u, total.value, tops[i])
         return tops
 
     def _multiply_values(self, kept: Sequence[Register], first_row: Expr, count: Expr) -> None:
         """Adds the weighted sums of the block's values to what is kept of the rows' contexts."""
         softmax, height = self._softmax, len(kept)
-        for chunk in range(0, self._padded_d, PANEL):
-            width = min(2, (self._padded_d - chunk) // LANES)
+        for chunk in range(0, self._padded_d, self._width * LANES):
+            width = min(self._width, (self._padded_d - chunk) // LANES)
             sums = _zeros(height, width)
             with tir.loop(0, (count + (self.pair - 1)) // self.pair) as j:
                 start = j * self._padded_d + chunk

@@ -13,8 +13,9 @@ from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Register
 from qcompiler.targets.x86.attention import Attention, attention_function
 from qcompiler.targets.x86.attention_shape import PANEL, TILE_ROWS, AttentionShape
+from qcompiler.targets.x86.isa import AVX512_BF16
 from qcompiler.targets.x86.running_softmax import RunningSoftmax
-from qcompiler.targets.x86.vector import load_lanes
+from qcompiler.targets.x86.vector import VectorUnit, load_lanes
 
 __all__ = ["attention_bf16_function"]
 
@@ -43,7 +44,7 @@ attributes #0 = { alwaysinline nounwind willreturn memory(none)
 
 def attention_bf16_function(d: int) -> Any:
     """The TIR of `attention_function`, with products of bfloat16."""
-    return attention_function(d, _AttentionBf16)
+    return attention_function(d, _AttentionBf16, AVX512_BF16)
 
 
 def _pack(low: Expr, high: Expr) -> Expr:
@@ -54,8 +55,8 @@ def _pack(low: Expr, high: Expr) -> Expr:
 class _SoftmaxBf16(RunningSoftmax):
     """Its weights are bfloat16, two keys to a lane."""
 
-    def __init__(self, shape: AttentionShape) -> None:
-        super().__init__(shape)
+    def __init__(self, shape: AttentionShape, unit: VectorUnit) -> None:
+        super().__init__(shape, unit)
         self.weight_stride = self.stride // 2
         self.weights = tir.scratch("int32", TILE_ROWS * self.weight_stride)
 
@@ -78,9 +79,9 @@ class _AttentionBf16(Attention):
         with tir.imported(_LLVM):
             super().emit()
 
-    def running_softmax(self, shape: AttentionShape) -> RunningSoftmax:
+    def running_softmax(self, shape: AttentionShape, unit: VectorUnit) -> RunningSoftmax:
         """What keeps the scores and their weights."""
-        return _SoftmaxBf16(shape)
+        return _SoftmaxBf16(shape, unit)
 
     def dot(self, total: Expr, one: Expr, other: Expr) -> Expr:
         """`total` plus the products of two vectors of lanes."""

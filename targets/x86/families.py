@@ -6,7 +6,7 @@ One row per anchor.  Nothing here imports tvm; a row's generator does when it is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from qcompiler.ir.dialect import OPS
@@ -14,6 +14,7 @@ from qcompiler.ir.region import Region
 from qcompiler.targets.epilogue import unsupported_step
 from qcompiler.targets.x86.attention_shape import MAX_DEPTH as MAX_HEAD
 from qcompiler.targets.x86.attention_shape import attention_shape
+from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
 
 __all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "norm_operands", "unsupported_epilogue"]
@@ -44,10 +45,11 @@ class Family:
             `struct qc_<member>_args`.
         parameters: C type and expression (from the arguments `a`) of each kernel parameter.
         unsupported: Why a region has no kernel, or None.
-        generate: The TIR of a region's kernel; None for one that is made of others'.
+        generate: The TIR of a region's kernel for an instruction set; None for one that is made of
+            others'.
         parts: The regions whose kernels it is made of.
         constants: Further members of `struct qc_variant`, as C initializers.
-        generators: What to generate instead for an instruction set with kernels of its own.
+        isas: The instruction sets it is compiled for, in order of preference.
     """
 
     sizes: tuple[str, ...]
@@ -55,40 +57,37 @@ class Family:
     member: str
     parameters: Callable[[Region], list[tuple[str, str]]]
     unsupported: Callable[[Region], str | None]
-    generate: Callable[[Region], Any] | None
+    generate: Callable[[Region, Isa], Any] | None
+    constants: Callable[[Region, Isa], dict[str, int]] = lambda region, isa: {}
+    isas: tuple[Isa, ...] = (AVX512_VNNI, AVX2)
     parts: Callable[[Region], tuple[Region, ...]] = lambda region: ()
-    constants: Callable[[Region], dict[str, int]] = lambda region: {}
-    generators: Mapping[str, Callable[[Region], Any]] = dataclasses.field(default_factory=dict)
 
 
-def _generate_quantize(region: Region) -> Any:
+def _generate_quantize(region: Region, isa: Isa) -> Any:
     from qcompiler.targets.x86.quantize import quantize_function
 
-    return quantize_function(region.size("K"))
+    return quantize_function(region.size("K"), isa)
 
 
-def _generate_norm(region: Region) -> Any:
+def _generate_norm(region: Region, isa: Isa) -> Any:
     from qcompiler.targets.x86.norm import norm_function
 
-    return norm_function(region)
+    return norm_function(region, isa)
 
 
-def _generate_qmatmul(region: Region) -> Any:
+def _generate_qmatmul(region: Region, isa: Isa) -> Any:
     from qcompiler.targets.x86.qmatmul import qmatmul_function
 
-    return qmatmul_function(region)
+    return qmatmul_function(region, isa)
 
 
-def _generate_attention(region: Region) -> Any:
+def _generate_attention(region: Region, isa: Isa) -> Any:
     from qcompiler.targets.x86.attention import attention_function
-
-    return attention_function(region.size("D"))
-
-
-def _generate_attention_bf16(region: Region) -> Any:
     from qcompiler.targets.x86.attention_bf16 import attention_bf16_function
 
-    return attention_bf16_function(region.size("D"))
+    if isa == AVX512_BF16:
+        return attention_bf16_function(region.size("D"))
+    return attention_function(region.size("D"), isa=isa)
 
 
 def _unsupported_quantize(region: Region) -> str | None:
@@ -118,8 +117,10 @@ def _unsupported_qmatmul(region: Region) -> str | None:
     columns = tile_shape(n).columns
     if len(region.widths) > MAX_PARTS:
         return f"{len(region.widths)} results; at most {MAX_PARTS} are supported"
-    if any(width % columns for width in region.widths):
-        return f"results of {region.widths} columns: not all are multiples of {columns}"
+    for isa in FAMILIES[region.anchor].isas:
+        panel = tile_shape(n, isa).columns
+        if any(width % panel for width in region.widths):
+            return f"results of {region.widths} columns: not all are multiples of {panel}"
     if -(-n // columns) * columns * -(-k // 4) * 4 > MAX_ELEMENTS:
         return f"{k} x {n} weights take more than 2^30 bytes"
     return unsupported_epilogue(region)
@@ -197,12 +198,12 @@ def _attention_parameters(region: Region) -> list[tuple[str, str]]:
     return [*inputs, ("float *", "a->y"), *integers, ("float", "a->scale")]
 
 
-def _attention_constants(region: Region) -> dict[str, int]:
+def _attention_constants(region: Region, isa: Isa) -> dict[str, int]:
     return {"block_rows": attention_shape(region.size("D")).rows}
 
 
-def _qmatmul_constants(region: Region) -> dict[str, int]:
-    tile = tile_shape(region.size("N"))
+def _qmatmul_constants(region: Region, isa: Isa) -> dict[str, int]:
+    tile = tile_shape(region.size("N"), isa)
     return {"tile_rows": tile.rows, "tile_vectors": tile.vectors}
 
 
@@ -218,8 +219,7 @@ def _attention(anchor: str) -> Family:
         _attention_parameters,
         _unsupported_attention,
         _generate_attention,
-        constants=_attention_constants,
-        generators={"avx512-bf16": _generate_attention_bf16},
+        _attention_constants,
     )
 
 
@@ -239,7 +239,8 @@ FAMILIES = {
         _qmatmul_parameters,
         _unsupported_qmatmul,
         _generate_qmatmul,
-        constants=_qmatmul_constants,
+        _qmatmul_constants,
+        (AVX512_VNNI, AVX_VNNI, AVX2),
     ),
     "DynamicQMatMulW8A8": Family(
         ("K", "N"),
@@ -248,8 +249,9 @@ FAMILIES = {
         _qmatmul_parameters,
         _unsupported_dynamic,
         None,
-        _dynamic_parts,
         _qmatmul_constants,
+        (AVX512_VNNI, AVX_VNNI, AVX2),
+        _dynamic_parts,
     ),
     "LayerNorm": _norm("qc_layer_norm"),
     "AddLayerNorm": _norm("qc_add_layer_norm"),

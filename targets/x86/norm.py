@@ -27,15 +27,15 @@ from qcompiler.ir.region import Region
 from qcompiler.targets import tir
 from qcompiler.targets.tir import Expr, Parameter, Register
 from qcompiler.targets.x86.families import norm_operands
+from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
 from qcompiler.targets.x86.quantize import for_rows, quantize_rows, sweep
+from qcompiler.targets.x86.units import unit_of
 from qcompiler.targets.x86.vector import (
     all_lanes_max,
     all_lanes_sum,
     first_lanes,
     fma,
-    larger_magnitude,
     load_lanes,
-    reciprocal_root,
     store_lanes,
 )
 
@@ -58,13 +58,13 @@ _LARGEST = 3e38
 """Bound of a variance, so that an estimate of its root can be refined."""
 
 
-def norm_function(region: Region) -> Any:
+def norm_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
     """The TIR of `void f(norm_operands(region)..., int32_t rows)`, rows of K."""
     names = norm_operands(region)
     pointers = [Parameter(name, "uint8" if name == "q" else "float32") for name in names]
 
     def body(*arguments: Expr) -> None:
-        norm = _Norm(region, dict(zip(names, arguments[:-1], strict=True)))
+        norm = _Norm(region, isa, dict(zip(names, arguments[:-1], strict=True)))
         for_rows(arguments[-1], norm.group, norm.emit)
 
     return tir.function([*pointers, Parameter("rows", "int32", is_pointer=False)], body)
@@ -101,7 +101,8 @@ class _Row:
 class _Norm:
     """Emits the code for some rows; each sweep over all of them before the next."""
 
-    def __init__(self, region: Region, arrays: dict[str, Expr]) -> None:
+    def __init__(self, region: Region, isa: Isa, arrays: dict[str, Expr]) -> None:
+        self._unit = unit_of(isa)
         self._k = region.size("K")
         self.group = max(1, min(_MOST_ROWS, _GROUPED_ELEMENTS // self._k))
         self._arrays = arrays
@@ -123,7 +124,8 @@ class _Norm:
         if "q" in self._arrays:
             values = [functools.partial(self._result, state) for state in states]
             amax = [state.amax for state in states if state.amax is not None]
-            quantize_rows(values, amax, self._arrays["q"], self._arrays["s"], rows, self._k)
+            q, s = self._arrays["q"], self._arrays["s"]
+            quantize_rows(self._unit, values, amax, q, s, rows, self._k)
 
     def _sum_up(self, rows: Sequence[_Row], chains: int) -> None:
         """Sets the mean of every row, or for RMSNorm its factor."""
@@ -176,7 +178,7 @@ class _Norm:
                 if "y" in self._arrays:
                     store_lanes(self._arrays["y"], y, row.start + offset, count)
                 if "q" in self._arrays:
-                    top.update(chain, functools.partial(larger_magnitude, y))
+                    top.update(chain, functools.partial(self._unit.larger_magnitude, y))
 
         sweep(self._k, chains, update)
         if "q" in self._arrays:
@@ -191,7 +193,7 @@ class _Norm:
         largest = tir.broadcast(_LARGEST)
         # In this order a NaN stays: the second operand is taken if the comparison fails.
         bounded = Register("float32", tir.minimum(largest, above_zero.value))
-        factor = reciprocal_root(bounded.value)
+        factor = self._unit.reciprocal_root(bounded.value)
         return Register(
             "float32", tir.select(above_zero.value > largest, tir.broadcast(0.0), factor)
         )

@@ -1,10 +1,11 @@
-"""W8A8 matrix multiplication for AVX512-VNNI, weights packed in panels of NR vectors of columns.
+"""W8A8 matrix multiplication, weights packed in panels of NR vectors of columns.
 
     y = epilogue(float(sum_k (q - 128) w) * (s * ws))
 
-The weights lie as [panel][ceil(K/4)][NR * 64]: for each four rows of K, each lane of a panel has
-its four int8 side by side, as vpdpbusd reads them.  `init` holds -128 * sum_k w, so the zero point
-of the activations costs nothing.  A tile is MR rows by one panel, its accumulators in registers.
+The weights lie as [panel][ceil(K/D)][NR * 16 * D]: for each D rows of K, each lane of a panel has
+its D int8 side by side, as the vector unit multiplies them (vpdpbusd: D = 4).  `init` holds
+-128 * sum_k w, so the zero point of the activations costs nothing.  A tile is MR rows by one panel,
+its accumulators in registers.
 """
 
 from __future__ import annotations
@@ -17,15 +18,13 @@ from qcompiler.ir.region import Region
 from qcompiler.targets import tir
 from qcompiler.targets.epilogue import apply_steps
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
-from qcompiler.targets.x86 import vector
+from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
-from qcompiler.targets.x86.vector import dot_product_u8s8, load_lanes, store_lanes
+from qcompiler.targets.x86.units import unit_of
+from qcompiler.targets.x86.vector import load_lanes, store_lanes
+from qcompiler.targets.x86.widened import WidenedRows
 
 __all__ = ["accumulator_function", "qmatmul_function"]
-
-_QUAD = 4
-"""Elements of K that one lane of vpdpbusd multiplies and adds."""
-_CACHE_LINE = 64
 
 Finish = Callable[[Sequence[Expr], Expr, Expr, int], None]
 """Stores a part of one row of y: (its sums, 16 in each; row; first column; columns that exist)."""
@@ -46,13 +45,16 @@ class Operands:
 class Loops:
     """Emits the loops over panels, tiles and K for one shape; `finish` turns sums into y."""
 
-    def __init__(self, k: int, n: int, operands: Operands, finish: Finish) -> None:
-        self._k = k
-        self._quads = -(-k // _QUAD)
-        self._shape = tile_shape(n)
+    def __init__(self, k: int, n: int, isa: Isa, operands: Operands, finish: Finish) -> None:
+        self._unit = unit_of(isa)
+        self._k, self._depth = k, self._unit.depth
+        self._groups = -(-k // self._depth)
+        self._shape = tile_shape(n, isa)
         self._operands = operands
         self._finish = finish
         self._whole_panels, self._edge_columns = divmod(n, self._shape.columns)
+        if self._unit.widens:
+            self._widened = WidenedRows(operands.q, k, self._shape.rows)
 
     def emit(self) -> None:
         """Everything: panels [panel_begin, panel_end) of all rows."""
@@ -122,42 +124,55 @@ class Loops:
             for _ in range(height)
         ]
 
-        def step(quad: Expr, width: int) -> None:
+        def step(group: Expr, activations: Sequence[Expr]) -> None:
             if prefetched is not None:
                 next_panel = self._weight_start(panels[0] + 1, 0, 0)
-                line = (prefetched * self._quads + quad) * _CACHE_LINE
+                line = (prefetched * self._groups + group) * (LANES * self._depth)
                 tir.prefetch_to_l2(self._operands.weights, next_panel + line)
             for p, panel in enumerate(panels):
-                weights = [self._weights(panel, quad, j) for j in range(vectors)]
-                for i, row in enumerate(sums[p * height : (p + 1) * height]):
-                    activations = self._activations(first_row + i, quad, width)
+                weights = [self._weights(panel, group, j) for j in range(vectors)]
+                rows = sums[p * height : (p + 1) * height]
+                for row, several in zip(rows, activations, strict=True):
                     for total, weight in zip(row, weights, strict=True):
-                        total.set(dot_product_u8s8(total.value, activations, weight))
+                        total.set(self._unit.dot_product_u8s8(total.value, several, weight))
 
-        whole_quads, rest = divmod(self._k, _QUAD)
-        with tir.loop(0, whole_quads) as quad:
-            step(quad, _QUAD)
-        if rest:
-            step(whole_quads, rest)
+        if self._unit.widens:
+            self._widened.for_pairs(first_row, height, step)
+        else:
+            self._for_quads(first_row, height, step)
         return sums
+
+    def _for_quads(
+        self, first_row: Expr, height: int, emit: Callable[[Expr, Sequence[Expr]], None]
+    ) -> None:
+        """`emit(quad, activations)` for each four elements of K: their bits, of each row."""
+        whole, rest = divmod(self._k, self._depth)
+
+        def activations(quad: Expr, width: int) -> list[Expr]:
+            return [self._activations(first_row + i, quad, width) for i in range(height)]
+
+        with tir.loop(0, whole) as quad:
+            emit(quad, activations(quad, self._depth))
+        if rest:
+            emit(whole, activations(whole, rest))
 
     def _init(self, panel: Expr, vector: int) -> Expr:
         start = panel * self._shape.columns + vector * LANES
         return load_lanes(self._operands.init, start, LANES, "int32")
 
-    def _weights(self, panel: Expr, quad: Expr, vector: int) -> Expr:
-        start = self._weight_start(panel, quad, vector)
-        return self._operands.weights.vload([start], "int8x64")
+    def _weights(self, panel: Expr, group: Expr, vector: int) -> Expr:
+        start = self._weight_start(panel, group, vector)
+        return self._operands.weights.vload([start], f"int8x{LANES * self._depth}")
 
-    def _weight_start(self, panel: Expr, quad: Expr, vector: Expr) -> Expr:
-        quad_start = (panel * self._quads + quad) * (self._shape.columns * _QUAD)
-        return quad_start + vector * (LANES * _QUAD)
+    def _weight_start(self, panel: Expr, group: Expr, vector: Expr) -> Expr:
+        group_start = (panel * self._groups + group) * (self._shape.columns * self._depth)
+        return group_start + vector * (LANES * self._depth)
 
     def _activations(self, row: Expr, quad: Expr, width: int) -> Expr:
         """`width` activations as the bytes of an int32; those past the end of K are zero."""
-        start = row * self._k + quad * _QUAD
+        start = row * self._k + quad * self._depth
         q = self._operands.q
-        if width == _QUAD:
+        if width == self._depth:
             return tir.reinterpret("int32", q.vload([start], "uint8x4"))
         first, *others = (tir.cast("int32", q[start + i]) << (8 * i) for i in range(width))
         return sum(others, first)
@@ -181,8 +196,8 @@ def _spilled(memory: Expr, row: Expr, vectors: int) -> list[Expr]:
     return [load_lanes(memory, (row * vectors + j) * LANES, LANES, "int32") for j in range(vectors)]
 
 
-def qmatmul_function(region: Region) -> Any:
-    """The TIR of a `QMatMulW8A8` region.
+def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
+    """The TIR of a `QMatMulW8A8` region for an instruction set.
 
     `void f(const uint8_t *q, const float *s, const int8_t *weights, const int32_t *init,
     const float *ws, const float *extra..., float *y, int32_t rows, int32_t panel_begin,
@@ -190,15 +205,12 @@ def qmatmul_function(region: Region) -> Any:
     the range of panels is empty.  A region of several results stores those of one per call, in `y`,
     and takes that one's width and first column, `int32_t y_columns, int32_t y_first`, at the end.
     """
-    k, n = region.size("K"), region.size("N")
+    k, n, unit = region.size("K"), region.size("N"), unit_of(isa)
     extra_count = len(region.extras)
     extra_parameters = [Parameter(f"extra{i}", "float32") for i in range(extra_count)]
 
     def body(q: Expr, s: Expr, weights: Expr, init: Expr, ws: Expr, *rest: Expr) -> None:
-        extras, (y, rows, begin, end, *part) = (
-            rest[: len(region.extras)],
-            rest[len(region.extras) :],
-        )
+        extras, (y, rows, begin, end, *part) = rest[:extra_count], rest[extra_count:]
         y_columns, y_first = part or (n, 0)
 
         def finish(sums: Sequence[Expr], row: Expr, first_column: Expr, columns: int) -> None:
@@ -211,10 +223,10 @@ def qmatmul_function(region: Region) -> Any:
                     load_lanes(extra, column if kind == "channel" else row * n + column, count)
                     for extra, kind in zip(extras, region.extras, strict=True)
                 ]
-                result = apply_steps(vector, region, anchor, values)
+                result = apply_steps(unit, region, anchor, values)
                 store_lanes(y, result, row * y_columns + (column - y_first), count)
 
-        Loops(k, n, Operands(q, weights, init, rows, begin, end), finish).emit()
+        Loops(k, n, isa, Operands(q, weights, init, rows, begin, end), finish).emit()
 
     return tir.function(
         [
@@ -232,7 +244,7 @@ def qmatmul_function(region: Region) -> Any:
     )
 
 
-def accumulator_function(k: int, n: int) -> Any:
+def accumulator_function(k: int, n: int, isa: Isa = AVX512_VNNI) -> Any:
     """The same loops with the int32 sums as result, for tests and for timing the loops alone.
 
     `void f(const uint8_t *q, const int8_t *weights, const int32_t *init, int32_t *y, int32_t rows,
@@ -247,7 +259,7 @@ def accumulator_function(k: int, n: int) -> Any:
                 start = row * n + first_column + index * LANES
                 store_lanes(y, total, start, min(LANES, columns - index * LANES), "int32")
 
-        Loops(k, n, Operands(q, weights, init, rows, begin, end), finish).emit()
+        Loops(k, n, isa, Operands(q, weights, init, rows, begin, end), finish).emit()
 
     pointers = [
         Parameter("q", "uint8"),

@@ -19,14 +19,14 @@ from typing import Any
 from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
 from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
+from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
+from qcompiler.targets.x86.units import unit_of
 from qcompiler.targets.x86.vector import (
+    VectorUnit,
     all_lanes_max,
     fma,
-    larger_magnitude,
     load_lanes,
     offset_by_128,
-    pack_int8,
-    round_to_int32,
     store_lanes,
 )
 
@@ -55,12 +55,13 @@ _PARAMETERS = (
 )
 
 
-def quantize_function(k: int) -> Any:
+def quantize_function(k: int, isa: Isa = AVX512_VNNI) -> Any:
     """The TIR of `void f(const float *x, uint8_t *q, float *s, int32_t rows)`, rows of `k`."""
+    unit = unit_of(isa)
 
     def body(x: Expr, q: Expr, s: Expr, rows: Expr) -> None:
         group = _ROWS if k <= _LONGEST_GROUPED_ROW else 1
-        for_rows(rows, group, lambda some: _rows(x, q, s, k, some))
+        for_rows(rows, group, lambda some: _rows(unit, x, q, s, k, some))
 
     return tir.function(_PARAMETERS, body)
 
@@ -90,11 +91,11 @@ def sweep(k: int, unroll: int, emit: Callable[[Expr, int, int], None]) -> None:
         emit(offset, min(LANES, k - offset), i)
 
 
-def _rows(x: Expr, q: Expr, s: Expr, k: int, rows: Sequence[Expr]) -> None:
+def _rows(unit: VectorUnit, x: Expr, q: Expr, s: Expr, k: int, rows: Sequence[Expr]) -> None:
     """Quantize the given rows; each step is emitted for all of them before the next."""
     values = [functools.partial(_load, x, row * k) for row in rows]
-    amax = [Register("float32", _row_amax(value, k)) for value in values]
-    quantize_rows(values, amax, q, s, rows, k)
+    amax = [Register("float32", _row_amax(unit, value, k)) for value in values]
+    quantize_rows(unit, values, amax, q, s, rows, k)
 
 
 def _load(x: Expr, start: Expr, offset: Expr, count: int) -> Expr:
@@ -102,6 +103,7 @@ def _load(x: Expr, start: Expr, offset: Expr, count: int) -> Expr:
 
 
 def quantize_rows(
+    unit: VectorUnit,
     values: Sequence[Values],
     amax: Sequence[Register],
     q: Expr,
@@ -118,23 +120,31 @@ def quantize_rows(
         tir.store(s, scale.value, row)
     for row, value, scale, inverse in zip(rows, values, scales, inverses, strict=True):
         multiples = [Register("float32", tir.broadcast(one.value)) for one in (scale, inverse)]
-        _quantize_row(value, q, row * k, k, *(several.value for several in multiples))
+        _quantize_row(unit, value, q, row * k, k, *(several.value for several in multiples))
 
 
-def _quantize_row(values: Values, q: Expr, start: Expr, k: int, scale: Expr, inverse: Expr) -> None:
+def _quantize_row(
+    unit: VectorUnit,
+    values: Values,
+    q: Expr,
+    start: Expr,
+    k: int,
+    scale: Expr,
+    inverse: Expr,
+) -> None:
     minus_scale = Register("float32", tir.broadcast(0.0) - scale)
 
     def integers(offset: Expr, count: int) -> Expr:
         value = Register("float32", values(offset, count))
         near = Register("float32", value.value * inverse)
         error = fma(near.value, minus_scale.value, value.value)
-        return round_to_int32(fma(error, inverse, near.value))
+        return unit.round_to_int32(fma(error, inverse, near.value))
 
     with tir.loop(0, k // _CHUNK) as index:
         quarters = [
             Register("int32", integers(index * _CHUNK + i * LANES, LANES)) for i in range(4)
         ]
-        packed = pack_int8([quarter.value for quarter in quarters])
+        packed = unit.pack_int8([quarter.value for quarter in quarters])
         tir.store(q, offset_by_128(packed), tir.lanes(start + index * _CHUNK, _CHUNK))
     for offset in range(k - k % _CHUNK, k, LANES):
         count = min(LANES, k - offset)
@@ -142,12 +152,12 @@ def _quantize_row(values: Values, q: Expr, start: Expr, k: int, scale: Expr, inv
         store_lanes(q, narrow, start + offset, count, "uint8")
 
 
-def _row_amax(values: Values, k: int) -> Expr:
+def _row_amax(unit: VectorUnit, values: Values, k: int) -> Expr:
     """The largest magnitude of the row, at least 1e-20, in all lanes."""
     maxima = [Register("float32", tir.broadcast(SMALLEST_MAGNITUDE)) for _ in range(_CHAINS)]
 
     def update(offset: Expr, count: int, chain: int) -> None:
-        maxima[chain].set(larger_magnitude(values(offset, count), maxima[chain].value))
+        maxima[chain].set(unit.larger_magnitude(values(offset, count), maxima[chain].value))
 
     sweep(k, _CHAINS, update)
     first, second, third, fourth = (chain.value for chain in maxima)

@@ -1,4 +1,4 @@
-"""Softmax over keys that come block by block, and the values it weighs, for AVX-512.
+"""Softmax over keys that come block by block, and the values it weighs.
 
 Each row keeps its largest score so far, the sum of its exponentials and its weighted sum of values;
 a block that raises the largest first scales the other two by e^(old - new) (Milakov and Gimelshein,
@@ -14,9 +14,9 @@ from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Register
 from qcompiler.targets.x86.attention_shape import PANEL, TILE_ROWS, AttentionShape
 from qcompiler.targets.x86.vector import (
+    VectorUnit,
     all_lanes_max,
     all_lanes_sum,
-    exp_of_negative,
     fma,
     load_lanes,
     store_lanes,
@@ -35,7 +35,8 @@ class RunningSoftmax:
     becomes of them, here in the same place.
     """
 
-    def __init__(self, shape: AttentionShape) -> None:
+    def __init__(self, shape: AttentionShape, unit: VectorUnit) -> None:
+        self._exp = unit.exp_of_negative
         self._padded_d = shape.padded_d
         self.stride = shape.keys + LANES
         self.scores = tir.scratch("float32", TILE_ROWS * self.stride)
@@ -100,7 +101,7 @@ class RunningSoftmax:
             for old, new in zip(before, highest, strict=True)
         ]
         kept = [
-            Register("float32", exp_of_negative(old.value - new.value))
+            Register("float32", self._exp(old.value - new.value))
             for old, new in zip(before, now, strict=True)
         ]
         sums = [self._exponentials(i, top, count, packed) for i, top in enumerate(now)]
@@ -123,7 +124,7 @@ class RunningSoftmax:
         with tir.loop(0, (count + (PANEL - 1)) // PANEL) as panel:
             start = i * self.stride + panel * PANEL
             scores = [load_lanes(self.scores, start + u * LANES, LANES) for u in range(2)]
-            weights = [Register("float32", exp_of_negative(score - top.value)) for score in scores]
+            weights = [Register("float32", self._exp(score - top.value)) for score in scores]
             self.store_weights(i, panel, weights, packed)
             for total, weight in zip(sums, weights, strict=True):
                 total.set(total.value + weight.value)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
+
 __all__ = ["TileShape", "tile_shape"]
 
 _LANES = 16
+_ZMM = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +29,18 @@ class TileShape:
 # to 10 independent accumulators to hide its latency.  Both keep weight loads under 22 byte/cycle.
 _THREE_VECTORS = TileShape(8, 3)
 _FOUR_VECTORS = TileShape(6, 4)
+# Of 16 ymm: 12 accumulators, two of weights, one of activations, one for a product.
+_ONE_VECTOR = TileShape(6, 1)
 
 _WIDE = 128
 """From this many vectors on, one narrow panel at the edge costs less than 1%, and three vectors are
 better: they read a third less of the weights per multiplication (8% at 32 x 4096 x 4096)."""
 
 
-def tile_shape(n: int) -> TileShape:
+def tile_shape(n: int, isa: Isa = AVX512_VNNI) -> TileShape:
     """The tile for `n` output columns."""
+    if isa.vectors < _ZMM:
+        return _ONE_VECTOR
     vectors = -(-n // _LANES)
     missing_of_three, missing_of_four = -vectors % 3, -vectors % 4
     if vectors >= _WIDE or missing_of_three <= missing_of_four:

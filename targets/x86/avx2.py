@@ -1,0 +1,111 @@
+"""The vector units of AVX2 and of AVX-VNNI: a vector is two ymm, an intrinsic takes one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from qcompiler.targets import tir
+from qcompiler.targets.tir import LANES, Expr, Register
+from qcompiler.targets.x86.vector import EXP2_OF_FRACTION, VectorUnit, absolute, polynomial
+
+__all__ = ["Avx2", "AvxVnni"]
+
+_MANTISSA_BITS = 23
+
+_EXPONENT_OF_ZERO = -127.0
+"""The power of two whose float32 is the pattern 0 but for the mantissa."""
+
+
+class Avx2(VectorUnit):
+    """AVX2 and FMA."""
+
+    depth = 2
+    widens = True
+
+    def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
+        """`total` plus two products per lane (vpmaddwd, vpaddd), weights widened to int16 too.
+
+        vpmaddubsw would multiply bytes, twice as many at a time, but saturates its sums of two at
+        int16, and 2 * 255 * -128 is -65280.  Splitting the activations into 7 bits and 1 keeps it
+        exact and takes six instructions for four products, where this takes four.
+        """
+        one = tir.reinterpret("int16x32", tir.broadcast(activations))
+        other = tir.cast("int16x32", weights)
+        return total + _by_halves("int32", "llvm.x86.avx2.pmadd.wd", one, other)
+
+    def round_to_int32(self, value: Expr) -> Expr:
+        """Nearest integer, ties to even."""
+        return _by_halves("int32", "llvm.x86.avx.cvt.ps2dq.256", value)
+
+    def pack_int8(self, quarters: Sequence[Expr]) -> Expr:
+        """Four vectors of int32 from -128 to 127 as one int8x64, in order."""
+        eighths = [half for quarter in quarters for half in _halves(quarter, LANES)]
+        low, high = (_pack_int8x32(eighths[i : i + 4]) for i in (0, 4))
+        return tir.reinterpret("int8x64", tir.shuffle(low, range(LANES), high))
+
+    def larger_magnitude(self, value: Expr, magnitude: Expr) -> Expr:
+        """max(|value|, magnitude) for magnitude >= 0; `magnitude` if `value` is NaN."""
+        return tir.maximum(absolute(value), magnitude)
+
+    def reciprocal_estimate(self, value: Expr) -> Expr:
+        """1 / value, good to 11 bits."""
+        return _by_halves("float32", "llvm.x86.avx.rcp.ps.256", value)
+
+    def reciprocal_root_estimate(self, value: Expr) -> Expr:
+        """1 / sqrt(value), good to 11 bits."""
+        return _by_halves("float32", "llvm.x86.avx.rsqrt.ps.256", value)
+
+    def times_power_of_two(self, value: Expr, power: Expr) -> Expr:
+        """`value` 2^power: the power is added to the exponent."""
+        exponent = self.round_to_int32(power) << tir.broadcast(_MANTISSA_BITS)
+        return tir.reinterpret("float32x16", tir.reinterpret("int32x16", value) + exponent)
+
+    def exp_of_negative(self, value: Expr) -> Expr:
+        """e^value to 3e-6 relative for -80 < value <= 0; 0 far below and for -inf, NaN for NaN."""
+        power = value * tir.broadcast(math.log2(math.e))
+        # In this order a NaN stays: the second operand is taken if the comparison fails.
+        bounded = Register("float32", tir.maximum(tir.broadcast(_EXPONENT_OF_ZERO), power))
+        whole = Register("float32", tir.intrinsic("float32x16", "llvm.floor.v16f32", bounded.value))
+        # At the bound the fraction is 0 and the polynomial exactly 1, so the result exactly 0.
+        series = polynomial(bounded.value - whole.value, EXP2_OF_FRACTION)
+        return self.times_power_of_two(series, whole.value)
+
+
+class AvxVnni(Avx2):
+    """AVX2 and AVX-VNNI, which is vpdpbusd for ymm."""
+
+    depth = 4
+    widens = False
+
+    def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
+        """`total` plus four products per lane (vpdpbusd)."""
+        everywhere = tir.reinterpret("uint8x64", tir.broadcast(activations))
+        # The name is AVX-512's; LLVM encodes it for the processor at hand.
+        return _by_halves("int32", "llvm.x86.avx512.vpdpbusd.256", total, everywhere, weights)
+
+
+def _by_halves(dtype: str, name: str, *operands: Expr) -> Expr:
+    """An intrinsic on ymm, applied to both halves; its results have 8 lanes of `dtype`."""
+    halves = [_halves(operand, operand.ty.dtype.lanes) for operand in operands]
+    low, high = (
+        tir.intrinsic(f"{dtype}x{LANES // 2}", name, *some) for some in zip(*halves, strict=True)
+    )
+    return tir.shuffle(low, range(LANES), high)
+
+
+def _halves(value: Expr, count: int) -> tuple[Expr, Expr]:
+    middle = count // 2
+    return tir.shuffle(value, range(middle)), tir.shuffle(value, range(middle, count))
+
+
+def _pack_int8x32(quarters: Sequence[Expr]) -> Expr:
+    """Four vectors of 8 int32 as int8, in lanes of four."""
+    pairs = [
+        tir.intrinsic("int16x16", "llvm.x86.avx2.packssdw", first, second)
+        for first, second in (quarters[:2], quarters[2:])
+    ]
+    mixed = tir.intrinsic("int8x32", "llvm.x86.avx2.packsswb", *pairs)
+    # Packing works within 128 bits: dword 4 i + j holds elements 4 i to 4 i + 3 of quarter j.
+    order = [4 * (dword % 2) + dword // 2 for dword in range(LANES // 2)]
+    return tir.shuffle(tir.reinterpret("int32x8", mixed), order)
