@@ -43,8 +43,9 @@ _ALPHAS = (0.25, 0.375, 0.5, 0.625, 0.75)
 _COLUMNS = 512
 """So many columns of a weight are enough to compare one alpha with another."""
 
-_WORTH = 0.9
-"""The error must fall below this part of what it was: a multiplication is not quite free."""
+_WORTH = 0.75
+"""The error must fall below this part of what it was: the tokens may be made up, and real ones have
+other outliers; where these matter (MiniLM) it falls to a half, where not (Whisper) to 0.8."""
 
 
 @dataclasses.dataclass(frozen=True)
