@@ -9,10 +9,13 @@
 
 typedef void (*norm)(const float *a, const float *b, const float *gamma, const float *beta,
                      float *y, uint8_t *q, float *s, int32_t rows);
+typedef void (*smoothed_norm)(const float *a, const float *b, const float *gamma, const float *beta,
+                              const float *smoothing, float *y, uint8_t *q, float *s, int32_t rows);
 
 struct work {
-    norm kernel; /* NULL: only move bytes */
-    const float *a, *b, *gamma, *beta;
+    norm kernel; /* both NULL: only move bytes */
+    smoothed_norm smoothed;
+    const float *a, *b, *gamma, *beta, *smoothing;
     float *y;
     uint8_t *q;
     float *s;
@@ -34,12 +37,16 @@ AVX512 static void stream(const struct work *work, int64_t begin, int64_t end) {
 
 static void run(const struct work *w, int thread, int threads) {
     int64_t begin = w->rows * thread / threads, end = w->rows * (thread + 1) / threads;
-    if (!w->kernel) {
+    const float *a = w->a + begin * w->k, *b = w->b + begin * w->k;
+    float *y = w->y + begin * w->k, *s = w->s + begin;
+    uint8_t *q = w->q + begin * w->k;
+    int32_t rows = (int32_t)(end - begin);
+    if (w->kernel)
+        w->kernel(a, b, w->gamma, w->beta, y, q, s, rows);
+    else if (w->smoothed)
+        w->smoothed(a, b, w->gamma, w->beta, w->smoothing, y, q, s, rows);
+    else
         stream(w, begin * w->k, end * w->k);
-        return;
-    }
-    w->kernel(w->a + begin * w->k, w->b + begin * w->k, w->gamma, w->beta, w->y + begin * w->k,
-              w->q + begin * w->k, w->s + begin, (int32_t)(end - begin));
 }
 
 static double now(void) {

@@ -2,7 +2,8 @@
 
     python benchmarks/norm.py [--json] [--rounds 5]
 
-`kernel` is the bare kernel that reads a and b and writes y, q and s; `stream` is a loop that reads
+`kernel` is the bare kernel that reads a and b and writes y, q and s; `smoothed` multiplies by one
+factor per channel before it quantizes; `stream` is a loop that reads
 and writes as many bytes and only adds.  `op` is the kernel as ONNX Runtime runs it; beside it ORT's
 own Add and LayerNormalization, the same with our Quantize after them, and SkipLayerNormalization,
 which ORT makes of the two.  Everything is measured in turn, several times over; figures are the
@@ -45,12 +46,20 @@ PAUSE = 0.02
 """Seconds before each measurement, until the threads of the session before sleep."""
 DOMAIN = "qcompiler.benchmark"
 
+KINDS = ("kernel", "smoothed", "stream")
+ARRAYS = ("a", "b", "gamma", "beta", "smoothing", "y", "q", "s")
+
 Samples = list[float]
 
 
-def region(k: int) -> Region:
+def region(k: int, smoothed: bool = False) -> Region:
     return Region(
-        "AddLayerNorm", (("K", k),), outputs=("y", "q", "s"), attributes=(("epsilon", 1e-5),)
+        "AddLayerNorm",
+        (("K", k),),
+        extras=("channel",) if smoothed else (),
+        outputs=("y", "q", "s"),
+        attributes=(("epsilon", 1e-5),),
+        flags=("smoothed",) if smoothed else (),
     )
 
 
@@ -58,7 +67,7 @@ class Work(ctypes.Structure):
     """`struct work` of norm.c."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("kernel", "a", "b", "gamma", "beta", "y", "q", "s")),
+        *((name, ctypes.c_void_p) for name in (*KINDS[:2], *ARRAYS)),
         ("rows", ctypes.c_int64),
         ("k", ctypes.c_int64),
     )
@@ -69,7 +78,9 @@ class Loops:
 
     def __init__(self, folder: Path) -> None:
         linker = find_linker()
-        functions = {f"norm_{k}": norm_function(region(k)) for k in {k for _, k in SHAPES}}
+        widths = {k for _, k in SHAPES}
+        functions = {f"kernel_{k}": norm_function(region(k)) for k in widths}
+        functions |= {f"smoothed_{k}": norm_function(region(k, True)) for k in widths}
         source = Path(__file__).with_suffix(".c").read_text()
         objects = [linker.compile(source, {}), tir.compile_object(functions, ISAS[0].mcpu)]
         path = folder / "norm.so"
@@ -77,16 +88,19 @@ class Loops:
         self._library = ctypes.CDLL(str(path))
         self._alive: list[np.ndarray] = []
 
-    def work(self, shape: tuple[int, int], bytes_only: bool) -> Work:
+    def work(self, shape: tuple[int, int], kind: str) -> Work:
         """Arrays of a shape, and what to do with them."""
         m, k = shape
         rng = np.random.default_rng(0)
-        arrays = [aligned(rng.random(size, np.float32)) for size in (m * k, m * k, k, k)]
+        arrays = [aligned(rng.random(size, np.float32)) for size in (m * k, m * k, k, k, k)]
         arrays += [aligned(np.zeros(m * k, np.float32)), aligned(np.zeros(m * k, np.uint8))]
         arrays += [aligned(np.zeros(m, np.float32))]
         self._alive += arrays
-        kernel = ctypes.cast(getattr(self._library, f"norm_{k}"), ctypes.c_void_p)
-        return Work(None if bytes_only else kernel, *map(pointer, arrays), m, k)
+        kernel = None
+        if kind != "stream":
+            kernel = ctypes.cast(getattr(self._library, f"{kind}_{k}"), ctypes.c_void_p)
+        kernels = [kernel if name == kind else None for name in KINDS[:2]]
+        return Work(*kernels, *map(pointer, arrays), m, k)
 
     def measure(self, work: Work, threads: int) -> Samples:
         """Seconds of each of some repetitions."""
@@ -177,8 +191,8 @@ def measure(rounds: int) -> dict[tuple[str, tuple[int, int], int], Samples]:
         tasks: dict[tuple[str, tuple[int, int], int], Callable[[], Samples]] = {}
         for threads in (1, 2):
             for shape in SHAPES:
-                for kind in ("kernel", "stream"):
-                    work = loops.work(shape, bytes_only=kind == "stream")
+                for kind in KINDS:
+                    work = loops.work(shape, kind)
                     task = functools.partial(loops.measure, work, threads)
                     tasks[kind, shape, threads] = task
             for kind in ("op", "ort pair", "ort pair, our Quantize", "ort skip"):
@@ -195,7 +209,7 @@ def summarize(samples: dict[tuple[str, tuple[int, int], int], Samples]) -> list[
     """One row per measurement; `to_ours` is the ratio of its median to that of our kernel or op."""
     rows = []
     for (kind, shape, threads), values in samples.items():
-        ours = samples["kernel" if kind in ("kernel", "stream") else "op", shape, threads]
+        ours = samples["kernel" if kind in KINDS else "op", shape, threads]
         row = {"what": kind, "shape": "x".join(map(str, shape)), "threads": threads}
         row |= {"us": 1e6 * min(values), "median_us": 1e6 * statistics.median(values)}
         rows.append(row | {"to_ours": statistics.median(values) / statistics.median(ours)})

@@ -19,10 +19,12 @@ __all__ = [
     "Action",
     "Decision",
     "NodePlan",
+    "add_note",
     "decide",
     "decision_of",
     "decisions",
     "inherit",
+    "note_of",
     "plan_of",
     "region_of",
     "set_plan",
@@ -38,6 +40,7 @@ NO_WEIGHTS = "holds no weights to quantize"
 _ACTION = "qcompiler.action"
 _WHY = "qcompiler.why"
 _UNEXPECTED = "qcompiler.unexpected"
+_NOTE = "qcompiler.note"
 _PLAN = "qcompiler.plan"
 _REGION = "qcompiler.region"
 
@@ -114,11 +117,24 @@ def decide(node: ir.Node, action: Action, why: str, *, expected: bool | None = N
         expected: See `Decision`; by default all but "body" is.
     """
     node.metadata_props[_ACTION] = action
-    node.metadata_props[_WHY] = why
+    note = note_of(node)
+    node.metadata_props[_WHY] = why if note is None or note in why else f"{why}; {note}"
     if action != "body" if expected is None else expected:
         node.metadata_props.pop(_UNEXPECTED, None)
     else:
         node.metadata_props[_UNEXPECTED] = "true"
+
+
+def add_note(node: ir.Node, text: str) -> None:
+    """Add `text` to the reason of `node`, and to every later reason of what takes its place."""
+    node.metadata_props[_NOTE] = text
+    decision = decision_of(node)
+    decide(node, decision.action, decision.why, expected=decision.expected)
+
+
+def note_of(node: ir.Node) -> str | None:
+    """What `add_note` added to a node, or to the one whose place it took."""
+    return node.metadata_props.get(_NOTE)
 
 
 def inherit(new: ir.Node, old: ir.Node) -> None:

@@ -220,14 +220,21 @@ _RMS_NORM = """
 
 
 def _norm(name: str, body: str, parameters: tuple[str, ...], residual: bool) -> DialectOp:
-    """A norm of `x`, or of `x = a + b`, and the `Quantize` of its result."""
+    """A norm of `x`, or of `x = a + b`, and the `Quantize` of its result.
+
+    With the flag "smoothed" what is quantized is the product with one extra operand per channel.
+    """
+    body = ("    x = Sum (a, b)" if residual else "") + body
+    smoothed = f"{body}    z = Mul (y, extra0)\n" + _TOKEN_TO_INT8.replace("{x}", "z")
+    plain = body + _TOKEN_TO_INT8.replace("{x}", "y")
     return DialectOp(
         name=name,
         inputs=(*(("a", "b") if residual else ("x",)), *parameters),
         outputs=(*(("x",) if residual else ()), "y", "q", "s"),
         attributes=("epsilon", "block_size"),
         types=(("q", ir.DataType.UINT8),),
-        body=("    x = Sum (a, b)" if residual else "") + body + _TOKEN_TO_INT8.replace("{x}", "y"),
+        body=plain,
+        form=lambda flags: smoothed if "smoothed" in flags else plain,
     )
 
 

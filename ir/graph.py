@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 __all__ = [
     "constant",
     "dequantize_of",
+    "drop_if_unread",
     "new_initializer",
     "only_consumer",
     "place_after",
@@ -56,6 +57,14 @@ def dequantize_of(value: ir.Value | None) -> ir.Node | None:
     """The DequantizeLinear that makes `value`, if one does."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
+def drop_if_unread(value: ir.Value) -> None:
+    """Remove an initializer that nothing reads any more."""
+    home = value.graph.initializers if value.graph is not None else {}
+    unread = not value.uses() and not value.is_graph_output()
+    if unread and value.name is not None and home.get(value.name) is value:
+        del home[value.name]
 
 
 def unique_name(graph: ir.Graph, stem: str) -> str:

@@ -3,13 +3,15 @@
     x = a + b;  y = LayerNormalization(x, gamma, beta);  q, s = Quantize(y)
         =>   x, y, q, s = AddLayerNorm_K384(a, b, gamma, beta)
 
-with those of the four outputs that are read elsewhere; RMSNorm likewise (see `match_norms`).  Runs
-after `fuse_regions`, so that a residual that an epilogue takes, where adding it moves no bytes, is
-gone by then, and what is left to absorb is an Add of its own.
+with those of the four outputs that are read elsewhere; RMSNorm likewise (see `match_norms`).  What
+is quantized may be y times one factor per channel (see `smooth_activations`).  Runs after
+`fuse_regions`, so that a residual that an epilogue takes, where adding it moves no bytes, is gone
+by then, and what is left to absorb is an Add of its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +20,7 @@ from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decide, inherit, region_of, set_region
-from qcompiler.ir.graph import new_initializer, same_shape
+from qcompiler.ir.graph import constant, new_initializer, only_consumer, same_shape
 from qcompiler.ir.region import Region
 from qcompiler.passes.fuse_regions import UNBOUND, drop_unused_functions
 from qcompiler.passes.match_norms import Norm, match_norm
@@ -57,17 +59,47 @@ class FuseNorms(ir.passes.InPlacePass):
 
     def _outline(self, model: ir.Model, norm: Norm) -> str | None:
         """Replace `norm` and its neighbours; returns why not, if not."""
-        add, quantize = _residual(norm), _quantize(norm)
-        if reason := self.supports(_region(norm, add, quantize)):
+        found = _Found(norm, _residual(norm), *_quantize(norm))
+        if reason := self.supports(_region(found)):
             # The larger region may have no kernel where the norm alone has one.
-            add = quantize = None
-            if reason := self.supports(_region(norm, add, quantize)):
+            found = _Found(norm)
+            if reason := self.supports(_region(found)):
                 return reason
-        region = _region(norm, add, quantize)
+        region = _region(found)
         function = dialect.region_function(region, UNBOUND, model.graph.opset_imports[""])
         model.functions.setdefault(function.identifier(), function)
-        _replace(model.graph, norm, add, quantize, region)
+        _replace(model.graph, found, region)
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A norm and the neighbours that its region takes in."""
+
+    norm: Norm
+    add: ir.Node | None = None
+    quantize: ir.Node | None = None
+    smooth: ir.Node | None = None
+    """The Mul between the norm and `quantize`."""
+
+    @property
+    def results(self) -> dict[str, ir.Value]:
+        """The values that the region must make, by the names of its anchor's outputs."""
+        results = {}
+        if self.add is not None and _is_read(self.norm.x, self.norm.nodes):
+            results["x"] = self.norm.x
+        reader = self.smooth or self.quantize
+        if reader is None or _is_read(self.norm.result, [reader]):
+            results["y"] = self.norm.result
+        if self.quantize is not None:
+            results["q"], results["s"] = self.quantize.outputs
+        return results
+
+    @property
+    def nodes(self) -> list[ir.Node]:
+        """All of them, in order."""
+        after = [node for node in (self.smooth, self.quantize) if node is not None]
+        return [*([self.add] if self.add else []), *self.norm.nodes, *after]
 
 
 def _residual(norm: Norm) -> ir.Node | None:
@@ -81,15 +113,35 @@ def _residual(norm: Norm) -> ir.Node | None:
     return add if same and add.graph is norm.nodes[-1].graph else None
 
 
-def _quantize(norm: Norm) -> ir.Node | None:
-    """The outlined Quantize of the norm's result."""
+def _quantize(norm: Norm) -> tuple[ir.Node | None, ir.Node | None]:
+    """The outlined Quantize of the norm's result, and the Mul by channel before it if one is."""
     for use in norm.result.uses():
-        region = region_of(use.node)
-        quantizes = isinstance(region, Region) and region.anchor == "Quantize"
-        if quantizes and use.node.graph is norm.nodes[-1].graph:
-            assert isinstance(region, Region)
-            return use.node if region.size("K") == norm.depth else None
-    return None
+        if _quantizes(use.node, norm):
+            return use.node, None
+    for use in norm.result.uses():
+        reader = only_consumer(use.node.outputs[0]) if _smoothing(use.node, norm) else None
+        if reader is not None and _quantizes(reader, norm):
+            return reader, use.node
+    return None, None
+
+
+def _quantizes(node: ir.Node, norm: Norm) -> bool:
+    region = region_of(node)
+    quantizes = isinstance(region, Region) and region.anchor == "Quantize"
+    if not quantizes or node.graph is not norm.nodes[-1].graph:
+        return False
+    assert isinstance(region, Region)
+    return region.size("K") == norm.depth
+
+
+def _smoothing(node: ir.Node, norm: Norm) -> ir.Value | None:
+    """The constant of one factor per channel that `node` multiplies the norm's result by."""
+    if node.op_type != "Mul" or node.domain != "" or node.graph is not norm.nodes[-1].graph:
+        return None
+    factor = next((value for value in node.inputs if value is not norm.result), None)
+    array = constant(factor)
+    fits = array is not None and array.shape == (norm.depth,) and array.dtype == np.float32
+    return factor if fits else None
 
 
 def _is_read(value: ir.Value, inside: list[ir.Node]) -> bool:
@@ -97,36 +149,27 @@ def _is_read(value: ir.Value, inside: list[ir.Node]) -> bool:
     return value.is_graph_output() or any(use.node not in inside for use in value.uses())
 
 
-def _results(norm: Norm, add: ir.Node | None, quantize: ir.Node | None) -> dict[str, ir.Value]:
-    """The values that the region must make, by the names of its anchor's outputs."""
-    results = {}
-    if add is not None and _is_read(norm.x, norm.nodes):
-        results["x"] = norm.x
-    if quantize is None or _is_read(norm.result, [quantize]):
-        results["y"] = norm.result
-    if quantize is not None:
-        results["q"], results["s"] = quantize.outputs
-    return results
-
-
-def _region(norm: Norm, add: ir.Node | None, quantize: ir.Node | None) -> Region:
+def _region(found: _Found) -> Region:
+    norm = found.norm
     return Region(
-        ("Add" if add else "") + norm.op,
+        ("Add" if found.add else "") + norm.op,
         (("K", norm.depth),),
-        outputs=tuple(_results(norm, add, quantize)),
+        extras=("channel",) if found.smooth else (),
+        outputs=tuple(found.results),
         attributes=(("epsilon", norm.epsilon),),
+        flags=("smoothed",) if found.smooth else (),
     )
 
 
-def _replace(
-    graph: ir.Graph, norm: Norm, add: ir.Node | None, quantize: ir.Node | None, region: Region
-) -> None:
+def _replace(graph: ir.Graph, found: _Found, region: Region) -> None:
     """Put a call of the region where the first of its nodes stands: all it reads is there."""
-    results = list(_results(norm, add, quantize).values())
-    operands = [*(add.inputs if add else (norm.x,)), norm.gamma]
+    norm, results = found.norm, list(found.results.values())
+    operands = [*(found.add.inputs if found.add else (norm.x,)), norm.gamma]
     if norm.op == "LayerNorm":
         zeros = np.zeros(norm.depth, np.float32)
         operands.append(norm.beta or new_initializer(graph, f"{norm.gamma.name}_zeros", zeros))
+    if found.smooth:
+        operands.append(_smoothing(found.smooth, norm))
     new = ir.node(
         region.name,
         operands,
@@ -136,8 +179,9 @@ def _replace(
     )
     inherit(new, norm.nodes[-1])
     set_region(new, region)
-    fused = [*(["a residual"] if add else []), *(["Quantize"] if quantize else [])]
+    around = {"a residual": found.add, "smoothing": found.smooth, "Quantize": found.quantize}
+    fused = [name for name, node in around.items() if node is not None]
     decide(new, "body", f"fused with {' and '.join(fused)}" if fused else "outlined")
-    old = [*([add] if add else []), *norm.nodes, *([quantize] if quantize else [])]
+    old = found.nodes
     ir.convenience.replace_nodes_and_values(graph, old[0], old, [new], results, list(new.outputs))
     dialect.type_results(new, region.anchor, region.outputs)

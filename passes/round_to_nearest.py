@@ -21,7 +21,7 @@ from onnx_ir.passes import common
 from qcompiler.ir.arithmetic import quantize, weight_scale
 from qcompiler.ir.decisions import plan_of
 from qcompiler.ir.errors import ModelError
-from qcompiler.ir.graph import constant, dequantize_of, new_initializer
+from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, new_initializer
 from qcompiler.ir.types import PerAxis, PerGroup, QuantType
 
 __all__ = ["RoundToNearest"]
@@ -52,16 +52,9 @@ class RoundToNearest(ir.passes.InPlacePass):
             node.replace_input_with(1, rounded[key].outputs[0])
             if node.op_type == "Conv":
                 _round_bias(model.graph, node, rounded[key])
-            _drop_if_unread(weight)
+            drop_if_unread(weight)
         common.NameFixPass()(model)
         return ir.passes.PassResult(model, bool(planned))
-
-
-def _drop_if_unread(weight: ir.Value) -> None:
-    home = weight.graph.initializers if weight.graph is not None else {}
-    unread = not weight.uses() and not weight.is_graph_output()
-    if unread and weight.name is not None and home.get(weight.name) is weight:
-        del home[weight.name]
 
 
 def _scale_floor(node: ir.Node) -> NDArray[np.float32]:

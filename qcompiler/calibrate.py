@@ -9,21 +9,31 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
-from qcompiler.ir.errors import CalibrationError
+from qcompiler.ir.errors import CalibrationError, ModelError, OptionError
+from qcompiler.ir.graph import constant
 from qcompiler.ir.types import TensorStats
+from qcompiler.random_inputs import random_feed
 from qcompiler.runtime import open_session
 
-__all__ = ["Sample", "Samples", "check_sample", "observe"]
+__all__ = ["Sample", "Samples", "check_sample", "observe", "sample_tokens"]
 
 Sample = dict[str, NDArray[Any]]
+
+_TOKENS = 512
+"""The most tokens of one tensor that `sample_tokens` returns."""
+
+_LARGEST_FOR_MADE_UP = 1 << 30
+"""Bytes of weights: a larger model is only run where somebody gave samples to run it on, because
+that takes memory for all of it."""
 
 
 class Samples:
@@ -119,27 +129,94 @@ def observe(
     """
     low = dict.fromkeys(names, np.inf)
     high = dict.fromkeys(names, -np.inf)
+    for index, tensors in enumerate(_tensors(model, names, lambda inputs: samples)):
+        for name, array in tensors.items():
+            if array.size:
+                low[name] = min(low[name], float(array.min()))
+                high[name] = max(high[name], float(array.max()))
+        if progress is not None:
+            progress(index + 1, len(samples))
+    empty = [name for name in names if low[name] > high[name]]
+    if empty:
+        raise CalibrationError(f"the samples are empty: tensor {empty[0]!r} never held a value")
+    return {name: TensorStats(low[name], high[name]) for name in names}
+
+
+def sample_tokens(
+    model: ir.Model, names: Sequence[str], samples: Samples | None = None
+) -> Mapping[str, NDArray[np.float32]]:
+    """Some rows along the last axis of the named tensors, at most 512 of each.
+
+    Args:
+        model: A float model; it is not changed.
+        names: Tensors to take rows of.
+        samples: What to run it on; by default on inputs made up for it, see `random_feed`, with
+            token ids of the whole vocabulary.
+
+    Returns:
+        {name: [tokens, K]}.  On made-up inputs nothing, if the model does not run on them, or if
+        it is larger than 1 GiB.
+
+    Raises:
+        CalibrationError: A bad sample, or a tensor that is NaN or Inf on one; names both.
+    """
+    if samples is not None:
+        share = max(1, _TOKENS // len(samples))
+        return _some_rows(_tensors(model, names, lambda inputs: samples), share)
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    if sum(tensor.nbytes for tensor in weights if tensor is not None) > _LARGEST_FOR_MADE_UP:
+        return {}
+    limits = _vocabularies(model)
+
+    def made_up(inputs: Sequence[Any]) -> Iterator[tuple[str, Sample]]:
+        yield "made-up inputs", random_feed(inputs, {}, limits)[0]
+
+    try:
+        return _some_rows(_tensors(model, names, made_up), _TOKENS)
+    except (CalibrationError, ModelError, OptionError):
+        return {}  # whatever is wrong with inputs that nobody gave is nobody's mistake
+
+
+def _some_rows(runs: Iterable[Sample], share: int) -> dict[str, NDArray[np.float32]]:
+    """Up to `share` rows of every tensor of each run, evenly spaced."""
+    rows: dict[str, list[NDArray[Any]]] = {}
+    for tensors in runs:
+        for name, array in tensors.items():
+            tokens = array.reshape(-1, array.shape[-1])
+            rows.setdefault(name, []).append(tokens[:: max(1, -(-len(tokens) // share))])
+    joined = {name: np.concatenate(parts)[:_TOKENS] for name, parts in rows.items()}
+    return {name: tokens for name, tokens in joined.items() if len(tokens)}
+
+
+def _vocabularies(model: ir.Model) -> dict[str, int]:
+    """The inputs that are indices into a table of weights, and its length."""
+    tables = {}
+    for node in model.graph:
+        if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0:
+            table, ids = constant(node.inputs[0]), node.inputs[1]
+            if table is not None and table.ndim and ids is not None and ids.is_graph_input():
+                tables[ids.name or ""] = len(table)
+    return tables
+
+
+def _tensors(
+    model: ir.Model,
+    names: Sequence[str],
+    draw: Callable[[Sequence[Any]], Iterable[tuple[str, Sample]]],
+) -> Iterator[Sample]:
+    """The named tensors on each sample that `draw` gives for a session's inputs, all finite."""
     given = {value.name for value in model.graph.inputs}
     computed = [name for name in names if name not in given]
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
         session = open_session(_expose(model, computed, Path(folder)))
         inputs = session.get_inputs()
-        for index, (file, sample) in enumerate(samples):
+        for file, sample in draw(inputs):
             feeds = check_sample(file, sample, inputs)
             tensors = feeds | _run(session, computed, feeds, file)
             for name in names:
-                array = tensors[name]
-                if not np.isfinite(array).all():
+                if not np.isfinite(tensors[name]).all():
                     raise CalibrationError(f"{file}: tensor {name!r} becomes NaN or Inf")
-                if array.size:
-                    low[name] = min(low[name], float(array.min()))
-                    high[name] = max(high[name], float(array.max()))
-            if progress is not None:
-                progress(index + 1, len(samples))
-    empty = [name for name in names if low[name] > high[name]]
-    if empty:
-        raise CalibrationError(f"the samples are empty: tensor {empty[0]!r} never held a value")
-    return {name: TensorStats(low[name], high[name]) for name in names}
+            yield {name: tensors[name] for name in names}
 
 
 def _run(session: Any, names: Sequence[str], feeds: Sample, file: str) -> Sample:
@@ -160,6 +237,7 @@ def _expose(model: ir.Model, names: Sequence[str], folder: Path) -> Path:
     if names:
         graph.outputs.clear()
         graph.outputs.extend(values[name] for name in names)
+        common.RemoveUnusedNodesPass()(copy)
     path = folder / "observed.onnx"
     ir.save(copy, path, external_data="observed.onnx.data")
     return path

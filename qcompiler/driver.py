@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qcompiler.bundle import check_destination, staged_folder
-from qcompiler.calibrate import Samples, observe
+from qcompiler.calibrate import Samples, observe, sample_tokens
 from qcompiler.emit import build_kernels, write_bundle
 from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import decisions
@@ -24,6 +26,7 @@ from qcompiler.recipe import Recipe
 from qcompiler.report import Report
 from qcompiler.runtime import load
 from qcompiler.targets.catalog import get_target
+from qcompiler.targets.target import Target
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +71,7 @@ def compile(
     goal, recipe = get_target(target), recipe or Recipe()
     destination = check_destination(_destination(source, target, output))
     observer = _Observer(Samples(calibration), clock) if calibration is not None else None
-    pipeline = pipeline or Pipeline.default(goal, recipe, observer)
+    pipeline = pipeline or _pipeline(goal, recipe, observer)
     clock.total = len(pipeline.steps) + 3
     clock.start("load")
     model = load_model(source)
@@ -76,7 +79,7 @@ def compile(
     model = pipeline.run(model, lambda step: clock.start(step.name))
     report = Report(destination, target, tuple(decisions(model)), bytes_before)
     if observer is not None and not observer.was_asked:
-        unused = f"the calibration samples were not used: nothing here is static for {target}"
+        unused = f"the calibration samples were not used: nothing here needs them for {target}"
         report = dataclasses.replace(report, notes=(unused,))
     if strict:
         _refuse_fallbacks(report)
@@ -97,6 +100,12 @@ def compile(
     )
 
 
+def _pipeline(target: Target, recipe: Recipe, observer: _Observer | None) -> Pipeline:
+    if observer is None:
+        return Pipeline.default(target, recipe)
+    return Pipeline.default(target, recipe, observer, observer.sample_tokens)
+
+
 def _destination(source: object, target: str, output: str | os.PathLike[str] | None) -> Path:
     if output is not None:
         return Path(output)
@@ -115,7 +124,7 @@ def _source_bytes(source: object, model: ir.Model) -> int:
 
 
 class _Observer:
-    """Observes the samples when a pass asks for ranges, and knows whether one did."""
+    """Runs the model on the samples when a pass asks for it, and knows whether one did."""
 
     def __init__(self, samples: Samples, clock: Clock) -> None:
         self.samples, self.clock, self.was_asked = samples, clock, False
@@ -123,6 +132,12 @@ class _Observer:
     def __call__(self, model: ir.Model, names: Sequence[str]) -> Mapping[str, TensorStats]:
         self.was_asked = True
         return observe(model, names, self.samples, self._tell)
+
+    def sample_tokens(
+        self, model: ir.Model, names: Sequence[str]
+    ) -> Mapping[str, NDArray[np.float32]]:
+        self.was_asked = True
+        return sample_tokens(model, names, self.samples)
 
     def _tell(self, done: int, total: int) -> None:
         self.clock.detail(f"sample {done} of {total}", done / total)

@@ -8,6 +8,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from qcompiler.calibrate import sample_tokens
 from qcompiler.ir.errors import OptionError, QCompilerError, did_you_mean
 from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage, verify
@@ -24,6 +25,7 @@ from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
 from qcompiler.passes.merge_siblings import MergeSiblings
 from qcompiler.passes.round_to_nearest import RoundToNearest
+from qcompiler.passes.smooth_activations import Sampler, SmoothActivations
 from qcompiler.recipe import Recipe
 from qcompiler.targets import catalog
 from qcompiler.targets.target import Target
@@ -78,7 +80,11 @@ class Pipeline:
 
     @classmethod
     def default(
-        cls, target: Target, recipe: Recipe | None = None, observe: Observer | None = None
+        cls,
+        target: Target,
+        recipe: Recipe | None = None,
+        observe: Observer | None = None,
+        sample: Sampler = sample_tokens,
     ) -> Pipeline:
         """The passes of a target.
 
@@ -86,9 +92,10 @@ class Pipeline:
             target: From `get_target`.
             recipe: What to do differently.
             observe: Where static activation ranges come from, see `InsertQDQ`.
+            sample: Where tokens to smooth by come from, see `SmoothActivations`.
         """
         recipe = recipe or Recipe()
-        return cls(
+        pipeline = cls(
             [
                 Step("canonicalize", Canonicalize(), Stage.FLOAT),
                 Step("fuse-batchnorm", FuseBatchNorm(), Stage.FLOAT),
@@ -99,6 +106,7 @@ class Pipeline:
                     Stage.FLOAT,
                     "target",
                 ),
+                Step("smooth-activations", SmoothActivations(sample), Stage.FLOAT, "plans"),
                 Step("insert-qdq", InsertQDQ(observe), Stage.QDQ, "plans"),
                 Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
                 Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),
@@ -117,6 +125,9 @@ class Pipeline:
                 ),
             ]
         )
+        if not recipe.smooth:
+            pipeline.remove("smooth-activations")
+        return pipeline
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)

@@ -15,6 +15,9 @@ __all__ = ["Feed", "InputShape", "random_feed"]
 
 Feed = dict[str, NDArray[Any]]
 
+_SMALLEST_VOCABULARY = 100
+"""Integers below this are token ids of any vocabulary."""
+
 
 @dataclasses.dataclass(frozen=True)
 class InputShape:
@@ -36,13 +39,15 @@ class InputShape:
 
 
 def random_feed(
-    inputs: Sequence[Any], shapes: Mapping[str, tuple[int, ...]]
+    inputs: Sequence[Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    limits: Mapping[str, int] | None = None,
 ) -> tuple[Feed, list[InputShape]]:
     """Values for each of `session.get_inputs()`, always the same ones.
 
-    Floats are normal, integers below 100; names with "mask" get ones, "type" zeros and "position"
-    0, 1, 2, ....  A dynamic dimension takes the size it has in a given shape, else a default: for
-    "past" the default is none at all.
+    Floats are normal, integers below the limit given for their input, else below 100; names with
+    "mask" get ones, "type" zeros and "position" 0, 1, 2, ....  A dynamic dimension takes the size
+    it has in a given shape, else a default: for "past" the default is none at all.
 
     Raises:
         OptionError: An unknown input, a shape that does not fit, a type that cannot be made up.
@@ -57,7 +62,8 @@ def random_feed(
     for expected in inputs:
         shape, assumed = chosen[expected.name]
         kind = _kind(expected)
-        array = _values(expected, kind, shape, random)
+        limit = (limits or {}).get(expected.name, _SMALLEST_VOCABULARY)
+        array = _values(expected, kind, shape, random, limit)
         feed[expected.name] = array
         fed.append(InputShape(expected.name, str(array.dtype), shape, kind, assumed))
     return feed, fed
@@ -153,7 +159,7 @@ def _kind(expected: Any) -> str:
 
 
 def _values(
-    expected: Any, kind: str, shape: tuple[int, ...], random: np.random.Generator
+    expected: Any, kind: str, shape: tuple[int, ...], random: np.random.Generator, limit: int
 ) -> NDArray[Any]:
     stored = expected.type.removeprefix("tensor(").removesuffix(")")
     stored = {"float": "float32", "double": "float64"}.get(stored, stored)
@@ -174,6 +180,5 @@ def _values(
         case "random" if dtype.kind == "f":
             return random.standard_normal(shape).astype(dtype)
         case "random":
-            # Small enough to be a token id of any vocabulary.
-            return random.integers(0, 100, shape).astype(dtype)
+            return random.integers(0, limit, shape).astype(dtype)
     return np.broadcast_to(np.arange(shape[-1] if shape else 1), shape).astype(dtype)

@@ -23,11 +23,14 @@ class Recipe:
         bfloat16: Whether attention rounds what it multiplies to bfloat16 on processors that
             multiply those (x86: AVX512-BF16): up to twice as fast, with errors 45 dB below the
             result.  By default where that is less than the error of its quantized operands.
+        smooth: Divide the outlying channels of norms before they are quantized, and multiply the
+            weights that read them instead, see `passes/smooth_activations.py`.
     """
 
     keep_float: tuple[str, ...] = ()
     group_size: int | None = None
     bfloat16: bool | None = None
+    smooth: bool = True
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -75,13 +78,15 @@ class Recipe:
             raise OptionError(f"{source}: keep_float must be a list of strings, not {keep!r}")
         if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
             raise OptionError(f"{source}: group_size must be an integer, not {size!r}")
-        bfloat16 = content.get("bfloat16")
-        if bfloat16 is not None and not isinstance(bfloat16, bool):
-            raise OptionError(f"{source}: bfloat16 must be true or false, not {bfloat16!r}")
-        return cls(tuple(keep), size, bfloat16)
+        switches = {key: content[key] for key in ("bfloat16", "smooth") if key in content}
+        for key, value in switches.items():
+            if not isinstance(value, bool):
+                raise OptionError(f"{source}: {key} must be true or false, not {value!r}")
+        return cls(tuple(keep), size, **switches)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` takes; unset ones are left out."""
         content: dict[str, Any] = {"keep_float": list(self.keep_float)}
         content |= {} if self.group_size is None else {"group_size": self.group_size}
-        return content | ({} if self.bfloat16 is None else {"bfloat16": self.bfloat16})
+        content |= {} if self.bfloat16 is None else {"bfloat16": self.bfloat16}
+        return content | ({} if self.smooth else {"smooth": False})

@@ -203,6 +203,7 @@ def test_bad_sample_folders(conv, tmp_path, make, message):
         ("group_size = 'big'", "group_size must be an integer, not 'big'"),
         ("group_size = true", "group_size must be an integer"),
         ("bfloat16 = 1", "bfloat16 must be true or false, not 1"),
+        ('smooth = "no"', "smooth must be true or false, not 'no'"),
         ("group_size = 48", "group_size 48: must be 16, 32, 64, 128 or 256"),
         ("group_size =", "is not TOML"),
     ],

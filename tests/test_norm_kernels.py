@@ -6,6 +6,7 @@ a tie between two integers may fall on the other side.  It is one step at most, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -34,6 +35,10 @@ def region(anchor, k, outputs):
     return Region(anchor, (("K", k),), outputs=tuple(outputs), attributes=attributes)
 
 
+def smoothed(anchor, k, outputs):
+    return dataclasses.replace(region(anchor, k, outputs), extras=("channel",), flags=("smoothed",))
+
+
 NORMS = [
     region("LayerNorm", 384, "yqs"),
     region("LayerNorm", 1, "yqs"),
@@ -51,13 +56,18 @@ NORMS = [
     region("AddRMSNorm", 576, "xqs"),
     region("AddRMSNorm", 100, "y"),
     region("AddRMSNorm", 17, "xyqs"),
+    smoothed("AddLayerNorm", 384, "yqs"),
+    smoothed("LayerNorm", 61, "qs"),
+    smoothed("AddRMSNorm", 130, "xyqs"),
+    smoothed("RMSNorm", 2051, "yqs"),
 ]
 
 
 @functools.cache
 def parameters(k: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(k)
-    return {name: rng.standard_normal(k).astype(np.float32) for name in ("gamma", "beta")}
+    normal = {name: rng.standard_normal(k).astype(np.float32) for name in ("gamma", "beta")}
+    return normal | {"smoothing": rng.uniform(0.1, 1, k).astype(np.float32)}
 
 
 @functools.cache
@@ -65,7 +75,7 @@ def model_of(region: Region, rank: int) -> bytes:
     """One call of the region's function, dynamic in all dimensions but the last."""
     op, k = dialect.OPS[region.anchor], region.size("K")
     function = dialect.region_function(region, DOMAIN, 21)
-    constants = parameters(k)
+    constants = parameters(k) | {"extra0": parameters(k)["smoothing"]}
 
     def value(name: str) -> ir.Value:
         if name in constants:
@@ -128,9 +138,15 @@ def check_integers(q, s, other_q, other_s, y) -> None:
     assert np.count_nonzero(steps) <= 1 + steps.size / 500
 
 
+def quantized(region, y):
+    """What is quantized."""
+    return y * parameters(region.size("K"))["smoothing"] if region.flags else y
+
+
 def check(region, feeds, library, isa, floor_db=90.0, against_body=True) -> None:
     x = feeds["x"] if "x" in feeds else feeds["a"] + feeds["b"]
     y = reference(region, x)
+    z = quantized(region, y)
     body = run(region, feeds, 1, None) if against_body else {}
     for threads in (1, 2):
         native = run(region, feeds, threads, library, isa)
@@ -141,14 +157,14 @@ def check(region, feeds, library, isa, floor_db=90.0, against_body=True) -> None
             assert sqnr(y, native["y"]) >= floor_db
             assert not body or sqnr(body["y"], native["y"]) >= floor_db
         if "q" in native:
-            q, s = quantize(y.astype(np.float32)) if y.size else (native["q"], native["s"])
+            q, s = quantize(z.astype(np.float32)) if z.size else (native["q"], native["s"])
             assert native["s"].shape == s.shape
-            check_integers(native["q"], native["s"], q, s, y)
+            check_integers(native["q"], native["s"], q, s, z)
         if "q" in body:
-            check_integers(native["q"], native["s"], body["q"], body["s"], y)
+            check_integers(native["q"], native["s"], body["q"], body["s"], z)
         if {"y", "q"} <= native.keys() and y.size:
             # What was quantized is the very y that was stored.
-            q, s = quantize(native["y"])
+            q, s = quantize(quantized(region, native["y"]))
             np.testing.assert_array_equal(native["q"], q)
             np.testing.assert_array_equal(native["s"], s)
 
@@ -194,26 +210,29 @@ def test_rows_without_variance(library, isa, norm, value):
     if "y" in native:
         np.testing.assert_allclose(native["y"], y, **tolerance)
     if "q" in native:
-        np.testing.assert_allclose((native["q"] - 128.0) * native["s"], y, atol=0.02)
+        z = quantized(norm, y)
+        np.testing.assert_allclose((native["q"] - 128.0) * native["s"], z, atol=0.02)
 
 
 @each_raw_isa("LayerNorm")
 @pytest.mark.parametrize("rows", [1, 4, 7])
-@pytest.mark.parametrize(("anchor", "k", "outputs"), [
-    ("AddLayerNorm", 65, "xyqs"), ("RMSNorm", 15, "qs"), ("LayerNorm", 2051, "yqs"),
-])  # fmt: skip
-def test_stays_within_its_arrays(tmp_path, isa, rows, anchor, k, outputs):
+@pytest.mark.parametrize("norm", [
+    region("AddLayerNorm", 65, "xyqs"), region("RMSNorm", 15, "qs"),
+    region("LayerNorm", 2051, "yqs"), smoothed("AddLayerNorm", 65, "yqs"),
+], ids=lambda norm: norm.name)  # fmt: skip
+def test_stays_within_its_arrays(tmp_path, isa, rows, norm):
     from qcompiler.targets.x86.norm import norm_function
 
-    norm, guarded = region(anchor, k, outputs), Guarded()
+    k, guarded = norm.size("K"), Guarded()
     library = load({"norm": norm_function(norm, isa)}, tmp_path, isa)
     arrays = feeds_of(norm, [rows], 0) | parameters(k)
-    for name in outputs:
+    for name in norm.outputs:
         shape = (rows, 1 if name == "s" else k)
         arrays[name] = np.zeros(shape, np.uint8 if name == "q" else np.float32)
     placed = {name: guarded(arrays[name]) for name in norm_operands(norm)}
     library.norm(*map(pointer, placed.values()), rows)
-    q, s = quantize(reference(norm, sum(feeds_of(norm, [rows], 0).values())).astype(np.float32))
+    y = reference(norm, sum(feeds_of(norm, [rows], 0).values()))
+    q, s = quantize(quantized(norm, y).astype(np.float32))
     assert np.abs(placed["q"].astype(int) - q).max() <= 1
     np.testing.assert_allclose(placed["s"], s, rtol=1e-5)
 
@@ -227,5 +246,7 @@ def test_wrong_shapes_are_refused(library, isa):
 
 def test_what_has_no_kernel():
     assert "takes no epilogue" in str(supports(Region("LayerNorm", (("K", 8),), ("channel",))))
+    without_factor = dataclasses.replace(smoothed("LayerNorm", 8, "yqs"), extras=())
+    assert "takes no epilogue" in str(supports(without_factor))
     assert "q with s" in str(supports(Region("LayerNorm", (("K", 8),), outputs=("y", "q"))))
     assert supports(NORMS[0]) is None

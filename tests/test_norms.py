@@ -20,6 +20,7 @@ K = 64
 WEIGHTS = {
     "gamma": RNG.standard_normal(K, dtype=np.float32),
     "beta": RNG.standard_normal(K, dtype=np.float32),
+    "factor": RNG.uniform(0.1, 1, K).astype(np.float32),
     "one": np.ones(1, np.float32),
     "two": np.float32(2),
     "three": np.float32(3),
@@ -39,9 +40,10 @@ def everything(region):
     return None
 
 
-def outlined(anchor, outputs):
+def outlined(anchor, outputs, **options):
     attributes = (("epsilon", float(np.float32(1e-5))),)
-    return Region(anchor, (("K", K),), outputs=tuple(outputs), attributes=attributes).name
+    sizes = (("K", K),)
+    return Region(anchor, sizes, outputs=tuple(outputs), attributes=attributes, **options).name
 
 
 def quantized(text):
@@ -90,6 +92,45 @@ def test_residual(outputs):
     results = ", ".join(text for name, text in (("x", X), ("y", Y), ("q", QS)) if name in outputs)
     text = f"{AB} => ({results}) {{ x = Add (a, b) {NORM.format(x='x')} {quantize} }}"
     fused(text, outlined("AddLayerNorm", outputs), "ab", outputs)
+
+
+SMOOTHED = {"extras": ("channel",), "flags": ("smoothed",)}
+SMOOTH_QUANTIZE = QUANTIZE.replace("(y)", "(z)")
+
+
+@pytest.mark.parametrize("operands", ["y, factor", "factor, y"])
+@pytest.mark.parametrize("outputs", ["yqs", "qs", "xyqs"])
+def test_smoothing(operands, outputs):
+    results = ", ".join(text for name, text in (("x", X), ("y", Y), ("q", QS)) if name in outputs)
+    model = quantized(
+        f"{AB} => ({results}) {{ x = Add (a, b) {NORM.format(x='x')} z = Mul ({operands}) "
+        f"{SMOOTH_QUANTIZE} }}"
+    )
+    known = 2 + len(outputs)
+    after = f"""
+        inputs a, b
+        {", ".join(outputs)} = qcompiler.region.{outlined("AddLayerNorm", outputs, **SMOOTHED)}  \
+(a, b, v{known}, v{known + 1}, v{known + 2})
+        outputs {", ".join(outputs)}
+    """
+    assert_rewrites(FuseNorms(everything), model, after, FEEDS)
+    verify(model, Stage.KERNEL, "fuse-norms")
+    assert decision_of(model.graph[0]).why == "fused with a residual and smoothing and Quantize"
+
+
+@pytest.mark.parametrize(
+    "product",
+    ["z = Mul (y, two)", "z = Mul (y, y)", "z = Mul (y, b)", "z = Div (y, factor)",
+     "z = Mul (y, factor) u = Neg (z)"],
+    ids=["a scalar", "a square", "no constant", "a quotient", "read by others"],
+)  # fmt: skip
+def test_almost_smoothing(product):
+    more = f", float[m,n,{K}] u" if "u =" in product else ""
+    model = quantized(
+        f"{AB} => ({QS}{more}) {{ {NORM.format(x='a')} {product} {SMOOTH_QUANTIZE} }}"
+    )
+    assert FuseNorms(everything)(model).modified
+    assert model.graph[0].op_type == outlined("LayerNorm", "y")
 
 
 def test_values_that_other_ops_read_are_outputs():

@@ -49,7 +49,7 @@ __all__ = ["compile_command"]
     "recipe_file",
     type=FILE,
     metavar="FILE",
-    help="A TOML file with the keys keep_float, group_size and bfloat16.",
+    help="A TOML file with the keys keep_float, group_size, bfloat16 and smooth.",
 )
 @click.option(
     "--keep-float",

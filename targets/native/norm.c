@@ -1,4 +1,5 @@
-/* x?, y?, (q, s)? = a norm of x, or of x = a + b: LayerNorm(x, gamma, beta) or RMSNorm(x, gamma). */
+/* x?, y?, (q, s)? = a norm of x, or of x = a + b: LayerNorm(x, gamma, beta) or RMSNorm(x, gamma);
+ * q, s = Quantize(y), or of y * smoothing where a region has that extra operand. */
 #include "qcompiler.h"
 
 /* float32 elements of x one core normalizes and quantizes per nanosecond, from L2. */
@@ -60,9 +61,13 @@ static OrtStatus *bind_inputs(struct norm_run *run, OrtKernelContext *context,
     }
     QC_TRY(qc_input(context, index++, &value, (const void **)&run->args.gamma));
     QC_TRY(qc_check_floats(op, value, "gamma", op->spec->k));
-    if (index == op->spec->anchor->input_count) return NULL;
-    QC_TRY(qc_input(context, index, &value, (const void **)&run->args.beta));
-    return qc_check_floats(op, value, "beta", op->spec->k);
+    if (index < op->spec->anchor->input_count) {
+        QC_TRY(qc_input(context, index++, &value, (const void **)&run->args.beta));
+        QC_TRY(qc_check_floats(op, value, "beta", op->spec->k));
+    }
+    if (!op->spec->extras[0]) return NULL;
+    QC_TRY(qc_input(context, index, &value, (const void **)&run->args.smoothing));
+    return qc_check_floats(op, value, "smoothing", op->spec->k);
 }
 
 static OrtStatus *bind_outputs(struct norm_run *run, OrtKernelContext *context,

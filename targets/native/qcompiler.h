@@ -18,7 +18,7 @@ struct qc_quantize_args {
 
 /* x is an input, or with a residual the sum a + b; what a region does not have is NULL. */
 struct qc_norm_args {
-    const float *a, *b, *gamma, *beta;
+    const float *a, *b, *gamma, *beta, *smoothing;
     float *x, *y;
     uint8_t *q;
     float *s;

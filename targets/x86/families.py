@@ -95,7 +95,7 @@ def _unsupported_quantize(region: Region) -> str | None:
 
 
 def _unsupported_norm(region: Region) -> str | None:
-    if region.extras or region.steps:
+    if region.steps or region.extras != (("channel",) if region.flags else ()):
         return f"{region.anchor} takes no epilogue"
     if not region.outputs or ("q" in region.outputs) != ("s" in region.outputs):
         return f"{region.anchor} has the outputs x, y, and q with s, not {region.outputs}"
@@ -164,12 +164,19 @@ def _quantize_parameters(region: Region) -> list[tuple[str, str]]:
 
 
 def norm_operands(region: Region) -> list[str]:
-    """The pointers a kernel of a norm takes: its inputs and outputs, by their names in the op."""
-    return [*OPS[region.anchor].inputs, *region.outputs]
+    """The pointers a kernel of a norm takes: its inputs and outputs, by their names in the op.
+
+    `smoothing` is the extra operand that the result is multiplied by before it is quantized.
+    """
+    return [*_norm_inputs(region), *region.outputs]
+
+
+def _norm_inputs(region: Region) -> list[str]:
+    return [*OPS[region.anchor].inputs, *(["smoothing"] if region.flags else [])]
 
 
 def _norm_parameters(region: Region) -> list[tuple[str, str]]:
-    inputs = [("const float *", f"a->{name}") for name in OPS[region.anchor].inputs]
+    inputs = [("const float *", f"a->{name}") for name in _norm_inputs(region)]
     outputs = [("uint8_t *" if name == "q" else "float *", f"a->{name}") for name in region.outputs]
     return [*inputs, *outputs, ("int32_t", "a->rows")]
 

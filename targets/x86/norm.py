@@ -3,7 +3,7 @@
     x = a + b
     y = (c - mean(c)) / sqrt(mean(c^2) - mean(c)^2 + epsilon) gamma + beta,  c = x - mean(x)
     y = x / sqrt(mean(x^2) + epsilon) gamma                                      (RMSNorm)
-    q, s = Quantize(y)
+    q, s = Quantize(y), or Quantize(y smoothing) with one factor per channel
 
 A row is read once from memory and swept three or four times in L1; nothing is kept on a stack.  A
 sum that a later sweep needs waits in x where that is an output, else in y before y itself; where
@@ -178,7 +178,8 @@ class _Norm:
                 if "y" in self._arrays:
                     store_lanes(self._arrays["y"], y, row.start + offset, count)
                 if "q" in self._arrays:
-                    top.update(chain, functools.partial(self._unit.larger_magnitude, y))
+                    z = self._smoothed(y, offset, count)
+                    top.update(chain, functools.partial(self._unit.larger_magnitude, z))
 
         sweep(self._k, chains, update)
         if "q" in self._arrays:
@@ -224,11 +225,19 @@ class _Norm:
         return fma(fma(c, row.factor.value, row.offset.value), gamma, beta)
 
     def _result(self, row: _Row, offset: Expr, count: int) -> Expr:
-        """Y once more."""
+        """What is quantized, from y once more."""
         self._prefetch("quantize", row, offset)
         if "y" in self._arrays:
-            return load_lanes(self._arrays["y"], row.start + offset, count)
-        return self._normalized(row, offset, count)
+            y = load_lanes(self._arrays["y"], row.start + offset, count)
+        else:
+            y = self._normalized(row, offset, count)
+        return self._smoothed(y, offset, count)
+
+    def _smoothed(self, y: Expr, offset: Expr, count: int) -> Expr:
+        if "smoothing" not in self._arrays:
+            return y
+        smoothing = load_lanes(self._arrays["smoothing"], offset, count)
+        return Register("float32", y * smoothing).value
 
     def _plan_prefetches(self, region: Region) -> dict[str, list[tuple[Expr, bool]]]:
         """Which arrays each sweep prefetches for the next rows, and whether they are written.

@@ -1,0 +1,225 @@
+"""smooth-activations: which norms are changed and how; the float model keeps its bits."""
+
+import numpy as np
+import pytest
+from golden import assert_rewrites, model_of, run, sqnr, text_of
+
+import qcompiler
+from qcompiler.calibrate import Samples, sample_tokens
+from qcompiler.ir.decisions import decision_of
+from qcompiler.ir.errors import CalibrationError
+from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.passes.smooth_activations import SmoothActivations
+from qcompiler.pipeline import Pipeline
+from qcompiler.targets.catalog import TARGETS
+
+RNG = np.random.default_rng(0)
+K, N, VOCABULARY = 64, 48, 1000
+GAMMA = RNG.uniform(0.5, 1.5, K).astype(np.float32)
+GAMMA[[3, 40]] *= (16, 40)
+WEIGHTS = {
+    "gamma": GAMMA,
+    "beta": RNG.standard_normal(K, dtype=np.float32),
+    "v": RNG.standard_normal((K, N), dtype=np.float32),
+    "w": RNG.standard_normal((K, N), dtype=np.float32),
+    "last": np.array([-1]),
+    "epsilon": np.float32(1e-5),
+    "table": RNG.standard_normal((VOCABULARY, K), dtype=np.float32),
+}
+X = f"g (float[n,{K}] x)"
+FEEDS = {"x": RNG.standard_normal((37, K), dtype=np.float32)}
+NORM = "y = LayerNormalization <axis = -1> (x, gamma, beta)"
+RMS_NORM = (
+    "p2 = Mul (x, x) m = ReduceMean <keepdims = 1> (p2, last) e = Add (m, epsilon) r = Sqrt (e) "
+    "u = Div (x, r) y = Mul (u, gamma)"
+)
+OUT = f"float[n,{N}]"
+
+
+def sample(model, names):
+    """The rows that the named values have on FEEDS."""
+    copy = model.clone()
+    values = {value.name: value for node in copy.graph for value in node.outputs}
+    copy.graph.outputs[:] = [values[name] for name in names]
+    return dict(zip(names, run(copy, FEEDS), strict=True))
+
+
+def planned(text, weights=WEIGHTS, target="x86-int8", **options):
+    model = model_of(text, weights)
+    for index, node in enumerate(model.graph):
+        node.name = f"node_{index}"
+    AssignPrecision(TARGETS[target].scheme, **options)(model)
+    return model
+
+
+def constants(model):
+    return {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
+
+
+def test_the_norm_takes_the_factors_where_only_products_read_it():
+    model = planned(f"{X} => ({OUT} p, {OUT} o) {{ {NORM} p = MatMul (y, v) o = MatMul (y, w) }}")
+    before, rewrite = run(model, FEEDS), SmoothActivations(sample)
+    text = text_of(model)
+    assert rewrite(model).modified
+    assert not rewrite(model).modified, "the pass is not idempotent"
+    assert text_of(model) == text
+    np.testing.assert_allclose(run(model, FEEDS), before, rtol=2e-6, atol=1e-6)
+    new = constants(model)
+    assert set(new) == {f"{name}_smoothed" for name in ("gamma", "beta", "v", "w")}
+    factors = new["v_smoothed"][:, :1] / WEIGHTS["v"][:, :1]
+    assert set(np.flatnonzero(factors > 1)) >= {3, 40}
+    assert factors.min() == 1
+    np.testing.assert_array_equal(np.log2(factors) % 1, 0)
+    np.testing.assert_array_equal(new["gamma_smoothed"], GAMMA / factors[:, 0])
+    for node in list(model.graph)[1:]:
+        assert "activations smoothed with alpha=0." in decision_of(node).why
+
+
+@pytest.mark.parametrize("reader", ["z = Neg (y)", "z = Identity (y)"])
+def test_a_product_is_inserted_where_others_read_the_norm(reader):
+    model = planned(
+        f"{X} => ({OUT} p, {OUT} o, float[n,{K}] z) "
+        f"{{ {NORM} p = MatMul (y, v) o = MatMul (y, w) {reader} }}"
+    )
+    op = reader.split()[2]
+    after = f"""
+        inputs x
+        v6 = LayerNormalization {{'axis': '-1'}} (x, v4, v5)
+        v8 = Mul  (v6, v7)
+        p = MatMul  (v8, v9)
+        o = MatMul  (v8, v10)
+        z = {op}  (v6)
+        outputs p, o, z
+    """
+    assert_rewrites(SmoothActivations(sample), model, after, FEEDS)
+
+
+def test_a_product_is_inserted_where_the_norm_leaves_the_graph():
+    model = planned(f"{X} => ({OUT} p, float[n,{K}] y) {{ {NORM} p = MatMul (y, v) }}")
+    after = """
+        inputs x
+        y = LayerNormalization {'axis': '-1'} (x, v3, v4)
+        v6 = Mul  (y, v5)
+        p = MatMul  (v6, v7)
+        outputs p, y
+    """
+    assert_rewrites(SmoothActivations(sample), model, after, FEEDS)
+
+
+def test_a_norm_in_pieces():
+    model = planned(f"{X} => ({OUT} o) {{ {RMS_NORM} o = MatMul (y, w) }}")
+    before, count = run(model, FEEDS), len(model.graph)
+    assert SmoothActivations(sample)(model).modified
+    assert len(model.graph) == count
+    np.testing.assert_allclose(run(model, FEEDS)[0], before[0], rtol=1e-6, atol=1e-6)
+
+
+def test_a_constant_that_others_read_keeps_its_values():
+    model = planned(
+        f"{X} => ({OUT} p, {OUT} o, float[n,{K}] u) "
+        f"{{ {NORM} p = MatMul (y, v) o = MatMul (x, v) u = Mul (x, gamma) }}"
+    )
+    SmoothActivations(sample)(model)
+    first, second = (node for node in model.graph if node.op_type == "MatMul")
+    assert first.inputs[1].name == "v_smoothed" and second.inputs[1].name == "v"
+    np.testing.assert_array_equal(constants(model)["gamma"], GAMMA)
+    assert "smoothed" not in decision_of(second).why
+
+
+def test_a_product_that_stays_float_reads_the_norm_as_it_was():
+    text = f"{X} => ({OUT} p, {OUT} o) {{ {NORM} p = MatMul (y, v) o = MatMul (y, w) }}"
+    model = planned(text, keep_float=("node_2",))
+    after = """
+        inputs x
+        v5 = LayerNormalization {'axis': '-1'} (x, v3, v4)
+        v7 = Mul  (v5, v6)
+        p = MatMul  (v7, v8)
+        o = MatMul  (v5, v9)
+        outputs p, o
+    """
+    assert_rewrites(SmoothActivations(sample), model, after, FEEDS)
+    np.testing.assert_array_equal(constants(model)["w"], WEIGHTS["w"])
+
+
+@pytest.mark.parametrize(
+    ("text", "weights", "target"),
+    [
+        (f"{NORM} o = MatMul (y, w)", {"gamma": np.ones(K, np.float32)}, "x86-int8"),
+        (f"{NORM} o = MatMul (y, w)", {}, "cuda-int4"),
+        (f"{NORM} z = Abs (y) o = MatMul (z, w)", {}, "x86-int8"),
+        ("y = Mul (x, gamma) o = MatMul (y, w)", {}, "x86-int8"),
+    ],
+    ids=["no outliers", "float activations", "not the norm", "no norm"],
+)
+def test_stays(text, weights, target):
+    model = planned(f"{X} => ({OUT} o) {{ {text} }}", WEIGHTS | weights, target)
+    before = text_of(model)
+    assert not SmoothActivations(sample)(model).modified
+    assert text_of(model) == before
+
+
+def test_says_when_there_is_nothing_to_run_on():
+    model = planned(f"{X} => ({OUT} o) {{ {NORM} o = MatMul (y, w) }}")
+    assert not SmoothActivations(lambda model, names: {})(model).modified
+    why = decision_of(model.graph[-1]).why
+    assert why.endswith("; activations not smoothed: no samples to run the model on")
+
+
+TOKENS = (
+    f"g (int64[b,s] ids) => (float[b,s,{N}] o) {{ x = Gather (table, ids) "
+    "y = LayerNormalization <axis = -1> (x, gamma, beta) o = MatMul (y, w) }"
+)
+
+
+def test_made_up_token_ids_are_of_the_whole_vocabulary():
+    model = model_of(TOKENS, WEIGHTS)
+    rows = sample_tokens(model, ["x"])["x"]
+    ids = [int(np.flatnonzero((WEIGHTS["table"] == row).all(1))[0]) for row in rows]
+    assert len(ids) == 128
+    assert max(ids) > VOCABULARY * 0.9
+
+
+def test_samples_are_shared_out(tmp_path):
+    model = model_of(TOKENS, WEIGHTS)
+    for index, size in enumerate((1, 700)):
+        np.savez(tmp_path / f"{index}.npz", ids=np.full((1, size), index))
+    rows = sample_tokens(model, ["x"], Samples(tmp_path))["x"]
+    assert 200 < len(rows) <= 256 + 1
+    np.testing.assert_array_equal(rows[0], WEIGHTS["table"][0])
+    np.testing.assert_array_equal(rows[-1], WEIGHTS["table"][1])
+
+
+def test_what_does_not_run_is_not_sampled(tmp_path):
+    text = TOKENS.replace(
+        "y = Layer", "shape = Constant <value_ints = [7, 64]> () z = Reshape (x, shape) y = Layer"
+    ).replace("(x, gamma", "(z, gamma")
+    model = model_of(text.replace("float[b,s,", "float[7,").replace("[b,s]", "[1,s]"), WEIGHTS)
+    assert sample_tokens(model, ["y"]) == {}
+    np.savez(tmp_path / "a.npz", ids=np.zeros((1, 8), np.int64))
+    with pytest.raises(CalibrationError, match="the model fails on a.npz"):
+        sample_tokens(model, ["y"], Samples(tmp_path))
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+def test_a_recipe_turns_it_off(smooth):
+    recipe = qcompiler.Recipe.from_dict({"smooth": smooth})
+    assert qcompiler.Recipe.from_dict(recipe.to_dict()) == recipe
+    names = [step.name for step in Pipeline.default(TARGETS["x86-int8"], recipe)]
+    assert ("smooth-activations" in names) == smooth
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_int8_products_become_more_exact(tmp_path, residual):
+    text = f"{X} => ({OUT} o, float[n,{K}] z) {{ {NORM} o = MatMul (y, w) z = Add (x, y) }}"
+    text = text if residual else text.replace(f", float[n,{K}] z", "").replace("z = Add (x, y)", "")
+    model = model_of(text, WEIGHTS)
+    exact = run(model, FEEDS)[0]
+    noise = {}
+    for smooth in (False, True):
+        for native in (False, True):
+            recipe, folder = qcompiler.Recipe(smooth=smooth), tmp_path / f"{smooth}{native}"
+            bundle = qcompiler.compile(model.clone(), "x86-int8", folder, recipe=recipe).bundle
+            outputs = qcompiler.load(bundle, native=native).run(None, FEEDS)
+            noise[smooth, native] = sqnr(exact, outputs[0])
+    assert noise[True, False] > noise[False, False] + 3
+    assert noise[True, True] == pytest.approx(noise[True, False], abs=0.2)
