@@ -1,4 +1,4 @@
-/* Timed loops for gemm.py: what the machine can do, and the kernels' own loops, on 1 or 2 threads.
+/* Timed loops for limits.py and gemm.py: what the machine can do, and the kernels' own loops, on 1 or 2 threads.
  *
  * Every measurement starts its threads together from a spinning barrier, because waking a sleeping
  * thread takes longer than a small matrix multiplication. */
@@ -30,15 +30,30 @@ static double now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* 16 independent accumulators: vpdpbusd has a latency of 4 to 5 cycles and starts twice in each. */
+/* 16 independent accumulators: vpdpbusd and vfmadd have a latency of 4 to 5 cycles and start twice
+ * in each. */
+#define STEPS                                                                                     \
+    STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10)      \
+    STEP(11) STEP(12) STEP(13) STEP(14) STEP(15)
+
 AVX512 static void peak(const struct work *work, int thread, int threads) {
     (void)thread, (void)threads;
     __m512i sum[16], ones = _mm512_set1_epi8(1);
     for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_si512();
     for (int64_t n = 0; n < work->amount; n++)
 #define STEP(i) __asm__ volatile("vpdpbusd %1, %1, %0" : "+v"(sum[i]) : "v"(ones));
-        {STEP(0) STEP(1) STEP(2) STEP(3) STEP(4) STEP(5) STEP(6) STEP(7) STEP(8) STEP(9) STEP(10)
-         STEP(11) STEP(12) STEP(13) STEP(14) STEP(15)}
+        {STEPS}
+#undef STEP
+}
+
+AVX512 static void float_peak(const struct work *work, int thread, int threads) {
+    (void)thread, (void)threads;
+    __m512 sum[16], ones = _mm512_set1_ps(1);
+    for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_ps();
+    for (int64_t n = 0; n < work->amount; n++)
+#define STEP(i) __asm__ volatile("vfmadd231ps %1, %1, %0" : "+v"(sum[i]) : "v"(ones));
+        {STEPS}
+#undef STEP
 }
 
 /* Reads the thread's share once, as two streams. */
@@ -94,6 +109,11 @@ static void measure(const struct work *work, int threads, int repeats, double *s
 __attribute__((visibility("default"))) void measure_peak(int64_t iterations, int threads,
                                                          int repeats, double *seconds) {
     measure(&(struct work){.run = peak, .amount = iterations}, threads, repeats, seconds);
+}
+
+__attribute__((visibility("default"))) void measure_float_peak(int64_t iterations, int threads,
+                                                               int repeats, double *seconds) {
+    measure(&(struct work){.run = float_peak, .amount = iterations}, threads, repeats, seconds);
 }
 
 __attribute__((visibility("default"))) void measure_stream(const int8_t *memory, int64_t bytes,
