@@ -73,9 +73,10 @@ def measure_opening(contenders: Mapping[str, Contender], rounds: int = 7) -> dic
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure_compile(model: Path, folder: Path, *options: str | Path) -> dict[str, Any]:
+def measure_compile(model: Path, folder: Path, calibration: Path | None = None) -> dict[str, Any]:
     """Wall seconds and peak memory of `qcompile`, with an empty and with a filled kernel cache."""
     result = {}
+    options = [] if calibration is None else ["--calib", calibration]
     environment = os.environ | {"QCOMPILER_CACHE": str(folder / "cache")}
     command = [sys.executable, "-m", "qcompiler.cli", model, "--target", "x86-int8", "-q", *options]
     print()

@@ -6,11 +6,13 @@
 The encoder takes 30 s of speech: 1500 positions, so that attention weighs more than in any text
 encoder, and two convolutions.  Prefill is a decoder-only model reading a prompt of 128 tokens and
 filling its cache, what comes before every answer of a language model: RMS norms, rotary positions,
-grouped keys and values, gated feed forward, and a head as large as a third of the rest.  (Whisper's
+grouped keys and values, gated feed forward, and a head a quarter as large as the rest.  (Whisper's
 decoder was not chosen: without its cache nobody runs it, and with it one token is all it reads.)
 
-Peers are those of minilm.py.  qcompiler's static ranges and NNCF are calibrated with spoken
-commands and with prose, and compared with ORT FP32 on a book read aloud and on further prose.
+Peers are those of minilm.py; of SmolLM2 ONNX Runtime's transformer optimizer fuses the norms, of no
+export of transformers the attention.  The convolutions' static ranges and NNCF are calibrated with
+spoken commands and with prose, and all are compared with ORT FP32 on a book read aloud and on
+further prose.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ class Case:
         model_type: What ONNX Runtime's transformer optimizer takes it for.
         heads: Attention heads.
         widths: Sizes of its matrix products.
+        static: Whether something in it needs static ranges.
         eager: The model in the form that ONNX Runtime's transformer optimizer knows best.
         convolutions: Multiply-adds and weights outside of matrix products.
     """
@@ -58,6 +61,7 @@ class Case:
     model_type: str
     heads: int
     widths: Widths
+    static: bool = False
     eager: Path | None = None
     convolutions: tuple[int, int] = (0, 0)
 
@@ -68,7 +72,7 @@ def whisper() -> Case:
     calibration = samples.speech("cards/*.wav") + samples.speech("forever/*.wav")
     return Case(
         "whisper", models.whisper_encoder(), "mel 1x80x3000", calibration,
-        samples.speech("librivox/*.wav"), "bart", 6, Widths(384, 1536),
+        samples.speech("librivox/*.wav"), "bart", 6, Widths(384, 1536), True,
         models.whisper_encoder(eager=True), (3000 * sizes[0] + 1500 * sizes[1], sum(sizes)),
     )  # fmt: skip
 
@@ -117,15 +121,19 @@ def cross_entropy(logits: np.ndarray, tokens: np.ndarray) -> float:
     return float((np.log(np.exp(logits).sum(-1)) - chosen).mean())
 
 
+def _write(samples: Sequence[Feeds], folder: Path) -> Path:
+    folder.mkdir()
+    for i, feeds in enumerate(samples):
+        np.savez(folder / f"{i:03}.npz", **feeds)
+    return folder
+
+
 def measure(case: Case, seconds: float) -> dict[str, Any]:
     print(f"\n=== {case.name}, {case.shape}")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        calibration = folder / "calibration"
-        calibration.mkdir()
-        for i, feeds in enumerate(case.calibration):
-            np.savez(calibration / f"{i:03}.npz", **feeds)
-        compiled = measure_compile(case.model, folder, "--calib", calibration)
+        calibration = _write(case.calibration, folder / "calibration") if case.static else None
+        compiled = measure_compile(case.model, folder, calibration)
         contenders = ort_contenders(
             case.model, folder, model_type=case.model_type, heads=case.heads,
             hidden=case.widths.hidden, eager=case.eager,
