@@ -9,10 +9,10 @@ filling its cache, what comes before every answer of a language model: RMS norms
 grouped keys and values, gated feed forward, and a head a quarter as large as the rest.  (Whisper's
 decoder was not chosen: without its cache nobody runs it, and with it one token is all it reads.)
 
-Peers are those of minilm.py; of SmolLM2 ONNX Runtime's transformer optimizer fuses the norms, of no
-export of transformers the attention.  The convolutions' static ranges and NNCF are calibrated with
-spoken commands and with prose, and all are compared with ORT FP32 on a book read aloud and on
-further prose.
+Peers are those of minilm.py; of SmolLM2 ONNX Runtime's transformer optimizer fuses the norms only
+(onnxruntime-genai, which builds such models anew, is not compared).  The convolutions' static
+ranges and NNCF are calibrated with spoken commands and with prose, and all are compared with ORT
+FP32 on a book read aloud and on further prose.
 """
 
 from __future__ import annotations
