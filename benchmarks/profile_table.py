@@ -1,8 +1,8 @@
 """Where the time of a transformer goes: one table over all contenders, and the processor's floor.
 
 Nodes are put into classes by op and shapes, so that the same rules hold for every runtime.  A fused
-node is where its costliest part is.  "between nodes" is what a run takes beyond its nodes: the
-runtime itself.
+node is where its costliest part is.  "between nodes" is what a run takes beyond its nodes, which is
+the runtime itself; nodes take longer when profiled, so that it may fall below zero.
 
 The floor is what the arithmetic and the weights would take at measured limits: int8 multiply-adds
 of everything with weights at the rate of vpdpbusd, those of attention at that of float32 FMA, and
