@@ -1,4 +1,4 @@
-/* Timed loops for gemm.py: what the machine can do, and the kernels' own loops, on 1 or 2 threads.
+/* Timed loops for limits.py and gemm.py: what the machine can do, and the kernels' own loops, on 1 or 2 threads.
  *
  * Every measurement starts its threads together from a spinning barrier, because waking a sleeping
  * thread takes longer than a small matrix multiplication. */
@@ -71,6 +71,17 @@ AVX2 static void peak_avx2(const struct work *work, int thread, int threads) {
     }
 }
 
+AVX512 static void float_peak(const struct work *work, int thread, int threads) {
+    (void)thread, (void)threads;
+    __m512 sum[12], ones = _mm512_set1_ps(1);
+    for (int i = 0; i < 12; i++) sum[i] = _mm512_setzero_ps();
+    for (int64_t n = 0; n < work->amount; n++) {
+#define STEP(i) __asm__ volatile("vfmadd231ps %1, %1, %0" : "+v"(sum[i]) : "v"(ones));
+        TWELVE
+#undef STEP
+    }
+}
+
 /* Reads the thread's share once, as two streams. */
 AVX2 static void stream(const struct work *work, int thread, int threads) {
     const int64_t half = work->amount / threads / 2;
@@ -127,6 +138,11 @@ static void measure(const struct work *work, int threads, int repeats, double *s
 MEASURE_PEAK(avx512_vnni)
 MEASURE_PEAK(avx_vnni)
 MEASURE_PEAK(avx2)
+
+__attribute__((visibility("default"))) void measure_float_peak(int64_t iterations, int threads,
+                                                               int repeats, double *seconds) {
+    measure(&(struct work){.run = float_peak, .amount = iterations}, threads, repeats, seconds);
+}
 
 __attribute__((visibility("default"))) void measure_stream(const int8_t *memory, int64_t bytes,
                                                            int threads, int repeats,

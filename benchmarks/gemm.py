@@ -10,7 +10,6 @@ microseconds.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import functools
 import json
@@ -25,13 +24,13 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from limits import Machine, Samples, aligned, pointer
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.ir.region import Region, Step
 from qcompiler.targets import tir
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.library import build_library
-from qcompiler.targets.toolchain import find_linker
 from qcompiler.targets.x86 import ISAS, Isa, supports
 from qcompiler.targets.x86.qmatmul import accumulator_function
 from qcompiler.targets.x86.tile import tile_shape
@@ -39,7 +38,6 @@ from qcompiler.targets.x86.tile import tile_shape
 SHAPES = ((128, 384, 384), (128, 1536, 384), (512, 1024, 1024))
 """M, N, K."""
 GEMV = (1, 4096, 4096)
-STREAM_BYTES = 256 << 20
 COPIES = 16
 """Ops per timed run, so that Python's part in it is small; all store into the same memory, as ORT
 reuses it between the nodes of a model."""
@@ -48,63 +46,22 @@ PAUSE = 0.02
 the next one needs."""
 GEMV_COPIES = 16
 """Each op packs weights of its own: 16 times 16 MiB is as much as
-`STREAM_BYTES` and more than any cache holds."""
+`limits.STREAM_BYTES` and more than any cache holds."""
 DOMAIN = "qcompiler.benchmark"
 
-PEAK_OPERATIONS = {"avx512-vnni": 12 * 128, "avx-vnni": 12 * 64, "avx2": 12 * 32}
-"""Multiplications and additions of one iteration of gemm.c's peak loops."""
 
-Samples = list[float]
-
-
-def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy on a 64-byte boundary, as ONNX Runtime and our packing allocate."""
-    raw = np.empty(array.nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy
-
-
-def pointer(array: np.ndarray) -> ctypes.c_void_p:
-    """The address of an array's data."""
-    return ctypes.c_void_p(array.ctypes.data)
-
-
-class Loops:
-    """The C part of this benchmark, linked with one accumulator kernel per shape."""
+class Loops(Machine):
+    """The machine's limits, and one accumulator kernel per shape."""
 
     def __init__(self, folder: Path, isa: Isa) -> None:
-        self._isa = isa
-        linker = find_linker()
-        source = Path(__file__).with_suffix(".c").read_text()
         functions = {f"loop_{m}_{n}_{k}": accumulator_function(k, n, isa) for m, n, k in SHAPES}
         kernels = tir.compile_object(functions, isa.mcpu, isa.features)
-        self._peak = f"measure_peak_{isa.name.replace('-', '_')}"
-        objects = [linker.compile(source, {}), kernels]
-        exports = [self._peak, "measure_stream", "measure_loop", *functions]
-        path = folder / "gemm.so"
-        path.write_bytes(linker.link(objects, exports))
-        self._library = ctypes.CDLL(str(path))
-        self._memory = aligned(np.ones(STREAM_BYTES, np.int8))
-
-    def peak(self, threads: int) -> Samples:
-        """Seconds per operation (a multiplication or an addition)."""
-        iterations = 100_000
-        operations = iterations * PEAK_OPERATIONS[self._isa.name] * threads
-        samples = self._measure(self._peak, ctypes.c_int64(iterations), threads, repeats=8)
-        return [sample / operations for sample in samples]
-
-    def stream(self, threads: int) -> Samples:
-        """Seconds per byte."""
-        size = ctypes.c_int64(STREAM_BYTES)
-        samples = self._measure("measure_stream", pointer(self._memory), size, threads, repeats=4)
-        return [sample / STREAM_BYTES for sample in samples]
+        super().__init__(folder, isa, [kernels], list(functions))
 
     def loop(self, shape: tuple[int, int, int], threads: int) -> Callable[[], Samples]:
         """A measurement of one kernel's loop."""
         m, n, k = shape
-        columns = tile_shape(n, self._isa).columns
+        columns = tile_shape(n, self.isa).columns
         panels = -(-n // columns)
         # The values do not matter for the time, only where they lie.
         q, y = aligned(np.ones((m, k), np.uint8)), aligned(np.zeros((m, n), np.int32))
@@ -119,11 +76,6 @@ class Loops:
             return self._measure("measure_loop", kernel, *arrays, m, panels, threads, repeats=100)
 
         return run
-
-    def _measure(self, name: str, *arguments: Any, repeats: int) -> Samples:
-        seconds = (ctypes.c_double * repeats)()
-        getattr(self._library, name)(*arguments, repeats, seconds)
-        return list(seconds)
 
 
 def regions(shape: tuple[int, int, int]) -> list[Region]:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from gemm import aligned, pointer
+from limits import aligned, pointer
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.ir.region import Region

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import minilm
 import models
-import numpy as np
+from contenders import Bundle, Contender, Stock
+from timing import interleave
 
 import qcompiler
 from qcompiler.targets.catalog import TARGETS, built_isas
@@ -29,23 +30,20 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
     model, tokenizer = models.minilm()
-    feeds = {
-        "input_ids": np.random.default_rng(0).integers(1000, 20000, (1, 128)),
-        "attention_mask": np.ones((1, 128), np.int64),
-    }
+    feeds = minilm.random_inputs((1, 128))
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        makers = {"ORT FP32": minilm.stock(model, [])}
+        contenders: dict[str, Contender] = {"ORT FP32": Stock(model)}
         sizes = {"ORT FP32": model.stat().st_size}
         for name in TARGETS:
             report = qcompiler.compile(model, name, Path(scratch) / name)
-            makers[name] = minilm.bundle(report.bundle)
+            contenders[name] = Bundle(report.bundle)
             sizes[name] = report.bytes_after
-        accuracy = minilm.measure_sts(makers, arguments.sts, tokenizer)
-        sessions = {name: make(1) for name, make in makers.items()}
-        times = minilm.interleave(sessions, feeds, arguments.seconds)
+        accuracy = minilm.measure_sts(contenders, arguments.sts, tokenizer)
+        sessions = {name: contender.open(1) for name, contender in contenders.items()}
+        times = interleave(sessions, feeds, arguments.seconds)
     print(f"\n{'':12}{'kernels':14}{'MB':>8}{'STS-B':>8}{'dB':>7}{'1x128 ms':>10}{'speed':>7}")
-    for name in makers:
+    for name in contenders:
         kernels = ", ".join(built_isas(TARGETS[name])) if name in TARGETS else ""
         row = {"target": name, "kernels": kernels, "bytes": sizes[name], **accuracy[name],
                "ms": times[name]}  # fmt: skip
