@@ -14,6 +14,7 @@ from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.bind_kernels import BindKernels
 from qcompiler.passes.canonicalize import Canonicalize
+from qcompiler.passes.choose_kernels import ChooseKernels
 from qcompiler.passes.fold_qdq import FoldQDQ
 from qcompiler.passes.fuse_attention import FuseAttention
 from qcompiler.passes.fuse_batchnorm import FuseBatchNorm
@@ -76,7 +77,12 @@ class Pipeline:
 
     @classmethod
     def default(
-        cls, target: Target, recipe: Recipe | None = None, observe: Observer | None = None
+        cls,
+        target: Target,
+        recipe: Recipe | None = None,
+        observe: Observer | None = None,
+        choose: ChooseKernels | None = None,
+        supports: Callable[[Region], str | None] | None = None,
     ) -> Pipeline:
         """The passes of a target.
 
@@ -84,8 +90,12 @@ class Pipeline:
             target: From `get_target`.
             recipe: What to do differently.
             observe: Where static activation ranges come from, see `InsertQDQ`.
+            choose: What decides where quantizing gains something; without it, everywhere.
+            supports: Why there is to be no kernel for a region; by default the target's word.
         """
         recipe = recipe or Recipe()
+        supports = supports or (lambda region: catalog.unsupported(target, region))
+        chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
         return cls(
             [
                 Step("canonicalize", Canonicalize(), Stage.FLOAT),
@@ -97,14 +107,15 @@ class Pipeline:
                     Stage.FLOAT,
                     "target",
                 ),
+                *chosen,
                 Step("insert-qdq", InsertQDQ(observe), Stage.QDQ, "plans"),
                 Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
                 Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),
-                Step("fuse-regions", FuseRegions(_kernels_of(target)), Stage.KERNEL, "target"),
-                Step("fuse-norms", FuseNorms(_kernels_of(target)), Stage.KERNEL, "target"),
+                Step("fuse-regions", FuseRegions(supports), Stage.KERNEL, "target"),
+                Step("fuse-norms", FuseNorms(supports), Stage.KERNEL, "target"),
                 Step(
                     "fuse-attention",
-                    FuseAttention(_kernels_of(target), bfloat16=recipe.bfloat16),
+                    FuseAttention(supports, bfloat16=recipe.bfloat16),
                     Stage.KERNEL,
                     "target",
                 ),
@@ -162,7 +173,3 @@ class Pipeline:
         if name not in names:
             raise OptionError(f"no pass {name!r} in the pipeline{did_you_mean(name, names)}")
         return names.index(name)
-
-
-def _kernels_of(target: Target) -> Callable[[Region], str | None]:
-    return lambda region: catalog.unsupported(target, region)
