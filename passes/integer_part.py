@@ -48,10 +48,11 @@ class IntegerPart:
         found: dict[ir.Node, tuple[float, float]] = {}
         while True:
             weighed = {n: self._weigh(n) for n in self.convs if n in self.integer}
-            worst = max(weighed, key=lambda n: weighed[n][0] - weighed[n][1], default=None)
-            if worst is None or weighed[worst][0] <= weighed[worst][1] * MARGIN:
+            losing = {n: pair for n, pair in weighed.items() if pair[0] > pair[1] * MARGIN}
+            if not losing:
                 return found
-            found[worst] = weighed[worst]
+            worst = max(losing, key=lambda n: losing[n][0] - losing[n][1])
+            found[worst] = losing[worst]
             del self.integer[worst]
 
     def _weigh(self, node: ir.Node) -> tuple[float, float]:

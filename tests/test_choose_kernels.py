@@ -194,6 +194,13 @@ def test_when_one_leaves_the_integer_part_its_neighbours_are_weighed_again():
     assert floats(model) == [True, True, True]
 
 
+def test_a_small_one_leaves_though_a_large_one_loses_more_within_the_noise():
+    model = planned(CHAIN, KERNELS)
+    times = {"u": (9000.0, 8900.0), "v": (100.0, 400.0), "w": (80.0, 40.0)}
+    choosing_convs(lambda name: dict(zip(("ort", "float"), times[name], strict=True)))(model)
+    assert floats(model) == [False, False, True]
+
+
 def test_the_result_that_integers_and_floats_read_has_one_border():
     text = CHAIN.replace("y = Sigmoid (d)", "e = Sigmoid (c) y = Add (d, e)")
     model = planned(text, KERNELS)
