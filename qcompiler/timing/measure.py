@@ -29,7 +29,7 @@ __all__ = ["Stopwatch", "can_time", "keep", "machine", "processor"]
 
 _BLOCK_SECONDS = 0.002
 """Of runs in a row of one candidate; a single run may take longer."""
-_TURNS = (math.inf, 1.0, 1.0, 0.05, 0.05)
+_TURNS = (math.inf, 1.0, 1.0, 0.3, 0.3)
 """Turns of each candidate, each taken only if no more seconds than that were spent before."""
 _PAUSE = 0.001
 """Seconds in which ORT's idle threads, which spin for a while, fall asleep."""
