@@ -23,7 +23,10 @@ __all__ = [
     "decide",
     "decision_of",
     "decisions",
+    "drop_plan",
     "inherit",
+    "leave_to_ort",
+    "left_to_ort",
     "note_of",
     "plan_of",
     "region_of",
@@ -43,6 +46,7 @@ _UNEXPECTED = "qcompiler.unexpected"
 _NOTE = "qcompiler.note"
 _PLAN = "qcompiler.plan"
 _REGION = "qcompiler.region"
+_LEFT = "qcompiler.left_to_ort"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +98,22 @@ def plan_of(node: ir.Node) -> NodePlan | None:
     """The plan attached to `node`, if it is to be quantized."""
     plan: NodePlan | None = node.meta.get(_PLAN)
     return plan
+
+
+def drop_plan(node: ir.Node) -> None:
+    """Take the plan back: the node is not quantized after all."""
+    node.meta.pop(_PLAN, None)
+
+
+def leave_to_ort(node: ir.Node, why: str) -> None:
+    """Ask that no kernel of ours computes `node`, which is quantized all the same."""
+    node.meta[_LEFT] = why
+
+
+def left_to_ort(node: ir.Node) -> str | None:
+    """Why no kernel of ours is to compute `node`, None where one may."""
+    why: str | None = node.meta.get(_LEFT)
+    return why
 
 
 def set_region(node: ir.Node, region: Region) -> None:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
-from qcompiler.ir.decisions import decide, inherit, set_region
+from qcompiler.ir.decisions import decide, inherit, left_to_ort, set_region
 from qcompiler.ir.graph import constant, new_initializer, only_consumer, replace_nodes, same_shape
 from qcompiler.ir.region import ExtraKind, Region, Step
 
@@ -71,6 +71,9 @@ class FuseRegions(ir.passes.InPlacePass):
             if node.op_type not in _ANCHORS:
                 if node.op_type != "QConv":
                     decide(node, "body", f"no kernel for {node.op_type} yet")
+                continue
+            if (reason := left_to_ort(node)) is not None:
+                decide(node, "body", reason, expected=True)
                 continue
             start = Region(node.op_type, _sizes(node))
             if (reason := self.supports(start)) is not None:

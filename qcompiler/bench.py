@@ -22,7 +22,7 @@ from qcompiler.calibrate import Samples, check_sample
 from qcompiler.cores import available_cores, busy_cores
 from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.random_inputs import Feed, InputShape, random_feed
-from qcompiler.runtime import import_onnxruntime, open_model
+from qcompiler.runtime import QUIET, import_onnxruntime, open_model
 
 __all__ = ["Bench", "Result", "Timing", "bench"]
 
@@ -146,6 +146,7 @@ def _sessions(model: Path, bundle: Path, threads: int) -> tuple[Any, Any]:
 
     def options() -> Any:
         options = import_onnxruntime().SessionOptions()
+        options.log_severity_level = QUIET
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return options
 

@@ -72,6 +72,7 @@ class Manifest:
         decisions: Per node: {"node", "op", "action", "why"}.
         files: sha256 of each file.
         library: The native library, if any kernel was bound.
+        choices: Which kernel was chosen where, usable again; None where passes were given.
     """
 
     target: str
@@ -81,6 +82,7 @@ class Manifest:
     decisions: list[dict[str, str]]
     files: dict[str, str]
     library: LibraryEntry | None = None
+    choices: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
         """Write `manifest.json`."""

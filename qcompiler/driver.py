@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.bundle import check_destination, staged_folder
+from qcompiler.bundle import Manifest, check_destination, staged_folder
 from qcompiler.calibrate import Samples, observe, sample_tokens
+from qcompiler.chooser import Chooser, Wishes
 from qcompiler.emit import build_kernels, write_bundle
 from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import decisions
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "compile"]
 
 _LOAD_CHECK_LIMIT = 1 << 30
-"""Above this many bytes a bundle is not opened once more after writing: that would take memory for
-the whole model, not for its largest layer."""
+"""Above this many bytes a bundle is neither opened once more after writing nor timed against its
+model: that would take memory for the whole model, not for its largest layer."""
 
 
 def compile(
@@ -47,6 +49,9 @@ def compile(
     calibration: str | os.PathLike[str] | None = None,
     pipeline: Pipeline | None = None,
     strict: bool = False,
+    timing: bool = True,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    choices: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Compile a model into a bundle.
@@ -57,8 +62,12 @@ def compile(
         output: The bundle's folder; by default `<model>.<target>` in the current folder.
         recipe: What to do differently from the target's defaults.
         calibration: Folder of `.npz` samples, for what must be static.
-        pipeline: Passes to run instead of the default ones.
+        pipeline: Passes to run instead of the default ones; kernels are then not chosen.
         strict: Raise if a node that could be fast is not.
+        timing: Time kernels, and the bundle, on this machine, where it runs the target; else a
+            cost model decides where quantizing gains something.
+        shapes: Shapes of the model's inputs that matter, for timing.
+        choices: A bundle, or its manifest, whose choices are to be made again.
         progress: Told about each step.
 
     Returns:
@@ -71,39 +80,108 @@ def compile(
     goal, recipe = get_target(target), recipe or Recipe()
     destination = check_destination(_destination(source, target, output))
     observer = _Observer(Samples(calibration), clock) if calibration is not None else None
-    pipeline = pipeline or _pipeline(goal, recipe, observer)
-    clock.total = len(pipeline.steps) + 3
-    clock.start("load")
-    model = load_model(source)
-    bytes_before = _source_bytes(source, model)
-    model = pipeline.run(model, lambda step: clock.start(step.name))
-    report = Report(destination, target, tuple(decisions(model)), bytes_before)
-    if observer is not None and not observer.was_asked:
-        unused = f"the calibration samples were not used: nothing here needs them for {target}"
-        report = dataclasses.replace(report, notes=(unused,))
+    chooser = None
+    if pipeline is not None and (shapes is not None or choices is not None):
+        raise OptionError("a pipeline of your own chooses nothing: leave out shapes and choices")
+    if pipeline is None:
+        wishes = Wishes(timing, shapes, choices)
+        chooser = Chooser(goal, wishes, calibration, clock.detail)
+    job = _Job(source, goal, recipe, clock, observer, chooser, pipeline)
+    model = job.run_passes()
+    report = Report(destination, target, tuple(decisions(model)), job.bytes_before)
     if strict:
         _refuse_fallbacks(report)
     with staged_folder(destination) as stage:
-        clock.start("kernels")
-        library = build_kernels(model, goal, stage, clock)
-        clock.start("write")
-        write_bundle(model, stage, goal, recipe, library)
-        bytes_after = sum(file.stat().st_size for file in stage.iterdir())
-        if bytes_after <= _LOAD_CHECK_LIMIT:
-            load(stage, providers=["CPUExecutionProvider"], native=goal.arch == "x86")
+        job.write(model, stage)
+        while job.is_slower(model, stage):
+            model = job.run_passes()
+            job.write(model, stage)
+        job.write_choices(stage)
+        bytes_after = _size(stage)
     clock.stop()
     return dataclasses.replace(
         report,
+        decisions=tuple(decisions(model)),
+        notes=job.notes(),
+        choices=None if chooser is None else chooser.record().to_dict(),
         bytes_after=bytes_after,
         seconds=clock.seconds,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
 
 
-def _pipeline(target: Target, recipe: Recipe, observer: _Observer | None) -> Pipeline:
-    if observer is None:
-        return Pipeline.default(target, recipe)
-    return Pipeline.default(target, recipe, observer, observer.sample_tokens)
+@dataclasses.dataclass
+class _Job:
+    """One compilation: what it is made from, and the steps that may have to be taken again."""
+
+    source: Any
+    target: Target
+    recipe: Recipe
+    clock: Clock
+    observer: _Observer | None
+    chooser: Chooser | None
+    pipeline: Pipeline | None
+    bytes_before: int = 0
+
+    def run_passes(self) -> ir.Model:
+        """Load the model, and run the passes on it."""
+        pipeline = self.pipeline
+        if self.chooser is not None:
+            sample = sample_tokens if self.observer is None else self.observer.sample_tokens
+            pipeline = self.chooser.pipeline(self.recipe, self.observer, sample)
+        assert pipeline is not None
+        self.clock.total = len(pipeline.steps) + 4
+        self.clock.start("load")
+        model = load_model(self.source)
+        if not isinstance(self.source, str | os.PathLike | ir.Model):
+            self.source = model.clone()  # a torch program, whose export takes long
+        self.bytes_before = _source_bytes(self.source, model)
+        if self.chooser is not None:
+            self.chooser.check(model)
+        return pipeline.run(model, lambda step: self.clock.start(step.name))
+
+    def write(self, model: ir.Model, stage: Path) -> None:
+        """Write a bundle into the folder `stage` in the place of what is there."""
+        for file in stage.iterdir():
+            file.unlink()
+        self.clock.start("kernels")
+        library = build_kernels(model, self.target, stage, self.clock)
+        self.clock.start("write")
+        write_bundle(model, stage, self.target, self.recipe, library)
+        if _size(stage) <= _LOAD_CHECK_LIMIT:
+            load(stage, providers=["CPUExecutionProvider"], native=self.target.arch == "x86")
+
+    def is_slower(self, model: ir.Model, stage: Path) -> bool:
+        """Whether the bundle is to be made again with other choices."""
+        if self.chooser is None or self.bytes_before + _size(stage) > _LOAD_CHECK_LIMIT:
+            return False
+        if all(decision.action == "float" for decision in decisions(model)):
+            return False
+        self.clock.start("time the whole")
+        if isinstance(self.source, str | os.PathLike):
+            return self.chooser.is_slower(stage, Path(self.source))
+        with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+            file = Path(folder) / "model.onnx"
+            ir.save(load_model(self.source), file, external_data="model.onnx.data")
+            return self.chooser.is_slower(stage, file)
+
+    def write_choices(self, stage: Path) -> None:
+        """Add to the manifest what was chosen."""
+        if self.chooser is not None:
+            choices = self.chooser.record().to_dict()
+            dataclasses.replace(Manifest.read(stage), choices=choices).write(stage)
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, in sentences."""
+        notes = () if self.chooser is None else self.chooser.notes
+        if self.observer is not None and not self.observer.was_asked:
+            unused = "the calibration samples were not used: nothing here needs them for"
+            notes = (f"{unused} {self.target.name}", *notes)
+        return notes
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def _destination(source: object, target: str, output: str | os.PathLike[str] | None) -> Path:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -53,7 +54,12 @@ def build_kernels(
 
 
 def write_bundle(
-    model: ir.Model, folder: Path, target: Target, recipe: Recipe, library: LibraryEntry | None
+    model: ir.Model,
+    folder: Path,
+    target: Target,
+    recipe: Recipe,
+    library: LibraryEntry | None,
+    choices: dict[str, Any] | None = None,
 ) -> None:
     """Write model, weights and manifest beside the library that is already in `folder`.
 
@@ -71,6 +77,7 @@ def write_bundle(
         decisions=[dataclasses.asdict(decision) for decision in decisions(model)],
         files={name: sha256_of(folder / name) for name in names},
         library=library,
+        choices=choices,
     ).write(folder)
 
 

@@ -15,6 +15,7 @@ from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.bind_kernels import BindKernels
 from qcompiler.passes.canonicalize import Canonicalize
+from qcompiler.passes.choose_kernels import ChooseKernels
 from qcompiler.passes.fold_qdq import FoldQDQ
 from qcompiler.passes.fuse_attention import FuseAttention
 from qcompiler.passes.fuse_batchnorm import FuseBatchNorm
@@ -85,6 +86,8 @@ class Pipeline:
         recipe: Recipe | None = None,
         observe: Observer | None = None,
         sample: Sampler = sample_tokens,
+        choose: ChooseKernels | None = None,
+        supports: Callable[[Region], str | None] | None = None,
     ) -> Pipeline:
         """The passes of a target.
 
@@ -93,8 +96,12 @@ class Pipeline:
             recipe: What to do differently.
             observe: Where static activation ranges come from, see `InsertQDQ`.
             sample: Where tokens to smooth by come from, see `SmoothActivations`.
+            choose: What decides where quantizing gains something; without it, everywhere.
+            supports: Why there is to be no kernel for a region; by default the target's word.
         """
         recipe = recipe or Recipe()
+        supports = supports or (lambda region: catalog.unsupported(target, region))
+        chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
         pipeline = cls(
             [
                 Step("canonicalize", Canonicalize(), Stage.FLOAT),
@@ -106,20 +113,21 @@ class Pipeline:
                     Stage.FLOAT,
                     "target",
                 ),
+                *chosen,
                 Step("smooth-activations", SmoothActivations(sample), Stage.FLOAT, "plans"),
                 Step("insert-qdq", InsertQDQ(observe), Stage.QDQ, "plans"),
                 Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
                 Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),
-                Step("fuse-regions", FuseRegions(_kernels_of(target)), Stage.KERNEL, "target"),
-                Step("fuse-norms", FuseNorms(_kernels_of(target)), Stage.KERNEL, "target"),
+                Step("fuse-regions", FuseRegions(supports), Stage.KERNEL, "target"),
+                Step("fuse-norms", FuseNorms(supports), Stage.KERNEL, "target"),
                 Step(
                     "fuse-attention",
-                    FuseAttention(_kernels_of(target), bfloat16=recipe.bfloat16),
+                    FuseAttention(supports, bfloat16=recipe.bfloat16),
                     Stage.KERNEL,
                     "target",
                 ),
-                Step("merge-siblings", MergeSiblings(_kernels_of(target)), Stage.KERNEL, "target"),
-                Step("fuse-quantize", FuseQuantize(_kernels_of(target)), Stage.KERNEL, "target"),
+                Step("merge-siblings", MergeSiblings(supports), Stage.KERNEL, "target"),
+                Step("fuse-quantize", FuseQuantize(supports), Stage.KERNEL, "target"),
                 Step(
                     "bind-kernels", BindKernels(catalog.fingerprint(target)), Stage.KERNEL, "target"
                 ),
@@ -177,7 +185,3 @@ class Pipeline:
         if name not in names:
             raise OptionError(f"no pass {name!r} in the pipeline{did_you_mean(name, names)}")
         return names.index(name)
-
-
-def _kernels_of(target: Target) -> Callable[[Region], str | None]:
-    return lambda region: catalog.unsupported(target, region)

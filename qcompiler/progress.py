@@ -39,5 +39,7 @@ class Clock:
     def stop(self) -> None:
         """End the current phase."""
         if self._label:
-            self.seconds[self._label] = time.perf_counter() - self._since
+            # A phase that comes again, with other choices, adds to its time.
+            before = self.seconds.get(self._label, 0.0)
+            self.seconds[self._label] = before + time.perf_counter() - self._since
             self._label = ""

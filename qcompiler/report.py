@@ -36,6 +36,7 @@ class Report:
         seconds: Wall time per phase, in order.
         notes: What else the user should know, in sentences.
         peak_memory: Largest resident size of this process so far, in bytes.
+        choices: Which kernel was chosen where and on what grounds, as in the manifest.
     """
 
     bundle: Path
@@ -47,6 +48,7 @@ class Report:
     peak_memory: int = 0
 
     notes: tuple[str, ...] = ()
+    choices: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -68,7 +70,7 @@ class Report:
 
     def groups(self) -> list[Group]:
         """Decisions counted by op, action and reason; kernels first, then by count."""
-        keys = collections.Counter((_op(d.op), d.action, d.why) for d in self.decisions)
+        keys = collections.Counter((_op(d.op), d.action, _why(d.why)) for d in self.decisions)
         order = {"kernel": 0, "qdq": 1, "body": 2, "float": 3}
         groups = [Group(*key, count) for key, count in keys.items()]
         return sorted(groups, key=lambda g: (order[g.action], -g.count, g.op))
@@ -88,6 +90,7 @@ class Report:
             "peak_memory": self.peak_memory,
             "warnings": list(self.warnings),
             "groups": [dataclasses.asdict(group) for group in self.groups()],
+            "choices": self.choices,
             "decisions": [dataclasses.asdict(decision) for decision in self.decisions],
         }
 
@@ -98,3 +101,8 @@ def _op(op: str) -> str:
     # Neither sizes nor flags nor the digest of attributes.
     hidden = re.compile("[DKN][0-9]+|[a-z]+|[0-9a-f]{6}")
     return " + ".join([head, *(part for part in rest if not hidden.fullmatch(part))])
+
+
+def _why(why: str) -> str:
+    """Choices made on different times count together."""
+    return re.sub(r": \S+ us against .*", "", why)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OLDEST_ORT",
+    "QUIET",
     "check_onnxruntime",
     "import_onnxruntime",
     "load",
@@ -34,6 +35,9 @@ __all__ = [
 
 OLDEST_ORT = "1.23"
 """The oldest ONNX Runtime that any bundle runs in."""
+
+QUIET = 4
+"""The log level of sessions whose failures are raised, and whose warnings help nobody."""
 
 Provider = str | tuple[str, dict[str, Any]]
 """An execution provider, alone or with its options, as ONNX Runtime takes them."""

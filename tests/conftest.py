@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,14 @@ DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
 
 
 needs_avx512_vnni = needs("avx512-vnni")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def untimed() -> Iterator[None]:
+    """Kernels are chosen by the cost model, except where a test is about timing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcompiler.chooser.runs_here", lambda target: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -176,7 +176,10 @@ def test_every_target_compiles_the_example(tmp_path, target):
     assert accuracy(qcompiler.load(report.bundle, native=False)) > before - 0.01
     assert accuracy(qcompiler.load(report.bundle)) > before - 0.01
     assert report.bytes_after < report.bytes_before
-    assert sum(decision.op.startswith("QMatMul") for decision in report.decisions) == 13
+    quantized = sum(decision.op.startswith("QMatMul") for decision in report.decisions)
+    kept = sum(d.op == "MatMul" and "float is faster" in d.why for d in report.decisions)
+    assert quantized + kept == 13
+    assert kept <= 1  # ten columns are too few to gain anything
 
 
 @pytest.mark.parametrize("version", ["1.23.2"])
@@ -226,7 +229,8 @@ def test_kernels_inside_branches(tmp_path):
         "else_branch = b () => (float[m,8] n) { t = MatMul (x, w) n = Relu (t) }> }",
         {"w": rng.standard_normal((64, 8), np.float32), "b": rng.standard_normal(8, np.float32)},
     )
-    report = qcompiler.compile(model, "x86-int8", tmp_path / "b")
+    everywhere = qcompiler.Pipeline.default(qcompiler.get_target("x86-int8"))
+    report = qcompiler.compile(model, "x86-int8", tmp_path / "b", pipeline=everywhere)
     assert report.count("kernel") == 3
     for flag in (True, False):
         feeds = X | {"c": np.array(flag)}

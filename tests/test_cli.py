@@ -237,6 +237,18 @@ def test_compile_verbose_lists_decisions_and_phases():
     assert "round-to-nearest" in stdout
 
 
+def test_compile_shows_its_choices_and_makes_them_again():
+    x86 = (MODEL, "--target", "x86-int8", "--keep-float", "Conv")
+    stdout = qcompile(*x86, "--no-timing", "-v", "-o", "b").stdout
+    row = next(line.split() for line in stdout.splitlines() if line.startswith("MatMul 64x256"))
+    assert row[2:4] == ["our", "kernel"]
+    assert row[-1] == "model"
+    assert row.count("µs") == 3
+    again = qcompile(*x86, "--choices", "b", "-o", "c")
+    assert again.exit_code == 0, again.output
+    assert Path("c/manifest.json").read_bytes() == Path("b/manifest.json").read_bytes()
+
+
 def test_compile_quietly():
     result = qcompile(MODEL, *ARM, "-q")
     assert (result.exit_code, result.stdout) == (0, "")
@@ -266,6 +278,11 @@ def test_compile_merges_recipe_and_options():
         (["nope.onnx", "--target", "x86-int8"], 1, "no model: nope.onnx does not exist"),
         ([MODEL, "--target", "x86-int9"], 1, "unknown target 'x86-int9'; did you mean 'x86-int8'"),
         ([MODEL, "--target", "arm-int8"], 1, "give samples with --calib DIR"),
+        ([MODEL, *ARM, "--shapes", "x=0"], 2, "'x=0' is not NAME=SIZExSIZE"),
+        ([MODEL, *ARM, "--shapes", "x=1x2"], 1, "no input 'x'; the inputs are image"),
+        ([MODEL, *ARM, "--shapes", "image=1x2"], 1, "image=1x2 does not fit, the model takes"),
+        ([MODEL, *ARM, "--choices", "no"], 1, "cannot read the choices in no: No such file"),
+        ([MODEL, *ARM, "--choices", "no", "--shapes", "image=1"], 1, "choices, not both"),
         ([MODEL, "--target", "arm-int8", "--calib", "no"], 1, "no samples: no does not exist"),
         ([MODEL, "--target", "arm-int8", "--calib", "."], 1, "no samples: . holds no .npz file"),
         ([MODEL, *ARM, "--recipe", "no.toml"], 1, "cannot read the recipe no.toml"),

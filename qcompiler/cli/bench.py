@@ -11,38 +11,15 @@ from rich.text import Text
 
 from qcompiler.cli.console import Terminal
 from qcompiler.cli.figures import FigureTable, facts, span
-from qcompiler.cli.options import FILE, json_option, verbose_option
+from qcompiler.cli.options import FILE, Shapes, ShapesType, json_option, verbose_option
 
 if TYPE_CHECKING:
     from qcompiler.bench import Bench
 
 __all__ = ["bench_command"]
 
-Shapes = dict[str, tuple[int, ...]]
-
 _BUSY = 0.25
 """Share of the cores that others may keep busy before it is mentioned."""
-
-
-class ShapesType(click.ParamType[Shapes]):
-    """`input_ids=1x128,attention_mask=1x128`."""
-
-    name = "shapes"
-
-    def convert(
-        self, value: str | Shapes, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Shapes:
-        """Names and sizes, checked against the model later."""
-        if isinstance(value, dict):
-            return value
-        shapes: Shapes = {}
-        for part in value.split(","):
-            name, found, sizes = part.strip().rpartition("=")
-            numbers = [int(n) if n.isdecimal() else 0 for n in sizes.lower().split("x")]
-            if not found or not name or min(numbers) < 1:
-                self.fail(f"{part!r} is not NAME=SIZExSIZE, such as input_ids=1x128", param, ctx)
-            shapes[name] = tuple(numbers)
-        return shapes
 
 
 class SecondsType(click.FloatRange):

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING
 import rich_click as click
 from rich.text import Text
 
+from qcompiler.cli.choices import every_choice, grounds
 from qcompiler.cli.console import Terminal
 from qcompiler.cli.decisions import decision_table, every_decision
 from qcompiler.cli.figures import FigureTable, facts, size, span
-from qcompiler.cli.options import FILE, TargetName, json_option, verbose_option
+from qcompiler.cli.options import (
+    FILE,
+    Shapes,
+    ShapesType,
+    TargetName,
+    json_option,
+    verbose_option,
+)
 
 if TYPE_CHECKING:
     from qcompiler.recipe import Recipe
@@ -58,6 +66,24 @@ __all__ = ["compile_command"]
     help="Do not quantize these nodes: a name, an op type or a pattern; may repeat.",
 )
 @click.option("--group-size", type=int, metavar="N", help="Weights per scale, for int4.")
+@click.option(
+    "--shapes",
+    type=ShapesType(),
+    metavar="NAME=1x128,…",
+    help="Shapes of inputs that matter, to choose kernels by.",
+)
+@click.option(
+    "--no-timing",
+    "untimed",
+    is_flag=True,
+    help="Choose kernels by a cost model, not by timing them here.",
+)
+@click.option(
+    "--choices",
+    type=FILE,
+    metavar="BUNDLE",
+    help="Choose the kernels that this bundle or manifest chose.",
+)
 @click.option("--strict", is_flag=True, help="Fail if a node that could be fast is not.")
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
 @json_option
@@ -65,8 +91,9 @@ __all__ = ["compile_command"]
 @click.pass_obj
 def compile_command(
     terminal: Terminal, model: Path, target: str, output: Path | None, calib: Path | None,
-    recipe_file: Path | None, keep_float: tuple[str, ...], group_size: int | None, strict: bool,
-    quiet: bool, as_json: bool,
+    recipe_file: Path | None, keep_float: tuple[str, ...], group_size: int | None,
+    shapes: Shapes | None, untimed: bool, choices: Path | None, strict: bool, quiet: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Compile a model into a bundle."""
     with terminal.progress(shown=not (quiet or as_json)) as progress:
@@ -77,7 +104,8 @@ def compile_command(
         check_onnxruntime()
         report = qcompiler.compile(
             model, target, output, recipe=_recipe(recipe_file, keep_float, group_size),
-            calibration=calib, strict=strict, progress=progress,
+            calibration=calib, strict=strict, timing=not untimed, shapes=shapes, choices=choices,
+            progress=progress,
         )  # fmt: skip
     if as_json:
         terminal.json(report.to_dict())
@@ -112,6 +140,11 @@ def _print_report(terminal: Terminal, model: Path, report: Report) -> None:
     if terminal.verbose:
         out.print(every_decision(report.decisions))
         out.print()
+        if report.choices is not None and report.choices["sites"]:
+            out.print(every_choice(report.choices))
+            out.print()
+            out.print(facts(*grounds(report.choices)))
+            out.print()
         out.print(_phases(report.seconds))
         out.print()
 

@@ -9,12 +9,36 @@ from typing import Any, TypeVar
 import rich_click as click
 from click.shell_completion import CompletionItem
 
-__all__ = ["FILE", "TargetName", "json_option", "verbose_option"]
+__all__ = ["FILE", "Shapes", "ShapesType", "TargetName", "json_option", "verbose_option"]
+
+Shapes = dict[str, tuple[int, ...]]
+"""Sizes by input name."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 FILE = click.Path(path_type=Path)
 """Any path; the code behind it says what is wrong with it better than click does."""
+
+
+class ShapesType(click.ParamType[Shapes]):
+    """`input_ids=1x128,attention_mask=1x128`."""
+
+    name = "shapes"
+
+    def convert(
+        self, value: str | Shapes, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Shapes:
+        """Names and sizes, checked against the model later."""
+        if isinstance(value, dict):
+            return value
+        shapes: Shapes = {}
+        for part in value.split(","):
+            name, found, sizes = part.strip().rpartition("=")
+            numbers = [int(n) if n.isdecimal() else 0 for n in sizes.lower().split("x")]
+            if not found or not name or min(numbers) < 1:
+                self.fail(f"{part!r} is not NAME=SIZExSIZE, such as input_ids=1x128", param, ctx)
+            shapes[name] = tuple(numbers)
+        return shapes
 
 
 class TargetName(click.ParamType[str]):

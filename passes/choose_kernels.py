@@ -1,0 +1,193 @@
+"""Choose who computes each planned op: our kernel, ORT's own quantized ops, or the op as it was.
+
+    MatMul, Conv with a plan   =>   the same, or without the plan where quantizing gains nothing
+
+1. A MatMul gets what is fastest at its sizes; the one it would get anyway unless another is more
+   than 5% faster.
+2. Convolutions pass integers to each other, so what counts is a convolution's own time plus the Q
+   and DQ at the border of the integer part.  The one that gains most by staying float leaves that
+   part, its neighbours are weighed again, and so on until none gains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx_ir as ir
+
+from qcompiler.ir.decisions import decide, drop_plan, leave_to_ort, plan_of
+from qcompiler.ir.errors import OptionError
+from qcompiler.ir.region import Region
+from qcompiler.ir.sites import Candidate, Choice, Costs, Site
+from qcompiler.passes.integer_part import MARGIN, IntegerPart
+
+__all__ = ["ChooseKernels", "Shapes"]
+
+Shape = tuple[int, ...]
+Shapes = Callable[[ir.Model, Sequence[str]], Mapping[str, Shape]]
+"""Of the named tensors, the shapes they have where that matters; absent where nobody knows."""
+
+_ANOTHER = "the choices were made for another model or with other options"
+_LADDER = (1, 16, 128)
+"""Rows of a MatMul of which nothing is known."""
+_CONV_ATTRIBUTES = {"dilations": 1, "pads": 0, "strides": 1}
+
+
+class ChooseKernels(ir.passes.InPlacePass):
+    """Drop the plans of ops that gain nothing from being quantized.
+
+    Attributes:
+        costs: What each candidate costs at some sites, None where that is not known.
+        border: Microseconds of a Q or DQ of so many elements.
+        supports: Says why there is no kernel for a region, or None if there is one.
+        shapes: Shapes of tensors that the graph itself leaves open.
+        forced: Op types that stay float whatever they cost, with the reason.
+        made: Choices made before, by node, to be made again.
+        choices: What was chosen, after the pass ran.
+    """
+
+    def __init__(
+        self,
+        costs: Callable[[Sequence[Site]], Sequence[Costs | None]],
+        border: Callable[[int], float],
+        supports: Callable[[Region], str | None],
+        shapes: Shapes,
+        forced: Mapping[str, str] | None = None,
+        made: Mapping[str, Choice] | None = None,
+    ) -> None:
+        super().__init__()
+        self.costs, self.border, self.supports, self.shapes = costs, border, supports, shapes
+        self.forced, self.made = forced or {}, made
+        self.choices: list[Choice] = []
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Choose for every planned node.
+
+        Raises:
+            OptionError: Choices made before that are not this model's.
+        """
+        nodes = [node for node in model.graph.all_nodes() if _is_chosen(node)]
+        self.choices = self._choose(model, nodes) if self.made is None else self._again(nodes)
+        for node, choice in zip(nodes, self.choices, strict=True):
+            if choice.candidate == "float":
+                drop_plan(node)
+                decide(node, "float", choice.why)
+            elif choice.candidate == "ort" and self._site(node, ()).kernel:
+                leave_to_ort(node, choice.why)
+        changed = any(choice.candidate == "float" for choice in self.choices)
+        return ir.passes.PassResult(model, changed)
+
+    def _again(self, nodes: Sequence[ir.Node]) -> list[Choice]:
+        """The choices made before, if they are about these nodes."""
+        assert self.made is not None
+        for node in nodes:
+            choice, site = self.made.get(node.name or ""), self._site(node, ())
+            if choice is None or choice.site != site.name:
+                found = "nothing" if choice is None else choice.site
+                raise OptionError(
+                    f"{_ANOTHER}: for node {node.name!r} ({site.name}) they hold {found}"
+                )
+        if unknown := set(self.made) - {node.name for node in nodes}:
+            raise OptionError(f"{_ANOTHER}: node {min(unknown)!r} is not to be quantized here")
+        return [self.made[node.name or ""] for node in nodes]
+
+    def _choose(self, model: ir.Model, nodes: Sequence[ir.Node]) -> list[Choice]:
+        data = {node: node.inputs[0] for node in nodes}
+        shapes = self._shapes(model, [value for value in data.values() if value is not None])
+        sites = {node: self._site(node, _inputs(node, shapes)) for node in nodes}
+        free = [node for node in nodes if node.op_type not in self.forced]
+        costs = dict(zip(free, self.costs([sites[node] for node in free]), strict=True))
+        convs = {n: (sites[n], c) for n, c in costs.items() if n.op_type == "Conv" and c}
+        losing = IntegerPart(convs, [n for n in nodes if n.op_type == "Conv"], self.border).losing()
+        return [
+            Choice(node.name or "", sites[node].name, "float", self.forced[node.op_type])
+            if node not in costs
+            else _weighed(node, sites[node], costs[node], losing.get(node))
+            for node in nodes
+        ]
+
+    def _shapes(self, model: ir.Model, values: Sequence[ir.Value]) -> dict[str, Shape]:
+        """Shapes in full of those values that have one, from the graph or from `shapes`."""
+        known = {v.name or "": shape for v in values if (shape := _static(v)) is not None}
+        reachable = {v.name for node in model.graph for v in node.outputs}
+        reachable |= {v.name for v in model.graph.inputs}
+        names = [v.name or "" for v in values if v.name not in known and v.name in reachable]
+        return known | dict(self.shapes(model, list(dict.fromkeys(names))) if names else {})
+
+    def _site(self, node: ir.Node, inputs: tuple[Shape, ...]) -> Site:
+        weight = node.inputs[1]
+        assert weight is not None and weight.const_value is not None
+        sizes = tuple(weight.const_value.shape.numpy())
+        if node.op_type == "MatMul":
+            region = Region("QMatMulW8A8", (("K", sizes[0]), ("N", sizes[1])))
+            return Site("MatMul", sizes, inputs, (), self.supports(region) is None)
+        axes = len(sizes) - 2
+        attributes = [
+            (name, tuple(node.attributes.get_ints(name, [usual] * axes * (1 + (name == "pads")))))
+            for name, usual in _CONV_ATTRIBUTES.items()
+        ]
+        group = ("group", (node.attributes.get_int("group", 1),))
+        return Site("Conv", sizes, inputs, (group, *attributes))
+
+
+def _is_chosen(node: ir.Node) -> bool:
+    """Whether there is a choice: weights below 8 bits are asked for because they are small."""
+    plan = plan_of(node)
+    return plan is not None and plan.weight.storage is ir.DataType.INT8
+
+
+def _static(value: ir.Value) -> Shape | None:
+    dims = () if value.shape is None else value.shape.dims
+    # Some exporters write -1 for a dimension they do not know.
+    sizes = tuple(dim for dim in dims if isinstance(dim, int) and dim >= 0)
+    return sizes if sizes and len(sizes) == len(dims) else None
+
+
+def _inputs(node: ir.Node, shapes: Mapping[str, Shape]) -> tuple[Shape, ...]:
+    data, weight = node.inputs[:2]
+    assert data is not None and weight is not None and weight.const_value is not None
+    shape = shapes.get(data.name or "")
+    if node.op_type == "MatMul":
+        depth = weight.const_value.shape.numpy()[0]
+        rows = _LADDER if shape is None else (math.prod(shape[:-1]),)
+        return tuple((count, depth) for count in rows if count > 0)
+    return () if shape is None or 0 in shape else (shape,)
+
+
+def _weighed(
+    node: ir.Node, site: Site, costs: Costs | None, losing: tuple[float, float] | None
+) -> Choice:
+    name, usual = node.name or "", site.candidates[0]
+    if costs is None:
+        return Choice(name, site.name, usual, "its cost is not known here: quantized as planned")
+    means = {candidate: costs.mean(candidate) for candidate in site.candidates}
+    best: Candidate = min(means, key=means.__getitem__)
+    if site.op == "Conv":
+        best = usual if losing is None else "float"
+        if losing is not None:
+            means = {"ort": losing[0], "float": losing[1]}
+    elif not costs.wins(best, usual, MARGIN):
+        best = usual
+    others = ", ".join(f"{_IN_WORDS[c]} {_us(means[c])}" for c in means if c != best)
+    return Choice(name, site.name, best, f"{_WINS[best]}: {_us(means[best])} against {others} "
+                  f"({_where(costs)})", costs)  # fmt: skip
+
+
+_IN_WORDS = {"kernel": "our kernel", "ort": "ORT's int8", "float": "float"}
+_WINS: Mapping[Candidate, str] = {
+    "kernel": "our kernel is kept",
+    "ort": "ORT's int8 is kept",
+    "float": "float is faster here",
+}
+
+
+def _us(time: float) -> str:
+    return f"{time:.1f} us" if time < 10 else f"{time:.0f} us"
+
+
+def _where(costs: Costs) -> str:
+    """On what grounds: "timed at 1x384, 16x384, 128x384"."""
+    shapes = dict.fromkeys(shape for _, shape in costs.points)
+    sizes = ", ".join("x".join(map(str, shape)) for shape in shapes)
+    return f"{'timed' if costs.source == 'timed' else 'estimated'} at {sizes}"

@@ -1,0 +1,182 @@
+"""Choose kernels for one compilation: pass by pass, and by timing the whole at the end.
+
+Sites are weighed in the pass `choose-kernels`.  If the finished bundle is slower than its model all
+the same, it is made again with float convolutions, and if that does not help, with nothing
+quantized at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qcompiler.ir.errors import OptionError, QCompilerError
+from qcompiler.ir.region import Region
+from qcompiler.passes.choose_kernels import ChooseKernels
+from qcompiler.passes.insert_qdq import Observer
+from qcompiler.passes.smooth_activations import Sampler
+from qcompiler.pipeline import Pipeline
+from qcompiler.random_inputs import random_feed
+from qcompiler.recipe import Recipe
+from qcompiler.targets import catalog
+from qcompiler.targets.target import Target
+from qcompiler.timing.cost_model import border_cost
+from qcompiler.timing.judge import Judge, runs_here
+from qcompiler.timing.observed_shapes import model_inputs
+from qcompiler.timing.record import Record
+from qcompiler.timing.whole import WholeTime, time_whole
+
+__all__ = ["Chooser", "Wishes"]
+
+
+_NOT_TIMED = (
+    "the bundle was not timed against its model, which does not run on made-up inputs: give "
+    "--shapes NAME=1x128,… (shapes=...) or --calib DIR (calibration=...)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wishes:
+    """What a user may say about choosing kernels.
+
+    Attributes:
+        timing: Time on this machine, where it runs the target; else the cost model decides.
+        shapes: Shapes of the model's inputs that matter.
+        choices: A bundle or manifest whose choices are made again.
+    """
+
+    timing: bool = True
+    shapes: Mapping[str, tuple[int, ...]] | None = None
+    choices: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that they agree.
+
+        Raises:
+            OptionError: Sizes below 1, or shapes beside choices, which were made on their own.
+        """
+        for name, shape in (self.shapes or {}).items():
+            sizes = shape if isinstance(shape, tuple | list) else (shape, None)
+            if not all(isinstance(size, int) and size > 0 for size in sizes):
+                raise OptionError(f"shapes: {name}={shape}: sizes are whole numbers from 1")
+        if self.shapes is not None and self.choices is not None:
+            raise OptionError("give shapes or choices, not both: choices made before need no sizes")
+
+
+class Chooser:
+    """The choices of one compilation, while they are made.
+
+    Attributes:
+        notes: What the user should know about them, in sentences.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        wishes: Wishes,
+        samples: str | os.PathLike[str] | None,
+        tell: Callable[[str, float], None],
+    ) -> None:
+        """Take the facts.
+
+        Args:
+            target: What is compiled for.
+            wishes: What the user said.
+            samples: Folder of calibration samples, if there is one.
+            tell: Hears what is being timed, and the share done.
+
+        Raises:
+            OptionError: Choices to make again that cannot be read, or are another target's.
+        """
+        self.target, self.wishes, self.samples = target, wishes, samples
+        self._times = wishes.timing and runs_here(target)
+        self._judge = Judge(
+            target, timing=self._times, shapes=wishes.shapes, samples=samples, tell=tell
+        )
+        self.notes: tuple[str, ...] = ()
+        self._made = None if wishes.choices is None else Record.read(wishes.choices, target.name)
+        self._forced: dict[str, str] = {}
+        self._lost: str | None = None
+        self._whole: tuple[WholeTime, ...] = ()
+        self._choose = self._make_pass()
+
+    def check(self, model: ir.Model) -> None:
+        """Check the shapes that were given.
+
+        Raises:
+            OptionError: They do not fit the model's inputs.
+        """
+        if self.wishes.shapes is not None:
+            random_feed(model_inputs(model), self.wishes.shapes)
+
+    def pipeline(self, recipe: Recipe, observe: Observer | None, sample: Sampler) -> Pipeline:
+        """The passes to run, with what is known so far; see `Pipeline.default`."""
+        self._choose = self._make_pass()
+        return Pipeline.default(
+            self.target, recipe, observe, sample, self._choose, self._unsupported
+        )
+
+    def record(self) -> Record:
+        """What was chosen when the last pipeline ran."""
+        if self._made is not None:
+            return self._made
+        sites, error = tuple(self._choose.choices), self._judge.error()
+        return Record(sites, self._lost is None, self._whole, error)
+
+    def is_slower(self, bundle: Path, model: Path) -> bool:
+        """Whether `bundle` is to be made again, because it is slower than `model`."""
+        if not self._times or self._made is not None or self._lost is not None:
+            return False
+        if not self._can_retreat():
+            return False
+        data = None if self.wishes.shapes is not None else self.samples
+        try:
+            self._whole = tuple(time_whole(bundle, model, self.wishes.shapes, data))
+        except QCompilerError:
+            if self.wishes.shapes is not None:
+                raise
+            self.notes = (_NOT_TIMED,)
+            return False
+        slower = [time for time in self._whole if time.speedup < 1]
+        if slower:
+            self._retreat(slower[0])
+        return bool(slower)
+
+    def _can_retreat(self) -> bool:
+        """Whether there is anything to do if the whole is slower."""
+        integer = any(choice.candidate != "float" for choice in self._choose.choices)
+        return integer or bool(catalog.built_isas(self.target))
+
+    def _retreat(self, time: WholeTime) -> None:
+        """Quantize less: no convolution, and if there was none, nothing."""
+        plural = "s" if time.threads > 1 else ""
+        against = (f"{time.bundle:.3g} ms against {time.model:.3g} ms on {time.threads} "
+                   f"thread{plural}")  # fmt: skip
+        integer = any(c.site.startswith("Conv") and c.candidate != "float"
+                      for c in self._choose.choices)  # fmt: skip
+        if integer:
+            self._forced = {"Conv": f"with int8 convolutions the whole is slower: {against}"}
+        else:
+            self._lost = f"quantized, the whole is slower: {against}"
+            self._forced = {op: self._lost for op in ("Conv", "MatMul")} | self._forced
+            self._whole = ()
+
+    def _make_pass(self) -> ChooseKernels:
+        made = None if self._made is None else {c.node: c for c in self._made.sites}
+        return ChooseKernels(
+            self._judge.costs,
+            border_cost,
+            lambda region: catalog.unsupported(self.target, region),
+            self._judge.shapes,
+            self._forced,
+            made,
+        )
+
+    def _unsupported(self, region: Region) -> str | None:
+        if self._made is not None and not self._made.kernels:
+            return "quantized, the whole was slower when the choices were made"
+        return self._lost or catalog.unsupported(self.target, region)

@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from golden import model_of
+
+from qcompiler.ir.decisions import decision_of, left_to_ort, plan_of
+from qcompiler.ir.errors import OptionError
+from qcompiler.ir.sites import Choice, Costs, Site
+from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.passes.choose_kernels import ChooseKernels
+from qcompiler.passes.fold_qdq import FoldQDQ
+from qcompiler.passes.fuse_regions import FuseRegions
+from qcompiler.passes.insert_qdq import InsertQDQ
+from qcompiler.passes.round_to_nearest import RoundToNearest
+from qcompiler.targets.catalog import get_target
+
+MATMUL = "g (float[m,64] x) => (float[m,48] y) { y = MatMul (x, w) }"
+STATIC = "g (float[2,3,64] x) => (float[2,3,48] y) { y = MatMul (x, w) }"
+W = {"w": np.ones((64, 48), np.float32)}
+CHAIN = """
+g (float[1,8,16,16] x) => (float[1,8,16,16] y)
+{ a = Conv <pads = [1,1,1,1]> (x, u) b = Relu (a) c = Conv <pads = [1,1,1,1]> (b, v)
+  d = Conv <pads = [1,1,1,1]> (c, w) y = Sigmoid (d) }
+"""
+KERNELS = {name: np.full((8, 8, 3, 3), 0.1, np.float32) for name in "uvw"}
+BORDER = 10.0
+
+
+def planned(text, weights, target="x86-int8"):
+    model = model_of(text, weights)
+    AssignPrecision(get_target(target).scheme, group_size=16 if target.endswith("int4") else None)(
+        model
+    )
+    return model
+
+
+def choosing(times, *, kernels=True, shapes=None, **options):
+    """The pass, with these microseconds: one for all points, or a list for one and two threads."""
+
+    def costs(sites):
+        return [None if times is None else costs_of(site, times) for site in sites]
+
+    return ChooseKernels(
+        costs, lambda elements: BORDER, lambda region: None if kernels else "none",
+        lambda model, names: {n: (shapes or {})[n] for n in names if n in (shapes or {})},
+        **options,
+    )  # fmt: skip
+
+
+def choosing_convs(times):
+    """The pass, with the microseconds that each convolution of `CHAIN` takes."""
+
+    def costs(sites):
+        return [costs_of(site, times(name)) for site, name in zip(sites, "uvw", strict=True)]
+
+    return ChooseKernels(
+        costs, lambda elements: BORDER, lambda region: None, lambda model, names: {}
+    )
+
+
+def costs_of(site, times):
+    """Where `times` is a function, it is asked for the site's."""
+    times = times(site) if callable(times) else times
+    points = [(threads, shape) for threads in (1, 2) for shape in site.inputs]
+    listed = {
+        name: [value] * len(points) if isinstance(value, float | int)
+        else [value[threads - 1] for threads, _ in points]
+        for name, value in times.items()
+    }  # fmt: skip
+    return Costs("timed", tuple(points), {name: tuple(listed[name]) for name in times})
+
+
+def only(model, op="MatMul"):
+    (node,) = (node for node in model.graph if node.op_type == op)
+    return node
+
+
+def test_a_matmul_that_gains_nothing_stays_as_it_was():
+    model = planned(MATMUL, W)
+    choose = choosing({"kernel": 56.0, "ort": 80.0, "float": 41.0})
+    assert choose(model).modified
+    node = only(model)
+    assert plan_of(node) is None
+    decision = decision_of(node)
+    assert (decision.action, decision.expected) == ("float", True)
+    assert decision.why == (
+        "float is faster here: 41 us against our kernel 56 us, ORT's int8 80 us "
+        "(timed at 1x64, 16x64, 128x64)"
+    )
+    assert [choice.candidate for choice in choose.choices] == ["float"]
+    assert not choose(model).modified
+
+
+@pytest.mark.parametrize("rival", ["float", "ort"])
+@pytest.mark.parametrize(
+    "time",
+    [53.5, 60.0, [30.0, 57.0]],
+    ids=["within the noise", "slower", "slower with two threads"],
+)
+def test_our_kernel_stays_unless_another_is_clearly_faster(rival, time):
+    model = planned(MATMUL, W)
+    times = {"kernel": 56.0, "ort": 80.0, "float": 80.0} | {rival: time}
+    choose = choosing(times)
+    assert not choose(model).modified
+    assert plan_of(only(model)) is not None
+    assert [choice.candidate for choice in choose.choices] == ["kernel"]
+
+
+def test_what_ort_does_faster_is_left_to_its_function_body():
+    model = planned(MATMUL, W)
+    choosing({"kernel": 56.0, "ort": 40.0, "float": 80.0})(model)
+    assert left_to_ort(only(model)) is not None
+    for rewrite in (InsertQDQ(), RoundToNearest(), FoldQDQ(), FuseRegions(lambda region: None)):
+        rewrite(model)
+    decision = decision_of(only(model, "QMatMulW8A8"))
+    assert (decision.action, decision.expected) == ("body", True)
+    assert decision.why.startswith("ORT's int8 is kept: 40 us against our kernel 56 us")
+
+
+def test_without_a_kernel_the_function_body_is_what_a_matmul_gets_anyway():
+    model = planned(MATMUL, W)
+    choosing({"ort": 40.0, "float": 80.0}, kernels=False)(model)
+    assert left_to_ort(only(model)) is None
+    assert plan_of(only(model)) is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "shapes", "rows"),
+    [
+        (MATMUL, None, [1, 16, 128]),
+        (STATIC, None, [6]),
+        (MATMUL, {"x": (7, 64)}, [7]),
+        (MATMUL.replace("m,64", "-1,64"), None, [1, 16, 128]),
+        (STATIC, {"x": (9, 9, 64)}, [6]),
+    ],
+)
+def test_the_shapes_that_matter(text, shapes, rows):
+    asked = []
+
+    def times(site):
+        asked.append(site)
+        return {"kernel": 1.0, "ort": 2.0, "float": 3.0}
+
+    choosing(times, shapes=shapes)(planned(text, W))
+    assert asked == [Site("MatMul", (64, 48), tuple((row, 64) for row in rows), (), True)]
+
+
+def test_what_costs_nobody_knows_is_quantized_as_planned():
+    model = planned(MATMUL, W)
+    choose = choosing(None)
+    assert not choose(model).modified
+    assert choose.choices[0].why == "its cost is not known here: quantized as planned"
+    assert plan_of(only(model)) is not None
+
+
+def test_four_bits_are_not_chosen_for_speed():
+    model = planned(MATMUL, W, "x86-int4")
+    choose = choosing({"ort": 80.0, "float": 1.0})
+    assert not choose(model).modified
+    assert choose.choices == []
+
+
+def floats(model):
+    return [plan_of(node) is None for node in model.graph if node.op_type == "Conv"]
+
+
+def test_a_convolution_between_others_stays_integer_for_the_borders_it_saves():
+    model = planned(CHAIN, KERNELS)
+    middle = {"v": 30.0}
+
+    # Alone the middle one would lose 10 us; floats around it would cost two borders of 10.
+    chosen = choosing_convs(
+        lambda name: {"ort": middle.get(name, 20.0), "float": 20.0 if name == "v" else 45.0}
+    )
+    assert not chosen(model).modified
+    assert floats(model) == [False] * 3
+    middle["v"] = 50.0
+    assert chosen(model).modified
+    assert floats(model) == [False, True, False]
+    why = decision_of([node for node in model.graph if node.op_type == "Conv"][1]).why
+    # Its own 20 us and the two borders, a DQ before and a Q after it.
+    assert why.startswith("float is faster here: 40 us against ORT's int8 50 us")
+
+
+def test_when_one_leaves_the_integer_part_its_neighbours_are_weighed_again():
+    model = planned(CHAIN, KERNELS)
+    # Each loses a little to float and gains it back by the borders, until one has left.
+    ort = dict(zip("uvw", (80.0, 52.0, 48.0), strict=True))
+    choosing_convs(lambda name: {"ort": ort[name], "float": 45.0})(model)
+    assert floats(model) == [True, True, True]
+
+
+def test_a_small_one_leaves_though_a_large_one_loses_more_within_the_noise():
+    model = planned(CHAIN, KERNELS)
+    times = {"u": (9000.0, 8900.0), "v": (100.0, 400.0), "w": (80.0, 40.0)}
+    choosing_convs(lambda name: dict(zip(("ort", "float"), times[name], strict=True)))(model)
+    assert floats(model) == [False, False, True]
+
+
+def test_the_result_that_integers_and_floats_read_has_one_border():
+    text = CHAIN.replace("y = Sigmoid (d)", "e = Sigmoid (c) y = Add (d, e)")
+    model = planned(text, KERNELS)
+    choosing({"ort": 20.0, "float": 25.0})(model)
+    # c has a DQ for the Sigmoid anyway, so the last one saves its own border by leaving.
+    assert floats(model) == [False, False, True]
+
+
+def test_convolutions_are_asked_about_with_their_attributes():
+    asked = []
+
+    def times(site):
+        asked.append(site)
+        return {"ort": 1.0, "float": 2.0}
+
+    text = """
+    g (float[n,4,h,w] x) => (float[n,8,p,q] y)
+    { a = Conv <group = 2, strides = [2,1], pads = [1,0,1,0]> (x, k) y = Sigmoid (a) }
+    """
+    model = planned(text, {"k": np.ones((8, 2, 3, 1), np.float32)})
+    choosing(times, shapes={"x": (1, 4, 9, 5)})(model)
+    (site,) = asked
+    assert site.name == "Conv 8x2x3x1 group=2 dilations=1x1 pads=1x0x1x0 strides=2x1"
+    assert site.inputs == ((1, 4, 9, 5),)
+    assert site.result((1, 4, 9, 5)) == (1, 8, 5, 5)
+
+
+def test_forced_ops_stay_float_with_the_reason():
+    model = planned(MATMUL, W)
+    choose = choosing({"kernel": 1.0, "ort": 2.0, "float": 3.0}, forced={"MatMul": "it was slower"})
+    choose(model)
+    assert decision_of(only(model)).why == "it was slower"
+    assert plan_of(only(model)) is None
+
+
+def test_choices_are_made_again():
+    name = only(planned(MATMUL, W)).name
+    made = {name: Choice(name, "MatMul 64x48", "float", "as then")}
+    model = planned(MATMUL, W)
+    choose = choosing({"kernel": 1.0, "ort": 2.0, "float": 3.0}, made=made)
+    choose(model)
+    assert decision_of(only(model)).why == "as then"
+    assert choose.choices == list(made.values())
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({}, r"another model or .*: for node '.*' \(MatMul 64x48\) they hold nothing"),
+        ({"site": "MatMul 64x64"}, "they hold MatMul 64x64"),
+        ({"site": "MatMul 64x48", "more": True}, "node 'other' is not to be quantized here"),
+    ],
+)
+def test_choices_of_another_model_are_refused(made, message):
+    model = planned(MATMUL, W)
+    name = only(model).name
+    choices = {}
+    if made:
+        choices[name] = Choice(name, made["site"], "kernel", "")
+    if made.get("more"):
+        choices["other"] = Choice("other", "MatMul 1x1", "kernel", "")
+    with pytest.raises((OptionError, ir.passes.PassError)) as error:
+        choosing(None, made=choices)(model)
+    assert re.search(message, str(error.value.__cause__ or error.value))

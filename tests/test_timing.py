@@ -1,0 +1,365 @@
+"""Timing sites and bundles, the model of their cost, and choices that are made again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from conftest import mlp
+from golden import model_of, sqnr
+
+import qcompiler
+from qcompiler.bench import Result, Timing
+from qcompiler.ir.decisions import Decision
+from qcompiler.ir.errors import ModelError, OptionError
+from qcompiler.ir.sites import Costs, Site
+from qcompiler.report import Report
+from qcompiler.targets import x86
+from qcompiler.targets.cache import KernelCache
+from qcompiler.timing.cost_model import border_cost, estimate, model_error
+from qcompiler.timing.measure import Stopwatch, can_time
+from qcompiler.timing.observed_shapes import model_inputs, observed_shapes
+from qcompiler.timing.record import Record
+from qcompiler.timing.site_models import site_feed, site_model
+from qcompiler.timing.whole import WholeTime, time_whole
+
+DENSE = Site("MatMul", (64, 48), ((1, 64), (5, 64)), (), True)
+GROUPED = Site(
+    "Conv", (8, 2, 3, 1), ((1, 4, 9, 5),),
+    (("group", (2,)), ("dilations", (2, 1)), ("pads", (1, 0, 1, 0)), ("strides", (2, 1))),
+)  # fmt: skip
+LINE = Site(
+    "Conv", (6, 3, 5), ((2, 3, 20),),
+    (("group", (1,)), ("dilations", (1,)), ("pads", (2, 2)), ("strides", (3,))),
+)  # fmt: skip
+SILENT = lambda text, share: None  # noqa: E731
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Compilations in this test time what they choose."""
+    monkeypatch.setattr("qcompiler.chooser.runs_here", lambda target: target.arch == "x86")
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """The speedups that whole bundles get, one after the other; 2 when the list has ended."""
+    speedups = []
+
+    def time_whole(bundle, model, shapes, data):
+        assert qcompiler.load(bundle) and model.exists()
+        return [WholeTime(1, 3.0, 4.0, speedups.pop(0) if speedups else 2.0)]
+
+    monkeypatch.setattr("qcompiler.chooser.time_whole", time_whole)
+    return speedups
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def conv_net():
+    rng = np.random.default_rng(0)
+    return model_of(
+        "g (float[n,4,16,16] x) => (float[n,16,16,3] y) "
+        "{ a = Conv <pads = [1,1,1,1]> (x, u) b = Relu (a) c = Conv <pads = [1,1,1,1]> (b, v) "
+        "d = Sigmoid (c) e = Transpose <perm = [0,2,3,1]> (d) y = MatMul (e, w) }",
+        {
+            "u": rng.standard_normal((4, 4, 3, 3), np.float32),
+            "v": rng.standard_normal((8, 4, 3, 3), np.float32),
+            "w": rng.standard_normal((8, 3), np.float32),
+        },
+    )
+
+
+@pytest.fixture
+def samples(tmp_path):
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    x = np.random.default_rng(1).standard_normal((1, 4, 16, 16), np.float32)
+    np.savez(folder / "0.npz", x=x)
+    return folder
+
+
+def run(site, candidate, shape):
+    model = site_model(site, candidate, "qcompiler.00000000")
+    session = ort.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return session.run(None, site_feed(site, candidate, shape))[0]
+
+
+@pytest.mark.parametrize("site", [DENSE, GROUPED, LINE], ids=lambda site: site.name)
+@pytest.mark.parametrize("candidate", ["ort", "float"])
+def test_the_model_of_a_site_computes_its_op(site, candidate):
+    for shape in site.inputs:
+        assert run(site, candidate, shape).shape == site.result(shape)
+
+
+def test_candidates_of_a_matmul_compute_the_same():
+    shape = DENSE.inputs[1]
+    # Weights are an integer times 0.01 in one, a hundredth in the other.
+    assert sqnr(run(DENSE, "float", shape), run(DENSE, "ort", shape)) > 30
+
+
+@pytest.mark.parametrize(
+    "site", [dataclasses.replace(DENSE, kernel=False), LINE], ids=lambda site: site.name
+)
+def test_a_site_is_timed_once(tmp_path, site, monkeypatch):
+    watch = Stopwatch(KernelCache(tmp_path), x86.fingerprint(), (1, 2))
+    heard = []
+    first, same = watch.time([site, site], lambda text, share: heard.append(text))
+    assert first == same
+    assert first.source == "timed"
+    assert first.points == tuple((count, shape) for count in (1, 2) for shape in site.inputs)
+    assert set(first.times) == set(site.candidates)
+    assert all(time > 0 for times in first.times.values() for time in times)
+    assert heard == [f"time {site.name}"]
+    monkeypatch.setattr(Stopwatch, "_measure", None)
+    assert watch.time([site], SILENT) == [first]
+
+
+def test_times_are_kept_per_processor_threads_and_kernels(tmp_path, monkeypatch):
+    def key(fingerprint="a", threads=(1,)):
+        return Stopwatch(KernelCache(tmp_path), fingerprint, threads)._key(DENSE)
+
+    keys = {key(), key("b"), key(threads=(1, 2))}
+    monkeypatch.setattr("qcompiler.timing.measure.processor", lambda: "another")
+    assert len(keys | {key()}) == 4
+
+
+def test_what_cannot_be_timed():
+    assert can_time(DENSE)
+    assert not can_time(Site("Conv", (8, 8, 3, 3)))
+    assert not can_time(Site("MatMul", (1 << 15, 1 << 15), ((1, 1 << 15),)))
+    assert not can_time(dataclasses.replace(DENSE, inputs=((1, 64), (1 << 24, 64))))
+
+
+def test_the_cost_model_knows_what_grows():
+    def cost(candidate, site, threads=1):
+        return estimate(site, (threads,)).mean(candidate)
+
+    small, wide = (Site("MatMul", (512, n), ((128, 512),), (), True) for n in (512, 1024))
+    for candidate in small.candidates:
+        assert cost(candidate, small) < cost(candidate, wide)
+        assert cost(candidate, wide, 2) < cost(candidate, wide)
+    assert cost("kernel", wide) < cost("ort", wide) < cost("float", wide)
+    assert border_cost(10) < border_cost(10**6)
+
+
+def test_a_tiny_matmul_gains_nothing_by_the_cost_model():
+    costs = estimate(Site("MatMul", (8, 4), ((1, 8),), (), True), (1,))
+    assert costs.mean("float") < costs.mean("kernel")
+
+
+def test_the_error_of_the_cost_model_is_the_median_over_sites():
+    exact = estimate(DENSE, (1, 2))
+    assert model_error([(DENSE, exact)]) == pytest.approx(dict.fromkeys(exact.times, 0), abs=0.01)
+    doubled = {name: tuple(2 * t for t in times) for name, times in exact.times.items()}
+    off = Costs("timed", exact.points, doubled)
+    assert model_error([(DENSE, off)]) == pytest.approx(dict.fromkeys(exact.times, 0.5), abs=0.01)
+
+
+def test_shapes_are_seen_by_running_the_model():
+    model = conv_net()
+    before = [value.name for value in model.graph.outputs]
+    names = [node.outputs[0].name for node in model.graph]
+    feed = {"x": np.ones((2, 4, 16, 16), np.float32)}
+    found = observed_shapes(model, ["x", *names], feed)
+    assert [found[name] for name in ("x", names[0], names[4])] == [
+        (2, 4, 16, 16), (2, 4, 16, 16), (2, 16, 16, 8),
+    ]  # fmt: skip
+    assert [value.name for value in model.graph.outputs] == before
+    with pytest.raises(ModelError, match="fails on inputs of these shapes"):
+        observed_shapes(model, names, {"x": np.ones((2, 3, 16, 16), np.float32)})
+    assert [(i.name, i.shape, i.type) for i in model_inputs(model)] == [
+        ("x", ["n", 4, 16, 16], "tensor(float)")
+    ]
+
+
+def test_a_dimension_of_minus_one_is_open():
+    (given,) = model_inputs(model_of("g (float[-1,4] x) => (float[-1,4] y) { y = Relu (x) }"))
+    assert given.shape == [None, 4]
+
+
+def test_a_whole_that_is_slower_is_timed_again(tmp_path, monkeypatch):
+    speeds = [0.9, 1.02, 0.5]
+
+    def bench(bundle, model, *, threads, **options):
+        speed = speeds.pop(0)
+        sides = Timing(speed, speed), Timing(1.0, 1.0)
+        result = Result(threads[0], 5, *sides, speed, speed, (speed, speed))
+        return type("Bench", (), {"results": (result,)})
+
+    monkeypatch.setattr("qcompiler.timing.whole.bench", bench)
+    monkeypatch.setattr("qcompiler.timing.whole.thread_counts", lambda: (1, 2, 3))
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
+    bundle = tmp_path / "bundle"
+    bundle.mkdir()
+    (bundle / "model.onnx").write_bytes(b"m")
+    found = time_whole(bundle, bundle / "model.onnx", None, None)
+    # Twice with one thread; with two it is so slow that once is enough, and three do not matter.
+    assert [(time.threads, time.speedup) for time in found] == [(1, 1.02), (2, 0.5)]
+    assert speeds == []
+    assert time_whole(bundle, bundle / "model.onnx", None, None) == found
+
+
+def test_timed_and_replayed_bundles_are_the_same_bytes(tmp_path, timed, whole, samples):
+    report = qcompiler.compile(conv_net(), "x86-int8", tmp_path / "a", calibration=samples)
+    sources = {site["costs"]["source"] for site in report.choices["sites"]}
+    assert sources == {"timed"}
+    assert set(report.choices["model_error"]) >= {"ort", "float"}
+    again = qcompiler.compile(conv_net(), "x86-int8", tmp_path / "b", calibration=samples)
+    replay = {"calibration": samples, "timing": False}
+    qcompiler.compile(conv_net(), "x86-int8", tmp_path / "c", choices=tmp_path / "a", **replay)
+    manifest = tmp_path / "a" / "manifest.json"
+    qcompiler.compile(conv_net(), "x86-int8", tmp_path / "d", choices=manifest, **replay)
+    assert again.choices == report.choices
+    assert all(files(tmp_path / name) == files(tmp_path / "a") for name in "bcd")
+
+
+def test_estimated_bundles_are_the_same_bytes(tmp_path, timed):
+    for name in "ab":
+        report = qcompiler.compile(mlp(), "x86-int8", tmp_path / name, timing=False)
+    assert {site["costs"]["source"] for site in report.choices["sites"]} == {"model"}
+    assert report.choices["whole"] == []
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_a_whole_that_is_slower_is_quantized_less(tmp_path, timed, whole, samples, monkeypatch):
+    # By this model nothing loses, so that only the whole can object.
+    monkeypatch.setattr(
+        "qcompiler.timing.judge.Judge.costs",
+        lambda self, sites: [
+            Costs("model", ((1, site.inputs[0]),), dict.fromkeys(site.candidates, (1.0,)))
+            for site in sites
+        ],
+    )
+    monkeypatch.setattr("qcompiler.chooser.border_cost", lambda elements: 0.0)
+    whole.append(0.75)
+    convs = qcompiler.compile(conv_net(), "x86-int8", tmp_path / "a", calibration=samples)
+    chosen = {site["site"].split()[0]: site["choice"] for site in convs.choices["sites"]}
+    assert chosen == {"Conv": "float", "MatMul": "kernel"}
+    assert "with int8 convolutions the whole is slower: 4 ms against 3 ms on 1 thread" in {
+        decision.why for decision in convs.decisions
+    }
+    whole.extend([0.75, 0.75])
+    nothing = qcompiler.compile(conv_net(), "x86-int8", tmp_path / "b", calibration=samples)
+    assert nothing.count("kernel", "qdq", "body") == 0
+    assert not nothing.fallbacks()
+    assert nothing.warnings[0].startswith("nothing was quantized")
+    for name in "ab":
+        qcompiler.compile(
+            conv_net(), "x86-int8", tmp_path / "again", calibration=samples, choices=tmp_path / name
+        )
+        assert files(tmp_path / "again") == files(tmp_path / name)
+
+
+def test_a_model_that_cannot_be_fed_is_not_timed(tmp_path, timed, monkeypatch):
+    def time_whole(*arguments):
+        raise ModelError("the inputs were made up")
+
+    monkeypatch.setattr("qcompiler.chooser.time_whole", time_whole)
+    report = qcompiler.compile(mlp(), "x86-int8", tmp_path / "a")
+    assert "does not run on made-up inputs: give --shapes" in report.notes[0]
+    with pytest.raises(ModelError):
+        qcompiler.compile(mlp(), "x86-int8", tmp_path / "b", shapes={"x": (512, 64)})
+
+
+def test_foreign_targets_are_neither_timed_nor_modelled(tmp_path, timed):
+    report = qcompiler.compile(mlp(), "arm-int8", tmp_path / "a")
+    assert {site["costs"] for site in report.choices["sites"]} == {None}
+    assert report.count("body") > 0
+
+
+def test_choices_made_on_different_times_are_told_together():
+    whys = [f"float is faster here: {time} us against ORT's int8 99 us (…)" for time in (4.1, 50)]
+    nodes = tuple(Decision(str(index), "Conv", "float", why) for index, why in enumerate(whys))
+    (group,) = Report(Path("b"), "x86-int8", nodes, 0).groups()
+    assert (group.why, group.count) == ("float is faster here", 2)
+
+
+@pytest.fixture(scope="module")
+def estimated(tmp_path_factory):
+    """A bundle with choices."""
+    return qcompiler.compile(
+        mlp(), "x86-int8", tmp_path_factory.mktemp("estimated") / "b", timing=False
+    ).bundle
+
+
+def test_a_record_reads_back(estimated):
+    record = Record.read(estimated, "x86-int8")
+    assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
+    assert [site.site for site in record.sites] == ["MatMul 64x48", "MatMul 48x64"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "cannot read the choices in .*: No such file"),
+        ("no JSON", "holds no choices that can be read"),
+        ({"target": "arm-int8"}, "are for arm-int8, not for x86-int8"),
+        ({"choices": None}, "holds no choices: its bundle was made with passes of its own"),
+        ({"choices": {"sites": [{}]}}, r"holds no choices that can be read \(KeyError\('choice'\)"),
+        ({"choices": {"sites": [{"choice": "gpu"}]}}, "unknown choice 'gpu'"),
+    ],
+)
+def test_choices_that_cannot_be_made_again(tmp_path, estimated, change, message):
+    copy = tmp_path / "bundle"
+    if change is not None:
+        shutil.copytree(estimated, copy)
+        manifest = copy / "manifest.json"
+        content = json.loads(manifest.read_text())
+        text = change if isinstance(change, str) else json.dumps(content | change)
+        manifest.write_text(text)
+    with pytest.raises(OptionError, match=message):
+        qcompiler.compile(mlp(), "x86-int8", tmp_path / "b", choices=copy)
+    assert not (tmp_path / "b").exists()
+
+
+def test_choices_of_another_model(tmp_path, estimated):
+    with pytest.raises(OptionError, match="another model .*: for node .* they hold MatMul 64x48"):
+        qcompiler.compile(mlp(width=32), "x86-int8", tmp_path / "b", choices=estimated)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ({"z": (1,)}, "no input 'z'; the inputs are x"),
+        ({"x": (1, 65)}, r"x=1x65 does not fit, the model takes \['m', 64\]"),
+        ({"x": (0, 64)}, r"shapes: x=\(0, 64\): sizes are whole numbers from 1"),
+        ({"x": (1.5, 64)}, r"shapes: x=\(1.5, 64\): sizes are whole numbers from 1"),
+        ({"x": 64}, "shapes: x=64: sizes are whole numbers from 1"),
+    ],
+)
+@pytest.mark.parametrize("timing", [True, False])
+def test_shapes_that_do_not_fit(tmp_path, shapes, message, timing):
+    with pytest.raises(OptionError, match=message):
+        qcompiler.compile(mlp(), "x86-int8", tmp_path / "b", shapes=shapes, timing=timing)
+
+
+def test_shapes_decide_what_is_weighed(tmp_path):
+    report = qcompiler.compile(
+        mlp(), "x86-int8", tmp_path / "b", shapes={"x": (33, 64)}, timing=False
+    )
+    points = [site["costs"]["points"] for site in report.choices["sites"]]
+    assert {row for site in points for _, (row, _) in site} == {33}
+
+
+def test_shapes_and_choices_exclude_each_other(tmp_path, estimated):
+    with pytest.raises(OptionError, match="shapes or choices, not both"):
+        qcompiler.compile(
+            mlp(), "x86-int8", tmp_path / "b", shapes={"x": (1, 64)}, choices=estimated
+        )
+
+
+def test_passes_of_ones_own_choose_nothing(tmp_path):
+    passes = qcompiler.Pipeline.default(qcompiler.get_target("x86-int8"))
+    report = qcompiler.compile(mlp(), "x86-int8", tmp_path / "b", pipeline=passes)
+    assert report.choices is None
+    for options in ({"shapes": {"x": (1, 64)}}, {"choices": tmp_path / "b"}):
+        with pytest.raises(OptionError, match="a pipeline of your own chooses nothing: leave out"):
+            qcompiler.compile(mlp(), "x86-int8", tmp_path / "c", pipeline=passes, **options)
