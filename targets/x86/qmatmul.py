@@ -18,11 +18,11 @@ from qcompiler.ir.region import Region
 from qcompiler.targets import tir
 from qcompiler.targets.epilogue import apply_steps
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
+from qcompiler.targets.x86.activations import ByteRows, WidenedRows
 from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
 from qcompiler.targets.x86.units import unit_of
 from qcompiler.targets.x86.vector import load_lanes, store_lanes
-from qcompiler.targets.x86.widened import WidenedRows
 
 __all__ = ["accumulator_function", "qmatmul_function"]
 
@@ -53,8 +53,8 @@ class Loops:
         self._operands = operands
         self._finish = finish
         self._whole_panels, self._edge_columns = divmod(n, self._shape.columns)
-        if self._unit.widens:
-            self._widened = WidenedRows(operands.q, k, self._shape.rows)
+        rows = WidenedRows if self._unit.widens else ByteRows
+        self._activations = rows(operands.q, k, self._shape.rows)
 
     def emit(self) -> None:
         """Everything: panels [panel_begin, panel_end) of all rows."""
@@ -136,25 +136,8 @@ class Loops:
                     for total, weight in zip(row, weights, strict=True):
                         total.set(self._unit.dot_product_u8s8(total.value, several, weight))
 
-        if self._unit.widens:
-            self._widened.for_pairs(first_row, height, step)
-        else:
-            self._for_quads(first_row, height, step)
+        self._activations.for_groups(first_row, height, step)
         return sums
-
-    def _for_quads(
-        self, first_row: Expr, height: int, emit: Callable[[Expr, Sequence[Expr]], None]
-    ) -> None:
-        """`emit(quad, activations)` for each four elements of K: their bits, of each row."""
-        whole, rest = divmod(self._k, self._depth)
-
-        def activations(quad: Expr, width: int) -> list[Expr]:
-            return [self._activations(first_row + i, quad, width) for i in range(height)]
-
-        with tir.loop(0, whole) as quad:
-            emit(quad, activations(quad, self._depth))
-        if rest:
-            emit(whole, activations(whole, rest))
 
     def _init(self, panel: Expr, vector: int) -> Expr:
         start = panel * self._shape.columns + vector * LANES
@@ -167,15 +150,6 @@ class Loops:
     def _weight_start(self, panel: Expr, group: Expr, vector: Expr) -> Expr:
         group_start = (panel * self._groups + group) * (self._shape.columns * self._depth)
         return group_start + vector * (LANES * self._depth)
-
-    def _activations(self, row: Expr, quad: Expr, width: int) -> Expr:
-        """`width` activations as the bytes of an int32; those past the end of K are zero."""
-        start = row * self._k + quad * self._depth
-        q = self._operands.q
-        if width == self._depth:
-            return tir.reinterpret("int32", q.vload([start], "uint8x4"))
-        first, *others = (tir.cast("int32", q[start + i]) << (8 * i) for i in range(width))
-        return sum(others, first)
 
 
 def _vectors(columns: int) -> int:
