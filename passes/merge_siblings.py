@@ -139,17 +139,14 @@ def _replace(model: ir.Model, nodes: Sequence[ir.Node], whole: Region) -> None:
     )
     inherit(new, first)
     set_region(new, whole)
-    decide(new, "body", f"{len(nodes)} products of one input: {', '.join(map(_name, nodes))}")
+    new.name = " + ".join(node.name or node.op_type for node in nodes)
+    decide(new, "body", f"{len(nodes)} products of one input")
     results = [node.outputs[0] for node in nodes]
     assert first.graph is not None
     ir.convenience.replace_nodes_and_values(
         first.graph, first, nodes, [new], results, list(new.outputs)
     )
     dialect.type_results(new, whole.anchor, ["y"] * len(nodes))
-
-
-def _name(node: ir.Node) -> str:
-    return node.name or node.op_type
 
 
 def _operands(node: ir.Node, whole: Region) -> list[np.ndarray]:

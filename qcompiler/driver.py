@@ -97,7 +97,7 @@ def compile(
             model = job.run_passes()
             job.write(model, stage)
         job.write_choices(stage)
-        bytes_after = _size(stage)
+        bytes_after, bytes_of_kernels = _size(stage), _size(stage, "*.so")
     clock.stop()
     return dataclasses.replace(
         report,
@@ -105,6 +105,7 @@ def compile(
         notes=job.notes(),
         choices=None if chooser is None else chooser.record().to_dict(),
         bytes_after=bytes_after,
+        bytes_of_kernels=bytes_of_kernels,
         seconds=clock.seconds,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
@@ -180,8 +181,8 @@ class _Job:
         return notes
 
 
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.iterdir())
+def _size(folder: Path, pattern: str = "*") -> int:
+    return sum(file.stat().st_size for file in folder.glob(pattern))
 
 
 def _destination(source: object, target: str, output: str | os.PathLike[str] | None) -> Path:

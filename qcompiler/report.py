@@ -33,6 +33,7 @@ class Report:
         decisions: One per node of the final model.
         bytes_before: Model and external data as given.
         bytes_after: All files of the bundle.
+        bytes_of_kernels: The library among them.
         seconds: Wall time per phase, in order.
         notes: What else the user should know, in sentences.
         peak_memory: Largest resident size of this process so far, in bytes.
@@ -44,6 +45,7 @@ class Report:
     decisions: tuple[Decision, ...] = dataclasses.field(repr=False)
     bytes_before: int
     bytes_after: int = 0
+    bytes_of_kernels: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     peak_memory: int = 0
 
@@ -86,6 +88,7 @@ class Report:
             "target": self.target,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "bytes_of_kernels": self.bytes_of_kernels,
             "seconds": {name: round(value, 3) for name, value in self.seconds.items()},
             "peak_memory": self.peak_memory,
             "warnings": list(self.warnings),

@@ -62,7 +62,8 @@ def test_fills_a_missing_bias_or_factor_with_one_that_changes_nothing():
 def test_says_which_products_it_merged():
     model = outlined(TWO + "{ p = MatMul (x, a) q = MatMul (x, c) }")
     MergeSiblings(everything)(model)
-    assert decisions(model)[-1].why == "2 products of one input: node_0, node_1"
+    decision = decisions(model)[-1]
+    assert (decision.node, decision.why) == ("node_0 + node_1", "2 products of one input")
 
 
 @pytest.mark.parametrize(

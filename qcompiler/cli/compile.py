@@ -150,13 +150,15 @@ def _print_report(terminal: Terminal, model: Path, report: Report) -> None:
 
 
 def _totals(report: Report) -> list[tuple[str, str | Text]]:
-    before, after = report.bytes_before, report.bytes_after
+    before, kernels = report.bytes_before, report.bytes_of_kernels
+    after = report.bytes_after - kernels
     slowest = sorted(report.seconds.items(), key=lambda item: -item[1])[:2]
     named = ", ".join(f"{name} {span(seconds)}" for name, seconds in slowest)
     total = sum(report.seconds.values())
     change = f"{before / after:.1f} times smaller" if after < before else "not smaller"
+    library = f"; kernels {size(kernels)}" if kernels else ""
     return [
-        ("Size", f"{size(before)} → {size(after)}, {change}"),
+        ("Size", f"{size(before)} → {size(after)}, {change}{library}"),
         ("Time", f"{span(total)}, of it {named}"),
         ("Memory", f"{size(report.peak_memory)} at its peak"),
         ("Bundle", f"{report.bundle}/"),
