@@ -200,6 +200,22 @@ def test_what_does_not_run_is_not_sampled(tmp_path):
         sample_tokens(model, ["y"], Samples(tmp_path))
 
 
+@pytest.mark.parametrize(("smooth", "unused"), [(True, 0), (False, 1)])
+def test_compiling_takes_given_samples(tmp_path, smooth, unused):
+    (tmp_path / "samples").mkdir()
+    np.savez(tmp_path / "samples" / "a.npz", ids=np.arange(50)[None])
+    report = qcompiler.compile(
+        model_of(TOKENS, WEIGHTS),
+        "arm-int8",
+        tmp_path / "bundle",
+        recipe=qcompiler.Recipe(smooth=smooth),
+        calibration=tmp_path / "samples",
+    )
+    (why,) = (d.why for d in report.decisions if d.op == "QMatMulW8A8")
+    assert ("activations smoothed with" in why) == smooth
+    assert len(report.notes) == unused
+
+
 @pytest.mark.parametrize("smooth", [True, False])
 def test_a_recipe_turns_it_off(smooth):
     recipe = qcompiler.Recipe.from_dict({"smooth": smooth})
