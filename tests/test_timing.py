@@ -68,10 +68,12 @@ def conv_net():
     return model_of(
         "g (float[n,4,16,16] x) => (float[n,16,16,3] y) "
         "{ a = Conv <pads = [1,1,1,1]> (x, u) b = Relu (a) c = Conv <pads = [1,1,1,1]> (b, v) "
-        "d = Sigmoid (c) e = Transpose <perm = [0,2,3,1]> (d) y = MatMul (e, w) }",
+        "d = Sigmoid (c) t = Transpose <perm = [0,2,3,1]> (d) e = LayerNormalization (t, s, s) "
+        "y = MatMul (e, w) }",
         {
             "u": rng.standard_normal((4, 4, 3, 3), np.float32),
             "v": rng.standard_normal((8, 4, 3, 3), np.float32),
+            "s": np.ones(8, np.float32),
             "w": rng.standard_normal((8, 3), np.float32),
         },
     )
@@ -246,6 +248,7 @@ def test_a_whole_that_is_slower_is_quantized_less(tmp_path, timed, whole, sample
     assert "with int8 convolutions the whole is slower: 4 ms against 3 ms on 1 thread" in {
         decision.why for decision in convs.decisions
     }
+    assert "LayerNorm_K8_qs" in " ".join(decision.op for decision in convs.decisions)
     whole.extend([0.75, 0.75])
     nothing = qcompiler.compile(conv_net(), "x86-int8", tmp_path / "b", calibration=samples)
     assert nothing.count("kernel", "qdq", "body") == 0
@@ -305,6 +308,7 @@ def test_a_record_reads_back(estimated):
         ({"choices": None}, "holds no choices: its bundle was made with passes of its own"),
         ({"choices": {"sites": [{}]}}, r"holds no choices that can be read \(KeyError\('choice'\)"),
         ({"choices": {"sites": [{"choice": "gpu"}]}}, "unknown choice 'gpu'"),
+        ({"choices": {"sites": [], "whole": [], "lost": 3}}, "lost is 3, not a text"),
     ],
 )
 def test_choices_that_cannot_be_made_again(tmp_path, estimated, change, message):
