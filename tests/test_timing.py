@@ -22,6 +22,7 @@ from qcompiler.report import Report
 from qcompiler.targets import x86
 from qcompiler.targets.cache import KernelCache
 from qcompiler.timing.cost_model import border_cost, estimate, model_error
+from qcompiler.timing.judge import Judge
 from qcompiler.timing.measure import Stopwatch, can_time
 from qcompiler.timing.observed_shapes import model_inputs, observed_shapes
 from qcompiler.timing.record import Record
@@ -131,6 +132,16 @@ def test_times_are_kept_per_processor_threads_and_kernels(tmp_path, monkeypatch)
     keys = {key(), key("b"), key(threads=(1, 2))}
     monkeypatch.setattr("qcompiler.timing.measure.processor", lambda: "another")
     assert len(keys | {key()}) == 4
+
+
+def test_what_ort_cannot_run_alone_is_estimated(tmp_path, monkeypatch):
+    watch = Stopwatch(KernelCache(tmp_path), "", (1,))
+    misfit = dataclasses.replace(LINE, inputs=((2, 4, 20),))
+    assert watch.time([misfit, LINE], SILENT)[0] is None
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
+    judge = Judge(qcompiler.get_target("x86-int8"), timing=True)
+    sources = [costs.source for costs in judge.costs([misfit, LINE])]
+    assert sources == ["model", "timed"]
 
 
 def test_what_cannot_be_timed():
