@@ -100,7 +100,7 @@ class Chooser:
         self.notes: tuple[str, ...] = ()
         self._made = None if wishes.choices is None else Record.read(wishes.choices, target.name)
         self._forced: dict[str, str] = {}
-        self._lost: str | None = None
+        self._lost = None if self._made is None else self._made.lost
         self._whole: tuple[WholeTime, ...] = ()
         self._choose = self._make_pass()
 
@@ -125,7 +125,7 @@ class Chooser:
         if self._made is not None:
             return self._made
         sites, error = tuple(self._choose.choices), self._judge.error()
-        return Record(sites, self._lost is None, self._whole, error)
+        return Record(sites, self._lost, self._whole, error)
 
     def is_slower(self, bundle: Path, model: Path) -> bool:
         """Whether `bundle` is to be made again, because it is slower than `model`."""
@@ -163,7 +163,7 @@ class Chooser:
         else:
             self._lost = f"quantized, the whole is slower: {against}"
             self._forced = {op: self._lost for op in ("Conv", "MatMul")} | self._forced
-            self._whole = ()
+        self._whole = ()
 
     def _make_pass(self) -> ChooseKernels:
         made = None if self._made is None else {c.node: c for c in self._made.sites}
@@ -177,6 +177,4 @@ class Chooser:
         )
 
     def _unsupported(self, region: Region) -> str | None:
-        if self._made is not None and not self._made.kernels:
-            return "quantized, the whole was slower when the choices were made"
         return self._lost or catalog.unsupported(self.target, region)

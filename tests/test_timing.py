@@ -22,6 +22,7 @@ from qcompiler.report import Report
 from qcompiler.targets import x86
 from qcompiler.targets.cache import KernelCache
 from qcompiler.timing.cost_model import border_cost, estimate, model_error
+from qcompiler.timing.judge import Judge
 from qcompiler.timing.measure import Stopwatch, can_time
 from qcompiler.timing.observed_shapes import model_inputs, observed_shapes
 from qcompiler.timing.record import Record
@@ -68,10 +69,12 @@ def conv_net():
     return model_of(
         "g (float[n,4,16,16] x) => (float[n,16,16,3] y) "
         "{ a = Conv <pads = [1,1,1,1]> (x, u) b = Relu (a) c = Conv <pads = [1,1,1,1]> (b, v) "
-        "d = Sigmoid (c) e = Transpose <perm = [0,2,3,1]> (d) y = MatMul (e, w) }",
+        "d = Sigmoid (c) t = Transpose <perm = [0,2,3,1]> (d) e = LayerNormalization (t, s, s) "
+        "y = MatMul (e, w) }",
         {
             "u": rng.standard_normal((4, 4, 3, 3), np.float32),
             "v": rng.standard_normal((8, 4, 3, 3), np.float32),
+            "s": np.ones(8, np.float32),
             "w": rng.standard_normal((8, 3), np.float32),
         },
     )
@@ -129,6 +132,16 @@ def test_times_are_kept_per_processor_threads_and_kernels(tmp_path, monkeypatch)
     keys = {key(), key("b"), key(threads=(1, 2))}
     monkeypatch.setattr("qcompiler.timing.measure.processor", lambda: "another")
     assert len(keys | {key()}) == 4
+
+
+def test_what_ort_cannot_run_alone_is_estimated(tmp_path, monkeypatch):
+    watch = Stopwatch(KernelCache(tmp_path), "", (1,))
+    misfit = dataclasses.replace(LINE, inputs=((2, 4, 20),))
+    assert watch.time([misfit, LINE], SILENT)[0] is None
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
+    judge = Judge(qcompiler.get_target("x86-int8"), timing=True)
+    sources = [costs.source for costs in judge.costs([misfit, LINE])]
+    assert sources == ["model", "timed"]
 
 
 def test_what_cannot_be_timed():
@@ -246,6 +259,7 @@ def test_a_whole_that_is_slower_is_quantized_less(tmp_path, timed, whole, sample
     assert "with int8 convolutions the whole is slower: 4 ms against 3 ms on 1 thread" in {
         decision.why for decision in convs.decisions
     }
+    assert "LayerNorm_K8_qs" in " ".join(decision.op for decision in convs.decisions)
     whole.extend([0.75, 0.75])
     nothing = qcompiler.compile(conv_net(), "x86-int8", tmp_path / "b", calibration=samples)
     assert nothing.count("kernel", "qdq", "body") == 0
@@ -305,6 +319,7 @@ def test_a_record_reads_back(estimated):
         ({"choices": None}, "holds no choices: its bundle was made with passes of its own"),
         ({"choices": {"sites": [{}]}}, r"holds no choices that can be read \(KeyError\('choice'\)"),
         ({"choices": {"sites": [{"choice": "gpu"}]}}, "unknown choice 'gpu'"),
+        ({"choices": {"sites": [], "whole": [], "lost": 3}}, "lost is 3, not a text"),
     ],
 )
 def test_choices_that_cannot_be_made_again(tmp_path, estimated, change, message):

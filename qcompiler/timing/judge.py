@@ -65,7 +65,8 @@ class Judge:
         new = [site for site in dict.fromkeys(sites) if site not in self._known]
         if self._watch is not None:
             able = [site for site in new if can_time(site)]
-            self._known.update(zip(able, self._watch.time(able, self._tell), strict=True))
+            timed = zip(able, self._watch.time(able, self._tell), strict=True)
+            self._known.update((site, costs) for site, costs in timed if costs is not None)
         for site in new:
             self._known.setdefault(site, self._estimated(site))
         return [self._known[site] for site in sites]

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import platform
 import tempfile
 import time
@@ -62,8 +63,16 @@ class Stopwatch:
     def __init__(self, cache: KernelCache, fingerprint: str, threads: Sequence[int]) -> None:
         self.cache, self.fingerprint, self.threads = cache, fingerprint, tuple(threads)
 
-    def time(self, sites: Sequence[Site], tell: Tell) -> list[Costs]:
-        """The costs of `sites`, in order; `tell` hears which one is at hand, and the share done."""
+    def time(self, sites: Sequence[Site], tell: Tell) -> list[Costs | None]:
+        """The costs of `sites`, in order; None where ORT cannot run one by itself.
+
+        Args:
+            sites: What to time; equal ones are timed once.
+            tell: Hears which one is at hand, and the share done.
+
+        Raises:
+            ToolchainError: Their kernels cannot be built.
+        """
         found: dict[Site, Costs] = {}
         for site in sites:
             if (content := self.cache.get(self._key(site))) is not None:
@@ -73,9 +82,13 @@ class Stopwatch:
             with self._library(missing, tell) as (domain, library):
                 for index, site in enumerate(missing):
                     tell(f"time {site.name}", index / len(missing))
-                    found[site] = self._measure(site, domain, library)
+                    try:
+                        found[site] = self._measure(site, domain, library)
+                    except Exception:
+                        # ORT raises bare RuntimeErrors as well as its own types.
+                        continue
                     keep(self.cache, self._key(site), found[site].to_dict())
-        return [found[site] for site in sites]
+        return [found.get(site) for site in sites]
 
     def _key(self, site: Site) -> str:
         version = import_onnxruntime().__version__
@@ -129,14 +142,16 @@ def _how() -> tuple[bytes, ...]:
 
 @functools.cache
 def processor() -> str:
-    """What tells this processor from others, as far as /proc/cpuinfo does."""
+    """What tells this processor from others, and what kernels may use of it."""
+    allowed = os.environ.get("QCOMPILER_ISA", "")
     names = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features")
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return platform.processor()
+        return platform.processor() + allowed
     pairs = (line.partition(":") for line in lines)
-    return repr(sorted({(k.strip(), v.strip()) for k, _, v in pairs if k.strip() in names}))
+    found = {(k.strip(), v.strip()) for k, _, v in pairs if k.strip() in names}
+    return repr(sorted(found)) + allowed
 
 
 def _session(model: bytes, threads: int, library: Path | None) -> Any:

@@ -23,13 +23,13 @@ class Record:
 
     Attributes:
         sites: One per node that could have been quantized.
-        kernels: Whether kernels of ours compute anything; False where the whole lost.
+        lost: Why nothing is quantized and no kernel of ours computes anything, where that is so.
         whole: The bundle against its model; empty where it was not timed.
         model_error: By how much the cost model was off, see `model_error`.
     """
 
     sites: tuple[Choice, ...] = ()
-    kernels: bool = True
+    lost: str | None = None
     whole: tuple[WholeTime, ...] = ()
     model_error: Mapping[Candidate, float] = dataclasses.field(default_factory=dict)
 
@@ -41,7 +41,7 @@ class Record:
         ]  # fmt: skip
         whole = [dataclasses.asdict(time) for time in self.whole]
         errors = dict(self.model_error)
-        return {"sites": sites, "kernels": self.kernels, "whole": whole, "model_error": errors}
+        return {"sites": sites, "lost": self.lost, "whole": whole, "model_error": errors}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Record:
@@ -58,7 +58,9 @@ class Record:
             texts = (entry["node"], entry["site"], entry["choice"], entry["why"])
             sites.append(Choice(*texts, costs))
         whole = tuple(WholeTime(**entry) for entry in content["whole"])
-        return cls(tuple(sites), bool(content["kernels"]), whole, dict(content["model_error"]))
+        if not isinstance(content["lost"], str | None):
+            raise ValueError(f"lost is {content['lost']!r}, not a text")
+        return cls(tuple(sites), content["lost"], whole, dict(content["model_error"]))
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], target: str) -> Record:
