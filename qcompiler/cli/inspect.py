@@ -156,7 +156,7 @@ def _groups(path: Path, manifest: Manifest) -> list[Group]:
 
     try:
         decisions = tuple(Decision(**decision) for decision in manifest.decisions)  # type: ignore[arg-type]
-        return Report(path, manifest.target, decisions, 0, 0, {}, 0).groups()
+        return Report(path, manifest.target, decisions, bytes_before=0).groups()
     except (TypeError, KeyError, AttributeError) as error:
         raise BundleError(f"{path}: its manifest holds unreadable decisions ({error})") from error
 
