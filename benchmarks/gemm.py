@@ -77,7 +77,7 @@ class Loops:
         linker = find_linker()
         source = Path(__file__).with_suffix(".c").read_text()
         functions = {f"loop_{m}_{n}_{k}": accumulator_function(k, n, isa) for m, n, k in SHAPES}
-        kernels = tir.compile_object(functions, isa.mcpu, isa.features)
+        kernels = tir.compile_object(functions, isa.mcpu, isa.features, isa.options)
         self._peak = f"measure_peak_{isa.name.replace('-', '_')}"
         objects = [linker.compile(source, {}), kernels]
         exports = [self._peak, "measure_stream", "measure_loop", *functions]

@@ -216,13 +216,19 @@ def function(parameters: Sequence[Parameter], body: Callable[..., None]) -> Any:
     return builder.get()
 
 
-def compile_object(functions: Mapping[str, Any], mcpu: str, features: Sequence[str] = ()) -> bytes:
+def compile_object(
+    functions: Mapping[str, Any],
+    mcpu: str,
+    features: Sequence[str] = (),
+    options: Sequence[str] = (),
+) -> bytes:
     """An ELF object for x86-64 Linux with one global C symbol per function."""
     target = tvm.target.Target(
         {
             "kind": "llvm",
             "mcpu": mcpu,
             "mattr": list(features),
+            "cl-opt": list(options),
             "mtriple": "x86_64-unknown-linux-gnu",
         }
     )

@@ -65,7 +65,8 @@ def compile_region(region: Region, isa: Isa) -> bytes:
     assert reason is None, reason
     family = FAMILIES[region.anchor]
     function = family.generate(region, isa)
-    return tir.compile_object({kernel_symbol(region, isa): function}, isa.mcpu, isa.features)
+    functions = {kernel_symbol(region, isa): function}
+    return tir.compile_object(functions, isa.mcpu, isa.features, isa.options)
 
 
 @functools.cache
