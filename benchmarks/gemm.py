@@ -55,7 +55,7 @@ class Loops(Machine):
 
     def __init__(self, folder: Path, isa: Isa) -> None:
         functions = {f"loop_{m}_{n}_{k}": accumulator_function(k, n, isa) for m, n, k in SHAPES}
-        kernels = tir.compile_object(functions, isa.mcpu, isa.features)
+        kernels = tir.compile_object(functions, isa.mcpu, isa.features, isa.options)
         super().__init__(folder, isa, [kernels], list(functions))
 
     def loop(self, shape: tuple[int, int, int], threads: int) -> Callable[[], Samples]:

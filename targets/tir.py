@@ -58,10 +58,6 @@ LANES = 16
 _ON_STACK = {"disable_lower_builtin": True}
 """Without this, TVM asks its runtime for the memory of a local array."""
 
-_IN_PLACE = ["-disable-machine-licm:bool=true"]
-"""LLVM's machine code pass would load an epilogue's constants before the loop over K, whatever has
-to leave the registers for them: a third of the time of 128 x 384 x 1536 with GELU."""
-
 _ANY_SIZE = 1 << 30
 """The declared length of a pointer parameter; TVM checks no bounds in raw functions."""
 
@@ -226,15 +222,20 @@ def function(parameters: Sequence[Parameter], body: Callable[..., None]) -> Any:
     return builder.get()
 
 
-def compile_object(functions: Mapping[str, Any], mcpu: str, features: Sequence[str] = ()) -> bytes:
+def compile_object(
+    functions: Mapping[str, Any],
+    mcpu: str,
+    features: Sequence[str] = (),
+    options: Sequence[str] = (),
+) -> bytes:
     """An ELF object for x86-64 Linux with one global C symbol per function."""
     target = tvm.target.Target(
         {
             "kind": "llvm",
             "mcpu": mcpu,
             "mattr": list(features),
+            "cl-opt": list(options),
             "mtriple": "x86_64-unknown-linux-gnu",
-            "cl-opt": _IN_PLACE,
         }
     )
     host = target.with_host(target)

@@ -29,7 +29,7 @@ def load(functions: Mapping[str, Any], folder: Path, isa: Isa = ISAS[0]) -> ctyp
     from qcompiler.targets import tir
 
     chosen = substitute(isa)
-    content = tir.compile_object(functions, chosen.mcpu, chosen.features)
+    content = tir.compile_object(functions, chosen.mcpu, chosen.features, chosen.options)
     path = folder / f"kernels{next(_counter)}.so"
     path.write_bytes(find_linker().link([content], list(functions)))
     return ctypes.CDLL(str(path))

@@ -28,7 +28,7 @@ class _Column:
 
     def widths(self) -> tuple[int, int]:
         """Columns of the terminal it wants, and the fewest it can do with."""
-        texts = [*self.title.split("\n"), *map(str, self.cells)]
+        texts = [line for text in (self.title, *self.cells) for line in str(text).split("\n")]
         wanted = max(map(cell_len, texts))
         if self.numeric:
             return wanted, wanted
@@ -41,7 +41,7 @@ class FigureTable:
 
     Where it is too wide, text wraps first, down to its longest word; then the columns called
     `droppable` go, in that order; at last each row becomes a list of names and values.  A title
-    that starts with ">" is of figures: aligned right and always whole.  "\n" breaks a title.
+    that starts with ">" is of figures: aligned right and always whole.  "\n" breaks a line.
     """
 
     def __init__(self, *titles: str, droppable: Sequence[str] = ()) -> None:

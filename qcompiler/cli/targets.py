@@ -149,7 +149,8 @@ def _print(terminal: Terminal, found: list[TargetStatus], here: dict[str, Any]) 
     table = FigureTable("Target", "Weights", "Activations", "Convolutions", "Kernels", "Here",
                         droppable=["Convolutions"])  # fmt: skip
     for status in found:
-        kernels = ", ".join(status.built_isa) or Text("none yet", "yellow")
+        # One to a line: side by side they would take the width that other columns need.
+        kernels = "\n".join(status.built_isa) or Text("none yet", "yellow")
         table.add_row(
             Text(status.target, "bold"), status.weights, status.activations, status.convolutions,
             kernels, _here(status),

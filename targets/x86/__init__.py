@@ -90,7 +90,8 @@ def compile_region(region: Region, isa: Isa) -> bytes:
     family = FAMILIES[region.anchor]
     assert family.generate is not None, f"{region.anchor} is made of other kernels"
     function = family.generate(region, isa)
-    return tir.compile_object({kernel_symbol(region, isa): function}, isa.mcpu, isa.features)
+    functions = {kernel_symbol(region, isa): function}
+    return tir.compile_object(functions, isa.mcpu, isa.features, isa.options)
 
 
 @functools.cache
