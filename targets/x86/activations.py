@@ -15,7 +15,7 @@ Emit = Callable[[Expr, Sequence[Expr]], None]
 _QUAD, _PAIR = 4, 2
 
 _CHUNK = 512
-"""Elements of K that are widened at a time: 6 KiB for six rows."""
+"""Elements of K that are widened at a time: 1 KiB a row."""
 
 
 class ByteRows:
