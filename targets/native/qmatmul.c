@@ -4,7 +4,6 @@
  * DynamicQMatMulW8A8(x, w, ws) quantizes x itself: a small x before the work is handed out, of a large
  * one each task the rows it multiplies, so that no task waits for another and what a core quantized is
  * still in its cache. */
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -175,15 +174,15 @@ static OrtStatus *bind_activations(struct qmatmul_run *run, OrtKernelContext *co
 }
 
 static OrtStatus *bind_extras(struct qmatmul_run *run, OrtKernelContext *context) {
+    static const char *const INPUT_NAMES[INPUT_EXTRA + QC_MAX_EXTRAS] = {
+        "0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "10", "11"};
     const struct qc_op *op = run->kernel->op;
     for (size_t i = 0; op->spec->extras[i]; i++) {
         const size_t input = shifted(op, INPUT_EXTRA + i);
         const int64_t rows = op->spec->extras[i] == 'T' ? run->rows : 1;
         const OrtValue *value;
-        char name[24];
         QC_TRY(qc_input(context, input, &value, (const void **)&run->args.extra[i]));
-        snprintf(name, sizeof name, "%zu", input);
-        QC_TRY(qc_check_floats(op, value, name, rows * op->spec->n));
+        QC_TRY(qc_check_floats(op, value, INPUT_NAMES[input], rows * op->spec->n));
     }
     return NULL;
 }
