@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from qcompiler.ir.decisions import NodePlan, decide, set_plan
 from qcompiler.ir.errors import OptionError, did_you_mean
-from qcompiler.ir.graph import dequantize_of, rectified
+from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, new_initializer, rectified
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
 from qcompiler.targets.target import Scheme
 
@@ -77,7 +77,7 @@ class AssignPrecision(ir.passes.InPlacePass):
         self._check_patterns(nodes)
         planned = 0
         for node in nodes:
-            plan = self._plan(node, in_branch=node.graph is not model.graph)
+            plan = self._plan_tied(model.graph, node, in_branch=node.graph is not model.graph)
             if isinstance(plan, NodePlan):
                 set_plan(node, plan)
                 decide(node, "qdq", str(plan))
@@ -94,6 +94,29 @@ class AssignPrecision(ir.passes.InPlacePass):
                     f"keep_float {pattern!r} matches no node name and no op type of the model"
                     f"{did_you_mean(pattern, names)}"
                 )
+
+    def _plan_tied(
+        self, graph: ir.Graph, node: ir.Node, in_branch: bool
+    ) -> NodePlan | _Float | None:
+        """The plan of a node; MatMul(x, Transpose(W)) becomes MatMul(x, W') if that has one.
+
+        Folding constants leaves such a Transpose if W has other readers, as an embedding that is
+        the last weight too: a float copy of it would make the model grow.
+        """
+        turn = _transpose_of_weight(node)
+        if turn is None:
+            return self._plan(node, in_branch)
+        array = constant(turn.inputs[0])
+        assert array is not None and turn.inputs[0] is not None
+        turned = new_initializer(graph, f"{turn.inputs[0].name}_transposed", array.T)
+        node.replace_input_with(1, turned)
+        plan = self._plan(node, in_branch)
+        if not isinstance(plan, NodePlan):
+            node.replace_input_with(1, turn.outputs[0])
+            drop_if_unread(turned)
+        elif not turn.outputs[0].uses() and turn.graph is not None:
+            turn.graph.remove(turn)
+        return plan
 
     def _plan(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float | None:
         """A plan, the reason to stay float, or None for ops that hold nothing to quantize."""
@@ -157,6 +180,17 @@ class AssignPrecision(ir.passes.InPlacePass):
             QuantType(scheme.conv_activation, granularity=PerTensor(), symmetric=False), "static"
         )
         return NodePlan(_per_channel(scheme.conv_weight, axis=0), activation, output=activation)
+
+
+def _transpose_of_weight(node: ir.Node) -> ir.Node | None:
+    """The Transpose of a constant matrix that a MatMul has on its right."""
+    value = node.inputs[1] if node.op_type == "MatMul" and node.domain == "" else None
+    turn = value.producer() if value is not None else None
+    if turn is None or turn.op_type != "Transpose" or value is None or value.is_graph_output():
+        return None
+    array = constant(turn.inputs[0])
+    turns = list(turn.attributes.get_ints("perm", [1, 0])) == [1, 0]
+    return turn if turns and array is not None and array.ndim == 2 else None
 
 
 def _matches(name: str, pattern: str) -> bool:

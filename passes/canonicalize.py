@@ -3,8 +3,7 @@
 1. Model-local functions are inlined; constants become initializers and are folded (never Q/DQ, so
    that an imported quantization survives).
 2. The opset is raised to at least 21, the first with INT4 and blocked Q/DQ.
-3. Gemm becomes MatMul and Add, with alpha, beta and transposes folded into its constants; so are
-   the transposes of weights that have other readers.
+3. Gemm becomes MatMul and Add, with alpha, beta and transposes folded into its constants.
 4. Shapes are inferred; every node and value has a name of its own.
 """
 
@@ -99,7 +98,6 @@ def _simplify(model: ir.Model) -> None:
         optimizer.fold_constants(model, onnx_shape_inference=False, should_fold=_should_fold)
         _lift(model)
         _expand_gemms(model)
-    _turn_tied_weights(model)
     if not any(True for _ in model.graph.subgraphs()):
         # onnx_ir 1.1 fails on an Identity that hands an outer value out of an If branch.
         common.IdentityEliminationPass()(model)
@@ -127,23 +125,6 @@ def _should_fold(node: ir.Node) -> bool | None:
     if node.op_type in _KEEP or node.domain not in ("", "ai.onnx"):
         return False
     return True if node.op_type in _FOLD_ANY_SIZE else None
-
-
-def _turn_tied_weights(model: ir.Model) -> None:
-    """MatMul(x, Transpose(W))  =>  MatMul(x, W'), where W is read elsewhere too.
-
-    Folding constants leaves those alone, lest the model grow: an embedding table that is the last
-    weight too.  But quantized, the copy is a quarter of it.
-    """
-    for turn in list(model.graph.all_nodes()):
-        if turn.op_type != "Transpose" or turn.domain != "":
-            continue
-        weight, array = turn.inputs[0], constant(turn.inputs[0])
-        uses = [use for use in turn.outputs[0].uses() if use.node.op_type == "MatMul" and use.idx]
-        if uses and weight is not None and array is not None and array.ndim == 2:
-            turned = new_initializer(model.graph, f"{weight.name}_transposed", array.T)
-            for use in uses:
-                use.node.replace_input_with(use.idx, turned)
 
 
 def _expand_gemms(model: ir.Model) -> None:

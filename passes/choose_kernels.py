@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -43,7 +44,7 @@ class ChooseKernels(ir.passes.InPlacePass):
         supports: Says why there is no kernel for a region, or None if there is one.
         shapes: Shapes of tensors that the graph itself leaves open.
         forced: Op types that stay float whatever they cost, with the reason.
-        made: Choices made before, by node, to be made again.
+        made: Choices made before, in the order of their nodes, to be made again.
         choices: What was chosen, after the pass ran.
     """
 
@@ -54,7 +55,7 @@ class ChooseKernels(ir.passes.InPlacePass):
         supports: Callable[[Region], str | None],
         shapes: Shapes,
         forced: Mapping[str, str] | None = None,
-        made: Mapping[str, Choice] | None = None,
+        made: Sequence[Choice] | None = None,
     ) -> None:
         super().__init__()
         self.costs, self.border, self.supports, self.shapes = costs, border, supports, shapes
@@ -81,16 +82,17 @@ class ChooseKernels(ir.passes.InPlacePass):
     def _again(self, nodes: Sequence[ir.Node]) -> list[Choice]:
         """The choices made before, if they are about these nodes."""
         assert self.made is not None
-        for node in nodes:
-            choice, site = self.made.get(node.name or ""), self._site(node, ())
-            if choice is None or choice.site != site.name:
-                found = "nothing" if choice is None else choice.site
+        # In order: two branches may have nodes of one name.
+        for node, choice in itertools.zip_longest(nodes, self.made):
+            if node is None:
+                raise OptionError(f"{_ANOTHER}: node {choice.node!r} is not to be quantized here")
+            site = self._site(node, ())
+            if choice is None or (choice.node, choice.site) != (node.name, site.name):
+                held = "nothing" if choice is None else f"{choice.site} for node {choice.node!r}"
                 raise OptionError(
-                    f"{_ANOTHER}: for node {node.name!r} ({site.name}) they hold {found}"
+                    f"{_ANOTHER}: for node {node.name!r} ({site.name}) they hold {held}"
                 )
-        if unknown := set(self.made) - {node.name for node in nodes}:
-            raise OptionError(f"{_ANOTHER}: node {min(unknown)!r} is not to be quantized here")
-        return [self.made[node.name or ""] for node in nodes]
+        return list(self.made)
 
     def _choose(self, model: ir.Model, nodes: Sequence[ir.Node]) -> list[Choice]:
         data = {node: node.inputs[0] for node in nodes}

@@ -34,8 +34,8 @@ __all__ = ["Chooser", "Wishes"]
 
 
 _NOT_TIMED = (
-    "the bundle was not timed against its model, which does not run on made-up inputs: give "
-    "--shapes NAME=1x128,… (shapes=...) or --calib DIR (calibration=...)"
+    "the bundle was not timed against its model ({}): give --shapes NAME=1x128,… (shapes=...) or "
+    "--calib DIR (calibration=...)"
 )
 
 
@@ -61,7 +61,7 @@ class Wishes:
         """
         for name, shape in (self.shapes or {}).items():
             sizes = shape if isinstance(shape, tuple | list) else (shape, None)
-            if not all(isinstance(size, int) and size > 0 for size in sizes):
+            if not all(type(size) is int and size > 0 for size in sizes):
                 raise OptionError(f"shapes: {name}={shape}: sizes are whole numbers from 1")
         if self.shapes is not None and self.choices is not None:
             raise OptionError("give shapes or choices, not both: choices made before need no sizes")
@@ -104,6 +104,11 @@ class Chooser:
         self._whole: tuple[WholeTime, ...] = ()
         self._choose = self._make_pass()
 
+    @property
+    def used_samples(self) -> bool:
+        """Whether calibration samples told sizes, now or when the choices were made."""
+        return self._made is not None or self._judge.used_samples or bool(self._whole)
+
     def check(self, model: ir.Model) -> None:
         """Check the shapes that were given.
 
@@ -136,10 +141,10 @@ class Chooser:
         data = None if self.wishes.shapes is not None else self.samples
         try:
             self._whole = tuple(time_whole(bundle, model, self.wishes.shapes, data))
-        except QCompilerError:
+        except QCompilerError as error:
             if self.wishes.shapes is not None:
                 raise
-            self.notes = (_NOT_TIMED,)
+            self.notes = (_NOT_TIMED.format(str(error).splitlines()[0]),)
             return False
         slower = [time for time in self._whole if time.speedup < 1]
         if slower:
@@ -166,7 +171,7 @@ class Chooser:
         self._whole = ()
 
     def _make_pass(self) -> ChooseKernels:
-        made = None if self._made is None else {c.node: c for c in self._made.sites}
+        made = None if self._made is None else self._made.sites
         return ChooseKernels(
             self._judge.costs,
             border_cost,

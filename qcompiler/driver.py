@@ -175,7 +175,8 @@ class _Job:
     def notes(self) -> tuple[str, ...]:
         """What the user should know, in sentences."""
         notes = () if self.chooser is None else self.chooser.notes
-        if self.observer is not None and not self.observer.was_asked:
+        used = self.chooser is not None and self.chooser.used_samples
+        if self.observer is not None and not self.observer.was_asked and not used:
             unused = "the calibration samples were not used: nothing here needs them for"
             notes = (f"{unused} {self.target.name}", *notes)
         return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from qcompiler.ir.errors import OptionError, did_you_mean
 __all__ = ["Feed", "InputShape", "random_feed"]
 
 Feed = dict[str, NDArray[Any]]
+
+_MOST_VALUES = 1 << 26
+"""An image of 4096 x 4096 in colour is smaller; six dynamic dimensions of 128 are not."""
 
 _SMALLEST_VOCABULARY = 100
 """Integers below this are token ids of any vocabulary."""
@@ -61,6 +65,11 @@ def random_feed(
     feed, fed = Feed(), []
     for expected in inputs:
         shape, assumed = chosen[expected.name]
+        if math.prod(shape) > _MOST_VALUES:
+            sizes = "x".join(map(str, shape))
+            raise OptionError(
+                f"input {expected.name!r} of {sizes} is too large to make up: give its shape"
+            )
         kind = _kind(expected)
         limit = (limits or {}).get(expected.name, _SMALLEST_VOCABULARY)
         array = _values(expected, kind, shape, random, limit)

@@ -1,7 +1,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from golden import model_of
+from golden import model_of, run
 
 from qcompiler.ir.decisions import decision_of, plan_of
 from qcompiler.ir.errors import OptionError
@@ -106,3 +106,25 @@ def test_keep_float_by_name_pattern_or_op(pattern):
 def test_keep_float_that_matches_nothing_is_an_error():
     with pytest.raises(OptionError, match="'Matmul' matches no node.*did you mean 'MatMul'"):
         planned(MATMUL, {"w": W}, keep_float=("Matmul",))
+
+
+TIED = (
+    "g (int64[2] ids) => (float[2,6] y) { x = Gather (table, ids) h = Relu (x) "
+    "t = Transpose <perm = [%s]> (table) y = MatMul (h, t) }"
+)
+
+
+@pytest.mark.parametrize(("perm", "keep", "turned"), [
+    ("1, 0", (), True), ("0, 1", (), False), ("1, 0", ("MatMul",), False),
+])  # fmt: skip
+def test_a_weight_that_an_embedding_shares_is_turned_if_it_is_quantized(perm, keep, turned):
+    table = np.random.default_rng(0).standard_normal((6, 6)).astype(np.float32)
+    model = model_of(TIED % perm, {"table": table})
+    feeds = {"ids": np.array([3, 5])}
+    before = run(model, feeds)
+    AssignPrecision(TARGETS["x86-int8"].scheme, keep)(model)
+    product = model.graph[-1]
+    assert (plan_of(product) is not None) == turned
+    assert ("Transpose" not in [node.op_type for node in model.graph]) == turned
+    assert len(model.graph.initializers) == 1 + turned
+    np.testing.assert_array_equal(run(model, feeds)[0], before[0])

@@ -54,6 +54,12 @@ def test_defaults_fill_dynamic_dimensions_and_say_so():
     assert fed[2].assumed == {"image[2]": 224, "image[3]": 224}
 
 
+def test_inputs_too_large_to_make_up_are_refused():
+    video = Input("video", "tensor(float)", ["b", "c", "t", "h", "w", 64])
+    with pytest.raises(OptionError, match="'video' of 1x128x128x128x128x64 is too large"):
+        random_feed([video], {})
+
+
 PAST = Input("past_key_values.0.key", "tensor(float)", ["batch", 3, "past", 64])
 SUM = Input("attention_mask", "tensor(int64)", ["batch", "past + seq"])
 

@@ -76,20 +76,6 @@ def test_names_nameless_nodes_and_inlines_functions():
     assert not model.functions
 
 
-def test_turns_a_weight_that_an_embedding_shares():
-    table = np.random.default_rng(0).standard_normal((50000, 6)).astype(np.float32)
-    model = model_of(
-        "g (int64[2] ids) => (float[2,50000] y) { x = Gather (table, ids) h = Relu (x) "
-        "t = Transpose <perm = [1, 0]> (table) y = MatMul (h, t) }",
-        {"table": table},
-    )
-    feeds = {"ids": np.array([3, 49999])}
-    expected = run(model, feeds)
-    Canonicalize()(model)
-    assert [node.op_type for node in model.graph] == ["Gather", "Relu", "MatMul"]
-    np.testing.assert_array_equal(run(model, feeds)[0], expected[0])
-
-
 def test_keeps_an_imported_quantization():
     model = model_of(
         "g (float[2,6] x) => (float[2,4] y) { wf = DequantizeLinear (w, s) y = MatMul (x, wf) }",

@@ -238,12 +238,28 @@ def test_forced_ops_stay_float_with_the_reason():
 
 def test_choices_are_made_again():
     name = only(planned(MATMUL, W)).name
-    made = {name: Choice(name, "MatMul 64x48", "float", "as then")}
+    made = [Choice(name, "MatMul 64x48", "float", "as then")]
     model = planned(MATMUL, W)
     choose = choosing({"kernel": 1.0, "ort": 2.0, "float": 3.0}, made=made)
     choose(model)
     assert decision_of(only(model)).why == "as then"
-    assert choose.choices == list(made.values())
+    assert choose.choices == made
+
+
+def test_choices_of_nodes_with_one_name_are_made_again():
+    text = (
+        "g (float[2,64] x, bool f) => (float[2,n] y) { y = If (f) <"
+        "then_branch = t () => (float[2,48] p) { p = MatMul (x, w) }, "
+        "else_branch = e () => (float[2,32] q) { q = MatMul (x, v) }> }"
+    )
+    model = planned(text, W | {"v": np.ones((64, 32), np.float32)})
+    products = [node for node in model.graph.all_nodes() if node.op_type == "MatMul"]
+    for product in products:
+        product.name = "product"
+    made = [Choice("product", "MatMul 64x48", "float", "then"),
+            Choice("product", "MatMul 64x32", "kernel", "else")]  # fmt: skip
+    choosing(None, made=made)(model)
+    assert [plan_of(product) is None for product in products] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -257,11 +273,11 @@ def test_choices_are_made_again():
 def test_choices_of_another_model_are_refused(made, message):
     model = planned(MATMUL, W)
     name = only(model).name
-    choices = {}
+    choices = []
     if made:
-        choices[name] = Choice(name, made["site"], "kernel", "")
+        choices.append(Choice(name, made["site"], "kernel", ""))
     if made.get("more"):
-        choices["other"] = Choice("other", "MatMul 1x1", "kernel", "")
+        choices.append(Choice("other", "MatMul 1x1", "kernel", ""))
     with pytest.raises((OptionError, ir.passes.PassError)) as error:
         choosing(None, made=choices)(model)
     assert re.search(message, str(error.value.__cause__ or error.value))

@@ -188,3 +188,17 @@ def test_matmul(library, isa, shape, region, seed):
             assert native.shape == want.shape
             assert not native.size or sqnr(want, native) >= 60
             np.testing.assert_allclose(native, want, rtol=1e-4, atol=1e-4)
+
+
+@each_isa("QMatMulW8A8")
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_of_large_numbers(tmp_path, isa, approximate):
+    gelu = Step("Gelu", (1,), (("approximate", approximate),))
+    region = matmul(4, 16, ("tensor",), BIAS, gelu)
+    path = tmp_path / "kernels.so"
+    build_library([region], DOMAIN, path, cache=KernelCache())
+    large = np.float32([np.inf, 3e38, 1e30, 1e5, 100, 30, 6, 5, -5, -6, -30, -100, -1e5, -1e30,
+                        -3e38, 0])  # fmt: skip
+    feeds = {"q": np.full((1, 4), 128, np.uint8), "s": np.ones((1, 1), np.float32)}
+    (result,) = session(region, 2, 1, path, isa).run(None, feeds | {"extra0": large[None]})
+    np.testing.assert_allclose(result[0], np.where(large > 0, large, 0), rtol=2e-6, atol=2e-6)

@@ -278,7 +278,7 @@ def test_a_model_that_cannot_be_fed_is_not_timed(tmp_path, timed, monkeypatch):
 
     monkeypatch.setattr("qcompiler.chooser.time_whole", time_whole)
     report = qcompiler.compile(mlp(), "x86-int8", tmp_path / "a")
-    assert "does not run on made-up inputs: give --shapes" in report.notes[0]
+    assert "(the inputs were made up): give --shapes" in report.notes[0]
     with pytest.raises(ModelError):
         qcompiler.compile(mlp(), "x86-int8", tmp_path / "b", shapes={"x": (512, 64)})
 

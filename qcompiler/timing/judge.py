@@ -53,6 +53,7 @@ class Judge:
         tell: Callable[[str, float], None] = lambda text, share: None,
     ) -> None:
         self.target, self.given, self.samples, self._tell = target, shapes, samples, tell
+        self.used_samples = False
         self._known: dict[Site, Costs | None] = {}
         self._watch = (
             Stopwatch(KernelCache(), catalog.fingerprint(target), thread_counts())
@@ -101,4 +102,5 @@ class Judge:
         if self.samples is None:
             return {}
         name, arrays = next(iter(Samples(self.samples)))
+        self.used_samples = True
         return check_sample(name, arrays, model_inputs(model))

@@ -34,8 +34,8 @@ _TURNS = (math.inf, 1.0, 1.0, 0.3, 0.3)
 """Turns of each candidate, each taken only if no more seconds than that were spent before."""
 _PAUSE = 0.001
 """Seconds in which ORT's idle threads, which spin for a while, fall asleep."""
-_MOST_BYTES = 1 << 30
-"""Above this a tensor is not made up: a protobuf ends at 2 GiB, and memory at some point too."""
+_MOST_BYTES = 1 << 27
+"""Above this a tensor is not made up: its candidates take eight times as much memory."""
 
 Tell = Callable[[str, float], None]
 
@@ -140,18 +140,21 @@ def _how() -> tuple[bytes, ...]:
     return tuple(Path(source).read_bytes() for source in (__file__, site_models.__file__))
 
 
-@functools.cache
 def processor() -> str:
     """What tells this processor from others, and what kernels may use of it."""
-    allowed = os.environ.get("QCOMPILER_ISA", "")
+    return _cpu() + os.environ.get("QCOMPILER_ISA", "")
+
+
+@functools.cache
+def _cpu() -> str:
     names = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags", "Features")
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        return platform.processor() + allowed
+        return platform.processor()
     pairs = (line.partition(":") for line in lines)
     found = {(k.strip(), v.strip()) for k, _, v in pairs if k.strip() in names}
-    return repr(sorted(found)) + allowed
+    return repr(sorted(found))
 
 
 def _session(model: bytes, threads: int, library: Path | None) -> Any:

@@ -56,7 +56,6 @@ struct qc_isa {
 };
 
 extern const struct qc_isa qc_avx512_bf16, qc_avx512_vnni, qc_avx_vnni, qc_avx2;
-extern const struct qc_isa *const qc_library_isa[]; /* generated, ends with NULL */
 
 /* One kernel of an op, compiled for one instruction set. */
 struct qc_variant {

@@ -82,7 +82,8 @@ class WidenedRows:
                 tir.store(self._wide, tir.cast("uint16", self._q[start + i]), target + i)
         if self._k % _PAIR:
             # What the last weights, which are zeros, are multiplied by; any number would do.
-            tir.store(self._wide, tir.constant(0, "uint16"), target + count)
+            with tir.when(count % _PAIR != 0):
+                tir.store(self._wide, tir.constant(0, "uint16"), target + count)
 
     def _bits(self, index: Expr) -> Expr:
         return tir.reinterpret("int32", self._wide.vload([index], "uint16x2"))

@@ -242,6 +242,8 @@ class VectorUnit(ABC):
 
     def gelu_tail(self, magnitude: Expr, approximate: str) -> Expr:
         """max(x, 0) - GELU(x) for the magnitude of x, to 6e-7; NaN for NaN."""
+        # Infinity times the 0 of its tail would be NaN.
+        magnitude = Register("float32", tir.minimum(tir.broadcast(1e4), magnitude)).value
         if approximate == "tanh":
             # x - x (1 + tanh(u)) / 2 = x sigmoid(-2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
             scale = -2 * math.sqrt(2 / math.pi)
