@@ -34,7 +34,7 @@ from timing import environment, measure_compile, measure_opening, measure_speed
 SHAPES = ((1, 16), (1, 128), (8, 128))
 HEADS, WIDTHS = 12, Widths(hidden=384, feed_forward=1536)
 PROFILED = ("ORT FP32", "ORT dynamic INT8", "OpenVINO default", "OpenVINO INT8 (NNCF)",
-            "qcompiler x86-int8", "qcompiler bfloat16")  # fmt: skip
+            "qcompiler x86-int8", "qcompiler, float32 attention")  # fmt: skip
 
 
 def random_inputs(shape: tuple[int, int]) -> Feeds:
