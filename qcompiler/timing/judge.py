@@ -102,5 +102,5 @@ class Judge:
         if self.samples is None:
             return {}
         name, arrays = next(iter(Samples(self.samples)))
-        self.used_samples = True
+        self.used_samples = self._watch is not None or self.target.arch in MODELLED
         return check_sample(name, arrays, model_inputs(model))
