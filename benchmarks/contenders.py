@@ -6,6 +6,7 @@ A contender opens sessions and profiles itself, here as in `peers.py`.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ class Contender(Protocol):
         """A session that also has `nodes()`: what each took in the runs so far."""
 
 
-class _InOrt:
+class _InOrt(ABC):
     """Opens in ONNX Runtime."""
 
     def open(self, threads: int) -> ort.InferenceSession:
@@ -40,8 +41,9 @@ class _InOrt:
     def open_profiled(self, threads: int) -> Traced:
         return Traced(_options(threads), self._open)
 
+    @abstractmethod
     def _open(self, options: ort.SessionOptions) -> ort.InferenceSession:
-        raise NotImplementedError
+        """A session with these options."""
 
 
 @dataclasses.dataclass(frozen=True)

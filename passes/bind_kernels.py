@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qcompiler.ir.decisions import decide, decision_of, region_of
 from qcompiler.ir.region import Region
-from qcompiler.passes.fuse_regions import UNBOUND
+from qcompiler.passes.outlining import UNBOUND
 
 __all__ = ["BindKernels", "bound_domain", "bound_regions"]
 

@@ -16,13 +16,12 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qcompiler.ir import dialect
 from qcompiler.ir.attention import BFLOAT16
-from qcompiler.ir.decisions import decide, region_of, set_region
+from qcompiler.ir.decisions import decide, region_of
 from qcompiler.ir.graph import new_initializer, replace_nodes
 from qcompiler.ir.region import Region
-from qcompiler.passes.fuse_regions import UNBOUND
 from qcompiler.passes.match_attention import Attention, Mismatch, match_attention
+from qcompiler.passes.outlining import RegionPass, outline
 
 __all__ = ["FuseAttention"]
 
@@ -31,7 +30,7 @@ _MOVING = _SHAPING | {"Concat", "Add", "Sub", "Mul", "Div", "Neg", "Identity"}
 """Ops between a projection and its attention: heads, a bias, a rotary embedding, a cache."""
 
 
-class FuseAttention(ir.passes.InPlacePass):
+class FuseAttention(RegionPass):
     """Outline the attentions that have a kernel.
 
     Attributes:
@@ -44,8 +43,7 @@ class FuseAttention(ir.passes.InPlacePass):
     def __init__(
         self, supports: Callable[[Region], str | None], *, bfloat16: bool | None = None
     ) -> None:
-        super().__init__()
-        self.supports = supports
+        super().__init__(supports)
         self.bfloat16 = bfloat16
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -53,7 +51,6 @@ class FuseAttention(ir.passes.InPlacePass):
         nodes = [node for node in model.graph if node.op_type == "Softmax" and node.domain == ""]
         fused = sum(self._try_fuse(model, node) for node in nodes)
         if fused:
-            model.graph.opset_imports[UNBOUND] = dialect.VERSION
             common.RemoveUnusedNodesPass()(model)
             common.NameFixPass()(model)
         return ir.passes.PassResult(model, fused > 0)
@@ -74,7 +71,7 @@ class FuseAttention(ir.passes.InPlacePass):
         if (missing := self.supports(region)) is not None:
             decide(softmax, "float", missing)
             return False
-        _outline(model, softmax, found, region)
+        _replace(model, softmax, found, region)
         return True
 
 
@@ -95,16 +92,13 @@ def _is_quantized(value: ir.Value) -> bool:
     return False
 
 
-def _outline(model: ir.Model, softmax: ir.Node, found: Attention, region: Region) -> None:
-    function = dialect.region_function(region, UNBOUND, model.graph.opset_imports[""])
-    model.functions.setdefault(function.identifier(), function)
+def _replace(model: ir.Model, softmax: ir.Node, found: Attention, region: Region) -> None:
     scale = new_initializer(model.graph, f"{softmax.name}_scale", np.array(found.scale, np.float32))
     inputs = [*(operand.value for operand in found.operands), scale]
     inputs += [] if found.mask is None else [found.mask]
-    new = ir.node(region.name, inputs, domain=UNBOUND, version=dialect.VERSION, name=softmax.name)
-    set_region(new, region)
+    new = outline(model, region, inputs)
+    new.name = softmax.name
     decide(new, "body", "scores, softmax and context in one")
     last = found.result.producer()
     assert last is not None
     replace_nodes([last], [new])
-    dialect.type_results(new, region.anchor)

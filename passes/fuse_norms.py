@@ -12,32 +12,22 @@ by then, and what is left to absorb is an Add of its own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qcompiler.ir import dialect
-from qcompiler.ir.decisions import decide, inherit, region_of, set_region
+from qcompiler.ir.decisions import decide, region_of
 from qcompiler.ir.graph import constant, new_initializer, only_consumer, same_shape
 from qcompiler.ir.region import Region
-from qcompiler.passes.fuse_regions import UNBOUND, drop_unused_functions
 from qcompiler.passes.match_norms import Norm, match_norm
+from qcompiler.passes.outlining import RegionPass, drop_unused_functions, outline
 
 __all__ = ["FuseNorms"]
 
 
-class FuseNorms(ir.passes.InPlacePass):
-    """Outline the norms that have a kernel; leave the others to ONNX Runtime.
-
-    Attributes:
-        supports: Says why there is no kernel for a region, or None if there is one.
-    """
-
-    def __init__(self, supports: Callable[[Region], str | None]) -> None:
-        super().__init__()
-        self.supports = supports
+class FuseNorms(RegionPass):
+    """Outline the norms that have a kernel; leave the others to ONNX Runtime."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Outline every supported norm of the main graph."""
@@ -52,7 +42,6 @@ class FuseNorms(ir.passes.InPlacePass):
             if reason is not None:
                 decide(node, "float", reason)
         if outlined:
-            model.graph.opset_imports[UNBOUND] = dialect.VERSION
             drop_unused_functions(model)
             common.NameFixPass()(model)
         return ir.passes.PassResult(model, outlined > 0)
@@ -65,10 +54,7 @@ class FuseNorms(ir.passes.InPlacePass):
             found = _Found(norm)
             if reason := self.supports(_region(found)):
                 return reason
-        region = _region(found)
-        function = dialect.region_function(region, UNBOUND, model.graph.opset_imports[""])
-        model.functions.setdefault(function.identifier(), function)
-        _replace(model.graph, found, region)
+        _replace(model, found)
         return None
 
 
@@ -161,27 +147,18 @@ def _region(found: _Found) -> Region:
     )
 
 
-def _replace(graph: ir.Graph, found: _Found, region: Region) -> None:
+def _replace(model: ir.Model, found: _Found) -> None:
     """Put a call of the region where the first of its nodes stands: all it reads is there."""
-    norm, results = found.norm, list(found.results.values())
+    norm, results, graph = found.norm, list(found.results.values()), model.graph
     operands = [*(found.add.inputs if found.add else (norm.x,)), norm.gamma]
     if norm.op == "LayerNorm":
         zeros = np.zeros(norm.depth, np.float32)
         operands.append(norm.beta or new_initializer(graph, f"{norm.gamma.name}_zeros", zeros))
     if found.smooth:
         operands.append(_smoothing(found.smooth, norm))
-    new = ir.node(
-        region.name,
-        operands,
-        domain=UNBOUND,
-        version=dialect.VERSION,
-        num_outputs=len(results),
-    )
-    inherit(new, norm.nodes[-1])
-    set_region(new, region)
+    new = outline(model, _region(found), operands, like=norm.nodes[-1])
     around = {"a residual": found.add, "smoothing": found.smooth, "Quantize": found.quantize}
     fused = [name for name, node in around.items() if node is not None]
     decide(new, "body", f"fused with {' and '.join(fused)}" if fused else "outlined")
     old = found.nodes
     ir.convenience.replace_nodes_and_values(graph, old[0], old, [new], results, list(new.outputs))
-    dialect.type_results(new, region.anchor, region.outputs)

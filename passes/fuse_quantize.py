@@ -10,30 +10,19 @@ Runs after `fuse_norms` and `merge_siblings`, which have better uses for a Quant
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qcompiler.ir import dialect
-from qcompiler.ir.decisions import decide, decision_of, inherit, region_of, set_region
+from qcompiler.ir.decisions import decide, decision_of, region_of
 from qcompiler.ir.graph import only_consumer
-from qcompiler.ir.region import Region
-from qcompiler.passes.fuse_regions import UNBOUND, drop_unused_functions
+from qcompiler.passes.outlining import UNBOUND, RegionPass, drop_unused_functions, outline
 
 __all__ = ["FuseQuantize"]
 
 
-class FuseQuantize(ir.passes.InPlacePass):
-    """Join each outlined Quantize with the one outlined product that reads it.
-
-    Attributes:
-        supports: Says why there is no kernel for a region, or None if there is one.
-    """
-
-    def __init__(self, supports: Callable[[Region], str | None]) -> None:
-        super().__init__()
-        self.supports = supports
+class FuseQuantize(RegionPass):
+    """Join each outlined Quantize with the one outlined product that reads it."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Join every pair, in branches and loops too."""
@@ -51,24 +40,14 @@ class FuseQuantize(ir.passes.InPlacePass):
         whole = dataclasses.replace(region, anchor="DynamicQMatMulW8A8")
         if self.supports(whole) is not None:
             return False
-        function = dialect.region_function(whole, UNBOUND, model.graph.opset_imports[""])
-        model.functions.setdefault(function.identifier(), function)
-        new = ir.node(
-            whole.name,
-            [*quantize.inputs, *product.inputs[2:]],
-            domain=UNBOUND,
-            version=dialect.VERSION,
-            num_outputs=len(product.outputs),
-        )
-        inherit(new, product)
-        set_region(new, whole)
+        operands = [*quantize.inputs, *product.inputs[2:]]
+        new = outline(model, whole, operands, like=product)
         decide(new, "body", f"{decision_of(product).why}; quantizes its input")
         graph = product.graph
         assert graph is not None
         ir.convenience.replace_nodes_and_values(
             graph, product, [quantize, product], [new], product.outputs, new.outputs
         )
-        dialect.type_results(new, whole.anchor, ["y"] * len(new.outputs))
         return True
 
 

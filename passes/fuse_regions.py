@@ -12,21 +12,19 @@ region in standard ops, so the numbers do not change.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
-from qcompiler.ir.decisions import decide, inherit, left_to_ort, set_region
+from qcompiler.ir.decisions import decide, left_to_ort
 from qcompiler.ir.graph import constant, new_initializer, only_consumer, replace_nodes, same_shape
 from qcompiler.ir.region import ExtraKind, Region, Step
+from qcompiler.passes.outlining import RegionPass, outline
 
-__all__ = ["UNBOUND", "FuseRegions", "drop_unused_functions"]
-
-UNBOUND = "qcompiler.region"
-"""Domain of outlined regions until `bind_kernels` names it after their hash."""
+__all__ = ["FuseRegions"]
 
 _DEFAULTS = frozenset({("Gelu", "approximate", "none")})
 """Attributes written out with their default value name no other kernel."""
@@ -51,16 +49,8 @@ class _Growth:
         return [node.outputs[0] for node in self.covered]
 
 
-class FuseRegions(ir.passes.InPlacePass):
-    """Outline the regions that have a kernel; leave the others to their op's body.
-
-    Attributes:
-        supports: Says why there is no kernel for a region, or None if there is one.
-    """
-
-    def __init__(self, supports: Callable[[Region], str | None]) -> None:
-        super().__init__()
-        self.supports = supports
+class FuseRegions(RegionPass):
+    """Outline the regions that have a kernel; leave the others to their op's body."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Outline every supported region, in branches and loops too."""
@@ -83,7 +73,6 @@ class FuseRegions(ir.passes.InPlacePass):
             outlined += 1
         if outlined:
             common.NameFixPass()(model)
-            model.graph.opset_imports[UNBOUND] = dialect.VERSION
             dialect.declare(model)
         return ir.passes.PassResult(model, outlined > 0)
 
@@ -98,26 +87,15 @@ class FuseRegions(ir.passes.InPlacePass):
         return growth
 
     def _outline(self, model: ir.Model, growth: _Growth) -> None:
-        anchor, opset = growth.covered[0], model.graph.opset_imports[""]
-        function = dialect.region_function(growth.region, UNBOUND, opset)
-        model.functions.setdefault(function.identifier(), function)
+        anchor = growth.covered[0]
         extras = [
             value if kind == "tensor" else _per_channel(model.graph, value, growth.region)
             for value, kind in zip(growth.extras, growth.region.extras, strict=True)
         ]
-        new = ir.node(
-            growth.region.name,
-            [*anchor.inputs, *extras],
-            domain=UNBOUND,
-            version=dialect.VERSION,
-            num_outputs=len(anchor.outputs),
-        )
-        inherit(new, anchor)
-        set_region(new, growth.region)
+        new = outline(model, growth.region, [*anchor.inputs, *extras], like=anchor)
         steps = " + ".join(step.op for step in growth.region.steps)
         decide(new, "body", f"fused with {steps}" if steps else "outlined")
         replace_nodes(growth.covered, [new])
-        dialect.type_results(new, growth.region.anchor)
 
 
 def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...]:
@@ -219,11 +197,3 @@ def _per_channel(graph: ir.Graph, operand: ir.Value, region: Region) -> ir.Value
     if array.shape == (width,):
         return operand
     return new_initializer(graph, f"{operand.name}_per_channel", np.full(width, array, np.float32))
-
-
-def drop_unused_functions(model: ir.Model) -> None:
-    """Remove the functions of regions that a larger region has taken in."""
-    used = {node.op_identifier() for node in model.graph.all_nodes()}
-    for identifier in [key for key in model.functions if key[0] == UNBOUND]:
-        if identifier not in used:
-            del model.functions[identifier]

@@ -12,35 +12,24 @@ those get zeros or ones.  Runs after `fuse_regions`, on what that outlined.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qcompiler.ir import dialect
-from qcompiler.ir.decisions import decide, inherit, region_of, set_region
+from qcompiler.ir.decisions import decide, region_of
 from qcompiler.ir.graph import constant, new_initializer
 from qcompiler.ir.region import ExtraKind, Region, Step
-from qcompiler.passes.fuse_regions import UNBOUND, drop_unused_functions
+from qcompiler.passes.outlining import UNBOUND, RegionPass, drop_unused_functions, outline
 
 __all__ = ["MergeSiblings"]
 
 _NEUTRAL = {"Add": 0.0, "Mul": 1.0}
-_ANCHOR_INPUTS = 4
-"""q, s, w and ws; a region's extra operands follow."""
 
 
-class MergeSiblings(ir.passes.InPlacePass):
-    """Merge outlined products that read the same q and s, where a kernel can compute them.
-
-    Attributes:
-        supports: Says why there is no kernel for a region, or None if there is one.
-    """
-
-    def __init__(self, supports: Callable[[Region], str | None]) -> None:
-        super().__init__()
-        self.supports = supports
+class MergeSiblings(RegionPass):
+    """Merge outlined products that read the same q and s, where a kernel can compute them."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Merge siblings of every graph, branches and loops included."""
@@ -121,24 +110,14 @@ def _aligned(chain: tuple[Step, ...], longest: tuple[Step, ...]) -> list[bool] |
 
 
 def _replace(model: ir.Model, nodes: Sequence[ir.Node], whole: Region) -> None:
-    first, opset = nodes[0], model.graph.opset_imports[""]
-    function = dialect.region_function(whole, UNBOUND, opset)
-    model.functions.setdefault(function.identifier(), function)
+    first = nodes[0]
     operands = [_operands(node, whole) for node in nodes]
     stem = f"{first.inputs[2].name}_merged" if first.inputs[2] is not None else "merged"
     columns = [
         new_initializer(model.graph, stem, np.concatenate(parts, axis=-1))
         for parts in zip(*operands, strict=True)
     ]
-    new = ir.node(
-        whole.name,
-        [*first.inputs[:2], *columns],
-        domain=UNBOUND,
-        version=dialect.VERSION,
-        num_outputs=len(nodes),
-    )
-    inherit(new, first)
-    set_region(new, whole)
+    new = outline(model, whole, [*first.inputs[:2], *columns], like=first)
     new.name = " + ".join(node.name or node.op_type for node in nodes)
     decide(new, "body", f"{len(nodes)} products of one input")
     results = [node.outputs[0] for node in nodes]
@@ -146,7 +125,6 @@ def _replace(model: ir.Model, nodes: Sequence[ir.Node], whole: Region) -> None:
     ir.convenience.replace_nodes_and_values(
         first.graph, first, nodes, [new], results, list(new.outputs)
     )
-    dialect.type_results(new, whole.anchor, ["y"] * len(nodes))
 
 
 def _operands(node: ir.Node, whole: Region) -> list[np.ndarray]:

@@ -33,17 +33,21 @@ def outlined(text: str) -> ir.Model:
     return model
 
 
-def merged(text: str) -> list[str]:
-    """The ops after merging, which changes no number and is done in one go."""
-    model = outlined(text)
+def rewritten(model: ir.Model, rewrite: ir.passes.PassBase) -> list[str]:
+    """The ops after a pass that changes no number, is done in one go and leaves no function."""
     before = run(model, FEEDS)
-    MergeSiblings(everything)(model)
-    verify(model, Stage.KERNEL, "merge-siblings")
+    rewrite(model)
+    verify(model, Stage.KERNEL, type(rewrite).__name__)
     for got, want in zip(run(model, FEEDS), before, strict=True):
         np.testing.assert_array_equal(got, want)
-    assert not MergeSiblings(everything)(model).modified
+    assert not rewrite(model).modified
     assert len(model.functions) == len({node.op_type for node in model.graph if node.domain})
     return [node.op_type for node in model.graph]
+
+
+def merged(text: str) -> list[str]:
+    """The ops after merging."""
+    return rewritten(outlined(text), MergeSiblings(everything))
 
 
 def test_merges_products_of_one_input():

@@ -1,0 +1,65 @@
+"""What the passes that outline regions share: the domain, the node, and the functions left over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+
+from qcompiler.ir import dialect
+from qcompiler.ir.decisions import inherit, set_region
+from qcompiler.ir.region import Region
+
+__all__ = ["UNBOUND", "RegionPass", "drop_unused_functions", "outline"]
+
+UNBOUND = "qcompiler.region"
+"""Domain of outlined regions until `bind_kernels` names it after their hash."""
+
+
+class RegionPass(ir.passes.InPlacePass):
+    """A pass that outlines what has a kernel.
+
+    Attributes:
+        supports: Says why there is no kernel for a region, or None if there is one.
+    """
+
+    def __init__(self, supports: Callable[[Region], str | None]) -> None:
+        super().__init__()
+        self.supports = supports
+
+
+def outline(
+    model: ir.Model, region: Region, inputs: Sequence[ir.Value | None], like: ir.Node | None = None
+) -> ir.Node:
+    """A node, not yet in a graph, that calls the function of `region`, which the model then has.
+
+    Args:
+        model: Gets the function, and the import of its domain.
+        region: What the node computes.
+        inputs: The anchor's, then one per extra operand.
+        like: The node whose name, decision and plan it inherits.
+    """
+    function = dialect.region_function(region, UNBOUND, model.graph.opset_imports[""])
+    model.functions.setdefault(function.identifier(), function)
+    model.graph.opset_imports[UNBOUND] = dialect.VERSION
+    new = ir.node(
+        region.name,
+        inputs,
+        domain=UNBOUND,
+        version=dialect.VERSION,
+        num_outputs=len(function.outputs),
+    )
+    if like is not None:
+        inherit(new, like)
+    set_region(new, region)
+    results = ["y"] * len(region.widths) if region.widths else region.outputs
+    dialect.type_results(new, region.anchor, results)
+    return new
+
+
+def drop_unused_functions(model: ir.Model) -> None:
+    """Remove the functions of regions that a larger region has taken in."""
+    used = {node.op_identifier() for node in model.graph.all_nodes()}
+    for identifier in [key for key in model.functions if key[0] == UNBOUND]:
+        if identifier not in used:
+            del model.functions[identifier]
