@@ -78,16 +78,16 @@ class Judge:
         Raises:
             OptionError: Shapes were given that do not fit.
             ModelError: The model fails on inputs of the shapes given.
+            CalibrationError: The first sample cannot be read or does not fit.
         """
         if self.given is not None:
             feed, _ = random_feed(model_inputs(model), self.given)
             return observed_shapes(model, names, feed)
+        feed = self._sample(model)
         try:
-            feed = self._sample(model)
             return observed_shapes(model, names, feed) if feed else {}
         except QCompilerError:
-            # Nobody asked for sizes; a sample that is needed and does not fit is refused later.
-            return {}
+            return {}  # nobody asked for sizes
 
     def error(self) -> dict[Candidate, float]:
         """By how much the cost model is off at the sites that were timed; empty without any."""
@@ -102,5 +102,6 @@ class Judge:
         if self.samples is None:
             return {}
         name, arrays = next(iter(Samples(self.samples)))
+        feed = check_sample(name, arrays, model_inputs(model))
         self.used_samples = self._watch is not None or self.target.arch in MODELLED
-        return check_sample(name, arrays, model_inputs(model))
+        return feed
