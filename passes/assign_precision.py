@@ -69,12 +69,13 @@ class AssignPrecision(ir.passes.InPlacePass):
             )
         self.scheme = scheme
         self.keep_float = keep_float
+        self._patterns = keep_float
         self.group_sizes = (group_size,) if group_size else scheme.group_sizes
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Plan every node of the graph and its subgraphs."""
         nodes = list(model.graph.all_nodes())
-        self._check_patterns(nodes)
+        self._patterns = self._known_patterns(nodes)
         planned = 0
         for node in nodes:
             plan = self._plan_tied(model.graph, node, in_branch=node.graph is not model.graph)
@@ -86,14 +87,22 @@ class AssignPrecision(ir.passes.InPlacePass):
                 decide(node, "float", plan.why, expected=plan.expected)
         return ir.passes.PassResult(model, planned > 0)
 
-    def _check_patterns(self, nodes: list[ir.Node]) -> None:
+    def _known_patterns(self, nodes: list[ir.Node]) -> tuple[str, ...]:
+        """`keep_float`, each pattern of which matches something.
+
+        "a + b" is what reports call products that were merged: both are meant.
+        """
         names = [node.name or "" for node in nodes] + sorted({node.op_type for node in nodes})
-        for pattern in self.keep_float:
+        patterns = list[str]()
+        for given in self.keep_float:
+            patterns += [given] if given in names else given.split(" + ")
+        for pattern in patterns:
             if not any(_matches(name, pattern) for name in names):
                 raise OptionError(
                     f"keep_float {pattern!r} matches no node name and no op type of the model"
                     f"{did_you_mean(pattern, names)}"
                 )
+        return tuple(patterns)
 
     def _plan_tied(
         self, graph: ir.Graph, node: ir.Node, in_branch: bool
@@ -120,7 +129,7 @@ class AssignPrecision(ir.passes.InPlacePass):
 
     def _plan(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float | None:
         """A plan, the reason to stay float, or None for ops that hold nothing to quantize."""
-        for pattern in self.keep_float:
+        for pattern in self._patterns:
             if _matches(node.name or "", pattern) or _matches(node.op_type, pattern):
                 return _Float(f"kept float by request ({pattern})")
         if node.domain not in ("", "ai.onnx"):

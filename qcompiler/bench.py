@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcompiler.calibrate import Samples, check_sample
 from qcompiler.cores import available_cores, busy_cores
 from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.random_inputs import Feed, InputShape, random_feed
 from qcompiler.runtime import QUIET, import_onnxruntime, open_model
+from qcompiler.samples import Samples, check_sample
 
 __all__ = ["Bench", "Result", "Timing", "bench"]
 

@@ -1,14 +1,12 @@
 """Calibration: run the float model on samples and remember what its tensors held.
 
-A sample set is a folder of `.npz` files, each one batch with an array per model input.  One sample
-is in memory at a time, and only the tensors that a target needs are computed and looked at.
+One sample is in memory at a time, and only the tensors that a target needs are computed and looked
+at.
 """
 
 from __future__ import annotations
 
-import os
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,9 @@ from qcompiler.ir.graph import constant
 from qcompiler.ir.types import TensorStats
 from qcompiler.random_inputs import random_feed
 from qcompiler.runtime import open_session
+from qcompiler.samples import Sample, Samples, check_sample
 
-__all__ = ["Sample", "Samples", "check_sample", "observe", "sample_tokens"]
-
-Sample = dict[str, NDArray[Any]]
+__all__ = ["observe", "sample_tokens"]
 
 _TOKENS = 512
 """The most tokens of one tensor that `sample_tokens` returns."""
@@ -34,80 +31,6 @@ _TOKENS = 512
 _LARGEST_FOR_MADE_UP = 1 << 30
 """Bytes of weights: a larger model is only run where somebody gave samples to run it on, because
 that takes memory for all of it."""
-
-
-class Samples:
-    """The `.npz` samples of a folder (or one file), read one at a time in name order."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Find the samples.
-
-        Raises:
-            CalibrationError: The path does not exist or holds no `.npz`.
-        """
-        root = Path(path)
-        self.files = sorted(root.glob("*.npz")) if root.is_dir() else [root]
-        if not root.exists():
-            raise CalibrationError(f"no samples: {root} does not exist")
-        if not self.files:
-            raise CalibrationError(f"no samples: {root} holds no .npz file")
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __iter__(self) -> Iterator[tuple[str, Sample]]:
-        """File name and arrays of each sample.
-
-        Raises:
-            CalibrationError: A file that is not an `.npz` of plain arrays.
-        """
-        for file in self.files:
-            try:
-                content = np.load(file, allow_pickle=False)
-                if not isinstance(content, np.lib.npyio.NpzFile):
-                    raise ValueError("it is a single array; save it with np.savez(file, name=…)")
-                with content:
-                    yield file.name, {name: content[name] for name in content.files}
-            except (OSError, ValueError, zipfile.BadZipFile) as error:
-                raise CalibrationError(f"{file} is not an .npz of plain arrays: {error}") from error
-
-
-def check_sample(name: str, sample: Sample, inputs: Sequence[Any]) -> Sample:
-    """The arrays of `sample` that the model takes, after checking each.
-
-    Args:
-        name: File name, for the message.
-        sample: The arrays.
-        inputs: `session.get_inputs()`.
-
-    Raises:
-        CalibrationError: A missing input, a wrong dtype or shape, NaN or Inf.
-    """
-    feeds: Sample = {}
-    for expected in inputs:
-        if expected.name not in sample:
-            raise CalibrationError(
-                f"{name} has no array for input {expected.name!r}; it has {sorted(sample)}"
-            )
-        array = sample[expected.name]
-        wanted = _numpy_dtype(expected.type)
-        if wanted is not None and array.dtype != wanted:
-            raise CalibrationError(
-                f"{name}: input {expected.name!r} is {array.dtype}, the model takes {wanted}"
-            )
-        fits = len(array.shape) == len(expected.shape) and all(
-            not isinstance(dim, int) or dim == size
-            for dim, size in zip(expected.shape, array.shape, strict=True)
-        )
-        if not fits:
-            raise CalibrationError(
-                f"{name}: input {expected.name!r} has shape {list(array.shape)}, the model takes "
-                f"{expected.shape}"
-            )
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise CalibrationError(f"{name}: input {expected.name!r} holds NaN or Inf")
-        feeds[expected.name] = array
-    return feeds
 
 
 def observe(
@@ -241,12 +164,3 @@ def _expose(model: ir.Model, names: Sequence[str], folder: Path) -> Path:
     path = folder / "observed.onnx"
     ir.save(copy, path, external_data="observed.onnx.data")
     return path
-
-
-def _numpy_dtype(ort_type: str) -> np.dtype[Any] | None:
-    names = {"float": "float32", "double": "float64", "float16": "float16", "bool": "bool"}
-    inner = ort_type.removeprefix("tensor(").removesuffix(")")
-    try:
-        return np.dtype(names.get(inner, inner))
-    except TypeError:
-        return None

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompiler.calibrate import Samples, check_sample
 from qcompiler.ir.errors import BundleError, CalibrationError, ModelError, OptionError
 from qcompiler.output_error import Accuracy, ErrorSums, OutputError
 from qcompiler.runtime import open_model
+from qcompiler.samples import Samples, check_sample
 
 __all__ = ["Accuracy", "Comparison", "OutputError", "compare"]
 

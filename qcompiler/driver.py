@@ -6,7 +6,7 @@ import dataclasses
 import os
 import resource
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.bundle import Manifest, check_destination, staged_folder
-from qcompiler.calibrate import Samples, observe, sample_tokens
+from qcompiler.calibrate import observe, sample_tokens
 from qcompiler.chooser import Chooser, Wishes
 from qcompiler.emit import build_kernels, write_bundle
 from qcompiler.frontend import load_model
-from qcompiler.ir.decisions import decisions
+from qcompiler.ir.decisions import Decision, decisions
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.types import TensorStats
 from qcompiler.pipeline import Pipeline
@@ -27,8 +27,10 @@ from qcompiler.progress import Clock, Progress
 from qcompiler.recipe import Recipe
 from qcompiler.report import Report
 from qcompiler.runtime import load
+from qcompiler.samples import Samples
 from qcompiler.targets.catalog import get_target
 from qcompiler.targets.target import Target
+from qcompiler.timing.observed_shapes import model_inputs
 
 if TYPE_CHECKING:
     import torch
@@ -88,20 +90,23 @@ def compile(
         chooser = Chooser(goal, wishes, calibration, clock.detail)
     job = _Job(source, goal, recipe, clock, observer, chooser, pipeline)
     model = job.run_passes()
-    report = Report(destination, target, tuple(decisions(model)), job.bytes_before)
     if strict:
-        _refuse_fallbacks(report)
+        _refuse_fallbacks(decisions(model))
     with staged_folder(destination) as stage:
         job.write(model, stage)
         while job.is_slower(model, stage):
             model = job.run_passes()
+            if strict:
+                _refuse_fallbacks(decisions(model))
             job.write(model, stage)
         job.write_choices(stage)
         bytes_after, bytes_of_kernels = _size(stage), _size(stage, "*.so")
     clock.stop()
-    return dataclasses.replace(
-        report,
-        decisions=tuple(decisions(model)),
+    return Report(
+        destination,
+        target,
+        tuple(decisions(model)),
+        job.bytes_before,
         notes=job.notes(),
         choices=None if chooser is None else chooser.record().to_dict(),
         bytes_after=bytes_after,
@@ -139,6 +144,9 @@ class _Job:
         self.bytes_before = _source_bytes(self.source, model)
         if self.chooser is not None:
             self.chooser.check(model)
+        if self.observer is not None:
+            # All of them, whether or not a pass will ask for them.
+            self.observer.samples.check(model_inputs(model))
         return pipeline.run(model, lambda step: self.clock.start(step.name))
 
     def write(self, model: ir.Model, stage: Path) -> None:
@@ -223,8 +231,8 @@ class _Observer:
         self.clock.detail(f"sample {done} of {total}", done / total)
 
 
-def _refuse_fallbacks(report: Report) -> None:
-    slow = report.fallbacks()
+def _refuse_fallbacks(made: Iterable[Decision]) -> None:
+    slow = [decision for decision in made if not decision.expected]
     if not slow:
         return
     named = "; ".join(f"{d.node} ({d.op}): {d.why}" for d in slow[:5])

@@ -77,10 +77,6 @@ class Report:
         groups = [Group(*key, count) for key, count in keys.items()]
         return sorted(groups, key=lambda g: (order[g.action], -g.count, g.op))
 
-    def fallbacks(self) -> list[Decision]:
-        """Nodes with weights that the user would expect to be faster, and are not."""
-        return [decision for decision in self.decisions if not decision.expected]
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {

@@ -42,7 +42,11 @@ QUIET = 4
 Provider = str | tuple[str, dict[str, Any]]
 """An execution provider, alone or with its options, as ONNX Runtime takes them."""
 
-_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+_PACKAGES = (
+    "onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-migraphx",
+    "onnxruntime-openvino", "onnxruntime-qnn", "onnxruntime-rocm", "onnxruntime-training",
+)  # fmt: skip
+"""Distributions that all install a module called `onnxruntime`."""
 
 
 def load(
@@ -113,10 +117,12 @@ def open_session(
     ort = import_onnxruntime()
     options = options or ort.SessionOptions()
     if threads is not None:
-        if not isinstance(threads, int) or threads < 1:
+        if type(threads) is not int or threads < 1:
             raise OptionError(f"threads must be a whole number from 1, not {threads!r}")
         options.intra_op_num_threads = threads
     available = ort.get_available_providers()
+    if isinstance(providers, str):
+        raise OptionError(f"providers is a sequence of names: give [{providers!r}]")
     for provider in providers or ():
         name = provider if isinstance(provider, str) else provider[0]
         if name not in available:
@@ -157,14 +163,13 @@ def import_onnxruntime() -> Any:
     """The onnxruntime module.
 
     Raises:
-        RuntimeMissingError: It is not installed.
+        RuntimeMissingError: It is not installed, or more than one is.
     """
     installed = [name for name in _PACKAGES if _is_installed(name)]
     if len(installed) > 1:
-        warnings.warn(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files; "
-            "pip uninstall both, then install one",
-            stacklevel=3,
+        raise RuntimeMissingError(
+            f"{' and '.join(installed)} are installed together and overwrite each other's files: "
+            f"pip uninstall {' '.join(installed)}, then pip install the one you want"
         )
     try:
         import onnxruntime
@@ -217,7 +222,7 @@ def _register(options: Any, folder: Path, manifest: Manifest, library: LibraryEn
             return
         except Exception as error:
             problem = f"{library.file} cannot be loaded ({error})"
-    warnings.warn(f"{folder}: {problem}; running without kernels", stacklevel=4)
+    warnings.warn(f"{folder}: {problem}; running without kernels", stacklevel=3)
 
 
 def _default_providers(target: str, available: Sequence[str]) -> list[str]:

@@ -46,6 +46,8 @@ def get_target(name: str) -> Target:
     Raises:
         OptionError: There is none; the message lists them.
     """
+    if not isinstance(name, str):
+        raise OptionError(f"a target is a name, such as 'x86-int8', not {name!r}")
     try:
         return TARGETS[name]
     except KeyError:

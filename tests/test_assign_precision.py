@@ -103,6 +103,16 @@ def test_keep_float_by_name_pattern_or_op(pattern):
     assert decision_of(node).why == f"kept float by request ({pattern})"
 
 
+def test_keep_float_takes_the_name_of_merged_products():
+    text = "g (float[m,64] x) => (float[m,48] a, float[m,48] b) { a = MatMul (x, w) "
+    text += "b = MatMul (x, w) }"
+    nodes = planned(text, {"w": W}, keep_float=("node_0 + node_1",))
+    assert [node.name for node in nodes] == ["node_0", "node_1"]
+    assert all(f"({node.name})" in decision_of(node).why for node in nodes)
+    with pytest.raises(OptionError, match="keep_float 'node_2' matches no node name"):
+        planned(text, {"w": W}, keep_float=("node_0 + node_2",))
+
+
 def test_keep_float_that_matches_nothing_is_an_error():
     with pytest.raises(OptionError, match="'Matmul' matches no node.*did you mean 'MatMul'"):
         planned(MATMUL, {"w": W}, keep_float=("Matmul",))

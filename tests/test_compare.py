@@ -151,7 +151,7 @@ def test_other_shapes(folder):
 def test_a_model_that_fails(folder):
     fixed = save(folder / "r.onnx", "g (float[n, 3] x) => (float[a, b] y)"
                  " { s = Constant <value_ints = [7, 1]> () y = Reshape (x, s) }")  # fmt: skip
-    with pytest.raises(ModelError, match=r"r\.onnx fails on 0\.npz"):
+    with pytest.raises(ModelError, match=r"r\.onnx fails on .*0\.npz"):
         compare(fixed, fixed, folder / "data")
 
 

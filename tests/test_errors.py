@@ -148,12 +148,24 @@ def test_no_calibration_where_it_is_needed(conv, tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ([{"x": IMAGE}, {"z": IMAGE}], "1.npz has no array for input 'x'; it has ..z"),
-        ([{"x": IMAGE.astype("f8")}], "0.npz: input 'x' is float64, the model takes float32"),
-        ([{"x": IMAGE[0]}], "0.npz: input 'x' has shape .2, 8, 8., the model takes"),
-        ([{"x": IMAGE[:, :1]}], "0.npz: input 'x' has shape .1, 1, 8, 8., the model takes"),
-        ([{"x": IMAGE}, {"x": IMAGE * np.nan}], "1.npz: input 'x' holds NaN or Inf"),
-        ([{"x": np.full_like(IMAGE, 3e38)}], "0.npz: .* (NaN or Inf|holds)"),
+        (
+            [{"x": IMAGE}, {"z": IMAGE}],
+            r"calib/1.npz \(sample 2 of 2\) has no array for input 'x', only ..z.*savez.file, x=",
+        ),
+        (
+            [{"x": IMAGE.astype("f8")}],
+            r"0.npz .*: input 'x' is float64, the model takes float32; save it as array.astype",
+        ),
+        (
+            [{"x": IMAGE[0]}],
+            "0.npz .*: input 'x' has shape .2, 8, 8., the model takes .*batch dimension",
+        ),
+        ([{"x": IMAGE[:, :1]}], "0.npz .*: input 'x' has shape .1, 1, 8, 8., the model takes"),
+        (
+            [{"x": IMAGE}, {"x": IMAGE * np.nan}],
+            r"1.npz \(sample 2 of 2\): input 'x' holds 128 NaN or Inf; repair or remove the file",
+        ),
+        ([{"x": np.full_like(IMAGE, 3e38)}], "0.npz .*: .* (NaN or Inf|holds)"),
         ([{"x": IMAGE[:0]}], "the samples are empty"),
     ],
 )
@@ -164,6 +176,26 @@ def test_bad_samples(conv, tmp_path, arrays, message):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((1, 64), np.nan, np.float32), "holds 64 NaN or Inf"),
+        (np.zeros((1, 63), np.float32), "has shape .1, 63., the model takes"),
+    ],
+)
+def test_samples_that_nothing_needs_are_checked_too(matmul, tmp_path, array, message):
+    good = {"x": np.ones((1, 64), np.float32)}
+    folder = samples(tmp_path / "calib", good, {"x": array})
+    with pytest.raises(CalibrationError, match=rf"1.npz \(sample 2 of 2\): input 'x' {message}"):
+        qcompiler.compile(matmul, "arm-int8", tmp_path / "out", calibration=folder)
+
+
+@pytest.mark.parametrize("target", [None, ["x86-int8"]])
+def test_a_target_that_is_no_name(matmul, target):
+    with pytest.raises(OptionError, match="a target is a name, such as 'x86-int8', not "):
+        qcompiler.compile(matmul, target)
+
+
 def test_tensor_that_overflows_in_a_sample(tmp_path):
     model = model_of(
         "g (float[n,2,8,8] x) => (float[n,4,6,6] y) "
@@ -171,7 +203,7 @@ def test_tensor_that_overflows_in_a_sample(tmp_path):
         {"w": CONV_W},
     )
     folder = samples(tmp_path / "calib", {"x": IMAGE}, {"x": IMAGE + 200})
-    with pytest.raises(CalibrationError, match="1.npz: tensor 'e' becomes NaN or Inf"):
+    with pytest.raises(CalibrationError, match="1.npz .*: tensor 'e' becomes NaN or Inf"):
         qcompiler.compile(model, "arm-int8", tmp_path / "out", calibration=folder)
 
 
@@ -299,6 +331,8 @@ def test_altered_and_missing_files(bundle):
     [
         ({"threads": 0}, "threads must be a whole number from 1, not 0"),
         ({"threads": "2"}, "threads must be a whole number from 1, not '2'"),
+        ({"threads": True}, "threads must be a whole number from 1, not True"),
+        ({"providers": "CPUExecutionProvider"}, "sequence of names: give .'CPUExecutionProvider'"),
         ({"providers": ["NoProvider"]}, "provider 'NoProvider' is not in this ONNX Runtime"),
     ],
 )
@@ -315,7 +349,8 @@ def test_no_onnxruntime(bundle, monkeypatch):
 
 def test_two_onnxruntimes(bundle, monkeypatch):
     monkeypatch.setattr("qcompiler.runtime._is_installed", lambda package: True)
-    with pytest.warns(UserWarning, match="onnxruntime and onnxruntime-gpu are both installed"):
+    message = "onnxruntime and onnxruntime-gpu and .* pip uninstall onnxruntime onnxruntime-gpu"
+    with pytest.raises(RuntimeMissingError, match=message):
         qcompiler.load(bundle)
 
 

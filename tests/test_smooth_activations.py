@@ -196,7 +196,7 @@ def test_what_does_not_run_is_not_sampled(tmp_path):
     model = model_of(text.replace("float[b,s,", "float[7,").replace("[b,s]", "[1,s]"), WEIGHTS)
     assert sample_tokens(model, ["y"]) == {}
     np.savez(tmp_path / "a.npz", ids=np.zeros((1, 8), np.int64))
-    with pytest.raises(CalibrationError, match="the model fails on a.npz"):
+    with pytest.raises(CalibrationError, match="the model fails on .*a.npz"):
         sample_tokens(model, ["y"], Samples(tmp_path))
 
 

@@ -132,7 +132,8 @@ def _pipeline(target: str | None, calib: Path | None) -> Pipeline:
     goal = next(iter(TARGETS.values())) if target is None else get_target(target)
     if calib is None:
         return Pipeline.default(goal)
-    from qcompiler.calibrate import Samples, observe
+    from qcompiler.calibrate import observe
+    from qcompiler.samples import Samples
 
     samples = Samples(calib)
     return Pipeline.default(goal, observe=lambda model, names: observe(model, names, samples))

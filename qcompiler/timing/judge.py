@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from qcompiler.calibrate import Samples, check_sample
 from qcompiler.cores import available_cores
 from qcompiler.ir.errors import QCompilerError
 from qcompiler.ir.sites import Candidate, Costs, Site
 from qcompiler.random_inputs import Feed, random_feed
+from qcompiler.samples import Samples, check_sample
 from qcompiler.targets import catalog
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.target import Target
