@@ -16,6 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes import common
 
+from qcompiler.clipping import Clipping, Observed
 from qcompiler.ir.errors import CalibrationError, ModelError, OptionError
 from qcompiler.ir.graph import constant
 from qcompiler.ir.types import TensorStats
@@ -38,31 +39,34 @@ def observe(
     names: Sequence[str],
     samples: Samples,
     progress: Callable[[int, int], None] | None = None,
+    clipping: Clipping | None = None,
 ) -> Mapping[str, TensorStats]:
-    """Smallest and largest value of the named tensors over all samples.
+    """The ranges of the named tensors over all samples.
 
     Args:
         model: A float model; it is not changed.
         names: Tensors to observe.
         samples: What to run it on.
         progress: Called with (done, total) after each sample.
+        clipping: Where to cut ranges off; by default nowhere.
 
     Raises:
         CalibrationError: A bad sample, or a tensor that is NaN or Inf; names both.
     """
-    low = dict.fromkeys(names, np.inf)
-    high = dict.fromkeys(names, -np.inf)
-    for index, tensors in enumerate(_tensors(model, names, lambda inputs: samples)):
+    clipping = clipping or Clipping()
+    seen = {name: Observed(clipping) for name in names}
+    for index, (file, tensors) in enumerate(_tensors(model, names, lambda inputs: samples)):
         for name, array in tensors.items():
-            if array.size:
-                low[name] = min(low[name], float(array.min()))
-                high[name] = max(high[name], float(array.max()))
+            try:
+                seen[name].add(array)
+            except ValueError as error:
+                raise _not_finite(file, name) from error
         if progress is not None:
             progress(index + 1, len(samples))
-    empty = [name for name in names if low[name] > high[name]]
+    empty = [name for name in names if seen[name].low > seen[name].high]
     if empty:
         raise CalibrationError(f"the samples are empty: tensor {empty[0]!r} never held a value")
-    return {name: TensorStats(low[name], high[name]) for name in names}
+    return {name: TensorStats(*observed.range()) for name, observed in seen.items()}
 
 
 def sample_tokens(
@@ -100,11 +104,13 @@ def sample_tokens(
         return {}  # whatever is wrong with inputs that nobody gave is nobody's mistake
 
 
-def _some_rows(runs: Iterable[Sample], share: int) -> dict[str, NDArray[np.float32]]:
+def _some_rows(runs: Iterable[tuple[str, Sample]], share: int) -> dict[str, NDArray[np.float32]]:
     """Up to `share` rows of every tensor of each run, evenly spaced."""
     rows: dict[str, list[NDArray[Any]]] = {}
-    for tensors in runs:
+    for file, tensors in runs:
         for name, array in tensors.items():
+            if not np.isfinite(array).all():
+                raise _not_finite(file, name)
             tokens = array.reshape(-1, array.shape[-1])
             rows.setdefault(name, []).append(tokens[:: max(1, -(-len(tokens) // share))])
     joined = {name: np.concatenate(parts)[:_TOKENS] for name, parts in rows.items()}
@@ -126,8 +132,8 @@ def _tensors(
     model: ir.Model,
     names: Sequence[str],
     draw: Callable[[Sequence[Any]], Iterable[tuple[str, Sample]]],
-) -> Iterator[Sample]:
-    """The named tensors on each sample that `draw` gives for a session's inputs, all finite."""
+) -> Iterator[tuple[str, Sample]]:
+    """The named tensors on each sample that `draw` gives for a session's inputs, and its name."""
     given = {value.name for value in model.graph.inputs}
     computed = [name for name in names if name not in given]
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
@@ -136,10 +142,13 @@ def _tensors(
         for file, sample in draw(inputs):
             feeds = check_sample(file, sample, inputs)
             tensors = feeds | _run(session, computed, feeds, file)
-            for name in names:
-                if not np.isfinite(tensors[name]).all():
-                    raise CalibrationError(f"{file}: tensor {name!r} becomes NaN or Inf")
-            yield {name: tensors[name] for name in names}
+            yield file, {name: tensors[name] for name in names}
+
+
+def _not_finite(file: str, name: str) -> CalibrationError:
+    return CalibrationError(
+        f"{file}: tensor {name!r} becomes NaN or Inf; repair or remove the sample"
+    )
 
 
 def _run(session: Any, names: Sequence[str], feeds: Sample, file: str) -> Sample:

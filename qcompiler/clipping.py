@@ -1,0 +1,246 @@
+"""Where to cut off the range of a tensor before it is divided into steps.
+
+A narrower range has finer steps and cuts off more; each method finds its own balance:
+
+min-max          everything that was seen
+moving-average   the average over samples of their ends, later ones weighing more
+percentile       all but the outermost of a hundred parts on either side
+entropy          the least loss of information (KL divergence), after Migacz, "8-bit inference with
+                 TensorRT" (2017), with a range of two ends
+mse              the least mean squared error of the rounded values
+sigma            so many standard deviations around the mean
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompiler.histogram import Histogram
+from qcompiler.ir.errors import OptionError, did_you_mean
+
+__all__ = ["METHODS", "Clipping", "Observed"]
+
+Range = tuple[float, float]
+
+_CANDIDATES = np.linspace(1.0, 0.05, 77)
+"""Shares of the whole range that the searches try."""
+
+_COUNTED = 1 << 16
+"""Values of one tensor that one sample adds to its histogram: more take longer than the model
+does.  The least and the greatest value are always of all of them."""
+
+
+class Observed:
+    """What was seen of one tensor, in memory that does not grow.
+
+    Attributes:
+        low: The least value.
+        high: The greatest.
+        mean_low: Moving average of each sample's least value.
+        mean_high: The same of its greatest.
+        histogram: Of a share of the values.
+    """
+
+    def __init__(self, clipping: Clipping) -> None:
+        self.low, self.high = math.inf, -math.inf
+        self.mean_low, self.mean_high = math.nan, math.nan
+        self.histogram = Histogram()
+        self._clipping = clipping
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Look at the tensor of one sample; an empty one tells nothing.
+
+        Raises:
+            ValueError: NaN or infinity among the values.
+        """
+        if not values.size:
+            return
+        low, high = float(values.min()), float(values.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("NaN or Inf among the values")
+        first = math.isinf(self.low)
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        keep = 0.0 if first else self._clipping.momentum
+        self.mean_low = low if first else keep * self.mean_low + (1 - keep) * low
+        self.mean_high = high if first else keep * self.mean_high + (1 - keep) * high
+        if METHODS[self._clipping.method].counts:
+            flat = values.reshape(-1)
+            self.histogram.add(flat[:: -(-flat.size // _COUNTED)])
+
+    def range(self, levels: int = 256) -> Range:
+        """The range to divide into `levels` steps; within what was seen, and it holds 0."""
+        low, high = METHODS[self._clipping.method].cut(self, self._clipping.amount, levels)
+        return max(min(low, 0.0), min(self.low, 0.0)), min(max(high, 0.0), max(self.high, 0.0))
+
+
+def _min_max(seen: Observed, amount: float, levels: int) -> Range:
+    return seen.low, seen.high
+
+
+def _moving_average(seen: Observed, amount: float, levels: int) -> Range:
+    return seen.mean_low, seen.mean_high
+
+
+def _percentile(seen: Observed, amount: float, levels: int) -> Range:
+    shares = np.cumsum(seen.histogram.counts) / seen.histogram.counts.sum()
+    tail, edge = 1 - amount / 100, seen.histogram.first
+    low = int(np.searchsorted(shares, tail, side="right"))
+    high = int(np.searchsorted(shares, 1 - tail, side="left"))
+    return (edge + low) * seen.histogram.width, (edge + high + 1) * seen.histogram.width
+
+
+def _sigma(seen: Observed, amount: float, levels: int) -> Range:
+    counts, centers = seen.histogram.counts, seen.histogram.centers
+    mean = float(np.average(centers, weights=counts))
+    spread = math.sqrt(float(np.average((centers - mean) ** 2, weights=counts)))
+    return mean - amount * spread, mean + amount * spread
+
+
+def _mse(seen: Observed, amount: float, levels: int) -> Range:
+    """Search one end, then the other, then the first again."""
+    held = np.flatnonzero(seen.histogram.counts)
+    values, counts = seen.histogram.centers[held], seen.histogram.counts[held]
+
+    def error(low: float, high: float) -> float:
+        rounded, _ = _rounded(values, low, high, levels)
+        return float(np.dot(counts, (rounded - values) ** 2))
+
+    low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+    for _ in range(2):
+        high = min((share * max(seen.high, 0.0) for share in _CANDIDATES),
+                   key=lambda end: error(low, end))  # fmt: skip
+        low = min((share * min(seen.low, 0.0) for share in _CANDIDATES),
+                  key=lambda end: error(end, high))  # fmt: skip
+    return low, high
+
+
+def _entropy(seen: Observed, amount: float, levels: int) -> Range:
+    counts = seen.histogram.counts.copy()
+    # Every range has a step for 0, and after a Relu half of all values would vote for that alone.
+    counts[-seen.histogram.first] = 0
+    held = np.flatnonzero(counts)
+    low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+    if not held.size:
+        return low, high
+    values, shares = seen.histogram.centers[held], counts[held] / counts.sum()
+
+    def divergence(share: float) -> float:
+        """KL of the values, cut off at both ends, from what is left of them in steps."""
+        inside = np.clip(values, share * low, share * high)
+        _, steps = _rounded(values, share * low, share * high, levels)
+        # A step's share spreads evenly over the bins that it stands for and that hold anything.
+        bins, at = np.unique(inside, return_inverse=True)
+        true = np.bincount(at, weights=shares, minlength=bins.size)
+        kept = np.where(inside == values, shares, 0.0)
+        step_of_bin = np.zeros(bins.size, np.int64)
+        step_of_bin[at] = steps
+        mass = np.bincount(step_of_bin, weights=np.bincount(at, kept, bins.size), minlength=levels)
+        width = np.bincount(step_of_bin, minlength=levels)
+        told = mass[step_of_bin] / width[step_of_bin]
+        told = np.maximum(told / max(told.sum(), 1e-12), 1e-12)
+        return float(np.dot(true, np.log(np.maximum(true, 1e-12) / told)))
+
+    share = min(map(float, _CANDIDATES), key=divergence)
+    return share * low, share * high
+
+
+def _rounded(
+    values: NDArray[np.float64], low: float, high: float, levels: int
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The values as `levels` steps of [low, high] give them back, and the steps, with 0 exact."""
+    step = max((high - low) / (levels - 1), math.ldexp(1.0, -149))
+    zero = round(-low / step)
+    steps = np.clip(np.rint(values / step) + zero, 0, levels - 1)
+    return (steps - zero) * step, steps.astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Method:
+    """One way to cut: its function, and the amount it takes.
+
+    Attributes:
+        cut: (what was seen, amount, levels) -> range.
+        counts: Whether it needs a histogram.
+        default: The amount if none is given; None for methods that take none.
+        least: Amounts lie above this,
+        most: and not above that.
+    """
+
+    cut: Callable[[Observed, float, int], Range]
+    counts: bool = True
+    default: float | None = None
+    least: float = 0.0
+    most: float = math.inf
+
+
+METHODS = {
+    "min-max": _Method(_min_max, counts=False),
+    "moving-average": _Method(_moving_average, counts=False, default=0.9, most=1.0),
+    "percentile": _Method(_percentile, default=99.99, least=50.0, most=100.0),
+    "entropy": _Method(_entropy),
+    "mse": _Method(_mse),
+    "sigma": _Method(_sigma, default=6.0),
+}
+"""By the name that recipes use."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Clipping:
+    """A method and its amount: "percentile=99.9" as text.
+
+    Attributes:
+        method: One of `METHODS`.
+        amount: Momentum, percentage or number of deviations; NaN for methods that take none.
+    """
+
+    method: str = "min-max"
+    amount: float = math.nan
+
+    def __post_init__(self) -> None:
+        """Check both, and take the method's amount if none was given.
+
+        Raises:
+            OptionError: An unknown method, an amount for one that takes none, or out of its range.
+        """
+        if self.method not in METHODS:
+            hint = did_you_mean(self.method, METHODS) or f"; one of {', '.join(METHODS)}"
+            raise OptionError(f"unknown calibration method {self.method!r}{hint}")
+        method = METHODS[self.method]
+        if math.isnan(self.amount):
+            object.__setattr__(self, "amount", method.default or math.nan)
+        elif method.default is None:
+            raise OptionError(f"calibration {self.method!r} takes no amount, not {self.amount:g}")
+        elif not method.least < self.amount <= method.most or math.isinf(self.amount):
+            top = f" and at most {method.most:g}" if math.isfinite(method.most) else ""
+            raise OptionError(
+                f"calibration {self.method}={self.amount:g}: must be above {method.least:g}{top}"
+            )
+
+    @property
+    def momentum(self) -> float:
+        """How much of a moving average each sample leaves as it was."""
+        return self.amount if self.method == "moving-average" else 0.0
+
+    @classmethod
+    def parse(cls, text: str) -> Clipping:
+        """Read "entropy" or "percentile=99.9".
+
+        Raises:
+            OptionError: Not of that form, or not a method.
+        """
+        method, given, amount = text.partition("=")
+        try:
+            return cls(method.strip(), float(amount) if given else math.nan)
+        except ValueError as error:
+            if isinstance(error, OptionError):
+                raise
+            raise OptionError(f"calibration {text!r}: {amount!r} is not a number") from None
+
+    def __str__(self) -> str:
+        return self.method if math.isnan(self.amount) else f"{self.method}={self.amount:g}"
