@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +21,7 @@ from qcompiler.cores import available_cores, busy_cores
 from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.random_inputs import Feed, InputShape, random_feed
 from qcompiler.runtime import QUIET, import_onnxruntime, open_model
-from qcompiler.samples import Samples, check_sample
+from qcompiler.samples import Samples, Source, check_sample, samples_from
 
 __all__ = ["Bench", "Result", "Timing", "bench"]
 
@@ -101,7 +100,7 @@ def bench(
     *,
     threads: Sequence[int] = (),
     shapes: Mapping[str, tuple[int, ...]] | None = None,
-    data: str | os.PathLike[str] | None = None,
+    data: Source | Samples | None = None,
     seconds: float = 5.0,
     progress: Callable[[str, float, int], None] | None = None,
 ) -> Bench:
@@ -112,7 +111,7 @@ def bench(
         model: An ONNX file, or another bundle.
         threads: Numbers of threads to try; by default one, and all cores.
         shapes: Shapes of random inputs; dynamic dimensions left open get a default.
-        data: Folder of samples to feed instead of random values.
+        data: Samples to feed instead of random values.
         seconds: Time to measure for, per number of threads.
         progress: Told (threads, percent done, 100).
 
@@ -133,11 +132,11 @@ def bench(
         if index == 0:
             feeds, fed = _feeds(first.get_inputs(), shapes or {}, data)
         step = _percent(progress, count, index, len(counts))
-        with _explained([] if data else fed):
+        with _explained([] if data is not None else fed):
             results.append(_measure(first, second, feeds, count, seconds, step))
     return Bench(
-        bundle, model, tuple(second.get_providers()), tuple(fed), len(feeds) if data else 0,
-        _SPINNING, available_cores(), load, tuple(results),
+        bundle, model, tuple(second.get_providers()), tuple(fed),
+        0 if data is None else len(feeds), _SPINNING, available_cores(), load, tuple(results),
     )  # fmt: skip
 
 
@@ -170,14 +169,14 @@ def _percent(
 
 def _feeds(
     inputs: Sequence[Any], shapes: Mapping[str, tuple[int, ...]],
-    data: str | os.PathLike[str] | None,
+    data: Source | Samples | None,
 ) -> tuple[list[Feed], list[InputShape]]:  # fmt: skip
     if data is None:
         feed, fed = random_feed(inputs, shapes)
         return [feed], fed
     if shapes:
         raise OptionError("give shapes or data, not both: samples have shapes of their own")
-    files = itertools.islice(Samples(data), _SAMPLES_IN_MEMORY)
+    files = itertools.islice(samples_from(data), _SAMPLES_IN_MEMORY)
     feeds = [check_sample(name, sample, inputs) for name, sample in files]
     fed = [InputShape(k, str(v.dtype), v.shape, "sample", {}) for k, v in feeds[0].items()]
     return feeds, fed

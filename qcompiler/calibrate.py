@@ -1,30 +1,33 @@
 """Calibration: run the float model on samples and remember what its tensors held.
 
 One sample is in memory at a time, and only the tensors that a target needs are computed and looked
-at.
+at.  Ranges that were found once are found again by the hash of the model and of all samples.
 """
 
 from __future__ import annotations
 
-import tempfile
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import common
 
 from qcompiler.clipping import Clipping, Observed
 from qcompiler.ir.errors import CalibrationError, ModelError, OptionError
 from qcompiler.ir.graph import constant
 from qcompiler.ir.types import TensorStats
+from qcompiler.probe import Probe
 from qcompiler.random_inputs import random_feed
-from qcompiler.runtime import open_session
-from qcompiler.samples import Sample, Samples, check_sample
+from qcompiler.runtime import import_onnxruntime
+from qcompiler.samples import Sample, Samples
+from qcompiler.targets.cache import KernelCache, content_key
 
 __all__ = ["observe", "sample_tokens"]
+
+Runs = Iterable[tuple[str, Sample]]
+"""What messages call each sample, and the tensors on it."""
 
 _TOKENS = 512
 """The most tokens of one tensor that `sample_tokens` returns."""
@@ -53,20 +56,32 @@ def observe(
     Raises:
         CalibrationError: A bad sample, or a tensor that is NaN or Inf; names both.
     """
-    clipping = clipping or Clipping()
-    seen = {name: Observed(clipping) for name in names}
-    for index, (file, tensors) in enumerate(_tensors(model, names, lambda inputs: samples)):
-        for name, array in tensors.items():
-            try:
-                seen[name].add(array)
-            except ValueError as error:
-                raise _not_finite(file, name) from error
-        if progress is not None:
-            progress(index + 1, len(samples))
+    clipping, total = clipping or Clipping(), len(samples)
+    version = import_onnxruntime().__version__
+    with Probe(model, names) as probe:
+        cache = KernelCache()
+        key = content_key("ranges", probe.digest, samples.digest, str(clipping), version)
+        if (known := cache.get(key)) is not None:
+            return {name: TensorStats(*ends) for name, ends in json.loads(known).items()}
+        seen = {name: Observed(clipping) for name in names}
+        for done, (label, tensors) in enumerate(probe.run(lambda inputs: samples), 1):
+            _look(label, tensors, seen)
+            if progress is not None:
+                progress(done, total)
     empty = [name for name in names if seen[name].low > seen[name].high]
     if empty:
         raise CalibrationError(f"the samples are empty: tensor {empty[0]!r} never held a value")
-    return {name: TensorStats(*observed.range()) for name, observed in seen.items()}
+    ranges = {name: observed.range() for name, observed in seen.items()}
+    cache.keep(key, ranges)
+    return {name: TensorStats(*ends) for name, ends in ranges.items()}
+
+
+def _look(label: str, tensors: Sample, seen: Mapping[str, Observed]) -> None:
+    for name, array in tensors.items():
+        try:
+            seen[name].add(array)
+        except ValueError as error:
+            raise _not_finite(label, name) from error
 
 
 def sample_tokens(
@@ -88,8 +103,9 @@ def sample_tokens(
         CalibrationError: A bad sample, or a tensor that is NaN or Inf on one; names both.
     """
     if samples is not None:
-        share = max(1, _TOKENS // len(samples))
-        return _some_rows(_tensors(model, names, lambda inputs: samples), share)
+        with Probe(model, names) as probe:
+            share = max(1, _TOKENS // len(samples))
+            return _some_rows(probe.run(lambda inputs: samples), share)
     weights = [value.const_value for value in model.graph.initializers.values()]
     if sum(tensor.nbytes for tensor in weights if tensor is not None) > _LARGEST_FOR_MADE_UP:
         return {}
@@ -99,22 +115,29 @@ def sample_tokens(
         yield "made-up inputs", random_feed(inputs, {}, limits)[0]
 
     try:
-        return _some_rows(_tensors(model, names, made_up), _TOKENS)
+        with Probe(model, names) as probe:
+            return _some_rows(probe.run(made_up), _TOKENS)
     except (CalibrationError, ModelError, OptionError):
         return {}  # whatever is wrong with inputs that nobody gave is nobody's mistake
 
 
-def _some_rows(runs: Iterable[tuple[str, Sample]], share: int) -> dict[str, NDArray[np.float32]]:
+def _some_rows(runs: Runs, share: int) -> dict[str, NDArray[np.float32]]:
     """Up to `share` rows of every tensor of each run, evenly spaced."""
     rows: dict[str, list[NDArray[Any]]] = {}
-    for file, tensors in runs:
+    for label, tensors in runs:
         for name, array in tensors.items():
             if not np.isfinite(array).all():
-                raise _not_finite(file, name)
+                raise _not_finite(label, name)
             tokens = array.reshape(-1, array.shape[-1])
             rows.setdefault(name, []).append(tokens[:: max(1, -(-len(tokens) // share))])
     joined = {name: np.concatenate(parts)[:_TOKENS] for name, parts in rows.items()}
     return {name: tokens for name, tokens in joined.items() if len(tokens)}
+
+
+def _not_finite(label: str, name: str) -> CalibrationError:
+    return CalibrationError(
+        f"{label}: tensor {name!r} becomes NaN or Inf; repair or remove the sample"
+    )
 
 
 def _vocabularies(model: ir.Model) -> dict[str, int]:
@@ -126,50 +149,3 @@ def _vocabularies(model: ir.Model) -> dict[str, int]:
             if table is not None and table.ndim and ids is not None and ids.is_graph_input():
                 tables[ids.name or ""] = len(table)
     return tables
-
-
-def _tensors(
-    model: ir.Model,
-    names: Sequence[str],
-    draw: Callable[[Sequence[Any]], Iterable[tuple[str, Sample]]],
-) -> Iterator[tuple[str, Sample]]:
-    """The named tensors on each sample that `draw` gives for a session's inputs, and its name."""
-    given = {value.name for value in model.graph.inputs}
-    computed = [name for name in names if name not in given]
-    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-        session = open_session(_expose(model, computed, Path(folder)))
-        inputs = session.get_inputs()
-        for file, sample in draw(inputs):
-            feeds = check_sample(file, sample, inputs)
-            tensors = feeds | _run(session, computed, feeds, file)
-            yield file, {name: tensors[name] for name in names}
-
-
-def _not_finite(file: str, name: str) -> CalibrationError:
-    return CalibrationError(
-        f"{file}: tensor {name!r} becomes NaN or Inf; repair or remove the sample"
-    )
-
-
-def _run(session: Any, names: Sequence[str], feeds: Sample, file: str) -> Sample:
-    if not names:
-        return {}
-    try:
-        return dict(zip(names, session.run(names, feeds), strict=True))
-    except Exception as error:
-        # ORT raises bare RuntimeErrors as well as its own types.
-        raise CalibrationError(f"the model fails on {file}: {error}") from error
-
-
-def _expose(model: ir.Model, names: Sequence[str], folder: Path) -> Path:
-    """Save a copy of `model` whose outputs are the named tensors, if any are named."""
-    copy = model.clone()
-    graph = copy.graph
-    values = {value.name: value for node in graph for value in node.outputs}
-    if names:
-        graph.outputs.clear()
-        graph.outputs.extend(values[name] for name in names)
-        common.RemoveUnusedNodesPass()(copy)
-    path = folder / "observed.onnx"
-    ir.save(copy, path, external_data="observed.onnx.data")
-    return path

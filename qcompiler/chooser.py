@@ -22,6 +22,7 @@ from qcompiler.passes.smooth_activations import Sampler
 from qcompiler.pipeline import Pipeline
 from qcompiler.random_inputs import random_feed
 from qcompiler.recipe import Recipe
+from qcompiler.samples import Samples
 from qcompiler.targets import catalog
 from qcompiler.targets.target import Target
 from qcompiler.timing.cost_model import border_cost
@@ -78,7 +79,7 @@ class Chooser:
         self,
         target: Target,
         wishes: Wishes,
-        samples: str | os.PathLike[str] | None,
+        samples: Samples | None,
         tell: Callable[[str, float], None],
     ) -> None:
         """Take the facts.
@@ -86,7 +87,7 @@ class Chooser:
         Args:
             target: What is compiled for.
             wishes: What the user said.
-            samples: Folder of calibration samples, if there is one.
+            samples: Calibration samples, if there are any.
             tell: Hears what is being timed, and the share done.
 
         Raises:

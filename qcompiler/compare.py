@@ -6,7 +6,6 @@ A task metric hides damage, so these stand beside it, never behind it.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from qcompiler.ir.errors import BundleError, CalibrationError, ModelError, OptionError
 from qcompiler.output_error import Accuracy, ErrorSums, OutputError
 from qcompiler.runtime import open_model
-from qcompiler.samples import Samples, check_sample
+from qcompiler.samples import Samples, Source, check_sample, samples_from
 
 __all__ = ["Accuracy", "Comparison", "OutputError", "compare"]
 
@@ -41,7 +40,7 @@ class Comparison:
 def compare(
     model: Path,
     bundle: Path,
-    data: str | os.PathLike[str],
+    data: Source | Samples,
     *,
     labels: str | None = None,
     native: bool = True,
@@ -52,7 +51,7 @@ def compare(
     Args:
         model: An ONNX file, or a bundle to compare with.
         bundle: A bundle, or any ONNX file.
-        data: Folder of `.npz` samples.
+        data: Samples for both.
         labels: Array of the samples with the right class of each row.
         native: Use the bundle's kernels; False runs its functions' bodies.
         progress: Told ("sample", done, total).
@@ -63,7 +62,7 @@ def compare(
         ModelError: A side cannot be loaded or fails.
         BundleError: The bundle is incomplete, altered, or has other outputs than the model.
     """
-    samples = Samples(data)
+    samples = samples_from(data)
     first, second = open_model(model), open_model(bundle, native=native)
     names = [output.name for output in first.get_outputs()]
     missing = set(names) - {output.name for output in second.get_outputs()}

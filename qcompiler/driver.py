@@ -27,7 +27,7 @@ from qcompiler.progress import Clock, Progress
 from qcompiler.recipe import Recipe
 from qcompiler.report import Report
 from qcompiler.runtime import load
-from qcompiler.samples import Samples
+from qcompiler.samples import Samples, Source, samples_from
 from qcompiler.targets.catalog import get_target
 from qcompiler.targets.target import Target
 from qcompiler.timing.observed_shapes import model_inputs
@@ -48,7 +48,7 @@ def compile(
     output: str | os.PathLike[str] | None = None,
     *,
     recipe: Recipe | None = None,
-    calibration: str | os.PathLike[str] | None = None,
+    calibration: Source | Samples | None = None,
     pipeline: Pipeline | None = None,
     strict: bool = False,
     timing: bool = True,
@@ -63,7 +63,7 @@ def compile(
         target: A target name, see `qcompile targets`.
         output: The bundle's folder; by default `<model>.<target>` in the current folder.
         recipe: What to do differently from the target's defaults.
-        calibration: Folder of `.npz` samples, for what must be static.
+        calibration: Samples for what must be static, see `Samples`.
         pipeline: Passes to run instead of the default ones; kernels are then not chosen.
         strict: Raise if a node that could be fast is not.
         timing: Time kernels, and the bundle, on this machine, where it runs the target; else a
@@ -81,13 +81,14 @@ def compile(
     clock = Clock(progress)
     goal, recipe = get_target(target), recipe or Recipe()
     destination = check_destination(_destination(source, target, output))
-    observer = _Observer(Samples(calibration), clock) if calibration is not None else None
+    samples = None if calibration is None else samples_from(calibration)
+    observer = None if samples is None else _Observer(samples, clock)
     chooser = None
     if pipeline is not None and (shapes is not None or choices is not None):
         raise OptionError("a pipeline of your own chooses nothing: leave out shapes and choices")
     if pipeline is None:
         wishes = Wishes(timing, shapes, choices)
-        chooser = Chooser(goal, wishes, calibration, clock.detail)
+        chooser = Chooser(goal, wishes, samples, clock.detail)
     job = _Job(source, goal, recipe, clock, observer, chooser, pipeline)
     model = job.run_passes()
     if strict:

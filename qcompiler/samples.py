@@ -1,69 +1,118 @@
-"""Samples of a model's inputs: a folder of `.npz` files, each one batch with an array per input."""
+"""Samples of a model's inputs: from a folder, a file or a function, one in memory at a time."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qcompiler.ir.errors import CalibrationError
+from qcompiler.images import IMAGES, Preprocess
+from qcompiler.ir.errors import CalibrationError, OptionError
+from qcompiler.sample_files import Sample, find_files, read_file
+from qcompiler.sample_function import find_function, samples_of
 
-__all__ = ["Sample", "Samples", "check_sample"]
+__all__ = ["Sample", "Samples", "Source", "check_sample", "samples_from"]
 
-Sample = dict[str, NDArray[Any]]
-"""An array per input."""
+Source = str | os.PathLike[str] | Callable[[], Any]
+"""A folder or file, "module:function", or the function itself."""
 
 
 class Samples:
-    """The `.npz` samples of a folder (or one file), read one at a time in name order."""
+    """The samples of a source, in the same order whenever they are read.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    A folder holds `.npz` files (an array per input), `.npy` files (the only input), ONNX
+    `test_data_set_*` folders or images; a file is one of those.  A function returns or yields
+    samples: an array, a sequence of arrays in the order of the inputs, or a dictionary.
+    """
+
+    def __init__(self, source: Source, preprocess: Preprocess | None = None) -> None:
         """Find the samples.
 
+        Args:
+            source: Where they are.
+            preprocess: What is done to images.
+
         Raises:
-            CalibrationError: The path does not exist or holds no `.npz`.
+            CalibrationError: There is nothing, or several kinds of files.
+            OptionError: `preprocess` without images, or images without it.
         """
-        root = Path(path)
-        self.files = sorted(root.glob("*.npz")) if root.is_dir() else [root]
-        if not root.exists():
-            raise CalibrationError(f"no samples: {root} does not exist")
-        if not self.files:
-            raise CalibrationError(f"no samples: {root} holds no .npz file")
+        self._function = source if callable(source) else find_function(source)
+        self.name = getattr(source, "__name__", "samples") if callable(source) else str(source)
+        self._files = [] if self._function is not None else find_files(Path(str(source)))
+        kinds = {file.suffix.lower() for file in self._files}
+        images = bool(kinds & IMAGES)
+        if images != (preprocess is not None):
+            raise OptionError(
+                f"{source} holds images: say with --preprocess size=224,… what the model takes"
+                if images
+                else f"{source} holds no images: leave out --preprocess"
+            )
+        self._preprocess = preprocess
+        self._count = len(self._files)
+        self._digest: str | None = None
 
     def __len__(self) -> int:
-        return len(self.files)
+        """How many there are; a function is asked for all of them to find out."""
+        if not self._count:
+            self._count = sum(1 for _ in self)
+        return self._count
 
     def __iter__(self) -> Iterator[tuple[str, Sample]]:
         """What messages call each sample, and its arrays.
 
         Raises:
-            CalibrationError: A file that is not an `.npz` of plain arrays.
+            CalibrationError: A file that cannot be read, or what the function raises.
         """
-        for number, file in enumerate(self.files, 1):
-            name = f"{file} (sample {number} of {len(self.files)})"
+        if self._function is not None:
+            yield from samples_of(self.name, self._function)
+        image = self._preprocess
+        for number, file in enumerate(self._files, 1):
+            name = f"{file} (sample {number} of {len(self._files)})"
             try:
-                content = np.load(file, allow_pickle=False)
-                if not isinstance(content, np.lib.npyio.NpzFile):
-                    raise ValueError("it is a single array; save it with np.savez(file, name=…)")
-                with content:
-                    arrays = {key: content[key] for key in content.files}
-            except (EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
-                raise CalibrationError(f"{name} is not an .npz of plain arrays: {error}") from error
+                arrays = read_file(file) if image is None else {"#0": image.read(file)}
+            except ValueError as error:
+                raise CalibrationError(f"{name} is {error}") from error
             yield name, arrays
+
+    @property
+    def digest(self) -> str:
+        """Hash of all arrays and their names."""
+        if self._digest is None:
+            self._digest = self._hash(self)
+        return self._digest
 
     def check(self, inputs: Sequence[Any]) -> None:
         """Read every sample and check it against a model's inputs, see `check_sample`.
 
         Raises:
-            CalibrationError: The first one that does not fit.
+            CalibrationError: The first one that does not fit, or there is none.
         """
-        for name, sample in self:
-            check_sample(name, sample, inputs)
+
+        def checked() -> Iterator[tuple[str, Sample]]:
+            for name, sample in self:
+                yield name, check_sample(name, sample, inputs)
+
+        self._digest = self._hash(checked())
+        if not self._count:
+            raise CalibrationError(f"no samples: {self.name} gives none")
+
+    def _hash(self, samples: Iterable[tuple[str, Sample]]) -> str:
+        digest, count = hashlib.sha256(), 0
+        for count, (_, sample) in enumerate(samples, 1):
+            for key, array in sample.items():
+                digest.update(f"{count} {key} {array.dtype} {array.shape} ".encode())
+                digest.update(np.ascontiguousarray(array).data if array.size else b"")
+        self._count = count
+        return digest.hexdigest()
+
+
+def samples_from(source: Source | Samples) -> Samples:
+    """The samples of a source, or those that were given."""
+    return source if isinstance(source, Samples) else Samples(source)
 
 
 def check_sample(name: str, sample: Sample, inputs: Sequence[Any]) -> Sample:
@@ -78,13 +127,18 @@ def check_sample(name: str, sample: Sample, inputs: Sequence[Any]) -> Sample:
         CalibrationError: A missing input, a wrong dtype or shape, NaN or Inf.
     """
     feeds: Sample = {}
-    for expected in inputs:
-        if expected.name not in sample:
+    if f"#{len(inputs)}" in sample:
+        raise CalibrationError(
+            f"{name} has {len(sample)} arrays without names, the model takes "
+            f"{[expected.name for expected in inputs]}"
+        )
+    for index, expected in enumerate(inputs):
+        array = sample.get(expected.name, sample.get(f"#{index}"))
+        if array is None:
             raise CalibrationError(
                 f"{name} has no array for input {expected.name!r}, only {sorted(sample)}; save it "
                 f"with np.savez(file, {_keyword(expected.name)})"
             )
-        array = sample[expected.name]
         wanted = _numpy_dtype(expected.type)
         if wanted is not None and array.dtype != wanted:
             raise CalibrationError(

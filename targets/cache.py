@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -59,6 +61,11 @@ class KernelCache:
             content = make()
             self.put(key, content)
         return content
+
+    def keep(self, key: str, value: object) -> None:
+        """Store a value that JSON holds, if the folder can be written: nothing depends on it."""
+        with contextlib.suppress(ToolchainError):
+            self.put(key, json.dumps(value).encode())
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / key

@@ -211,11 +211,11 @@ def test_tensor_that_overflows_in_a_sample(tmp_path):
     ("make", "message"),
     [
         (lambda p: None, "does not exist"),
-        (lambda p: p.mkdir(), "holds no .npz file"),
-        (lambda p: p.write_text("x"), "not an .npz of plain arrays"),
+        (lambda p: p.mkdir(), "holds no .npz files, .npy files"),
+        (lambda p: p.write_text("x"), "calib is no file of samples"),
         (
-            lambda p: np.savez(p.open("wb"), x=np.array([{}], dtype=object)),
-            "not an .npz of plain arrays",
+            lambda p: (p.mkdir(), np.savez(p / "0.npz", x=np.array([{}], dtype=object))),
+            r"0.npz \(sample 1 of 1\) is not an .npz of plain arrays: Object arrays",
         ),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
@@ -39,7 +38,7 @@ class Judge:
         target: What is compiled for.
         timing: Time sites, as this machine runs the target; else the cost model answers.
         shapes: Shapes of the model's inputs that matter.
-        samples: Folder of samples; the first one tells sizes if `shapes` do not.
+        samples: Calibration samples; the first one tells sizes if `shapes` do not.
         tell: Hears what is being timed, and the share done.
     """
 
@@ -49,7 +48,7 @@ class Judge:
         *,
         timing: bool,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
-        samples: str | os.PathLike[str] | None = None,
+        samples: Samples | None = None,
         tell: Callable[[str, float], None] = lambda text, share: None,
     ) -> None:
         self.target, self.given, self.samples, self._tell = target, shapes, samples, tell
@@ -101,7 +100,7 @@ class Judge:
     def _sample(self, model: ir.Model) -> Feed:
         if self.samples is None:
             return {}
-        name, arrays = next(iter(Samples(self.samples)))
+        name, arrays = next(iter(self.samples))
         feed = check_sample(name, arrays, model_inputs(model))
         self.used_samples = self._watch is not None or self.target.arch in MODELLED
         return feed

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qcompiler.ir.errors import ToolchainError
 from qcompiler.ir.sites import Candidate, Costs, Site
 from qcompiler.runtime import QUIET, import_onnxruntime
 from qcompiler.targets.cache import KernelCache, content_key
@@ -26,7 +25,7 @@ from qcompiler.targets.library import build_library
 from qcompiler.timing import site_models
 from qcompiler.timing.site_models import regions_of, site_feed, site_model
 
-__all__ = ["Stopwatch", "can_time", "keep", "machine", "processor"]
+__all__ = ["Stopwatch", "can_time", "machine", "processor"]
 
 _BLOCK_SECONDS = 0.002
 """Of runs in a row of one candidate; a single run may take longer."""
@@ -87,7 +86,7 @@ class Stopwatch:
                     except Exception:
                         # ORT raises bare RuntimeErrors as well as its own types.
                         continue
-                    keep(self.cache, self._key(site), found[site].to_dict())
+                    self.cache.keep(self._key(site), found[site].to_dict())
         return [found.get(site) for site in sites]
 
     def _key(self, site: Site) -> str:
@@ -126,12 +125,6 @@ class Stopwatch:
                 for candidate, seconds in fastest.items():
                     times[candidate].append(round(seconds * 1e6, 2))
         return Costs("timed", points, {c: tuple(values) for c, values in times.items()})
-
-
-def keep(cache: KernelCache, key: str, times: object) -> None:
-    """Store times if that is possible: nothing depends on finding them again."""
-    with contextlib.suppress(ToolchainError):
-        cache.put(key, json.dumps(times).encode())
 
 
 @functools.cache

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,10 @@ from typing import Any
 from qcompiler.bench import bench
 from qcompiler.bundle import MANIFEST, sha256_of
 from qcompiler.runtime import import_onnxruntime
+from qcompiler.samples import Samples
 from qcompiler.targets.cache import KernelCache, content_key
 from qcompiler.timing.judge import thread_counts
-from qcompiler.timing.measure import keep, processor
+from qcompiler.timing.measure import processor
 
 __all__ = ["WholeTime", "time_whole"]
 
@@ -50,7 +50,7 @@ def time_whole(
     bundle: Path,
     model: Path,
     shapes: Mapping[str, tuple[int, ...]] | None,
-    data: str | os.PathLike[str] | None,
+    data: Samples | None,
 ) -> list[WholeTime]:
     """One `WholeTime` per number of threads, up to the first with which the bundle is slower.
 
@@ -64,7 +64,7 @@ def time_whole(
     if (content := cache.get(key)) is not None:
         return [WholeTime(**entry) for entry in json.loads(content)]
     times = _measure(bundle, model, shapes, data)
-    keep(cache, key, [dataclasses.asdict(time) for time in times])
+    cache.keep(key, [dataclasses.asdict(time) for time in times])
     return times
 
 
@@ -92,8 +92,9 @@ def _best(bundle: Path, model: Path, threads: int, shapes: Any, data: Any) -> Wh
 
 def _key(bundle: Path, model: Path, shapes: Any, data: Any) -> str:
     files = [file for file in sorted(bundle.iterdir()) if file.name != MANIFEST]
-    inputs = sorted(Path(data).glob("*.npz")) if data is not None else []
-    hashes = [sha256_of(file) for file in [*files, model, *inputs]]
+    hashes = [sha256_of(file) for file in [*files, model]]
+    if data is not None:
+        hashes.append(data.digest)
     version = import_onnxruntime().__version__
     threads = repr(thread_counts())
     return content_key("whole", *hashes, repr(shapes), processor(), version, threads)

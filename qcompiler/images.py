@@ -1,0 +1,146 @@
+"""Images as samples: what is done to a picture before a model sees it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompiler.ir.errors import CalibrationError, OptionError, did_you_mean
+
+__all__ = ["IMAGES", "Preprocess"]
+
+IMAGES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+"""Suffixes of files that are images."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """Resize, crop, scale, order: "size=224,resize=256,mean=0.5/0.5/0.5" as text.
+
+    Attributes:
+        size: Height and width that the model takes.
+        resize: The shorter side before the middle is cropped; by default the picture is stretched.
+        scale: What values of 0 to 255 are divided by.
+        mean: Subtracted per channel, after the division.
+        std: What channels are divided by then.
+        order: Of the channels.
+        layout: Of the array: [1, C, H, W] or [1, H, W, C].
+    """
+
+    size: tuple[int, int]
+    resize: int | None = None
+    scale: float = 255.0
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    order: Literal["rgb", "bgr", "gray"] = "rgb"
+    layout: Literal["nchw", "nhwc"] = "nchw"
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            OptionError: One out of range, or not as many as there are channels.
+        """
+        channels = 1 if self.order == "gray" else 3
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (1, channels):
+                given = "/".join(f"{value:g}" for value in getattr(self, name))
+                raise OptionError(f"preprocess {name}={given}: give 1 or {channels} values")
+        if min(self.size) < 1 or (self.resize is not None and self.resize < max(self.size)):
+            raise OptionError(
+                f"preprocess size={'x'.join(map(str, self.size))}, resize={self.resize}: sizes are "
+                "from 1, and resize not below size"
+            )
+        if not self.scale or not all(self.std):
+            raise OptionError("preprocess: scale and std divide, and must not be 0")
+
+    @classmethod
+    def parse(cls, text: str) -> Preprocess:
+        """Read "size=224x320,mean=0.485/0.456/0.406,layout=nhwc".
+
+        Raises:
+            OptionError: An unknown key, a value of the wrong kind, or no size.
+        """
+        values: dict[str, Any] = {}
+        for part in text.split(","):
+            key, found, value = (item.strip() for item in part.partition("="))
+            if key not in _PARSERS or not found:
+                hint = did_you_mean(key, _PARSERS) or f"; the keys are {', '.join(_PARSERS)}"
+                raise OptionError(f"preprocess {part!r} is not KEY=VALUE{hint}")
+            try:
+                values[key] = _PARSERS[key](value)
+            except ValueError as error:
+                raise OptionError(f"preprocess {part!r}: {error}") from None
+        if "size" not in values:
+            raise OptionError(f"preprocess {text!r} does not say size=HEIGHTxWIDTH")
+        return cls(**values)
+
+    def read(self, path: Path) -> NDArray[np.float32]:
+        """The picture as the model takes it, of one image: [1, C, H, W] or [1, H, W, C].
+
+        Raises:
+            ValueError: It does not decode.
+            CalibrationError: Pillow is not installed.
+        """
+        try:
+            import PIL.Image
+        except ImportError as error:
+            raise CalibrationError(
+                "images are decoded by Pillow: pip install 'qcompiler[images]'"
+            ) from error
+        try:
+            with PIL.Image.open(path) as image:
+                picture = image.convert("L" if self.order == "gray" else "RGB")
+        except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+            raise ValueError(f"an image that does not decode: {error}") from error
+        height, width = self.size
+        if self.resize is not None:
+            factor = self.resize / min(picture.size)
+            sides = [max(self.resize, math.floor(side * factor + 0.5)) for side in picture.size]
+            picture = picture.resize((sides[0], sides[1]), PIL.Image.Resampling.BILINEAR)
+            left, top = (sides[0] - width) // 2, (sides[1] - height) // 2
+            picture = picture.crop((left, top, left + width, top + height))
+        else:
+            picture = picture.resize((width, height), PIL.Image.Resampling.BILINEAR)
+        pixels = np.asarray(picture, np.float32).reshape(height, width, -1)
+        if self.order == "bgr":
+            pixels = pixels[..., ::-1]
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        array = ((pixels / np.float32(self.scale) - mean) / std)[None]
+        return np.ascontiguousarray(array.transpose(0, 3, 1, 2) if self.layout == "nchw" else array)
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = [int(side) for side in text.lower().split("x")]
+    if len(sides) > 2:
+        raise ValueError("sizes are HEIGHTxWIDTH, or one number for both")
+    return sides[0], sides[-1]
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return tuple(float(value) for value in text.split("/"))
+
+
+def _one_of(*choices: str) -> Any:
+    def parse(text: str) -> str:
+        if text.lower() not in choices:
+            raise ValueError(f"one of {', '.join(choices)}")
+        return text.lower()
+
+    return parse
+
+
+_PARSERS = {
+    "size": _size,
+    "resize": int,
+    "scale": float,
+    "mean": _floats,
+    "std": _floats,
+    "order": _one_of("rgb", "bgr", "gray"),
+    "layout": _one_of("nchw", "nhwc"),
+}

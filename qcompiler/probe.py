@@ -1,0 +1,97 @@
+"""Run a float model in ONNX Runtime and look at tensors inside it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qcompiler.bundle import sha256_of
+from qcompiler.ir.errors import CalibrationError
+from qcompiler.runtime import open_session
+from qcompiler.samples import Sample, check_sample
+from qcompiler.targets.cache import content_key
+
+__all__ = ["Probe"]
+
+_FILE = "probed.onnx"
+
+
+class Probe:
+    """A copy of a model, on disk, whose outputs are the tensors to look at.
+
+    with Probe(model, ["x", "y"]) as probe:
+        for label, tensors in probe.run(lambda inputs: samples): ...
+
+    Args:
+        model: A float model; it is not changed.
+        names: Tensors of the graph itself, inputs among them; not of its branches.
+    """
+
+    def __init__(self, model: ir.Model, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        given = {value.name for value in model.graph.inputs}
+        self._computed = [name for name in names if name not in given]
+        self._model = model
+        self._folder = tempfile.TemporaryDirectory(prefix="qcompiler-")
+
+    def __enter__(self) -> Probe:
+        copy = self._model.clone()
+        if self._computed:
+            values = {value.name: value for node in copy.graph for value in node.outputs}
+            copy.graph.outputs.clear()
+            copy.graph.outputs.extend(values[name] for name in self._computed)
+            common.RemoveUnusedNodesPass()(copy)
+        ir.save(copy, self._path, external_data=f"{_FILE}.data")
+        return self
+
+    def __exit__(
+        self,
+        type: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._folder.cleanup()
+
+    @property
+    def digest(self) -> str:
+        """Hash of the model as far as the tensors depend on it."""
+        parts = sorted(self._path.parent.iterdir())
+        return content_key(*self.names, *(sha256_of(part) for part in parts))
+
+    def run(
+        self, draw: Callable[[Sequence[Any]], Iterable[tuple[str, Sample]]]
+    ) -> Iterator[tuple[str, Sample]]:
+        """What messages call each sample, and the tensors on it, one sample in memory at a time.
+
+        Args:
+            draw: Given the session's inputs, gives samples and what to call them.
+
+        Raises:
+            CalibrationError: A sample that does not fit, or that the model fails on.
+            ModelError: ONNX Runtime cannot load the model.
+        """
+        session = open_session(self._path)
+        inputs = session.get_inputs()
+        for label, sample in draw(inputs):
+            feeds = check_sample(label, sample, inputs)
+            tensors = feeds | self._compute(session, label, feeds)
+            yield label, {name: tensors[name] for name in self.names}
+
+    def _compute(self, session: Any, label: str, feeds: Sample) -> Sample:
+        if not self._computed:
+            return {}
+        try:
+            return dict(zip(self._computed, session.run(self._computed, feeds), strict=True))
+        except Exception as error:
+            # ORT raises bare RuntimeErrors as well as its own types.
+            raise CalibrationError(f"the model fails on {label}: {error}") from error
+
+    @property
+    def _path(self) -> Path:
+        return Path(self._folder.name) / _FILE

@@ -1,0 +1,82 @@
+"""Samples that a Python function makes, found by "module:function"."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qcompiler.ir.errors import CalibrationError
+from qcompiler.sample_files import Sample
+
+__all__ = ["find_function", "samples_of"]
+
+SampleFunction = Callable[[], Iterable[Any]]
+
+
+def find_function(text: str | os.PathLike[str]) -> SampleFunction | None:
+    """The function that "module:function" names; None for anything that is a path.
+
+    The current folder is looked in too.
+
+    Raises:
+        CalibrationError: There is no such module, or no such function in it.
+    """
+    name = os.fspath(text)
+    if not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name) or Path(name).exists():
+        return None
+    module_name, _, function_name = name.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise CalibrationError(f"{name}: cannot import {module_name} ({error})") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise CalibrationError(f"{name}: {module_name} has no function {function_name!r}")
+    found: SampleFunction = function
+    return found
+
+
+def samples_of(name: str, function: SampleFunction) -> Iterator[tuple[str, Sample]]:
+    """What messages call each sample of the function, and its arrays.
+
+    Raises:
+        CalibrationError: What the function raises, or gives that is no sample.
+    """
+    number, samples = 0, iter(_guarded(name, function))
+    for number, given in enumerate(samples, 1):
+        label = f"sample {number} of {name}"
+        yield label, _as_sample(label, given)
+
+
+def _guarded(name: str, function: SampleFunction) -> Iterator[Any]:
+    try:
+        yield from function()
+    except CalibrationError:
+        raise
+    except Exception as error:
+        raise CalibrationError(f"{name} fails: {type(error).__name__}: {error}") from error
+
+
+def _as_sample(label: str, given: Any) -> Sample:
+    if isinstance(given, Mapping):
+        arrays = {str(key): np.asarray(value) for key, value in given.items()}
+    else:
+        several = given if isinstance(given, list | tuple) else [given]
+        arrays = {f"#{index}": np.asarray(value) for index, value in enumerate(several)}
+    for key, array in arrays.items():
+        if array.dtype == object:
+            raise CalibrationError(
+                f"{label}: {key!r} is no array; give a dictionary of arrays by input, or arrays in "
+                "the order of the inputs"
+            )
+    return arrays

@@ -1,0 +1,59 @@
+"""Calibration: what is observed, what is remembered, and that memory does not grow with samples."""
+
+import numpy as np
+import pytest
+from golden import model_of
+
+from qcompiler.calibrate import observe
+from qcompiler.clipping import Clipping
+from qcompiler.ir.errors import CalibrationError
+from qcompiler.probe import Probe
+from qcompiler.samples import Samples
+
+RNG = np.random.default_rng(0)
+MODEL = model_of("g (float[n,4] x) => (float[n,4] y) { e = Exp (x) y = Neg (e) }", {})
+
+
+def batches(count=4, bad=None):
+    for index in range(count):
+        x = np.full((2, 4), index, np.float32)
+        yield x if index != bad else x + 200
+
+
+def ends(stats):
+    return {name: (stat.minimum, stat.maximum) for name, stat in stats.items()}
+
+
+def test_ranges_of_inputs_and_tensors_inside(tmp_path, monkeypatch):
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
+    seen, samples = [], Samples(batches)
+    stats = observe(MODEL, ["x", "e"], samples, lambda *step: seen.append(step))
+    assert ends(stats)["x"] == (0, 3)
+    np.testing.assert_allclose(ends(stats)["e"], (1, np.exp(3)), rtol=1e-6)
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert [output.name for output in MODEL.graph.outputs] == ["y"]
+
+
+def test_ranges_are_found_again_for_the_same_model_and_samples(tmp_path, monkeypatch):
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
+    first = observe(MODEL, ["x", "e"], Samples(batches), clipping=Clipping("mse"))
+    runs, run = [], Probe.run
+    monkeypatch.setattr(Probe, "run", lambda self, draw: runs.append(1) or run(self, draw))
+    assert observe(MODEL, ["x", "e"], Samples(batches), clipping=Clipping("mse")) == first
+    assert not runs
+    other = model_of("g (float[n,4] x) => (float[n,4] y) { e = Exp (x) y = Abs (e) }", {})
+    for model, names, samples, method in [
+        (MODEL, ["x", "e"], batches, "min-max"),
+        (MODEL, ["e"], batches, "mse"),
+        (MODEL, ["x", "e"], lambda: batches(5), "mse"),
+        (other, ["x", "y"], batches, "mse"),
+    ]:
+        observe(model, names, Samples(samples), clipping=Clipping(method))
+    assert len(runs) == 4
+
+
+def test_a_tensor_that_is_not_finite(tmp_path, monkeypatch):
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
+    with pytest.raises(CalibrationError, match=r"sample 3 of .*: tensor 'e' becomes NaN or Inf"):
+        observe(MODEL, ["e"], Samples(lambda: batches(4, bad=2)))
+    assert not list(tmp_path.rglob("*"))

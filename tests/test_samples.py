@@ -1,0 +1,173 @@
+"""Where samples come from: files, folders, images and functions, and what is wrong with them."""
+
+import numpy as np
+import pytest
+from golden import model_of
+from onnx import numpy_helper
+
+import qcompiler
+from qcompiler.images import Preprocess
+from qcompiler.ir.errors import CalibrationError, OptionError
+from qcompiler.samples import Samples, check_sample
+
+PIL = pytest.importorskip("PIL.Image")
+
+X = np.arange(12, dtype=np.float32).reshape(1, 3, 4)
+
+
+class Input:
+    def __init__(self, name, shape, type="tensor(float)"):
+        self.name, self.shape, self.type = name, shape, type
+
+
+ONE = [Input("x", [1, 3, 4])]
+TWO = [*ONE, Input("y", [2], "tensor(int64)")]
+
+
+def arrays(source, inputs=ONE, preprocess=None):
+    samples = Samples(source, preprocess)
+    samples.check(inputs)
+    return [check_sample(name, sample, inputs) for name, sample in samples]
+
+
+def test_npy_files_are_the_only_input(tmp_path):
+    for index in range(2):
+        np.save(tmp_path / f"{index}.npy", X + index)
+    first, second = arrays(tmp_path)
+    np.testing.assert_array_equal(first["x"], X)
+    np.testing.assert_array_equal(second["x"], X + 1)
+    (single,) = arrays(tmp_path / "1.npy")
+    np.testing.assert_array_equal(single["x"], X + 1)
+    with pytest.raises(CalibrationError, match=r"0.npy .* has no array for input 'y', only ..#0"):
+        arrays(tmp_path, TWO)
+
+
+def test_onnx_test_data(tmp_path):
+    for number in (0, 1):
+        folder = tmp_path / f"test_data_set_{number}"
+        folder.mkdir()
+        for index, (name, array) in enumerate([("x", X + number), ("", np.array([1, 2]))]):
+            tensor = numpy_helper.from_array(array, name)
+            (folder / f"input_{index}.pb").write_bytes(tensor.SerializeToString())
+        (folder / "output_0.pb").write_bytes(b"not looked at")
+    found = arrays(tmp_path, TWO)
+    assert [sample["x"][0, 0, 0] for sample in found] == [0, 1]
+    np.testing.assert_array_equal(found[0]["y"], [1, 2])
+    assert len(arrays(tmp_path / "test_data_set_1", TWO)) == 1
+    (tmp_path / "test_data_set_1" / "input_1.pb").write_bytes(b"\xff\xff")
+    with pytest.raises(CalibrationError, match=r"_1 .*sample 2 of 2.* ONNX test data: input_1.pb"):
+        arrays(tmp_path, TWO)
+
+
+def picture(path, height, width):
+    ramp = np.linspace(0, 255, height * width).reshape(height, width, 1)
+    pixels = np.concatenate([ramp, 255 - ramp, ramp / 2], -1).astype(np.uint8)
+    PIL.fromarray(pixels).save(path)
+    return pixels.astype(np.float32)
+
+
+def test_images(tmp_path):
+    (tmp_path / "cats").mkdir()
+    pixels = picture(tmp_path / "cats" / "a.png", 6, 8)
+    model = [Input("image", ["n", 3, 6, 8])]
+    (sample,) = arrays(tmp_path, model, Preprocess.parse("size=6x8, mean=0.5/0.4/0.3, std=0.2"))
+    expected = (pixels / 255 - np.array([0.5, 0.4, 0.3])) / 0.2
+    np.testing.assert_allclose(
+        sample["image"][0], expected.transpose(2, 0, 1), rtol=1e-5, atol=1e-5
+    )
+    (sample,) = arrays(
+        tmp_path, [Input("i", [1, 4, 4, 3])],
+        Preprocess.parse("size=4,resize=6,scale=1,order=bgr,layout=nhwc"),
+    )  # fmt: skip
+    np.testing.assert_array_equal(sample["i"][0], pixels[1:5, 2:6, ::-1])
+    (sample,) = arrays(tmp_path, [Input("i", [1, 1, 3, 5])], Preprocess((3, 5), order="gray"))
+    assert 0 < sample["i"].mean() < 1
+
+
+def test_images_that_do_not_decode(tmp_path):
+    picture(tmp_path / "0.png", 4, 4)
+    (tmp_path / "1.jpg").write_bytes(b"\xff\xd8\xff nothing")
+    message = r"1.jpg \(sample 2 of 2\) is an image that does not decode"
+    with pytest.raises(CalibrationError, match=message):
+        arrays(tmp_path, [Input("x", [1, 3, 4, 4])], Preprocess((4, 4)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("224", "'224' is not KEY=VALUE; the keys are size, resize"),
+        ("sise=224", "'sise=224' is not KEY=VALUE; did you mean 'size'"),
+        ("mean=0.5", "'mean=0.5' does not say size="),
+        ("size=2x3x4", "HEIGHTxWIDTH, or one number for both"),
+        ("size=big", "invalid literal"),
+        ("size=0", "size=0x0, resize=None: sizes are from 1"),
+        ("size=8,resize=4", "size=8x8, resize=4: .* resize not below size"),
+        ("size=8,mean=1/2", "mean=1/2: give 1 or 3 values"),
+        ("size=8,std=0", "must not be 0"),
+        ("size=8,order=gbr", "one of rgb, bgr, gray"),
+        ("size=8,order=gray,mean=1/2/3", "give 1 or 1 values"),
+    ],
+)
+def test_bad_preprocessing(text, message):
+    with pytest.raises(OptionError, match=message):
+        Preprocess.parse(text)
+
+
+def test_images_need_preprocessing_and_arrays_do_not(tmp_path):
+    picture(tmp_path / "a.png", 4, 4)
+    with pytest.raises(OptionError, match="holds images: say with --preprocess size=224"):
+        Samples(tmp_path)
+    np.save(tmp_path / "a.npy", X)
+    with pytest.raises(CalibrationError, match=r"holds .npy files and images: give a folder"):
+        Samples(tmp_path)
+    with pytest.raises(OptionError, match="holds no images: leave out --preprocess"):
+        Samples(tmp_path / "a.npy", Preprocess((4, 4)))
+
+
+def test_functions(tmp_path, monkeypatch):
+    assert len(arrays(lambda: iter([X, X]))) == 2
+    assert len(Samples(lambda: iter([X, X]))) == 2
+    (sample,) = arrays(lambda: [(X, np.array([1, 2]))], TWO)
+    np.testing.assert_array_equal(sample["y"], [1, 2])
+    (sample,) = arrays(lambda: [{"y": np.array([3, 4]), "x": X, "label": 1}], TWO)
+    np.testing.assert_array_equal(sample["y"], [3, 4])
+    (tmp_path / "mine.py").write_text(
+        "import numpy\ndef data():\n    yield numpy.ones((1, 3, 4), 'f4')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    (sample,) = arrays("mine:data")
+    np.testing.assert_array_equal(sample["x"], np.ones((1, 3, 4)))
+
+
+def fails():
+    yield X
+    raise KeyError("lost")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("no_such_module:data", "no_such_module:data: cannot import no_such_module"),
+        ("json:data", "json has no function 'data'"),
+        ("json:__name__", "json has no function '__name__'"),
+        (fails, "fails fails: KeyError: 'lost'"),
+        (lambda: 3, "fails: TypeError"),
+        (lambda: [], "no samples: .* gives none"),
+        (lambda: [{"x": {}}], "sample 1 of .*: 'x' is no array; give a dictionary"),
+        (lambda: [(X, X, X)], "has 3 arrays without names, the model takes ..x.."),
+        (lambda: [{"z": X}], "sample 1 of .* has no array for input 'x', only ..z"),
+    ],
+)
+def test_bad_functions(function, message):
+    with pytest.raises(CalibrationError, match=message):
+        arrays(function)
+
+
+def test_compiling_with_a_function(tmp_path):
+    rng = np.random.default_rng(0)
+    text = "g (float[n,2,8,8] x) => (float[n,4,6,6] y) { c = Conv (x, w) r = Relu (c) y = Neg (r) }"
+    model = model_of(text, {"w": rng.standard_normal((4, 2, 3, 3), dtype=np.float32)})
+    images = [rng.standard_normal((1, 2, 8, 8), dtype=np.float32) for _ in range(3)]
+    report = qcompiler.compile(model, "arm-int8", tmp_path / "b", calibration=lambda: images)
+    assert report.count("qdq") > 0
+    assert not report.notes
