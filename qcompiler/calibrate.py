@@ -44,7 +44,7 @@ def observe(
     progress: Callable[[int, int], None] | None = None,
     clipping: Clipping | None = None,
 ) -> Mapping[str, TensorStats]:
-    """The ranges of the named tensors over all samples.
+    """The ranges of the named tensors over all samples; 0 lies in each.
 
     Args:
         model: A float model; it is not changed.
