@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompiler.ir.errors import BundleError, CalibrationError, ModelError, OptionError
+from qcompiler.metric import Metric, MetricValues, find_metric, measure
+from qcompiler.node_errors import NodeError, node_errors
 from qcompiler.output_error import Accuracy, ErrorSums, OutputError
 from qcompiler.runtime import open_model
 from qcompiler.samples import Samples, Source, check_sample, samples_from
@@ -30,6 +32,8 @@ class Comparison:
     native: bool
     samples: int
     outputs: tuple[OutputError, ...]
+    nodes: tuple[NodeError, ...] = ()
+    metric: MetricValues | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -44,6 +48,8 @@ def compare(
     *,
     labels: str | None = None,
     native: bool = True,
+    nodes: bool = False,
+    metric: Metric | str | None = None,
     progress: Callable[[str, float, int], None] | None = None,
 ) -> Comparison:
     """Run both on every sample and sum up the differences.
@@ -54,15 +60,19 @@ def compare(
         data: Samples for both.
         labels: Array of the samples with the right class of each row.
         native: Use the bundle's kernels; False runs its functions' bodies.
+        nodes: Look inside, too, see `node_errors`.
+        metric: A function of your own, or "module:function": it is given something that runs a
+            side, {input: array} -> {output: array}, and the samples, and returns a number.
         progress: Told ("sample", done, total).
 
     Raises:
         CalibrationError: A sample that does not fit, or has no labels of that name.
-        OptionError: Labels were given, and no output looks like class scores.
+        OptionError: Labels were given, and no output looks like class scores; or the metric fails.
         ModelError: A side cannot be loaded or fails.
         BundleError: The bundle is incomplete, altered, or has other outputs than the model.
     """
     samples = samples_from(data)
+    merit = None if metric is None else find_metric(metric)
     first, second = open_model(model), open_model(bundle, native=native)
     names = [output.name for output in first.get_outputs()]
     missing = set(names) - {output.name for output in second.get_outputs()}
@@ -90,7 +100,12 @@ def compare(
         raise OptionError(
             f"labels {labels!r}: no output is a float of [N, classes] with a row per label"
         )
-    return Comparison(model, bundle, native, len(samples), outputs)
+    values = None
+    if merit is not None:
+        before, after = (measure(*merit, side, samples) for side in (first, second))
+        values = MetricValues(merit[0], before, after)
+    inside = tuple(node_errors(model, bundle, samples, native=native)) if nodes else ()
+    return Comparison(model, bundle, native, len(samples), outputs, inside, values)
 
 
 def _check_rows(file: str, truth: NDArray[Any], sums: Iterable[ErrorSums]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import tomllib
 from pathlib import Path
@@ -83,6 +84,12 @@ class Recipe:
             if not isinstance(value, bool):
                 raise OptionError(f"{source}: {key} must be true or false, not {value!r}")
         return cls(tuple(keep), size, **switches)
+
+    def to_toml(self) -> str:
+        """A TOML file that `read` reads back."""
+        # JSON's texts, lists, numbers and booleans are TOML's as well.
+        lines = [f"{key} = {json.dumps(value)}" for key, value in self.to_dict().items()]
+        return "\n".join(lines) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `from_dict` takes; unset ones are left out."""

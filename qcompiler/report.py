@@ -10,7 +10,7 @@ from typing import Any
 
 from qcompiler.ir.decisions import Action, Decision
 
-__all__ = ["Group", "Report"]
+__all__ = ["Group", "Report", "op_in_words"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Report:
 
     def groups(self) -> list[Group]:
         """Decisions counted by op, action and reason; kernels first, then by count."""
-        keys = collections.Counter((_op(d.op), d.action, _why(d.why)) for d in self.decisions)
+        alike = ((op_in_words(d.op), d.action, _why(d.why)) for d in self.decisions)
+        keys = collections.Counter(alike)
         order = {"kernel": 0, "qdq": 1, "body": 2, "float": 3}
         groups = [Group(*key, count) for key, count in keys.items()]
         return sorted(groups, key=lambda g: (order[g.action], -g.count, g.op))
@@ -94,11 +95,11 @@ class Report:
         }
 
 
-def _op(op: str) -> str:
+def op_in_words(op: str) -> str:
     """Regions of one anchor count together, whatever their sizes."""
     head, *rest = op.split("_")
-    # Neither sizes nor flags nor the digest of attributes.
-    hidden = re.compile("[DKN][0-9]+|[a-z]+|[0-9a-f]{6}")
+    # Neither sizes nor widths of merged results, nor flags, nor the digest of attributes.
+    hidden = re.compile("[DKN][0-9]+|[0-9]+(x[0-9]+)+|[a-z]+|[0-9a-f]{6}")
     return " + ".join([head, *(part for part in rest if not hidden.fullmatch(part))])
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "check_onnxruntime",
     "import_onnxruntime",
     "load",
+    "open_altered",
     "open_model",
     "open_session",
 ]
@@ -38,6 +39,8 @@ OLDEST_ORT = "1.23"
 
 QUIET = 4
 """The log level of sessions whose failures are raised, and whose warnings help nobody."""
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 Provider = str | tuple[str, dict[str, Any]]
 """An execution provider, alone or with its options, as ONNX Runtime takes them."""
@@ -157,6 +160,33 @@ def open_model(
             path, providers=providers, threads=threads, native=native, session_options=options
         )
     return open_session(path, providers=providers, threads=threads, options=options)
+
+
+def open_altered(path: Path, model: bytes, *, native: bool = True) -> onnxruntime.InferenceSession:
+    """A session of a changed copy of a bundle's model, or of a file's, on the CPU.
+
+    Args:
+        path: The bundle or the file: the weights of the copy stay there.
+        model: The copy, serialized.
+        native: Use the bundle's kernels.
+
+    Raises:
+        BundleError: Not a bundle, or an altered library.
+        ModelError: ORT cannot load the copy.
+    """
+    ort = import_onnxruntime()
+    options, folder = ort.SessionOptions(), path if path.is_dir() else path.parent
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.absolute()))
+    options.log_severity_level = QUIET
+    if path.is_dir() and native:
+        manifest = Manifest.read(path)
+        if manifest.library is not None:
+            _register(options, path, manifest, manifest.library)
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # ORT raises a dozen unrelated exception types here, some of them bare RuntimeError.
+        raise ModelError(f"ONNX Runtime cannot look inside {path}: {error}") from error
 
 
 def import_onnxruntime() -> Any:

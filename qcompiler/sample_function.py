@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.ir.errors import CalibrationError
+from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.sample_files import Sample
 
 __all__ = ["find_function", "samples_of"]
@@ -26,7 +26,7 @@ def find_function(text: str | os.PathLike[str]) -> SampleFunction | None:
     The current folder is looked in too.
 
     Raises:
-        CalibrationError: There is no such module, or no such function in it.
+        OptionError: There is no such module, or no such function in it.
     """
     name = os.fspath(text)
     if not re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name) or Path(name).exists():
@@ -38,10 +38,10 @@ def find_function(text: str | os.PathLike[str]) -> SampleFunction | None:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise CalibrationError(f"{name}: cannot import {module_name} ({error})") from error
+        raise OptionError(f"{name}: cannot import {module_name} ({error})") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise CalibrationError(f"{name}: {module_name} has no function {function_name!r}")
+        raise OptionError(f"{name}: {module_name} has no function {function_name!r}")
     found: SampleFunction = function
     return found
 

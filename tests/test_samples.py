@@ -147,9 +147,6 @@ def fails():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("no_such_module:data", "no_such_module:data: cannot import no_such_module"),
-        ("json:data", "json has no function 'data'"),
-        ("json:__name__", "json has no function '__name__'"),
         (fails, "fails fails: KeyError: 'lost'"),
         (lambda: 3, "fails: TypeError"),
         (lambda: [], "no samples: .* gives none"),
@@ -161,6 +158,19 @@ def fails():
 def test_bad_functions(function, message):
     with pytest.raises(CalibrationError, match=message):
         arrays(function)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:data", "no_such_module:data: cannot import no_such_module"),
+        ("json:data", "json has no function 'data'"),
+        ("json:__name__", "json has no function '__name__'"),
+    ],
+)
+def test_functions_that_are_not_there(name, message):
+    with pytest.raises(OptionError, match=message):
+        Samples(name)
 
 
 def test_compiling_with_a_function(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +12,18 @@ from rich.text import Text
 
 from qcompiler.cli.console import Terminal
 from qcompiler.cli.figures import FigureTable
-from qcompiler.cli.options import FILE, json_option, verbose_option
+from qcompiler.cli.options import (
+    FILE,
+    json_option,
+    preprocess_option,
+    samples_of,
+    verbose_option,
+)
+from qcompiler.ir.errors import OptionError
 
 if TYPE_CHECKING:
     from qcompiler.compare import Comparison
+    from qcompiler.node_errors import NodeError
     from qcompiler.output_error import OutputError
 
 __all__ = ["compare_command"]
@@ -31,19 +40,40 @@ _MANY_OUTPUTS, _FIRST_OUTPUTS = 10, 6
     type=FILE,
     metavar="DIR",
     required=True,
-    help="Folder of .npz samples, an array per input.",
+    help="Samples: a folder of .npz, .npy, test data or images, or module:function.",
 )
+@preprocess_option
 @click.option("--labels", metavar="NAME", help="Array of the samples with the right classes.")
 @click.option(
     "--native/--no-native",
     default=True,
     help="Run the bundle's kernels, or only its functions' bodies.",
 )
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=0),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="List the N nodes that err most; 0 does not look inside.",
+)
+@click.option(
+    "--metric",
+    metavar="MODULE:FUNCTION",
+    help="A figure of merit of your own: function(run, samples) -> number.",
+)
+@click.option(
+    "--keep-worst",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Print a recipe that keeps the N worst nodes float, and nothing else.",
+)
 @json_option
 @verbose_option
 @click.pass_obj
 def compare_command(
-    terminal: Terminal, model: Path, bundle: Path, data: Path, labels: str | None, native: bool,
+    terminal: Terminal, model: Path, bundle: Path, data: Path, preprocess: str | None,
+    labels: str | None, native: bool, nodes: int, metric: str | None, keep_worst: int | None,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Run a model and its bundle on samples, and measure the difference."""
@@ -51,7 +81,13 @@ def compare_command(
     with terminal.progress(shown=not as_json and terminal.err.is_terminal) as progress:
         from qcompiler.compare import compare
 
-        found = compare(model, bundle, data, labels=labels, native=native, progress=progress)
+        found = compare(
+            model, bundle, samples_of(data, preprocess), labels=labels, native=native,
+            nodes=nodes > 0 or keep_worst is not None, metric=metric, progress=progress,
+        )  # fmt: skip
+    if keep_worst is not None:
+        terminal.out.print(_recipe(found, keep_worst), end="", highlight=False, soft_wrap=True)
+        return
     if as_json:
         terminal.json(found.to_dict())
         return
@@ -67,7 +103,51 @@ def compare_command(
     if many:
         terminal.out.print(_rest(found.outputs[shown:]), style="dim")
     terminal.out.print()
+    if found.metric is not None:
+        before, after = found.metric.model, found.metric.bundle
+        terminal.out.print(f"{found.metric.name}: {before:.6g} → {after:.6g}\n")
+    if found.nodes:
+        terminal.out.print(_worst(found.nodes, None if terminal.verbose else nodes))
+        terminal.out.print(
+            "\n--keep-worst N > recipe.toml keeps the N worst of them float (qcompile --recipe)\n",
+            style="dim",
+        )
     _warn(terminal, found)
+
+
+def _worst(errors: Sequence[NodeError], count: int | None) -> FigureTable:
+    """The nodes with the largest errors of their own, and what would take those away."""
+    from qcompiler.node_errors import worst_first
+    from qcompiler.report import op_in_words
+
+    table = FigureTable("Node", "Op", ">Own\nSQNR", ">With those\nbefore it", "Remedy",
+                        droppable=["Op"])  # fmt: skip
+    for error in worst_first(errors)[:count]:
+        table.add_row(error.node, op_in_words(error.op), _sqnr(error.own), _sqnr(error.total),
+                      "keep float" if error.can_stay_float else error.remedy)  # fmt: skip
+    return table
+
+
+def _recipe(found: Comparison, count: int) -> str:
+    """The bundle's recipe, with its worst nodes kept float, as TOML.
+
+    Raises:
+        OptionError: The other side is no bundle, or all of its nodes are exact.
+    """
+    from qcompiler.bundle import Manifest
+    from qcompiler.node_errors import worst_first
+    from qcompiler.recipe import Recipe
+
+    recipe = Recipe.from_dict(Manifest.read(found.bundle).recipe)
+    worst = [error for error in worst_first(found.nodes) if error.can_stay_float][:count]
+    if not worst:
+        raise OptionError(f"{found.bundle}: no node of it errs, so there is none to keep float")
+    keep = [name for error in worst for name in error.node.split(" + ")]
+    return dataclasses.replace(recipe, keep_float=(*recipe.keep_float, *keep)).to_toml()
+
+
+def _sqnr(error: OutputError) -> str:
+    return "equal" if error.sqnr is None else f"{error.sqnr:.1f} dB"
 
 
 def _table(outputs: Sequence[OutputError]) -> FigureTable:
@@ -90,9 +170,8 @@ def _table(outputs: Sequence[OutputError]) -> FigureTable:
 def _figures(output: OutputError) -> list[str]:
     if not output.values:
         return [output.name, "0", "no numbers", "", ""]
-    sqnr = "equal" if output.sqnr is None else f"{output.sqnr:.1f} dB"
     cosine = "" if output.cosine is None else f"{output.cosine:.6f}"
-    return [output.name, f"{output.values:,}", sqnr, cosine, f"{output.max_error:.3g}"]
+    return [output.name, f"{output.values:,}", _sqnr(output), cosine, f"{output.max_error:.3g}"]
 
 
 def _rest(outputs: Sequence[OutputError]) -> str:

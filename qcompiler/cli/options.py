@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import rich_click as click
 from click.shell_completion import CompletionItem
 
-__all__ = ["FILE", "Shapes", "ShapesType", "TargetName", "json_option", "verbose_option"]
+if TYPE_CHECKING:
+    from qcompiler.samples import Samples
+
+__all__ = [
+    "FILE",
+    "Shapes",
+    "ShapesType",
+    "TargetName",
+    "json_option",
+    "preprocess_option",
+    "samples_of",
+    "verbose_option",
+]
 
 Shapes = dict[str, tuple[int, ...]]
 """Sizes by input name."""
@@ -60,6 +72,22 @@ class TargetName(click.ParamType[str]):
 def json_option(command: F) -> F:
     """`--json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+def preprocess_option(command: F) -> F:
+    """`--preprocess`, for samples that are images."""
+    return click.option(
+        "--preprocess", metavar="size=224,…",
+        help="What is done to images: size, resize, scale, mean, std, order, layout.",
+    )(command)  # fmt: skip
+
+
+def samples_of(source: Path, preprocess: str | None) -> Samples:
+    """The samples that two options name together."""
+    from qcompiler.images import Preprocess
+    from qcompiler.samples import Samples
+
+    return Samples(source, None if preprocess is None else Preprocess.parse(preprocess))
 
 
 def verbose_option(command: F) -> F:

@@ -1,0 +1,227 @@
+"""Where between a model and its bundle errors arise, node by node.
+
+A tensor of the bundle that bears the name of one of the model's is that tensor, computed otherwise.
+Each is looked at twice:
+
+total   on the samples: with whatever went wrong before it
+own     with every such tensor before it replaced by the model's: what its own node does wrong
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompiler.bundle import MODEL
+from qcompiler.frontend import load_model
+from qcompiler.ir.decisions import decision_of
+from qcompiler.ir.errors import ModelError
+from qcompiler.output_error import ErrorSums, OutputError
+from qcompiler.probe import Probe
+from qcompiler.runtime import open_altered
+from qcompiler.samples import Sample, Samples
+
+__all__ = ["NodeError", "node_errors", "worst_first"]
+
+_QUANTIZED, _DEQUANTIZED = "_quantized", "_dequantized"
+"""What `insert_qdq` appends to the name of a tensor that it stores as integers, and gives back."""
+
+_EXACT = "{}@model"
+"""The input that stands for a tensor of the model's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeError:
+    """One node that computes otherwise than the model does.
+
+    Attributes:
+        node: Its name; "a + b" if several became one.
+        op: Its type.
+        tensor: The model's tensor that it computes; one of them if it computes several.
+        action: Who computes it, and
+        why: for what reason.
+        own: The error that the node adds to exact inputs.
+        total: The error of its result in the bundle.
+    """
+
+    node: str
+    op: str
+    tensor: str
+    action: str
+    why: str
+    own: OutputError
+    total: OutputError
+
+    @property
+    def can_stay_float(self) -> bool:
+        """Whether `keep_float` takes the node's error away."""
+        return self.op.startswith(("QMatMul", "DynamicQMatMul", "QConv", "QGather"))
+
+    @property
+    def remedy(self) -> str:
+        """What would help, as an option or a line of the recipe."""
+        if self.can_stay_float:
+            return f"--keep-float {shlex.quote(self.node)}"
+        return "bfloat16 = false in the recipe" if "_bf16" in self.op else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    """A tensor that both have: where it lies in the bundle, and its name in the model."""
+
+    value: ir.Value
+    tensor: str
+    steps: tuple[ir.Value, ir.Value] | None
+    """Scale and zero point, where the bundle has it as integers."""
+    node: ir.Node
+
+
+def node_errors(
+    model: Path, bundle: Path, samples: Samples, *, native: bool = True
+) -> list[NodeError]:
+    """The errors of every node that the bundle computes in its own way, in the graph's order.
+
+    All of these tensors are in memory for one sample at a time.
+
+    Args:
+        model: The ONNX file.
+        bundle: Its bundle, or any ONNX file with tensors of the same names.
+        samples: What both are run on.
+        native: Use the bundle's kernels; False runs its functions' bodies.
+
+    Raises:
+        CalibrationError: A sample that does not fit.
+        ModelError: A side cannot be loaded or fails.
+    """
+    source = load_model(model)
+    path = bundle / MODEL if bundle.is_dir() else bundle
+    inputs = [value.name or "" for value in source.graph.inputs]
+    computed = [value.name or "" for node in source.graph for value in node.outputs]
+    cuts = _cuts(ir.load(path), {*inputs, *computed})
+    if not cuts:
+        return []
+    sums = [(ErrorSums(cut.tensor), ErrorSums(cut.tensor)) for cut in cuts]
+    sessions = [
+        open_altered(bundle, _altered(path, cuts, exact=exact), native=native)
+        for exact in (True, False)
+    ]
+    with Probe(source, list(dict.fromkeys([*inputs, *(cut.tensor for cut in cuts)]))) as probe:
+        for label, tensors in probe.run(lambda given: samples):
+            for index, session in enumerate(sessions):
+                found = _run(session, tensors, bundle, label)
+                for cut, pair, actual in zip(cuts, sums, found, strict=True):
+                    pair[index].add(tensors[cut.tensor], actual, None)
+    return [
+        _error(cut, own.result(), total.result())
+        for cut, (own, total) in zip(cuts, sums, strict=True)
+    ]
+
+
+def _error(cut: _Cut, own: OutputError, total: OutputError) -> NodeError:
+    made = decision_of(cut.node)
+    return NodeError(made.node, made.op, cut.tensor, made.action, made.why, own, total)
+
+
+def worst_first(errors: Iterable[NodeError]) -> list[NodeError]:
+    """One entry per node, its worst tensor, by the error of its own; exact nodes are left out."""
+    worst: dict[str, NodeError] = {}
+    for error in sorted(errors, key=_own):
+        if error.own.sqnr is not None:
+            worst.setdefault(error.node, error)
+    return list(worst.values())
+
+
+def _own(error: NodeError) -> float:
+    return math.inf if error.own.sqnr is None else error.own.sqnr
+
+
+def _cuts(bundle: ir.Model, known: Collection[str]) -> list[_Cut]:
+    """The results of nodes that are not computed in float and that the model has too."""
+    cuts: list[_Cut] = []
+    for node in bundle.graph:
+        if decision_of(node).action == "float":
+            continue
+        if node.op_type == "DequantizeLinear" and any(c.value is node.inputs[0] for c in cuts):
+            continue  # what it gives back was looked at where it was stored
+        for value in node.outputs:
+            steps = _steps(node) if value.dtype is not ir.DataType.FLOAT else None
+            suffix = _DEQUANTIZED if steps is None else _QUANTIZED
+            name = value.name or ""
+            tensor = name if name in known else name.removesuffix(suffix)
+            if tensor in known and (steps is not None or value.dtype is ir.DataType.FLOAT):
+                cuts.append(_Cut(value, tensor, steps, node))
+    return cuts
+
+
+def _steps(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
+    """Scale and zero point of the integers that a node stores."""
+    by_op = {"QuantizeLinear": slice(1, 3), "QConv": slice(6, 8)}
+    found = [value for value in node.inputs[by_op.get(node.op_type, slice(0))] if value is not None]
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+def _altered(path: Path, cuts: Sequence[_Cut], *, exact: bool) -> bytes:
+    """The bundle's model with the cut tensors as outputs; and if `exact`, as inputs as well."""
+    model = ir.load(path)
+    graph = model.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    steps_of = {v.name: v for v in graph.initializers.values()} | values
+    fed: dict[str, ir.Value] = {}
+    shown: list[ir.Value] = []
+    for cut in cuts:
+        value = values[cut.value.name]
+        uses = tuple(value.uses())
+        steps = None if cut.steps is None else [steps_of[step.name] for step in cut.steps]
+        shown.append(value if steps is None else _append(graph, "DequantizeLinear", value, steps))
+        if not exact:
+            continue
+        if cut.tensor not in fed:
+            fed[cut.tensor] = _input(graph, cut)
+        source = fed[cut.tensor]
+        if steps is not None:
+            source = _prepend(graph, "QuantizeLinear", source, steps)
+        for use in uses:
+            use.node.replace_input_with(use.idx, source)
+    graph.outputs.clear()
+    graph.outputs.extend(shown)
+    content: bytes = ir.to_proto(model).SerializeToString()
+    return content
+
+
+def _input(graph: ir.Graph, cut: _Cut) -> ir.Value:
+    value = ir.Value(
+        name=_EXACT.format(cut.tensor), type=ir.TensorType(ir.DataType.FLOAT), shape=cut.value.shape
+    )
+    graph.inputs.append(value)
+    return value
+
+
+def _append(graph: ir.Graph, op: str, value: ir.Value, steps: Sequence[ir.Value]) -> ir.Value:
+    node = ir.node(op, [value, *steps])
+    node.outputs[0].name = f"{value.name}_shown"
+    graph.append(node)
+    return node.outputs[0]
+
+
+def _prepend(graph: ir.Graph, op: str, value: ir.Value, steps: Sequence[ir.Value]) -> ir.Value:
+    node = ir.node(op, [value, *steps])
+    node.outputs[0].name = f"{value.name}_stored"
+    graph.insert_before(graph[0], node)
+    return node.outputs[0]
+
+
+def _run(session: Any, tensors: Sample, bundle: Path, label: str) -> Sequence[Any]:
+    given = tensors | {_EXACT.format(name): array for name, array in tensors.items()}
+    wanted = {value.name for value in session.get_inputs()}
+    try:
+        found: Sequence[Any] = session.run(None, {k: v for k, v in given.items() if k in wanted})
+    except Exception as error:
+        # ORT raises bare RuntimeErrors as well as its own types.
+        raise ModelError(f"{bundle} fails on {label}: {error}") from error
+    return found

@@ -1,0 +1,155 @@
+"""Errors inside a bundle: whose they are, whether they add up, and what would take them away."""
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from golden import model_of
+from terminal import qcompile
+
+import qcompiler
+from qcompiler.compare import compare
+from qcompiler.node_errors import node_errors, worst_first
+from qcompiler.samples import Samples
+
+RNG = np.random.default_rng(0)
+W = RNG.standard_normal((64, 64)).astype(np.float32) / 8
+SPIKED = W.copy()
+SPIKED[3, ::2] *= 400  # one weight per column that leaves few steps for the others
+TEXT = """g (float[n,64] x) => (float[n,64] y) {
+    a = MatMul (x, w)
+    b = Relu (a)
+    c = MatMul (b, v)
+    d = Tanh (c)
+    y = MatMul (d, w)
+}"""
+
+
+def data(count=3):
+    random = np.random.default_rng(1)
+    return lambda: ({"x": random.standard_normal((8, 64), np.float32)} for _ in range(count))
+
+
+@pytest.fixture
+def spiked(tmp_path):
+    source = tmp_path / "model.onnx"
+    ir.save(model_of(TEXT, {"w": W, "v": SPIKED}), source)
+    bundle = qcompiler.compile(source, "x86-int8", tmp_path / "b", timing=False).bundle
+    np.savez(tmp_path / "x.npz", **next(iter(data()())))
+    return source, bundle
+
+
+def test_the_node_that_errs_is_found(spiked):
+    errors = node_errors(*spiked, Samples(data()))
+    by_tensor = {error.tensor: error for error in errors}
+    assert set(by_tensor) == {"b", "d", "y"}
+    worst = worst_first(errors)[0]
+    assert worst.tensor == "d"
+    assert worst.remedy == f"--keep-float {worst.node}"
+    # What comes after has a small error of its own, but inherits the large one.
+    assert by_tensor["y"].own.sqnr > by_tensor["d"].own.sqnr + 6
+    assert by_tensor["y"].total.sqnr < by_tensor["y"].own.sqnr - 6
+    assert by_tensor["b"].own.sqnr == pytest.approx(by_tensor["b"].total.sqnr)
+
+
+def test_bodies_and_kernels_err_alike(spiked):
+    native, bodies = (node_errors(*spiked, Samples(data()), native=n) for n in (True, False))
+    for one, other in zip(native, bodies, strict=True):
+        assert one.own.sqnr == pytest.approx(other.own.sqnr, abs=0.1)
+
+
+def test_the_last_total_is_that_of_the_output(spiked):
+    found = compare(*spiked, data(), nodes=True)
+    (output,) = found.outputs
+    assert found.nodes[-1].tensor == "y"
+    assert found.nodes[-1].total.sqnr == pytest.approx(output.sqnr, abs=1e-3)
+
+
+def test_a_node_kept_float_errs_no_more(spiked, tmp_path):
+    source, bundle = spiked
+    worst = worst_first(node_errors(source, bundle, Samples(data())))[0].node
+    recipe = qcompiler.Recipe(keep_float=(worst,))
+    better = qcompiler.compile(source, "x86-int8", tmp_path / "c", recipe=recipe, timing=False)
+    before, after = (compare(source, b, data()).outputs[0] for b in (bundle, better.bundle))
+    assert after.sqnr > before.sqnr + 3
+    assert worst not in {
+        error.node for error in node_errors(source, better.bundle, Samples(data()))
+    }
+
+
+def test_convolutions_in_integers(tmp_path):
+    text = """g (float[n,3,8,8] x) => (float[n,4,8,8] y) {
+        a = Conv <pads = [1,1,1,1]> (x, u, z)
+        r = Relu (a)
+        c = Conv <pads = [1,1,1,1]> (r, v, z)
+        y = Neg (c)
+    }"""
+    source = tmp_path / "conv.onnx"
+    kernels = [RNG.standard_normal((4, i, 3, 3)).astype(np.float32) for i in (3, 4)]
+    kernels[1][:, 0] *= 300  # needs steps that leave none for the other channels
+    weights = {"u": kernels[0], "v": kernels[1], "z": np.zeros(4, np.float32)}
+    ir.save(model_of(text, weights), source)
+    images = [RNG.standard_normal((1, 3, 8, 8)).astype(np.float32) for _ in range(4)]
+    report = qcompiler.compile(source, "arm-int8", tmp_path / "b", calibration=lambda: images)
+    errors = node_errors(source, report.bundle, Samples(lambda: images))
+    by_tensor = {error.tensor: error for error in errors}
+    assert set(by_tensor) == {"x", "r", "c"}
+    assert by_tensor["x"].own.sqnr > 35  # 256 steps of a normal distribution
+    assert by_tensor["r"].total.sqnr < by_tensor["r"].own.sqnr
+    assert by_tensor["c"].op == "QConv"
+
+
+def test_table(spiked):
+    source, bundle = spiked
+    shown = qcompile("compare", source, bundle, "--data", source.parent / "x.npz")
+    assert "keep float" in shown.stdout
+    assert "Own" in shown.stdout
+    none = qcompile("compare", source, bundle, "--data", source.parent / "x.npz", "--nodes", "0")
+    assert "Own" not in none.stdout
+    found = qcompile("compare", source, bundle, "--data", source.parent / "x.npz", "--json")
+    assert len(json.loads(found.stdout)["nodes"]) == 3
+
+
+def test_a_recipe_that_keeps_the_worst(spiked, tmp_path):
+    source, bundle = spiked
+    told = qcompile("compare", source, bundle, "--data", tmp_path / "x.npz", "--keep-worst", "1")
+    (tmp_path / "recipe.toml").write_text(told.stdout)
+    recipe = qcompiler.Recipe.read(tmp_path / "recipe.toml")
+    assert recipe.keep_float == (worst_first(node_errors(source, bundle, Samples(data())))[0].node,)
+    file = tmp_path / "recipe.toml"
+    made = qcompile(source, "--target", "x86-int8", "--recipe", file, "-o", tmp_path / "c")
+    assert made.exit_code == 0
+
+
+def mean(run, samples):
+    return np.mean([run(sample)["y"].mean() for _, sample in samples])
+
+
+def test_metrics(spiked, tmp_path, monkeypatch):
+    source, bundle = spiked
+    found = compare(source, bundle, tmp_path / "x.npz", metric=mean)
+    assert found.metric.name == "mean"
+    assert found.metric.model == pytest.approx(found.metric.bundle, abs=0.05)
+    assert found.metric.model != found.metric.bundle
+    (tmp_path / "merit.py").write_text("def two(run, samples):\n    return 2\n")
+    monkeypatch.chdir(tmp_path)
+    arguments = ("compare", source, bundle, "--data", "x.npz", "--metric")
+    assert "merit:two: 2 → 2" in qcompile(*arguments, "merit:two").stdout
+    for metric, message in [
+        ("two", "metric 'two' is not module:function"),
+        ("merit:three", "merit has no function 'three'"),
+        ("math:sqrt", "metric math:sqrt fails: TypeError"),
+    ]:
+        failed = qcompile(*arguments, metric)
+        assert failed.exit_code == 1
+        assert message in failed.stderr
+
+
+def test_keeping_the_worst_of_no_bundle(spiked, tmp_path):
+    source, _ = spiked
+    arguments = ("compare", source, source, "--data", tmp_path / "x.npz", "--keep-worst")
+    failed = qcompile(*arguments, "1")
+    assert failed.exit_code == 1
+    assert "is not a bundle" in failed.stderr
+    assert "0 is not in the range x>=1" in qcompile(*arguments, "0").stderr
