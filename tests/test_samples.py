@@ -10,7 +10,7 @@ from qcompiler.images import Preprocess
 from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.samples import Samples, check_sample
 
-PIL = pytest.importorskip("PIL.Image")
+PIL = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
 
 X = np.arange(12, dtype=np.float32).reshape(1, 3, 4)
 
