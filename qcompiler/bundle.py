@@ -110,19 +110,28 @@ class Manifest:
                 entry = LibraryEntry(**entry | {"isa": tuple(entry["isa"])})
             manifest = cls(**content, library=entry)
             manifest._check_types()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise BundleError(f"{path} is not a readable manifest ({error})") from error
         return manifest
 
     def _check_types(self) -> None:
         """Refuse a manifest that only looks like one, before anything relies on it."""
-        texts = [self.target, self.minimum_ort, *self.files, *self.files.values()]
+        for name in ("tools", "recipe", "files"):
+            if not isinstance(getattr(self, name), dict):
+                raise TypeError(f"{name} is no object")
+        texts = [self.target, self.minimum_ort]
+        texts += [*self.files, *self.files.values(), *self.tools, *self.tools.values()]
+        needed = [MODEL]
         if self.library is not None:
             texts += [self.library.file, self.library.domain, self.library.machine]
+            texts += self.library.isa
+            needed.append(self.library.file)
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a name or a hash in it is not a text")
-        if not all(part.isdigit() for part in self.minimum_ort.split(".")):
+        if not all(part.isdecimal() and part.isascii() for part in self.minimum_ort.split(".")):
             raise ValueError(f"minimum_ort {self.minimum_ort!r} is no version")
+        if missing := [name for name in needed if name not in self.files]:
+            raise ValueError(f"it has no hash of {missing[0]}")
         if any(Path(name).name != name for name in self.files):
             raise ValueError("a file in it lies outside the bundle")
 
@@ -154,7 +163,11 @@ def check_destination(destination: Path) -> Path:
     Raises:
         OptionError: It is a file, the current folder, or a folder with something else in it.
     """
-    if destination.exists():
+    try:
+        exists = destination.exists()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise OptionError(f"output {destination}: {error.strerror}") from error
+    if exists:
         if not destination.is_dir():
             raise OptionError(f"output {destination} is a file; name a folder with -o DIR")
         if Path.cwd().resolve().is_relative_to(destination.resolve()):

@@ -61,6 +61,8 @@ class Wishes:
             OptionError: Sizes below 1, or shapes beside choices, which were made on their own.
         """
         for name, shape in (self.shapes or {}).items():
+            if not isinstance(name, str):
+                raise OptionError(f"shapes: {name!r} is no name of an input")
             sizes = shape if isinstance(shape, tuple | list) else (shape, None)
             if not all(type(size) is int and size > 0 for size in sizes):
                 raise OptionError(f"shapes: {name}={shape}: sizes are whole numbers from 1")

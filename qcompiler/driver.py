@@ -6,7 +6,7 @@ import dataclasses
 import os
 import resource
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompiler.arguments import require, require_path
 from qcompiler.bundle import Manifest, check_destination, staged_folder
 from qcompiler.calibrate import observe, sample_tokens
 from qcompiler.chooser import Chooser, Wishes
@@ -28,6 +29,7 @@ from qcompiler.recipe import Recipe
 from qcompiler.report import Report
 from qcompiler.runtime import load
 from qcompiler.samples import Samples, Source, samples_from
+from qcompiler.source import check_destination_of, check_source, foreign_domains
 from qcompiler.targets.catalog import get_target
 from qcompiler.targets.target import Target
 from qcompiler.timing.observed_shapes import model_inputs
@@ -78,9 +80,16 @@ def compile(
     Raises:
         QCompilerError: A mistake in the input; each subclass says which.
     """
+    require("recipe", recipe, Recipe, "a qcompiler.Recipe")
+    require("pipeline", pipeline, Pipeline, "a qcompiler.Pipeline")
+    require("shapes", shapes, Mapping, "sizes by input name, {'input_ids': (1, 128)}")
+    require("progress", progress, Callable, "a function")
+    require_path("output", output)
+    require_path("choices", choices)
     clock = Clock(progress)
     goal, recipe = get_target(target), recipe or Recipe()
     destination = check_destination(_destination(source, target, output))
+    check_destination_of(source, destination)
     samples = None if calibration is None else samples_from(calibration)
     observer = None if samples is None else _Observer(samples, clock)
     chooser = None
@@ -129,6 +138,7 @@ class _Job:
     chooser: Chooser | None
     pipeline: Pipeline | None
     bytes_before: int = 0
+    foreign: Sequence[str] = ()
 
     def run_passes(self) -> ir.Model:
         """Load the model, and run the passes on it."""
@@ -140,6 +150,8 @@ class _Job:
         self.clock.total = len(pipeline.steps) + 4
         self.clock.start("load")
         model = load_model(self.source)
+        check_source(model)
+        self.foreign = foreign_domains(model)
         if not isinstance(self.source, str | os.PathLike | ir.Model):
             self.source = model.clone()  # a torch program, whose export takes long
         self.bytes_before = _source_bytes(self.source, model)
@@ -158,12 +170,14 @@ class _Job:
         library = build_kernels(model, self.target, stage, self.clock)
         self.clock.start("write")
         write_bundle(model, stage, self.target, self.recipe, library)
-        if _size(stage) <= _LOAD_CHECK_LIMIT:
+        if _size(stage) <= _LOAD_CHECK_LIMIT and not self.foreign:
             load(stage, providers=["CPUExecutionProvider"], native=self.target.arch == "x86")
 
     def is_slower(self, model: ir.Model, stage: Path) -> bool:
         """Whether the bundle is to be made again with other choices."""
         if self.chooser is None or self.bytes_before + _size(stage) > _LOAD_CHECK_LIMIT:
+            return False
+        if self.foreign:
             return False
         if all(decision.action == "float" for decision in decisions(model)):
             return False
@@ -188,6 +202,9 @@ class _Job:
         if self.observer is not None and not self.observer.was_asked and not used:
             unused = "the calibration samples were not used: nothing here needs them for"
             notes = (f"{unused} {self.target.name}", *notes)
+        if self.foreign:
+            ops = ", ".join(self.foreign)
+            notes = (f"not opened in ONNX Runtime: ops of {ops} need a library of theirs", *notes)
         return notes
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qcompiler.arguments import require, require_path
 from qcompiler.bundle import MANIFEST, MODEL, LibraryEntry, Manifest
 from qcompiler.ir.errors import BundleError, ModelError, OptionError, RuntimeMissingError
 
@@ -44,6 +45,9 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 Provider = str | tuple[str, dict[str, Any]]
 """An execution provider, alone or with its options, as ONNX Runtime takes them."""
+
+_MOST_THREADS = 1024
+"""More than any machine has cores; ORT would start as many as it is told."""
 
 _PACKAGES = (
     "onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-migraphx",
@@ -77,9 +81,14 @@ def load(
         OptionError: `threads` below 1 or an unknown provider.
         RuntimeMissingError: No ONNX Runtime is installed.
     """
+    require("native", native, bool, "True or False")
+    if bundle is None:
+        raise OptionError("no bundle was given: name its folder")
+    require_path("bundle", bundle)
     folder = Path(bundle)
     manifest = Manifest.read(folder)
     ort = import_onnxruntime()
+    require("session_options", session_options, ort.SessionOptions, "SessionOptions")
     if _version(ort.__version__) < _version(manifest.minimum_ort):
         raise BundleError(
             f"{folder} needs ONNX Runtime {manifest.minimum_ort} or newer, this is "
@@ -120,14 +129,16 @@ def open_session(
     ort = import_onnxruntime()
     options = options or ort.SessionOptions()
     if threads is not None:
-        if type(threads) is not int or threads < 1:
-            raise OptionError(f"threads must be a whole number from 1, not {threads!r}")
+        if type(threads) is not int or not 1 <= threads <= _MOST_THREADS:
+            most = f"from 1 to {_MOST_THREADS}"
+            raise OptionError(f"threads must be a whole number {most}, not {threads!r}")
         options.intra_op_num_threads = threads
     available = ort.get_available_providers()
     if isinstance(providers, str):
         raise OptionError(f"providers is a sequence of names: give [{providers!r}]")
+    require("providers", providers, Sequence, "a sequence of names")
     for provider in providers or ():
-        name = provider if isinstance(provider, str) else provider[0]
+        name = _name_of(provider)
         if name not in available:
             raise OptionError(f"provider {name!r} is not in this ONNX Runtime: {available}")
     try:
@@ -253,6 +264,14 @@ def _register(options: Any, folder: Path, manifest: Manifest, library: LibraryEn
         except Exception as error:
             problem = f"{library.file} cannot be loaded ({error})"
     warnings.warn(f"{folder}: {problem}; running without kernels", stacklevel=3)
+
+
+def _name_of(provider: object) -> str:
+    """The name of an execution provider, after checking its form."""
+    match provider:
+        case str(name) | (str(name), dict()):
+            return name
+    raise OptionError(f"provider {provider!r} is neither a name nor (name, {{option: value}})")
 
 
 def _default_providers(target: str, available: Sequence[str]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ def find_files(root: Path) -> list[Path]:
     if not root.exists():
         raise CalibrationError(f"no samples: {root} does not exist")
     if not root.is_dir() or _kind(root) is not None:
-        if _kind(root) is None:
+        if _kind(root) is None or not (root.is_file() or root.is_dir()):
             raise CalibrationError(f"{root} is no file of samples: those are {_KINDS}")
         return [root]
     found: dict[str, list[Path]] = {}
@@ -58,11 +57,17 @@ def read_file(path: Path) -> Sample:
     assert kind is not None
     try:
         return _READERS[kind](path)
-    except (EOFError, OSError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"not {_ONE[kind]}: {error}") from error
+    except Exception as error:
+        # zipfile, its decompressors and numpy's header parser raise a dozen unrelated types.
+        reason = str(error) or type(error).__name__
+        if "allow_pickle" in reason:
+            reason = "it holds pickled objects, which are never loaded"
+        raise ValueError(f"not {_ONE[kind]}: {reason}") from error
 
 
 def _kind(path: Path) -> str | None:
+    if path.name.startswith("."):
+        return None  # what desktops leave behind
     if path.name.startswith(_TEST_DATA) and path.is_dir():
         return f"{_TEST_DATA}* folders"
     suffix = path.suffix.lower()

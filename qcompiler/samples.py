@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.arguments import require_path
 from qcompiler.images import IMAGES, Preprocess
 from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.sample_files import Sample, find_files, read_file
@@ -40,6 +41,8 @@ class Samples:
             CalibrationError: There is nothing, or several kinds of files.
             OptionError: `preprocess` without images, or images without it.
         """
+        if not callable(source):
+            require_path("samples", source)
         self._function = source if callable(source) else find_function(source)
         self.name = getattr(source, "__name__", "samples") if callable(source) else str(source)
         self._files = [] if self._function is not None else find_files(Path(str(source)))

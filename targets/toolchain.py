@@ -19,8 +19,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from qcompiler.ir.errors import ToolchainError
+from qcompiler.targets.cache import KernelCache
 
 __all__ = ["Linker", "find_linker"]
+
+_PATIENCE = 600
+"""Seconds that one file may take to compile, or a library to link."""
 
 _COMPILE_FLAGS = (
     "-std=c11", "-D_POSIX_C_SOURCE=200809L", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall",
@@ -67,14 +71,26 @@ class Linker:
         # Relative names in a fresh folder, so that no path of this machine reaches the output.
         command = [*self.command, *arguments]
         try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise ToolchainError(f"cannot run {shlex.join(self.command)}: {error}") from error
-        if done.returncode != 0:
+            done = subprocess.run(
+                command, cwd=folder, env=self._environment(), capture_output=True, text=True,
+                check=False, timeout=_PATIENCE,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired) as error:
             raise ToolchainError(
-                f"{shlex.join(command)} failed:\n{done.stderr.strip()}\n"
-                "set CC to another C compiler, or: pip install qcompiler[zig]"
-            )
+                f"cannot run {shlex.join(self.command)}: {error}; {self._way_out()}"
+            ) from error
+        if done.returncode != 0:
+            message = f"{shlex.join(command)} failed:\n{done.stderr.strip()}\n"
+            raise ToolchainError(message + self._way_out())
+
+    def _environment(self) -> dict[str, str]:
+        """Zig keeps what it made before in a folder of the user's; ours can be written."""
+        return {"ZIG_GLOBAL_CACHE_DIR": str(KernelCache().folder / "zig"), **os.environ}
+
+    def _way_out(self) -> str:
+        if "ziglang" in self.command:
+            return "to link with $CC instead: pip uninstall ziglang"
+        return "set CC to another C compiler, or: pip install 'qcompiler[zig]'"
 
 
 def find_linker() -> Linker:
@@ -89,7 +105,11 @@ def find_linker() -> Linker:
             f"ziglang {version}",
             (sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-linux-gnu.2.17"),
         )
-    if explicit := shlex.split(os.environ.get("CC", "")):
+    try:
+        explicit = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        raise ToolchainError(f"CC={os.environ['CC']} is no command: {error}") from error
+    if explicit:
         return _system_compiler(explicit)
     for name in ("cc", "gcc", "clang"):
         if shutil.which(name):

@@ -1,5 +1,6 @@
 """What bad input gets: a typed error that names the thing, the value and the way out."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -126,10 +127,17 @@ def test_external_data_outside_the_folder(tmp_path, location):
         qcompiler.compile(path, "arm-int8", tmp_path / "out")
 
 
-def test_weights_that_are_not_finite(tmp_path):
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (np.nan, "weight 'w', which '.*' reads, holds 1 NaN: the model is damaged"),
+        (np.inf, "'w' of '.*' holds 1 NaN or Inf; repair the model, or keep the node float"),
+    ],
+)
+def test_weights_that_are_not_finite(tmp_path, bad, message):
     weight = W.copy()
-    weight[0, 0] = np.nan
-    with pytest.raises(ModelError, match="'w' of '.*' holds 1 NaN or Inf"):
+    weight[0, 0] = bad
+    with pytest.raises(ModelError, match=message):
         qcompiler.compile(model_of(MATMUL, {"w": weight}), "arm-int8", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -215,7 +223,7 @@ def test_tensor_that_overflows_in_a_sample(tmp_path):
         (lambda p: p.write_text("x"), "calib is no file of samples"),
         (
             lambda p: (p.mkdir(), np.savez(p / "0.npz", x=np.array([{}], dtype=object))),
-            r"0.npz \(sample 1 of 1\) is not an .npz of plain arrays: Object arrays",
+            r"0.npz \(sample 1 of 1\) is not an .npz of plain arrays: it holds pickled",
         ),
     ],
 )
@@ -329,9 +337,15 @@ def test_altered_and_missing_files(bundle):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threads": 0}, "threads must be a whole number from 1, not 0"),
-        ({"threads": "2"}, "threads must be a whole number from 1, not '2'"),
-        ({"threads": True}, "threads must be a whole number from 1, not True"),
+        ({"threads": 0}, "threads must be a whole number from 1 to 1024, not 0"),
+        ({"threads": "2"}, "threads must be a whole number from 1 to 1024, not '2'"),
+        ({"threads": True}, "threads must be a whole number from 1 to 1024, not True"),
+        ({"threads": 1 << 40}, "threads must be a whole number from 1 to 1024, not 1099511627776"),
+        ({"native": "no"}, "native must be True or False, not 'no'"),
+        ({"session_options": 5}, "session_options must be SessionOptions, not 5"),
+        ({"providers": 5}, "providers must be a sequence of names, not 5"),
+        ({"providers": [1]}, "provider 1 is neither a name nor"),
+        ({"providers": [("CPUExecutionProvider", 5)]}, "is neither a name nor .name, .option"),
         ({"providers": "CPUExecutionProvider"}, "sequence of names: give .'CPUExecutionProvider'"),
         ({"providers": ["NoProvider"]}, "provider 'NoProvider' is not in this ONNX Runtime"),
     ],
@@ -339,6 +353,115 @@ def test_altered_and_missing_files(bundle):
 def test_bad_load_options(bundle, options, message):
     with pytest.raises(OptionError, match=message):
         qcompiler.load(bundle, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": {}}, "recipe must be a qcompiler.Recipe, not {}"),
+        ({"pipeline": "x"}, "pipeline must be a qcompiler.Pipeline, not 'x'"),
+        ({"shapes": "x=1"}, "shapes must be sizes by input name, .* not 'x=1'"),
+        ({"shapes": {1: (1, 64)}}, "shapes: 1 is no name of an input"),
+        ({"progress": 5}, "progress must be a function, not 5"),
+        ({"output": 5}, "output must be a path, not 5"),
+        ({"output": "a\0b"}, "output .* holds a NUL"),
+        ({"output": "a" * 300}, "output a+: File name too long"),
+        ({"choices": 5}, "choices must be a path, not 5"),
+        ({"calibration": 5}, "samples must be a path, not 5"),
+    ],
+)
+def test_bad_compile_arguments(matmul, tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OptionError, match=message):
+        qcompiler.compile(matmul, "arm-int8", **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep_float": 5}, "keep_float must be a sequence of strings, not 5"),
+        ({"smooth": "no"}, "smooth must be true or false, not 'no'"),
+        ({"bfloat16": 3}, "bfloat16 must be true or false, not 3"),
+        ({"group_size": 32.0}, "group_size 32.0: must be 16"),
+    ],
+)
+def test_bad_recipe_arguments(options, message):
+    with pytest.raises(OptionError, match=message):
+        qcompiler.Recipe(**options)
+
+
+def test_nan_in_a_weight_that_is_not_quantized(tmp_path):
+    bias = np.array([0, np.nan], np.float32)
+    model = model_of("g (float[n,2] x) => (float[n,2] y) { y = Add (x, b) }", {"b": bias})
+    with pytest.raises(ModelError, match="weight 'b', which 'node' reads, holds 1 NaN"):
+        qcompiler.compile(model, "arm-int8", tmp_path / "b")
+    model = model_of("g (float[n,2] x) => (float[n,2] y) { y = Add (x, b) }", {"b": bias[1]})
+    qcompiler.compile(model, "arm-int8", tmp_path / "b")  # a single one may be meant
+
+
+def test_a_model_that_was_compiled_before(bundle, tmp_path):
+    with pytest.raises(ModelError, match=r"compiled before: node .* is qcompiler.*:Quantize"):
+        qcompiler.compile(bundle / "model.onnx", "x86-int8", tmp_path / "again")
+
+
+def test_a_bundle_does_not_replace_its_own_source(bundle):
+    shutil.copytree(bundle, bundle.parent / "copy")
+    with pytest.raises(OptionError, match=r"holds the model .*model.onnx itself; name another"):
+        qcompiler.compile(bundle.parent / "copy" / "model.onnx", "arm-int8", bundle.parent / "copy")
+
+
+def test_ops_of_somebody_else(tmp_path):
+    model = model_of(
+        "g (float[n,64] x) => (float[n,8] y) { z = MatMul (x, w) y = Neg (z) }", {"w": W}
+    )
+    model.graph[1].domain, model.graph[1].op_type = "my.dom", "Twice"
+    model.graph.opset_imports["my.dom"] = 1
+    report = qcompiler.compile(model, "x86-int8", tmp_path / "b")
+    assert report.notes[0].startswith("not opened in ONNX Runtime: ops of my.dom need a library")
+    assert report.count("kernel") > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tools": 5}, "tools is no object"),
+        ({"recipe": None}, "recipe is no object"),
+        ({"minimum_ort": "²"}, "minimum_ort '²' is no version"),
+        ({"files": {}}, "it has no hash of model.onnx"),
+    ],
+)
+def test_altered_manifests(bundle, change, message):
+    manifest = bundle / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | change))
+    with pytest.raises(BundleError, match=message):
+        qcompiler.load(bundle)
+    manifest.write_text("[" * 100_000)
+    with pytest.raises(BundleError, match="is not a readable manifest"):
+        qcompiler.load(bundle)
+
+
+def test_damaged_samples(conv, tmp_path):
+    path = tmp_path / "calib" / "0.npz"
+    path.parent.mkdir()
+    np.savez_compressed(path, x=np.zeros((1, 2, 8, 8), np.float32))
+    content = bytearray(path.read_bytes())
+    for at in range(0, len(content), 7):
+        damaged = content.copy()
+        damaged[at] ^= 0xFF
+        path.write_bytes(damaged)
+        with contextlib.suppress(QCompilerError):  # most are found out, by an error of ours
+            qcompiler.compile(conv, "arm-int8", tmp_path / "out", calibration=path.parent)
+    path.write_bytes(content[:-40])
+    (path.parent / "._0.npz").write_bytes(b"left behind by a desktop")
+    message = r"calib/0.npz \(sample 1 of 1\) is not an .npz of plain arrays"
+    with pytest.raises(CalibrationError, match=message):
+        qcompiler.compile(conv, "arm-int8", tmp_path / "out", calibration=path.parent)
+
+
+def test_choices_in_a_file_that_is_no_text(matmul, tmp_path):
+    with pytest.raises(OptionError, match="holds no choices that can be read") as caught:
+        qcompiler.compile(matmul, "x86-int8", tmp_path / "out", choices=matmul)
+    assert len(str(caught.value)) < 300
 
 
 def test_no_onnxruntime(bundle, monkeypatch):

@@ -140,5 +140,6 @@ def run() -> NoReturn:
     """Run the command line of this process."""
     prepare_streams()
     # A polite kill unwinds the stack, so that no half-written bundle stays behind.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for polite in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(polite, lambda number, frame: sys.exit(128 + number))
     application.main()

@@ -49,6 +49,8 @@ class ShapesType(click.ParamType[Shapes]):
             numbers = [int(n) if n.isdecimal() else 0 for n in sizes.lower().split("x")]
             if not found or not name or min(numbers) < 1:
                 self.fail(f"{part!r} is not NAME=SIZExSIZE, such as input_ids=1x128", param, ctx)
+            if name in shapes:
+                self.fail(f"{name!r} is given twice", param, ctx)
             shapes[name] = tuple(numbers)
         return shapes
 

@@ -77,8 +77,10 @@ class Record:
             record = None if choices is None else cls.from_dict(choices)
         except OSError as error:
             raise OptionError(f"cannot read the choices in {file}: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise OptionError(f"{file} holds no choices that can be read ({error!r})") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            # A UnicodeDecodeError holds all the bytes.
+            reason = "no text" if isinstance(error, UnicodeDecodeError) else repr(error)
+            raise OptionError(f"{file} holds no choices that can be read ({reason})") from error
         if made_for != target:
             raise OptionError(f"the choices in {file} are for {made_for}, not for {target}")
         if record is None:

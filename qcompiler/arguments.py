@@ -1,0 +1,31 @@
+"""Arguments of the Python API, checked where they come in."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from qcompiler.ir.errors import OptionError
+
+__all__ = ["require", "require_path"]
+
+
+def require(name: str, value: object, kind: Any, what: str) -> None:
+    """Refuse a value that is neither of a type nor None.
+
+    Raises:
+        OptionError: Names the argument, the value, and what it should be.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise OptionError(f"{name} must be {what}, not {value!r}")
+
+
+def require_path(name: str, value: object) -> None:
+    """Refuse what is no path.
+
+    Raises:
+        OptionError: Names the argument and the value.
+    """
+    require(name, value, str | os.PathLike, "a path")
+    if value is not None and "\0" in os.fsdecode(value):  # type: ignore[arg-type]
+        raise OptionError(f"{name} {value!r} holds a NUL, which no path may")

@@ -1,0 +1,86 @@
+"""What a model must be before anything is done to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.ir import dialect
+from qcompiler.ir.errors import ModelError, OptionError
+
+__all__ = ["check_destination_of", "check_source", "foreign_domains"]
+
+_KNOWN_TO_ORT = frozenset({
+    "", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "com.microsoft",
+    "com.microsoft.experimental", "com.microsoft.nchwc", "com.ms.internal.nhwc",
+})  # fmt: skip
+"""Domains whose ops any ONNX Runtime has."""
+
+
+def check_source(model: ir.Model) -> None:
+    """Refuse a model that was compiled before, or that is broken.
+
+    Raises:
+        ModelError: It has ops of ours, or NaN among its weights.
+    """
+    for node in model.graph.all_nodes():
+        if node.domain == dialect.DOMAIN or node.domain.startswith(f"{dialect.DOMAIN}."):
+            raise ModelError(
+                f"the model was compiled before: node {node.name!r} is {node.domain}:"
+                f"{node.op_type}; compile the model that it was made from"
+            )
+    for value in _initializers(model):
+        tensor = value.const_value
+        # A single NaN may be meant, as what Where puts in; an array that holds one is damaged.
+        if tensor is None or tensor.size < 2 or not tensor.dtype.is_floating_point():
+            continue
+        count = _count_of_nan(tensor)
+        if count:
+            readers = [use.node.name or use.node.op_type for use in value.uses()]
+            read = f", which {readers[0]!r} reads," if readers else ""
+            raise ModelError(
+                f"the weight {value.name!r}{read} holds {count} NaN: the model is damaged; "
+                "export it again"
+            )
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in [model.graph, *model.graph.subgraphs()]:
+        yield from graph.initializers.values()
+
+
+def _count_of_nan(tensor: ir.TensorProtocol) -> int:
+    array = tensor.numpy()
+    # The minimum carries a NaN on, and needs no array of the size of this one.
+    if not np.isnan(array.min()):
+        return 0
+    return int(np.isnan(array).sum())
+
+
+def check_destination_of(source: object, destination: Path) -> None:
+    """Refuse to replace the folder that the model lies in.
+
+    Raises:
+        OptionError: `source` is a path inside `destination`.
+    """
+    if isinstance(source, str | Path) and Path(source).resolve().is_relative_to(
+        destination.resolve()
+    ):
+        raise OptionError(
+            f"output {destination} holds the model {source} itself; name another folder with -o DIR"
+        )
+
+
+def foreign_domains(model: ir.Model) -> list[str]:
+    """Domains of ops that ONNX Runtime knows only with a library of somebody else's."""
+    defined = {(function.domain, function.name) for function in model.functions.values()}
+    used = {
+        node.domain
+        for node in model.graph.all_nodes()
+        if (node.domain, node.op_type) not in defined
+    }
+    ours = {d for d in used if d == dialect.DOMAIN or d.startswith(f"{dialect.DOMAIN}.")}
+    return sorted(used - ours - _KNOWN_TO_ORT)
