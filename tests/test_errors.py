@@ -416,9 +416,9 @@ def test_ops_of_somebody_else(tmp_path):
     )
     model.graph[1].domain, model.graph[1].op_type = "my.dom", "Twice"
     model.graph.opset_imports["my.dom"] = 1
-    report = qcompiler.compile(model, "x86-int8", tmp_path / "b")
+    report = qcompiler.compile(model, "arm-int8", tmp_path / "b")
     assert report.notes[0].startswith("not opened in ONNX Runtime: ops of my.dom need a library")
-    assert report.count("kernel") > 0
+    assert report.count("body") > 0
 
 
 @pytest.mark.parametrize(
