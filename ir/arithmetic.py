@@ -30,8 +30,9 @@ __all__ = ["broadcast_scale", "dequantize", "quantize", "scale_and_zero_point", 
 
 FloatArray = NDArray[np.float32]
 
-_SMALLEST_SCALE = 1e-30
-"""An all-zero channel still needs a scale that can be divided by."""
+_SMALLEST_SCALE = 2.0**-60
+"""An all-zero channel still needs a scale that can be divided by, and so does its int32 bias, whose
+scale is the product of two: that is a normal number too."""
 
 
 def broadcast_scale(
