@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import onnx.parser
 import onnx_ir as ir
@@ -61,6 +62,7 @@ class DialectOp:
         types: Storage of each input and output that is not float32.
         shapes: Sizes of inputs and outputs by name, `*` for any number of them: "* K", "K N",
             "K/block_size N" (rounded up).  Equal names are equal sizes.
+        stage: The first in which it may appear; "kernel" ones are regions only.
         form: The body of a region with these flags, if flags select one.
     """
 
@@ -71,6 +73,7 @@ class DialectOp:
     attributes: tuple[str, ...] = ()
     types: tuple[tuple[str, ir.DataType], ...] = ()
     shapes: tuple[tuple[str, str], ...] = ()
+    stage: Literal["quantized", "kernel"] = "quantized"
     form: Callable[[tuple[str, ...]], str] | None = None
 
     def type_of(self, name: str) -> ir.DataType:
@@ -151,6 +154,7 @@ _W8A8_DYNAMIC = DialectOp(
     attributes=("block_size",),
     types=(("w", ir.DataType.INT8),),
     shapes=(("x", "* block_size"), ("w", "block_size N"), *_MATRIX[1:]),
+    stage="kernel",
     body=_QUANTIZE.body + _W8A8.body.replace("middle", "zero_point"),
 )
 
@@ -255,6 +259,7 @@ def _norm(name: str, body: str, parameters: tuple[str, ...], residual: bool) -> 
             *((name, "block_size") for name in parameters),
             ("s", "* 1"),
         ),
+        stage="kernel",
         body=plain,
         form=lambda flags: smoothed if "smoothed" in flags else plain,
     )
@@ -271,6 +276,7 @@ _ATTENTION = DialectOp(
     name="Attention",
     inputs=("q", "k", "v", "scale"),
     outputs=("y",),
+    stage="kernel",
     body=attention_body((), masked=False),
     form=lambda flags: attention_body(flags, masked=False),
 )
@@ -279,6 +285,7 @@ _MASKED_ATTENTION = DialectOp(
     name="MaskedAttention",
     inputs=("q", "k", "v", "scale", "mask"),
     outputs=("y",),
+    stage="kernel",
     body=attention_body((), masked=True),
     form=lambda flags: attention_body(flags, masked=True),
 )

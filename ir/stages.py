@@ -110,7 +110,8 @@ def _known_ops(model: ir.Model, stage: Stage) -> _Problems:
         outlined = node.domain != dialect.DOMAIN
         if stage < Stage.QUANTIZED:
             yield "stage", name, f"{node.op_type} may not appear before folding"
-        if outlined and stage < Stage.KERNEL:
+        op = dialect.OPS.get(node.op_type.split("_")[0])
+        if stage < Stage.KERNEL and (outlined or (op is not None and op.stage == "kernel")):
             yield "stage", name, f"{node.op_type} may not appear before outlining"
         if outlined and region_of(node) is None:
             yield "regions", name, f"{node.op_type} does not say what it computes"

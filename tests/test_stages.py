@@ -35,6 +35,17 @@ def test_refuses_ours_before_folding():
         verify(quantized(), Stage.QDQ, "my-pass")
 
 
+def test_refuses_an_op_of_regions_before_outlining():
+    model = model_of(
+        "g (float[2,4] x) => (float[2,4] y, uint8[2,4] q, float[2,1] s) "
+        "{ y, q, s = qcompiler.RMSNorm <block_size = 4, epsilon = 1e-6> (x, g) }",
+        {"g": np.ones(4, np.float32)},
+    )
+    dialect.declare(model)
+    with pytest.raises(VerifyError, match="RMSNorm may not appear before outlining .rule stage"):
+        verify(model, Stage.QUANTIZED, "my-pass")
+
+
 def test_refuses_an_op_without_a_body():
     model = quantized()
     model.functions.clear()
