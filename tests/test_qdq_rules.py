@@ -16,7 +16,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from qcompiler.ir.errors import VerifyError
+from qcompiler.ir.errors import ModelError, VerifyError
 from qcompiler.ir.qdq_rules import qdq_problems
 from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.canonicalize import Canonicalize
@@ -139,6 +139,11 @@ def test_what_is_not_known_is_not_held_against_it():
     model.graph.inputs[0].shape = None
     model.graph.inputs[0].type = None
     verify(model, Stage.QDQ, "my-pass")
+
+
+def test_a_model_that_comes_so_is_refused_by_name():
+    with pytest.raises(ModelError, match=r"not valid ONNX: widen: its scale has shape .6., axis 1"):
+        Canonicalize()(pair(np.ones(6, FLOAT)))
 
 
 SHAPES = [(), (1,), (6,), (8,), (2,), (1, 1), (6, 8), (2, 8), (6, 2), (6, 1), (1, 8)]
