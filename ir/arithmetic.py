@@ -154,10 +154,10 @@ def quantize(
     storage = type.storage.numpy()
     if type.codebook is not None:
         return np.asarray(type.codebook.nearest(steps).astype(storage))
+    # In place from here on, because weights may fill half the memory.
     low, high = type.range
     if type.is_float:
-        return np.asarray(np.clip(steps, low, high).astype(storage))
-    # In place, because weights may fill half the memory.
+        return np.asarray(np.clip(steps, low, high, out=steps).astype(storage))
     steps = steps.astype(_wide(type), copy=False)
     np.rint(steps, out=steps)
     steps += _zeros(zero_point, values.shape, type)
@@ -180,13 +180,15 @@ def dequantize(
         type: What is stored.
         zero_point: As in `quantize`.
     """
-    factors = broadcast_scale(scale, stored.shape, type.granularity).astype(np.float32)
+    factors = broadcast_scale(scale, stored.shape, type.granularity).astype(np.float32, copy=False)
     if type.codebook is not None:
         centred = np.asarray(type.codebook.values, np.float32)[stored.astype(np.intp)]
     else:
-        centred = stored.astype(np.float32) - _zeros(zero_point, stored.shape, type)
+        centred = stored.astype(np.float32)
+        centred -= _zeros(zero_point, stored.shape, type)
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray((centred * factors).astype(type.expressed.numpy()))
+        centred *= factors
+        return np.asarray(centred.astype(type.expressed.numpy(), copy=False))
 
 
 def _wide(type: QuantType) -> np.dtype[Any]:
