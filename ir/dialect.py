@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import onnx.parser
 import onnx_ir as ir
@@ -36,6 +37,7 @@ __all__ = [
     "DialectOp",
     "declare",
     "function_of",
+    "is_ours",
     "region_function",
     "type_results",
 ]
@@ -58,6 +60,9 @@ class DialectOp:
         body: ONNX text lines; `{attribute}` marks where an attribute goes, see above.
         attributes: Attribute names the op takes.
         types: Storage of each input and output that is not float32.
+        shapes: Sizes of inputs and outputs by name, `*` for any number of them: "* K", "K N",
+            "K/block_size N" (rounded up).  Equal names are equal sizes.
+        stage: The first in which it may appear; "kernel" ones are regions only.
         form: The body of a region with these flags, if flags select one.
     """
 
@@ -67,6 +72,8 @@ class DialectOp:
     body: str
     attributes: tuple[str, ...] = ()
     types: tuple[tuple[str, ir.DataType], ...] = ()
+    shapes: tuple[tuple[str, str], ...] = ()
+    stage: Literal["quantized", "kernel"] = "quantized"
     form: Callable[[tuple[str, ...]], str] | None = None
 
     def type_of(self, name: str) -> ir.DataType:
@@ -97,12 +104,18 @@ _TOKEN_TO_INT8 = (
 """
 )
 
+_TOKENS = (("x", "* block_size"), ("q", "* block_size"), ("s", "* 1"))
+_ROWS = (("q", "* K"), ("s", "* 1"))
+_MATRIX = (("w", "K N"), ("ws", "N"), ("y", "* N"))
+_GROUPS = (("w", "K N"), ("ws", "K/block_size N"), ("y", "* N"))
+
 _QUANTIZE = DialectOp(
     name="Quantize",
     inputs=("x",),
     outputs=("q", "s"),
     attributes=("block_size",),
     types=(("q", ir.DataType.UINT8),),
+    shapes=_TOKENS,
     body=_TOKEN_TO_INT8.replace("{x}", "x"),
 )
 
@@ -112,6 +125,7 @@ _QUANTIZE_FP8 = DialectOp(
     outputs=("q", "s"),
     attributes=("block_size",),
     types=(("q", ir.DataType.FLOAT8E4M3FN),),
+    shapes=_TOKENS,
     body=_SCALE_OF_TOKEN.replace("{top}", "448.0").replace("{x}", "x")
     + """
     q = QuantizeLinear <axis = -1, {block_size}, output_dtype = 17> (x, s)
@@ -123,6 +137,7 @@ _W8A8 = DialectOp(
     inputs=("q", "s", "w", "ws"),
     outputs=("y",),
     types=(("q", ir.DataType.UINT8), ("w", ir.DataType.INT8)),
+    shapes=(*_ROWS, *_MATRIX),
     body="""
     middle = Constant <value = uint8 {128}> ()
     sum = MatMulInteger (q, w, middle)
@@ -138,6 +153,8 @@ _W8A8_DYNAMIC = DialectOp(
     outputs=("y",),
     attributes=("block_size",),
     types=(("w", ir.DataType.INT8),),
+    shapes=(("x", "* block_size"), ("w", "block_size N"), *_MATRIX[1:]),
+    stage="kernel",
     body=_QUANTIZE.body + _W8A8.body.replace("middle", "zero_point"),
 )
 
@@ -147,6 +164,7 @@ _W4A8 = DialectOp(
     outputs=("y",),
     attributes=("block_size",),
     types=(("q", ir.DataType.UINT8), ("w", ir.DataType.INT4)),
+    shapes=(*_ROWS, *_GROUPS),
     body="""
     real = Cast <to = 1> (q)
     middle = Constant <value_float = 128.0> ()
@@ -163,6 +181,7 @@ _W4A16 = DialectOp(
     outputs=("y",),
     attributes=("block_size",),
     types=(("w", ir.DataType.INT4),),
+    shapes=(("x", "* K"), *_GROUPS),
     body="""
     wide = DequantizeLinear <axis = 0, {block_size}> (w, ws)
     y = MatMul (x, wide)
@@ -174,6 +193,7 @@ _FP8 = DialectOp(
     inputs=("q", "s", "w", "ws"),
     outputs=("y",),
     types=(("q", ir.DataType.FLOAT8E4M3FN), ("w", ir.DataType.FLOAT8E4M3FN)),
+    shapes=(*_ROWS, *_MATRIX),
     body="""
     x = Cast <to = 1> (q)
     wide = Cast <to = 1> (w)
@@ -197,6 +217,7 @@ _CONV = DialectOp(
         ("b", ir.DataType.INT32),
         ("y", ir.DataType.UINT8),
     ),
+    shapes=(("x", "B C *"), ("w", "M *"), ("b", "M"), ("y", "B M *")),
     body="""
     y = QLinearConv <{dilations}, {group}, {pads}, {strides}> (x, xs, xz, w, ws, wz, ys, yz, b)
 """,
@@ -233,6 +254,12 @@ def _norm(name: str, body: str, parameters: tuple[str, ...], residual: bool) -> 
         outputs=(*(("x",) if residual else ()), "y", "q", "s"),
         attributes=("epsilon", "block_size"),
         types=(("q", ir.DataType.UINT8),),
+        shapes=(
+            *((name, "* block_size") for name in ("x", "y", "q")),
+            *((name, "block_size") for name in parameters),
+            ("s", "* 1"),
+        ),
+        stage="kernel",
         body=plain,
         form=lambda flags: smoothed if "smoothed" in flags else plain,
     )
@@ -249,6 +276,7 @@ _ATTENTION = DialectOp(
     name="Attention",
     inputs=("q", "k", "v", "scale"),
     outputs=("y",),
+    stage="kernel",
     body=attention_body((), masked=False),
     form=lambda flags: attention_body(flags, masked=False),
 )
@@ -257,6 +285,7 @@ _MASKED_ATTENTION = DialectOp(
     name="MaskedAttention",
     inputs=("q", "k", "v", "scale", "mask"),
     outputs=("y",),
+    stage="kernel",
     body=attention_body((), masked=True),
     form=lambda flags: attention_body(flags, masked=True),
 )
@@ -267,6 +296,11 @@ _ATTENTIONS = (_ATTENTION, _MASKED_ATTENTION)
 OPS = {op.name: op for op in (_QUANTIZE, _QUANTIZE_FP8, *_MATMULS, _CONV, *_NORMS, *_ATTENTIONS)}
 
 _ATTRIBUTE_TYPE = {"block_size": "int", "epsilon": "float", "group": "int"}
+
+
+def is_ours(domain: str) -> bool:
+    """Whether the ops of a domain are the dialect's, or outlined regions of them."""
+    return domain == DOMAIN or domain.startswith(f"{DOMAIN}.")
 
 
 def _parse(

@@ -4,20 +4,29 @@ float      canonical ONNX, nothing of ours
 qdq        decisions are explicit Q/DQ pairs; still nothing of ours
 quantized  pairs folded into ops of the `qcompiler` domain
 kernel     regions outlined into a domain of their own
+
+At every stage values are defined before they are read, and each Q and DQ has the operands that
+ONNX asks for (`qdq_rules`); where ops of ours are allowed, they fit their signatures
+(`signature_rules`).
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import region_of
 from qcompiler.ir.errors import VerifyError
+from qcompiler.ir.qdq_rules import qdq_problems
+from qcompiler.ir.signature_rules import signature_problems
 
 __all__ = ["Stage", "verify"]
+
+_Problems = Iterator[tuple[str, str, str]]
+"""The rule, the node and what is wrong with it."""
 
 
 class Stage(enum.IntEnum):
@@ -30,7 +39,7 @@ class Stage(enum.IntEnum):
 
 
 def verify(model: ir.Model, stage: Stage, after: str) -> None:
-    """Check `model` against the rules of `stage`.
+    """Check `model` against the rules of `stage`, in time linear in its nodes.
 
     Args:
         model: The model to check.
@@ -38,116 +47,97 @@ def verify(model: ir.Model, stage: Stage, after: str) -> None:
         after: The pass that ran last, named in the message.
 
     Raises:
-        VerifyError: Names the pass, the node and the broken rule.
+        VerifyError: Names the pass, the node, what is wrong and the rule.
     """
-    for rule in (_scopes, _known_ops, _typed_outputs, _function_rules, _operand_types):
-        for node_name, problem in rule(model, stage):
-            raise VerifyError(f"after {after}: {node_name}: {problem} (stage {stage.name.lower()})")
+    for rule, node, problem in _problems(model, stage):
+        raise VerifyError(
+            f"after {after}: {node}: {problem} (rule {rule}, stage {stage.name.lower()})"
+        )
 
 
-_Problems = list[tuple[str, str]]
+def _problems(model: ir.Model, stage: Stage) -> _Problems:
+    yield from _scopes(model.graph, {})
+    yield from _known_ops(model, stage)
+    yield from _typed_outputs(model)
+    yield from _functions(model)
+    yield from signature_problems(model)
+    yield from qdq_problems(model)
 
 
-def _ours(domain: str) -> bool:
-    return domain == dialect.DOMAIN or domain.startswith(f"{dialect.DOMAIN}.")
+def _scopes(graph: ir.Graph, seen: dict[str, ir.Value]) -> _Problems:
+    """Every value is defined before it is read, where it can be seen, under a name of its own.
 
+    Args:
+        graph: Whose values, and those of its subgraphs, are checked.
+        seen: What can be seen from outside; the same again when the graph is done.
+    """
+    owner, defined = graph.name or "the graph", []
 
-def _scopes(model: ir.Model, stage: Stage) -> _Problems:
-    """Every value is defined before it is read, where it can be seen, under a name of its own."""
-    problems: _Problems = []
-
-    def define(values: Iterable[ir.Value], seen: dict[str, ir.Value], owner: str) -> None:
+    def define(values: Iterable[ir.Value], by: str) -> _Problems:
         for value in values:
             if not value.name:
-                problems.append((owner, "a value has no name"))
-            elif seen.setdefault(value.name, value) is not value:
-                problems.append((owner, f"a second value is named {value.name!r}"))
+                yield "named", by, "a value has no name"
+            elif value.name not in seen:
+                seen[value.name] = value
+                defined.append(value.name)
+            elif seen[value.name] is not value:
+                yield "unique-names", by, f"a second value is named {value.name!r}"
 
-    def visit(graph: ir.Graph, outer: dict[str, ir.Value]) -> None:
-        seen, owner = dict(outer), graph.name or "the graph"
-        define([*graph.inputs, *graph.initializers.values()], seen, owner)
-        for node in graph:
-            for value in node.inputs:
-                if value is not None and seen.get(value.name or "") is not value:
-                    problems.append((str(node.name), f"reads {value.name!r} before it is defined"))
-            for attribute in node.attributes.values():
-                if attribute.type is ir.AttributeType.GRAPH:
-                    visit(attribute.as_graph(), seen)
-            define((value for value in node.outputs if value.name != ""), seen, str(node.name))
-        for value in graph.outputs:
-            if seen.get(value.name or "") is not value:
-                problems.append((owner, f"output {value.name!r} is not defined"))
-
-    visit(model.graph, {})
-    return problems
+    yield from define([*graph.inputs, *graph.initializers.values()], owner)
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and seen.get(value.name or "") is not value:
+                problem = f"reads {value.name!r} before it is defined"
+                yield "defined-before-read", str(node.name), problem
+        for attribute in node.attributes.values():
+            if attribute.type is ir.AttributeType.GRAPH:
+                yield from _scopes(attribute.as_graph(), seen)
+        yield from define((value for value in node.outputs if value.name != ""), str(node.name))
+    for value in graph.outputs:
+        if seen.get(value.name or "") is not value:
+            yield "defined-outputs", owner, f"output {value.name!r} is not defined"
+    for name in defined:
+        del seen[name]
 
 
 def _known_ops(model: ir.Model, stage: Stage) -> _Problems:
-    problems = []
     for node in model.graph.all_nodes():
+        name = str(node.name)
         if node.domain not in model.graph.opset_imports:
-            problems.append((str(node.name), f"domain {node.domain!r} is not imported"))
-        if not _ours(node.domain):
+            yield "imported-domains", name, f"domain {node.domain!r} is not imported"
+        if not dialect.is_ours(node.domain):
             continue
+        outlined = node.domain != dialect.DOMAIN
         if stage < Stage.QUANTIZED:
-            problems.append((str(node.name), f"{node.op_type} may not appear before folding"))
-        if node.domain != dialect.DOMAIN and stage < Stage.KERNEL:
-            problems.append((str(node.name), f"{node.op_type} may not appear before outlining"))
-        if node.domain != dialect.DOMAIN and region_of(node) is None:
-            problems.append((str(node.name), f"{node.op_type} does not say what it computes"))
+            yield "stage", name, f"{node.op_type} may not appear before folding"
+        op = dialect.OPS.get(node.op_type.split("_")[0])
+        if stage < Stage.KERNEL and (outlined or (op is not None and op.stage == "kernel")):
+            yield "stage", name, f"{node.op_type} may not appear before outlining"
+        if outlined and region_of(node) is None:
+            yield "regions", name, f"{node.op_type} does not say what it computes"
         if node.op_identifier() not in model.functions:
-            problems.append((str(node.name), f"{node.op_type} has no function body"))
-    return problems
+            yield "bodies", name, f"{node.op_type} has no function body"
 
 
-def _typed_outputs(model: ir.Model, stage: Stage) -> _Problems:
+def _typed_outputs(model: ir.Model) -> _Problems:
     """ORT cannot infer through our ops when the library serves them: it needs value_info."""
-    return [
-        (str(node.name), f"output {value.name!r} of {node.op_type} has no type")
-        for node in model.graph.all_nodes()
-        if _ours(node.domain)
-        for value in node.outputs
-        if value.dtype is None
-    ]
+    for node in model.graph.all_nodes():
+        for value in node.outputs if dialect.is_ours(node.domain) else ():
+            if value.dtype is None:
+                problem = f"output {value.name!r} of {node.op_type} has no type"
+                yield "typed-outputs", str(node.name), problem
 
 
-def _function_rules(model: ir.Model, stage: Stage) -> _Problems:
-    problems = []
+def _functions(model: ir.Model) -> _Problems:
     opset = model.graph.opset_imports.get("")
     for function in model.functions.values():
-        if not _ours(function.domain):
+        if not dialect.is_ours(function.domain):
             continue
         if function.opset_imports.get("") != opset:
-            problems.append((function.name, f"function opset differs from the model's {opset}"))
-        problems += [
-            (
-                function.name,
-                f"its body uses {node.domain}::{node.op_type}; only ai.onnx may be used",
-            )
-            for node in function
-            if node.domain != ""
-        ]
-    return problems
-
-
-def _operand_types(model: ir.Model, stage: Stage) -> _Problems:
-    problems = []
-    for node in model.graph.all_nodes():
-        if not _ours(node.domain):
-            continue
-        op = dialect.OPS.get(node.op_type.split("_")[0])
-        if op is None:
-            problems.append((str(node.name), f"{node.op_type} is no op of the dialect"))
-            continue
-        function = model.functions[node.op_identifier()]
-        named = [
-            *zip(function.inputs, node.inputs, strict=False),
-            *zip(function.outputs, node.outputs, strict=False),
-        ]
-        # By name in the function: a region may have extra operands and only some of the outputs.
-        problems += [
-            (str(node.name), f"{name} is {value.dtype}, {op.name} needs {op.type_of(name).name}")
-            for name, value in ((str(formal.name), actual) for formal, actual in named)
-            if value is not None and value.dtype not in (None, op.type_of(name))
-        ]
-    return problems
+            problem = f"function opset differs from the model's {opset}"
+            yield "function-opset", function.name, problem
+        for node in function:
+            if node.domain != "":
+                used = f"{node.domain}::{node.op_type}"
+                problem = f"its body uses {used}; only ai.onnx may be used"
+                yield "standard-bodies", function.name, problem

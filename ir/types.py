@@ -1,16 +1,27 @@
-"""Quantized types: how a float tensor is stored as integers or small floats.
+"""Quantized types: how a float tensor is stored as integers, small floats or indices.
 
 After MLIR's quant dialect (expressed and storage type) and torchao's granularity.  These are
-facts, never graph objects: the graph is always an `onnx_ir.Model`.
+facts, never graph objects: the graph is always an `onnx_ir.Model`.  Each has a text that parses
+back, `QuantType.parse(str(t)) == t`:
+
+    quant<int4:float, axis=0/32>               int4 in groups of 32 along axis 0
+    quant<uint8:float16, tensor, asymmetric>   one scale and zero point
+    quant<nf4:float, axis=1/64>                indices into a codebook
+    dynamic quant<int8:float, axis=-1/384>     per token, scale computed while the model runs
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Literal
 
 import ml_dtypes
 import onnx_ir as ir
+
+from qcompiler.ir.codebooks import CODEBOOKS, Codebook
+from qcompiler.ir.errors import OptionError, did_you_mean
+from qcompiler.ir.granularity import Granularity, PerAxis, PerGroup, PerTensor, parse_granularity
 
 __all__ = [
     "Granularity",
@@ -22,40 +33,18 @@ __all__ = [
     "TensorStats",
 ]
 
-
-@dataclasses.dataclass(frozen=True)
-class PerTensor:
-    """One scale for the whole tensor."""
-
-    def __str__(self) -> str:
-        return "tensor"
-
-
-@dataclasses.dataclass(frozen=True)
-class PerAxis:
-    """One scale per slice along `axis` ("per channel")."""
-
-    axis: int
-
-    def __str__(self) -> str:
-        return f"axis={self.axis}"
-
-
-@dataclasses.dataclass(frozen=True)
-class PerGroup:
-    """One scale per `group_size` neighbours along `axis` (`block_size` at the ONNX border).
-
-    A dynamic scale over whole rows, "per token", is `PerGroup(-1, K)`.
-    """
-
-    axis: int
-    group_size: int
-
-    def __str__(self) -> str:
-        return f"axis={self.axis}/{self.group_size}"
-
-
-Granularity = PerTensor | PerAxis | PerGroup
+_STORAGE = {
+    dtype.name.lower(): dtype
+    for dtype in (
+        *(ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.INT4, ir.DataType.UINT4),
+        *(ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT16, ir.DataType.UINT16),
+        *(ir.DataType.INT32, ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2),
+    )
+}
+_EXPRESSED = {
+    dtype.name.lower(): dtype
+    for dtype in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +52,43 @@ class QuantType:
     """What a quantized tensor is: `expressed = (stored - zero_point) * scale`.
 
     Attributes:
-        storage: INT8, UINT8, INT4, UINT4 or FLOAT8E4M3FN.
-        expressed: The float type it stands for.
+        storage: int2, int4, int8, int16, unsigned or not, int32 (biases), e4m3fn or e5m2.
+        expressed: The float type it stands for, and of its scale: FLOAT, FLOAT16 or BFLOAT16.
         granularity: Which elements share a scale.
-        symmetric: The zero point is 0 (for UINT8: 128, the middle).
+        symmetric: The zero point is 0, the middle of the range for an unsigned storage.
         narrow_range: -127..127 rather than -128..127, so that negation cannot overflow.
+        codebook: Stored values are indices into it; the storage is then the codebook's.
+
+    Raises:
+        OptionError: The parts do not go together.
     """
 
     storage: ir.DataType
     expressed: ir.DataType = ir.DataType.FLOAT
-    granularity: Granularity = PerTensor()
+    granularity: Granularity = dataclasses.field(default_factory=PerTensor)
     symmetric: bool = True
     narrow_range: bool = False
+    codebook: Codebook | None = None
+
+    def __post_init__(self) -> None:
+        problem = self._problem()
+        if problem is not None:
+            raise OptionError(f"{self}: {problem}")
+
+    def _problem(self) -> str | None:
+        if self.storage not in _STORAGE.values():
+            return f"no storage type {self.storage}; there are {', '.join(_STORAGE)}"
+        if self.expressed not in _EXPRESSED.values():
+            return f"cannot stand for {self.expressed}, only for {', '.join(_EXPRESSED)}"
+        if self.codebook is not None and self.storage is not self.codebook.storage:
+            return f"indices of {self.codebook.name} are {self.codebook.storage}"
+        if self.narrow_range and (self.codebook is not None or not _is_signed(self.storage)):
+            return "only signed integers have a narrow range"
+        if not self.symmetric and self.codebook is not None:
+            return "a codebook has no zero point, so it cannot be asymmetric"
+        if not self.symmetric and (self.is_float or self.storage is ir.DataType.INT32):
+            return f"{self.storage} has no zero point in ONNX, so it cannot be asymmetric"
+        return None
 
     @property
     def is_float(self) -> bool:
@@ -83,7 +97,9 @@ class QuantType:
 
     @property
     def range(self) -> tuple[float, float]:
-        """Smallest and largest stored value."""
+        """Smallest and largest stored value; of a codebook, its smallest and largest entry."""
+        if self.codebook is not None:
+            return min(self.codebook.values), max(self.codebook.values)
         if self.is_float:
             largest = float(ml_dtypes.finfo(self.storage.numpy()).max)
             return -largest, largest
@@ -92,21 +108,96 @@ class QuantType:
             return 0.0, float(2**bits - 1)
         return float(-(2 ** (bits - 1)) + self.narrow_range), float(2 ** (bits - 1) - 1)
 
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric type: 0, for unsigned integers half their range."""
+        if self.codebook is not None or self.storage.is_signed():
+            return 0
+        return int(2 ** (self.storage.bitwidth - 1))
+
     def __str__(self) -> str:
         flags = ("" if self.symmetric else ", asymmetric") + (", narrow" * self.narrow_range)
-        names = f"{self.storage.name.lower()}:{self.expressed.name.lower()}"
-        return f"quant<{names}, {self.granularity}{flags}>"
+        stored = self.storage.name.lower() if self.codebook is None else str(self.codebook)
+        return f"quant<{stored}:{self.expressed.name.lower()}, {self.granularity}{flags}>"
+
+    @classmethod
+    def parse(cls, text: str) -> QuantType:
+        """The type that `str` wrote.
+
+        Raises:
+            OptionError: Says which part of the text is wrong, and what could stand there.
+        """
+        match = re.fullmatch(r"quant<([^:,]+):(\w+), ([^,]+?)(, asymmetric)?(, narrow)?>", text)
+        if match is None:
+            raise OptionError(
+                f"no quantized type: {text!r}; write quant<STORAGE:EXPRESSED, GRANULARITY>, with "
+                "', asymmetric' or ', narrow' before the '>'"
+            )
+        try:
+            stored, codebook = _STORAGE.get(match[1]), None
+            if stored is None:
+                codebook = _parse_codebook(match[1])
+                stored = codebook.storage
+            return cls(
+                stored,
+                _parse_expressed(match[2]),
+                parse_granularity(match[3]),
+                symmetric=match[4] is None,
+                narrow_range=match[5] is not None,
+                codebook=codebook,
+            )
+        except OptionError as error:
+            raise OptionError(f"in {text!r}: {error}") from None
+
+
+def _is_signed(storage: ir.DataType) -> bool:
+    return storage.is_integer() and storage.is_signed()
+
+
+def _parse_codebook(text: str) -> Codebook:
+    if "[" in text or text in CODEBOOKS:
+        return Codebook.parse(text)
+    known = [*_STORAGE, *CODEBOOKS]
+    raise OptionError(
+        f"no storage type {text!r}{did_you_mean(text, known)}; there are {', '.join(known)}"
+    )
+
+
+def _parse_expressed(text: str) -> ir.DataType:
+    if text not in _EXPRESSED:
+        raise OptionError(f"no expressed type {text!r}; there are {', '.join(_EXPRESSED)}")
+    return _EXPRESSED[text]
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantSpec:
-    """An intent: this type, with scales known before the model runs or computed while it runs."""
+    """An intent: this type, with scales known before the model runs or computed while it runs.
+
+    Raises:
+        OptionError: The scale is neither static nor dynamic.
+    """
 
     type: QuantType
     scale: Literal["static", "dynamic"]
 
+    def __post_init__(self) -> None:
+        if self.scale not in ("static", "dynamic"):
+            raise OptionError(f"no scale {self.scale!r}: it is static or dynamic")
+
     def __str__(self) -> str:
         return f"{self.scale} {self.type}"
+
+    @classmethod
+    def parse(cls, text: str) -> QuantSpec:
+        """The intent that `str` wrote.
+
+        Raises:
+            OptionError: Says which part of the text is wrong, and what could stand there.
+        """
+        scale, _, type = text.partition(" ")
+        if scale not in ("static", "dynamic"):
+            raise OptionError(f"in {text!r}: no scale {scale!r}: write static or dynamic first")
+        return cls(QuantType.parse(type), scale)  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)

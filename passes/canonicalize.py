@@ -19,6 +19,7 @@ from onnxscript import optimizer, version_converter
 
 from qcompiler.ir.errors import ModelError
 from qcompiler.ir.graph import constant, new_initializer, replace_nodes
+from qcompiler.ir.qdq_rules import qdq_problems
 
 __all__ = ["OPSET", "Canonicalize"]
 
@@ -36,7 +37,8 @@ class Canonicalize(ir.passes.InPlacePass):
         """Canonicalize in place.
 
         Raises:
-            ModelError: The opset cannot be raised, or the model is inconsistent.
+            ModelError: The opset cannot be raised, or the model is inconsistent: ONNX's checker
+                looks at no shapes of scales.
         """
         before = _signature(model)
         levels = {name: logging.getLogger(name).level for name in _QUIET}
@@ -55,6 +57,8 @@ class Canonicalize(ir.passes.InPlacePass):
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
+        for _, node, problem in qdq_problems(model):
+            raise ModelError(f"the model is not valid ONNX: {node}: {problem}")
         return ir.passes.PassResult(model, _signature(model) != before)
 
 

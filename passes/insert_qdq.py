@@ -23,6 +23,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from qcompiler.ir.arithmetic import scale_and_zero_point
 from qcompiler.ir.decisions import NodePlan, decide, plan_of
 from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
 from qcompiler.ir.errors import CalibrationError
@@ -122,16 +123,12 @@ def _static_sites(planned: Sequence[tuple[ir.Node, NodePlan]]) -> list[_Site]:
 
 def _insert_static(graph: ir.Graph, site: _Site, stats: TensorStats) -> None:
     value, spec = site.value, site.spec
-    low, high = min(stats.minimum, 0.0), max(stats.maximum, 0.0)
-    first, last = spec.type.range
-    scale = np.float32(max((high - low) / (last - first), SMALLEST_MAGNITUDE))
-    zero = np.clip(np.rint(first - low / scale), first, last)
+    scale, zero = scale_and_zero_point(np.asarray([stats.minimum, stats.maximum]), spec.type)
     name = value.name or "value"
-    scale_value = new_initializer(graph, f"{name}_scale", np.asarray(scale, np.float32))
-    zero_value = new_initializer(
-        graph, f"{name}_zero_point", np.asarray(zero).astype(spec.type.storage.numpy())
-    )
-    pair = [scale_value, zero_value]
+    pair = [
+        new_initializer(graph, f"{name}_scale", scale),
+        new_initializer(graph, f"{name}_zero_point", zero),
+    ]
     quantized = ir.node("QuantizeLinear", [value, *pair], name=f"{name}_quantize")
     widened = ir.node("DequantizeLinear", [quantized.outputs[0], *pair], name=f"{name}_dequantize")
     _type(quantized.outputs[0], f"{name}_quantized", spec.type.storage, value.shape)

@@ -1,10 +1,14 @@
+import numpy as np
 import onnx_ir as ir
 import pytest
 from golden import model_of
 
 from qcompiler.ir import dialect
 from qcompiler.ir.errors import OptionError, VerifyError
+from qcompiler.ir.graph import replace_nodes
+from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage, verify
+from qcompiler.passes.outlining import outline
 from qcompiler.pipeline import Pipeline
 from qcompiler.targets.catalog import get_target
 
@@ -29,6 +33,17 @@ def test_refuses_ours_before_folding():
         VerifyError, match="after my-pass: .*Quantize may not appear before folding"
     ):
         verify(quantized(), Stage.QDQ, "my-pass")
+
+
+def test_refuses_an_op_of_regions_before_outlining():
+    model = model_of(
+        "g (float[2,4] x) => (float[2,4] y, uint8[2,4] q, float[2,1] s) "
+        "{ y, q, s = qcompiler.RMSNorm <block_size = 4, epsilon = 1e-6> (x, g) }",
+        {"g": np.ones(4, np.float32)},
+    )
+    dialect.declare(model)
+    with pytest.raises(VerifyError, match="RMSNorm may not appear before outlining .rule stage"):
+        verify(model, Stage.QUANTIZED, "my-pass")
 
 
 def test_refuses_an_op_without_a_body():
@@ -65,6 +80,138 @@ def test_refuses_an_untyped_result():
     model.graph.outputs[1].type = None
     with pytest.raises(VerifyError, match="output 's' of Quantize has no type"):
         verify(model, Stage.QUANTIZED, "my-pass")
+
+
+OPERANDS = {
+    "w": np.zeros((64, 5), np.int8),
+    "s": np.ones((2, 1), np.float32),
+    "ws": np.ones(5, np.float32),
+}
+
+
+def product(**changed):
+    """A QMatMulW8A8 of constants, some of them changed."""
+    model = model_of(
+        "g (uint8[2,64] q) => (float[2,5] y) { y = qcompiler.QMatMulW8A8 (q, s, w, ws) }",
+        OPERANDS | changed,
+    )
+    dialect.declare(model)
+    return model
+
+
+def test_accepts_operands_that_fit():
+    verify(product(), Stage.QUANTIZED, "my-pass")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"w": np.zeros((32, 5), np.int8)}, r"w has shape \[32, 5\], .* \[K N\] with K = 64"),
+        ({"w": np.zeros((2, 64, 5), np.int8)}, r"w has shape \[2, 64, 5\], .* needs \[K N\]"),
+        ({"ws": np.ones(4, np.float32)}, r"ws has shape \[4\], .* needs \[N\] with N = 5"),
+        ({"s": np.ones((2, 2), np.float32)}, r"s has shape \[2, 2\], .* needs \[\* 1\]"),
+        ({"s": np.ones((), np.float32)}, r"s has shape \[\], QMatMulW8A8 needs \[\* 1\]"),
+    ],
+)
+def test_refuses_operands_that_do_not_fit(changed, message):
+    with pytest.raises(VerifyError, match=f"{message}.* .rule operand-shape, stage quantized"):
+        verify(product(**changed), Stage.QUANTIZED, "my-pass")
+
+
+def test_refuses_groups_that_do_not_cover_a_weight():
+    model = model_of(
+        "g (float[2,70] x) => (float[2,5] y) "
+        "{ y = qcompiler.QMatMulW4A16 <block_size = 32> (x, w, ws) }",
+        {"w": np.zeros((70, 5), ir.DataType.INT4.numpy()), "ws": np.ones((2, 5), np.float32)},
+    )
+    dialect.declare(model)
+    with pytest.raises(
+        VerifyError, match=r"ws has shape \[2, 5\].* \[K/block_size N\] with K = 70"
+    ):
+        verify(model, Stage.QUANTIZED, "my-pass")
+
+
+def test_refuses_tokens_longer_than_their_scale():
+    model = quantized()
+    model.graph[0].attributes["block_size"] = ir.AttrInt64("block_size", 32)
+    with pytest.raises(VerifyError, match=r"x has shape \[2, 64\].* with block_size = 32"):
+        verify(model, Stage.QUANTIZED, "my-pass")
+
+
+def test_holds_regions_to_the_sizes_they_record():
+    model = quantized()
+    node = model.graph[0]
+    outlined = outline(model, Region("Quantize", (("K", 64),)), node.inputs, like=node)
+    for old, new in zip(node.outputs, outlined.outputs, strict=True):
+        new.shape = old.shape
+    replace_nodes([node], [outlined])
+    verify(model, Stage.KERNEL, "my-pass")
+    model.graph.inputs[0].shape = ir.Shape([2, 65])
+    with pytest.raises(VerifyError, match=r"x has shape \[2, 65\].* with block_size = 64"):
+        verify(model, Stage.KERNEL, "my-pass")
+
+
+def test_refuses_a_region_that_does_not_say_what_it_is():
+    model = quantized()
+    outlined = outline(model, Region("Quantize", (("K", 64),)), model.graph[0].inputs)
+    replace_nodes([model.graph[0]], [outlined])
+    outlined.metadata_props.clear()
+    with pytest.raises(
+        VerifyError, match="Quantize_K64 does not say what it computes .rule regions"
+    ):
+        verify(model, Stage.KERNEL, "my-pass")
+
+
+def chain():
+    return model_of("g (float[2] x) => (float[2] y) { a = Neg (x) y = Relu (a) }")
+
+
+def test_refuses_a_second_value_of_a_name():
+    model = chain()
+    model.graph[0].outputs[0].name = "y"
+    with pytest.raises(VerifyError, match="a second value is named 'y' .rule unique-names"):
+        verify(model, Stage.FLOAT, "my-pass")
+
+
+def test_refuses_a_value_without_a_name():
+    model = chain()
+    model.graph[0].outputs[0].name = None
+    with pytest.raises(VerifyError, match="a value has no name .rule named"):
+        verify(model, Stage.FLOAT, "my-pass")
+
+
+def test_refuses_reading_what_is_not_yet_there():
+    model = chain()
+    negate = model.graph[0]
+    model.graph.remove(negate)
+    model.graph.append(negate)
+    with pytest.raises(VerifyError, match="reads 'a' before it is defined .rule defined-before"):
+        verify(model, Stage.FLOAT, "my-pass")
+
+
+def test_refuses_an_output_that_nothing_makes():
+    model = chain()
+    model.graph.outputs[0] = ir.Value(name="z")
+    with pytest.raises(VerifyError, match="output 'z' is not defined .rule defined-outputs"):
+        verify(model, Stage.FLOAT, "my-pass")
+
+
+BRANCHES = (
+    "g (bool c, float[2] x) => (float[2] y) { y = If (c) <"
+    "then_branch = t () => (float[2] a) { a = Neg (x) }, "
+    "else_branch = e () => (float[2] b) { b = Abs (x) }> }"
+)
+
+
+def test_branches_may_use_the_same_names_and_see_what_is_outside():
+    model = model_of(BRANCHES)
+    branches = [attribute.as_graph() for attribute in model.graph[0].attributes.values()]
+    for branch in branches:
+        branch[0].outputs[0].name = "inner"
+    verify(model, Stage.FLOAT, "my-pass")
+    branches[1][0].replace_input_with(0, branches[0][0].outputs[0])
+    with pytest.raises(VerifyError, match="reads 'inner' before it is defined"):
+        verify(model, Stage.FLOAT, "my-pass")
 
 
 class Spoil(ir.passes.InPlacePass):
