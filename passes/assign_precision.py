@@ -49,27 +49,63 @@ class AssignPrecision(ir.passes.InPlacePass):
 
     Attributes:
         scheme: The target's number formats.
-        keep_float: Node names, op types or shell patterns of either that stay float.
-        group_sizes: Elements per weight scale, in order of preference.
+        options: What to do differently from the scheme.
     """
 
-    def __init__(
-        self, scheme: Scheme, keep_float: tuple[str, ...] = (), group_size: int | None = None
-    ) -> None:
-        """Take the facts.
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """What to do differently from the scheme.
+
+        Attributes:
+            keep_float: Node names, op types or shell patterns of either that stay float.
+            group_size: Weights per scale where a scheme has groups; by default its own choice.
+        """
+
+        keep_float: tuple[str, ...] = ()
+        group_size: int | None = None
+
+        def __post_init__(self) -> None:
+            """Check the values.
+
+            Raises:
+                OptionError: Patterns that are no strings, or a group size that is no power of two
+                    from 16 to 256.
+            """
+            keep = self.keep_float
+            if isinstance(keep, str) or not all(isinstance(pattern, str) for pattern in keep):
+                raise OptionError(f"keep_float must be a sequence of strings, not {keep!r}")
+            if self.group_size is not None and self.group_size not in (16, 32, 64, 128, 256):
+                # ORT's MatMulNBits, which runs the bodies, takes powers of two from 16.
+                raise OptionError(f"group_size {self.group_size}: must be 16, 32, 64, 128 or 256")
+
+    def __init__(self, scheme: Scheme, options: Options | None = None) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.options = options or self.Options()
+
+    @property
+    def options(self) -> Options:
+        """What to do differently from the scheme.
 
         Raises:
-            OptionError: A group size for a scheme whose weights have no groups.
+            OptionError: When set: a group size for a scheme whose weights have no groups.
         """
-        super().__init__()
-        if group_size is not None and not scheme.group_sizes:
+        return self._options
+
+    @options.setter
+    def options(self, options: Options) -> None:
+        if options.group_size is not None and not self.scheme.group_sizes:
             raise OptionError(
-                f"group_size {group_size}: {scheme.name} weights have one scale per channel; "
-                "leave it out, or choose an int4 target"
+                f"group_size {options.group_size}: {self.scheme.name} weights have one scale per "
+                "channel; leave it out, or choose an int4 target"
             )
-        self.scheme = scheme
-        self.keep_float = keep_float
-        self.group_sizes = (group_size,) if group_size else scheme.group_sizes
+        self._options = options
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Elements per weight scale, in order of preference."""
+        size = self.options.group_size
+        return (size,) if size else self.scheme.group_sizes
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Plan every node of the graph and its subgraphs."""
@@ -88,7 +124,7 @@ class AssignPrecision(ir.passes.InPlacePass):
 
     def _check_patterns(self, nodes: list[ir.Node]) -> None:
         names = [node.name or "" for node in nodes] + sorted({node.op_type for node in nodes})
-        for pattern in self.keep_float:
+        for pattern in self.options.keep_float:
             if not any(_matches(name, pattern) for name in names):
                 raise OptionError(
                     f"keep_float {pattern!r} matches no node name and no op type of the model"
@@ -120,7 +156,7 @@ class AssignPrecision(ir.passes.InPlacePass):
 
     def _plan(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float | None:
         """A plan, the reason to stay float, or None for ops that hold nothing to quantize."""
-        for pattern in self.keep_float:
+        for pattern in self.options.keep_float:
             if _matches(node.name or "", pattern) or _matches(node.op_type, pattern):
                 return _Float(f"kept float by request ({pattern})")
         if node.domain not in ("", "ai.onnx"):

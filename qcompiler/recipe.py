@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.ir.errors import OptionError, did_you_mean
+from qcompiler.passes.assign_precision import AssignPrecision
 
 __all__ = ["Recipe"]
 
@@ -39,11 +40,7 @@ class Recipe:
             OptionError: Patterns that are no strings, or a group size that is no power of two from
                 16 to 256.
         """
-        if isinstance(self.keep_float, str) or not all(isinstance(p, str) for p in self.keep_float):
-            raise OptionError(f"keep_float must be a sequence of strings, not {self.keep_float!r}")
-        if self.group_size is not None and self.group_size not in (16, 32, 64, 128, 256):
-            # ORT's MatMulNBits, which runs the bodies, takes powers of two from 16.
-            raise OptionError(f"group_size {self.group_size}: must be 16, 32, 64, 128 or 256")
+        AssignPrecision.Options(self.keep_float, self.group_size)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Recipe:

@@ -32,9 +32,8 @@ BORDER = 10.0
 
 def planned(text, weights, target="x86-int8"):
     model = model_of(text, weights)
-    AssignPrecision(get_target(target).scheme, group_size=16 if target.endswith("int4") else None)(
-        model
-    )
+    options = AssignPrecision.Options(group_size=16 if target.endswith("int4") else None)
+    AssignPrecision(get_target(target).scheme, options)(model)
     return model
 
 

@@ -48,7 +48,7 @@ def planned(text, weights=WEIGHTS, target="x86-int8", **options):
     model = model_of(text, weights)
     for index, node in enumerate(model.graph):
         node.name = f"node_{index}"
-    AssignPrecision(TARGETS[target].scheme, **options)(model)
+    AssignPrecision(TARGETS[target].scheme, AssignPrecision.Options(**options))(model)
     return model
 
 
