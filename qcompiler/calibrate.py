@@ -68,7 +68,7 @@ class Samples:
                     raise ValueError("it is a single array; save it with np.savez(file, name=…)")
                 with content:
                     yield file.name, {name: content[name] for name in content.files}
-            except (OSError, ValueError, zipfile.BadZipFile) as error:
+            except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
                 raise CalibrationError(f"{file} is not an .npz of plain arrays: {error}") from error
 
 

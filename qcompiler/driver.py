@@ -21,12 +21,15 @@ from qcompiler.emit import build_kernels, write_bundle
 from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import decisions
 from qcompiler.ir.errors import OptionError
+from qcompiler.ir.stages import Stage
 from qcompiler.ir.types import TensorStats
+from qcompiler.model_file import check_file, save_model
 from qcompiler.pipeline import Pipeline
 from qcompiler.progress import Clock, Progress
 from qcompiler.recipe import Recipe
 from qcompiler.report import Report
 from qcompiler.runtime import load
+from qcompiler.step import Watcher
 from qcompiler.targets.catalog import get_target
 from qcompiler.targets.target import Target
 
@@ -47,12 +50,14 @@ def compile(
     *,
     recipe: Recipe | None = None,
     calibration: str | os.PathLike[str] | None = None,
-    pipeline: Pipeline | None = None,
+    pipeline: Pipeline | str | None = None,
     strict: bool = False,
     timing: bool = True,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     choices: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    stop_after: Stage | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> Report:
     """Compile a model into a bundle.
 
@@ -62,13 +67,17 @@ def compile(
         output: The bundle's folder; by default `<model>.<target>` in the current folder.
         recipe: What to do differently from the target's defaults.
         calibration: Folder of `.npz` samples, for what must be static.
-        pipeline: Passes to run instead of the default ones; kernels are then not chosen.
+        pipeline: Passes to run instead of the default ones, for which kernels are then not chosen;
+            or a text that names some of the default ones, see `Pipeline.parse`.
         strict: Raise if a node that could be fast is not.
         timing: Time kernels, and the bundle, on this machine, where it runs the target; else a
             cost model decides where quantizing gains something.
         shapes: Shapes of the model's inputs that matter, for timing.
         choices: A bundle, or its manifest, whose choices are to be made again.
         progress: Told about each step.
+        stop_after: Write the model as it is after this stage, as an ONNX file and no bundle; by
+            default `<model>.<target>.<stage>.onnx`.
+        watchers: Shown the model at the start, and before and after each pass.
 
     Returns:
         What was done, and where the bundle is.
@@ -78,19 +87,23 @@ def compile(
     """
     clock = Clock(progress)
     goal, recipe = get_target(target), recipe or Recipe()
-    destination = check_destination(_destination(source, target, output))
+    destination = _destination(source, target, output, stop_after)
     observer = _Observer(Samples(calibration), clock) if calibration is not None else None
     chooser = None
-    if pipeline is not None and (shapes is not None or choices is not None):
-        raise OptionError("a pipeline of your own chooses nothing: leave out shapes and choices")
-    if pipeline is None:
+    if not isinstance(pipeline, Pipeline):
         wishes = Wishes(timing, shapes, choices)
         chooser = Chooser(goal, wishes, calibration, clock.detail)
-    job = _Job(source, goal, recipe, clock, observer, chooser, pipeline)
+    elif shapes is not None or choices is not None:
+        raise OptionError("a pipeline of your own chooses nothing: leave out shapes and choices")
+    job = _Job(source, goal, recipe, clock, observer, chooser, pipeline, stop_after, watchers)
     model = job.run_passes()
     report = Report(destination, target, tuple(decisions(model)), job.bytes_before)
     if strict:
         _refuse_fallbacks(report)
+    if stop_after is not None:
+        save_model(model, destination)
+        clock.stop()
+        return dataclasses.replace(report, notes=job.notes(), seconds=clock.seconds)
     with staged_folder(destination) as stage:
         job.write(model, stage)
         while job.is_slower(model, stage):
@@ -121,16 +134,14 @@ class _Job:
     clock: Clock
     observer: _Observer | None
     chooser: Chooser | None
-    pipeline: Pipeline | None
+    passes: Pipeline | str | None
+    stop_after: Stage | None
+    watchers: Sequence[Watcher]
     bytes_before: int = 0
 
     def run_passes(self) -> ir.Model:
         """Load the model, and run the passes on it."""
-        pipeline = self.pipeline
-        if self.chooser is not None:
-            sample = sample_tokens if self.observer is None else self.observer.sample_tokens
-            pipeline = self.chooser.pipeline(self.recipe, self.observer, sample)
-        assert pipeline is not None
+        pipeline = self._pipeline()
         self.clock.total = len(pipeline.steps) + 4
         self.clock.start("load")
         model = load_model(self.source)
@@ -139,7 +150,18 @@ class _Job:
         self.bytes_before = _source_bytes(self.source, model)
         if self.chooser is not None:
             self.chooser.check(model)
-        return pipeline.run(model, lambda step: self.clock.start(step.name))
+        return pipeline.run(model, lambda step: self.clock.start(step.name), self.watchers)
+
+    def _pipeline(self) -> Pipeline:
+        if isinstance(self.passes, Pipeline):
+            pipeline = self.passes
+        else:
+            assert self.chooser is not None
+            sample = sample_tokens if self.observer is None else self.observer.sample_tokens
+            pipeline = self.chooser.pipeline(self.recipe, self.observer, sample)
+            if self.passes is not None:
+                pipeline = pipeline.select(self.passes)
+        return pipeline if self.stop_after is None else pipeline.up_to(self.stop_after)
 
     def write(self, model: ir.Model, stage: Path) -> None:
         """Write a bundle into the folder `stage` in the place of what is there."""
@@ -156,6 +178,8 @@ class _Job:
         """Whether the bundle is to be made again with other choices."""
         if self.chooser is None or self.bytes_before + _size(stage) > _LOAD_CHECK_LIMIT:
             return False
+        if self.passes is not None:
+            return False  # what was asked for by name is what is to be had
         if all(decision.action == "float" for decision in decisions(model)):
             return False
         self.clock.start("time the whole")
@@ -186,12 +210,17 @@ def _size(folder: Path, pattern: str = "*") -> int:
     return sum(file.stat().st_size for file in folder.glob(pattern))
 
 
-def _destination(source: object, target: str, output: str | os.PathLike[str] | None) -> Path:
-    if output is not None:
-        return Path(output)
-    if isinstance(source, str | os.PathLike):
-        return Path(f"{Path(source).stem}.{target}")
-    raise OptionError("give output=...: only a model from a file has a name of its own")
+def _destination(
+    source: object, target: str, output: str | os.PathLike[str] | None, stage: Stage | None
+) -> Path:
+    """Where the bundle goes; with a stage to stop after, the file."""
+    file = Path(source) if isinstance(source, str | os.PathLike) else None
+    if output is None and file is None:
+        raise OptionError("give output=...: only a model from a file has a name of its own")
+    stem = f"{file.stem if file else ''}.{target}"
+    if stage is None:
+        return check_destination(Path(output or stem))
+    return check_file(Path(output or f"{stem}.{stage.name.lower()}.onnx"), file)
 
 
 def _source_bytes(source: object, model: ir.Model) -> int:

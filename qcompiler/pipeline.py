@@ -210,7 +210,7 @@ class Pipeline:
         Args:
             model: Changed in place by passes that work in place.
             on_step: Called before each pass.
-            watchers: Shown the model before and after each pass.
+            watchers: Shown the model at the start, and before and after each pass.
 
         Returns:
             The rewritten model.
@@ -220,6 +220,8 @@ class Pipeline:
             VerifyError: A pass broke a rule of its stage.
         """
         stage = Stage.FLOAT
+        for watcher in watchers:
+            watcher.start(self.steps, model)
         for step in self.steps:
             if on_step is not None:
                 on_step(step)

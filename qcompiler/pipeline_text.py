@@ -1,10 +1,11 @@
 """Pipelines as text, as `--pipeline` takes them.
 
-    canonicalize..insert-qdq, my-pass, fold-qdq        passes in the order they run
+    canonicalize..insert-qdq, fold-qdq                 passes in the order they run
     smooth-activations{alpha=0.25,0.5 worth=1}         with options, apart by spaces or commas
     ..                                                 all passes of the target
 
-A value without a name belongs to the list before it.  `+` does what a comma does.
+A value without a name belongs to the list before it; options after a range belong to its last pass.
+`+` does what a comma does.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ def parse_pipeline(text: str, known: Sequence[str]) -> list[PassText]:
         name, braced, inside = item.partition("{")
         name = name.strip()
         if not name:
-            raise OptionError(f"pipeline {text!r}: a pass is missing before {item or 'its end'!r}")
-        if ".." not in name:
-            _check(name, known)
-            found.append(PassText(name, _options(name, inside.removesuffix("}"))))
-        elif braced:
-            raise OptionError(f"pipeline {text!r}: options belong to one pass, not to {name!r}")
-        else:
-            found += [PassText(part, {}) for part in _range(name, known)]
+            where = f"before {item}" if item else "at an end, or between two commas"
+            raise OptionError(f"pipeline {text!r}: the name of a pass is missing {where}")
+        names = _names(name, known)
+        if braced and names[-1] != name.rpartition("..")[2].strip():
+            raise OptionError(f"pipeline {text!r}: options belong to a pass, not to {name!r}")
+        options = _options(names[-1], inside.removesuffix("}"))
+        found += [PassText(part, {}) for part in names[:-1]]
+        found.append(PassText(names[-1], options))
     return found
 
 
@@ -94,20 +95,17 @@ def _options(name: str, text: str) -> dict[str, list[str]]:
     return options
 
 
-def _range(text: str, known: Sequence[str]) -> Sequence[str]:
-    """All passes from one to another: `a..b`, `a..`, `..b` or `..`."""
-    first, _, last = (part.strip() for part in text.partition(".."))
+def _names(text: str, known: Sequence[str]) -> Sequence[str]:
+    """One name, or all from one to another: `a..b`, `a..`, `..b` or `..`."""
+    first, ranges, last = (part.strip() for part in text.partition(".."))
     for name in (first, last):
-        if name:
-            _check(name, known)
+        if name and name not in known:
+            hint = did_you_mean(name, known) or f"; one of {', '.join(known)}"
+            raise OptionError(f"no pass {name!r}{hint}")
+    if not ranges:
+        return [first]
     start = known.index(first) if first else 0
     end = known.index(last) if last else len(known) - 1
     if start > end:
         raise OptionError(f"{text}: {last} comes before {first}")
     return known[start : end + 1]
-
-
-def _check(name: str, known: Sequence[str]) -> None:
-    if name not in known:
-        hint = did_you_mean(name, known) or f"; one of {', '.join(known)}"
-        raise OptionError(f"no pass {name!r}{hint}")

@@ -68,6 +68,9 @@ class Step:
 class Watcher:
     """Looks at the model between passes: derive from it, and override what is to be seen."""
 
+    def start(self, steps: Sequence[Step], model: ir.Model) -> None:
+        """Called once, before the first pass of a run."""
+
     def before(self, step: Step, model: ir.Model) -> None:
         """Called before each pass."""
 
