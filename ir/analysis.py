@@ -66,12 +66,15 @@ class GraphView:
         return list(dict.fromkeys(place for v in node.outputs for place in self.readers(v)))
 
     def flow(self) -> nx.DiGraph:
-        """The graph with an edge from each maker to each reader, and both ends."""
+        """The graph with an edge from each maker to each reader, and both ends.
+
+        A node that reads only constants hangs from SOURCE; one that nothing reads leads to SINK.
+        """
         flow = nx.DiGraph()
         flow.add_nodes_from([End.SOURCE, *self.nodes, End.SINK])
         for node in self.nodes:
-            flow.add_edges_from((maker, node) for maker in self.makers(node))
-            flow.add_edges_from((node, reader) for reader in self.targets(node))
+            flow.add_edges_from((maker, node) for maker in self.makers(node) or [End.SOURCE])
+            flow.add_edges_from((node, reader) for reader in self.targets(node) or [End.SINK])
         return flow
 
     def dominators(self) -> dict[ir.Node, Place]:
