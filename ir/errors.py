@@ -13,6 +13,7 @@ __all__ = [
     "BundleError",
     "CalibrationError",
     "ModelError",
+    "NumericsError",
     "OptionError",
     "QCompilerError",
     "RuntimeMissingError",
@@ -36,6 +37,10 @@ class OptionError(QCompilerError, ValueError):
 
 class CalibrationError(QCompilerError):
     """A calibration sample is missing, has the wrong name, shape or dtype, or is not finite."""
+
+
+class NumericsError(QCompilerError):
+    """A pass changed what the model computes by more than it may."""
 
 
 class BundleError(QCompilerError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -49,28 +50,65 @@ class AssignPrecision(ir.passes.InPlacePass):
 
     Attributes:
         scheme: The target's number formats.
-        keep_float: Node names, op types or shell patterns of either that stay float.
-        group_sizes: Elements per weight scale, in order of preference.
+        options: What to do differently from the scheme.
     """
 
-    def __init__(
-        self, scheme: Scheme, keep_float: tuple[str, ...] = (), group_size: int | None = None
-    ) -> None:
-        """Take the facts.
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """What to do differently from the scheme.
+
+        Attributes:
+            keep_float: Node names, op types or shell patterns of either that stay float.
+            group_size: Weights per scale where a scheme has groups; by default its own choice.
+        """
+
+        keep_float: tuple[str, ...] = ()
+        group_size: int | None = None
+
+        def __post_init__(self) -> None:
+            """Check the values.
+
+            Raises:
+                OptionError: Patterns that are no strings, or a group size that is no power of two
+                    from 16 to 256.
+            """
+            keep, size = self.keep_float, self.group_size
+            listed = isinstance(keep, Sequence) and not isinstance(keep, str)
+            if not listed or not all(isinstance(pattern, str) for pattern in keep):
+                raise OptionError(f"keep_float must be a sequence of strings, not {keep!r}")
+            if size is not None and (type(size) is not int or size not in (16, 32, 64, 128, 256)):
+                # ORT's MatMulNBits, which runs the bodies, takes powers of two from 16.
+                raise OptionError(f"group_size {size!r}: must be 16, 32, 64, 128 or 256")
+
+    def __init__(self, scheme: Scheme, options: Options | None = None) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.options = options or self.Options()
+        self._patterns: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> Options:
+        """What to do differently from the scheme.
 
         Raises:
-            OptionError: A group size for a scheme whose weights have no groups.
+            OptionError: When set: a group size for a scheme whose weights have no groups.
         """
-        super().__init__()
-        if group_size is not None and not scheme.group_sizes:
+        return self._options
+
+    @options.setter
+    def options(self, options: Options) -> None:
+        if options.group_size is not None and not self.scheme.group_sizes:
             raise OptionError(
-                f"group_size {group_size}: {scheme.name} weights have one scale per channel; "
-                "leave it out, or choose an int4 target"
+                f"group_size {options.group_size}: {self.scheme.name} weights have one scale per "
+                "channel; leave it out, or choose an int4 target"
             )
-        self.scheme = scheme
-        self.keep_float = keep_float
-        self._patterns = keep_float
-        self.group_sizes = (group_size,) if group_size else scheme.group_sizes
+        self._options = options
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Elements per weight scale, in order of preference."""
+        size = self.options.group_size
+        return (size,) if size else self.scheme.group_sizes
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Plan every node of the graph and its subgraphs."""
@@ -94,7 +132,7 @@ class AssignPrecision(ir.passes.InPlacePass):
         """
         names = [node.name or "" for node in nodes] + sorted({node.op_type for node in nodes})
         patterns = list[str]()
-        for given in self.keep_float:
+        for given in self.options.keep_float:
             patterns += [given] if given in names else given.split(" + ")
         for pattern in patterns:
             if not any(_matches(name, pattern) for name in names):

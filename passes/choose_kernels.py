@@ -5,8 +5,8 @@
 1. A MatMul gets what is fastest at its sizes; the one it would get anyway unless another is more
    than 5% faster.
 2. Convolutions pass integers to each other, so what counts is a convolution's own time plus the Q
-   and DQ at the border of the integer part.  The one that gains most by staying float leaves that
-   part, its neighbours are weighed again, and so on until none gains.
+   and DQ at the border of the integer part.  Those leave it whose leaving makes the whole cheapest
+   (`integer_part`).
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ are part of it, because a kernel reads and writes either order.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -35,16 +36,27 @@ class FuseAttention(RegionPass):
 
     Attributes:
         supports: Says why there is no kernel for a region, or None if there is one.
-        bfloat16: Whether a kernel may round the factors of both products to bfloat16, where the
-            processor multiplies those: about twice as fast, and good to 45 dB instead of 100.  By
-            default where q, k and v are results of int8 products, good to 30 to 40 dB themselves.
+        options: What kernels may round.
     """
 
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """What kernels may round.
+
+        Attributes:
+            bfloat16: Whether a kernel may round the factors of both products to bfloat16, where the
+                processor multiplies those: about twice as fast, and good to 45 dB instead of 100.
+                By default where q, k and v are results of int8 products, good to 30 to 40 dB
+                themselves.
+        """
+
+        bfloat16: bool | None = None
+
     def __init__(
-        self, supports: Callable[[Region], str | None], *, bfloat16: bool | None = None
+        self, supports: Callable[[Region], str | None], options: Options | None = None
     ) -> None:
         super().__init__(supports)
-        self.bfloat16 = bfloat16
+        self.options = options or self.Options()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Outline every supported attention of the main graph."""
@@ -63,7 +75,7 @@ class FuseAttention(RegionPass):
                 decide(softmax, "float", f"not fused as attention: {reason}")
             return False
         anchor = "Attention" if found.mask is None else "MaskedAttention"
-        rounds = self.bfloat16
+        rounds = self.options.bfloat16
         if rounds is None:
             rounds = all(_is_quantized(operand.value) for operand in found.operands)
         flags = (*found.flags, BFLOAT16) if rounds else found.flags

@@ -3,10 +3,10 @@
     y = Gelu(Add(QMatMulW8A8(q, s, w, ws), b))
         =>   y = QMatMulW8A8_K384_N1536_AddC_Gelu(q, s, w, ws, b)
 
-A region grows while its result has exactly one reader, or two of which one leads to the other, as
-in x * Sigmoid(x); these are elementwise, their other operands are one value per channel or provably
-have the result's shape, and a kernel for the larger region exists.  The function's body is the
-region in standard ops, so the numbers do not change.
+A region grows by all nodes up to the one where the ways from its result join, as in x * Sigmoid(x),
+so that it always has one exit and no way leads back into it; if these are elementwise, their other
+operands are one value per channel or provably have the result's shape, and a kernel for the larger
+region exists.  The function's body is the region in standard ops, so the numbers do not change.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
+from qcompiler.ir.analysis import GraphView
 from qcompiler.ir.decisions import decide, left_to_ort
-from qcompiler.ir.graph import constant, new_initializer, only_consumer, replace_nodes, same_shape
+from qcompiler.ir.graph import constant, new_initializer, replace_nodes, same_shape
 from qcompiler.ir.region import ExtraKind, Region, Step
 from qcompiler.passes.outlining import RegionPass, outline
 
@@ -29,8 +30,8 @@ __all__ = ["FuseRegions"]
 _DEFAULTS = frozenset({("Gelu", "approximate", "none")})
 """Attributes written out with their default value name no other kernel."""
 
-_LONGEST_WAY = 3
-"""Nodes beside a direct path: HardSwish may come as Mul(x, Clip(Add(x, 3))) / 6."""
+_MOST_STEPS = 4
+"""Nodes to look at before the ways join: HardSwish may come as Mul(x, Clip(Add(x, 3)) / 6)."""
 
 _ANCHORS = frozenset({"Quantize", "QMatMulW8A8", "QMatMulW4A8", "QMatMulFp8"})
 
@@ -55,6 +56,7 @@ class FuseRegions(RegionPass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Outline every supported region, in branches and loops too."""
         outlined = 0
+        views: dict[ir.Graph | ir.Function, GraphView] = {}
         for node in list(model.graph.all_nodes()):
             if node.domain != dialect.DOMAIN or node.op_type not in dialect.OPS:
                 continue
@@ -69,24 +71,28 @@ class FuseRegions(RegionPass):
             if (reason := self.supports(start)) is not None:
                 decide(node, "body", reason)
                 continue
-            self._outline(model, self._grow(_Growth(start, [], [node])))
+            assert node.graph is not None
+            if node.graph not in views:
+                views[node.graph] = GraphView(node.graph)
+            self._outline(model, _Growth(start, [], [node]), views[node.graph])
             outlined += 1
         if outlined:
             common.NameFixPass()(model)
             dialect.declare(model)
         return ir.passes.PassResult(model, outlined > 0)
 
-    def _grow(self, growth: _Growth) -> _Growth:
+    def _grow(self, growth: _Growth, view: GraphView) -> _Growth:
         while growth.region.anchor != "Quantize":
             grown: _Growth | None = growth
-            for reader in _next_steps(growth.values[-1]):
+            for reader in view.joined(growth.values[-1], _MOST_STEPS):
                 grown = _try_extend(grown, reader) if grown is not None else None
             if grown is None or grown is growth or self.supports(grown.region) is not None:
                 break
             growth = grown
         return growth
 
-    def _outline(self, model: ir.Model, growth: _Growth) -> None:
+    def _outline(self, model: ir.Model, growth: _Growth, view: GraphView) -> None:
+        growth = self._grow(growth, view)
         anchor = growth.covered[0]
         extras = [
             value if kind == "tensor" else _per_channel(model.graph, value, growth.region)
@@ -96,6 +102,7 @@ class FuseRegions(RegionPass):
         steps = " + ".join(step.op for step in growth.region.steps)
         decide(new, "body", f"fused with {steps}" if steps else "outlined")
         replace_nodes(growth.covered, [new])
+        view.replaced(growth.covered, new)
 
 
 def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...]:
@@ -105,25 +112,6 @@ def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...]:
     assert weight is not None and weight.const_value is not None
     depth, width = weight.const_value.shape.numpy()
     return (("K", depth), ("N", width))
-
-
-def _next_steps(result: ir.Value) -> list[ir.Node]:
-    """The node that reads `result`; of two such nodes, the way from one to the other."""
-    if (reader := only_consumer(result)) is not None:
-        return [reader]
-    readers = list(dict.fromkeys(use.node for use in result.uses()))
-    if len(readers) != 2 or result.is_graph_output():
-        return []
-    for first, last in (readers, reversed(readers)):
-        way: list[ir.Node] = [first]
-        while len(way) <= _LONGEST_WAY and len(way[-1].outputs) == 1:
-            after = only_consumer(way[-1].outputs[0])
-            if after is None:
-                break
-            way.append(after)
-            if after is last:
-                return way
-    return []
 
 
 def _try_extend(growth: _Growth, reader: ir.Node) -> _Growth | None:

@@ -52,6 +52,8 @@ class InsertQDQ(ir.passes.InPlacePass):
         observe: Where static ranges come from; only needed when a plan is static.
     """
 
+    rounds = True
+
     def __init__(self, observe: Observer | None = None) -> None:
         super().__init__()
         self.observe = observe

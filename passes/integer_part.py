@@ -1,6 +1,6 @@
 """Which convolutions had better not compute in integers, for what the border with floats costs.
 
-Part of `choose_kernels`.
+Part of `choose_kernels`: a minimum cut, so that several leave together where none gains alone.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
+from qcompiler.ir.border import Crossing, cheapest_inside
 from qcompiler.ir.graph import rectified
 from qcompiler.ir.sites import Costs, Site
 
@@ -35,7 +36,8 @@ class IntegerPart:
         border: Callable[[int], float],
     ) -> None:
         self.convs, self.border = convs, border
-        self.integer = dict.fromkeys(planned)
+        self.planned = frozenset(planned)
+        self.integer = set(planned)
         self.maker = {rectified(node.outputs[0]): node for node in planned}
         self.elements = {
             value: count
@@ -45,32 +47,40 @@ class IntegerPart:
 
     def losing(self) -> dict[ir.Node, tuple[float, float]]:
         """Those that had better stay float: microseconds as integers, and as floats."""
-        found: dict[ir.Node, tuple[float, float]] = {}
-        while True:
-            weighed = {n: self._weigh(n) for n in self.convs if n in self.integer}
-            losing = {n: pair for n, pair in weighed.items() if pair[0] > pair[1] * MARGIN}
-            if not losing:
-                return found
-            worst = max(losing, key=lambda n: losing[n][0] - losing[n][1])
-            found[worst] = losing[worst]
-            del self.integer[worst]
+        costs = {
+            node: (pair[1].mean("ort"), pair[1].mean("float") * MARGIN)
+            if (pair := self.convs.get(node))
+            else (0.0, math.inf)
+            for node in self.integer
+        }
+        crossings = [
+            Crossing(self.maker.get(value), self._readers(value), self.border(count))
+            for value, count in self.elements.items()
+        ]
+        inside = cheapest_inside(costs, crossings)
+        self.integer = {node for node in self.integer if node in inside}
+        return {node: self._weigh(node) for node in self.convs if node not in inside}
 
     def _weigh(self, node: ir.Node) -> tuple[float, float]:
-        """What `node` and the borders it touches cost, as integers and as floats."""
+        """What `node`, now float, and the borders it touches cost as integers, and as floats."""
         costs = self.convs[node][1]
         touched = [value for value in (node.inputs[0], rectified(node.outputs[0])) if value]
-        inside = costs.mean("ort") + sum(map(self._border, touched))
-        del self.integer[node]
         outside = costs.mean("float") + sum(map(self._border, touched))
-        self.integer[node] = None
+        self.integer.add(node)
+        inside = costs.mean("ort") + sum(map(self._border, touched))
+        self.integer.remove(node)
         return inside, outside
+
+    def _readers(self, value: ir.Value) -> list[ir.Node | None]:
+        """The planned convolutions that read a value as data; None for all other readers."""
+        readers = [use.node if use.idx == 0 else None for use in value.uses()]
+        found = [node if node in self.planned else None for node in readers]
+        return list(dict.fromkeys([*found, None] if value.is_graph_output() else found))
 
     def _border(self, value: ir.Value) -> float:
         """A Q where floats meet an integer reader, a DQ where integers meet a float reader."""
         is_integer = self.maker.get(value) in self.integer
-        readers = {use.node in self.integer and use.idx == 0 for use in value.uses()}
-        if value.is_graph_output():
-            readers.add(False)
+        readers = {node in self.integer for node in self._readers(value)}
         return self.border(self.elements[value]) if (not is_integer) in readers else 0.0
 
 

@@ -30,6 +30,8 @@ __all__ = ["RoundToNearest"]
 class RoundToNearest(ir.passes.InPlacePass):
     """Replace each planned weight by its rounded form and a DequantizeLinear."""
 
+    rounds = True
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Round every planned weight.
 

@@ -26,6 +26,7 @@ from onnx_ir.passes import common
 
 from qcompiler.ir.arithmetic import dequantize, quantize, weight_scale
 from qcompiler.ir.decisions import NodePlan, add_note, note_of, plan_of
+from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import constant, drop_if_unread, new_initializer, place_after
 from qcompiler.ir.types import PerGroup, QuantType
 from qcompiler.passes.match_norms import Norm, match_norm
@@ -38,14 +39,8 @@ Sampler = Callable[[ir.Model, Sequence[str]], Mapping[str, Rows]]
 """Runs the model and returns some tokens of the named tensors, [tokens, K] each; a tensor that it
 could not compute is left out."""
 
-_ALPHAS = (0.25, 0.375, 0.5, 0.625, 0.75)
-
 _COLUMNS = 512
 """So many columns of a weight are enough to compare one alpha with another."""
-
-_WORTH = 0.75
-"""The error must fall below this part of what it was: the tokens may be made up, and real ones have
-other outliers; where these matter (MiniLM) it falls to a half, where not (Whisper) to 0.8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +56,37 @@ class SmoothActivations(ir.passes.InPlacePass):
 
     Attributes:
         sample: Where tokens come from.
-        alphas: Exponents to try beside 0, which changes nothing.
+        options: How much to smooth.
     """
 
-    def __init__(self, sample: Sampler, alphas: Sequence[float] = _ALPHAS) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """How much to smooth.
+
+        Attributes:
+            alpha: Exponents to try for each norm: 0 leaves all in the activations, 1 moves it all.
+            worth: The error must fall below this part of what it was. The tokens may be made up,
+                and real ones have other outliers; where these matter (MiniLM) it falls to a half,
+                where not (Whisper) to 0.8.
+        """
+
+        alpha: tuple[float, ...] = (0.25, 0.375, 0.5, 0.625, 0.75)
+        worth: float = 0.75
+
+        def __post_init__(self) -> None:
+            """Check the values.
+
+            Raises:
+                OptionError: No exponent or one outside 0 to 1, or a part that is not above 0.
+            """
+            if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
+                raise OptionError(f"alpha must be numbers from 0 to 1, not {self.alpha}")
+            if not self.worth > 0:
+                raise OptionError(f"worth must be above 0, not {self.worth:g}")
+
+    def __init__(self, sample: Sampler, options: Options | None = None) -> None:
         super().__init__()
-        self.sample = sample
-        self.alphas = tuple(alphas)
+        self.sample, self.options = sample, options or self.Options()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Smooth every norm of the main graph where that pays."""
@@ -96,11 +115,11 @@ class SmoothActivations(ir.passes.InPlacePass):
             exact = tokens @ weights
             errors = {
                 alpha: np.square(_product(tokens, weights, _factors(tokens, alpha), plan) - exact)
-                for alpha in (0.0, *self.alphas)
+                for alpha in (0.0, *self.options.alpha)
             }
             energy = {alpha: float(error.sum()) for alpha, error in errors.items()}
         best = min(energy, key=energy.__getitem__)
-        return best if energy[best] < _WORTH * energy[0.0] else 0.0
+        return best if energy[best] < self.options.worth * energy[0.0] else 0.0
 
 
 def _site(node: ir.Node) -> _Site | None:

@@ -2,46 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import resource
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from qcompiler.arguments import require, require_path
-from qcompiler.bundle import Manifest, check_destination, staged_folder
-from qcompiler.calibrate import observe, sample_tokens
+from qcompiler.bundle import check_destination, staged_folder
 from qcompiler.chooser import Chooser, Wishes
-from qcompiler.emit import build_kernels, write_bundle
-from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import Decision, decisions
 from qcompiler.ir.errors import OptionError
-from qcompiler.ir.types import TensorStats
+from qcompiler.ir.stages import Stage
+from qcompiler.job import Job, SampleObserver, size_of
+from qcompiler.model_file import check_file, save_model
 from qcompiler.pipeline import Pipeline
 from qcompiler.progress import Clock, Progress
 from qcompiler.recipe import Recipe
 from qcompiler.report import Report
-from qcompiler.runtime import load
 from qcompiler.samples import Samples, Source, samples_from
-from qcompiler.source import check_destination_of, check_source, foreign_domains
+from qcompiler.source import check_destination_of
+from qcompiler.step import Watcher
 from qcompiler.targets.catalog import get_target
-from qcompiler.targets.target import Target
-from qcompiler.timing.observed_shapes import model_inputs
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["Progress", "compile"]
-
-_LOAD_CHECK_LIMIT = 1 << 30
-"""Above this many bytes a bundle is neither opened once more after writing nor timed against its
-model: that would take memory for the whole model, not for its largest layer."""
 
 
 def compile(
@@ -51,12 +40,14 @@ def compile(
     *,
     recipe: Recipe | None = None,
     calibration: Source | Samples | None = None,
-    pipeline: Pipeline | None = None,
+    pipeline: Pipeline | str | None = None,
     strict: bool = False,
     timing: bool = True,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     choices: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    stop_after: Stage | None = None,
+    watchers: Sequence[Watcher] = (),
 ) -> Report:
     """Compile a model into a bundle.
 
@@ -66,13 +57,17 @@ def compile(
         output: The bundle's folder; by default `<model>.<target>` in the current folder.
         recipe: What to do differently from the target's defaults.
         calibration: Samples for what must be static, see `Samples`.
-        pipeline: Passes to run instead of the default ones; kernels are then not chosen.
+        pipeline: Passes to run instead of the default ones, for which kernels are then not chosen;
+            or a text that names some of the default ones, see `Pipeline.parse`.
         strict: Raise if a node that could be fast is not.
         timing: Time kernels, and the bundle, on this machine, where it runs the target; else a
             cost model decides where quantizing gains something.
         shapes: Shapes of the model's inputs that matter, for timing.
         choices: A bundle, or its manifest, whose choices are to be made again.
         progress: Told about each step.
+        stop_after: Write the model as it is after this stage, as an ONNX file and no bundle; by
+            default `<model>.<target>.<stage>.onnx`.
+        watchers: Shown the model at the start, and before and after each pass.
 
     Returns:
         What was done, and where the bundle is.
@@ -81,27 +76,28 @@ def compile(
         QCompilerError: A mistake in the input; each subclass says which.
     """
     require("recipe", recipe, Recipe, "a qcompiler.Recipe")
-    require("pipeline", pipeline, Pipeline, "a qcompiler.Pipeline")
+    require("pipeline", pipeline, Pipeline | str, "a qcompiler.Pipeline or the text of one")
     require("shapes", shapes, Mapping, "sizes by input name, {'input_ids': (1, 128)}")
     require("progress", progress, Callable, "a function")
     require_path("output", output)
     require_path("choices", choices)
     clock = Clock(progress)
     goal, recipe = get_target(target), recipe or Recipe()
-    destination = check_destination(_destination(source, target, output))
-    check_destination_of(source, destination)
+    destination = _destination(source, target, output, stop_after)
     samples = None if calibration is None else samples_from(calibration)
-    observer = None if samples is None else _Observer(samples, clock)
+    observer = None if samples is None else SampleObserver(samples, clock)
     chooser = None
-    if pipeline is not None and (shapes is not None or choices is not None):
+    if not isinstance(pipeline, Pipeline):
+        chooser = Chooser(goal, Wishes(timing, shapes, choices), samples, clock.detail)
+    elif shapes is not None or choices is not None:
         raise OptionError("a pipeline of your own chooses nothing: leave out shapes and choices")
-    if pipeline is None:
-        wishes = Wishes(timing, shapes, choices)
-        chooser = Chooser(goal, wishes, samples, clock.detail)
-    job = _Job(source, goal, recipe, clock, observer, chooser, pipeline)
+    job = Job(source, goal, recipe, clock, observer, chooser, pipeline, stop_after, watchers)
     model = job.run_passes()
     if strict:
         _refuse_fallbacks(decisions(model))
+    if stop_after is not None:
+        save_model(model, destination)
+        return _report(job, model, destination)
     with staged_folder(destination) as stage:
         job.write(model, stage)
         while job.is_slower(model, stage):
@@ -110,148 +106,43 @@ def compile(
                 _refuse_fallbacks(decisions(model))
             job.write(model, stage)
         job.write_choices(stage)
-        bytes_after, bytes_of_kernels = _size(stage), _size(stage, "*.so")
-    clock.stop()
+    return _report(job, model, destination)
+
+
+def _report(job: Job, model: ir.Model, written: Path) -> Report:
+    job.clock.stop()
+    made = written.is_dir()
     return Report(
-        destination,
-        target,
+        written,
+        job.target.name,
         tuple(decisions(model)),
         job.bytes_before,
-        notes=job.notes(),
-        choices=None if chooser is None else chooser.record().to_dict(),
-        bytes_after=bytes_after,
-        bytes_of_kernels=bytes_of_kernels,
-        seconds=clock.seconds,
+        bytes_after=size_of(written) if made else 0,
+        bytes_of_kernels=size_of(written, "*.so") if made else 0,
+        seconds=job.clock.seconds,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        notes=job.notes(),
+        choices=None if job.chooser is None else job.chooser.record().to_dict(),
     )
 
 
-@dataclasses.dataclass
-class _Job:
-    """One compilation: what it is made from, and the steps that may have to be taken again."""
-
-    source: Any
-    target: Target
-    recipe: Recipe
-    clock: Clock
-    observer: _Observer | None
-    chooser: Chooser | None
-    pipeline: Pipeline | None
-    bytes_before: int = 0
-    foreign: Sequence[str] = ()
-
-    def run_passes(self) -> ir.Model:
-        """Load the model, and run the passes on it."""
-        pipeline = self.pipeline
-        if self.chooser is not None:
-            sample = sample_tokens if self.observer is None else self.observer.sample_tokens
-            pipeline = self.chooser.pipeline(self.recipe, self.observer, sample)
-        assert pipeline is not None
-        self.clock.total = len(pipeline.steps) + 4
-        self.clock.start("load")
-        model = load_model(self.source)
-        check_source(model)
-        self.foreign = foreign_domains(model)
-        if not isinstance(self.source, str | os.PathLike | ir.Model):
-            self.source = model.clone()  # a torch program, whose export takes long
-        self.bytes_before = _source_bytes(self.source, model)
-        if self.chooser is not None:
-            self.chooser.check(model)
-        if self.observer is not None:
-            # All of them, whether or not a pass will ask for them.
-            self.observer.samples.check(model_inputs(model))
-        return pipeline.run(model, lambda step: self.clock.start(step.name))
-
-    def write(self, model: ir.Model, stage: Path) -> None:
-        """Write a bundle into the folder `stage` in the place of what is there."""
-        for file in stage.iterdir():
-            file.unlink()
-        self.clock.start("kernels")
-        library = build_kernels(model, self.target, stage, self.clock)
-        self.clock.start("write")
-        write_bundle(model, stage, self.target, self.recipe, library)
-        if _size(stage) <= _LOAD_CHECK_LIMIT and not self.foreign:
-            load(stage, providers=["CPUExecutionProvider"], native=self.target.arch == "x86")
-
-    def is_slower(self, model: ir.Model, stage: Path) -> bool:
-        """Whether the bundle is to be made again with other choices."""
-        if self.chooser is None or self.bytes_before + _size(stage) > _LOAD_CHECK_LIMIT:
-            return False
-        if self.foreign:
-            return False
-        if all(decision.action == "float" for decision in decisions(model)):
-            return False
-        self.clock.start("time the whole")
-        if isinstance(self.source, str | os.PathLike):
-            return self.chooser.is_slower(stage, Path(self.source))
-        with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-            file = Path(folder) / "model.onnx"
-            ir.save(load_model(self.source), file, external_data="model.onnx.data")
-            return self.chooser.is_slower(stage, file)
-
-    def write_choices(self, stage: Path) -> None:
-        """Add to the manifest what was chosen."""
-        if self.chooser is not None:
-            choices = self.chooser.record().to_dict()
-            dataclasses.replace(Manifest.read(stage), choices=choices).write(stage)
-
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know, in sentences."""
-        notes = () if self.chooser is None else self.chooser.notes
-        used = self.chooser is not None and self.chooser.used_samples
-        if self.observer is not None and not self.observer.was_asked and not used:
-            unused = "the calibration samples were not used: nothing here needs them for"
-            notes = (f"{unused} {self.target.name}", *notes)
-        if self.foreign:
-            ops = ", ".join(self.foreign)
-            notes = (f"not opened in ONNX Runtime: ops of {ops} need a library of theirs", *notes)
-        return notes
-
-
-def _size(folder: Path, pattern: str = "*") -> int:
-    return sum(file.stat().st_size for file in folder.glob(pattern))
-
-
-def _destination(source: object, target: str, output: str | os.PathLike[str] | None) -> Path:
-    if output is not None:
-        return Path(output)
-    if isinstance(source, str | os.PathLike):
-        return Path(f"{Path(source).stem}.{target}")
-    raise OptionError("give output=...: only a model from a file has a name of its own")
-
-
-def _source_bytes(source: object, model: ir.Model) -> int:
-    """Size of the model as it came: its file, plus tensors that lie outside it."""
-    tensors = [value.const_value for value in model.graph.initializers.values()]
-    if not isinstance(source, str | os.PathLike):
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-    outside = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
-    return Path(source).stat().st_size + outside
-
-
-class _Observer:
-    """Runs the model on the samples when a pass asks for it, and knows whether one did."""
-
-    def __init__(self, samples: Samples, clock: Clock) -> None:
-        self.samples, self.clock, self.was_asked = samples, clock, False
-
-    def __call__(self, model: ir.Model, names: Sequence[str]) -> Mapping[str, TensorStats]:
-        self.was_asked = True
-        return observe(model, names, self.samples, self._tell)
-
-    def sample_tokens(
-        self, model: ir.Model, names: Sequence[str]
-    ) -> Mapping[str, NDArray[np.float32]]:
-        self.was_asked = True
-        return sample_tokens(model, names, self.samples)
-
-    def _tell(self, done: int, total: int) -> None:
-        self.clock.detail(f"sample {done} of {total}", done / total)
+def _destination(
+    source: object, target: str, output: str | os.PathLike[str] | None, stage: Stage | None
+) -> Path:
+    """Where the bundle goes; with a stage to stop after, the file."""
+    file = Path(source) if isinstance(source, str | os.PathLike) else None
+    if output is None and file is None:
+        raise OptionError("give output=...: only a model from a file has a name of its own")
+    stem = f"{file.stem if file else ''}.{target}"
+    if stage is not None:
+        return check_file(Path(output or f"{stem}.{stage.name.lower()}.onnx"), file)
+    destination = check_destination(Path(output or stem))
+    check_destination_of(source, destination)
+    return destination
 
 
 def _refuse_fallbacks(made: Iterable[Decision]) -> None:
     slow = [decision for decision in made if not decision.expected]
-    if not slow:
-        return
-    named = "; ".join(f"{d.node} ({d.op}): {d.why}" for d in slow[:5])
-    raise OptionError(f"--strict: {len(slow)} nodes fall back: {named}")
+    if slow:
+        named = "; ".join(f"{d.node} ({d.op}): {d.why}" for d in slow[:5])
+        raise OptionError(f"--strict: {len(slow)} nodes fall back: {named}")

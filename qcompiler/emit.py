@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from qcompiler.bundle import MANIFEST, MODEL, LibraryEntry, Manifest, sha256_of
 from qcompiler.ir.decisions import decisions
-from qcompiler.ir.errors import ModelError, OptionError
+from qcompiler.ir.errors import ModelError
+from qcompiler.model_file import saving
 from qcompiler.passes.bind_kernels import bound_domain, bound_regions
 from qcompiler.progress import Clock
 from qcompiler.recipe import Recipe
@@ -98,7 +99,7 @@ def minimum_ort(model: ir.Model) -> str:
 
 
 def _save(model: ir.Model, path: Path) -> None:
-    try:
+    with saving(path):
         # Large tensors start on a page of their own, so that ORT maps rather than copies them.
         ir.save(
             model,
@@ -108,14 +109,6 @@ def _save(model: ir.Model, path: Path) -> None:
             alignment=4096,
             align_threshold=4096,
         )
-    except OSError as error:
-        raise OptionError(f"cannot write {path}: {error.strerror}") from error
-    except Exception as error:
-        # Names that are not UTF-8, for one, come as far as this.
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ModelError(f"the compiled model cannot be saved: {cause}") from error
 
 
 def _version(package: str) -> str:

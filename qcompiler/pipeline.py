@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
 from qcompiler.calibrate import sample_tokens
-from qcompiler.ir.errors import OptionError, QCompilerError, did_you_mean
+from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.region import Region
-from qcompiler.ir.stages import Stage, verify
+from qcompiler.ir.stages import Stage
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.bind_kernels import BindKernels
 from qcompiler.passes.canonicalize import Canonicalize
@@ -25,47 +26,16 @@ from qcompiler.passes.fuse_quantize import FuseQuantize
 from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
 from qcompiler.passes.merge_siblings import MergeSiblings
+from qcompiler.passes.options import configured
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.smooth_activations import Sampler, SmoothActivations
+from qcompiler.pipeline_text import parse_pipeline
 from qcompiler.recipe import Recipe
+from qcompiler.step import Rewrite, Step, Watcher, as_pass
 from qcompiler.targets import catalog
 from qcompiler.targets.target import Target
 
-__all__ = ["Pipeline", "Step"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One pass of a pipeline.
-
-    Attributes:
-        name: What it is called on the command line.
-        rewrite: The pass; any `onnx_ir` pass will do.
-        stage: What the model must satisfy afterwards.
-        needs: What the pass depends on beside the model: the target, or plans made before it.
-    """
-
-    name: str
-    rewrite: ir.passes.PassBase
-    stage: Stage
-    needs: Literal["", "target", "plans"] = ""
-
-    def apply(self, model: ir.Model) -> ir.passes.PassResult:
-        """Run the pass and verify what it leaves.
-
-        Raises:
-            QCompilerError: A mistake in the input, as the pass found it.
-            VerifyError: The pass broke a rule of its stage.
-        """
-        try:
-            result = self.rewrite(model)
-        except ir.passes.PassError as error:
-            # onnx_ir wraps what happens inside a sequence of passes; ours speak for themselves.
-            if isinstance(error.__cause__, QCompilerError):
-                raise error.__cause__ from None
-            raise
-        verify(result.model, self.stage, after=self.name)
-        return result
+__all__ = ["Pipeline", "Step", "Watcher"]
 
 
 class Pipeline:
@@ -73,6 +43,7 @@ class Pipeline:
 
     pipeline = Pipeline.default(get_target("x86-int8"))
     pipeline.insert_after("fuse-gelu", "my-pass", MyPass())
+    pipeline.configure("smooth-activations", alpha=(0.6,))
     model = pipeline.run(model)
     """
 
@@ -82,7 +53,7 @@ class Pipeline:
     @classmethod
     def default(
         cls,
-        target: Target,
+        target: Target | str,
         recipe: Recipe | None = None,
         observe: Observer | None = None,
         sample: Sampler = sample_tokens,
@@ -92,15 +63,21 @@ class Pipeline:
         """The passes of a target.
 
         Args:
-            target: From `get_target`.
+            target: A target, or its name.
             recipe: What to do differently.
             observe: Where static activation ranges come from, see `InsertQDQ`.
             sample: Where tokens to smooth by come from, see `SmoothActivations`.
             choose: What decides where quantizing gains something; without it, everywhere.
             supports: Why there is to be no kernel for a region; by default the target's word.
+
+        Raises:
+            OptionError: An unknown target, or a recipe that does not fit it.
         """
         recipe = recipe or Recipe()
-        supports = supports or (lambda region: catalog.unsupported(target, region))
+        goal = catalog.get_target(target) if isinstance(target, str) else target
+        supports = supports or (lambda region: catalog.unsupported(goal, region))
+        precision = AssignPrecision.Options(recipe.keep_float, recipe.group_size)
+        attention = FuseAttention.Options(recipe.bfloat16)
         chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
         pipeline = cls(
             [
@@ -109,7 +86,7 @@ class Pipeline:
                 Step("fuse-gelu", FuseGelu(), Stage.FLOAT),
                 Step(
                     "assign-precision",
-                    AssignPrecision(target.scheme, recipe.keep_float, recipe.group_size),
+                    AssignPrecision(goal.scheme, precision),
                     Stage.FLOAT,
                     "target",
                 ),
@@ -122,14 +99,14 @@ class Pipeline:
                 Step("fuse-norms", FuseNorms(supports), Stage.KERNEL, "target"),
                 Step(
                     "fuse-attention",
-                    FuseAttention(supports, bfloat16=recipe.bfloat16),
+                    FuseAttention(supports, attention),
                     Stage.KERNEL,
                     "target",
                 ),
                 Step("merge-siblings", MergeSiblings(supports), Stage.KERNEL, "target"),
                 Step("fuse-quantize", FuseQuantize(supports), Stage.KERNEL, "target"),
                 Step(
-                    "bind-kernels", BindKernels(catalog.fingerprint(target)), Stage.KERNEL, "target"
+                    "bind-kernels", BindKernels(catalog.fingerprint(goal)), Stage.KERNEL, "target"
                 ),
             ]
         )
@@ -137,35 +114,103 @@ class Pipeline:
             pipeline.remove("smooth-activations")
         return pipeline
 
+    @classmethod
+    def parse(
+        cls, text: str, target: Target | str | None = None, recipe: Recipe | None = None
+    ) -> Pipeline:
+        """Some of the passes of a target, as text: see `qcompiler/pipeline_text.py`.
+
+        Args:
+            text: Such as "canonicalize, smooth-activations{alpha=0.6}".
+            target: A target, or its name; None if no pass of the text depends on one.
+            recipe: What to do differently.
+
+        Raises:
+            OptionError: An unknown pass or option, a value it does not take, or a pass that needs
+                a target, or another pass before it.
+        """
+        chosen = cls.default(target or next(iter(catalog.TARGETS)), recipe).select(text)
+        if target is None:
+            chosen.check_needs_no_target()
+        return chosen
+
+    def select(self, text: str) -> Pipeline:
+        """Those passes of this pipeline that a text names, in its order and with its options.
+
+        Raises:
+            OptionError: As by `parse`.
+        """
+        steps = {step.name: step for step in self.steps}
+        chosen: list[Step] = []
+        for item in parse_pipeline(text, list(steps)):
+            step = steps[item.name]
+            before = {other.name for other in chosen}
+            if step.needs == "plans" and "assign-precision" not in before:
+                raise OptionError(
+                    f"{item.name} needs the plans of assign-precision, which files do not hold; "
+                    f"run both: assign-precision,{item.name} with --target TARGET"
+                )
+            rewrite = configured(step.rewrite, item.name, item.options)
+            chosen.append(dataclasses.replace(step, rewrite=rewrite))
+        return Pipeline(chosen)
+
+    def up_to(self, stage: Stage) -> Pipeline:
+        """The passes before the first that leaves the model beyond a stage."""
+        return Pipeline(itertools.takewhile(lambda step: step.stage <= stage, self.steps))
+
+    def check_needs_no_target(self) -> None:
+        """Check that the passes may run though nobody named a target.
+
+        Raises:
+            OptionError: One depends on it.
+        """
+        for step in self.steps:
+            if step.needs == "target":
+                raise OptionError(f"{step.name} depends on the target: add --target TARGET")
+
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)
 
-    def insert_before(self, anchor: str, name: str, rewrite: ir.passes.PassBase) -> None:
+    def insert_before(self, anchor: str, name: str, rewrite: Rewrite) -> None:
         """Insert a pass before the one called `anchor`, in that one's preceding stage."""
         index = self._index(anchor)
         stage = self.steps[index - 1].stage if index else Stage.FLOAT
-        self.steps.insert(index, Step(name, rewrite, stage))
+        self.steps.insert(index, Step(name, as_pass(rewrite), stage))
 
-    def insert_after(self, anchor: str, name: str, rewrite: ir.passes.PassBase) -> None:
+    def insert_after(self, anchor: str, name: str, rewrite: Rewrite) -> None:
         """Insert a pass after the one called `anchor`, in the same stage."""
         index = self._index(anchor)
-        self.steps.insert(index + 1, Step(name, rewrite, self.steps[index].stage))
+        self.steps.insert(index + 1, Step(name, as_pass(rewrite), self.steps[index].stage))
 
-    def replace(self, name: str, rewrite: ir.passes.PassBase) -> None:
+    def replace(self, name: str, rewrite: Rewrite) -> None:
         """Let another pass do the work of the one called `name`."""
         index = self._index(name)
-        self.steps[index] = dataclasses.replace(self.steps[index], rewrite=rewrite)
+        self.steps[index] = dataclasses.replace(self.steps[index], rewrite=as_pass(rewrite))
+
+    def configure(self, name: str, **options: Any) -> None:
+        """Set options of the pass called `name`.
+
+        Raises:
+            OptionError: No such pass or option, or a value it does not take.
+        """
+        self.replace(name, configured(self.steps[self._index(name)].rewrite, name, options))
 
     def remove(self, name: str) -> None:
         """Leave out the pass called `name`."""
         del self.steps[self._index(name)]
 
-    def run(self, model: ir.Model, on_step: Callable[[Step], None] | None = None) -> ir.Model:
+    def run(
+        self,
+        model: ir.Model,
+        on_step: Callable[[Step], None] | None = None,
+        watchers: Sequence[Watcher] = (),
+    ) -> ir.Model:
         """Run every pass and verify the model after each.
 
         Args:
             model: Changed in place by passes that work in place.
             on_step: Called before each pass.
+            watchers: Shown the model at the start, and before and after each pass.
 
         Returns:
             The rewritten model.
@@ -174,10 +219,20 @@ class Pipeline:
             QCompilerError: A mistake in the input, as the pass found it.
             VerifyError: A pass broke a rule of its stage.
         """
+        stage = Stage.FLOAT
+        for watcher in watchers:
+            watcher.start(self.steps, model)
         for step in self.steps:
             if on_step is not None:
                 on_step(step)
-            model = step.apply(model).model
+            for watcher in watchers:
+                watcher.before(step, model)
+            # A pass for floats may run late, on what is left of them.
+            stage = max(stage, step.stage)
+            result = step.apply(model, stage)
+            model = result.model
+            for watcher in watchers:
+                watcher.after(step, model, result.modified)
         return model
 
     def _index(self, name: str) -> int:

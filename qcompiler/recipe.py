@@ -6,12 +6,12 @@ import dataclasses
 import json
 import os
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qcompiler.arguments import require
 from qcompiler.ir.errors import OptionError, did_you_mean
+from qcompiler.passes.assign_precision import AssignPrecision
 
 __all__ = ["Recipe"]
 
@@ -42,15 +42,9 @@ class Recipe:
             OptionError: Patterns that are no strings, or a group size that is no power of two from
                 16 to 256.
         """
-        listed = isinstance(self.keep_float, Sequence) and not isinstance(self.keep_float, str)
-        if not listed or not all(isinstance(pattern, str) for pattern in self.keep_float):
-            raise OptionError(f"keep_float must be a sequence of strings, not {self.keep_float!r}")
+        AssignPrecision.Options(self.keep_float, self.group_size)
         require("bfloat16", self.bfloat16, bool, "true or false")
         require("smooth", self.smooth, bool, "true or false")
-        size = self.group_size
-        if size is not None and (type(size) is not int or size not in (16, 32, 64, 128, 256)):
-            # ORT's MatMulNBits, which runs the bodies, takes powers of two from 16.
-            raise OptionError(f"group_size {size!r}: must be 16, 32, 64, 128 or 256")
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Recipe:

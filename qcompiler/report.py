@@ -28,7 +28,7 @@ class Report:
     """The outcome of one compilation.
 
     Attributes:
-        bundle: The folder written.
+        bundle: The folder written; the file, if the compilation stopped after a stage.
         target: Target name.
         decisions: One per node of the final model.
         bytes_before: Model and external data as given.

@@ -16,7 +16,7 @@ def planned(text, weights, target="x86-int8", **options):
     model = model_of(text, weights)
     for index, node in enumerate(model.graph):
         node.name = f"node_{index}"
-    AssignPrecision(TARGETS[target].scheme, **options)(model)
+    AssignPrecision(TARGETS[target].scheme, AssignPrecision.Options(**options))(model)
     return list(model.graph)
 
 
@@ -132,7 +132,7 @@ def test_a_weight_that_an_embedding_shares_is_turned_if_it_is_quantized(perm, ke
     model = model_of(TIED % perm, {"table": table})
     feeds = {"ids": np.array([3, 5])}
     before = run(model, feeds)
-    AssignPrecision(TARGETS["x86-int8"].scheme, keep)(model)
+    AssignPrecision(TARGETS["x86-int8"].scheme, AssignPrecision.Options(keep))(model)
     product = model.graph[-1]
     assert (plan_of(product) is not None) == turned
     assert ("Transpose" not in [node.op_type for node in model.graph]) == turned

@@ -32,9 +32,8 @@ BORDER = 10.0
 
 def planned(text, weights, target="x86-int8"):
     model = model_of(text, weights)
-    AssignPrecision(get_target(target).scheme, group_size=16 if target.endswith("int4") else None)(
-        model
-    )
+    options = AssignPrecision.Options(group_size=16 if target.endswith("int4") else None)
+    AssignPrecision(get_target(target).scheme, options)(model)
     return model
 
 
@@ -204,9 +203,17 @@ def test_a_small_one_leaves_though_a_large_one_loses_more_within_the_noise():
 def test_the_result_that_integers_and_floats_read_has_one_border():
     text = CHAIN.replace("y = Sigmoid (d)", "e = Sigmoid (c) y = Add (d, e)")
     model = planned(text, KERNELS)
-    choosing({"ort": 20.0, "float": 25.0})(model)
+    floating = {"w": 25.0}
+    choosing_convs(lambda name: {"ort": 20.0, "float": floating.get(name, 45.0)})(model)
     # c has a DQ for the Sigmoid anyway, so the last one saves its own border by leaving.
     assert floats(model) == [False, False, True]
+
+
+def test_several_leave_together_where_none_gains_alone():
+    model = planned(CHAIN, KERNELS)
+    # One that leaves takes its border along; all three save both.
+    choosing({"ort": 20.0, "float": 25.0})(model)
+    assert floats(model) == [True] * 3
 
 
 def test_convolutions_are_asked_about_with_their_attributes():

@@ -243,8 +243,8 @@ def test_pass_keeps_external_data_complete():
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
-        ([], 2, "give NAME IN.onnx OUT.onnx, or --list"),
-        (["canonicalize", MODEL], 2, "give NAME IN.onnx OUT.onnx, or --list"),
+        ([], 2, "give PASSES IN.onnx OUT.onnx, or --list"),
+        (["canonicalize", MODEL], 2, "give PASSES IN.onnx OUT.onnx, or --list"),
         (["fold-qdf", MODEL, "o.onnx"], 1, "no pass 'fold-qdf'; did you mean 'fold-qdq'?"),
         (["zzz", MODEL, "o.onnx"], 1, "no pass 'zzz'; one of canonicalize, fuse-"),
         (["fuse-regions", MODEL, "o.onnx"], 1, "depends on the target: add --target TARGET"),

@@ -53,6 +53,7 @@ MATMULS = [
     matmul(384, 193, ("channel",), BIAS, Step("Gelu", (1,))),
     matmul(256, 400, ("channel",), BIAS, Step("Gelu", (1,), (("approximate", "tanh"),))),
     *map(one_step, STEPS),
+    matmul(24, 40, (), Step("Sigmoid", (0,)), Step("Tanh", (0,)), Step("Mul", (2, 1))),
     Region("QMatMulW8A8", (("K", 63), ("N", 192)), widths=(48, 96, 48)),
     dataclasses.replace(matmul(20, 96, ("channel",), BIAS, Step("Relu", (1,))), widths=(48, 48)),
 ]

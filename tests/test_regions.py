@@ -68,6 +68,22 @@ def test_keeps_the_order_of_a_subtraction():
     assert ops[1].startswith("QMatMulW8A8_K64_N8_SubC_")
 
 
+def test_takes_both_ways_to_where_they_join():
+    ops = fused(
+        "g (float[m,64] x) => (float[m,8] y) "
+        "{ p = MatMul (x, w) a = Sigmoid (p) c = Tanh (p) y = Mul (a, c) }"
+    )
+    assert ops[1].startswith("QMatMulW8A8_K64_N8_Sigmoid_Tanh_Mul_")
+
+
+def test_a_way_out_on_the_side_ends_a_region():
+    ops = fused(
+        "g (float[m,64] x) => (float[m,8] y, float[m,8] a) "
+        "{ p = MatMul (x, w) a = Sigmoid (p) c = Tanh (p) y = Mul (a, c) }"
+    )
+    assert ops[1:] == ["QMatMulW8A8_K64_N8", "Sigmoid", "Tanh", "Mul"]
+
+
 def test_uses_the_result_twice():
     ops = fused("g (float[m,64] x) => (float[m,8] y) { p = MatMul (x, w) y = Mul (p, p) }")
     assert ops[1].startswith("QMatMulW8A8_K64_N8_Mul")

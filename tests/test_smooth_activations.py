@@ -5,12 +5,13 @@ import pytest
 from golden import assert_rewrites, model_of, run, sqnr, text_of
 
 import qcompiler
-from qcompiler.calibrate import Samples, sample_tokens
+from qcompiler.calibrate import sample_tokens
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.errors import CalibrationError
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.pipeline import Pipeline
+from qcompiler.samples import Samples
 from qcompiler.targets.catalog import TARGETS
 
 RNG = np.random.default_rng(0)
@@ -48,7 +49,7 @@ def planned(text, weights=WEIGHTS, target="x86-int8", **options):
     model = model_of(text, weights)
     for index, node in enumerate(model.graph):
         node.name = f"node_{index}"
-    AssignPrecision(TARGETS[target].scheme, **options)(model)
+    AssignPrecision(TARGETS[target].scheme, AssignPrecision.Options(**options))(model)
     return model
 
 

@@ -1,19 +1,15 @@
-"""`qcompile MODEL --target T`: compile, and say what came of it."""
+"""`qcompile MODEL --target T`: compile."""
 
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import rich_click as click
-from rich.text import Text
 
-from qcompiler.cli.choices import every_choice, grounds
 from qcompiler.cli.console import Terminal
-from qcompiler.cli.decisions import decision_table, every_decision
-from qcompiler.cli.figures import FigureTable, facts, size, span
+from qcompiler.cli.debugging import Debugging, debugging_options
 from qcompiler.cli.options import (
     FILE,
     Shapes,
@@ -22,15 +18,16 @@ from qcompiler.cli.options import (
     json_option,
     verbose_option,
 )
+from qcompiler.cli.outcome import print_report, print_stopped
 
 if TYPE_CHECKING:
     from qcompiler.recipe import Recipe
-    from qcompiler.report import Report
 
 __all__ = ["compile_command"]
 
 
 @click.command("compile", hidden=True, add_help_option=False)
+@click.option_panel("Arguments")
 @click.argument("model", type=FILE, metavar="MODEL", help="An ONNX file.")
 @click.option(
     "--target",
@@ -86,6 +83,7 @@ __all__ = ["compile_command"]
 )
 @click.option("--strict", is_flag=True, help="Fail if a node that could be fast is not.")
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
+@debugging_options
 @json_option
 @verbose_option
 @click.pass_obj
@@ -93,10 +91,13 @@ def compile_command(
     terminal: Terminal, model: Path, target: str, output: Path | None, calib: Path | None,
     recipe_file: Path | None, keep_float: tuple[str, ...], group_size: int | None,
     shapes: Shapes | None, untimed: bool, choices: Path | None, strict: bool, quiet: bool,
-    as_json: bool,
+    debugging: Debugging, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile a model into a bundle."""
-    with terminal.progress(shown=not (quiet or as_json)) as progress:
+    with (
+        debugging.watching(terminal, quiet or as_json) as watchers,
+        terminal.progress(shown=not (quiet or as_json)) as progress,
+    ):
         # Imported here, so that the progress covers it.
         import qcompiler
         from qcompiler.runtime import check_onnxruntime
@@ -104,18 +105,17 @@ def compile_command(
         check_onnxruntime()
         report = qcompiler.compile(
             model, target, output, recipe=_recipe(recipe_file, keep_float, group_size),
-            calibration=calib, strict=strict, timing=not untimed, shapes=shapes, choices=choices,
-            progress=progress,
+            calibration=calib, pipeline=debugging.pipeline, strict=strict, timing=not untimed,
+            shapes=shapes, choices=choices, progress=progress, stop_after=debugging.stage,
+            watchers=watchers.all,
         )  # fmt: skip
     if as_json:
-        terminal.json(report.to_dict())
+        terminal.json(report.to_dict() | watchers.to_dict())
         return
-    if not quiet:
-        _print_report(terminal, model, report)
-    for warning in report.warnings:
-        terminal.warning(warning)
-    if not quiet:
-        terminal.next(*_next_commands(model, report))
+    if debugging.stop is not None:
+        print_stopped(terminal, debugging.stop, report, quiet)
+    else:
+        print_report(terminal, model, report, quiet)
 
 
 def _recipe(file: Path | None, keep_float: tuple[str, ...], group_size: int | None) -> Recipe:
@@ -128,54 +128,3 @@ def _recipe(file: Path | None, keep_float: tuple[str, ...], group_size: int | No
         keep_float=(*recipe.keep_float, *keep_float),
         group_size=recipe.group_size if group_size is None else group_size,
     )
-
-
-def _print_report(terminal: Terminal, model: Path, report: Report) -> None:
-    out = terminal.out
-    out.print(Text.assemble("\n", (str(model), "bold"), " → ", (str(report.bundle), "bold"), "\n"))
-    out.print(decision_table(report.groups()))
-    out.print()
-    out.print(facts(*_totals(report)))
-    out.print()
-    if terminal.verbose:
-        out.print(every_decision(report.decisions))
-        out.print()
-        if report.choices is not None and report.choices["sites"]:
-            out.print(every_choice(report.choices))
-            out.print()
-            out.print(facts(*grounds(report.choices)))
-            out.print()
-        out.print(_phases(report.seconds))
-        out.print()
-
-
-def _totals(report: Report) -> list[tuple[str, str | Text]]:
-    before, kernels = report.bytes_before, report.bytes_of_kernels
-    after = report.bytes_after - kernels
-    slowest = sorted(report.seconds.items(), key=lambda item: -item[1])[:2]
-    named = ", ".join(f"{name} {span(seconds)}" for name, seconds in slowest)
-    total = sum(report.seconds.values())
-    change = f"{before / after:.1f} times smaller" if after < before else "not smaller"
-    library = f"; kernels {size(kernels)}" if kernels else ""
-    return [
-        ("Size", f"{size(before)} → {size(after)}, {change}{library}"),
-        ("Time", f"{span(total)}, of it {named}"),
-        ("Memory", f"{size(report.peak_memory)} at its peak"),
-        ("Bundle", f"{report.bundle}/"),
-    ]
-
-
-def _phases(seconds: dict[str, float]) -> FigureTable:
-    table = FigureTable("Phase", ">Time")
-    for name, value in seconds.items():
-        table.add_row(name, span(value))
-    return table
-
-
-def _next_commands(model: Path, report: Report) -> list[str]:
-    bundle = str(report.bundle)
-    # Not the samples of --calib: answers on those say little about others.
-    return [
-        shlex.join(["qcompile", "bench", bundle, "--against", str(model)]),
-        shlex.join(["qcompile", "compare", str(model), bundle, "--data", "DIR"]),
-    ]

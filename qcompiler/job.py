@@ -1,0 +1,181 @@
+"""One compilation: what it is made from, and the steps that may have to be taken again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompiler.bundle import Manifest
+from qcompiler.calibrate import observe, sample_tokens
+from qcompiler.chooser import Chooser
+from qcompiler.emit import build_kernels, write_bundle
+from qcompiler.frontend import load_model
+from qcompiler.ir.decisions import decisions
+from qcompiler.ir.stages import Stage
+from qcompiler.ir.types import TensorStats
+from qcompiler.pipeline import Pipeline
+from qcompiler.progress import Clock
+from qcompiler.recipe import Recipe
+from qcompiler.runtime import load
+from qcompiler.samples import Samples
+from qcompiler.source import check_source, foreign_domains
+from qcompiler.step import Watcher
+from qcompiler.targets.target import Target
+from qcompiler.timing.observed_shapes import model_inputs
+
+__all__ = ["Job", "SampleObserver", "size_of"]
+
+_LOAD_CHECK_LIMIT = 1 << 30
+"""Above this many bytes a bundle is neither opened once more after writing nor timed against its
+model: that would take memory for the whole model, not for its largest layer."""
+
+
+class SampleObserver:
+    """Runs the model on the samples when a pass asks for it, and knows whether one did."""
+
+    def __init__(self, samples: Samples, clock: Clock) -> None:
+        self.samples, self.clock, self.was_asked = samples, clock, False
+
+    def __call__(self, model: ir.Model, names: Sequence[str]) -> Mapping[str, TensorStats]:
+        """The ranges of tensors, see `observe`."""
+        self.was_asked = True
+        return observe(model, names, self.samples, self._tell)
+
+    def sample_tokens(
+        self, model: ir.Model, names: Sequence[str]
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """Some of their rows, see `sample_tokens`."""
+        self.was_asked = True
+        return sample_tokens(model, names, self.samples)
+
+    def _tell(self, done: int, total: int) -> None:
+        self.clock.detail(f"sample {done} of {total}", done / total)
+
+
+@dataclasses.dataclass
+class Job:
+    """What a compilation needs at every step.
+
+    Attributes:
+        source: What was given as the model.
+        target: What it is compiled for.
+        recipe: What to do differently.
+        clock: Tells what is being done.
+        observer: Runs the model on calibration samples, if there are any.
+        chooser: Chooses kernels; None for a pipeline of the user's.
+        passes: The pipeline of the user's, or the text of one; None for the default.
+        stop_after: The last stage that is wanted.
+        watchers: Shown the model before and after each pass.
+        bytes_before: Size of the model as it came.
+        foreign: Domains of ops that ONNX Runtime knows only with somebody else's library.
+    """
+
+    source: Any
+    target: Target
+    recipe: Recipe
+    clock: Clock
+    observer: SampleObserver | None
+    chooser: Chooser | None
+    passes: Pipeline | str | None
+    stop_after: Stage | None
+    watchers: Sequence[Watcher]
+    bytes_before: int = 0
+    foreign: Sequence[str] = ()
+
+    def run_passes(self) -> ir.Model:
+        """Load the model, and run the passes on it."""
+        pipeline = self._pipeline()
+        self.clock.total = len(pipeline.steps) + 4
+        self.clock.start("load")
+        model = load_model(self.source)
+        check_source(model)
+        if not isinstance(self.source, str | os.PathLike | ir.Model):
+            self.source = model.clone()  # a torch program, whose export takes long
+        self.bytes_before = _source_bytes(self.source, model)
+        self.foreign = foreign_domains(model)
+        if self.chooser is not None:
+            self.chooser.check(model)
+        if self.observer is not None:
+            # All of them, whether or not a pass will ask for them.
+            self.observer.samples.check(model_inputs(model))
+        return pipeline.run(model, lambda step: self.clock.start(step.name), self.watchers)
+
+    def _pipeline(self) -> Pipeline:
+        if isinstance(self.passes, Pipeline):
+            pipeline = self.passes
+        else:
+            assert self.chooser is not None
+            sample = sample_tokens if self.observer is None else self.observer.sample_tokens
+            pipeline = self.chooser.pipeline(self.recipe, self.observer, sample)
+            if self.passes is not None:
+                pipeline = pipeline.select(self.passes)
+        return pipeline if self.stop_after is None else pipeline.up_to(self.stop_after)
+
+    def write(self, model: ir.Model, stage: Path) -> None:
+        """Write a bundle into the folder `stage` in the place of what is there."""
+        for file in stage.iterdir():
+            file.unlink()
+        self.clock.start("kernels")
+        library = build_kernels(model, self.target, stage, self.clock)
+        self.clock.start("write")
+        write_bundle(model, stage, self.target, self.recipe, library)
+        if size_of(stage) <= _LOAD_CHECK_LIMIT and not self.foreign:
+            load(stage, providers=["CPUExecutionProvider"], native=self.target.arch == "x86")
+
+    def is_slower(self, model: ir.Model, stage: Path) -> bool:
+        """Whether the bundle is to be made again with other choices."""
+        if self.chooser is None or self.foreign:
+            return False
+        if self.passes is not None:
+            return False  # what was asked for by name is what is to be had
+        if self.bytes_before + size_of(stage) > _LOAD_CHECK_LIMIT:
+            return False
+        if all(decision.action == "float" for decision in decisions(model)):
+            return False
+        self.clock.start("time the whole")
+        if isinstance(self.source, str | os.PathLike):
+            return self.chooser.is_slower(stage, Path(self.source))
+        with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+            file = Path(folder) / "model.onnx"
+            ir.save(load_model(self.source), file, external_data="model.onnx.data")
+            return self.chooser.is_slower(stage, file)
+
+    def write_choices(self, stage: Path) -> None:
+        """Add to the manifest what was chosen."""
+        if self.chooser is not None:
+            choices = self.chooser.record().to_dict()
+            dataclasses.replace(Manifest.read(stage), choices=choices).write(stage)
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, in sentences."""
+        notes = () if self.chooser is None else self.chooser.notes
+        used = self.chooser is not None and self.chooser.used_samples
+        if self.observer is not None and not self.observer.was_asked and not used:
+            unused = "the calibration samples were not used: nothing here needs them for"
+            notes = (f"{unused} {self.target.name}", *notes)
+        if self.foreign:
+            ops = ", ".join(self.foreign)
+            notes = (f"not opened in ONNX Runtime: ops of {ops} need a library of theirs", *notes)
+        return notes
+
+
+def size_of(folder: Path, pattern: str = "*") -> int:
+    """Bytes of the files of a folder."""
+    return sum(file.stat().st_size for file in folder.glob(pattern))
+
+
+def _source_bytes(source: object, model: ir.Model) -> int:
+    """Size of the model as it came: its file, plus tensors that lie outside it."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    if not isinstance(source, str | os.PathLike):
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    outside = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+    return Path(source).stat().st_size + outside

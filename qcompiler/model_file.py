@@ -1,0 +1,115 @@
+"""Models as ONNX files, large weights beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+
+from qcompiler.ir.errors import ModelError, OptionError
+
+__all__ = ["WeightFile", "check_file", "save_model", "saving"]
+
+_INLINE_LIMIT = 1 << 30
+"""Above this many bytes weights go into a file of their own: protobuf ends at 2 GiB."""
+
+_SMALL = 1024
+"""Bytes: smaller tensors stay inside the model, where viewers show them."""
+
+
+def check_file(path: Path, source: Path | None) -> Path:
+    """The same path, if a model may be written there.
+
+    Raises:
+        OptionError: It is a folder, or the file that the model came from.
+    """
+    if path.is_dir():
+        raise OptionError(f"output {path} is a folder; name a file in it, such as {path}/out.onnx")
+    if source is not None and path.exists() and path.samefile(source):
+        raise OptionError(f"{path} is the input; name another file")
+    return path
+
+
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write an ONNX file; weights that are large or lie outside go into `<name>.data` beside it.
+
+    Raises:
+        OptionError: The disk refuses.
+        ModelError: The model cannot be expressed as a file.
+    """
+    tensors = [tensor for value in _initializers(model) if (tensor := value.const_value)]
+    outside = any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
+    with saving(path):
+        if outside or sum(tensor.nbytes for tensor in tensors) > _INLINE_LIMIT:
+            ir.save(model, path, external_data=f"{path.name}.data")
+        else:
+            ir.save(model, path)
+
+
+class WeightFile:
+    """One file of weights that many models share: equal tensors are written once."""
+
+    def __init__(self, path: Path) -> None:
+        """Start an empty file.
+
+        Raises:
+            OptionError: The disk refuses.
+        """
+        self.path = path
+        self._offsets: dict[tuple[int, bytes], int] = {}
+        with saving(path):
+            path.write_bytes(b"")
+
+    def save_model(self, model: ir.Model, path: Path) -> None:
+        """Write an ONNX file in the same folder, its weights into this file.
+
+        Raises:
+            OptionError: The disk refuses.
+            ModelError: The model cannot be expressed as a file.
+        """
+        copy = model.clone()
+        with saving(path):
+            for value in _initializers(copy):
+                tensor = value.const_value
+                assert tensor is not None
+                if tensor.nbytes >= _SMALL and tensor.dtype is not ir.DataType.STRING:
+                    value.const_value = self._outside(tensor, path.parent)
+            ir.save(copy, path)
+
+    def _outside(self, tensor: ir.TensorProtocol, folder: Path) -> ir.ExternalTensor:
+        content = tensor.tobytes()
+        key = (len(content), hashlib.sha256(content).digest())
+        if key not in self._offsets:
+            with self.path.open("ab") as file:
+                self._offsets[key] = file.tell()
+                file.write(content)
+        return ir.ExternalTensor(
+            self.path.name, self._offsets[key], len(content), tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()), name=tensor.name or "", base_dir=folder,
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """Explain what goes wrong while `path` is written."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"cannot write {path}: {error.strerror}") from error
+    except Exception as error:
+        # Names that are not UTF-8, for one, come as far as this.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ModelError(f"the model cannot be saved: {cause}") from error
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    """Those of the graph and of its branches and loops that hold a tensor."""
+    for graph in [model.graph, *model.graph.subgraphs()]:
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                yield value

@@ -1,0 +1,91 @@
+"""A step of a pipeline: a pass, the stage it leaves the model in, and what it depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, TypeAlias
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import rewriter
+
+from qcompiler.ir.errors import OptionError, QCompilerError
+from qcompiler.ir.stages import Stage, verify
+
+__all__ = ["Rewrite", "Step", "Watcher", "as_pass"]
+
+Rewrite: TypeAlias = (
+    "ir.passes.PassBase | rewriter.RewriteRule | rewriter.RewriteRuleSet "
+    "| Sequence[rewriter.RewriteRule]"
+)
+"""What a pipeline runs: an `onnx_ir` pass, or rules of `onnxscript.rewriter`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One pass of a pipeline.
+
+    Attributes:
+        name: What it is called on the command line.
+        rewrite: The pass; any `onnx_ir` pass will do.
+        stage: What the model must satisfy afterwards.
+        needs: What the pass depends on beside the model: the target, or plans made before it.
+    """
+
+    name: str
+    rewrite: ir.passes.PassBase
+    stage: Stage
+    needs: Literal["", "target", "plans"] = ""
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the pass says of itself (`rounds = True`) that it may change the numbers."""
+        return bool(getattr(self.rewrite, "rounds", False))
+
+    def apply(self, model: ir.Model, stage: Stage | None = None) -> ir.passes.PassResult:
+        """Run the pass and verify what it leaves.
+
+        Args:
+            model: Changed in place by a pass that works in place.
+            stage: What the model must satisfy, if it was beyond the stage of this pass already.
+
+        Raises:
+            QCompilerError: A mistake in the input, as the pass found it.
+            VerifyError: The pass broke a rule of its stage.
+        """
+        try:
+            result = self.rewrite(model)
+        except ir.passes.PassError as error:
+            # onnx_ir wraps what happens inside a sequence of passes; ours speak for themselves.
+            if isinstance(error.__cause__, QCompilerError):
+                raise error.__cause__ from None
+            raise
+        verify(result.model, stage or self.stage, after=self.name)
+        return result
+
+
+class Watcher:
+    """Looks at the model between passes: derive from it, and override what is to be seen."""
+
+    def start(self, steps: Sequence[Step], model: ir.Model) -> None:
+        """Called once, before the first pass of a run."""
+
+    def before(self, step: Step, model: ir.Model) -> None:
+        """Called before each pass."""
+
+    def after(self, step: Step, model: ir.Model, changed: bool) -> None:
+        """Called after each pass, once its result is verified."""
+
+
+def as_pass(rewrite: Rewrite) -> ir.passes.PassBase:
+    """Rules as a pass whose new values have names, which the verifier asks for."""
+    if isinstance(rewrite, ir.passes.PassBase):
+        return rewrite
+    if isinstance(rewrite, rewriter.RewriteRule):
+        rewrite = [rewrite]
+    if not isinstance(rewrite, rewriter.RewriteRuleSet) and not rewrite:
+        raise OptionError("a list of rewrite rules is empty")
+    return ir.passes.Sequential(
+        rewriter.RewritePass(rewrite), common.RemoveUnusedNodesPass(), common.NameFixPass()
+    )
