@@ -15,6 +15,11 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
+from qcompiler.ir.decisions import NO_WEIGHTS, decision_of, left_to_ort, plan_of
+from qcompiler.ir.stages import verify
+from qcompiler.passes.choose_kernels import ChooseKernels
+from qcompiler.pipeline import Pipeline, Step
+from qcompiler.targets.catalog import get_target
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "qcompiler" : 1]>\n'
 Feeds = Mapping[str, NDArray[Any]]
@@ -33,8 +38,13 @@ def model_of(text: str, weights: Mapping[str, Any] | None = None) -> ir.Model:
     return model
 
 
-def text_of(model: ir.Model) -> str:
-    """The graph as text in which only structure counts: names in order of appearance."""
+def text_of(model: ir.Model, *, notes: bool = False) -> str:
+    """The graph as text in which only structure counts: names in order of appearance.
+
+    Args:
+        model: Only its main graph is printed.
+        notes: Below each node, its plan and its decision.
+    """
     bare = model.clone()
     common.RemoveUnusedNodesPass()(bare)
     bare.functions.clear()
@@ -48,10 +58,27 @@ def text_of(model: ir.Model) -> str:
         attributes = {k: str(a.value) for k, a in sorted(node.attributes.items())}
         operands = ", ".join("-" if v is None else str(names[v]) for v in node.inputs)
         results = ", ".join(str(names[v]) for v in node.outputs)
-        prefix = f"{node.domain}." if node.domain else ""
+        # The hash in a bound domain changes with every source of a kernel.
+        domain = re.sub(r"(?<=^qcompiler\.)[0-9a-f]{8}$", "<hash>", node.domain)
+        prefix = f"{domain}." if domain else ""
         lines.append(f"{results} = {prefix}{node.op_type} {attributes or ''} ({operands})")
+        lines += _notes(node) if notes else []
     lines.append(f"outputs {', '.join(str(v.name) for v in bare.graph.outputs)}")
     return "\n".join(lines)
+
+
+def _notes(node: ir.Node) -> list[str]:
+    """What is planned for a node, and its decision if that says anything else."""
+    # Ops that plans became keep them, but nobody reads them there.
+    plan, decision = None if node.domain else plan_of(node), decision_of(node)
+    kinds = ("weight", "activation", "output") if plan else ()
+    notes = [f"# {kind} {getattr(plan, kind)}" for kind in kinds if getattr(plan, kind)]
+    if plan and (why := left_to_ort(node)):
+        notes.append(f"# left to ORT: {why}")
+    if (decision.action, decision.why) != (("qdq", str(plan)) if plan else ("float", NO_WEIGHTS)):
+        action = decision.action if decision.expected else f"{decision.action}, unexpected"
+        notes.append(f"# {action}: {decision.why}")
+    return notes
 
 
 def run(model: ir.Model, feeds: Feeds) -> list[NDArray[Any]]:
@@ -79,6 +106,8 @@ def assert_rewrites(
     *,
     exact: bool = True,
     floor_db: float = 0.0,
+    notes: bool = False,
+    plans_anew: bool = False,
 ) -> ir.Model:
     """`rewrite(before)` prints as `after`, does nothing the second time, and keeps the numbers.
 
@@ -89,16 +118,15 @@ def assert_rewrites(
         feeds: Inputs to compare outputs on.
         exact: Outputs must be equal to the last bit or two; else `floor_db` is the SQNR to keep.
         floor_db: See `exact`.
+        notes: Whether `after` has plans and decisions.
+        plans_anew: Whether the pass makes the same plans again, and says so.
     """
-    original, expected = text_of(before), None if feeds is None else run(before, feeds)
+    original, expected = _changeable(before), None if feeds is None else run(before, feeds)
     modified = rewrite(before).modified
-    printed, wanted = text_of(before), "\n".join(line.strip() for line in after.strip().split("\n"))
-    assert printed == wanted, "\n".join(
-        difflib.unified_diff(wanted.split("\n"), printed.split("\n"), "want", "got", lineterm="")
-    )
-    assert modified == (printed != original)
-    assert not rewrite(before).modified, "the pass is not idempotent"
-    assert text_of(before) == printed
+    _assert_text(before, after, notes=notes)
+    assert modified == (_changeable(before) != original)
+    assert rewrite(before).modified == (modified and plans_anew), "the pass is not idempotent"
+    _assert_text(before, after, notes=notes)
     if feeds is not None and expected is not None:
         for got, want in zip(run(before, feeds), expected, strict=True):
             if exact:
@@ -106,3 +134,54 @@ def assert_rewrites(
             else:
                 assert sqnr(want, got) >= floor_db
     return before
+
+
+def _changeable(model: ir.Model) -> tuple[object, ...]:
+    """What a pass that changes it must say it modified: decisions are not."""
+    return text_of(model), [plan_of(node) for node in model.graph.all_nodes()]
+
+
+def _assert_text(model: ir.Model, text: str, *, notes: bool = False) -> None:
+    printed = text_of(model, notes=notes)
+    wanted = "\n".join(line.strip() for line in text.strip().split("\n"))
+    assert printed == wanted, "\n".join(
+        difflib.unified_diff(wanted.split("\n"), printed.split("\n"), "want", "got", lineterm="")
+    )
+
+
+def steps_through(
+    name: str, target: str = "x86-int8", choose: ChooseKernels | None = None
+) -> list[Step]:
+    """The steps of the default pipeline up to and with the pass called `name`."""
+    steps = list(Pipeline.default(get_target(target), choose=choose))
+    return steps[: [step.name for step in steps].index(name) + 1]
+
+
+def assert_step(
+    name: str,
+    model: ir.Model,
+    before: str,
+    after: str | None = None,
+    feeds: Feeds | None = None,
+    target: str = "x86-int8",
+    choose: ChooseKernels | None = None,
+    **checks: Any,
+) -> ir.Model:
+    """`assert_rewrites` of one pass of the default pipeline, where those before it leave a model.
+
+    Args:
+        name: The pass.
+        model: Changed in place.
+        before: How it prints just before the pass.
+        after: How it prints after it; by default the pass must change nothing.
+        feeds: Inputs to compare outputs on.
+        target: Whose pipeline.
+        choose: See `Pipeline.default`.
+        **checks: See `assert_rewrites`.
+    """
+    *earlier, step = steps_through(name, target, choose)
+    model = Pipeline(earlier).run(model)
+    _assert_text(model, before)
+    assert_rewrites(step.rewrite, model, after or before, feeds, **checks)
+    verify(model, step.stage, name)
+    return model

@@ -1,7 +1,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from golden import model_of, run
+from golden import assert_rewrites, assert_step, model_of, run, steps_through
 
 from qcompiler.ir.decisions import decision_of, plan_of
 from qcompiler.ir.errors import OptionError
@@ -138,3 +138,91 @@ def test_a_weight_that_an_embedding_shares_is_turned_if_it_is_quantized(perm, ke
     assert ("Transpose" not in [node.op_type for node in model.graph]) == turned
     assert len(model.graph.initializers) == 1 + turned
     np.testing.assert_array_equal(run(model, feeds)[0], before[0])
+
+
+PLAN = """# weight quant<int8:float, axis=1, narrow>
+# activation dynamic quant<int8:float, axis=-1/64>"""
+FEEDS = {"x": np.random.default_rng(1).standard_normal((2, 64), np.float32)}
+
+
+def assert_plans(text, before, after, feeds=FEEDS):
+    model = model_of(text, {"w": W})
+    assert_step("assign-precision", model, before, after, feeds, notes=True, plans_anew=True)
+
+
+def test_golden_a_plan_and_a_reason_on_an_unchanged_graph():
+    assert_plans(
+        "g (float[2,64] x) => (float[2,8] y) { p = MatMul (x, w) y = Softmax (p) }",
+        """inputs x
+        v3 = MatMul  (x, v2)
+        y = Softmax  (v3)
+        outputs y""",
+        f"""inputs x
+        v3 = MatMul  (x, v2)
+        {PLAN}
+        y = Softmax  (v3)
+        # float: Softmax is sensitive: not rounded to 8 bits
+        outputs y""",
+    )
+
+
+def test_golden_products_without_a_weight_on_the_right():
+    before = """inputs x, z
+    v3 = MatMul  (x, z)
+    y = MatMul  (v4, v3)
+    outputs y"""
+    after = """inputs x, z
+    v3 = MatMul  (x, z)
+    # float: its second operand is an activation: no quantized form yet
+    y = MatMul  (v4, v3)
+    # float, unexpected: its weight is on the left, only right operands are quantized
+    outputs y"""
+    text = "g (float[8,64] x, float[64,8] z) => (float[64,8] y) { p = MatMul (x, z) "
+    feeds = {"x": np.ones((8, 64), np.float32), "z": np.ones((64, 8), np.float32)}
+    assert_plans(text + "y = MatMul (w, p) }", before, after, feeds)
+
+
+def test_golden_a_weight_that_an_embedding_shares():
+    # Canonicalizing folds the Transpose of a table as small as this one.
+    model = model_of(
+        "g (float[2,64] x, int64[2] i) => (float[2,8] y, float[2,64] z) "
+        "{ t = Transpose <perm = [1, 0]> (table) y = MatMul (x, t) z = Gather (table, i) }",
+        {"table": np.random.default_rng(0).standard_normal((8, 64), np.float32)},
+    )
+    after = f"""inputs x, i
+    y = MatMul  (x, v4)
+    {PLAN}
+    z = Gather  (v5, i)
+    # float: no quantized form of Gather yet
+    outputs y, z"""
+    rewrite, feeds = steps_through("assign-precision")[-1].rewrite, FEEDS | {"i": np.array([3, 5])}
+    assert_rewrites(rewrite, model, after, feeds, notes=True, plans_anew=True)
+
+
+def test_golden_a_convolution_may_not_leave_the_graph_a_product_may():
+    static = "static quant<uint8:float, tensor, asymmetric>"
+    weights = {"w": W, "k": np.ones((8, 2, 1, 1), np.float32)}
+    feeds = FEEDS | {"i": np.ones((1, 2, 4, 4), np.float32)}
+    model = model_of(
+        "g (float[2,64] x, float[1,2,4,4] i) => (float[2,8] y, float[1,8,4,4] z, "
+        "float[1,8,4,4] r) { y = MatMul (x, w) p = Conv (i, k) z = Sin (p) r = Conv (i, k, b) }",
+        weights | {"b": np.ones(8, np.float32)},
+    )
+    before = """inputs x, i
+    y = MatMul  (x, v5)
+    v7 = Conv  (i, v6)
+    z = Sin  (v7)
+    r = Conv  (i, v6, v8)
+    outputs y, z, r"""
+    after = f"""inputs x, i
+    y = MatMul  (x, v5)
+    {PLAN}
+    v7 = Conv  (i, v6)
+    # weight quant<int8:float, axis=0, narrow>
+    # activation {static}
+    # output {static}
+    z = Sin  (v7)
+    r = Conv  (i, v6, v8)
+    # float: its result leaves the graph
+    outputs y, z, r"""
+    assert_step("assign-precision", model, before, after, feeds, notes=True, plans_anew=True)

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from conftest import DIGITS, needs_avx512_vnni
-from golden import model_of, run, sqnr
+from golden import assert_step, model_of, run, sqnr
 
 import qcompiler
 from qcompiler.ir.decisions import decisions
@@ -196,3 +196,95 @@ def test_bfloat16_is_used_after_int8_products_or_as_the_recipe_says(recipe, whol
     model = Canonicalize()(ir.load(DIGITS / "digits.onnx")).model
     steps[through].rewrite(model)
     assert sum(node.op_type == f"Attention_D16_ssss{attention_alone}" for node in model.graph) == 2
+
+
+def assert_attends(text: str, before: str, after: str, *, notes: bool = False) -> None:
+    model = model_of(text, {"half": np.float32(0.5)})
+    checks = {"exact": False, "floor_db": 110, "notes": notes}
+    assert_step("fuse-attention", model, before, after, feeds_of(model), **checks)
+
+
+def test_golden_an_attention_with_scale_and_mask():
+    assert_attends(
+        f"{HEADS}{RESULT['s']} {CORE} x = MatMul (q, turned) z = Mul (half, x) "
+        f"scores = Add (m, z) {SOFT} c = MatMul (p, v) y = {SWAP} (c) }}",
+        """inputs q, k, v, m
+        v5 = Transpose {'perm': '(0, 1, 3, 2)'} (k)
+        v6 = MatMul  (q, v5)
+        v8 = Mul  (v7, v6)
+        v9 = Add  (m, v8)
+        v10 = Softmax {'axis': '-1'} (v9)
+        v11 = MatMul  (v10, v)
+        y = Transpose {'perm': '(0, 2, 1, 3)'} (v11)
+        outputs y""",
+        """inputs q, k, v, m
+        y = qcompiler.region.MaskedAttention_D16_hhhs  (q, k, v, v5, m)
+        # body, unexpected: scores, softmax and context in one
+        outputs y""",
+        notes=True,
+    )
+
+
+def test_golden_keys_that_another_reads_transposed():
+    assert_attends(
+        f"{HEADS} => (float[b,2,s,16] y, float[b,2,16,t] z) {CORE} z = Neg (turned) {PLAIN}",
+        """inputs q, k, v, m
+        v6 = Transpose {'perm': '(0, 1, 3, 2)'} (k)
+        z = Neg  (v6)
+        v7 = MatMul  (q, v6)
+        v8 = Softmax {'axis': '-1'} (v7)
+        y = MatMul  (v8, v)
+        outputs y, z""",
+        """inputs q, k, v, m
+        v6 = Transpose {'perm': '(0, 1, 3, 2)'} (k)
+        z = Neg  (v6)
+        y = qcompiler.region.Attention_D16_hhhh  (q, k, v, v7)
+        outputs y, z""",
+    )
+
+
+def test_golden_weights_that_leave_the_graph():
+    assert_attends(
+        f"{HEADS}{TWO.format('p')} {CORE} {PLAIN}",
+        """inputs q, k, v, m
+        v6 = Transpose {'perm': '(0, 1, 3, 2)'} (k)
+        v7 = MatMul  (q, v6)
+        p = Softmax {'axis': '-1'} (v7)
+        y = MatMul  (p, v)
+        outputs y, p""",
+        """inputs q, k, v, m
+        v6 = Transpose {'perm': '(0, 1, 3, 2)'} (k)
+        v7 = MatMul  (q, v6)
+        # float: its second operand is an activation: no quantized form yet
+        p = Softmax {'axis': '-1'} (v7)
+        # float: not fused as attention: p is read elsewhere
+        y = MatMul  (p, v)
+        # float: its second operand is an activation: no quantized form yet
+        outputs y, p""",
+        notes=True,
+    )
+
+
+def test_golden_an_activation_between_softmax_and_values():
+    assert_attends(
+        f"{HEADS}{RESULT['h']} {CORE} scores = MatMul (q, turned) {SOFT} n = Relu (p) "
+        "y = MatMul (n, v) }",
+        """inputs q, k, v, m
+        v5 = Transpose {'perm': '(0, 1, 3, 2)'} (k)
+        v6 = MatMul  (q, v5)
+        v7 = Softmax {'axis': '-1'} (v6)
+        v8 = Relu  (v7)
+        y = MatMul  (v8, v)
+        outputs y""",
+        """inputs q, k, v, m
+        v5 = Transpose {'perm': '(0, 1, 3, 2)'} (k)
+        v6 = MatMul  (q, v5)
+        # float: its second operand is an activation: no quantized form yet
+        v7 = Softmax {'axis': '-1'} (v6)
+        # float: not fused as attention: p is read by Relu, not MatMul
+        v8 = Relu  (v7)
+        y = MatMul  (v8, v)
+        # float: its second operand is an activation: no quantized form yet
+        outputs y""",
+        notes=True,
+    )

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from golden import model_of, run
+from golden import assert_step, model_of, run
 
 from qcompiler.passes.fuse_batchnorm import FuseBatchNorm
 
@@ -76,3 +76,80 @@ def test_parameters_of_another_float_type():
     expected = run(model, feeds)[0]
     assert FuseBatchNorm()(model).modified
     np.testing.assert_allclose(run(model, feeds)[0], expected, rtol=2e-2, atol=5e-2)
+
+
+# An epsilon that prints the same in single precision.
+EIGHTH = NORM.replace("0.001", "0.125")
+
+
+def assert_folds(text, outputs, before, after=None):
+    """The text before and, where anything may change, after; weights in single precision."""
+    model = convolution(text, outputs)
+    assert_step("fuse-batchnorm", model, before, after, X, exact=False, floor_db=120)
+
+
+def test_golden_a_convolution_takes_in_its_normalization():
+    assert_folds(
+        f"c = Conv <strides = [2, 2]> (x, w) {EIGHTH}",
+        "float[n,4,3,3] y",
+        """inputs x
+        v3 = Conv {'strides': '(2, 2)'} (x, v2)
+        y = BatchNormalization {'epsilon': '0.125'} (v3, v4, v5, v6, v7)
+        outputs y""",
+        """inputs x
+        y = Conv {'strides': '(2, 2)'} (x, v2, v3)
+        outputs y""",
+    )
+
+
+def test_golden_convolutions_share_weights_and_parameters():
+    assert_folds(
+        f"c = Conv (x, w, b) {EIGHTH} d = Conv (x, w) "
+        "z = BatchNormalization <epsilon = 0.125> (d, gamma, beta, mu, var)",
+        "float[n,4,6,6] y, float[n,4,6,6] z",
+        """inputs x
+        v5 = Conv  (x, v3, v4)
+        y = BatchNormalization {'epsilon': '0.125'} (v5, v6, v7, v8, v9)
+        v10 = Conv  (x, v3)
+        z = BatchNormalization {'epsilon': '0.125'} (v10, v6, v7, v8, v9)
+        outputs y, z""",
+        """inputs x
+        y = Conv  (x, v3, v4)
+        z = Conv  (x, v5, v6)
+        outputs y, z""",
+    )
+
+
+def test_golden_another_reader_of_the_convolution():
+    assert_folds(
+        f"c = Conv (x, w, b) {EIGHTH} z = Relu (c)",
+        "float[n,4,6,6] y, float[n,4,6,6] z",
+        """inputs x
+        v5 = Conv  (x, v3, v4)
+        y = BatchNormalization {'epsilon': '0.125'} (v5, v6, v7, v8, v9)
+        z = Relu  (v5)
+        outputs y, z""",
+    )
+
+
+def test_golden_a_convolution_that_leaves_the_graph():
+    assert_folds(
+        f"c = Conv (x, w, b) {EIGHTH}",
+        "float[n,4,6,6] y, float[n,4,6,6] c",
+        """inputs x
+        c = Conv  (x, v3, v4)
+        y = BatchNormalization {'epsilon': '0.125'} (c, v5, v6, v7, v8)
+        outputs y, c""",
+    )
+
+
+def test_golden_a_step_between_the_two():
+    assert_folds(
+        f"d = Conv (x, w, b) c = Relu (d) {EIGHTH}",
+        "float[n,4,6,6] y",
+        """inputs x
+        v4 = Conv  (x, v2, v3)
+        v5 = Relu  (v4)
+        y = BatchNormalization {'epsilon': '0.125'} (v5, v6, v7, v8, v9)
+        outputs y""",
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from golden import run
+from golden import assert_step, model_of, run
 from test_regions import everything, folded
 
 from qcompiler.ir.decisions import decisions
@@ -102,3 +102,80 @@ def test_merges_only_within_a_branch():
     MergeSiblings(everything)(model)
     verify(model, Stage.KERNEL, "merge-siblings")
     assert not any(node.op_type.endswith("8x16") for node in model.graph.all_nodes())
+
+
+WIDE = {"w": np.hstack([WEIGHTS["a"]] * 6), "v": np.hstack([WEIGHTS["d"]] * 12),
+        "b": np.hstack([WEIGHTS["u"]] * 6)}  # fmt: skip
+
+
+def assert_merges(text: str, before: str, after: str | None = None, *, notes: bool = False) -> None:
+    assert_step("merge-siblings", model_of(text, WIDE), before, after, FEEDS, notes=notes)
+
+
+def test_golden_two_products_become_one_with_two_results():
+    assert_merges(
+        "g (float[m,64] x) => (float[m,48] y, float[m,96] z) "
+        "{ p = MatMul (x, w) y = Add (p, b) q = MatMul (x, v) z = Sin (q) }",
+        """inputs x
+        v3, v4 = qcompiler.region.Quantize_K64  (x)
+        y = qcompiler.region.QMatMulW8A8_K64_N48_AddC  (v3, v4, v5, v6, v7)
+        v10 = qcompiler.region.QMatMulW8A8_K64_N96  (v3, v4, v8, v9)
+        z = Sin  (v10)
+        outputs y, z""",
+        """inputs x
+        v3, v4 = qcompiler.region.Quantize_K64  (x)
+        # body, unexpected: outlined
+        y, v8 = qcompiler.region.QMatMulW8A8_K64_N144_AddC_48x96  (v3, v4, v5, v6, v7)
+        # body, unexpected: 2 products of one input
+        z = Sin  (v8)
+        outputs y, z""",
+        notes=True,
+    )
+
+
+def test_golden_products_with_different_activations():
+    assert_merges(
+        "g (float[m,64] x) => (float[m,48] y, float[m,96] z) "
+        "{ p = MatMul (x, w) y = Relu (p) z = MatMul (x, v) }",
+        """inputs x
+        v3, v4 = qcompiler.region.Quantize_K64  (x)
+        y = qcompiler.region.QMatMulW8A8_K64_N48_Relu  (v3, v4, v5, v6)
+        z = qcompiler.region.QMatMulW8A8_K64_N96  (v3, v4, v7, v8)
+        outputs y, z""",
+    )
+
+
+def test_golden_products_of_different_inputs_that_share_a_weight():
+    assert_merges(
+        "g (float[m,64] x) => (float[m,48] y, float[m,48] z) "
+        "{ y = MatMul (x, w) n = Sin (x) z = MatMul (n, w) }",
+        """inputs x
+        v3, v4 = qcompiler.region.Quantize_K64  (x)
+        y = qcompiler.region.QMatMulW8A8_K64_N48  (v3, v4, v5, v6)
+        v7 = Sin  (x)
+        v8, v9 = qcompiler.region.Quantize_K64  (v7)
+        z = qcompiler.region.QMatMulW8A8_K64_N48  (v8, v9, v5, v6)
+        outputs y, z""",
+    )
+
+
+def test_golden_a_result_that_leaves_the_graph_and_one_that_two_read():
+    assert_merges(
+        "g (float[m,64] x) => (float[m,48] p, float[m,48] y, float[m,96] r, float[m,96] s) "
+        "{ p = MatMul (x, w) y = Sin (p) q = MatMul (x, v) r = Cos (q) s = Neg (q) }",
+        """inputs x
+        v5, v6 = qcompiler.region.Quantize_K64  (x)
+        p = qcompiler.region.QMatMulW8A8_K64_N48  (v5, v6, v7, v8)
+        y = Sin  (p)
+        v11 = qcompiler.region.QMatMulW8A8_K64_N96  (v5, v6, v9, v10)
+        r = Cos  (v11)
+        s = Neg  (v11)
+        outputs p, y, r, s""",
+        """inputs x
+        v5, v6 = qcompiler.region.Quantize_K64  (x)
+        p, v9 = qcompiler.region.QMatMulW8A8_K64_N144_48x96  (v5, v6, v7, v8)
+        y = Sin  (p)
+        r = Cos  (v9)
+        s = Neg  (v9)
+        outputs p, y, r, s""",
+    )

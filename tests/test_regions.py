@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from golden import model_of, run
+from golden import assert_step, model_of, run
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decisions
@@ -211,3 +211,82 @@ def test_every_op_has_a_body_of_standard_ops(name):
     assert all(node.domain == "" for node in function)
     assert [value.name for value in function.inputs] == list(dialect.OPS[name].inputs)
     assert [value.name for value in function.outputs] == list(dialect.OPS[name].outputs)
+
+
+def assert_outlines(text, before, after, **checks):
+    feeds = X | (R if "float[m,8] r" in text else {})
+    assert_step("fuse-regions", model_of(text, {"w": W, "b": B}), before, after, feeds, **checks)
+
+
+def test_golden_a_product_with_its_epilogue():
+    assert_outlines(
+        "g (float[m,64] x, float[m,8] r) => (float[m,8] y) "
+        "{ p = MatMul (x, w) a = Add (p, b) h = Gelu (a) y = Add (r, h) }",
+        """inputs x, r
+        v3, v4 = qcompiler.Quantize {'block_size': '64'} (x)
+        v7 = qcompiler.QMatMulW8A8  (v3, v4, v5, v6)
+        v9 = Add  (v7, v8)
+        v10 = Gelu  (v9)
+        y = Add  (r, v10)
+        outputs y""",
+        """inputs x, r
+        v3, v4 = qcompiler.region.Quantize_K64  (x)
+        y = qcompiler.region.QMatMulW8A8_K64_N8_AddC_Gelu_AddT  (v3, v4, v5, v6, v7, r)
+        outputs y""",
+    )
+
+
+def test_golden_a_product_that_two_read():
+    assert_outlines(
+        "g (float[m,64] x) => (float[m,8] y, float[m,8] z) "
+        "{ p = MatMul (x, w) a = Add (p, b) y = Relu (a) z = Neg (a) }",
+        """inputs x
+        v3, v4 = qcompiler.Quantize {'block_size': '64'} (x)
+        v7 = qcompiler.QMatMulW8A8  (v3, v4, v5, v6)
+        v9 = Add  (v7, v8)
+        y = Relu  (v9)
+        z = Neg  (v9)
+        outputs y, z""",
+        """inputs x
+        v3, v4 = qcompiler.region.Quantize_K64  (x)
+        v8 = qcompiler.region.QMatMulW8A8_K64_N8_AddC  (v3, v4, v5, v6, v7)
+        y = Relu  (v8)
+        z = Neg  (v8)
+        outputs y, z""",
+    )
+
+
+def test_golden_a_product_that_leaves_the_graph():
+    assert_outlines(
+        "g (float[m,64] x) => (float[m,8] p, float[m,8] y) { p = MatMul (x, w) y = Relu (p) }",
+        """inputs x
+        v3, v4 = qcompiler.Quantize {'block_size': '64'} (x)
+        p = qcompiler.QMatMulW8A8  (v3, v4, v5, v6)
+        y = Relu  (p)
+        outputs p, y""",
+        """inputs x
+        v3, v4 = qcompiler.region.Quantize_K64  (x)
+        p = qcompiler.region.QMatMulW8A8_K64_N8  (v3, v4, v5, v6)
+        y = Relu  (p)
+        outputs p, y""",
+    )
+
+
+def test_golden_a_product_without_a_kernel():
+    assert_outlines(
+        "g (float[m,64] x) => (float[m,8] y) { p = MatMul (x, w) y = Relu (p) }",
+        """inputs x
+        v2, v3 = qcompiler.Quantize {'block_size': '64'} (x)
+        v6 = qcompiler.QMatMulW4A8 {'block_size': '32'} (v2, v3, v4, v5)
+        y = Relu  (v6)
+        outputs y""",
+        """inputs x
+        v2, v3 = qcompiler.Quantize {'block_size': '64'} (x)
+        # body, unexpected: no x86-int4 kernels yet
+        v6 = qcompiler.QMatMulW4A8 {'block_size': '32'} (v2, v3, v4, v5)
+        # body, unexpected: no x86-int4 kernels yet
+        y = Relu  (v6)
+        outputs y""",
+        target="x86-int4",
+        notes=True,
+    )
