@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from qcompiler.ir.decisions import NodePlan, decide, set_plan
+from qcompiler.ir.decisions import NodePlan, decide, plan_of, set_plan
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, new_initializer, rectified
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
@@ -114,16 +114,16 @@ class AssignPrecision(ir.passes.InPlacePass):
         """Plan every node of the graph and its subgraphs."""
         nodes = list(model.graph.all_nodes())
         self._patterns = self._known_patterns(nodes)
-        planned = 0
+        changed = False
         for node in nodes:
             plan = self._plan_tied(model.graph, node, in_branch=node.graph is not model.graph)
             if isinstance(plan, NodePlan):
+                changed = changed or plan_of(node) != plan
                 set_plan(node, plan)
                 decide(node, "qdq", str(plan))
-                planned += 1
             elif plan is not None:
                 decide(node, "float", plan.why, expected=plan.expected)
-        return ir.passes.PassResult(model, planned > 0)
+        return ir.passes.PassResult(model, changed)
 
     def _known_patterns(self, nodes: list[ir.Node]) -> tuple[str, ...]:
         """`keep_float`, each pattern of which matches something.

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from qcompiler.ir.decisions import decide, drop_plan, leave_to_ort, plan_of
+from qcompiler.ir.decisions import decide, drop_plan, leave_to_ort, left_to_ort, plan_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.region import Region
 from qcompiler.ir.sites import Candidate, Choice, Costs, Site
@@ -70,13 +70,14 @@ class ChooseKernels(ir.passes.InPlacePass):
         """
         nodes = [node for node in model.graph.all_nodes() if _is_chosen(node)]
         self.choices = self._choose(model, nodes) if self.made is None else self._again(nodes)
+        changed = any(choice.candidate == "float" for choice in self.choices)
         for node, choice in zip(nodes, self.choices, strict=True):
             if choice.candidate == "float":
                 drop_plan(node)
                 decide(node, "float", choice.why)
             elif choice.candidate == "ort" and self._site(node, ()).kernel:
+                changed = changed or left_to_ort(node) is None
                 leave_to_ort(node, choice.why)
-        changed = any(choice.candidate == "float" for choice in self.choices)
         return ir.passes.PassResult(model, changed)
 
     def _again(self, nodes: Sequence[ir.Node]) -> list[Choice]:

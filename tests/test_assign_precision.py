@@ -147,7 +147,7 @@ FEEDS = {"x": np.random.default_rng(1).standard_normal((2, 64), np.float32)}
 
 def assert_plans(text, before, after, feeds=FEEDS):
     model = model_of(text, {"w": W})
-    assert_step("assign-precision", model, before, after, feeds, notes=True, plans_anew=True)
+    assert_step("assign-precision", model, before, after, feeds, notes=True)
 
 
 def test_golden_a_plan_and_a_reason_on_an_unchanged_graph():
@@ -196,7 +196,7 @@ def test_golden_a_weight_that_an_embedding_shares():
     # float: no quantized form of Gather yet
     outputs y, z"""
     rewrite, feeds = steps_through("assign-precision")[-1].rewrite, FEEDS | {"i": np.array([3, 5])}
-    assert_rewrites(rewrite, model, after, feeds, notes=True, plans_anew=True)
+    assert_rewrites(rewrite, model, after, feeds, notes=True)
 
 
 def test_golden_a_convolution_may_not_leave_the_graph_a_product_may():
@@ -225,4 +225,4 @@ def test_golden_a_convolution_may_not_leave_the_graph_a_product_may():
     r = Conv  (i, v6, v8)
     # float: its result leaves the graph
     outputs y, z, r"""
-    assert_step("assign-precision", model, before, after, feeds, notes=True, plans_anew=True)
+    assert_step("assign-precision", model, before, after, feeds, notes=True)
