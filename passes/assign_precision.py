@@ -13,7 +13,7 @@ import fnmatch
 
 import onnx_ir as ir
 
-from qcompiler.ir.decisions import NodePlan, decide, set_plan
+from qcompiler.ir.decisions import NodePlan, decide, decision_of, set_plan
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, new_initializer, rectified
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
@@ -82,7 +82,8 @@ class AssignPrecision(ir.passes.InPlacePass):
                 set_plan(node, plan)
                 decide(node, "qdq", str(plan))
                 planned += 1
-            elif plan is not None:
+            elif plan is not None and decision_of(node).action != "qdq":
+                # What was imported quantized, and is left so, has its reason already.
                 decide(node, "float", plan.why, expected=plan.expected)
         return ir.passes.PassResult(model, planned > 0)
 

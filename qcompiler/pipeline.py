@@ -24,6 +24,7 @@ from qcompiler.passes.fuse_norms import FuseNorms
 from qcompiler.passes.fuse_quantize import FuseQuantize
 from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
+from qcompiler.passes.lift_qoperators import LiftQOperators
 from qcompiler.passes.merge_siblings import MergeSiblings
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.smooth_activations import Sampler, SmoothActivations
@@ -105,6 +106,7 @@ class Pipeline:
         pipeline = cls(
             [
                 Step("canonicalize", Canonicalize(), Stage.FLOAT),
+                Step("lift-qoperators", LiftQOperators(), Stage.FLOAT),
                 Step("fuse-batchnorm", FuseBatchNorm(), Stage.FLOAT),
                 Step("fuse-gelu", FuseGelu(), Stage.FLOAT),
                 Step(

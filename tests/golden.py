@@ -17,12 +17,13 @@ from onnx_ir.passes import common
 from qcompiler.ir import dialect
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "qcompiler" : 1]>\n'
+ORT_HEAD = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>\n'
 Feeds = Mapping[str, NDArray[Any]]
 
 
-def model_of(text: str, weights: Mapping[str, Any] | None = None) -> ir.Model:
+def model_of(text: str, weights: Mapping[str, Any] | None = None, head: str = HEAD) -> ir.Model:
     """A model from ONNX text (without its head) and those of the weights that it names."""
-    proto = onnx.parser.parse_model(HEAD + text)
+    proto = onnx.parser.parse_model(head + text)
     for name, value in (weights or {}).items():
         if re.search(rf"\b{name}\b", text):
             tensor = ir.tensor(np.asarray(value), name=name)
