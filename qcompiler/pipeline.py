@@ -26,6 +26,7 @@ from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
 from qcompiler.passes.lift_qoperators import LiftQOperators
 from qcompiler.passes.merge_siblings import MergeSiblings
+from qcompiler.passes.normalize_qdq import NormalizeQDQ
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.smooth_activations import Sampler, SmoothActivations
 from qcompiler.recipe import Recipe
@@ -107,6 +108,7 @@ class Pipeline:
             [
                 Step("canonicalize", Canonicalize(), Stage.FLOAT),
                 Step("lift-qoperators", LiftQOperators(), Stage.FLOAT),
+                Step("normalize-qdq", NormalizeQDQ(), Stage.FLOAT),
                 Step("fuse-batchnorm", FuseBatchNorm(), Stage.FLOAT),
                 Step("fuse-gelu", FuseGelu(), Stage.FLOAT),
                 Step(

@@ -55,12 +55,20 @@ def text_of(model: ir.Model) -> str:
     return "\n".join(lines)
 
 
-def run(model: ir.Model, feeds: Feeds) -> list[NDArray[Any]]:
-    """The outputs of a model in stock ONNX Runtime at its default level, one thread."""
+def run(model: ir.Model, feeds: Feeds, *, plainly: bool = False) -> list[NDArray[Any]]:
+    """The outputs of a model in stock ONNX Runtime, one thread.
+
+    Args:
+        model: Any stage.
+        feeds: Its inputs.
+        plainly: Node by node, with nothing fused; else at ONNX Runtime's default level.
+    """
     copy = model.clone()
     dialect.declare(copy)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
+    if plainly:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(ir.to_proto(copy).SerializeToString(), options)
     return session.run(None, dict(feeds))  # type: ignore[no-any-return]
 

@@ -1,10 +1,8 @@
 """lift-qoperators: each operator-oriented dialect in text, and its numbers in stock ORT."""
 
 import numpy as np
-import onnx_ir as ir
-import onnxruntime as ort
 import pytest
-from golden import ORT_HEAD, assert_rewrites, model_of, text_of
+from golden import ORT_HEAD, assert_rewrites, model_of, run, text_of
 
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.stages import Stage, verify
@@ -32,21 +30,12 @@ def foreign(text, weights=WEIGHTS):
     return model
 
 
-def plainly(model, feeds):
-    """The outputs in ORT with nothing fused back: floats between the pairs."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    proto = ir.to_proto(model).SerializeToString()
-    return ort.InferenceSession(proto, options).run(None, feeds)
-
-
 def assert_lifts(model, after, feeds):
     """As text; integers equal but for ties, floats to rounding, fused by ORT and as it stands."""
-    expected = plainly(model, feeds)
+    expected = run(model, feeds, plainly=True)
     assert_rewrites(LiftQOperators(), model, after, feeds)
     verify(model, Stage.FLOAT, "lift-qoperators")
-    for got, want in zip(plainly(model, feeds), expected, strict=True):
+    for got, want in zip(run(model, feeds, plainly=True), expected, strict=True):
         if want.dtype == np.float32:
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
         else:
@@ -124,7 +113,7 @@ def test_reduce_mean_which_ort_has_no_kernel_for():
         "<axes = [2, 3], keepdims = 1> (x, xs, xz, xs, xz) }"
     )
     assert LiftQOperators()(model).modified
-    (mean,) = plainly(model, {"x": IMAGE})
+    (mean,) = run(model, {"x": IMAGE}, plainly=True)
     np.testing.assert_array_equal(mean, np.rint(IMAGE.mean((2, 3), keepdims=True)))
 
 
@@ -357,7 +346,7 @@ def test_matmul_nbits(bits, points, k):
         weights,
     )
     feeds = {"x": RNG.standard_normal((3, k)).astype(np.float32)}
-    expected = plainly(model, feeds)[0]
+    expected = run(model, feeds, plainly=True)[0]
     assert_rewrites(
         LiftQOperators(),
         model,
@@ -367,7 +356,7 @@ def test_matmul_nbits(bits, points, k):
         y = Add  (v{last + 2}, v{last + 3})
         outputs y""",
     )
-    np.testing.assert_allclose(plainly(model, feeds)[0], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(model, feeds, plainly=True)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_zero_points_in_the_middle_are_none():
