@@ -1,12 +1,12 @@
-"""Bring Q and DQ next to the ops they are about, past ops that only move data.
+"""Bring DQ next to the ops that read it, past ops that only move data.
 
-    Move(DQ(q, s, z))             =>   DQ(Move(q), s, z)
-    Q(Move(Op(DQ(x))), s, z)      =>   Move(Q(Op(DQ(x)), s, z))
-    Q(DQ(q, s, z), s, z)          =>   q
+    Move(DQ(q, s, z))      =>   DQ(Move(q), s, z)
+    Q(DQ(q, s, z), s, z)   =>   q
 
-Part of `normalize_qdq`.  All of it is exact: what moves data commutes with rounding, and a maximum
-with everything that keeps the order.  One scale for all goes everywhere, scales along an axis where
-that axis survives (`moved_axis`).  A constant is moved here, not when the model runs.
+Part of `normalize_qdq`; `pull_quantize` is its counterpart.  All of it is exact: what moves data
+commutes with rounding, and a maximum with everything that keeps the order.  One scale for all goes
+everywhere, scales along an axis where that axis survives (`moved_axis`).  A constant is moved here,
+not when the model runs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import onnx_ir as ir
 from onnx_ir.convenience import replace_all_uses_with, replace_nodes_and_values
 
 from qcompiler.ir.decisions import decide, inherit
-from qcompiler.ir.graph import constant, dequantize_of, new_initializer, only_consumer
+from qcompiler.ir.graph import constant, dequantize_of, new_initializer
 from qcompiler.passes.moved_axis import moved_axis
 from qcompiler.passes.qdq_parameters import is_pair, is_per_tensor, same_parameters, zero_of
 
-__all__ = ["MOVES", "data_of", "pull_quantize", "push_dequantize", "try_cancel"]
+__all__ = ["MOVES", "data_of", "no_integer_form", "on_integers", "push_dequantize", "try_cancel"]
 
 MOVES = frozenset({
     "Concat", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Reshape", "Resize",
@@ -34,9 +34,6 @@ _BYTES_ONLY = frozenset({"Expand", "MaxPool", "Pad", "Resize"})
 _BYTES = frozenset({ir.DataType.INT8, ir.DataType.UINT8})
 _WIDER = frozenset({ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.INT32})
 _OF_CONSTANTS = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
-_PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
-_PRODUCERS = _PRODUCTS | {"Add", "AveragePool", "GlobalAveragePool", "Mul"}
-"""Ops with a quantized form, of which a Q right after them becomes a part."""
 
 
 def push_dequantize(graph: ir.Graph, node: ir.Node) -> bool:
@@ -72,7 +69,7 @@ def _carried(
     first = pairs[0]
     if any(not same_parameters(first, pair) for pair in pairs[1:]):
         return "its operands have different scales"
-    if (why := _no_integer_form(move, first.inputs[0])) is not None:
+    if (why := no_integer_form(move, first.inputs[0])) is not None:
         return why
     parameters = list(first.inputs[1:])
     if is_per_tensor(first):
@@ -97,7 +94,7 @@ def _carried(
     return [*turned], {"axis": moved, "block_size": block}
 
 
-def _no_integer_form(move: ir.Node, stored: ir.Value | None) -> str | None:
+def no_integer_form(move: ir.Node, stored: ir.Value | None) -> str | None:
     """Why an op cannot move stored integers in place of floats."""
     kind = None if stored is None else stored.dtype
     if constant(stored) is not None and move.op_type in _OF_CONSTANTS:
@@ -131,7 +128,7 @@ def _push(
     if array is not None:
         results, new = [_moved_constant(graph, move, array)], []
     else:
-        moved = _on_integers(move, stored, zero_of(pairs[0]))
+        moved = on_integers(move, stored, zero_of(pairs[0]))
         results, new = list(moved.outputs), [moved]
     widened = [
         ir.node("DequantizeLinear", [result, *parameters], attributes, name=f"{move.name}_widen")
@@ -157,8 +154,14 @@ def _moved_constant(graph: ir.Graph, move: ir.Node, array: np.ndarray) -> ir.Val
     return new_initializer(graph, f"{move.name}_stored", array, ir.DataType.from_numpy(array.dtype))
 
 
-def _on_integers(move: ir.Node, data: Sequence[ir.Value | None], zero: ir.Value | None) -> ir.Node:
-    """The same move of stored values; what pads with 0.0 pads with the zero point."""
+def on_integers(move: ir.Node, data: Sequence[ir.Value | None], zero: ir.Value | None) -> ir.Node:
+    """The same move of stored values, not yet in a graph.
+
+    Args:
+        move: Of floats.
+        data: What it is to move.
+        zero: What it pads with instead of 0.0.
+    """
     inputs = [*data, *move.inputs[len(data) :]]
     constant_pad = move.attributes.get_string("mode", "constant") == "constant"
     if move.op_type == "Pad" and constant_pad:
@@ -188,80 +191,6 @@ def try_cancel(quantize: ir.Node) -> bool:
     replace_all_uses_with(quantize.outputs[0], stored)
     quantize.graph.remove(quantize, safe=True)
     return True
-
-
-def pull_quantize(graph: ir.Graph, quantize: ir.Node) -> int:
-    """Q(Move(x)) => Move(Q(x)) where x comes from an op with a quantized form; how many moves."""
-    value = quantize.inputs[0]
-    move = value.producer() if value is not None else None
-    if move is None or quantize.graph is not move.graph or not is_pair(quantize, "QuantizeLinear"):
-        return 0
-    if move.domain != "" or move.op_type not in MOVES or not is_per_tensor(quantize):
-        return 0
-    readers = _readers(move)
-    if readers is None or any(not same_parameters(quantize, reader) for reader in readers):
-        return 0
-    stored = quantize.outputs[0]
-    if constant(quantize.inputs[1]) is None or _no_integer_form(move, stored) is not None:
-        return 0
-    if not all(_is_quantizable(value, move) for value in data_of(move)):
-        return 0
-    inner = [_like(quantize, value) for value in data_of(move)]
-    moved = _on_integers(move, [new.outputs[0] for new in inner], zero_of(quantize))
-    results = [
-        moved.outputs[list(move.outputs).index(reader.inputs[0])]  # type: ignore[arg-type]
-        for reader in readers
-    ]
-    assert move.graph is not None
-    replace_nodes_and_values(
-        move.graph,
-        move,
-        [*readers, move],
-        [*inner, moved],
-        [reader.outputs[0] for reader in readers],
-        results,
-    )
-    return 1 + sum(pull_quantize(graph, new) for new in inner)
-
-
-def _like(quantize: ir.Node, value: ir.Value | None) -> ir.Node:
-    """A Q of `value` with the parameters of `quantize`."""
-    new = ir.node("QuantizeLinear", [value, *quantize.inputs[1:]], quantize.attributes)
-    new.name = quantize.name
-    new.metadata_props.update(quantize.metadata_props)
-    new.outputs[0].type = quantize.outputs[0].type
-    new.outputs[0].shape = None if value is None else value.shape
-    return new
-
-
-def _readers(move: ir.Node) -> list[ir.Node] | None:
-    """The Qs that read the results of `move`, each one of its own; None if anything else does."""
-    readers: list[ir.Node] = []
-    for value in move.outputs:
-        reader = only_consumer(value)
-        if reader is not None and is_pair(reader, "QuantizeLinear") and reader.inputs[0] is value:
-            readers.append(reader)
-        elif value.uses() or value.is_graph_output():
-            return None
-    return readers
-
-
-def _is_quantizable(value: ir.Value | None, move: ir.Node) -> bool:
-    """Whether only `move` reads `value`, and an op with a quantized form makes it."""
-    if value is None or only_consumer(value) is not move:
-        return False
-    if constant(value) is not None:
-        return True
-    maker = value.producer()
-    while maker is not None and (maker.op_type in MOVES or maker.op_type in ("Clip", "Relu")):
-        value = maker.inputs[0]
-        maker = value.producer() if value is not None else None
-    if maker is None or maker.op_type not in _PRODUCERS:
-        return False
-    operands = [maker.inputs[0]] if maker.op_type in _PRODUCTS else list(maker.inputs)
-    products = [v.producer() for v in operands if v is not None and maker.op_type == "Add"]
-    operands += [p.inputs[0] for p in products if p is not None and p.op_type in _PRODUCTS]
-    return any(dequantize_of(operand) is not None for operand in operands)
 
 
 def _is_static(value: ir.Value) -> bool:

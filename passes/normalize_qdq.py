@@ -2,7 +2,8 @@
 
 1. Weights are DQ over integers, without a zero point where it is 0       (`qdq_parameters`)
 2. Gemm(x, DQ(W), b)   =>   MatMul(x, DQ(W')) + b, as `canonicalize` does for float weights
-3. Pairs lie next to the ops they are about, ops that move data move integers   (`move_pairs`)
+3. Pairs lie next to the ops they are about, what only moves data moves integers
+                                                            (`move_pairs`, `pull_quantize`)
 4. Q(DQ(q)) of one scale is q; of two it stays, and says that it requantizes
 5. A Relu or Clip that saturation does anyway is gone                        (`drop_clamps`)
 6. Activations have an explicit zero point and are uint8              (`unsigned_activations`)
@@ -20,7 +21,8 @@ from onnx_ir.passes import common
 from qcompiler.ir.decisions import decide
 from qcompiler.ir.graph import dequantize_of, replace_nodes
 from qcompiler.passes.drop_clamps import try_drop_clamp
-from qcompiler.passes.move_pairs import pull_quantize, push_dequantize, try_cancel
+from qcompiler.passes.move_pairs import push_dequantize, try_cancel
+from qcompiler.passes.pull_quantize import pull_quantize
 from qcompiler.passes.qdq_parameters import is_pair, spell_out, store_constant
 from qcompiler.passes.unsigned_activations import make_unsigned
 
@@ -101,8 +103,11 @@ def _move(graph: ir.Graph) -> int:
             or push_dequantize(graph, node)
             or try_cancel(node)
         )
-    for node in reversed(list(graph.all_nodes())):
-        count += 0 if node.graph is None else pull_quantize(graph, node)
+    waiting = [node for node in graph.all_nodes() if is_pair(node, _Q)]
+    while waiting:
+        moved = pull_quantize(waiting.pop())
+        waiting += moved
+        count += len(moved)
     return count
 
 

@@ -165,7 +165,8 @@ def _make_scalar(graph: ir.Graph, node: ir.Node, weight: bool) -> bool:
     for index, value in enumerate(node.inputs[1:3], start=1):
         array = constant(value)
         if value is not None and array is not None and array.ndim:
-            scalar = new_initializer(graph, f"{value.name}_scalar", array.reshape(()))
+            stem = f"{node.name}_{'scale' if index == 1 else 'zero_point'}"
+            scalar = new_initializer(graph, stem, array.reshape(()), value.dtype)
             node.replace_input_with(index, scalar)
             drop_if_unread(value)
             changed = True

@@ -34,6 +34,7 @@ class _Connected:
 def make_unsigned(graph: ir.Graph) -> int:
     """Store all activations that allow it as uint8; how many Q and DQ changed."""
     seen: set[ir.Value] = set()
+    zeros: dict[int, ir.Value] = {}
     changed = 0
     for node in list(graph.all_nodes()):
         stored = _stored(node)
@@ -43,7 +44,7 @@ def make_unsigned(graph: ir.Graph) -> int:
         movable = _connect(stored, connected)
         seen |= connected.values
         if movable:
-            _shift(graph, connected)
+            _shift(graph, connected, zeros)
             changed += len(connected.pairs)
     return changed
 
@@ -107,8 +108,7 @@ def _may_shift(pair: ir.Node) -> bool:
     return pair.op_type == "QuantizeLinear" or not is_weight(pair)
 
 
-def _shift(graph: ir.Graph, found: _Connected) -> None:
-    zeros: dict[int, ir.Value] = {}
+def _shift(graph: ir.Graph, found: _Connected, zeros: dict[int, ir.Value]) -> None:
     for pair in found.pairs:
         old = zero_of(pair)
         pair.replace_input_with(2, _shifted_zero(graph, old, zeros))

@@ -29,6 +29,7 @@ W = {
     "wide": np.array([3, 2, 6]), "zf": np.float32(0), "one": np.float32(1),
     "halves": np.array([3, 3]), "six": np.float32(6), "t6": np.float32(6 / 255),
 }  # fmt: skip
+QDQ = "q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) "
 FLOATS = {"x": RNG.standard_normal((2, 6)).astype(np.float32)}
 IMAGE = {"x": RNG.standard_normal((1, 2, 8, 8)).astype(np.float32)}
 
@@ -63,7 +64,8 @@ def assert_stays(text, feeds, why=None):
 
 def test_a_float_model_is_left_alone():
     model = named(
-        "g (float[2,6] x) => (float[2,4] y) { m = MatMul (x, wf) n = MatMul (x, wf) y = Add (m, n) }"
+        "g (float[2,6] x) => (float[2,4] y) "
+        "{ m = MatMul (x, wf) n = MatMul (x, wf) y = Add (m, n) }"
     )
     assert not NormalizeQDQ()(model).modified
 
@@ -130,8 +132,8 @@ def test_blocks_are_turned_with_their_weight():
     }
     assert_normalizes(
         "g (float[2,32] x) => (float[2,8] y) "
-        "{ f = DequantizeLinear <axis = 1, block_size = 16> (w4, s4) t = Transpose <perm = [1, 0]> (f) "
-        "y = MatMul (x, t) }",
+        "{ f = DequantizeLinear <axis = 1, block_size = 16> (w4, s4) "
+        "t = Transpose <perm = [1, 0]> (f) y = MatMul (x, t) }",
         """inputs x
         v4 = DequantizeLinear {'axis': '0', 'block_size': '16'} (v2, v3)
         y = MatMul  (x, v4)
@@ -143,7 +145,7 @@ def test_blocks_are_turned_with_their_weight():
 
 def test_gemm_over_quantized_weights_is_a_matmul():
     assert_normalizes(
-        "g (float[2,6] x) => (float[2,4] y) { q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) "
+        f"g (float[2,6] x) => (float[2,4] y) {{ {QDQ} "
         "f = DequantizeLinear <axis = 0> (wt, ws) c = DequantizeLinear <axis = 0> (b, bs, bz) "
         "y = Gemm <transB = 1> (d, f, c) }",
         """inputs x
@@ -167,7 +169,6 @@ def test_gemm_with_alpha_stays():
     )
 
 
-QDQ = "q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) "
 MOVES = {
     "Reshape (d, to3)": ("[2,2,3]", "Reshape  (v4, v5)"),
     "Transpose (d)": ("[6,2]", "Transpose  (v4)"),
@@ -255,7 +256,8 @@ def test_a_move_between_two_pairs_is_between_integers():
 
 def test_the_result_of_a_move_may_leave_the_graph():
     assert_normalizes(
-        f"g (float[2,6] x) => (float[6,2] y, float[2,6] e) {{ {QDQ} y = Transpose (d) e = Exp (d) }}",
+        "g (float[2,6] x) => (float[6,2] y, float[2,6] e) "
+        f"{{ {QDQ} y = Transpose (d) e = Exp (d) }}",
         """inputs x
         v5 = QuantizeLinear  (x, v3, v4)
         v6 = DequantizeLinear  (v5, v3, v4)
@@ -451,9 +453,8 @@ SIGNED = "q = QuantizeLinear (x, s, zi) {} d = DequantizeLinear ({}, s, zi) "
 
 def kinds(model):
     """The types of what every Q writes and every DQ reads."""
-    stored = [n.outputs[0] if n.op_type == "QuantizeLinear" else n.inputs[0]
-              for n in model.graph if n.op_type in ("QuantizeLinear", "DequantizeLinear")]  # fmt: skip
-    return {value.dtype.name for value in stored}
+    ends = {"QuantizeLinear": lambda n: n.outputs[0], "DequantizeLinear": lambda n: n.inputs[0]}
+    return {ends[n.op_type](n).dtype.name for n in model.graph if n.op_type in ends}
 
 
 @pytest.mark.parametrize(
