@@ -42,17 +42,18 @@ class LiftQOperators(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lift every op that has a form."""
-        lifted = sum(_try_lift(model.graph, node) for node in list(model.graph.all_nodes()))
+        lifted = [node for node in list(model.graph.all_nodes()) if _try_lift(model.graph, node)]
         if lifted:
             ir.passes.Sequential(
                 common.RemoveUnusedNodesPass(),
                 common.NameFixPass(),
                 common.CommonSubexpressionEliminationPass(),
                 common.RemoveUnusedOpsetsPass(),
-                # Nothing is known to ONNX about what com.microsoft's ops return.
-                common.ShapeInferencePass(strict_mode=False),
             )(model)
-        return ir.passes.PassResult(model, lifted > 0)
+        if any(node.domain for node in lifted):
+            # ONNX knew nothing about what these return, nor then about what follows.
+            common.ShapeInferencePass(strict_mode=False)(model)
+        return ir.passes.PassResult(model, bool(lifted))
 
 
 def _try_lift(graph: ir.Graph, node: ir.Node) -> bool:
@@ -69,5 +70,6 @@ def _try_lift(graph: ir.Graph, node: ir.Node) -> bool:
         form.discard()
         decide(node, "qdq", f"ORT's own {node.op_type}, not lifted: {reason}")
         return False
+    form.type_results()
     replace_nodes(form.covered, form.nodes)
     return True

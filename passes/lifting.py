@@ -18,6 +18,10 @@ from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
 __all__ = ["Form", "NotLiftedError", "size_of"]
 
 
+_OTHER_TYPES = ("DynamicQuantizeLinear", "QuantizeLinear", "Squeeze", "Transpose")
+"""Ops of a form whose result is no float of the shape of the whole."""
+
+
 class NotLiftedError(Exception):
     """Why an op stays as it is; the pass records it as the node's decision."""
 
@@ -53,6 +57,15 @@ class Form:
             node.resize_inputs(0)
         for value in [*read, *self._constants]:
             drop_if_unread(value)
+
+    def type_results(self) -> None:
+        """Give each value of the form its type and shape, as far as those of the node are known."""
+        for node in self.nodes:
+            source, result = node.inputs[0], node.outputs[0]
+            if node.op_type == "DequantizeLinear" and source is not None:
+                result.dtype, result.shape = ir.DataType.FLOAT, source.shape
+            elif node.op_type not in _OTHER_TYPES:
+                result.dtype, result.shape = ir.DataType.FLOAT, self.covered[-1].outputs[0].shape
 
     def op(
         self,

@@ -2,8 +2,8 @@
 
     Q(Move(Op(DQ(x))), s, z)   =>   Move(Q(Op(DQ(x)), s, z))
 
-Part of `normalize_qdq`.  Exact, as `move_pairs` is.  Where no op before has a quantized form Q stays
-where it is: what is left out on the way would be quantized for nothing.
+Part of `normalize_qdq`.  Exact, as `move_pairs` is.  Where nothing before it has a quantized form,
+it stays: what is left out on the way would be quantized for nothing.
 """
 
 from __future__ import annotations
