@@ -21,9 +21,10 @@ __all__ = ["try_drop_clamp"]
 
 def try_drop_clamp(node: ir.Node) -> bool:
     """Drop one Relu or Clip; False if it does what saturation does not, or leaves the graph."""
-    bounds, result = _bounds(node), node.outputs[0]
-    source = node.inputs[0]
-    if bounds is None or source is None or result.is_graph_output() or node.graph is None:
+    if node.domain != "" or node.op_type not in ("Clip", "Relu") or node.graph is None:
+        return False
+    bounds, source, result = _bounds(node), node.inputs[0], node.outputs[0]
+    if bounds is None or source is None or result.is_graph_output():
         return False
     readers = [use.node for use in result.uses()]
     widened = dequantize_of(source)
@@ -41,8 +42,6 @@ def try_drop_clamp(node: ir.Node) -> bool:
 def _bounds(node: ir.Node) -> tuple[np.float32, np.float32] | None:
     """What a Relu or Clip limits its input to."""
     low, high = np.float32(-np.inf), np.float32(np.inf)
-    if node.domain != "" or node.op_type not in ("Clip", "Relu"):
-        return None
     if node.op_type == "Relu":
         return np.float32(0), high
     limits = [low, high]

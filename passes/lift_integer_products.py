@@ -4,7 +4,8 @@
     Mul(Cast(ConvInteger(q, w, z, wz)), Mul(s, ws))     =>   Conv(DQ(q, s, z), DQ(w, ws, wz))
 
 where q, s and z are the results of a DynamicQuantizeLinear, as ORT's dynamic quantizer writes them.
-A product of two activations has two of these.  Part of `lift_qoperators`.
+A product of two activations has two of these.  What is added before the Cast, an int32 bias, is
+DQ(b, s * ws) and added afterwards.  Part of `lift_qoperators`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.graph import constant, only_consumer
-from qcompiler.passes.lifting import Form, NotLiftedError
+from qcompiler.passes.lifting import Form, NotLiftedError, size_of
 
 __all__ = ["INTEGER_PRODUCTS"]
 
@@ -31,7 +32,7 @@ def _matmul(form: Form) -> ir.Value:
         form.dequantize(left, left_scale, left_zero, axis=-2),
         form.dequantize(right, right_scale, right_zero, axis=-1),
     ]
-    return form.op("MatMul", operands)
+    return _biased(form, form.op("MatMul", operands), operands)
 
 
 def _conv(form: Form) -> ir.Value:
@@ -43,7 +44,7 @@ def _conv(form: Form) -> ir.Value:
         form.dequantize(data, data_scale, data_zero),
         form.dequantize(weight, weight_scale, weight_zero, axis=0),
     ]
-    return form.op("Conv", operands, form.attributes())
+    return _biased(form, form.op("Conv", operands, form.attributes()), operands)
 
 
 def _scales(form: Form, axes: tuple[int, int]) -> list[ir.Value]:
@@ -80,9 +81,25 @@ def _scale_of(value: ir.Value | None) -> ir.Value | None:
     return maker.inputs[1] if maker.op_type == "QuantizeLinear" else None
 
 
+def _biased(form: Form, product: ir.Value, operands: Sequence[ir.Value]) -> ir.Value:
+    """The product and what was added to its integers, as floats."""
+    if form.covered[1].op_type != "Add":
+        return product
+    pairs = [operand.producer() for operand in operands]
+    scales = [pair.inputs[1] for pair in pairs if pair is not None]
+    if any(scale is None or size_of(scale) != 1 for scale in scales):
+        raise NotLiftedError("its int32 bias has a scale per channel that is computed")
+    bias = form.covered[1].inputs[form.covered[1].inputs[0] is form.node.outputs[0]]
+    widened = form.op("DequantizeLinear", [bias, form.op("Mul", scales)])
+    return form.op("Add", [product, widened])
+
+
 def _cast(form: Form) -> ir.Value:
     """The sums as floats, which nothing else reads as integers."""
     cast = only_consumer(form.node.outputs[0])
+    if cast is not None and cast.op_type == "Add":
+        form.covered.append(cast)
+        cast = only_consumer(cast.outputs[0])
     to_float = cast is not None and cast.attributes.get_int("to", 0) == int(ir.DataType.FLOAT)
     if cast is None or cast.op_type != "Cast" or not to_float:
         raise NotLiftedError("its int32 result is not cast to float32 and scaled")

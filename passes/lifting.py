@@ -5,6 +5,7 @@ Part of `lift_qoperators`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -171,7 +172,7 @@ class Form:
         count = max(size for size in sizes if size is not None)
         if count > 1 and axis is None:
             raise NotLiftedError(f"its scale or zero point has {count} elements, not one")
-        if any(max(_shape(value), default=1) not in (1, count) for value in given):
+        if any(max(_shape(value) or (1,)) not in (1, count) for value in given):
             raise NotLiftedError("its scales lie along more than one axis")
         return [self._shaped(value, () if count == 1 else (count,)) for value in given]
 
@@ -197,11 +198,14 @@ class Form:
 
 def size_of(value: ir.Value) -> int | None:
     """The number of elements of a value, if it is known."""
+    shape = _shape(value)
+    return None if shape is None else math.prod(shape)
+
+
+def _shape(value: ir.Value) -> tuple[int, ...] | None:
+    maker = value.producer()
+    if maker is not None and maker.op_type == "DynamicQuantizeLinear":
+        return ()  # also where nothing is known about its input
     if value.shape is None or not value.shape.is_static():
         return None
-    return int(np.prod(value.shape.numpy(), dtype=np.int64))
-
-
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    assert value.shape is not None
     return tuple(value.shape.numpy())

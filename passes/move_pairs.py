@@ -179,9 +179,11 @@ def on_integers(move: ir.Node, data: Sequence[ir.Value | None], zero: ir.Value |
 
 def try_cancel(quantize: ir.Node) -> bool:
     """Q(DQ(q)) => q where both have the same parameters; else it is a requantization."""
+    if not is_pair(quantize, "QuantizeLinear"):
+        return False
     widened = dequantize_of(quantize.inputs[0])
     stored = widened.inputs[0] if widened is not None else None
-    if widened is None or stored is None or not is_pair(quantize, "QuantizeLinear"):
+    if widened is None or stored is None:
         return False
     if not same_parameters(widened, quantize):
         decide(quantize, "qdq", "requantize: the values before it have another scale or zero point")

@@ -56,9 +56,13 @@ def is_weight(dequantize: ir.Node) -> bool:
 
 def is_per_tensor(node: ir.Node) -> bool:
     """Whether a Q or DQ has one scale for all elements; only a known shape proves it."""
-    shape = None if node.inputs[1] is None else node.inputs[1].shape
-    one = shape is not None and shape.is_static() and np.prod(shape.numpy(), dtype=int) == 1
-    return bool(one) and not node.attributes.get_int("block_size", 0)
+    scale = node.inputs[1]
+    if scale is None or node.attributes.get_int("block_size", 0) > 0:
+        return False
+    maker = scale.producer()
+    if maker is not None and maker.op_type == "DynamicQuantizeLinear":
+        return True
+    return scale.shape is not None and all(size == 1 for size in scale.shape)
 
 
 def zero_of(node: ir.Node) -> ir.Value | None:

@@ -325,6 +325,27 @@ def test_dynamic_conv():
     )
 
 
+def test_a_bias_that_is_added_to_the_integers():
+    """As older quantizers of ORT write it."""
+    assert_lifts(
+        foreign(
+            "g (float[2,6] x) => (float[2,4] y) { q, s, z = DynamicQuantizeLinear (x) "
+            "i = MatMulInteger (q, w, z) j = Add (i, bi) f = Cast <to = 1> (j) "
+            "t = Mul (s, ws) y = Mul (f, t) }"
+        ),
+        """inputs x
+        v2, v3, v4 = DynamicQuantizeLinear  (x)
+        v5 = DequantizeLinear  (v2, v3, v4)
+        v8 = DequantizeLinear  (v6, v7)
+        v9 = MatMul  (v5, v8)
+        v10 = Mul  (v3, v7)
+        v12 = DequantizeLinear  (v11, v10)
+        y = Add  (v9, v12)
+        outputs y""",
+        {"x": FLOATS},
+    )
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("points", ["", "zp"])
 @pytest.mark.parametrize("k", [64, 40])
@@ -405,6 +426,9 @@ def test_contrib_dequantize_along_an_axis():
 NEAR_MISSES = {
     "its int32 result is not cast":
         "g (uint8[2,6] x) => (int32[2,4] y) { y = MatMulInteger (x, w) }",
+    "a scale per channel that is computed": "g (float[2,6] x) => (float[2,4] y) "
+        "{ q, s, z = DynamicQuantizeLinear (x) i = MatMulInteger (q, w, z) j = Add (i, bi) "
+        "f = Cast <to = 1> (j) t = Mul (s, wsc) y = Mul (f, t) }",
     "which scale belongs to which operand": "g (uint8[2,6] x, float[1] s) => (float[2,4] y) "
         "{ i = MatMulInteger (x, w) f = Cast <to = 1> (i) y = Mul (f, s) }",
     "not multiplied by the scales of both": "g (float[2,6] x) => (float[2,4] y) "

@@ -522,8 +522,8 @@ def test_equal_pairs_of_one_value_are_one():
 def test_branches_see_integers_from_outside():
     text = (
         f"g (float[2,6] x, bool c) => (float[6,2] y) {{ {QDQ} y = If (c) <then_branch = a () => "
-        "(float[6,2] p) { m = Transpose (d) p = Exp (m) }, else_branch = o () => (float[6,2] n) "
-        "{ n = Transpose (d) }> }"
+        "(float[6,2] p) { k = Constant <value_float = 2.0> () m = Transpose (d) p = Mul (m, k) }, "
+        "else_branch = o () => (float[6,2] n) { n = Transpose (d) }> }"
     )
     model = named(text)
     feeds = [FLOATS | {"c": np.array(flag)} for flag in (True, False)]
