@@ -9,8 +9,9 @@
 6. Activations have an explicit zero point and are uint8              (`unsigned_activations`)
 7. Equal Q and equal DQ of one value are one node, which all their readers share
 
-Every one of these is exact.  What cannot be brought into this form keeps its numbers, and the node
-in the way says why.
+All but 2 are exact; a Gemm of floats sums in another order than MatMul and Add do, which can move a
+tie between two steps.  What cannot be brought into this form stays as it is, and the node in the
+way says why.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def _move(graph: ir.Graph) -> int:
     waiting = [node for node in graph.all_nodes() if is_pair(node, _Q)]
     while waiting:
         moved = pull_quantize(waiting.pop())
-        waiting += moved
+        waiting += [node for node in moved if not store_constant(graph, node)]
         count += len(moved)
     return count
 
