@@ -16,6 +16,7 @@ from onnx_ir.passes import common
 
 from qcompiler.ir.decisions import decide
 from qcompiler.ir.graph import replace_nodes
+from qcompiler.passes.lift_attention import ATTENTION
 from qcompiler.passes.lift_elementwise import ELEMENTWISE
 from qcompiler.passes.lift_integer_products import INTEGER_PRODUCTS
 from qcompiler.passes.lift_matmul_nbits import MATMUL_NBITS
@@ -24,10 +25,9 @@ from qcompiler.passes.lifting import Form, NotLiftedError
 
 __all__ = ["LiftQOperators"]
 
-_LIFTINGS = PRODUCTS | INTEGER_PRODUCTS | ELEMENTWISE | MATMUL_NBITS
+_LIFTINGS = PRODUCTS | INTEGER_PRODUCTS | ELEMENTWISE | MATMUL_NBITS | ATTENTION
 
 _NO_FORM = {
-    "QAttention": "attention is one op in it, with a mask that has no float counterpart",
     "QEmbedLayerNormalization": "three embeddings and their norm are one op in it",
     "DynamicQuantizeLSTM": "it quantizes its state anew in each step",
     "MatMulBnb4": "its codebook (fp4 or nf4) is no ONNX type",

@@ -19,7 +19,7 @@ from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
 __all__ = ["Form", "NotLiftedError", "size_of"]
 
 
-_OTHER_TYPES = ("DynamicQuantizeLinear", "QuantizeLinear", "Squeeze", "Transpose")
+_OTHER_TYPES = ("DynamicQuantizeLinear", "Mul", "QuantizeLinear", "Squeeze")
 """Ops of a form whose result is no float of the shape of the whole."""
 
 
@@ -60,7 +60,12 @@ class Form:
             drop_if_unread(value)
 
     def type_results(self) -> None:
-        """Give each value of the form its type and shape, as far as those of the node are known."""
+        """Give each value the type and shape that follow from the node's own.
+
+        ONNX knows nothing about the results of com.microsoft, they have to be inferred afterwards.
+        """
+        if self.node.domain:
+            return
         for node in self.nodes:
             source, result = node.inputs[0], node.outputs[0]
             if node.op_type == "DequantizeLinear" and source is not None:

@@ -423,6 +423,53 @@ def test_contrib_dequantize_along_an_axis():
     )
 
 
+ATTENTION = {
+    "x": RNG.integers(0, 256, (2, 5, 8)).astype(np.uint8),
+    "m": np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], np.int32),
+}
+ATTENTION_WEIGHTS = WEIGHTS | {
+    "wa": RNG.integers(-127, 128, (8, 24)).astype(np.int8), "wza": np.int8(0),
+    "ba": RNG.standard_normal(24).astype(np.float32), "wsa": np.float32(0.01),
+}  # fmt: skip
+
+
+def attention(mask="m", attributes="num_heads = 2", shape="[2,5]"):
+    feed = f"int32{shape} m" if mask else ""
+    return foreign(
+        f"g (uint8[2,5,8] x{', ' * bool(mask)}{feed}) => (float[2,5,8] y) {{ y = "
+        f"com.microsoft.QAttention <{attributes}> (x, wa, ba, xs, wsa, {mask}, xz, wza) }}",
+        ATTENTION_WEIGHTS,
+    )
+
+
+@pytest.mark.parametrize("mask", ["m", ""])
+@pytest.mark.parametrize("attributes", ["num_heads = 2", "num_heads = 4, scale = 0.25"])
+def test_attention(mask, attributes):
+    model = attention(mask, attributes)
+    feeds = ATTENTION if mask else {"x": ATTENTION["x"]}
+    expected = run(model, feeds)[0]
+    assert LiftQOperators()(model).modified
+    assert not LiftQOperators()(model).modified
+    verify(model, Stage.FLOAT, "lift-qoperators")
+    assert not any(node.domain for node in model.graph)
+    assert [n.op_type for n in model.graph].count("MatMul") == 3
+    np.testing.assert_allclose(run(model, feeds)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (attention(attributes="num_heads = 2, unidirectional = 1"), "it is causal"),
+        (attention(shape="[2]"), "not one number per key"),
+    ],
+)
+def test_attention_of_other_kinds_stays(model, why):
+    before = text_of(model)
+    assert not LiftQOperators()(model).modified
+    assert text_of(model) == before
+    assert why in decision_of(next(iter(model.graph))).why
+
+
 NEAR_MISSES = {
     "its int32 result is not cast":
         "g (uint8[2,6] x) => (int32[2,4] y) { y = MatMulInteger (x, w) }",
