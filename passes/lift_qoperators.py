@@ -18,20 +18,19 @@ from qcompiler.ir.decisions import decide
 from qcompiler.ir.graph import replace_nodes
 from qcompiler.passes.lift_attention import ATTENTION
 from qcompiler.passes.lift_elementwise import ELEMENTWISE
+from qcompiler.passes.lift_few_bits import FEW_BITS
 from qcompiler.passes.lift_integer_products import INTEGER_PRODUCTS
-from qcompiler.passes.lift_matmul_nbits import MATMUL_NBITS
 from qcompiler.passes.lift_products import PRODUCTS
 from qcompiler.passes.lifting import Form, NotLiftedError
 
 __all__ = ["LiftQOperators"]
 
-_LIFTINGS = PRODUCTS | INTEGER_PRODUCTS | ELEMENTWISE | MATMUL_NBITS | ATTENTION
+_LIFTINGS = PRODUCTS | INTEGER_PRODUCTS | ELEMENTWISE | FEW_BITS | ATTENTION
 
 _NO_FORM = {
     "QEmbedLayerNormalization": "three embeddings and their norm are one op in it",
     "DynamicQuantizeLSTM": "it quantizes its state anew in each step",
     "MatMulBnb4": "its codebook (fp4 or nf4) is no ONNX type",
-    "GatherBlockQuantized": "its blocks lie in the rows that it gathers",
     "QMoE": "experts are chosen inside of it",
 }
 """Quantized ops of com.microsoft that no pair around a float op expresses, and why."""

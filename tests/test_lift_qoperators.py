@@ -380,6 +380,30 @@ def test_matmul_nbits(bits, points, k):
     np.testing.assert_allclose(run(model, feeds, plainly=True)[0], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("points", ["", ", zp"])
+def test_gather_of_blocks(bits, points):
+    weights = {
+        "w": RNG.integers(0, 256, (9, 40 * bits // 8)).astype(np.uint8),
+        "s": RNG.uniform(0.01, 0.1, (9, 3)).astype(np.float32),
+        "zp": RNG.integers(0, 256, (9, -(-3 * bits // 8))).astype(np.uint8),
+    }
+    model = foreign(
+        "g (int64[2,3] i) => (float[2,3,40] y) { y = com.microsoft.GatherBlockQuantized "
+        f"<bits = {bits}, block_size = 16, quantize_axis = 1> (w, i, s{points}) }}",
+        weights,
+    )
+    operands = "(v2, v3, v4)" if points else "(v2, v3)"
+    assert_lifts(
+        model,
+        f"""inputs i
+        v{5 if points else 4} = DequantizeLinear {{'axis': '1', 'block_size': '16'}} {operands}
+        y = Gather {{'axis': '0'}} (v{5 if points else 4}, i)
+        outputs y""",
+        {"i": np.array([[8, 0, 3], [1, 1, 7]])},
+    )
+
+
 def test_zero_points_in_the_middle_are_none():
     weights = {
         "w": RNG.integers(0, 256, (8, 2, 8)).astype(np.uint8), "s": np.ones((8, 2), np.float32),

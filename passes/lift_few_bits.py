@@ -1,7 +1,8 @@
-"""Lift ORT's product with weights of few bits in blocks along K.
+"""Lift ORT's ops whose weights have few bits, in blocks.
 
     MatMulNBits(x, w[N, K], ws, wz, bias)   =>   Add(MatMul(x, DQ(w[K, N], ws, wz)), bias)
                                                  axis = 0, block_size as it was
+    GatherBlockQuantized(w, i, ws, wz)      =>   Gather(DQ(w, ws, wz), i)      axis = -1
 
 Part of `lift_qoperators`.  ORT stores unsigned values, the first in the lowest bits of a byte, one
 row per column of the product, with a zero point in the middle of the range where none is given.
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from qcompiler.ir.graph import constant
 from qcompiler.passes.lifting import Form, NotLiftedError
 
-__all__ = ["MATMUL_NBITS"]
+__all__ = ["FEW_BITS"]
 
 
 def _matmul_nbits(form: Form) -> ir.Value:
@@ -37,7 +38,7 @@ def _matmul_nbits(form: Form) -> ir.Value:
         raise NotLiftedError("its weights are computed")
     blocks = -(-k // block)
     inputs = [
-        _weight(form, "weight", _unpack(stored, n, bits)[:, :k], bits),
+        _stored(form, "weight", _unpack(stored, n, bits)[:, :k].T, bits),
         form.constant("scale", np.ascontiguousarray(steps.reshape(n, blocks).T)),
     ]
     if zeros is not None:
@@ -46,7 +47,7 @@ def _matmul_nbits(form: Form) -> ir.Value:
             raise NotLiftedError("its zero points are not constant integers")
         table = _unpack(points, n, bits)[:, :blocks]
         if (table != _middle(bits)).any():
-            inputs.append(_weight(form, "zero_point", table, bits))
+            inputs.append(_stored(form, "zero_point", table.T, bits))
     weight = form.op("DequantizeLinear", inputs, {"axis": 0, "block_size": block})
     product = form.op("MatMul", [x, weight])
     return product if bias is None else form.op("Add", [product, bias])
@@ -63,11 +64,37 @@ def _middle(bits: int) -> np.uint8:
     return np.uint8(2 ** (bits - 1))
 
 
-def _weight(form: Form, stem: str, table: NDArray[np.uint8], bits: int) -> ir.Value:
-    """The transpose of unsigned values, shifted to two's complement."""
-    signed = np.ascontiguousarray((table - _middle(bits)).view(np.int8).T)
+def _stored(form: Form, stem: str, table: NDArray[np.uint8], bits: int) -> ir.Value:
+    """Unsigned values, shifted to two's complement."""
+    signed = np.ascontiguousarray(table - _middle(bits)).view(np.int8)
     storage = ir.DataType.INT8 if bits == 8 else ir.DataType.INT4
     return form.constant(stem, signed.astype(storage.numpy()), storage)
 
 
-MATMUL_NBITS = {("com.microsoft", "MatMulNBits"): _matmul_nbits}
+def _gather(form: Form) -> ir.Value:
+    packed, indices, scales, zeros = form.inputs(4)
+    attributes = form.node.attributes
+    bits, block = attributes.get_int("bits", 4), attributes.get_int("block_size", 128)
+    stored, steps, points = constant(packed), constant(scales), constant(zeros)
+    if stored is None or steps is None or (zeros is not None and points is None):
+        raise NotLiftedError("its table is computed")
+    axis = attributes.get_int("quantize_axis", 1)
+    if stored.dtype != np.uint8 or bits not in (2, 4, 8) or axis % stored.ndim != stored.ndim - 1:
+        raise NotLiftedError("its table is not stored in bytes along the last axis")
+    rows = stored.shape[:-1]
+    table = _unpack(stored, stored.size // stored.shape[-1], bits)
+    inputs = [_stored(form, "table", table.reshape(*rows, -1), bits), scales]
+    if points is not None:
+        unpacked = _unpack(points, points.size // points.shape[-1], bits)
+        unpacked = unpacked.reshape(*rows, -1)[..., : steps.shape[-1]]
+        if (unpacked != _middle(bits)).any():
+            inputs.append(_stored(form, "zero_point", unpacked, bits))
+    along = {"axis": stored.ndim - 1, "block_size": block}
+    floats = form.op("DequantizeLinear", inputs, along)
+    return form.op("Gather", [floats, indices], {"axis": attributes.get_int("gather_axis", 0)})
+
+
+FEW_BITS = {
+    ("com.microsoft", "MatMulNBits"): _matmul_nbits,
+    ("com.microsoft", "GatherBlockQuantized"): _gather,
+}
