@@ -20,9 +20,23 @@ from onnx_ir.convenience import replace_all_uses_with, replace_nodes_and_values
 from qcompiler.ir.decisions import decide, inherit
 from qcompiler.ir.graph import constant, dequantize_of, new_initializer
 from qcompiler.passes.moved_axis import moved_axis
-from qcompiler.passes.qdq_parameters import is_pair, is_per_tensor, same_parameters, zero_of
+from qcompiler.passes.qdq_parameters import (
+    is_pair,
+    is_per_tensor,
+    is_read_as_weight,
+    same_parameters,
+    zero_of,
+)
 
-__all__ = ["MOVES", "data_of", "no_integer_form", "on_integers", "push_dequantize", "try_cancel"]
+__all__ = [
+    "MOVES",
+    "data_of",
+    "move_constant",
+    "no_integer_form",
+    "on_integers",
+    "push_dequantize",
+    "try_cancel",
+]
 
 MOVES = frozenset({
     "Concat", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Reshape", "Resize",
@@ -175,6 +189,26 @@ def on_integers(move: ir.Node, data: Sequence[ir.Value | None], zero: ir.Value |
         value.shape, value.name = old.shape, f"{old.name}_stored"
     decide(new, "qdq", "moves stored integers")
     return new
+
+
+def move_constant(graph: ir.Graph, move: ir.Node) -> bool:
+    """DQ(Move(W)) => DQ(W'): a weight that an embedding shares is turned once, not in every run.
+
+    Its integers are then in the model twice, which is half of what one float copy would take.
+    """
+    if move.domain != "" or move.op_type not in _OF_CONSTANTS or move.graph is None:
+        return False
+    array, result = constant(move.inputs[0]), move.outputs[0]
+    readers = [use.node for use in result.uses()]
+    if array is None or result.is_graph_output() or not _is_static(result) or not readers:
+        return False
+    if not all(
+        is_pair(reader, "DequantizeLinear") and is_read_as_weight(reader) for reader in readers
+    ):
+        return False
+    replace_all_uses_with(result, _moved_constant(graph, move, array))
+    move.graph.remove(move, safe=True)
+    return True
 
 
 def try_cancel(quantize: ir.Node) -> bool:

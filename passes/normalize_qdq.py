@@ -22,7 +22,7 @@ from onnx_ir.passes import common
 from qcompiler.ir.decisions import decide
 from qcompiler.ir.graph import dequantize_of, replace_nodes
 from qcompiler.passes.drop_clamps import try_drop_clamp
-from qcompiler.passes.move_pairs import push_dequantize, try_cancel
+from qcompiler.passes.move_pairs import move_constant, push_dequantize, try_cancel
 from qcompiler.passes.pull_quantize import pull_quantize
 from qcompiler.passes.qdq_parameters import is_pair, spell_out, store_constant
 from qcompiler.passes.unsigned_activations import make_unsigned
@@ -96,10 +96,19 @@ def _typed(node: ir.Node, like: ir.Value | None, turned: bool = False) -> ir.Val
 
 
 def _move(graph: ir.Graph) -> int:
+    """Everything of `_move_once`, until nothing moves: a Q that went up may now follow a Relu."""
+    count = 0
+    while moved := _move_once(graph):
+        count += moved
+    return count
+
+
+def _move_once(graph: ir.Graph) -> int:
     count = 0
     for node in list(graph.all_nodes()):
         count += node.graph is not None and (
             (is_pair(node, _Q) and store_constant(graph, node))
+            or move_constant(graph, node)
             or try_drop_clamp(node)
             or push_dequantize(graph, node)
             or try_cancel(node)

@@ -25,6 +25,7 @@ __all__ = [
     "MIDDLE",
     "is_pair",
     "is_per_tensor",
+    "is_read_as_weight",
     "is_weight",
     "same_parameters",
     "shifted",
@@ -50,8 +51,13 @@ def is_pair(node: ir.Node | None, op_type: str) -> bool:
 
 def is_weight(dequantize: ir.Node) -> bool:
     """Whether a DQ widens a constant that a reader takes for weights."""
+    return constant(dequantize.inputs[0]) is not None and is_read_as_weight(dequantize)
+
+
+def is_read_as_weight(dequantize: ir.Node) -> bool:
+    """Whether a reader of a DQ takes it for weights."""
     uses = [(use.node.op_type, use.idx) for use in dequantize.outputs[0].uses()]
-    return constant(dequantize.inputs[0]) is not None and any(use in _WEIGHTS for use in uses)
+    return any(use in _WEIGHTS for use in uses)
 
 
 def is_per_tensor(node: ir.Node) -> bool:

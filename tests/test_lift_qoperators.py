@@ -6,7 +6,9 @@ from foreign import FLOATS, IMAGE, WEIGHTS, X, assert_lifts, foreign
 from golden import run, text_of
 
 from qcompiler.ir.decisions import decision_of
+from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.lift_qoperators import LiftQOperators
+from qcompiler.targets.catalog import TARGETS
 
 
 @pytest.mark.parametrize(
@@ -184,6 +186,20 @@ def test_what_is_not_lifted_stays_and_says_why(why):
     assert set(model.graph.initializers) == initializers
     assert any(why in decision_of(node).why for node in model.graph)
     assert {decision_of(node).action for node in model.graph} <= {"qdq", "float"}
+
+
+def test_a_quantized_op_without_float_form_keeps_its_reason():
+    """Planning, which has nothing to add, does not call it float afterwards."""
+    model = foreign(
+        "g (float[2,32] x) => (float[2,4] y) { y = com.microsoft.MatMulBnb4 "
+        "<K = 32, N = 4, block_size = 16, quant_type = 1> (x, packed, absmax) }",
+        {"packed": np.zeros(64, np.uint8), "absmax": np.ones(8, np.float32)},
+    )
+    LiftQOperators()(model)
+    AssignPrecision(TARGETS["x86-int8"].scheme)(model)
+    decision = decision_of(next(iter(model.graph)))
+    assert decision.action == "qdq"
+    assert "codebook" in decision.why
 
 
 def test_a_stored_value_may_leave_the_graph():

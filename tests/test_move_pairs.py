@@ -151,6 +151,24 @@ def test_a_table_of_floats_is_stored_as_what_is_looked_up():
     )
 
 
+def test_the_last_weight_is_turned_though_an_embedding_shares_it():
+    weights = W | {"table": RNG.integers(-127, 128, (9, 6)).astype(np.int8)}
+    assert_normalizes(
+        "g (float[2,6] x, int64[2] i) => (float[2,9] y, float[2,6] e) "
+        "{ r = Gather (table, i) e = DequantizeLinear (r, s, zero8) h = Transpose (table) "
+        "f = DequantizeLinear (h, s, zero8) a = Add (x, e) y = MatMul (a, f) }",
+        """inputs x, i
+        v5 = Gather  (v4, i)
+        e = DequantizeLinear  (v5, v6, v7)
+        v9 = DequantizeLinear  (v8, v6)
+        v10 = Add  (x, e)
+        y = MatMul  (v10, v9)
+        outputs y, e""",
+        FLOATS | {"i": np.array([8, 3])},
+        weights,
+    )
+
+
 SAME_OF_ANOTHER_SCALE = QDQ + "r = QuantizeLinear (x, t, u) f = DequantizeLinear (r, t, u) "
 NEAR_MISSES = {
     "different scales":
