@@ -20,7 +20,7 @@ __all__ = ["Form", "NotLiftedError", "size_of"]
 
 
 _OTHER_TYPES = ("DynamicQuantizeLinear", "Mul", "QuantizeLinear", "Squeeze")
-"""Ops of a form whose result is no float of the shape of the whole."""
+"""Ops of a form whose result has not the type of the first operand and the shape of the whole."""
 
 
 class NotLiftedError(Exception):
@@ -67,11 +67,11 @@ class Form:
         if self.node.domain:
             return
         for node in self.nodes:
-            source, result = node.inputs[0], node.outputs[0]
-            if node.op_type == "DequantizeLinear" and source is not None:
-                result.dtype, result.shape = ir.DataType.FLOAT, source.shape
-            elif node.op_type not in _OTHER_TYPES:
-                result.dtype, result.shape = ir.DataType.FLOAT, self.covered[-1].outputs[0].shape
+            (source, scale), result = (*node.inputs, None)[:2], node.outputs[0]
+            if node.op_type == "DequantizeLinear" and source is not None and scale is not None:
+                result.dtype, result.shape = scale.dtype or ir.DataType.FLOAT, source.shape
+            elif node.op_type not in _OTHER_TYPES and source is not None:
+                result.type, result.shape = source.type, self.covered[-1].outputs[0].shape
 
     def op(
         self,

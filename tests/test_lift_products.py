@@ -50,6 +50,20 @@ def test_matmul(scale, zero):
     )
 
 
+def test_half_precision_stays_half():
+    """ONNX Runtime has no kernel for it, and does not need one for the pairs."""
+    half = {name: WEIGHTS[name].astype(np.float16) for name in ("xs", "ws", "ys")}
+    model = foreign(
+        "g (uint8[2,6] x) => (uint8[2,4] y) { y = QLinearMatMul (x, xs, xz, w, ws, wz, ys, yz) }",
+        WEIGHTS | half,
+    )
+    wanted = (X - 120.0) * half["xs"] @ (WEIGHTS["w"] * half["ws"].astype(float))
+    assert LiftQOperators()(model).modified
+    assert {n.outputs[0].dtype.name for n in model.graph} == {"FLOAT16", "UINT8"}
+    steps = run(model, {"x": X})[0].astype(int)
+    np.testing.assert_allclose(steps, np.clip(wanted / half["ys"] + 130, 0, 255), atol=0.6)
+
+
 def test_gemm_with_alpha_and_a_turned_weight():
     weights = WEIGHTS | {"wt": np.ascontiguousarray(WEIGHTS["w"].T)}
     assert_lifts(
