@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from qcompiler.ir.decisions import NodePlan, decide, plan_of, set_plan
+from qcompiler.ir.decisions import NodePlan, decide, decision_of, plan_of, set_plan
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, new_initializer, rectified
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
@@ -121,7 +121,8 @@ class AssignPrecision(ir.passes.InPlacePass):
                 changed = changed or plan_of(node) != plan
                 set_plan(node, plan)
                 decide(node, "qdq", str(plan))
-            elif plan is not None:
+            elif plan is not None and decision_of(node).action != "qdq":
+                # What was imported quantized, and is left so, has its reason already.
                 decide(node, "float", plan.why, expected=plan.expected)
         return ir.passes.PassResult(model, changed)
 

@@ -25,7 +25,9 @@ from qcompiler.passes.fuse_norms import FuseNorms
 from qcompiler.passes.fuse_quantize import FuseQuantize
 from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
+from qcompiler.passes.lift_qoperators import LiftQOperators
 from qcompiler.passes.merge_siblings import MergeSiblings
+from qcompiler.passes.normalize_qdq import NormalizeQDQ
 from qcompiler.passes.options import configured
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.smooth_activations import Sampler, SmoothActivations
@@ -82,6 +84,8 @@ class Pipeline:
         pipeline = cls(
             [
                 Step("canonicalize", Canonicalize(), Stage.FLOAT),
+                Step("lift-qoperators", LiftQOperators(), Stage.FLOAT),
+                Step("normalize-qdq", NormalizeQDQ(), Stage.FLOAT),
                 Step("fuse-batchnorm", FuseBatchNorm(), Stage.FLOAT),
                 Step("fuse-gelu", FuseGelu(), Stage.FLOAT),
                 Step(

@@ -22,12 +22,13 @@ from qcompiler.pipeline import Pipeline, Step
 from qcompiler.targets.catalog import get_target
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "qcompiler" : 1]>\n'
+ORT_HEAD = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>\n'
 Feeds = Mapping[str, NDArray[Any]]
 
 
-def model_of(text: str, weights: Mapping[str, Any] | None = None) -> ir.Model:
+def model_of(text: str, weights: Mapping[str, Any] | None = None, head: str = HEAD) -> ir.Model:
     """A model from ONNX text (without its head) and those of the weights that it names."""
-    proto = onnx.parser.parse_model(HEAD + text)
+    proto = onnx.parser.parse_model(head + text)
     for name, value in (weights or {}).items():
         if re.search(rf"\b{name}\b", text):
             tensor = ir.tensor(np.asarray(value), name=name)
@@ -81,12 +82,20 @@ def _notes(node: ir.Node) -> list[str]:
     return notes
 
 
-def run(model: ir.Model, feeds: Feeds) -> list[NDArray[Any]]:
-    """The outputs of a model in stock ONNX Runtime at its default level, one thread."""
+def run(model: ir.Model, feeds: Feeds, *, plainly: bool = False) -> list[NDArray[Any]]:
+    """The outputs of a model in stock ONNX Runtime, one thread.
+
+    Args:
+        model: Any stage.
+        feeds: Its inputs.
+        plainly: Node by node, with nothing fused; else at ONNX Runtime's default level.
+    """
     copy = model.clone()
     dialect.declare(copy)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
+    if plainly:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.InferenceSession(ir.to_proto(copy).SerializeToString(), options)
     return session.run(None, dict(feeds))  # type: ignore[no-any-return]
 

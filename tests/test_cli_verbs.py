@@ -84,7 +84,7 @@ def test_inspect_an_altered_bundle():
         ("{", "not a readable manifest"),
         ('{"schema": 99}', "has schema 99"),
         ('{"schema": 1, "target": "x", "tools": {}, "minimum_ort": "1.23", "recipe": {}, '
-         '"decisions": [{"no": "x"}], "files": {}, "library": null}', "unreadable decisions"),
+         '"decisions": [{"no": "x"}], "files": {"model.onnx": ""}, "library": null}', "unreadable decisions"),
     ],
 )  # fmt: skip
 def test_inspect_what_is_no_bundle(content, message):
@@ -246,7 +246,7 @@ def test_pass_keeps_external_data_complete():
         ([], 2, "give PASSES IN.onnx OUT.onnx, or --list"),
         (["canonicalize", MODEL], 2, "give PASSES IN.onnx OUT.onnx, or --list"),
         (["fold-qdf", MODEL, "o.onnx"], 1, "no pass 'fold-qdf'; did you mean 'fold-qdq'?"),
-        (["zzz", MODEL, "o.onnx"], 1, "no pass 'zzz'; one of canonicalize, fuse-"),
+        (["zzz", MODEL, "o.onnx"], 1, "no pass 'zzz'; one of canonicalize, lift-"),
         (["fuse-regions", MODEL, "o.onnx"], 1, "depends on the target: add --target TARGET"),
         (["insert-qdq", MODEL, "o.onnx"], 1, "needs the plans of assign-precision"),
         (["canonicalize", MODEL, MODEL], 1, "is the input; name another file"),

@@ -1,0 +1,100 @@
+"""Lift ORT's ops whose weights have few bits, in blocks.
+
+    MatMulNBits(x, w[N, K], ws, wz, bias)   =>   Add(MatMul(x, DQ(w[K, N], ws, wz)), bias)
+                                                 axis = 0, block_size as it was
+    GatherBlockQuantized(w, i, ws, wz)      =>   Gather(DQ(w, ws, wz), i)      axis = -1
+
+Part of `lift_qoperators`.  ORT stores unsigned values, the first in the lowest bits of a byte, one
+row per column of the product, with a zero point in the middle of the range where none is given.
+Here they become two's complement in ONNX order, so that the middle is 0: int8 for 8 bits, int4 for
+4 and for 2 (int2 needs opset 25).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompiler.ir.graph import constant
+from qcompiler.passes.lifting import Form, NotLiftedError
+
+__all__ = ["FEW_BITS"]
+
+
+def _matmul_nbits(form: Form) -> ir.Value:
+    x, packed, scales, zeros, order, bias = form.inputs(6)
+    attributes = form.node.attributes
+    bits, block = attributes.get_int("bits", 4), attributes.get_int("block_size")
+    n, k = attributes.get_int("N"), attributes.get_int("K")
+    stored, steps = constant(packed), constant(scales)
+    if order is not None:
+        raise NotLiftedError("g_idx permutes its groups, blocks of DequantizeLinear are contiguous")
+    if bits not in (2, 4, 8):
+        raise NotLiftedError(f"no ONNX type has {bits} bits")
+    if attributes.get_int("weight_prepacked", 0):
+        raise NotLiftedError("its weights are packed for one kind of processor")
+    if stored is None or steps is None:
+        raise NotLiftedError("its weights are computed")
+    blocks = -(-k // block)
+    inputs = [
+        _stored(form, "weight", _unpack(stored, n, bits)[:, :k].T, bits),
+        form.constant("scale", np.ascontiguousarray(steps.reshape(n, blocks).T)),
+    ]
+    if zeros is not None:
+        points = constant(zeros)
+        if points is None or points.dtype != np.uint8:
+            raise NotLiftedError("its zero points are not constant integers")
+        table = _unpack(points, n, bits)[:, :blocks]
+        if (table != _middle(bits)).any():
+            inputs.append(_stored(form, "zero_point", table.T, bits))
+    weight = form.op("DequantizeLinear", inputs, {"axis": 0, "block_size": block})
+    product = form.op("MatMul", [x, weight])
+    return product if bias is None else form.op("Add", [product, bias])
+
+
+def _unpack(packed: NDArray[np.uint8], rows: int, bits: int) -> NDArray[np.uint8]:
+    """One stored value per byte, [rows, ...]; the first of a byte lies in its lowest bits."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    values = packed.reshape(rows, -1, 1) >> shifts & np.uint8(2**bits - 1)
+    return values.reshape(rows, -1)
+
+
+def _middle(bits: int) -> np.uint8:
+    return np.uint8(2 ** (bits - 1))
+
+
+def _stored(form: Form, stem: str, table: NDArray[np.uint8], bits: int) -> ir.Value:
+    """Unsigned values, shifted to two's complement."""
+    signed = np.ascontiguousarray(table - _middle(bits)).view(np.int8)
+    storage = ir.DataType.INT8 if bits == 8 else ir.DataType.INT4
+    return form.constant(stem, signed.astype(storage.numpy()), storage)
+
+
+def _gather(form: Form) -> ir.Value:
+    packed, indices, scales, zeros = form.inputs(4)
+    attributes = form.node.attributes
+    bits, block = attributes.get_int("bits", 4), attributes.get_int("block_size", 128)
+    stored, steps, points = constant(packed), constant(scales), constant(zeros)
+    if stored is None or steps is None or (zeros is not None and points is None):
+        raise NotLiftedError("its table is computed")
+    axis = attributes.get_int("quantize_axis", 1)
+    if stored.dtype != np.uint8 or bits not in (2, 4, 8) or axis % stored.ndim != stored.ndim - 1:
+        raise NotLiftedError("its table is not stored in bytes along the last axis")
+    rows = stored.shape[:-1]
+    table = _unpack(stored, stored.size // stored.shape[-1], bits)
+    inputs = [_stored(form, "table", table.reshape(*rows, -1), bits), scales]
+    if points is not None:
+        unpacked = _unpack(points, points.size // points.shape[-1], bits)
+        unpacked = unpacked.reshape(*rows, -1)[..., : steps.shape[-1]]
+        if (unpacked != _middle(bits)).any():
+            inputs.append(_stored(form, "zero_point", unpacked, bits))
+    along = {"axis": stored.ndim - 1, "block_size": block}
+    floats = form.op("DequantizeLinear", inputs, along)
+    return form.op("Gather", [floats, indices], {"axis": attributes.get_int("gather_axis", 0)})
+
+
+FEW_BITS = {
+    ("com.microsoft", "MatMulNBits"): _matmul_nbits,
+    ("com.microsoft", "GatherBlockQuantized"): _gather,
+}

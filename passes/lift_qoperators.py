@@ -1,0 +1,74 @@
+"""Lift ops that are themselves quantized into float ops between explicit pairs.
+
+    QLinearConv(x, xs, xz, w, ws, wz, ys, yz, b)   =>   Q(Conv(DQ(x), DQ(w), DQ(b)), ys, yz)
+
+and so on for the ops of ai.onnx and com.microsoft, each family in a file of its own (`lift_*`).
+The integers are the same before and after; only a tie between two steps may round to the other.
+A dynamic scale stays a DynamicQuantizeLinear, whose three results a DequantizeLinear widens:
+
+    q, s, z = DynamicQuantizeLinear(x);   y = MatMul(DQ(q, s, z), DQ(w, ws, wz))
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from qcompiler.ir.decisions import decide
+from qcompiler.ir.graph import replace_nodes
+from qcompiler.passes.lift_attention import ATTENTION
+from qcompiler.passes.lift_elementwise import ELEMENTWISE
+from qcompiler.passes.lift_few_bits import FEW_BITS
+from qcompiler.passes.lift_integer_products import INTEGER_PRODUCTS
+from qcompiler.passes.lift_products import PRODUCTS
+from qcompiler.passes.lifting import Form, NotLiftedError
+
+__all__ = ["LiftQOperators"]
+
+_LIFTINGS = PRODUCTS | INTEGER_PRODUCTS | ELEMENTWISE | FEW_BITS | ATTENTION
+
+_NO_FORM = {
+    "QEmbedLayerNormalization": "three embeddings and their norm are one op in it",
+    "DynamicQuantizeLSTM": "it quantizes its state anew in each step",
+    "MatMulBnb4": "its codebook (fp4 or nf4) is no ONNX type",
+    "QMoE": "experts are chosen inside of it",
+}
+"""Quantized ops of com.microsoft that no pair around a float op expresses, and why."""
+
+
+class LiftQOperators(ir.passes.InPlacePass):
+    """Bring operator-oriented quantization into QDQ form; say why where that is not possible."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Lift every op that has a form."""
+        lifted = [node for node in list(model.graph.all_nodes()) if _try_lift(model.graph, node)]
+        if lifted:
+            ir.passes.Sequential(
+                common.RemoveUnusedNodesPass(),
+                common.NameFixPass(),
+                common.CommonSubexpressionEliminationPass(),
+                common.RemoveUnusedOpsetsPass(),
+            )(model)
+        if any(node.domain for node in lifted):
+            # ONNX knew nothing about what these return, nor then about what follows.
+            common.ShapeInferencePass(strict_mode=False)(model)
+        return ir.passes.PassResult(model, bool(lifted))
+
+
+def _try_lift(graph: ir.Graph, node: ir.Node) -> bool:
+    if node.domain == "com.microsoft" and node.op_type in _NO_FORM:
+        decide(node, "qdq", f"ORT's own {node.op_type}, not lifted: {_NO_FORM[node.op_type]}")
+        return False
+    lift = _LIFTINGS.get((node.domain, node.op_type))
+    if lift is None:
+        return False
+    form = Form(graph, node)
+    try:
+        lift(form)
+    except NotLiftedError as reason:
+        form.discard()
+        decide(node, "qdq", f"ORT's own {node.op_type}, not lifted: {reason}")
+        return False
+    form.type_results()
+    replace_nodes(form.covered, form.nodes)
+    return True
