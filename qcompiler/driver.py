@@ -18,7 +18,7 @@ from qcompiler.bundle import Manifest, check_destination, staged_folder
 from qcompiler.calibrate import Samples, observe, sample_tokens
 from qcompiler.chooser import Chooser, Wishes
 from qcompiler.emit import build_kernels, write_bundle
-from qcompiler.frontend import load_model
+from qcompiler.frontend import is_of_torch, load_model
 from qcompiler.ir.decisions import decisions
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.types import TensorStats
@@ -41,10 +41,12 @@ model: that would take memory for the whole model, not for its largest layer."""
 
 
 def compile(
-    source: str | os.PathLike[str] | ir.Model | torch.export.ExportedProgram,
+    source: str | os.PathLike[str] | ir.Model | torch.export.ExportedProgram | torch.nn.Module,
     target: str,
     output: str | os.PathLike[str] | None = None,
     *,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
     recipe: Recipe | None = None,
     calibration: str | os.PathLike[str] | None = None,
     pipeline: Pipeline | None = None,
@@ -57,9 +59,12 @@ def compile(
     """Compile a model into a bundle.
 
     Args:
-        source: An ONNX file, an `onnx_ir.Model` or a `torch.export` program.
+        source: An ONNX file, a `.pt2`, an `onnx_ir.Model`, a `torch.export` program, or a torch
+            module, such as a `torch.fx.GraphModule`, with example inputs.
         target: A target name, see `qcompile targets`.
         output: The bundle's folder; by default `<model>.<target>` in the current folder.
+        example_inputs: For a module: its positional arguments, or a mapping of keyword arguments.
+        dynamic_shapes: For a module: which dimensions vary, as `torch.export.export` takes them.
         recipe: What to do differently from the target's defaults.
         calibration: Folder of `.npz` samples, for what must be static.
         pipeline: Passes to run instead of the default ones; kernels are then not chosen.
@@ -86,7 +91,8 @@ def compile(
     if pipeline is None:
         wishes = Wishes(timing, shapes, choices)
         chooser = Chooser(goal, wishes, calibration, clock.detail)
-    job = _Job(source, goal, recipe, clock, observer, chooser, pipeline)
+    example = (example_inputs, dynamic_shapes)
+    job = _Job(source, example, goal, recipe, clock, observer, chooser, pipeline)
     model = job.run_passes()
     report = Report(destination, target, tuple(decisions(model)), job.bytes_before)
     if strict:
@@ -116,6 +122,7 @@ class _Job:
     """One compilation: what it is made from, and the steps that may have to be taken again."""
 
     source: Any
+    example: tuple[Any, ...]
     target: Target
     recipe: Recipe
     clock: Clock
@@ -133,9 +140,9 @@ class _Job:
         assert pipeline is not None
         self.clock.total = len(pipeline.steps) + 4
         self.clock.start("load")
-        model = load_model(self.source)
-        if not isinstance(self.source, str | os.PathLike | ir.Model):
-            self.source = model.clone()  # a torch program, whose export takes long
+        model = load_model(self.source, *self.example)
+        if is_of_torch(self.source):
+            self.source, self.example = model.clone(), ()  # the export takes long
         self.bytes_before = _source_bytes(self.source, model)
         if self.chooser is not None:
             self.chooser.check(model)
