@@ -31,9 +31,7 @@ def main() -> None:
             expected = model(x).detach().numpy()
             (y,) = session.run(None, {"input": x.numpy()})
             noise = np.mean((y - expected) ** 2) / np.mean(expected**2)
-            print(
-                f"{rows:4} rows: the error of int8 is {-10 * np.log10(noise):.1f} dB below the output"
-            )
+            print(f"{rows:4} rows: an error {-10 * np.log10(noise):.1f} dB below the output")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qcompiler.calibrate import Samples, check_sample
+from qcompiler.frontend import onnx_file
 from qcompiler.ir.errors import BundleError, CalibrationError, ModelError, OptionError
 from qcompiler.output_error import Accuracy, ErrorSums, OutputError
 from qcompiler.runtime import open_model
@@ -50,7 +51,7 @@ def compare(
     """Run both on every sample and sum up the differences.
 
     Args:
-        model: An ONNX file, or a bundle to compare with.
+        model: An ONNX file or a `.pt2`, or a bundle to compare with.
         bundle: A bundle, or any ONNX file.
         data: Folder of `.npz` samples.
         labels: Array of the samples with the right class of each row.
@@ -64,7 +65,8 @@ def compare(
         BundleError: The bundle is incomplete, altered, or has other outputs than the model.
     """
     samples = Samples(data)
-    first, second = open_model(model), open_model(bundle, native=native)
+    with onnx_file(model) as source:
+        first, second = open_model(source), open_model(bundle, native=native)
     names = [output.name for output in first.get_outputs()]
     missing = set(names) - {output.name for output in second.get_outputs()}
     if missing:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from qcompiler.bundle import Manifest, check_destination, staged_folder
 from qcompiler.calibrate import Samples, observe, sample_tokens
 from qcompiler.chooser import Chooser, Wishes
 from qcompiler.emit import build_kernels, write_bundle
-from qcompiler.frontend import is_of_torch, load_model
+from qcompiler.frontend import is_of_torch, load_model, onnx_file
 from qcompiler.ir.decisions import decisions
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.types import TensorStats
@@ -166,11 +165,7 @@ class _Job:
         if all(decision.action == "float" for decision in decisions(model)):
             return False
         self.clock.start("time the whole")
-        if isinstance(self.source, str | os.PathLike):
-            return self.chooser.is_slower(stage, Path(self.source))
-        with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-            file = Path(folder) / "model.onnx"
-            ir.save(load_model(self.source), file, external_data="model.onnx.data")
+        with onnx_file(self.source) as file:
             return self.chooser.is_slower(stage, file)
 
     def write_choices(self, stage: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from qcompiler.runtime import open_session
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["is_of_torch", "load_model"]
+__all__ = ["is_of_torch", "load_model", "onnx_file"]
 
 
 def load_model(
@@ -56,6 +58,18 @@ def is_of_torch(source: object) -> bool:
     if isinstance(source, str | os.PathLike):
         return is_torch_file(Path(source))
     return not isinstance(source, ir.Model)
+
+
+@contextlib.contextmanager
+def onnx_file(source: str | os.PathLike[str] | ir.Model) -> Iterator[Path]:
+    """The ONNX file at `source`, or one written of it for as long as it is needed."""
+    if isinstance(source, str | os.PathLike) and not is_of_torch(source):
+        yield Path(source)
+        return
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+        file = Path(folder) / "model.onnx"
+        ir.save(load_model(source), file, external_data="model.onnx.data")
+        yield file
 
 
 def _load_file(path: Path) -> ir.Model:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import qcompiler
+from qcompiler.bench import bench
+from qcompiler.compare import compare
 from qcompiler.frontend import load_model
 from qcompiler.ir.errors import ModelError
 
@@ -67,6 +69,17 @@ def test_the_command_line_compiles_a_pt2(tmp_path):
     with torch.no_grad():
         expected = Rounded()(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=0.05)
+
+
+def test_a_bundle_is_compared_and_timed_with_its_pt2(saved, tmp_path):
+    bundle = qcompiler.compile(saved, "arm-int8", tmp_path / "b").bundle
+    (tmp_path / "data").mkdir()
+    x = np.random.default_rng(0).standard_normal((5, 16), dtype=np.float32)
+    np.savez(tmp_path / "data" / "0.npz", x=x)
+    found = compare(saved, bundle, tmp_path / "data")
+    assert found.outputs[0].sqnr > 20
+    timed = bench(bundle, saved, threads=(1,), shapes={"x": (5, 16)}, seconds=0.05)
+    assert timed.results[0].speedup > 0
 
 
 def checkpoint(path):
