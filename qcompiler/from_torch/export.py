@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 import torch
 
+from qcompiler.from_torch.integer_products import integer_products
 from qcompiler.from_torch.ops import translations
 from qcompiler.from_torch.pack import pack_constants
 from qcompiler.ir.errors import ModelError
@@ -44,6 +45,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
     assert exported is not None
     # The exporter's model shares memory with torch; bytes of our own outlive it.
     model: ir.Model = ir.from_proto(exported.model_proto)
+    integer_products(model)
     pack_constants(model)
     return model
 
