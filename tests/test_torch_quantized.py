@@ -125,6 +125,22 @@ def test_ties_are_at_most_one_apart():
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_int8_pairs_before_data_movement_open():
+    def moved(x):
+        stored = Q.quantize_per_tensor(x, 0.1, 4, -127, 127, torch.int8)
+        wide = Q.dequantize_per_tensor(stored, 0.1, 4, -127, 127, torch.int8)
+        return torch.exp(wide.reshape(-1, 4, 4).transpose(1, 2))
+
+    x = RNG.standard_normal((5, 16), dtype=np.float32)
+    model, pairs = both(Of(moved), x, x[:2])
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    (quantize,) = nodes(model, "QuantizeLinear")
+    assert quantize.outputs[0].dtype is ir.DataType.UINT8
+    assert quantize.inputs[2].const_value.numpy() == 132
+    assert quantize.metadata_props["quantized_range"] == "1..255"
+
+
 def dynamic_tensor(x):
     scale, zero = Q.choose_qparams(x, 0, 255, 2**-12, torch.uint8)
     stored = Q.quantize_per_tensor.tensor(x, scale, zero, 0, 255, torch.uint8)

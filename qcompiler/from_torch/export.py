@@ -14,6 +14,7 @@ import torch
 from qcompiler.from_torch.integer_products import integer_products
 from qcompiler.from_torch.ops import translations
 from qcompiler.from_torch.pack import pack_constants
+from qcompiler.from_torch.unsigned_pairs import unsigned_pairs
 from qcompiler.ir.errors import ModelError
 
 __all__ = ["to_onnx"]
@@ -47,6 +48,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
     model: ir.Model = ir.from_proto(exported.model_proto)
     integer_products(model)
     pack_constants(model)
+    unsigned_pairs(model)
     return model
 
 
