@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.cores import available_cores, busy_cores
+from qcompiler.frontend import onnx_file
 from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.random_inputs import Feed, InputShape, random_feed
 from qcompiler.runtime import QUIET, import_onnxruntime, open_model
@@ -108,7 +109,7 @@ def bench(
 
     Args:
         bundle: A bundle, or any ONNX file.
-        model: An ONNX file, or another bundle.
+        model: An ONNX file or a `.pt2`, or another bundle.
         threads: Numbers of threads to try; by default one, and all cores.
         shapes: Shapes of random inputs; dynamic dimensions left open get a default.
         data: Samples to feed instead of random values.
@@ -127,13 +128,14 @@ def bench(
     counts = list(dict.fromkeys(threads or (1, available_cores())))
     load = busy_cores()
     results: list[Result] = []
-    for index, count in enumerate(counts):
-        first, second = _sessions(model, bundle, count)
-        if index == 0:
-            feeds, fed = _feeds(first.get_inputs(), shapes or {}, data)
-        step = _percent(progress, count, index, len(counts))
-        with _explained([] if data is not None else fed):
-            results.append(_measure(first, second, feeds, count, seconds, step))
+    with onnx_file(model) as source:
+        for index, count in enumerate(counts):
+            first, second = _sessions(source, bundle, count)
+            if index == 0:
+                feeds, fed = _feeds(first.get_inputs(), shapes or {}, data)
+            step = _percent(progress, count, index, len(counts))
+            with _explained([] if data is not None else fed):
+                results.append(_measure(first, second, feeds, count, seconds, step))
     return Bench(
         bundle, model, tuple(second.get_providers()), tuple(fed),
         0 if data is None else len(feeds), _SPINNING, available_cores(), load, tuple(results),

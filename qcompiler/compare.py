@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompiler.frontend import onnx_file
 from qcompiler.ir.errors import BundleError, CalibrationError, ModelError, OptionError
 from qcompiler.metric import Metric, MetricValues, find_metric, measure
 from qcompiler.node_errors import NodeError, node_errors
@@ -55,7 +56,7 @@ def compare(
     """Run both on every sample and sum up the differences.
 
     Args:
-        model: An ONNX file, or a bundle to compare with.
+        model: An ONNX file or a `.pt2`, or a bundle to compare with.
         bundle: A bundle, or any ONNX file.
         data: Samples for both.
         labels: Array of the samples with the right class of each row.
@@ -73,11 +74,13 @@ def compare(
     """
     samples = samples_from(data)
     merit = None if metric is None else find_metric(metric)
-    first, second = open_model(model), open_model(bundle, native=native)
-    names = [output.name for output in first.get_outputs()]
-    missing = set(names) - {output.name for output in second.get_outputs()}
-    if missing:
-        raise BundleError(f"{bundle} is not of {model}: it has no output {sorted(missing)}")
+    with onnx_file(model) as source:
+        first, second = open_model(source), open_model(bundle, native=native)
+        names = [output.name for output in first.get_outputs()]
+        missing = set(names) - {output.name for output in second.get_outputs()}
+        if missing:
+            raise BundleError(f"{bundle} is not of {model}: it has no output {sorted(missing)}")
+        inside = tuple(node_errors(source, bundle, samples, native=native)) if nodes else ()
     sums = {name: ErrorSums(name) for name in names}
     for index, (file, sample) in enumerate(samples):
         feed = check_sample(file, sample, first.get_inputs())
@@ -104,7 +107,6 @@ def compare(
     if merit is not None:
         before, after = (measure(*merit, side, samples) for side in (first, second))
         values = MetricValues(merit[0], before, after)
-    inside = tuple(node_errors(model, bundle, samples, native=native)) if nodes else ()
     return Comparison(model, bundle, native, len(samples), outputs, inside, values)
 
 

@@ -6,7 +6,7 @@ import os
 import resource
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -34,10 +34,12 @@ __all__ = ["Progress", "compile"]
 
 
 def compile(
-    source: str | os.PathLike[str] | ir.Model | torch.export.ExportedProgram,
+    source: str | os.PathLike[str] | ir.Model | torch.export.ExportedProgram | torch.nn.Module,
     target: str,
     output: str | os.PathLike[str] | None = None,
     *,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
     recipe: Recipe | None = None,
     calibration: Source | Samples | None = None,
     pipeline: Pipeline | str | None = None,
@@ -52,9 +54,12 @@ def compile(
     """Compile a model into a bundle.
 
     Args:
-        source: An ONNX file, an `onnx_ir.Model` or a `torch.export` program.
+        source: An ONNX file, a `.pt2`, an `onnx_ir.Model`, a `torch.export` program, or a torch
+            module, such as a `torch.fx.GraphModule`, with example inputs.
         target: A target name, see `qcompile targets`.
         output: The bundle's folder; by default `<model>.<target>` in the current folder.
+        example_inputs: For a module: its positional arguments, or a mapping of keyword arguments.
+        dynamic_shapes: For a module: which dimensions vary, as `torch.export.export` takes them.
         recipe: What to do differently from the target's defaults.
         calibration: Samples for what must be static, see `Samples`.
         pipeline: Passes to run instead of the default ones, for which kernels are then not chosen;
@@ -91,7 +96,10 @@ def compile(
         chooser = Chooser(goal, Wishes(timing, shapes, choices), samples, clock.detail)
     elif shapes is not None or choices is not None:
         raise OptionError("a pipeline of your own chooses nothing: leave out shapes and choices")
-    job = Job(source, goal, recipe, clock, observer, chooser, pipeline, stop_after, watchers)
+    job = Job(
+        source, (example_inputs, dynamic_shapes), goal, recipe, clock, observer, chooser, pipeline,
+        stop_after, watchers,
+    )  # fmt: skip
     model = job.run_passes()
     if strict:
         _refuse_fallbacks(decisions(model))

@@ -1,39 +1,75 @@
-"""Front doors: an ONNX file, an `onnx_ir.Model` or a `torch.export` program, as one model."""
+"""Front doors: an ONNX file, an `onnx_ir.Model`, or something of torch's, as one model."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
 
-from qcompiler.ir.errors import ModelError, QCompilerError
+from qcompiler.from_torch import is_torch_file, load_torch
+from qcompiler.ir.errors import ModelError, OptionError, QCompilerError
 from qcompiler.runtime import open_session
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["load_model"]
+__all__ = ["is_of_torch", "load_model", "onnx_file"]
 
 
 def load_model(
-    source: str | os.PathLike[str] | ir.Model | torch.export.ExportedProgram,
+    source: str | os.PathLike[str] | ir.Model | torch.export.ExportedProgram | torch.nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
 ) -> ir.Model:
     """Read a model; weights in external files stay on disk until they are used.
 
     Args:
-        source: A path, a model (it is copied) or an exported program.
+        source: A path, of an ONNX file or a `.pt2`; a model (it is copied); an exported program; or
+            a torch module, such as a `torch.fx.GraphModule`, with example inputs.
+        example_inputs: For a module: its positional arguments, or a mapping of keyword arguments.
+        dynamic_shapes: For a module: which dimensions vary, as `torch.export.export` takes them.
 
     Raises:
         ModelError: Missing, corrupt or incomplete, or not accepted by the ONNX checker.
+        OptionError: Example inputs are missing, or are given for something else than a module.
     """
+    given = example_inputs is not None or dynamic_shapes is not None
+    if given and isinstance(source, str | os.PathLike | ir.Model):
+        raise OptionError(
+            "example_inputs and dynamic_shapes are for a torch module: a saved model has shapes of "
+            "its own; leave them out"
+        )
     if isinstance(source, ir.Model):
         return source.clone()
     if isinstance(source, str | os.PathLike):
-        return _load_file(Path(source))
-    return _export(source)
+        path = Path(source)
+        return load_torch(path) if is_torch_file(path) else _load_file(path)
+    return load_torch(source, example_inputs, dynamic_shapes)
+
+
+def is_of_torch(source: object) -> bool:
+    """Whether `source` must be exported first: anything but an ONNX file or an `onnx_ir.Model`."""
+    if isinstance(source, str | os.PathLike):
+        return is_torch_file(Path(source))
+    return not isinstance(source, ir.Model)
+
+
+@contextlib.contextmanager
+def onnx_file(source: str | os.PathLike[str] | ir.Model) -> Iterator[Path]:
+    """The ONNX file at `source`, or one written of it for as long as it is needed."""
+    if isinstance(source, str | os.PathLike) and not is_of_torch(source):
+        yield Path(source)
+        return
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+        file = Path(folder) / "model.onnx"
+        ir.save(load_model(source), file, external_data="model.onnx.data")
+        yield file
 
 
 def _load_file(path: Path) -> ir.Model:
@@ -95,29 +131,6 @@ def _check_external_data(model: ir.Model, path: Path) -> None:
                     f"{path}: external data {tensor.location!r} is truncated: tensor "
                     f"{value.name!r} ends at byte {end} of {file.stat().st_size}"
                 )
-
-
-def _export(program: torch.export.ExportedProgram) -> ir.Model:
-    try:
-        import torch
-    except ImportError as error:
-        raise ModelError(
-            f"cannot read a {type(program).__name__}: torch is not installed "
-            "(pip install 'qcompiler[torch]')"
-        ) from error
-    if not isinstance(program, torch.export.ExportedProgram):
-        raise ModelError(
-            f"cannot read a {type(program).__name__}: give a path, an onnx_ir.Model or a "
-            "torch.export.ExportedProgram"
-        )
-    try:
-        exported = torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False)
-    except torch.onnx.OnnxExporterError as error:
-        raise ModelError(f"torch cannot express this program in ONNX: {error}") from error
-    assert exported is not None
-    # The exporter's model shares memory with torch; bytes of our own outlive it.
-    model: ir.Model = ir.from_proto(exported.model_proto)
-    return model
 
 
 def _first_line(error: Exception) -> str:

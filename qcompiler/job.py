@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from qcompiler.bundle import Manifest
 from qcompiler.calibrate import observe, sample_tokens
 from qcompiler.chooser import Chooser
 from qcompiler.emit import build_kernels, write_bundle
-from qcompiler.frontend import load_model
+from qcompiler.frontend import is_of_torch, load_model, onnx_file
 from qcompiler.ir.decisions import decisions
 from qcompiler.ir.stages import Stage
 from qcompiler.ir.types import TensorStats
@@ -66,6 +65,7 @@ class Job:
 
     Attributes:
         source: What was given as the model.
+        example: Example inputs and dynamic shapes, for a torch module.
         target: What it is compiled for.
         recipe: What to do differently.
         clock: Tells what is being done.
@@ -79,6 +79,7 @@ class Job:
     """
 
     source: Any
+    example: tuple[Any, ...]
     target: Target
     recipe: Recipe
     clock: Clock
@@ -95,10 +96,10 @@ class Job:
         pipeline = self._pipeline()
         self.clock.total = len(pipeline.steps) + 4
         self.clock.start("load")
-        model = load_model(self.source)
+        model = load_model(self.source, *self.example)
         check_source(model)
-        if not isinstance(self.source, str | os.PathLike | ir.Model):
-            self.source = model.clone()  # a torch program, whose export takes long
+        if is_of_torch(self.source):
+            self.source, self.example = model.clone(), ()  # the export takes long
         self.bytes_before = _source_bytes(self.source, model)
         self.foreign = foreign_domains(model)
         if self.chooser is not None:
@@ -141,11 +142,7 @@ class Job:
         if all(decision.action == "float" for decision in decisions(model)):
             return False
         self.clock.start("time the whole")
-        if isinstance(self.source, str | os.PathLike):
-            return self.chooser.is_slower(stage, Path(self.source))
-        with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-            file = Path(folder) / "model.onnx"
-            ir.save(load_model(self.source), file, external_data="model.onnx.data")
+        with onnx_file(self.source) as file:
             return self.chooser.is_slower(stage, file)
 
     def write_choices(self, stage: Path) -> None:

@@ -84,7 +84,8 @@ def test_inspect_an_altered_bundle():
         ("{", "not a readable manifest"),
         ('{"schema": 99}', "has schema 99"),
         ('{"schema": 1, "target": "x", "tools": {}, "minimum_ort": "1.23", "recipe": {}, '
-         '"decisions": [{"no": "x"}], "files": {"model.onnx": ""}, "library": null}', "unreadable decisions"),
+         '"decisions": [{"no": "x"}], "files": {"model.onnx": ""}, "library": null}',
+         "unreadable decisions"),
     ],
 )  # fmt: skip
 def test_inspect_what_is_no_bundle(content, message):

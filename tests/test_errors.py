@@ -359,7 +359,7 @@ def test_bad_load_options(bundle, options, message):
     ("options", "message"),
     [
         ({"recipe": {}}, "recipe must be a qcompiler.Recipe, not {}"),
-        ({"pipeline": "x"}, "pipeline must be a qcompiler.Pipeline, not 'x'"),
+        ({"pipeline": 5}, "pipeline must be a qcompiler.Pipeline or the text of one, not 5"),
         ({"shapes": "x=1"}, "shapes must be sizes by input name, .* not 'x=1'"),
         ({"shapes": {1: (1, 64)}}, "shapes: 1 is no name of an input"),
         ({"progress": 5}, "progress must be a function, not 5"),

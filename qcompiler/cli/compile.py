@@ -28,7 +28,7 @@ __all__ = ["compile_command"]
 
 @click.command("compile", hidden=True, add_help_option=False)
 @click.option_panel("Arguments")
-@click.argument("model", type=FILE, metavar="MODEL", help="An ONNX file.")
+@click.argument("model", type=FILE, metavar="MODEL", help="An ONNX file, or a .pt2 of torch.")
 @click.option(
     "--target",
     type=TargetName(),
