@@ -167,6 +167,12 @@ def test_pickled_example_inputs_are_not_opened(saved, tmp_path, wrap):
         ),
         ("models/model", b'"name": "cat"', b'"name": "cat):\\n"', "is no name of a value"),
         ("models/model", b"aten.cat.", b"my_ops.cat.", r"torch.ops.my_ops.cat.default, which no"),
+        (
+            "models/model",
+            b"ops.aten.cat.",
+            b"ops.torchvision.x.",
+            r"torchvision.x.default(; install|, which no)",
+        ),
         ("models/model", b'"graph_module"', b'"graph"', "is not readable by torch .*corrupt"),
     ],
 )

@@ -26,8 +26,13 @@ def is_torch_file(path: Path) -> bool:
     """Whether torch wrote the file, by its suffix or because it is a zip archive, as no ONNX is."""
     if not path.is_file():
         return False
-    with path.open("rb") as file:
-        return path.suffix in _SUFFIXES or file.read(len(_ZIP)) == _ZIP
+    if path.suffix in _SUFFIXES:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_ZIP)) == _ZIP
+    except OSError:
+        return False  # whoever reads it says why
 
 
 def load_torch(

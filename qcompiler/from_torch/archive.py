@@ -152,7 +152,7 @@ def _register_ops(graph: Any, path: Path) -> None:
                 importlib.import_module(_REGISTRARS[namespace])
             except ImportError as error:
                 raise ModelError(
-                    f"{path} uses {target}; install what it comes from ({_REGISTRARS[namespace]})"
+                    f"{path} uses {target}; install {namespace}, which it comes from"
                 ) from error
         if not hasattr(getattr(torch.ops, namespace), op):
             raise ModelError(
