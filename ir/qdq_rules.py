@@ -74,6 +74,8 @@ def _granularity(node: ir.Node, data: ir.Value, scale: ir.Value) -> Iterator[tup
         if block and len(scale.shape) != rank:
             yield "block-size", f"its block_size is {block}, and there is one scale for all"
         return
+    if len(scale.shape) == 1 and not isinstance(scale.shape[0], int):
+        return  # it may turn out to be one
     if not -rank <= axis < rank:
         yield "axis", f"axis {axis} of {data.name!r} of shape {_text(data)} does not exist"
         return
