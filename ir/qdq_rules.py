@@ -18,15 +18,14 @@ __all__ = ["qdq_problems"]
 _D = ir.DataType
 _FLOATS = (_D.FLOAT, _D.FLOAT16, _D.BFLOAT16, _D.FLOAT8E8M0)
 _OPSET = {
-    **dict.fromkeys((_D.INT8, _D.UINT8, _D.INT32), 10),
-    **dict.fromkeys((_D.FLOAT8E4M3FN, _D.FLOAT8E5M2), 19),
-    **dict.fromkeys((_D.FLOAT8E4M3FNUZ, _D.FLOAT8E5M2FNUZ), 19),
-    **dict.fromkeys((_D.INT4, _D.UINT4, _D.INT16, _D.UINT16), 21),
-    _D.FLOAT4E2M1: 23,
-    **dict.fromkeys((_D.INT2, _D.UINT2), 25),
-    **dict.fromkeys((_D.FLOAT6E2M3, _D.FLOAT6E3M2), 28),
+    **dict.fromkeys(("INT8", "UINT8", "INT32"), 10),
+    **dict.fromkeys(("FLOAT8E4M3FN", "FLOAT8E5M2", "FLOAT8E4M3FNUZ", "FLOAT8E5M2FNUZ"), 19),
+    **dict.fromkeys(("INT4", "UINT4", "INT16", "UINT16"), 21),
+    "FLOAT4E2M1": 23,
+    **dict.fromkeys(("INT2", "UINT2"), 25),
+    **dict.fromkeys(("FLOAT6E2M3", "FLOAT6E3M2"), 28),
 }
-"""The first opset in which a type can be stored."""
+"""The first opset in which a type can be stored, by name: older onnx_ir lack the newest."""
 
 _NEWEST = max(_OPSET.values())
 
@@ -52,7 +51,7 @@ def _problems(node: ir.Node, opset: int) -> Iterator[tuple[str, str]]:
     of_integers = scale.dtype is _D.INT32 and data.dtype is _D.INT32
     if scale.dtype not in (None, *_FLOATS) and not of_integers:
         yield "float-scale", f"its scale is {scale.dtype}, and may be FLOAT, FLOAT16 or BFLOAT16"
-    if stored.dtype is not None and opset < (since := _OPSET.get(stored.dtype, _NEWEST + 1)):
+    if stored.dtype is not None and opset < (since := _OPSET.get(stored.dtype.name, _NEWEST + 1)):
         why = f"needs opset {since}, not {opset}" if since <= _NEWEST else "nothing is quantized to"
         yield "storage", f"it stores {stored.dtype}, which {why}"
     asked = node.attributes.get_int("output_dtype", 0) if stored is not data else 0
@@ -75,6 +74,8 @@ def _granularity(node: ir.Node, data: ir.Value, scale: ir.Value) -> Iterator[tup
         if block and len(scale.shape) != rank:
             yield "block-size", f"its block_size is {block}, and there is one scale for all"
         return
+    if len(scale.shape) == 1 and not isinstance(scale.shape[0], int):
+        return  # it may turn out to be one
     if not -rank <= axis < rank:
         yield "axis", f"axis {axis} of {data.name!r} of shape {_text(data)} does not exist"
         return

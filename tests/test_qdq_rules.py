@@ -136,6 +136,10 @@ def test_rules_reach_into_branches():
 def test_what_is_not_known_is_not_held_against_it():
     model = pair(np.ones(5, FLOAT), np.zeros(5, np.int8), data="int8[n,m]")
     verify(model, Stage.QDQ, "my-pass")
+    computed = model_of(
+        "g (int8[6] x, float[n] s) => (float[6] y) { y = DequantizeLinear <axis = 1> (x, s) }"
+    )
+    verify(computed, Stage.QDQ, "my-pass")  # with one scale the axis does not matter
     model.graph.inputs[0].shape = None
     model.graph.inputs[0].type = None
     verify(model, Stage.QDQ, "my-pass")
