@@ -401,3 +401,23 @@ def test_samples_and_bounds_are_checked(tmp_path):
         CheckNumerics(tmp_path / "s.npz", bound=float("nan"))
     with pytest.raises(CalibrationError, match="s.npz has no array for input 'x'; it has"):
         Pipeline([]).run(mlp(), watchers=[CheckNumerics(tmp_path / "s.npz")])
+
+
+# From Python, a whole compilation
+
+
+def test_compile_takes_text_watchers_and_a_stage(tmp_path):
+    texts = []
+    report = qcompiler.compile(
+        mlp(), "arm-int8", tmp_path / "model.onnx", pipeline="..fold-qdq", stop_after=Stage.QDQ,
+        watchers=[PrintAfter(["round-to-nearest"], texts.append)],
+    )  # fmt: skip
+    assert report.bundle == tmp_path / "model.onnx"
+    assert "QuantizeLinear" in {node.op_type for node in ir.load(report.bundle).graph}
+    assert len(texts) == 1
+    with pytest.raises(OptionError, match=r"give output=\.\.\.: only a model from a file has"):
+        qcompiler.compile(mlp(), "arm-int8", stop_after=Stage.QDQ)
+    with pytest.raises(OptionError, match="a pipeline of your own chooses nothing"):
+        qcompiler.compile(
+            mlp(), "arm-int8", tmp_path / "b", pipeline=Pipeline([]), shapes={"x": (1, 64)}
+        )
