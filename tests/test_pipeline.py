@@ -9,6 +9,7 @@ from conftest import mlp
 from golden import model_of, run
 from onnxscript import rewriter
 
+import qcompiler
 from qcompiler.ir.errors import CalibrationError, NumericsError, OptionError
 from qcompiler.ir.stages import Stage
 from qcompiler.numerics import CheckNumerics
