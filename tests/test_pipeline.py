@@ -16,6 +16,7 @@ from qcompiler.numerics import CheckNumerics
 from qcompiler.passes.options import options_of
 from qcompiler.pipeline import Pipeline, Step
 from qcompiler.pipeline_text import PassText, parse_pipeline
+from qcompiler.step import Watcher, as_pass
 from qcompiler.watch import DumpModels, PrintAfter
 
 KNOWN = ("alpha", "beta", "gamma")
@@ -255,6 +256,30 @@ def test_an_empty_list_of_rules_is_refused():
 
 
 # Watchers
+
+
+class Note(Watcher):
+    """Remembers what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def start(self, steps, model):
+        self.told.append(("start", len(steps)))
+
+    def before(self, step, model):
+        self.told.append((step.name, len(model.graph)))
+
+    def after(self, step, model, changed):
+        self.told.append((step.name, len(model.graph), changed))
+
+
+def test_watchers_see_the_model_before_and_after():
+    model = model_of("g (float[2] x) => (float[2] y) { a = Neg (x) b = Neg (a) y = Relu (b) }")
+    note = Note()
+    pipeline = Pipeline([Step("negations", as_pass([RULE]), Stage.FLOAT)])
+    pipeline.run(model, watchers=[Watcher(), note])
+    assert note.told == [("start", 1), ("negations", 3), ("negations", 2, True)]
 
 
 def test_print_after():
