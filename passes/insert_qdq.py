@@ -12,6 +12,8 @@
 2. Static, per tensor: the scale and zero point come from calibration.
 
        y = Relu(Conv(x, W, b))   =>   y = DQ(Q(Relu(Conv(DQ(Q(x)), W, b))))
+
+   What moves such a result on in integers gets a pair of the same scale (`integer_movers`).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
 from qcompiler.ir.errors import CalibrationError
 from qcompiler.ir.graph import dequantize_of, new_initializer, place_after, rectified
 from qcompiler.ir.types import PerGroup, QuantSpec, TensorStats
+from qcompiler.passes.integer_movers import integer_movers
 
 __all__ = ["InsertQDQ", "Observer"]
 
@@ -38,11 +41,16 @@ Observer = Callable[[ir.Model, Sequence[str]], Mapping[str, TensorStats]]
 
 @dataclasses.dataclass(frozen=True)
 class _Site:
-    """A tensor that gets a static pair, and who reads the pair; None for all its readers."""
+    """A tensor that gets a static pair, and who reads the pair; None for all its readers.
+
+    Attributes:
+        like: The tensor whose scale it takes; None: one of its own, from calibration.
+    """
 
     value: ir.Value
     spec: QuantSpec
     readers: frozenset[ir.Node] | None
+    like: ir.Value | None = None
 
 
 class InsertQDQ(ir.passes.InPlacePass):
@@ -72,8 +80,13 @@ class InsertQDQ(ir.passes.InPlacePass):
         static = _static_sites(planned)
         pairs: dict[ir.Value, ir.Value] = {}
         stats = self._observe(model, [node for node, plan in planned if plan.output], static)
+        steps: dict[ir.Value, list[ir.Value]] = {}
         for site in static:
-            _insert_static(model.graph, site, stats[site.value.name or ""])
+            if site.like is None:
+                steps[site.value] = _steps(model.graph, site, stats[site.value.name or ""])
+            else:
+                steps[site.value] = steps[site.like]
+            _insert_static(site, steps[site.value])
         for node, plan in planned:
             if plan.activation is not None and plan.activation.scale == "dynamic":
                 data = node.inputs[0]
@@ -99,14 +112,14 @@ class InsertQDQ(ir.passes.InPlacePass):
                 f"static activation ranges are needed by {names}{more}: give samples with "
                 "--calib DIR (calibration=...), or keep them float with --keep-float Conv"
             )
-        return self.observe(model, [site.value.name or "" for site in sites])
+        return self.observe(model, [site.value.name or "" for site in sites if site.like is None])
 
 
 def _static_sites(planned: Sequence[tuple[ir.Node, NodePlan]]) -> list[_Site]:
     """One site per tensor: inputs for their planned readers only, results for every reader."""
     inputs: dict[ir.Value, set[ir.Node]] = {}
     specs: dict[ir.Value, QuantSpec] = {}
-    results: set[ir.Value] = set()
+    results: dict[ir.Value, ir.Node] = {}
     for node, plan in planned:
         data = node.inputs[0]
         assert data is not None
@@ -115,24 +128,36 @@ def _static_sites(planned: Sequence[tuple[ir.Node, NodePlan]]) -> list[_Site]:
             specs[data] = plan.activation
         if plan.output is not None:
             result = rectified(node.outputs[0])
-            results.add(result)
+            results[result] = node
             specs[result] = plan.output
-    return [
+    moved = integer_movers(results, set().union(*inputs.values()))
+    sites = [
         _Site(value, spec, None if value in results else frozenset(inputs[value]))
         for value, spec in specs.items()
+        if value not in moved
     ]
+    for value, source in moved.items():
+        specs[value] = specs[source]
+        sites.append(_Site(value, specs[value], None, source))
+    return sites
 
 
-def _insert_static(graph: ir.Graph, site: _Site, stats: TensorStats) -> None:
-    value, spec = site.value, site.spec
-    scale, zero = scale_and_zero_point(np.asarray([stats.minimum, stats.maximum]), spec.type)
-    name = value.name or "value"
-    pair = [
+def _steps(graph: ir.Graph, site: _Site, stats: TensorStats) -> list[ir.Value]:
+    """Scale and zero point for what calibration saw."""
+    ends = np.asarray([stats.minimum, stats.maximum])
+    scale, zero = scale_and_zero_point(ends, site.spec.type)
+    name = site.value.name or "value"
+    return [
         new_initializer(graph, f"{name}_scale", scale),
         new_initializer(graph, f"{name}_zero_point", zero),
     ]
-    quantized = ir.node("QuantizeLinear", [value, *pair], name=f"{name}_quantize")
-    widened = ir.node("DequantizeLinear", [quantized.outputs[0], *pair], name=f"{name}_dequantize")
+
+
+def _insert_static(site: _Site, steps: Sequence[ir.Value]) -> None:
+    value, spec = site.value, site.spec
+    name = value.name or "value"
+    quantized = ir.node("QuantizeLinear", [value, *steps], name=f"{name}_quantize")
+    widened = ir.node("DequantizeLinear", [quantized.outputs[0], *steps], name=f"{name}_dequantize")
     _type(quantized.outputs[0], f"{name}_quantized", spec.type.storage, value.shape)
     _type(widened.outputs[0], f"{name}_dequantized", ir.DataType.FLOAT, value.shape)
     for node in (quantized, widened):

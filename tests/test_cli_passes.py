@@ -124,7 +124,7 @@ def test_a_jump_prints_what_came_before_it():
         (["--stop-after", "qdq", "-o", "no/o.onnx"], 1, "cannot write no/o.onnx: No such file"),
         (["--dump-dir", "."], 1, "the folder . for dumps holds other files (other.txt)"),
         (["--check-numerics", "nowhere"], 1, "no samples: nowhere does not exist"),
-        (["--check-numerics", "other.txt"], 1, "other.txt is not an .npz of plain arrays"),
+        (["--check-numerics", "other.txt"], 1, "other.txt is no file of samples"),
         (["--numerics-bound", "50"], 2, "a bound needs --check-numerics SAMPLES"),
         (["--rounding-bound", "50"], 2, "a bound needs --check-numerics SAMPLES"),
         (["--check-numerics", CALIB, "--numerics-bound", "x"], 2, "'x' is not a valid float"),

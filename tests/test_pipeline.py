@@ -9,12 +9,14 @@ from conftest import mlp
 from golden import model_of, run
 from onnxscript import rewriter
 
+import qcompiler
 from qcompiler.ir.errors import CalibrationError, NumericsError, OptionError
 from qcompiler.ir.stages import Stage
 from qcompiler.numerics import CheckNumerics
 from qcompiler.passes.options import options_of
 from qcompiler.pipeline import Pipeline, Step
 from qcompiler.pipeline_text import PassText, parse_pipeline
+from qcompiler.step import Watcher, as_pass
 from qcompiler.watch import DumpModels, PrintAfter
 
 KNOWN = ("alpha", "beta", "gamma")
@@ -256,6 +258,30 @@ def test_an_empty_list_of_rules_is_refused():
 # Watchers
 
 
+class Note(Watcher):
+    """Remembers what it is told."""
+
+    def __init__(self):
+        self.told = []
+
+    def start(self, steps, model):
+        self.told.append(("start", len(steps)))
+
+    def before(self, step, model):
+        self.told.append((step.name, len(model.graph)))
+
+    def after(self, step, model, changed):
+        self.told.append((step.name, len(model.graph), changed))
+
+
+def test_watchers_see_the_model_before_and_after():
+    model = model_of("g (float[2] x) => (float[2] y) { a = Neg (x) b = Neg (a) y = Relu (b) }")
+    note = Note()
+    pipeline = Pipeline([Step("negations", as_pass([RULE]), Stage.FLOAT)])
+    pipeline.run(model, watchers=[Watcher(), note])
+    assert note.told == [("start", 1), ("negations", 3), ("negations", 2, True)]
+
+
 def test_print_after():
     texts = []
     Pipeline.default("arm-int8").run(
@@ -402,3 +428,23 @@ def test_samples_and_bounds_are_checked(tmp_path):
         CheckNumerics(tmp_path / "s.npz", bound=float("nan"))
     with pytest.raises(CalibrationError, match="s.npz .* has no array for input 'x', only"):
         Pipeline([]).run(mlp(), watchers=[CheckNumerics(tmp_path / "s.npz")])
+
+
+# From Python, a whole compilation
+
+
+def test_compile_takes_text_watchers_and_a_stage(tmp_path):
+    texts = []
+    report = qcompiler.compile(
+        mlp(), "arm-int8", tmp_path / "model.onnx", pipeline="..fold-qdq", stop_after=Stage.QDQ,
+        watchers=[PrintAfter(["round-to-nearest"], texts.append)],
+    )  # fmt: skip
+    assert report.bundle == tmp_path / "model.onnx"
+    assert "QuantizeLinear" in {node.op_type for node in ir.load(report.bundle).graph}
+    assert len(texts) == 1
+    with pytest.raises(OptionError, match=r"give output=\.\.\.: only a model from a file has"):
+        qcompiler.compile(mlp(), "arm-int8", stop_after=Stage.QDQ)
+    with pytest.raises(OptionError, match="a pipeline of your own chooses nothing"):
+        qcompiler.compile(
+            mlp(), "arm-int8", tmp_path / "b", pipeline=Pipeline([]), shapes={"x": (1, 64)}
+        )
