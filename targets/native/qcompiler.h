@@ -86,7 +86,8 @@ struct qc_anchor {
     int64_t (*last_dimension)(const struct qc_op *, size_t i);
 };
 
-extern const struct qc_anchor qc_quantize, qc_qmatmul_w8a8, qc_dynamic_qmatmul_w8a8;
+extern const struct qc_anchor qc_quantize;
+extern const struct qc_anchor qc_qmatmul_w8a8, qc_qmatmul_u8s8, qc_dynamic_qmatmul_w8a8;
 extern const struct qc_anchor qc_attention, qc_masked_attention;
 extern const struct qc_anchor qc_layer_norm, qc_add_layer_norm, qc_rms_norm, qc_add_rms_norm;
 

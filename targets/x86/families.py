@@ -32,6 +32,8 @@ MAX_CACHED_WEIGHTS = 768 << 10
 """Bytes of weights that an L2 of 1 MiB holds beside a block of activations."""
 MAX_DEPTH = (1 << 31) // (128 * 128) - 1
 """The longest sum of int8 products that an int32 surely holds."""
+MAX_ASYMMETRIC_DEPTH = (1 << 31) // (255 * 128) - 1
+"""The same where a zero point of 0 or 255 makes activations as large as 255."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +114,9 @@ def _unsupported_attention(region: Region) -> str | None:
 
 def _unsupported_qmatmul(region: Region) -> str | None:
     k, n = region.size("K"), region.size("N")
-    if k > MAX_DEPTH:
-        return f"K={k}: an int32 sum of more than {MAX_DEPTH} products may overflow"
+    deepest = MAX_ASYMMETRIC_DEPTH if region.anchor == "QMatMulU8S8" else MAX_DEPTH
+    if k > deepest:
+        return f"K={k}: an int32 sum of more than {deepest} products may overflow"
     columns = tile_shape(n).columns
     if len(region.widths) > MAX_PARTS:
         return f"{len(region.widths)} results; at most {MAX_PARTS} are supported"
@@ -242,6 +245,16 @@ FAMILIES = {
     "QMatMulW8A8": Family(
         ("K", "N"),
         "qc_qmatmul_w8a8",
+        "qmatmul",
+        _qmatmul_parameters,
+        _unsupported_qmatmul,
+        _generate_qmatmul,
+        _qmatmul_constants,
+        (AVX512_VNNI, AVX_VNNI, AVX2),
+    ),
+    "QMatMulU8S8": Family(
+        ("K", "N"),
+        "qc_qmatmul_u8s8",
         "qmatmul",
         _qmatmul_parameters,
         _unsupported_qmatmul,
