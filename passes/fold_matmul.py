@@ -75,7 +75,7 @@ def one_scale(dequantize: ir.Node | None) -> QuantParams | str:
     if params is None:
         return "its activations are not quantized"
     if params.type.storage is not ir.DataType.UINT8:
-        return f"its activations are {params.type.storage.name}, not UINT8"
+        return f"its activations are stored as {params.type.storage.name}, not as UINT8"
     if not params.is_per_tensor:
         return f"its activations have a scale per {params.type.granularity}, not one"
     if params.type.expressed is not ir.DataType.FLOAT:

@@ -10,8 +10,8 @@
 7. Other constants        see `widen_constants`
 
 `s` is the per-token scale that `insert_qdq` computes.  The integers do not change: Quantize divides
-by the same scale.  int8 activations with one scale are stored as uint8 first (`shift_int8`).  What
-is left as Q/DQ is what ORT fuses by itself or runs in float: `left_to_ort` says which.
+by the same scale.  What is left as Q/DQ is what ORT fuses by itself or runs in float: `left_to_ort`
+says which.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from qcompiler.passes.fold_conv import try_fold_conv
 from qcompiler.passes.fold_gather import try_fold_gather
 from qcompiler.passes.fold_matmul import try_fold_matmul
 from qcompiler.passes.left_to_ort import left_to_ort
-from qcompiler.passes.shift_int8 import shift_int8
 from qcompiler.passes.widen_constants import try_widen_constant
 
 __all__ = ["FoldQDQ"]
@@ -62,7 +61,7 @@ class FoldQDQ(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fold every pair that has an integer form, and say of the others who computes them."""
         self._quantized = {}
-        changed = shift_int8(model)
+        changed = 0
         reasons: dict[ir.Node, str] = {}
         for node in list(model.graph.all_nodes()):
             if node.op_type in _FAMILIES and node.domain == "":
