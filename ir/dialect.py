@@ -146,6 +146,14 @@ _U8S8 = DialectOp(
 """,
 )
 
+_U8U8 = DialectOp(
+    name="QMatMulU8U8",
+    inputs=("q", "s", "z", "w", "ws", "wz"),
+    outputs=("y",),
+    types=tuple((name, ir.DataType.UINT8) for name in ("q", "z", "w", "wz")),
+    body=_U8S8.body.replace("(q, w, z)", "(q, w, z, wz)"),
+)
+
 _W8A8_DYNAMIC = DialectOp(
     name="DynamicQMatMulW8A8",
     inputs=("x", "w", "ws"),
@@ -275,7 +283,7 @@ _MASKED_ATTENTION = DialectOp(
     form=lambda flags: attention_body(flags, masked=True),
 )
 
-_MATMULS = (_W8A8, _U8S8, _W8A8_DYNAMIC, _W4A8, _W4A16, _FP8)
+_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, _W4A8, _W4A16, _FP8)
 _ATTENTIONS = (_ATTENTION, _MASKED_ATTENTION)
 
 OPS = {op.name: op for op in (_QUANTIZE, _QUANTIZE_FP8, *_MATMULS, _CONV, *_NORMS, *_ATTENTIONS)}

@@ -1,12 +1,13 @@
 """Fold a product of activations that share one scale by a constant matrix.
 
 1. MatMul(DQ(q, s, z), DQ(w, ws))      =>  QMatMulU8S8(q, s, z, w, ws)
-2. Gemm(DQ(q, s, z), DQ(w, ws), b)     =>  Add(QMatMulU8S8(q, s, z, w', alpha * ws), beta * b)
+2. MatMul(DQ(q, s, z), DQ(w, ws, wz))  =>  QMatMulU8S8(q, s, z, w - wz, ws) where w - wz is int8,
+                                           else QMatMulU8U8(q, s, z, w, ws, wz), w as uint8
+3. Gemm(DQ(q, s, z), DQ(w, ws), b)     =>  Add(QMatMulU8S8(q, s, z, w', alpha * ws), beta * b)
 
-s and z are constants, or what DynamicQuantizeLinear computes.  Weights are stored per column or per
-tensor; uint8, or int8 with a zero point, becomes w - wz where that is int8.  No integer changes, so
-the sums are exact; ORT's own form of a Gemm with a quantized result (QGemm) rounds its bias to
-int32, which this does not.  Part of `fold_qdq`.
+s and z are constants, or what DynamicQuantizeLinear computes.  Weights have a scale per column or
+per tensor.  The sums are the same integers; of a Gemm with a quantized result ORT itself would
+round the bias to int32, which this does not.  Part of `fold_qdq`.
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ __all__ = ["one_scale", "try_fold_matmul"]
 
 @dataclasses.dataclass(frozen=True)
 class _Matrix:
-    """An int8 weight [K, N] and its scale [N]; an array where it is not what the graph holds."""
+    """A weight [K, N] of int8, or with zero points [N] of uint8, and its scale [N].
 
-    stored: ir.Value | NDArray[np.int8]
+    Each an array where it is not what the graph holds.
+    """
+
+    stored: ir.Value | NDArray[np.generic]
     scale: ir.Value | NDArray[np.float32]
+    zeros: ir.Value | NDArray[np.uint8] | None = None
 
 
 def try_fold_matmul(graph: ir.Graph, node: ir.Node) -> str | None:
@@ -53,7 +58,8 @@ def try_fold_matmul(graph: ir.Graph, node: ir.Node) -> str | None:
     if bias is not None and added is None and beta != 1.0:
         return "its bias is computed, and multiplied by beta"
     operands = [*_activation(graph, node, activation), *_initializers(graph, node, weight)]
-    new = ir.node("QMatMulU8S8", operands, domain=dialect.DOMAIN, version=dialect.VERSION)
+    op = "QMatMulU8S8" if weight.zeros is None else "QMatMulU8U8"
+    new = ir.node(op, operands, domain=dialect.DOMAIN, version=dialect.VERSION)
     inherit(new, node)
     last = [new]
     if bias is not None:
@@ -64,7 +70,7 @@ def try_fold_matmul(graph: ir.Graph, node: ir.Node) -> str | None:
         inner, result = new.outputs[0], node.outputs[0]
         inner.name, inner.type, inner.shape = f"{result.name}_product", result.type, result.shape
     replace_nodes([node], last)
-    dialect.type_results(new, "QMatMulU8S8")
+    dialect.type_results(new, op)
     decide(new, "body", "folded, no kernel bound yet")
     return None
 
@@ -99,34 +105,26 @@ def _matrix(dequantize: ir.Node | None, turn: bool, alpha: float) -> _Matrix | s
         return f"its weight is {params.type.storage.name}, under activations with one scale"
     if params.type.granularity not in (PerTensor(), *map(PerAxis, _columns(turn))):
         return f"its weight has a scale per {params.type.granularity}, not per column"
-    stored: ir.Value | NDArray[np.int8] = value
-    if turn or params.type.storage is not ir.DataType.INT8 or not params.type.symmetric:
-        centred = _centred(value, params, turn)
-        if centred is None:
-            return "its weights minus their zero point do not fit int8"
-        stored = centred
     scale: ir.Value | NDArray[np.float32] = params.scale
+    width = shape[0] if turn else shape[1]
     if params.is_per_tensor or alpha != 1.0:
-        width = shape[0] if turn else shape[1]
         scale = np.full(width, params.scales * np.float32(alpha), np.float32)
-    return _Matrix(stored, scale)
+    if not turn and params.type.storage is ir.DataType.INT8 and params.type.symmetric:
+        return _Matrix(value, scale)
+    wide = np.asarray(constant(value), np.int16)
+    wide = np.ascontiguousarray(wide.T) if turn else wide
+    zeros = np.full(width, params.zeros, np.int16)
+    centred = wide - zeros
+    if centred.min() >= -128 and centred.max() <= 127:
+        return _Matrix(centred.astype(np.int8), scale)
+    if params.type.storage is ir.DataType.INT8:
+        return _Matrix((wide + 128).astype(np.uint8), scale, (zeros + 128).astype(np.uint8))
+    return _Matrix(value if not turn else wide.astype(np.uint8), scale, zeros.astype(np.uint8))
 
 
 def _columns(turn: bool) -> tuple[int, int]:
     """How the axis of the result's columns may be written."""
     return (0, -2) if turn else (1, -1)
-
-
-def _centred(value: ir.Value, params: QuantParams, turn: bool) -> NDArray[np.int8] | None:
-    """Stored values minus their zero points [K, N], None if that is not int8."""
-    array, zeros = constant(value), params.zeros
-    assert array is not None and zeros is not None
-    per_axis = not params.is_per_tensor
-    shift = zeros.reshape(-1, 1) if per_axis and turn else zeros.reshape(-1)
-    wide = array.astype(np.int16) - shift.astype(np.int16)
-    if wide.min() < -128 or wide.max() > 127:
-        return None
-    return np.ascontiguousarray((wide.T if turn else wide).astype(np.int8))
 
 
 def _activation(graph: ir.Graph, node: ir.Node, params: QuantParams) -> list[ir.Value | None]:
@@ -139,7 +137,9 @@ def _activation(graph: ir.Graph, node: ir.Node, params: QuantParams) -> list[ir.
 
 
 def _initializers(graph: ir.Graph, node: ir.Node, weight: _Matrix) -> list[ir.Value]:
-    parts = (("weight", weight.stored), ("scale", weight.scale))
+    parts = [("weight", weight.stored), ("scale", weight.scale)]
+    if weight.zeros is not None:
+        parts.append(("weight_zero_point", weight.zeros))
     return [
         part if isinstance(part, ir.Value) else new_initializer(graph, f"{node.name}_{stem}", part)
         for stem, part in parts

@@ -32,7 +32,9 @@ _DEFAULTS = frozenset({("Gelu", "approximate", "none")})
 _LONGEST_WAY = 3
 """Nodes beside a direct path: HardSwish may come as Mul(x, Clip(Add(x, 3))) / 6."""
 
-_ANCHORS = frozenset({"Quantize", "QMatMulW8A8", "QMatMulU8S8", "QMatMulW4A8", "QMatMulFp8"})
+_ANCHORS = frozenset({
+    "Quantize", "QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8", "QMatMulW4A8", "QMatMulFp8",
+})  # fmt: skip
 
 
 @dataclasses.dataclass

@@ -28,7 +28,7 @@ __all__ = ["MergeSiblings"]
 
 _NEUTRAL = {"Add": 0.0, "Mul": 1.0}
 
-_MERGEABLE = ("QMatMulW8A8", "QMatMulU8S8")
+_MERGEABLE = ("QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8")
 
 
 class MergeSiblings(RegionPass):
@@ -138,11 +138,12 @@ def _replace(model: ir.Model, nodes: Sequence[ir.Node], whole: Region) -> None:
 
 
 def _operands(node: ir.Node, whole: Region) -> list[np.ndarray]:
-    """The weights, their scales and one row per extra operand of `whole`, neutral where missing."""
+    """The weights, what goes with them, and a row per extra of `whole`, neutral where missing."""
     region = _region(node)
     constants = [constant(value) for value in node.inputs[_weight(node) :]]
     found = [array for array in constants if array is not None]
-    weights, extras = found[:2], iter(found[2:])
+    count = len(OPS[region.anchor].inputs) - _weight(node)
+    weights, extras = found[:count], iter(found[count:])
     present = _aligned(region.steps, whole.steps)
     assert present is not None and len(found) == len(constants)
     rows = []

@@ -89,6 +89,22 @@ def test_weights_of_every_kind(quantized: str, weight: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "product",
+    [
+        "f = DequantizeLinear (wide, wone, wz1) y = MatMul (d, f)",
+        "f = DequantizeLinear <axis = 1> (wide, ws, wz2) y = MatMul (d, f)",
+        "f = DequantizeLinear <axis = 1> (w, ws, wz3) y = MatMul (d, f)",
+        "f = DequantizeLinear <axis = 0> (wt, ws, wz3) y = Gemm <transB = 1> (d, f)",
+    ],
+)
+@pytest.mark.parametrize("quantized", [STATIC, DYNAMIC])
+def test_weights_that_do_not_fit_int8(quantized: str, product: str) -> None:
+    zeros = {"wz1": np.uint8(100), "wz2": np.full(8, 99, np.uint8), "wz3": np.full(8, 99, np.int8)}
+    ops, _ = folded(f"{quantized}{product}", **zeros)
+    assert ops[1:] == ["QMatMulU8U8"]
+
+
+@pytest.mark.parametrize(
     "gemm",
     [
         "y = Gemm <transB = 1> (d, h, b)",
@@ -114,7 +130,6 @@ def test_an_int32_bias_after_a_product_is_added_as_floats() -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (STATIC + "f = DequantizeLinear (wide, wone, wz1) y = MatMul (d, f)", "do not fit int8"),
         (BY_COLUMN + "y = MatMul (x, f)", "ORT's own MatMulNBits"),
         (STATIC + BY_COLUMN + "t = Transpose (d) y = Gemm <transA = 1> (t, f)", "not quantized"),
         (STATIC + "t = Transpose (x) r = QuantizeLinear (t, vs, vz) "
@@ -124,7 +139,7 @@ def test_an_int32_bias_after_a_product_is_added_as_floats() -> None:
 )  # fmt: skip
 def test_what_is_left_says_why(body: str, reason: str) -> None:
     head = HEAD if "(d, e)" not in body else "g (float[3,64] x) => (float[3,3] y) "
-    ops, why = folded(body, head=head, wz1=np.uint8(100), steps=0.01)
+    ops, why = folded(body, head=head, steps=0.01)
     assert "QMatMulU8S8" not in ops
     assert reason in why
 

@@ -58,7 +58,8 @@ MATMULS = [
     dataclasses.replace(matmul(20, 96, ("channel",), BIAS, Step("Relu", (1,))), widths=(48, 48)),
 ]
 PER_TENSOR = [
-    dataclasses.replace(region, anchor="QMatMulU8S8")
+    dataclasses.replace(region, anchor=anchor)
+    for anchor in ("QMatMulU8S8", "QMatMulU8U8")
     for region in (*MATMULS[:4], MATMULS[7], MATMULS[-1], matmul(5, 4200))
 ]
 DYNAMIC = [
@@ -83,6 +84,9 @@ def weights(region: Region) -> dict[str, np.ndarray]:
         "w": rng.integers(-127, 128, (k, n)).astype(np.int8),
         "ws": (rng.uniform(0.5, 1.5, n) / (40 * np.sqrt(k))).astype(np.float32),
     }
+    if region.anchor == "QMatMulU8U8":
+        constants["w"] = rng.integers(0, 256, (k, n)).astype(np.uint8)
+        constants["wz"] = rng.choice([0, 1, 127, 128, 255], n).astype(np.uint8)
     for index, kind in enumerate(region.extras):
         if kind == "channel":
             constants[f"extra{index}"] = rng.standard_normal(n).astype(np.float32)
@@ -199,8 +203,12 @@ def test_matmul(library, isa, shape, region, seed):
 
 
 @each_isa("QMatMulU8S8")
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=80)
 @example([1], PER_TENSOR[4], 255, 0).via("one row")
+@example([1], PER_TENSOR[11], 255, 0).via("one row, shifted weights")
+@example([0], PER_TENSOR[11], 3, 0).via("an empty batch, shifted weights")
+@example([300], PER_TENSOR[12], 77, 0).via("several results, shifted weights")
+@example([4100], PER_TENSOR[8], 255, 0).via("more rows than lie on the stack")
 @example([0], PER_TENSOR[4], 3, 0).via("an empty batch")
 @example([9], PER_TENSOR[3], 0, 0).via("just over a tile")
 @example([300], PER_TENSOR[4], 128, 0).via("several blocks of rows")
@@ -222,7 +230,7 @@ def test_matmul_with_one_scale(library, isa, shape, region, zero, seed):
         natives = session(region, len(shape) + 1, threads, library, isa).run(None, feeds)
         for native, want in zip(natives, expected, strict=True):
             assert native.shape == want.shape
-            assert not native.size or sqnr(want, native) >= 60
+            assert np.array_equal(native, want) or sqnr(want, native) >= 60
             np.testing.assert_allclose(native, want, rtol=1e-4, atol=1e-4)
 
 
