@@ -9,10 +9,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from golden import assert_rewrites, model_of, run, text_of
+from test_regions import everything
 
-from qcompiler.ir.decisions import decision_of
+from qcompiler.ir.decisions import decision_of, plan_of
 from qcompiler.ir.stages import Stage, verify
+from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.fold_qdq import FoldQDQ
+from qcompiler.passes.fuse_regions import FuseRegions
+from qcompiler.passes.merge_siblings import MergeSiblings
+from qcompiler.targets.catalog import TARGETS
 
 RNG = np.random.default_rng(3)
 F4 = np.float32
@@ -191,3 +196,31 @@ def test_constants_that_ort_would_dequantize_every_run_become_floats() -> None:
     assert [node.op_type for node in subject.graph] == ["LayerNormalization"]
     assert "kept as floats" in decision_of(subject.graph[0]).why
     np.testing.assert_array_equal(run(subject, X)[0], before)
+
+
+@pytest.mark.parametrize(
+    ("weight", "anchor"),
+    [("f = DequantizeLinear <axis = 1> (w, ws)", "QMatMulU8S8"),
+     ("f = DequantizeLinear (wide, wone, wz1)", "QMatMulU8U8")],
+)  # fmt: skip
+def test_bias_activation_and_siblings_join_as_with_our_own(weight: str, anchor: str) -> None:
+    body = f"{DYNAMIC}{weight} m = MatMul (d, f) a = Add (m, b) n = MatMul (d, f) c = Add (n, b)"
+    head = "g (float[3,64] x) => (float[3,8] a, float[3,8] c) "
+    subject = model(body, head, wz1=np.uint8(100))
+    before = run(subject, X)
+    for rewrite in (FoldQDQ(), FuseRegions(everything), MergeSiblings(everything)):
+        rewrite(subject)
+    verify(subject, Stage.KERNEL, "merge-siblings")
+    ops = [node.op_type for node in subject.graph]
+    assert ops == ["DynamicQuantizeLinear", f"{anchor}_K64_N16_AddC_8x8"]
+    for got, want in zip(run(subject, X), before, strict=True):
+        np.testing.assert_allclose(got, want, rtol=3e-6, atol=1e-4)
+
+
+def test_what_a_quantized_source_keeps_float_stays_float() -> None:
+    body = f"{STATIC}{BY_COLUMN}a = MatMul (d, f) v = Relu (a) y = MatMul (v, wf)"
+    subject = model(body, wf=np.ones((8, 8), F4))
+    AssignPrecision(TARGETS["x86-int8"].scheme)(subject)
+    *_, last = subject.graph
+    assert plan_of(last) is None
+    assert decision_of(last).why == "the source is quantized, and keeps this op float"
