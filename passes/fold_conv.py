@@ -61,7 +61,7 @@ def try_fold_conv(graph: ir.Graph, conv: ir.Node) -> str | None:
     if isinstance(x, str):
         return x
     if x.scales is None or x.zeros is None:
-        return "its activations have a computed scale: ORT has a kernel for constant ones"
+        return "its activations have a computed scale"
     kernel = _kernel(dequantize_of(conv.inputs[1]))
     if isinstance(kernel, str):
         return kernel
