@@ -5,7 +5,8 @@ registered under the same name only makes it faster.  Bodies are written in the 
 avoid the ones it gets wrong:
 
 * uint8 activations with zero point 128: s8 x s8 MatMulInteger is 23-100 times slower in ORT;
-* scales multiply one after the other: ORT fuses `Mul(a_scale, b_scale)` only for a scalar a_scale;
+* scales multiply one after the other: ORT fuses `Mul(a_scale, b_scale)` only for a scalar a_scale,
+  and of that, after DynamicQuantizeLinear, it makes one DynamicQuantizeMatMul (QMatMulU8S8);
 * a Slice after ReduceMax: ORT returns an empty batch unreduced, [0, K] instead of [0, 1];
 * Sum, not Add, before a LayerNormalization: ORT makes SkipLayerNormalization of that pair, which is
   8 times slower;
@@ -145,6 +146,27 @@ _W8A8 = DialectOp(
     by_token = Mul (real, s)
     y = Mul (by_token, ws)
 """,
+)
+
+_U8S8 = DialectOp(
+    name="QMatMulU8S8",
+    inputs=("q", "s", "z", "w", "ws"),
+    outputs=("y",),
+    types=(("q", ir.DataType.UINT8), ("z", ir.DataType.UINT8), ("w", ir.DataType.INT8)),
+    body="""
+    sum = MatMulInteger (q, w, z)
+    real = Cast <to = 1> (sum)
+    scale = Mul (s, ws)
+    y = Mul (real, scale)
+""",
+)
+
+_U8U8 = DialectOp(
+    name="QMatMulU8U8",
+    inputs=("q", "s", "z", "w", "ws", "wz"),
+    outputs=("y",),
+    types=tuple((name, ir.DataType.UINT8) for name in ("q", "z", "w", "wz")),
+    body=_U8S8.body.replace("(q, w, z)", "(q, w, z, wz)"),
 )
 
 _W8A8_DYNAMIC = DialectOp(
@@ -290,7 +312,7 @@ _MASKED_ATTENTION = DialectOp(
     form=lambda flags: attention_body(flags, masked=True),
 )
 
-_MATMULS = (_W8A8, _W8A8_DYNAMIC, _W4A8, _W4A16, _FP8)
+_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, _W4A8, _W4A16, _FP8)
 _ATTENTIONS = (_ATTENTION, _MASKED_ATTENTION)
 
 OPS = {op.name: op for op in (_QUANTIZE, _QUANTIZE_FP8, *_MATMULS, _CONV, *_NORMS, *_ATTENTIONS)}

@@ -3,7 +3,8 @@
 1. MatMul by a constant matrix: the scheme's weight type, per channel or per group along K, and its
    activation type per token, dynamic.
 2. Conv by a constant kernel: the scheme's weight type per output channel, static activations.
-3. Everything else stays float, with the reason.
+3. Everything else stays float, with the reason; so does all that a quantized source keeps float:
+   whoever quantized it knew why, and its results are what is asked for.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ _SENSITIVE = frozenset({
     "Sqrt", "Erf", "Gelu", "Sigmoid", "Tanh",
 })  # fmt: skip
 """Ops whose error grows when their inputs are rounded to 8 bits."""
+
+_QUANTIZATION = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 
 _NOT_YET = {"Gather": True, "ConvTranspose": False, "LSTM": False, "GRU": False, "RNN": False,
             "Einsum": False, "Gemm": False}  # fmt: skip
@@ -114,10 +117,12 @@ class AssignPrecision(ir.passes.InPlacePass):
         """Plan every node of the graph and its subgraphs."""
         nodes = list(model.graph.all_nodes())
         self._patterns = self._known_patterns(nodes)
-        changed = False
+        changed, is_quantized = False, any(node.op_type in _QUANTIZATION for node in nodes)
         for node in nodes:
             plan = self._plan_tied(model.graph, node, in_branch=node.graph is not model.graph)
-            if isinstance(plan, NodePlan):
+            if isinstance(plan, NodePlan) and is_quantized:
+                decide(node, "float", "the source is quantized, and keeps this op float")
+            elif isinstance(plan, NodePlan):
                 changed = changed or plan_of(node) != plan
                 set_plan(node, plan)
                 decide(node, "qdq", str(plan))

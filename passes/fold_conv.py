@@ -1,15 +1,28 @@
 """Fold a static convolution into one integer op.
 
-    Q(Conv(DQ(x), DQ(W), DQ(b)), ys, yz)         =>  QConv(x, xs, xz, W, ws, 0, ys, yz, b)
-    Q(Relu(Conv(DQ(x), DQ(W), DQ(b))), ys, 0)    =>  the same: saturation at 0 is the Relu
+    Q(Conv(DQ(x), DQ(W), b), ys, yz)          =>  QConv(x, xs, xz, W, ws, wz, ys, yz, b)
+    Q(Relu(Conv(DQ(x), DQ(W), b)), ys, yz)    =>  the same, if Q saturates at 0
 
-Part of `fold_qdq`.  QConv's body is QLinearConv, which ORT runs with its own integer kernels.
+1. x and y: uint8, one constant scale each.
+2. W: int8 or uint8, a scale per tensor or per output channel.  uint8 is shifted by 128, exactly;
+   zero points that differ between channels, which ORT does not take, are subtracted where W - wz is
+   int8.
+3. b: none, int32 at the scale of the products, or floats, which are rounded to that.  Half a step
+   of the sums, it changes few results, and those by one step of y.
+4. A Relu, or a Clip with constant bounds, goes where Q saturates at its bounds anyway.
+5. auto_pad becomes pads where those are known.
+
+QConv's body is QLinearConv, which ORT runs with its own integer kernels; it rounds once where the
+pair around a float convolution may round twice.  Part of `fold_qdq`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decide, inherit
@@ -20,84 +33,176 @@ from qcompiler.ir.graph import (
     only_consumer,
     replace_nodes,
 )
+from qcompiler.ir.params import QuantParams, quant_params
+from qcompiler.ir.types import PerAxis, PerTensor
+from qcompiler.passes.conv_pads import explicit_pads
+from qcompiler.passes.fold_matmul import one_scale
+from qcompiler.passes.widen_constants import dequantized_constant
 
 __all__ = ["try_fold_conv"]
 
+_MAX_BIAS = 2**31 - 1
 
-def try_fold_conv(graph: ir.Graph, conv: ir.Node) -> bool:
-    """Fold one Conv; False, and nothing changed, if its surroundings do not fit."""
-    parts = [dequantize_of(value) for value in conv.inputs]
-    if len(parts) != 3 or any(part is None for part in parts):
+
+@dataclasses.dataclass(frozen=True)
+class _Kernel:
+    """Weights as QLinearConv takes them: int8, zero points all alike."""
+
+    shape: tuple[int, ...]
+    stored: ir.Value | NDArray[np.int8]
+    scale: ir.Value
+    scales: NDArray[np.float32]
+    zeros: NDArray[np.int8]
+
+
+def try_fold_conv(graph: ir.Graph, conv: ir.Node) -> str | None:
+    """Fold one Conv; the reason, and nothing changed, if it cannot be."""
+    x = one_scale(dequantize_of(conv.inputs[0]))
+    if isinstance(x, str):
+        return x
+    if x.scales is None or x.zeros is None:
+        return "its activations have a computed scale"
+    kernel = _kernel(dequantize_of(conv.inputs[1]))
+    if isinstance(kernel, str):
+        return kernel
+    covered, y = _covered(conv)
+    if isinstance(y, str):
+        return y
+    bias = _bias(conv, x, kernel)
+    if isinstance(bias, str):
+        return bias
+    pads = explicit_pads(conv, kernel.shape[2:])
+    if pads is None:
+        return "auto_pad, and what it pads depends on sizes that are not known"
+    _replace(graph, covered, x, kernel, y, bias, pads)
+    return None
+
+
+def _kernel(dequantize: ir.Node | None) -> _Kernel | str:
+    params = quant_params(dequantize)
+    value = dequantize.inputs[0] if dequantize is not None else None
+    stored = constant(value)
+    if params is None or stored is None or value is None:
+        return "its weight is not quantized"
+    scales, zeros, storage = params.scales, params.zeros, params.type.storage
+    if scales is None or zeros is None or storage not in (ir.DataType.INT8, ir.DataType.UINT8):
+        return f"its weight is {storage.name}, or its scale is computed"
+    if params.type.granularity not in (PerTensor(), PerAxis(0), PerAxis(-stored.ndim)):
+        return f"its weight has a scale per {params.type.granularity}, not per output channel"
+    wide, offset = stored.astype(np.int16), np.asarray(zeros, np.int16).reshape(-1)
+    result: ir.Value | NDArray[np.int8] = value
+    if np.unique(offset).size > 1:
+        wide -= offset.reshape(-1, *[1] * (stored.ndim - 1))
+        offset = np.zeros_like(offset)
+    elif storage is ir.DataType.UINT8:
+        wide, offset = wide - 128, offset - 128
+    if wide.min(initial=0) < -128 or wide.max(initial=0) > 127:
+        return "its weights minus their zero points do not fit int8"
+    if np.any(wide != stored):
+        result = wide.astype(np.int8)
+    zeros = np.full(scales.shape, offset[:1], np.int8)
+    return _Kernel(stored.shape, result, params.scale, scales.reshape(-1), zeros)
+
+
+def _covered(conv: ir.Node) -> tuple[list[ir.Node], QuantParams | str]:
+    """The nodes from the convolution to the Q of its result, and how that quantizes."""
+    covered, clips = [conv], []
+    reader = only_consumer(conv.outputs[0])
+    while reader is not None and reader.op_type in ("Relu", "Clip"):
+        clips.append(reader)
+        covered.append(reader)
+        reader = only_consumer(reader.outputs[0])
+    y = quant_params(reader)
+    if reader is None or y is None or reader.op_type != "QuantizeLinear":
+        return covered, "its result is not quantized: ORT's ConvInteger is slower than floats"
+    if y.type.storage is not ir.DataType.UINT8 or not y.is_per_tensor or y.scales is None:
+        return covered, f"its result is quantized to {y.type}, not to UINT8 with one constant scale"
+    for clip in clips:
+        if not _saturates(clip, y):
+            return covered, f"its {clip.op_type} cuts within the range that its result is stored in"
+    return [*covered, reader], y
+
+
+def _saturates(clip: ir.Node, y: QuantParams) -> bool:
+    """Whether Q stores the bounds of a Relu or Clip as its smallest and largest value."""
+    if y.scales is None or y.zeros is None:
         return False
-    x, w, b = (part for part in parts if part is not None)
-    if not (_is_per_tensor_uint8(x) and _is_channel_int8(w) and _is_accumulator(b, x, w)):
+    bounds: list[ir.Value | None] = [*clip.inputs[1:], None, None]
+    low, high = constant(bounds[0]), constant(bounds[1])
+    if any(value is not None and constant(value) is None for value in bounds):
         return False
-    if conv.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
-        return False
-    covered = [conv]
-    result = only_consumer(conv.outputs[0])
-    if result is not None and result.op_type == "Relu":
-        covered.append(result)
-        result = only_consumer(result.outputs[0])
-    if result is None or result.op_type != "QuantizeLinear" or not _is_per_tensor_uint8(result):
-        return False
-    zero = constant(result.inputs[2])
-    covered.append(result)
-    if len(covered) > 2 and (zero is None or zero.any()):
-        # Saturation at 0 does a Relu's work only if 0 stands for zero.
-        return False
-    rank = np.ndim(constant(w.inputs[0])) - 2  # type: ignore[arg-type]
-    channels = np.atleast_1d(np.asarray(constant(w.inputs[1])))
-    zeros = np.zeros(channels.shape, np.int8)
-    weight_zero = new_initializer(graph, f"{conv.name}_weight_zero_point", zeros)
+    lowest = np.float32(0) if clip.op_type == "Relu" else low
+    first, last = y.type.range
+    steps = [
+        None if bound is None else np.rint(np.float32(bound) / y.scales) + y.zeros
+        for bound in (lowest, high)
+    ]
+    below = steps[0] is None or np.all(steps[0] <= first)
+    return bool(below and (steps[1] is None or np.all(steps[1] >= last)))
+
+
+def _bias(conv: ir.Node, x: QuantParams, kernel: _Kernel) -> NDArray[np.int32] | ir.Value | str:
+    """The bias as int32 at the scale of the products."""
+    value = conv.inputs[2] if len(conv.inputs) > 2 else None
+    assert x.scales is not None
+    if value is None:
+        return np.zeros(kernel.shape[0], np.int32)
+    products = np.broadcast_to(kernel.scales * x.scales.reshape(-1), kernel.shape[:1])
+    dequantize = dequantize_of(value)
+    params = quant_params(dequantize)
+    integers = dequantize.inputs[0] if dequantize is not None else None
+    if params is not None and integers is not None and params.scales is not None:
+        is_sum = params.type.storage is ir.DataType.INT32 and params.type.symmetric
+        if is_sum and np.allclose(params.scales, products, rtol=1e-5, atol=0):
+            return integers
+    floats = dequantized_constant(value)
+    if floats is None or floats.dtype != np.float32:
+        return "its bias is computed, or not FLOAT"
+    with np.errstate(divide="ignore", invalid="ignore"):
+        steps = np.rint(floats.astype(np.float64) / products)
+    if not np.all(np.abs(steps) <= _MAX_BIAS):
+        return "its bias does not fit int32 at the scale of the products"
+    return np.asarray(steps, np.int32)
+
+
+def _replace(
+    graph: ir.Graph,
+    covered: list[ir.Node],
+    x: QuantParams,
+    kernel: _Kernel,
+    y: QuantParams,
+    bias: NDArray[np.int32] | ir.Value,
+    pads: list[int],
+) -> None:
+    conv = covered[0]
+
+    def value(stem: str, content: ir.Value | NDArray[np.generic] | None) -> ir.Value:
+        if content is None:
+            content = np.zeros((), np.uint8)
+        if isinstance(content, ir.Value):
+            return content
+        return new_initializer(graph, f"{conv.name}_{stem}", content)
+
+    data = dequantize_of(conv.inputs[0])
+    assert data is not None
+    axes = len(pads) // 2
     new = ir.node(
         "QConv",
-        [*x.inputs, *w.inputs[:2], weight_zero, *result.inputs[1:], b.inputs[0]],
+        [
+            data.inputs[0], x.scale, value("zero_point", x.zero_point),
+            value("weight", kernel.stored), kernel.scale, value("weight_zero_point", kernel.zeros),
+            y.scale, value("result_zero_point", y.zero_point), value("bias", bias),
+        ],
         {
-            "dilations": conv.attributes.get_ints("dilations", [1] * rank),
+            "dilations": conv.attributes.get_ints("dilations", [1] * axes),
             "group": conv.attributes.get_int("group", 1),
-            "pads": conv.attributes.get_ints("pads", [0] * rank * 2),
-            "strides": conv.attributes.get_ints("strides", [1] * rank),
+            "pads": pads,
+            "strides": conv.attributes.get_ints("strides", [1] * axes),
         },
         domain=dialect.DOMAIN,
         version=dialect.VERSION,
-    )
+    )  # fmt: skip
     inherit(new, conv)
     replace_nodes(covered, [new])
     dialect.type_results(new, "QConv")
     decide(new, "qdq", "ORT's own QLinearConv")
-    return True
-
-
-def _is_per_tensor_uint8(pair: ir.Node) -> bool:
-    """A Q or DQ with one constant scale and one constant uint8 zero point."""
-    if len(pair.inputs) != 3 or pair.attributes.get_int("block_size", 0) > 0:
-        return False
-    scale, zero = constant(pair.inputs[1]), constant(pair.inputs[2])
-    return scale is not None and zero is not None and scale.size == 1 and zero.dtype == np.uint8
-
-
-def _is_channel_int8(dequantize: ir.Node) -> bool:
-    """Constant int8 weights, symmetric, one scale per output channel."""
-    stored, scale = constant(dequantize.inputs[0]), constant(dequantize.inputs[1])
-    zero = constant(dequantize.inputs[2]) if len(dequantize.inputs) > 2 else np.int8(0)
-    if stored is None or scale is None or zero is None or np.any(zero):
-        return False
-    axis = dequantize.attributes.get_int("axis", 1)
-    channels = scale.shape == stored.shape[:1] and axis % stored.ndim == 0
-    blocked = dequantize.attributes.get_int("block_size", 0) > 0
-    return stored.dtype == np.int8 and channels and not blocked
-
-
-def _is_accumulator(bias: ir.Node, x: ir.Node, w: ir.Node) -> bool:
-    """A constant int32 bias at the scale of the products, without a zero point."""
-    stored, scale = constant(bias.inputs[0]), constant(bias.inputs[1])
-    zero = constant(bias.inputs[2]) if len(bias.inputs) > 2 else np.int32(0)
-    if stored is None or scale is None or zero is None or np.any(zero):
-        return False
-    products = np.asarray(constant(w.inputs[1])) * np.asarray(constant(x.inputs[1]))
-    return (
-        stored.dtype == np.int32
-        and scale.shape == products.shape
-        and np.allclose(scale, products, rtol=1e-5, atol=0)
-    )

@@ -5,10 +5,13 @@
                           (an fp8 weight is Cast(w) * ws)
 3. MatMul, W4A8           the same with w int4 in groups    =>  QMatMulW4A8(q, s, w, ws)
 4. MatMul, W4A16          MatMul(x, DQ(w, ws))              =>  QMatMulW4A16(x, w, ws)
-5. Conv                   see `fold_conv`
+5. MatMul, Gemm           with one scale: see `fold_matmul`
+6. Conv, Gather           see `fold_conv`, `fold_gather`
+7. Other constants        see `widen_constants`
 
 `s` is the per-token scale that `insert_qdq` computes.  The integers do not change: Quantize divides
-by the same scale.  What is left as Q/DQ is what ORT fuses by itself or runs in float.
+by the same scale.  What is left as Q/DQ is what ORT fuses by itself or runs in float: `left_to_ort`
+says which.
 """
 
 from __future__ import annotations
@@ -18,9 +21,15 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
-from qcompiler.ir.decisions import decide, decision_of, inherit
+from qcompiler.ir.decisions import decide, decision_of, inherit, plan_of
 from qcompiler.ir.graph import constant, dequantize_of, replace_nodes
+from qcompiler.ir.params import quant_params
+from qcompiler.ir.types import PerAxis, PerGroup
 from qcompiler.passes.fold_conv import try_fold_conv
+from qcompiler.passes.fold_gather import try_fold_gather
+from qcompiler.passes.fold_matmul import try_fold_matmul
+from qcompiler.passes.left_to_ort import left_to_ort
+from qcompiler.passes.widen_constants import try_widen_constant
 
 __all__ = ["FoldQDQ"]
 
@@ -31,36 +40,49 @@ _MATMUL = {
 }
 
 
+_FAMILIES = {
+    "MatMul": try_fold_matmul,
+    "Gemm": try_fold_matmul,
+    "Conv": try_fold_conv,
+    "Gather": try_fold_gather,
+}
+
 _TOP = {ir.DataType.INT8: 127.0, ir.DataType.FLOAT8E4M3FN: 448.0}
 """The stored value that a token's largest magnitude is mapped to."""
 
 
 class FoldQDQ(ir.passes.InPlacePass):
-    """Replace the pairs around MatMul and Conv by `qcompiler` ops."""
+    """Replace the pairs around MatMul, Gemm, Conv and Gather by integer ops."""
 
     def __init__(self) -> None:
         super().__init__()
         self._quantized: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Fold every pair that has an integer form, and say which planned nodes were not."""
+        """Fold every pair that has an integer form, and say of the others who computes them."""
         self._quantized = {}
-        folded = 0
+        changed = 0
+        reasons: dict[ir.Node, str] = {}
         for node in list(model.graph.all_nodes()):
-            done = (
-                self._try_fold_matmul(node)
-                if node.op_type == "MatMul"
-                else node.op_type == "Conv" and try_fold_conv(model.graph, node)
-            )
-            folded += done
-            if not done and node.op_type in ("MatMul", "Conv") and _is_planned(node):
-                why = "planned, but its surroundings did not let it be folded"
-                decide(node, "float", why, expected=False)
-        if folded:
+            if node.op_type in _FAMILIES and node.domain == "":
+                reason = self._try_fold(model.graph, node)
+                changed += reason is None
+                if reason is not None:
+                    reasons[node] = reason
+        for node in list(model.graph.all_nodes()):
+            _explain(node, reasons.get(node, ""))
+        changed += sum(try_widen_constant(model.graph, n) for n in list(model.graph.all_nodes()))
+        if changed:
             common.RemoveUnusedNodesPass()(model)
             common.NameFixPass()(model)
             dialect.declare(model)
-        return ir.passes.PassResult(model, folded > 0)
+        return ir.passes.PassResult(model, changed > 0)
+
+    def _try_fold(self, graph: ir.Graph, node: ir.Node) -> str | None:
+        """Fold one node; the reason, and nothing changed, if it cannot be."""
+        if node.op_type == "MatMul" and self._try_fold_matmul(node):
+            return None
+        return _FAMILIES[node.op_type](graph, node)
 
     def _try_fold_matmul(self, node: ir.Node) -> bool:
         weight, pair = _matrix_weight(node.inputs[1]), _token_pair(node.inputs[0])
@@ -97,8 +119,15 @@ class FoldQDQ(ir.passes.InPlacePass):
         return self._quantized[stored]
 
 
-def _is_planned(node: ir.Node) -> bool:
-    return decision_of(node).action == "qdq"
+def _explain(node: ir.Node, reason: str) -> None:
+    """Say who computes a node that was not folded, and why."""
+    found, before = left_to_ort(node), decision_of(node)
+    if reason and (plan_of(node) is not None or (before.action == "qdq" and found is None)):
+        why = "planned, but its surroundings did not let it be folded"
+        decide(node, "float", f"{why}: {reason}", expected=False)
+    elif found is not None and (before.action == "float" or reason):
+        action, why = found
+        decide(node, action, f"{reason}: {why}" if reason else why)
 
 
 def _token_pair(value: ir.Value | None) -> ir.Node | None:
@@ -146,9 +175,13 @@ def _matrix_weight(value: ir.Value | None) -> tuple[ir.Value, ir.Value, int] | N
     if node is None or len(node.inputs) != 2:
         return None
     stored, scale, block, axis = node.inputs[0], node.inputs[1], 0, 1
-    if node.op_type == "DequantizeLinear":
-        block = node.attributes.get_int("block_size", 0)
-        axis = node.attributes.get_int("axis", 1) % 2
+    params = quant_params(node)
+    if params is not None:
+        match params.type.granularity:
+            case PerAxis(axis):
+                axis %= 2
+            case PerGroup(axis, block):
+                axis %= 2
     else:
         widen = stored.producer() if stored is not None else None
         if node.op_type != "Mul" or widen is None or widen.op_type != "Cast":

@@ -33,7 +33,9 @@ _DEFAULTS = frozenset({("Gelu", "approximate", "none")})
 _MOST_STEPS = 4
 """Nodes to look at before the ways join: HardSwish may come as Mul(x, Clip(Add(x, 3)) / 6)."""
 
-_ANCHORS = frozenset({"Quantize", "QMatMulW8A8", "QMatMulW4A8", "QMatMulFp8"})
+_ANCHORS = frozenset({
+    "Quantize", "QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8", "QMatMulW4A8", "QMatMulFp8",
+})  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -108,7 +110,7 @@ class FuseRegions(RegionPass):
 def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...]:
     if "block_size" in node.attributes and node.op_type.startswith("Quantize"):
         return (("K", node.attributes.get_int("block_size")),)
-    weight = node.inputs[2]
+    weight = node.inputs[dialect.OPS[node.op_type].inputs.index("w")]
     assert weight is not None and weight.const_value is not None
     depth, width = weight.const_value.shape.numpy()
     return (("K", depth), ("N", width))

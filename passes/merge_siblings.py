@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir.decisions import decide, region_of
+from qcompiler.ir.dialect import OPS
 from qcompiler.ir.graph import constant, new_initializer
 from qcompiler.ir.region import ExtraKind, Region, Step
 from qcompiler.passes.outlining import UNBOUND, RegionPass, drop_unused_functions, outline
@@ -27,9 +28,11 @@ __all__ = ["MergeSiblings"]
 
 _NEUTRAL = {"Add": 0.0, "Mul": 1.0}
 
+_MERGEABLE = ("QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8")
+
 
 class MergeSiblings(RegionPass):
-    """Merge outlined products that read the same q and s, where a kernel can compute them."""
+    """Merge outlined products that read the same activations, where a kernel can compute them."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Merge siblings of every graph, branches and loops included."""
@@ -72,7 +75,7 @@ def _is_mergeable(node: ir.Node) -> bool:
     region = region_of(node) if node.domain == UNBOUND else None
     return (
         region is not None
-        and region.anchor == "QMatMulW8A8"
+        and region.anchor in _MERGEABLE
         and not region.widths
         and "tensor" not in region.extras
         and region.is_chain()
@@ -80,15 +83,22 @@ def _is_mergeable(node: ir.Node) -> bool:
 
 
 def _siblings(node: ir.Node) -> list[ir.Node]:
-    """The mergeable nodes of the same graph with the same q and s, in order."""
-    q, s = node.inputs[:2]
+    """The mergeable nodes of the same graph with the same activations, in order."""
+    q, anchor, shared = node.inputs[0], _region(node).anchor, node.inputs[: _weight(node)]
     assert q is not None and node.graph is not None
     found = {use.node for use in q.uses() if use.node.graph is node.graph}
     return [
         other
         for other in node.graph
-        if other in found and other.inputs[1] is s and _is_mergeable(other)
+        if other in found
+        and _is_mergeable(other)
+        and (_region(other).anchor, other.inputs[: _weight(other)]) == (anchor, shared)
     ]
+
+
+def _weight(node: ir.Node) -> int:
+    """Which input of a product is its weight; those before are its activations."""
+    return OPS[_region(node).anchor].inputs.index("w")
 
 
 def _common_steps(chains: Sequence[tuple[Step, ...]]) -> tuple[Step, ...] | None:
@@ -110,14 +120,14 @@ def _aligned(chain: tuple[Step, ...], longest: tuple[Step, ...]) -> list[bool] |
 
 
 def _replace(model: ir.Model, nodes: Sequence[ir.Node], whole: Region) -> None:
-    first = nodes[0]
+    first, weight = nodes[0], nodes[0].inputs[_weight(nodes[0])]
     operands = [_operands(node, whole) for node in nodes]
-    stem = f"{first.inputs[2].name}_merged" if first.inputs[2] is not None else "merged"
+    stem = f"{weight.name}_merged" if weight is not None else "merged"
     columns = [
         new_initializer(model.graph, stem, np.concatenate(parts, axis=-1))
         for parts in zip(*operands, strict=True)
     ]
-    new = outline(model, whole, [*first.inputs[:2], *columns], like=first)
+    new = outline(model, whole, [*first.inputs[: _weight(first)], *columns], like=first)
     new.name = " + ".join(node.name or node.op_type for node in nodes)
     decide(new, "body", f"{len(nodes)} products of one input")
     results = [node.outputs[0] for node in nodes]
@@ -128,11 +138,12 @@ def _replace(model: ir.Model, nodes: Sequence[ir.Node], whole: Region) -> None:
 
 
 def _operands(node: ir.Node, whole: Region) -> list[np.ndarray]:
-    """The weights, their scales and one row per extra operand of `whole`, neutral where missing."""
+    """The weights, what goes with them, and a row per extra of `whole`, neutral where missing."""
     region = _region(node)
-    constants = [constant(value) for value in node.inputs[2:]]
+    constants = [constant(value) for value in node.inputs[_weight(node) :]]
     found = [array for array in constants if array is not None]
-    weights, extras = found[:2], iter(found[2:])
+    count = len(OPS[region.anchor].inputs) - _weight(node)
+    weights, extras = found[:count], iter(found[count:])
     present = _aligned(region.steps, whole.steps)
     assert present is not None and len(found) == len(constants)
     rows = []

@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -57,6 +58,11 @@ MATMULS = [
     Region("QMatMulW8A8", (("K", 63), ("N", 192)), widths=(48, 96, 48)),
     dataclasses.replace(matmul(20, 96, ("channel",), BIAS, Step("Relu", (1,))), widths=(48, 48)),
 ]
+PER_TENSOR = [
+    dataclasses.replace(region, anchor=anchor)
+    for anchor in ("QMatMulU8S8", "QMatMulU8U8")
+    for region in (*MATMULS[:4], MATMULS[7], MATMULS[-1], matmul(5, 4200))
+]
 DYNAMIC = [
     dataclasses.replace(region, anchor="DynamicQMatMulW8A8")
     for region in (MATMULS[0], MATMULS[2], MATMULS[3], MATMULS[7], MATMULS[-1], matmul(4096, 17))
@@ -66,7 +72,8 @@ DYNAMIC = [
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("library") / "kernels.so"
-    build_library([*QUANTIZES, *MATMULS, *DYNAMIC], DOMAIN, path, cache=KernelCache())
+    regions = [*QUANTIZES, *MATMULS, *PER_TENSOR, *DYNAMIC]
+    build_library(regions, DOMAIN, path, cache=KernelCache())
     return path
 
 
@@ -78,6 +85,9 @@ def weights(region: Region) -> dict[str, np.ndarray]:
         "w": rng.integers(-127, 128, (k, n)).astype(np.int8),
         "ws": (rng.uniform(0.5, 1.5, n) / (40 * np.sqrt(k))).astype(np.float32),
     }
+    if region.anchor == "QMatMulU8U8":
+        constants["w"] = rng.integers(0, 256, (k, n)).astype(np.uint8)
+        constants["wz"] = rng.choice([0, 1, 127, 128, 255], n).astype(np.uint8)
     for index, kind in enumerate(region.extras):
         if kind == "channel":
             constants[f"extra{index}"] = rng.standard_normal(n).astype(np.float32)
@@ -99,6 +109,8 @@ def model_of(region: Region, rank: int) -> bytes:
                             shape=ir.Shape(tensor.shape))  # fmt: skip
         dtype = ir.DataType.FLOAT if name.startswith("extra") else op.type_of(name)
         shape = [f"d{i}" for i in range(rank - 1)] + [last.get(name, sizes.get("N"))]
+        if "z" in op.inputs and name in ("s", "z"):
+            shape = []
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
     operands = [value(v.name) for v in function.inputs]
@@ -189,6 +201,57 @@ def test_matmul(library, isa, shape, region, seed):
             assert native.shape == want.shape
             assert not native.size or sqnr(want, native) >= 60
             np.testing.assert_allclose(native, want, rtol=1e-4, atol=1e-4)
+
+
+@each_isa("QMatMulU8S8")
+@settings(deadline=None, max_examples=80)
+@example([1], PER_TENSOR[4], 255, 0).via("one row")
+@example([1], PER_TENSOR[11], 255, 0).via("one row, shifted weights")
+@example([0], PER_TENSOR[11], 3, 0).via("an empty batch, shifted weights")
+@example([300], PER_TENSOR[12], 77, 0).via("several results, shifted weights")
+@example([4100], PER_TENSOR[8], 255, 0).via("more rows than lie on the stack")
+@example([0], PER_TENSOR[4], 3, 0).via("an empty batch")
+@example([9], PER_TENSOR[3], 0, 0).via("just over a tile")
+@example([300], PER_TENSOR[4], 128, 0).via("several blocks of rows")
+@example([33], PER_TENSOR[-1], 255, 0).via("more columns than lie on the stack")
+@given(leading, st.sampled_from(PER_TENSOR), st.sampled_from([0, 1, 128, 255]),
+       st.integers(0, 2**32 - 1))  # fmt: skip
+def test_matmul_with_one_scale(library, isa, shape, region, zero, seed):
+    rng = np.random.default_rng(seed)
+    feeds = {
+        "q": rng.integers(0, 256, [*shape, region.size("K")]).astype(np.uint8),
+        "s": np.array(rng.uniform(0.01, 0.02), np.float32),
+        "z": np.array(zero, np.uint8),
+    }
+    for index, kind in enumerate(region.extras):
+        if kind == "tensor":
+            feeds[f"extra{index}"] = rng.standard_normal([*shape, region.size("N")], np.float32)
+    expected = session(region, len(shape) + 1, 1).run(None, feeds)
+    for threads in (1, 2):
+        natives = session(region, len(shape) + 1, threads, library, isa).run(None, feeds)
+        for native, want in zip(natives, expected, strict=True):
+            assert native.shape == want.shape
+            assert np.array_equal(native, want) or sqnr(want, native) >= 60
+            np.testing.assert_allclose(native, want, rtol=1e-4, atol=1e-4)
+
+
+@each_isa("QMatMulU8S8")
+@pytest.mark.parametrize(("name", "value"), [("s", np.ones(2, "f4")), ("z", np.ones(2, "u1"))])
+def test_one_scale_means_one(library, isa, name, value):
+    """What the graph says of a shape is not what comes."""
+    feeds = {"q": np.zeros((2, 3), np.uint8), "s": np.ones(1, "f4"), "z": np.ones(1, "u1")}
+    model = onnx.load_from_string(model_of(PER_TENSOR[1], 2))
+    for operand in model.graph.input:
+        if operand.name in "sz":
+            operand.type.tensor_type.ClearField("shape")
+    options = ort.SessionOptions()
+    offer(options, library, isa)
+    run = ort.InferenceSession(model.SerializeToString(), options).run
+    assert run(None, feeds)[0].shape == (2, 5)
+    with pytest.raises(
+        ort.capi.onnxruntime_pybind11_state.InvalidArgument, match=f"input {name} .*hold"
+    ):
+        run(None, feeds | {name: value})
 
 
 @each_isa("QMatMulW8A8")

@@ -239,9 +239,37 @@ def test_division_by_zero_rows_do_not_spread(isa: Isa, tmp_path: Path) -> None:
     assert np.isfinite(np.delete(y, 4, axis=0)).all()
 
 
+@each_raw_isa("QMatMulU8S8")
+@pytest.mark.parametrize("anchor", ["QMatMulU8S8", "QMatMulU8U8"])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (7, 33, 50), (17, 6, 17)])
+def test_one_scale_and_zero_points(
+    isa: Isa, anchor: str, m: int, k: int, n: int, tmp_path: Path
+) -> None:
+    """The sums of (q - z) (w - wz), exactly, from weights less 128 and what the glue computes."""
+    from qcompiler.targets.x86.qmatmul import qmatmul_function
+
+    rng, guarded, zero = np.random.default_rng(n), Guarded(), 201
+    q, w = rng.integers(0, 256, (m, k)).astype(np.uint8), int8(rng, k, n)
+    wz = rng.integers(-128, 128, n) if anchor == "QMatMulU8U8" else np.zeros(n, np.int64)
+    weights, init = (guarded(part) for part in pack(w, isa))
+    init[:] = init // 128 * zero
+    ones, zeros = np.zeros(init.shape, np.float32), np.zeros(init.shape, np.int32)
+    ones[:n], zeros[:n] = 1, wz
+    rows = q.astype(np.int32).sum(1, dtype=np.int32) - k * zero
+    y = guarded(np.full((m, n), np.nan, np.float32))
+    operands = [guarded(q), guarded(np.ones(1, np.float32)), weights, init, guarded(ones)]
+    operands += [guarded(rows), guarded(zeros)] if anchor == "QMatMulU8U8" else []
+    region = Region(anchor, (("K", k), ("N", n)))
+    kernel = load({"f": qmatmul_function(region, isa)}, tmp_path, isa).f
+    kernel(*map(pointer, [*operands, y]), m, 0, weights.shape[0])
+    np.testing.assert_array_equal(y, (q.astype(np.int64) - zero) @ (w - wz))
+
+
 @pytest.mark.parametrize(
     ("region", "reason"),
     [
+        (Region("QMatMulU8S8", (("K", 65794), ("N", 1))), "more than 65792 products may overflow"),
+        (Region("QMatMulU8U8", (("K", 33026), ("N", 1))), "more than 33024 products may overflow"),
         (Region("QConv", (("K", 4),)), "no kernel for QConv"),
         (Region("QMatMulW8A8", (("K", 4),)), "takes the sizes K, N"),
         (product(0, 4), "not positive"),

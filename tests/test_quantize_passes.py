@@ -315,39 +315,6 @@ def test_leaves_a_token_scale_of_another_kind(spoil):
     assert not FoldQDQ()(model).modified
 
 
-QUANTIZED_CONV = (
-    "g (float[1,2,8,8] x) => (float[1,4,6,6] y) {{ q = QuantizeLinear (x, xs, xz) "
-    "d = DequantizeLinear (q, xs, xz) f = DequantizeLinear <axis = {axis}> (w, ws, wz) "
-    "g = DequantizeLinear <axis = 0> (b, bs) c = Conv {attributes} (d, f, g) "
-    "r = QuantizeLinear (c, ys, yz) y = DequantizeLinear (r, ys, yz) }}"
-)
-
-
-@pytest.mark.parametrize(
-    ("changes", "attributes", "folds"),
-    [
-        ({}, "", True),
-        ({"wz": np.full(4, 20, np.int8)}, "", False),
-        ({"bs": np.full(4, 0.5, np.float32)}, "", False),
-        ({"xz": np.int8(0), "yz": np.int8(0)}, "", False),
-        ({}, '<auto_pad = "VALID">', False),
-    ],
-)
-def test_folds_an_imported_convolution_only_if_nothing_is_lost(changes, attributes, folds):
-    steps = np.full(4, 0.02, np.float32)
-    weights = {
-        "xs": np.float32(0.03), "xz": np.uint8(120), "ys": np.float32(0.2), "yz": np.uint8(128),
-        "w": RNG.integers(-127, 128, (4, 2, 3, 3)).astype(np.int8), "ws": steps,
-        "wz": np.zeros(4, np.int8), "b": RNG.integers(-900, 900, 4).astype(np.int32),
-        "bs": steps * np.float32(0.03),
-    }  # fmt: skip
-    text = QUANTIZED_CONV.format(axis=0, attributes=attributes)
-    model = model_of(text, weights | changes)
-    before = run(model, {"x": IMAGES["x"][:1]})[0]
-    assert FoldQDQ()(model).modified == folds
-    np.testing.assert_allclose(run(model, {"x": IMAGES["x"][:1]})[0], before, atol=0.21)
-
-
 @pytest.mark.parametrize(
     "text",
     [

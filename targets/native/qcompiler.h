@@ -31,6 +31,7 @@ struct qc_qmatmul_args {
     const int8_t *weights;
     const int32_t *init;
     const float *ws;
+    const int32_t *row_sums, *wz; /* U8U8: sum_k (q - z) per row; zero points of w less 128 */
     const float *extra[QC_MAX_EXTRAS];
     float *y;
     int32_t rows, panel_begin, panel_end;
@@ -56,6 +57,9 @@ struct qc_isa {
 };
 
 extern const struct qc_isa qc_avx512_bf16, qc_avx512_vnni, qc_avx_vnni, qc_avx2;
+
+/* sums[row] = sum_k (q - z) of q [rows, k]; for processors that have any of the instruction sets. */
+void qc_sum_rows(const uint8_t *q, int64_t rows, int64_t k, uint8_t z, int32_t *sums);
 
 /* One kernel of an op, compiled for one instruction set. */
 struct qc_variant {
@@ -86,7 +90,9 @@ struct qc_anchor {
     int64_t (*last_dimension)(const struct qc_op *, size_t i);
 };
 
-extern const struct qc_anchor qc_quantize, qc_qmatmul_w8a8, qc_dynamic_qmatmul_w8a8;
+extern const struct qc_anchor qc_quantize;
+extern const struct qc_anchor qc_qmatmul_w8a8, qc_qmatmul_u8s8, qc_qmatmul_u8u8;
+extern const struct qc_anchor qc_dynamic_qmatmul_w8a8;
 extern const struct qc_anchor qc_attention, qc_masked_attention;
 extern const struct qc_anchor qc_layer_norm, qc_add_layer_norm, qc_rms_norm, qc_add_rms_norm;
 

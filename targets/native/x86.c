@@ -122,6 +122,24 @@ AVX2 static void pack(const int8_t *w, int64_t k, int64_t n, int vectors, int de
     }
 }
 
+AVX2 static int64_t sum_row(const uint8_t *q, int64_t k) {
+    __m256i sums = _mm256_setzero_si256(), zero = _mm256_setzero_si256();
+    int64_t i = 0, parts[4], sum = 0;
+    for (; i + 32 <= k; i += 32) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i *)(q + i));
+        sums = _mm256_add_epi64(sums, _mm256_sad_epu8(bytes, zero));
+    }
+    _mm256_storeu_si256((__m256i *)parts, sums);
+    for (int part = 0; part < 4; part++) sum += parts[part];
+    for (; i < k; i++) sum += q[i];
+    return sum;
+}
+
+void qc_sum_rows(const uint8_t *q, int64_t rows, int64_t k, uint8_t z, int32_t *sums) {
+    for (int64_t row = 0; row < rows; row++)
+        sums[row] = (int32_t)(sum_row(q + row * k, k) - k * z);
+}
+
 static void pack_pairs(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
                        int32_t *init) {
     pack(w, k, n, vectors, 2, packed, init);

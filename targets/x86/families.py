@@ -32,6 +32,11 @@ MAX_CACHED_WEIGHTS = 768 << 10
 """Bytes of weights that an L2 of 1 MiB holds beside a block of activations."""
 MAX_DEPTH = (1 << 31) // (128 * 128) - 1
 """The longest sum of int8 products that an int32 surely holds."""
+MAX_ASYMMETRIC_DEPTH = {
+    "QMatMulU8S8": (1 << 31) // (255 * 128) - 1,
+    "QMatMulU8U8": (1 << 31) // (255 * 255) - 1,
+}
+"""The same where a zero point of 0 or 255 makes factors as large as 255."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +117,9 @@ def _unsupported_attention(region: Region) -> str | None:
 
 def _unsupported_qmatmul(region: Region) -> str | None:
     k, n = region.size("K"), region.size("N")
-    if k > MAX_DEPTH:
-        return f"K={k}: an int32 sum of more than {MAX_DEPTH} products may overflow"
+    deepest = MAX_ASYMMETRIC_DEPTH.get(region.anchor, MAX_DEPTH)
+    if k > deepest:
+        return f"K={k}: an int32 sum of more than {deepest} products may overflow"
     columns = tile_shape(n).columns
     if len(region.widths) > MAX_PARTS:
         return f"{len(region.widths)} results; at most {MAX_PARTS} are supported"
@@ -188,6 +194,11 @@ def _qmatmul_parameters(region: Region) -> list[tuple[str, str]]:
         ("const int8_t *", "a->weights"),
         ("const int32_t *", "a->init"),
         ("const float *", "a->ws"),
+        *(
+            (("const int32_t *", "a->row_sums"), ("const int32_t *", "a->wz"))
+            if region.anchor == "QMatMulU8U8"
+            else ()
+        ),
         *(("const float *", f"a->extra[{i}]") for i in range(len(region.extras))),
         ("float *", "a->y"),
         ("int32_t", "a->rows"),
@@ -212,6 +223,19 @@ def _attention_constants(region: Region, isa: Isa) -> dict[str, int]:
 def _qmatmul_constants(region: Region, isa: Isa) -> dict[str, int]:
     tile = tile_shape(region.size("N"), isa)
     return {"tile_rows": tile.rows, "tile_vectors": tile.vectors}
+
+
+def _qmatmul(anchor: str) -> Family:
+    return Family(
+        ("K", "N"),
+        anchor,
+        "qmatmul",
+        _qmatmul_parameters,
+        _unsupported_qmatmul,
+        _generate_qmatmul,
+        _qmatmul_constants,
+        (AVX512_VNNI, AVX_VNNI, AVX2),
+    )
 
 
 def _norm(anchor: str) -> Family:
@@ -239,16 +263,9 @@ FAMILIES = {
         _unsupported_quantize,
         _generate_quantize,
     ),
-    "QMatMulW8A8": Family(
-        ("K", "N"),
-        "qc_qmatmul_w8a8",
-        "qmatmul",
-        _qmatmul_parameters,
-        _unsupported_qmatmul,
-        _generate_qmatmul,
-        _qmatmul_constants,
-        (AVX512_VNNI, AVX_VNNI, AVX2),
-    ),
+    "QMatMulW8A8": _qmatmul("qc_qmatmul_w8a8"),
+    "QMatMulU8S8": _qmatmul("qc_qmatmul_u8s8"),
+    "QMatMulU8U8": _qmatmul("qc_qmatmul_u8u8"),
     "DynamicQMatMulW8A8": Family(
         ("K", "N"),
         "qc_dynamic_qmatmul_w8a8",

@@ -1,11 +1,11 @@
-"""W8A8 matrix multiplication, weights packed in panels of NR vectors of columns.
+"""int8 matrix multiplication, weights packed in panels of NR vectors of columns.
 
-    y = epilogue(float(sum_k (q - 128) w) * (s * ws))
+    y = epilogue(float(sum_k (q - z) w) * (s * ws))
 
 The weights lie as [panel][ceil(K/D)][NR * 16 * D]: for each D rows of K, each lane of a panel has
 its D int8 side by side, as the vector unit multiplies them (vpdpbusd: D = 4).  `init` holds
--128 * sum_k w, so the zero point of the activations costs nothing.  A tile is MR rows by one panel,
-its accumulators in registers.
+-z * sum_k w, so the zero point of the activations, 128 or known at run time, costs nothing.  A tile
+is MR rows by one panel, its accumulators in registers.
 """
 
 from __future__ import annotations
@@ -171,19 +171,24 @@ def _spilled(memory: Expr, row: Expr, vectors: int) -> list[Expr]:
 
 
 def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
-    """The TIR of a `QMatMulW8A8` region for an instruction set.
+    """The TIR of a region of `QMatMulW8A8`, `QMatMulU8S8` or `QMatMulU8U8` for an instruction set.
 
     `void f(const uint8_t *q, const float *s, const int8_t *weights, const int32_t *init,
     const float *ws, const float *extra..., float *y, int32_t rows, int32_t panel_begin,
     int32_t panel_end)`, where `ws` is padded to whole panels like `init`, and neither the rows nor
-    the range of panels is empty.  A region of several results stores those of one per call, in `y`,
-    and takes that one's width and first column, `int32_t y_columns, int32_t y_first`, at the end.
+    the range of panels is empty; `s` has a value per row, or one in all (U8S8, U8U8).  U8U8 takes
+    after `ws` what zero points of the weights, less 128, are multiplied by to be subtracted, and
+    those: `const int32_t *row_sums, const int32_t *wz`.  A region of several results stores those
+    of one per call, in `y`, and takes that one's width and first column, `int32_t y_columns,
+    int32_t y_first`, at the end.
     """
     k, n, unit = region.size("K"), region.size("N"), unit_of(isa)
+    per_tensor, shifted = region.anchor != "QMatMulW8A8", region.anchor == "QMatMulU8U8"
     extra_count = len(region.extras)
     extra_parameters = [Parameter(f"extra{i}", "float32") for i in range(extra_count)]
 
     def body(q: Expr, s: Expr, weights: Expr, init: Expr, ws: Expr, *rest: Expr) -> None:
+        (row_sums, wz), rest = (rest[:2], rest[2:]) if shifted else ((None, None), rest)
         extras, (y, rows, begin, end, *part) = rest[:extra_count], rest[extra_count:]
         y_columns, y_first = part or (n, 0)
 
@@ -191,7 +196,10 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
             for index, total in enumerate(sums):
                 column = first_column + index * LANES
                 count = min(LANES, columns - index * LANES)
-                scale = tir.broadcast(s[row]) * load_lanes(ws, column, LANES)
+                if shifted:
+                    zeros = load_lanes(wz, column, LANES, "int32")
+                    total = total - tir.broadcast(row_sums[row]) * zeros
+                scale = tir.broadcast(s[0 if per_tensor else row]) * load_lanes(ws, column, LANES)
                 anchor = tir.cast("float32x16", total) * scale
                 values = [
                     load_lanes(extra, column if kind == "channel" else row * n + column, count)
@@ -209,6 +217,7 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
             Parameter("weights", "int8"),
             Parameter("init", "int32"),
             Parameter("ws", "float32"),
+            *(Parameter(name, "int32") for name in ("row_sums", "wz") if shifted),
             *extra_parameters,
             Parameter("y", "float32"),
             *_RANGE,

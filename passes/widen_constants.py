@@ -1,0 +1,92 @@
+"""Store constants as floats that ONNX Runtime would dequantize at every run.
+
+    LayerNormalization(x, DQ(g), DQ(b))   =>   LayerNormalization(x, g', b')
+
+Exact.  ORT folds no DequantizeLinear of a constant, because it may become part of an integer op; an
+LSTM of int8 weights then takes 1.8 times as long as one of floats, a convolution of floats by int8
+weights 1.4 times, ConvTranspose 1.1 times.  Left as they are: what becomes part of an integer op,
+and matrices and tables, most of a model's bytes, which ORT mostly reads as they are stored.
+Part of `fold_qdq`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompiler.ir.arithmetic import broadcast_scale
+from qcompiler.ir.decisions import add_note
+from qcompiler.ir.graph import constant, dequantize_of, new_initializer, only_consumer
+from qcompiler.ir.params import quant_params
+from qcompiler.ir.types import PerGroup
+from qcompiler.passes.left_to_ort import left_to_ort
+
+__all__ = ["dequantized_constant", "try_widen_constant"]
+
+_MOST_OF_A_MODEL = frozenset({"MatMul", "Gather"})
+_ROUNDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+
+
+def dequantized_constant(value: ir.Value | None) -> NDArray[np.float32] | None:
+    """The floats of a constant, or of one behind a DQ; None if they cannot be known before a run.
+
+    Equal to the last bit to what the DQ computes.
+    """
+    node = dequantize_of(value)
+    params = quant_params(node)
+    if node is None or params is None:
+        return constant(value)
+    stored, scales, zeros = constant(node.inputs[0]), params.scales, params.zeros
+    if stored is None or scales is None or zeros is None:
+        return None
+    if params.type.expressed is not ir.DataType.FLOAT:
+        return None
+    granularity = params.type.granularity
+    if np.any(zeros):
+        if zeros.size > 1:
+            zeros = broadcast_scale(zeros, stored.shape, granularity)
+        stored = stored.astype(np.int64) - zeros.astype(np.int64)
+    floats = stored.astype(np.float32)
+    floats *= broadcast_scale(scales, stored.shape, granularity)
+    return floats
+
+
+def try_widen_constant(graph: ir.Graph, node: ir.Node) -> bool:
+    """Replace a DQ over a constant by its floats, if all that read it compute in float."""
+    value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+    params = quant_params(node)
+    if value is None or value.const_value is None or params is None:
+        return False
+    if isinstance(params.type.granularity, PerGroup) or node.outputs[0].is_graph_output():
+        return False
+    readers = list(dict.fromkeys(use.node for use in node.outputs[0].uses()))
+    is_bias = value.dtype is ir.DataType.INT32
+    if not readers or not all(_reads_floats(reader, is_bias) for reader in readers):
+        return False
+    floats = dequantized_constant(node.outputs[0])
+    if floats is None:
+        return False
+    widened = new_initializer(graph, f"{value.name}_float", floats)
+    ir.convenience.replace_all_uses_with(node.outputs[0], widened)
+    if not is_bias:
+        for reader in readers:
+            add_note(reader, "its constants are kept as floats, or ORT dequantized them every run")
+    return True
+
+
+def _reads_floats(reader: ir.Node, is_bias: bool) -> bool:
+    found = left_to_ort(reader)
+    if found is None or found[0] != "float" or _ort_would_round(reader):
+        return False
+    return is_bias or reader.op_type not in _MOST_OF_A_MODEL
+
+
+def _ort_would_round(reader: ir.Node) -> bool:
+    """Whether ORT 1.31 quantizes the float weights of an op itself, per tensor: between pairs."""
+    if reader.op_type not in _ROUNDED or dequantize_of(reader.inputs[0]) is None:
+        return False
+    after = only_consumer(reader.outputs[0])
+    while after is not None and after.op_type in ("Relu", "Clip"):
+        after = only_consumer(after.outputs[0])
+    return after is not None and after.op_type == "QuantizeLinear"

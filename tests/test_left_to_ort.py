@@ -1,0 +1,112 @@
+"""What is said to be fused by ONNX Runtime is: the nodes of its optimized model are looked at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from golden import model_of
+
+from qcompiler.ir.decisions import decision_of
+from qcompiler.passes.fold_qdq import FoldQDQ
+from qcompiler.passes.left_to_ort import FUSED_BY_ORT
+
+PAIR = "q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) "
+SECOND = "p = QuantizeLinear (v, t, u) e = DequantizeLinear (p, t, u) "
+RESULT = " r = QuantizeLinear (c, t, u) y = DequantizeLinear (r, t, u)"
+VALUES = {"s": np.float32(0.1), "z": np.uint8(100), "t": np.float32(0.2), "u": np.uint8(128)}
+
+
+def optimized(model: ir.Model, folder: Path) -> list[str]:
+    """The ops that ONNX Runtime runs."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
+    return [node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node]
+
+
+def said(body: str, shape: str, folder: Path) -> tuple[str, str, list[str]]:
+    """The decision on the op between the pairs, and what ORT runs."""
+    head = f"g (float[{shape}] x, float[{shape}] v, bool[{shape}] b) => (float[{shape}] y) "
+    model = model_of(f"{head}{{ {PAIR}{SECOND if 'e)' in body else ''}{body} }}", VALUES)
+    FoldQDQ()(model)
+    skipped = ("QuantizeLinear", "DequantizeLinear")
+    (node,) = (node for node in model.graph if node.op_type not in skipped)
+    decision = decision_of(node)
+    return decision.action, decision.why, optimized(model, folder)
+
+
+CALLS = {
+    "Add": "Add (d, e)", "Mul": "Mul (d, e)", "Concat": "Concat <axis = 0> (d, e)",
+    "Where": "Where (b, d, e)", "MatMul": "MatMul (d, e)", "Sigmoid": "Sigmoid (d)",
+    "LeakyRelu": "LeakyRelu (d)", "Softmax": "Softmax (d)",
+    "AveragePool": "AveragePool <kernel_shape = [1,1]> (d)",
+    "GlobalAveragePool": "GlobalAveragePool (d)",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", CALLS)
+def test_an_op_between_pairs_is_fused(op: str, tmp_path: Path) -> None:
+    shape = "2,3,1,1" if "Pool" in op else "n,4" if op == "Concat" else "4,4"
+    action, why, ops = said(f"c = {CALLS[op]}{RESULT}", shape, tmp_path)
+    assert (action, why.rpartition(": ")[2]) == ("qdq", f"ORT's own {FUSED_BY_ORT[op]}")
+    assert FUSED_BY_ORT[op] in ops
+    assert op not in ops
+
+
+@pytest.mark.parametrize(
+    "call", ["Tanh (d)", "Relu (d)", "Sub (d, e)", "Div (d, e)", "Max (d, e)", "Erf (d)"]
+)
+def test_an_op_that_ort_has_no_integer_form_of_is_float(call: str, tmp_path: Path) -> None:
+    action, why, ops = said(f"c = {call}{RESULT}", "4,4", tmp_path)
+    assert (action, "no integer form" in why) == ("float", True)
+    assert call.partition(" ")[0] in ops
+
+
+def test_without_a_pair_behind_it_only_a_product_is_fused(tmp_path: Path) -> None:
+    action, why, ops = said("y = MatMul (d, e)", "4,4", tmp_path)
+    assert (action, why.rpartition(": ")[2]) == ("qdq", "ORT's own MatMulIntegerToFloat")
+    assert "MatMulIntegerToFloat" in ops
+    action, why, ops = said("y = Add (d, e)", "4,4", tmp_path)
+    assert (action, "result is not quantized" in why, "Add" in ops) == ("float", True, True)
+
+
+@pytest.mark.parametrize(("scale", "action"), [("s, z", "qdq"), ("t, u", "float")])
+def test_pairs_around_a_move_go_if_their_scales_are_equal(
+    scale: str, action: str, tmp_path: Path
+) -> None:
+    move = f"c = MaxPool <kernel_shape = [1,1]> (d) r = QuantizeLinear (c, {scale}) "
+    found, _, ops = said(f"{move}y = DequantizeLinear (r, {scale})", "1,3,4,4", tmp_path)
+    assert found == action
+    assert ops.count("DequantizeLinear") == (1 if action == "qdq" else 2)
+
+
+def test_another_scale_takes_two_nodes(tmp_path: Path) -> None:
+    text = (
+        "g (uint8[4,4] q) => (uint8[4,4] r) "
+        "{ d = DequantizeLinear (q, s, z) r = QuantizeLinear (d, t, u) }"
+    )
+    model = model_of(text, VALUES)
+    FoldQDQ()(model)
+    assert decision_of(model.graph[1]).why.endswith("requantized in two nodes")
+    assert optimized(model, tmp_path) == ["DequantizeLinear", "QuantizeLinear"]
+
+
+def test_float_weights_between_pairs_would_be_rounded_by_ort(tmp_path: Path) -> None:
+    """Why fold-qdq leaves the weight of such a convolution as it is stored."""
+    text = (
+        "g (float[1,2,8,8] x) => (float[a,b,c,d] y) { q = QuantizeLinear (x, s, z) "
+        "e = DequantizeLinear (q, s, z) f = DequantizeLinear <axis = 1> (w, ws) c = Conv (e, f) "
+        "r = QuantizeLinear (c, t, u) y = DequantizeLinear (r, t, u) }"
+    )
+    weights = {"w": np.ones((4, 2, 3, 3), np.int8), "ws": np.ones(2, np.float32)}
+    model = model_of(text, VALUES | weights)
+    assert not FoldQDQ()(model).modified
+    floats = model_of(text.replace("f = DequantizeLinear <axis = 1> (w, ws)", "f = Identity (k)"),
+                      VALUES | {"k": np.ones((4, 2, 3, 3), np.float32)})  # fmt: skip
+    assert "QLinearConv" in optimized(floats, tmp_path)
