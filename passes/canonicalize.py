@@ -1,7 +1,7 @@
 """Bring any ONNX model into the one form the other passes expect.
 
-1. Model-local functions are inlined; constants become initializers and are folded (never Q/DQ, so
-   that an imported quantization survives).
+1. Model-local functions are inlined; constants become initializers of the main graph and are folded
+   (never Q/DQ, so that an imported quantization survives).
 2. The opset is raised to at least 21, the first with INT4 and blocked Q/DQ.
 3. Gemm becomes MatMul and Add, with alpha, beta and transposes folded into its constants.
 4. Shapes are inferred; every node and value has a name of its own.
@@ -10,15 +10,18 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
-from onnxscript import optimizer, version_converter
+from onnxscript import optimizer
 
 from qcompiler.ir.errors import ModelError
 from qcompiler.ir.graph import constant, new_initializer, replace_nodes
+from qcompiler.passes.infer_shapes import InferShapes
+from qcompiler.passes.raise_opset import RaiseOpset
 
 __all__ = ["OPSET", "Canonicalize"]
 
@@ -45,13 +48,16 @@ class Canonicalize(ir.passes.InPlacePass):
                 # Failed shape inference is no news here: what is unknown stays unknown.
                 logging.getLogger(name).setLevel(logging.ERROR)
             _normalise(model)
-            _raise_opset(model)
+            RaiseOpset(OPSET)(model)
             _simplify(model)
         except ModelError:
             raise
         except Exception as error:
             # These are other libraries' passes on a model that nobody has checked yet.
-            raise ModelError(f"the model cannot be brought into canonical form: {error}") from error
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise ModelError(f"the model cannot be brought into canonical form: {cause}") from error
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
@@ -69,6 +75,7 @@ def _normalise(model: ir.Model) -> None:
         common.InlinePass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.RemoveInitializersFromInputsPass(),
+        common.LiftSubgraphInitializersToMainGraphPass(),
         common.TopologicalSortPass(),
         common.NameFixPass(),
     )(model)
@@ -80,24 +87,12 @@ def _normalise(model: ir.Model) -> None:
             del node.metadata_props[key]
 
 
-def _raise_opset(model: ir.Model) -> None:
-    opset = model.graph.opset_imports.get("", 1)
-    if opset >= OPSET:
-        return
-    version_converter.ConvertVersionPass(OPSET, fallback=True)(model)
-    reached = model.graph.opset_imports.get("", 1)
-    if reached < OPSET:
-        raise ModelError(
-            f"cannot raise the model from opset {opset} to {OPSET}: an op of it has no converter; "
-            "export it again with a newer opset"
-        )
-
-
 def _simplify(model: ir.Model) -> None:
     for _ in range(2):
-        optimizer.fold_constants(model, onnx_shape_inference=False, should_fold=_should_fold)
+        folded = _FoldConstants()(model).modified
         _lift(model)
-        _expand_gemms(model)
+        if not _expand_gemms(model) and not folded:
+            break
     if not any(True for _ in model.graph.subgraphs()):
         # onnx_ir 1.1 fails on an Identity that hands an outer value out of an If branch.
         common.IdentityEliminationPass()(model)
@@ -106,7 +101,7 @@ def _simplify(model: ir.Model) -> None:
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
-        common.ShapeInferencePass(strict_mode=False),
+        InferShapes(),
         common.NameFixPass(),
     )(model)
     # Metadata on nodes came with IR 10; more than the opset needs would shut out older ORTs.
@@ -121,16 +116,35 @@ def _lift(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
+class _FoldConstants(optimizer.constant_folding.FoldConstantsPass):  # type: ignore[misc]
+    """onnxscript's folding, in which an op that one of its rules fails on stays as it is."""
+
+    def __init__(self) -> None:
+        limits = optimizer.constant_folding
+        super().__init__(
+            shape_inference=False,
+            input_size_limit=limits.DEFAULT_CONSTANT_FOLD_INPUT_SIZE_LIMIT,
+            output_size_limit=limits.DEFAULT_CONSTANT_FOLD_OUTPUT_SIZE_LIMIT,
+            should_fold=_should_fold,
+        )
+
+    def process_node(self, node: ir.Node, is_function: bool) -> Any:
+        try:
+            return super().process_node(node, is_function)
+        except RuntimeError:
+            return None
+
+
 def _should_fold(node: ir.Node) -> bool | None:
     if node.op_type in _KEEP or node.domain not in ("", "ai.onnx"):
         return False
     return True if node.op_type in _FOLD_ANY_SIZE else None
 
 
-def _expand_gemms(model: ir.Model) -> None:
-    for node in list(model.graph.all_nodes()):
-        if node.op_type == "Gemm" and node.domain == "":
-            _try_expand_gemm(model.graph, node)
+def _expand_gemms(model: ir.Model) -> bool:
+    nodes = list(model.graph.all_nodes())
+    gemms = [node for node in nodes if node.op_type == "Gemm" and node.domain == ""]
+    return any([_try_expand_gemm(model.graph, node) for node in gemms])
 
 
 def _try_expand_gemm(graph: ir.Graph, gemm: ir.Node) -> bool:
