@@ -114,10 +114,12 @@ def _learn_type(value: ir.Value, proto: onnx.TypeProto) -> bool:
 
 
 def _merge(inferred: ir.Shape, said: ir.Shape | None) -> ir.Shape:
-    """The inferred shape, with the names and sizes that only the model gives."""
+    """The inferred shape, with the names and sizes that only the model gives; none if it errs."""
     if said is None or len(said) != len(inferred):
         return inferred
-    pairs = zip(inferred, said, strict=True)
+    pairs = list(zip(inferred, said, strict=True))
+    if any(isinstance(new, int) and isinstance(old, int) and new != old for new, old in pairs):
+        return inferred
     return ir.Shape([new if isinstance(new, int) or not _says(old) else old for new, old in pairs])
 
 

@@ -18,7 +18,7 @@ from qcompiler.progress import Clock
 from qcompiler.recipe import Recipe
 from qcompiler.targets.target import Target
 
-__all__ = ["build_kernels", "minimum_ort", "write_bundle"]
+__all__ = ["build_kernels", "minimum_ort", "save_model", "write_bundle"]
 
 _GLUE_STEPS = 10
 
@@ -67,7 +67,7 @@ def write_bundle(
         OptionError: The disk refuses.
         ModelError: The model cannot be expressed as a file.
     """
-    _save(model, folder / MODEL)
+    save_model(model, folder / MODEL)
     names = sorted(file.name for file in folder.iterdir() if file.name != MANIFEST)
     Manifest(
         target=target.name,
@@ -97,7 +97,13 @@ def minimum_ort(model: ir.Model) -> str:
     )
 
 
-def _save(model: ir.Model, path: Path) -> None:
+def save_model(model: ir.Model, path: Path) -> None:
+    """Write an ONNX file, with its large tensors in a file beside it.
+
+    Raises:
+        OptionError: The disk refuses.
+        ModelError: The model cannot be expressed as a file.
+    """
     try:
         # Large tensors start on a page of their own, so that ORT maps rather than copies them.
         ir.save(

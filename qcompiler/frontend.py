@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.ir.errors import ModelError, QCompilerError
+from qcompiler.ir.sparse import densify
 from qcompiler.runtime import open_session
 
 if TYPE_CHECKING:
@@ -42,7 +43,10 @@ def _load_file(path: Path) -> ir.Model:
     if path.is_dir():
         raise ModelError(f"{path} is a folder; give the .onnx file inside it")
     try:
-        model = ir.load(path)
+        proto = onnx.load(path, load_external_data=False)
+        densify(proto)
+        model: ir.Model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
     except Exception as error:
         # The protobuf and onnx_ir readers share no exception type for malformed bytes.
         raise ModelError(
