@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -20,6 +19,7 @@ from onnxscript import optimizer
 
 from qcompiler.ir.errors import ModelError
 from qcompiler.ir.graph import constant, new_initializer, replace_nodes
+from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.passes.raise_opset import RaiseOpset
 
@@ -77,11 +77,9 @@ def _normalise(model: ir.Model) -> None:
         common.RemoveInitializersFromInputsPass(),
         common.LiftSubgraphInitializersToMainGraphPass(),
         common.TopologicalSortPass(),
-        common.NameFixPass(),
+        FixNames(),
     )(model)
-    for index, node in enumerate(model.graph.all_nodes()):
-        if not node.name:
-            node.name = f"{node.op_type}_{index}"
+    for node in model.graph.all_nodes():
         # The model may come out of a bundle: its decisions were about other nodes.
         for key in [key for key in node.metadata_props if key.startswith("qcompiler.")]:
             del node.metadata_props[key]
@@ -90,7 +88,8 @@ def _normalise(model: ir.Model) -> None:
 def _simplify(model: ir.Model) -> None:
     for _ in range(2):
         folded = _FoldConstants()(model).modified
-        _lift(model)
+        if folded:
+            _lift(model)
         if not _expand_gemms(model) and not folded:
             break
     if not any(True for _ in model.graph.subgraphs()):
@@ -101,8 +100,8 @@ def _simplify(model: ir.Model) -> None:
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
+        FixNames(),
         InferShapes(),
-        common.NameFixPass(),
     )(model)
     # Metadata on nodes came with IR 10; more than the opset needs would shut out older ORTs.
     needed = onnx.helper.find_min_ir_version_for(
@@ -163,7 +162,8 @@ def _try_expand_gemm(graph: ir.Graph, gemm: ir.Node) -> bool:
     value = gemm.inputs[1]
     if attributes.get_int("transB", 0) or alpha != 1.0:
         turned = weight.T if attributes.get_int("transB", 0) else weight
-        scaled = np.ascontiguousarray(turned if alpha == 1.0 else turned * weight.dtype.type(alpha))
+        # A transpose stays a view, which takes no memory where the weight is mapped from a file.
+        scaled = turned if alpha == 1.0 else turned * weight.dtype.type(alpha)
         value = new_initializer(graph, f"{gemm.name}_weight", scaled)
     product = ir.node("MatMul", [gemm.inputs[0], value], name=gemm.name)
     new = [product]

@@ -20,6 +20,7 @@ from onnx_ir.passes import common
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decide, decision_of, inherit
 from qcompiler.ir.graph import constant, dequantize_of, replace_nodes
+from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.fold_conv import try_fold_conv
 
 __all__ = ["FoldQDQ"]
@@ -58,7 +59,7 @@ class FoldQDQ(ir.passes.InPlacePass):
                 decide(node, "float", why, expected=False)
         if folded:
             common.RemoveUnusedNodesPass()(model)
-            common.NameFixPass()(model)
+            FixNames()(model)
             dialect.declare(model)
         return ir.passes.PassResult(model, folded > 0)
 

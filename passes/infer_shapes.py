@@ -103,13 +103,18 @@ def _learn(graph: ir.Graph, proto: onnx.GraphProto) -> bool:
 
 
 def _learn_type(value: ir.Value, proto: onnx.TypeProto) -> bool:
-    before = value.type, value.shape
-    type = ir.serde.deserialize_type_proto_for_type(proto)
-    if type is not None and type.dtype is not ir.DataType.UNDEFINED:
-        value.type = type
-    shape = ir.serde.deserialize_type_proto_for_shape(proto)
-    if shape is not None:
-        value.shape = _merge(shape, value.shape)
+    if not proto.HasField("tensor_type"):
+        type = ir.serde.deserialize_type_proto_for_type(proto)  # a sequence, an optional
+        changed, value.type = type != value.type, type or value.type
+        return changed
+    tensor, before = proto.tensor_type, (value.type, value.shape)
+    if tensor.elem_type and (value.type is None or value.type.dtype != tensor.elem_type):
+        value.type = ir.TensorType(ir.DataType(tensor.elem_type))
+    if tensor.HasField("shape"):
+        inferred = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
+                    for dim in tensor.shape.dim]  # fmt: skip
+        if value.shape is None or value.shape != inferred:
+            value.shape = _merge(ir.Shape(inferred), value.shape)
     return before != (value.type, value.shape)
 
 

@@ -21,13 +21,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from qcompiler.ir.decisions import NodePlan, decide, plan_of
 from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
 from qcompiler.ir.errors import CalibrationError
 from qcompiler.ir.graph import dequantize_of, new_initializer, place_after, rectified
 from qcompiler.ir.types import PerGroup, QuantSpec, TensorStats
+from qcompiler.passes.fix_names import FixNames
 
 __all__ = ["InsertQDQ", "Observer"]
 
@@ -78,7 +78,7 @@ class InsertQDQ(ir.passes.InPlacePass):
                 if data not in pairs:
                     pairs[data] = _insert_dynamic(model.graph, data, plan.activation)
                 node.replace_input_with(0, pairs[data])
-        common.NameFixPass()(model)
+        FixNames()(model)
         return ir.passes.PassResult(model, bool(static or pairs))
 
     def _observe(

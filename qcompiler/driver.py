@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "compile"]
 
 _LOAD_CHECK_LIMIT = 1 << 30
-"""Above this many bytes a bundle is neither opened once more after writing nor timed against its
-model: that would take memory for the whole model, not for its largest layer."""
+"""Above this many bytes, with its model's, a bundle is neither opened once more after writing nor
+timed against its model: that would take memory for the whole, not for its largest layer."""
 
 
 def compile(
@@ -141,6 +141,10 @@ class _Job:
             self.chooser.check(model)
         return pipeline.run(model, lambda step: self.clock.start(step.name))
 
+    def is_large(self, stage: Path) -> bool:
+        """Whether a session of the model or of its bundle would take more memory than this."""
+        return self.bytes_before + _size(stage) > _LOAD_CHECK_LIMIT
+
     def write(self, model: ir.Model, stage: Path) -> None:
         """Write a bundle into the folder `stage` in the place of what is there."""
         for file in stage.iterdir():
@@ -149,12 +153,12 @@ class _Job:
         library = build_kernels(model, self.target, stage, self.clock)
         self.clock.start("write")
         write_bundle(model, stage, self.target, self.recipe, library)
-        if _size(stage) <= _LOAD_CHECK_LIMIT:
+        if not self.is_large(stage):
             load(stage, providers=["CPUExecutionProvider"], native=self.target.arch == "x86")
 
     def is_slower(self, model: ir.Model, stage: Path) -> bool:
         """Whether the bundle is to be made again with other choices."""
-        if self.chooser is None or self.bytes_before + _size(stage) > _LOAD_CHECK_LIMIT:
+        if self.chooser is None or self.is_large(stage):
             return False
         if all(decision.action == "float" for decision in decisions(model)):
             return False
