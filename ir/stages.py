@@ -56,29 +56,37 @@ def _scopes(model: ir.Model, stage: Stage) -> _Problems:
     """Every value is defined before it is read, where it can be seen, under a name of its own."""
     problems: _Problems = []
 
-    def define(values: Iterable[ir.Value], seen: dict[str, ir.Value], owner: str) -> None:
+    seen: dict[str, ir.Value] = {}
+
+    def define(values: Iterable[ir.Value], here: list[str], owner: str) -> None:
         for value in values:
             if not value.name:
                 problems.append((owner, "a value has no name"))
-            elif seen.setdefault(value.name, value) is not value:
+            elif value.name not in seen:
+                seen[value.name] = value
+                here.append(value.name)
+            elif seen[value.name] is not value:
                 problems.append((owner, f"a second value is named {value.name!r}"))
 
-    def visit(graph: ir.Graph, outer: dict[str, ir.Value]) -> None:
-        seen, owner = dict(outer), graph.name or "the graph"
-        define([*graph.inputs, *graph.initializers.values()], seen, owner)
+    def visit(graph: ir.Graph) -> None:
+        here: list[str] = []
+        owner = graph.name or "the graph"
+        define([*graph.inputs, *graph.initializers.values()], here, owner)
         for node in graph:
             for value in node.inputs:
                 if value is not None and seen.get(value.name or "") is not value:
                     problems.append((str(node.name), f"reads {value.name!r} before it is defined"))
             for attribute in node.attributes.values():
                 if attribute.type is ir.AttributeType.GRAPH:
-                    visit(attribute.as_graph(), seen)
-            define((value for value in node.outputs if value.name != ""), seen, str(node.name))
+                    visit(attribute.as_graph())
+            define((value for value in node.outputs if value.name != ""), here, str(node.name))
         for value in graph.outputs:
             if seen.get(value.name or "") is not value:
                 problems.append((owner, f"output {value.name!r} is not defined"))
+        for name in here:  # what is defined inside cannot be seen from outside
+            del seen[name]
 
-    visit(model.graph, {})
+    visit(model.graph)
     return problems
 
 
