@@ -213,7 +213,7 @@ class GraphBuilder:
             value = self.layer(value, layers)
             if layers % 4 == 0:
                 value = self.fan(value)
-            if layers % 8 == 0:
+            if layers % 64 == 0:
                 value = self.branch(value, layers)
         value.type, value.shape = self.x.type, self.x.shape
         graph = ir.Graph(

@@ -96,7 +96,7 @@ def new_initializer(
 ) -> ir.Value:
     """Register a constant under a fresh name and return its value."""
     name = unique_name(graph, stem)
-    tensor = ir.Tensor(array, dtype=dtype, name=name) if dtype else ir.tensor(array, name=name)
+    tensor = ir.Tensor(array, dtype=dtype, name=name)
     value = ir.Value(
         name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
     )

@@ -10,7 +10,7 @@ NameFixPass copies every name so far for each body of an If.
 from __future__ import annotations
 
 import collections
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -22,15 +22,16 @@ class FixNames(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rename in place; functions are left alone."""
+        graphs = list(model.graphs())
         taken: dict[str, ir.Value] = {}
         counts: collections.Counter[str] = collections.Counter()
         changed = False
-        for value in _values(model):
+        for value in _values(graphs):
             if value.name is None or taken.setdefault(value.name, value) is not value:
                 value.name = _free(value.name or "value", taken, counts)
                 taken[value.name] = value
                 changed = True
-        for graph in model.graphs():
+        for graph in graphs:
             names: set[str] = set()
             for node in graph:
                 if not node.name or node.name in names:
@@ -40,14 +41,15 @@ class FixNames(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, changed)
 
 
-def _values(model: ir.Model) -> Iterator[ir.Value]:
+def _values(graphs: Sequence[ir.Graph]) -> Iterator[ir.Value]:
     """Every value that has a name or should; the empty name is an output that is left out."""
-    for graph in model.graphs():
+    for graph in graphs:
         yield from graph.inputs
         yield from graph.outputs
         yield from list(graph.initializers.values())
-    for node in model.graph.all_nodes():
-        yield from (value for value in node.outputs if value.name != "")
+    for graph in graphs:
+        for node in graph:
+            yield from (value for value in node.outputs if value.name != "")
 
 
 def _free(name: str, taken: Container[str], counts: collections.Counter[str]) -> str:

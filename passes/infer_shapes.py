@@ -57,6 +57,10 @@ def weights_as_inputs(model: ir.Model) -> Iterator[list[ir.Value]]:
         value.shape = ir.Shape(value.const_value.shape.numpy())
         if value.const_value.nbytes > _LARGE:
             del graph.initializers[str(value.name)]
+        elif isinstance(value.const_value, ir.ExternalTensor):
+            # Axes and shapes, which C++ would not find in another file.
+            array = value.const_value.numpy().copy()
+            value.const_value = ir.Tensor(array, dtype=value.dtype, name=value.name)
     graph.inputs.extend(moved)
     try:
         yield moved

@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import NodePlan, decide, plan_of
 from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
@@ -68,6 +70,7 @@ class InsertQDQ(ir.passes.InPlacePass):
         ]
         static = _static_sites(planned)
         pairs: dict[ir.Value, ir.Value] = {}
+        constants: dict[str, ir.Value] = {}
         stats = self._observe(model, [node for node, plan in planned if plan.output], static)
         for site in static:
             _insert_static(model.graph, site, stats[site.value.name or ""])
@@ -76,7 +79,7 @@ class InsertQDQ(ir.passes.InPlacePass):
                 data = node.inputs[0]
                 assert data is not None
                 if data not in pairs:
-                    pairs[data] = _insert_dynamic(model.graph, data, plan.activation)
+                    pairs[data] = _insert_dynamic(model.graph, data, plan.activation, constants)
                 node.replace_input_with(0, pairs[data])
         FixNames()(model)
         return ir.passes.PassResult(model, bool(static or pairs))
@@ -148,22 +151,31 @@ def _insert_static(graph: ir.Graph, site: _Site, stats: TensorStats) -> None:
         use.node.replace_input_with(use.idx, widened.outputs[0])
 
 
-def _insert_dynamic(graph: ir.Graph, value: ir.Value, spec: QuantSpec) -> ir.Value:
-    """The dequantized value of a new per-token pair on `value`."""
+def _insert_dynamic(
+    graph: ir.Graph, value: ir.Value, spec: QuantSpec, constants: dict[str, ir.Value]
+) -> ir.Value:
+    """The dequantized value of a new per-token pair on `value`; pairs share their `constants`."""
+
+    def constant(name: str, array: NDArray[Any]) -> ir.Value:
+        if name not in constants:
+            constants[name] = new_initializer(graph, name, array)
+        return constants[name]
+
     granularity = spec.type.granularity
     assert isinstance(granularity, PerGroup)
     name, attributes = value.name or "value", {"axis": -1, "block_size": granularity.group_size}
     token_shape = None if value.shape is None else ir.Shape([*value.shape.dims[:-1], 1])
     magnitude = ir.node("Abs", [value], name=f"{name}_abs")
-    last = new_initializer(graph, "last_axis", np.asarray([-1], np.int64))
+    last = constant("last_axis", np.asarray([-1], np.int64))
     reduced = ir.node(
         "ReduceMax", [magnitude.outputs[0], last], {"keepdims": 1}, name=f"{name}_reduced"
     )
-    ends = [new_initializer(graph, "column", np.asarray([i], np.int64)) for i in (0, 1)]
+    ends = [constant(name, np.asarray([i], np.int64)) for i, name in enumerate(("first", "second"))]
     largest = ir.node("Slice", [reduced.outputs[0], *ends, last], name=f"{name}_absmax")
-    floor = new_initializer(graph, "smallest_magnitude", np.asarray(SMALLEST_MAGNITUDE, np.float32))
+    floor = constant("smallest_magnitude", np.asarray(SMALLEST_MAGNITUDE, np.float32))
     bounded = ir.node("Max", [largest.outputs[0], floor], name=f"{name}_bounded")
-    top = new_initializer(graph, "largest_step", np.asarray(spec.type.range[1], np.float32))
+    largest_step = spec.type.range[1]
+    top = constant(f"largest_step_{largest_step}", np.asarray(largest_step, np.float32))
     scale = ir.node("Div", [bounded.outputs[0], top], name=f"{name}_scale")
     quantized = ir.node(
         "QuantizeLinear",

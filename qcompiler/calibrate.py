@@ -22,7 +22,7 @@ from qcompiler.ir.errors import CalibrationError, ModelError, OptionError
 from qcompiler.ir.graph import constant
 from qcompiler.ir.types import TensorStats
 from qcompiler.random_inputs import random_feed
-from qcompiler.runtime import open_session
+from qcompiler.runtime import import_onnxruntime, open_session
 
 __all__ = ["Sample", "Samples", "check_sample", "observe", "sample_tokens"]
 
@@ -172,7 +172,7 @@ def sample_tokens(
         yield "made-up inputs", random_feed(inputs, {}, limits)[0]
 
     try:
-        return _some_rows(_tensors(model, names, made_up), _TOKENS)
+        return _some_rows(_tensors(model, names, made_up, optimized=False), _TOKENS)
     except (CalibrationError, ModelError, OptionError):
         return {}  # whatever is wrong with inputs that nobody gave is nobody's mistake
 
@@ -203,12 +203,21 @@ def _tensors(
     model: ir.Model,
     names: Sequence[str],
     draw: Callable[[Sequence[Any]], Iterable[tuple[str, Sample]]],
+    *,
+    optimized: bool = True,
 ) -> Iterator[Sample]:
-    """The named tensors on each sample that `draw` gives for a session's inputs, all finite."""
+    """The named tensors on each sample that `draw` gives for a session's inputs, all finite.
+
+    One run of a large graph is over before ORT would have optimized it.
+    """
     given = {value.name for value in model.graph.inputs}
     computed = [name for name in names if name not in given]
     with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
-        session = open_session(_expose(model, computed, Path(folder)))
+        ort = import_onnxruntime()
+        options = ort.SessionOptions()
+        if not optimized:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = open_session(_expose(model, computed, Path(folder)), options=options)
         inputs = session.get_inputs()
         for file, sample in draw(inputs):
             feeds = check_sample(file, sample, inputs)

@@ -357,3 +357,60 @@ def test_an_attribute_that_a_rule_would_lose(tmp_path):
     proto = proto_of(19, text, ir_version=9)
     proto.graph.initializer.append(helper.make_tensor("like", TensorProto.FLOAT8E4M3FN, [1], [1.0]))
     assert_survives(proto, {"x": np.array([1, 1e6], np.float32)}, tmp_path)
+
+
+def external(proto, folder):
+    """Save with every tensor, however small, in another file, and load again."""
+    onnx.save(
+        proto,
+        folder / "model.onnx",
+        save_as_external_data=True,
+        location="weights.bin",
+        size_threshold=0,
+    )
+    return load_model(folder / "model.onnx")
+
+
+def test_canonicalizing_reads_no_weight(tmp_path):
+    text = (
+        "g (float[m,64] x) => (float[m,64] y) "
+        "{ p = Gemm <transB = 1> (x, w, b) t = Transpose (v) y = MatMul (p, t) }"
+    )
+    proto = proto_of(13, text, {"w": normal(64, 64), "b": normal(64), "v": normal(64, 64)})
+    model = external(proto, tmp_path)
+    originals = {name: value.const_value for name, value in model.graph.initializers.items()}
+    Canonicalize()(model)
+    weights = [
+        node.inputs[1].const_value.numpy() for node in model.graph if "MatMul" in node.op_type
+    ]
+    for name, weight in zip("wv", weights, strict=True):
+        # Turned, but still the pages of the file.
+        assert np.shares_memory(weight, originals[name].numpy())
+
+
+def test_sizes_that_lie_in_another_file(tmp_path):
+    text = "g (float[n,1,4,4] x) => (float[n,1,h,w] y) { y = Upsample (x, up) }"
+    model = external(proto_of(9, text, {"up": UP}), tmp_path)
+    Canonicalize()(model)
+    assert str(model.graph.outputs[0].producer().outputs[0].shape) == "[n,1,8,8]"
+
+
+def test_a_sum_of_large_files_is_not_opened(tmp_path, monkeypatch):
+    proto = proto_of(21, "g (float[m,64] x) => (float[m,64] y) { y = MatMul (x, w) }",
+                     {"w": normal(64, 64)}, ir_version=10)  # fmt: skip
+    onnx.save(proto, tmp_path / "m.onnx")
+    size = (tmp_path / "m.onnx").stat().st_size
+    monkeypatch.setattr("qcompiler.driver._LOAD_CHECK_LIMIT", size)
+    monkeypatch.setattr("qcompiler.driver.load", lambda *args, **kwargs: pytest.fail("opened"))
+    qcompiler.compile(tmp_path / "m.onnx", "arm-int8", tmp_path / "b")
+
+
+def test_nodes_out_of_order():
+    model = ir.from_proto(
+        proto_of(21, "g (float[2] x) => (float[2] y) { a = Neg (x) y = Exp (a) }", ir_version=10)
+    )
+    first, second = model.graph
+    model.graph.remove(first)
+    model.graph.insert_after(second, first)
+    Canonicalize()(model)
+    assert [node.op_type for node in model.graph] == ["Neg", "Exp"]
