@@ -76,6 +76,7 @@ def _signature(model: ir.Model) -> tuple[object, ...]:
 
 
 def _normalise(model: ir.Model) -> None:
+    _align_functions(model)
     ir.passes.Sequential(
         common.InlinePass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -89,6 +90,28 @@ def _normalise(model: ir.Model) -> None:
         # The model may come out of a bundle: its decisions were about other nodes.
         for key in [key for key in node.metadata_props if key.startswith("qcompiler.")]:
             del node.metadata_props[key]
+
+
+def _align_functions(model: ir.Model) -> None:
+    """Let functions import the model's opset where their ops are the same in it, as ORT does."""
+    opset = model.graph.opset_imports.get("")
+    for function in model.functions.values():
+        theirs = function.opset_imports.get("")
+        if (
+            opset
+            and theirs
+            and theirs != opset
+            and all(
+                _since(node.op_type, theirs) == _since(node.op_type, opset)
+                for node in function.all_nodes()
+                if node.domain == ""
+            )
+        ):
+            function.opset_imports[""] = opset
+
+
+def _since(op: str, opset: int) -> int:
+    return int(onnx.defs.get_schema(op, opset).since_version)
 
 
 def _is_sorted(graph: ir.Graph, made: set[ir.Value]) -> bool:

@@ -273,6 +273,18 @@ def test_functions_that_call_functions_are_inlined(tmp_path):
     assert not saved.functions and [node.op_type for node in saved.graph] == ["Mul", "Mul"]
 
 
+def test_a_function_of_another_opset(tmp_path):
+    text = (
+        "g (float[2,3,4] x) => (float[2,3,4] y) { y = my.f (x) } "
+        '<domain: "my", opset_import: ["" : 18]> f (a) => (b) { b = Relu (a) }'
+    )
+    proto = proto_of(21, text, imports=', "my" : 1', ir_version=10)
+    assert_survives(proto, {"x": X}, tmp_path)
+    proto.functions[0].node[0].op_type = "Identity"  # which opset 21 has changed
+    with pytest.raises(ModelError, match="version 21 in the model but version 18"):
+        Canonicalize()(ir.from_proto(proto))
+
+
 NESTED = (
     "g (float[m,64] x, int64 n, bool c) => (float[m,64] y) "
     "{ y = Loop (n, c, x) <body = l (int64 i, bool go, float[m,64] state) => "
