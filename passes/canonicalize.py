@@ -52,6 +52,7 @@ class Canonicalize(ir.passes.InPlacePass):
                 logging.getLogger(name).setLevel(logging.ERROR)
             _normalise(model)
             RaiseOpset(OPSET)(model)
+            InferShapes()(model)
             _simplify(model)
         except ModelError:
             raise
@@ -138,8 +139,9 @@ def _simplify(model: ir.Model) -> None:
     if not any(True for _ in model.graph.subgraphs()):
         # onnx_ir 1.1 fails on an Identity that hands an outer value out of an If branch.
         common.IdentityEliminationPass()(model)
+    if not any(_is_drawn(node) for node in model.graph.all_nodes()):
+        common.CommonSubexpressionEliminationPass()(model)
     ir.passes.Sequential(
-        common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
@@ -151,6 +153,13 @@ def _simplify(model: ir.Model) -> None:
         [onnx.helper.make_opsetid("", model.graph.opset_imports[""])]
     )
     model.ir_version = max(needed, 10)
+
+
+def _is_drawn(node: ir.Node) -> bool:
+    """Whether two such nodes may give different results for the same inputs."""
+    if node.domain in ("", "ai.onnx.ml", "com.microsoft"):
+        return node.op_type in ("Bernoulli", "Dropout")  # the others that draw, onnx_ir knows of
+    return True
 
 
 def _lift(model: ir.Model) -> None:

@@ -250,6 +250,37 @@ def test_a_shape_said_wrongly_gives_way():
     assert str(model.graph[0].outputs[0].shape) == "[m,300]"
 
 
+def test_sizes_are_inferred_before_constants_are_folded(tmp_path):
+    text = (
+        "g (float[4,4] x) => (float[4,2,2] y) { p = Relu (x) s = Shape (p) "
+        "i = Constant <value_ints = [0]> () m = Gather (s, i) "
+        "t = Constant <value_ints = [2, 2]> () u = Concat <axis = 0> (m, t) y = Reshape (p, u) }"
+    )
+    saved = assert_survives(proto_of(21, text, ir_version=10), {"x": normal(4, 4)}, tmp_path)
+    assert [node.op_type for node in saved.graph] == ["Relu", "Reshape"]
+
+
+def test_a_wrong_rank_beside_an_identity(tmp_path):
+    text = (
+        "g (float[m,4] x) => (float[m,4] y) <float[7] p, float[1,2,3] q> "
+        "{ p = Relu (x) q = Identity (p) y = Neg (q) }"
+    )
+    model = ir.from_proto(proto_of(21, text, ir_version=10))
+    Canonicalize()(model)
+    assert [(n.op_type, str(n.outputs[0].shape)) for n in model.graph] == [
+        ("Relu", "[m,4]"),
+        ("Neg", "[m,4]"),
+    ]
+
+
+@pytest.mark.parametrize(("op", "left"), [("Bernoulli", 2), ("my.draw", 2), ("Neg", 1)])
+def test_results_that_are_drawn_are_drawn_twice(op, left):
+    text = f"g (float[4] x) => (float[4] y) {{ a = {op} (x) b = {op} (x) y = Sub (a, b) }}"
+    model = ir.from_proto(proto_of(21, text, imports=', "my" : 1', ir_version=10))
+    Canonicalize()(model)
+    assert len(model.graph) == left + 1
+
+
 def test_what_only_the_model_knows_of_a_custom_op_stays():
     text = (
         "g (float[m,4] x) => (float[m,n] y) <float[m,8] p> "
