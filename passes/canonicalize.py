@@ -130,11 +130,14 @@ def _is_sorted(graph: ir.Graph, made: set[ir.Value]) -> bool:
 
 
 def _simplify(model: ir.Model) -> None:
+    changed = False
     for _ in range(2):
         folded = _FoldConstants()(model).modified
         if folded:
             _lift(model)
-        if not _expand_gemms(model) and not folded:
+        expanded = _expand_gemms(model)
+        changed = changed or folded or expanded
+        if not (folded or expanded):
             break
     if not any(True for _ in model.graph.subgraphs()):
         # onnx_ir 1.1 fails on an Identity that hands an outer value out of an If branch.
@@ -146,8 +149,9 @@ def _simplify(model: ir.Model) -> None:
         common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         common.RemoveUnusedOpsetsPass(),
         FixNames(),
-        InferShapes(),
     )(model)
+    if changed:
+        InferShapes()(model)
     # Metadata on nodes came with IR 10; more than the opset needs would shut out older ORTs.
     needed = onnx.helper.find_min_ir_version_for(
         [onnx.helper.make_opsetid("", model.graph.opset_imports[""])]
