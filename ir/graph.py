@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +15,7 @@ __all__ = [
     "constant",
     "dequantize_of",
     "drop_if_unread",
+    "let_go",
     "new_initializer",
     "only_consumer",
     "place_after",
@@ -28,6 +32,14 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
     if value is None or value.const_value is None or value.is_graph_input():
         return None
     return value.const_value.numpy()
+
+
+def let_go(value: ir.Value) -> None:
+    """Let the system take back the pages of a weight that is mapped from a file, for now."""
+    tensor = value.const_value
+    if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None:
+        with contextlib.suppress(AttributeError):  # not every system has MADV_DONTNEED
+            tensor.raw.madvise(mmap.MADV_DONTNEED)
 
 
 def only_consumer(value: ir.Value) -> ir.Node | None:
@@ -70,10 +82,12 @@ def drop_if_unread(value: ir.Value) -> None:
 def unique_name(graph: ir.Graph, stem: str) -> str:
     """`stem`, or `stem_1`, ... whichever no initializer, input or output of the graph has."""
     taken = {value.name for value in [*graph.inputs, *graph.outputs]}
-    name, count = stem, 0
+    # Where the last search for this stem ended: thousands of pairs ask for the same few.
+    counts = graph.meta.setdefault("qcompiler.names", collections.Counter())
+    name = f"{stem}_{counts[stem]}" if counts[stem] else stem
     while name in graph.initializers or name in taken:
-        count += 1
-        name = f"{stem}_{count}"
+        counts[stem] += 1
+        name = f"{stem}_{counts[stem]}"
     return name
 
 
@@ -82,7 +96,7 @@ def new_initializer(
 ) -> ir.Value:
     """Register a constant under a fresh name and return its value."""
     name = unique_name(graph, stem)
-    tensor = ir.Tensor(array, dtype=dtype, name=name) if dtype else ir.tensor(array, name=name)
+    tensor = ir.Tensor(array, dtype=dtype, name=name)
     value = ir.Value(
         name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
     )

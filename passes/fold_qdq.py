@@ -25,6 +25,7 @@ from qcompiler.ir.decisions import decide, decision_of, inherit, plan_of
 from qcompiler.ir.graph import constant, dequantize_of, replace_nodes
 from qcompiler.ir.params import quant_params
 from qcompiler.ir.types import PerAxis, PerGroup
+from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.fold_conv import try_fold_conv
 from qcompiler.passes.fold_gather import try_fold_gather
 from qcompiler.passes.fold_matmul import try_fold_matmul
@@ -74,7 +75,7 @@ class FoldQDQ(ir.passes.InPlacePass):
         changed += sum(try_widen_constant(model.graph, n) for n in list(model.graph.all_nodes()))
         if changed:
             common.RemoveUnusedNodesPass()(model)
-            common.NameFixPass()(model)
+            FixNames()(model)
             dialect.declare(model)
         return ir.passes.PassResult(model, changed > 0)
 

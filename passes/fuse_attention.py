@@ -21,6 +21,7 @@ from qcompiler.ir.attention import BFLOAT16
 from qcompiler.ir.decisions import decide, region_of
 from qcompiler.ir.graph import new_initializer, replace_nodes
 from qcompiler.ir.region import Region
+from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.match_attention import Attention, Mismatch, match_attention
 from qcompiler.passes.outlining import RegionPass, outline
 
@@ -64,7 +65,7 @@ class FuseAttention(RegionPass):
         fused = sum(self._try_fuse(model, node) for node in nodes)
         if fused:
             common.RemoveUnusedNodesPass()(model)
-            common.NameFixPass()(model)
+            FixNames()(model)
         return ir.passes.PassResult(model, fused > 0)
 
     def _try_fuse(self, model: ir.Model, softmax: ir.Node) -> bool:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir.graph import constant, new_initializer, only_consumer, replace_nodes
+from qcompiler.passes.fix_names import FixNames
 
 __all__ = ["FuseBatchNorm"]
 
@@ -29,7 +30,7 @@ class FuseBatchNorm(ir.passes.InPlacePass):
         folded = sum(_try_fold(model.graph, node) for node in convolutions)
         if folded:
             common.RemoveUnusedNodesPass()(model)
-            common.NameFixPass()(model)
+            FixNames()(model)
         return ir.passes.PassResult(model, folded > 0)
 
 

@@ -15,11 +15,11 @@ import dataclasses
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from qcompiler.ir.decisions import decide, region_of
 from qcompiler.ir.graph import constant, new_initializer, only_consumer, same_shape
 from qcompiler.ir.region import Region
+from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.match_norms import Norm, match_norm
 from qcompiler.passes.outlining import RegionPass, drop_unused_functions, outline
 
@@ -43,7 +43,7 @@ class FuseNorms(RegionPass):
                 decide(node, "float", reason)
         if outlined:
             drop_unused_functions(model)
-            common.NameFixPass()(model)
+            FixNames()(model)
         return ir.passes.PassResult(model, outlined > 0)
 
     def _outline(self, model: ir.Model, norm: Norm) -> str | None:

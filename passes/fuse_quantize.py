@@ -12,10 +12,10 @@ from __future__ import annotations
 import dataclasses
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from qcompiler.ir.decisions import decide, decision_of, region_of
 from qcompiler.ir.graph import only_consumer
+from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.outlining import UNBOUND, RegionPass, drop_unused_functions, outline
 
 __all__ = ["FuseQuantize"]
@@ -29,7 +29,7 @@ class FuseQuantize(RegionPass):
         joined = sum(self._join(model, node) for node in list(model.graph.all_nodes()))
         if joined:
             drop_unused_functions(model)
-            common.NameFixPass()(model)
+            FixNames()(model)
         return ir.passes.PassResult(model, joined > 0)
 
     def _join(self, model: ir.Model, quantize: ir.Node) -> bool:

@@ -16,13 +16,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
 from qcompiler.ir.analysis import GraphView
 from qcompiler.ir.decisions import decide, left_to_ort
 from qcompiler.ir.graph import constant, new_initializer, replace_nodes, same_shape
 from qcompiler.ir.region import ExtraKind, Region, Step
+from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.outlining import RegionPass, outline
 
 __all__ = ["FuseRegions"]
@@ -79,7 +79,7 @@ class FuseRegions(RegionPass):
             self._outline(model, _Growth(start, [], [node]), views[node.graph])
             outlined += 1
         if outlined:
-            common.NameFixPass()(model)
+            FixNames()(model)
             dialect.declare(model)
         return ir.passes.PassResult(model, outlined > 0)
 

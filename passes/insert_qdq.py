@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
+from numpy.typing import NDArray
 
 from qcompiler.ir.arithmetic import scale_and_zero_point
 from qcompiler.ir.decisions import NodePlan, decide, plan_of
@@ -31,6 +32,7 @@ from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
 from qcompiler.ir.errors import CalibrationError
 from qcompiler.ir.graph import dequantize_of, new_initializer, place_after, rectified
 from qcompiler.ir.types import PerGroup, QuantSpec, TensorStats
+from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.integer_movers import integer_movers
 
 __all__ = ["InsertQDQ", "Observer"]
@@ -79,6 +81,7 @@ class InsertQDQ(ir.passes.InPlacePass):
         ]
         static = _static_sites(planned)
         pairs: dict[ir.Value, ir.Value] = {}
+        constants: dict[str, ir.Value] = {}
         stats = self._observe(model, [node for node, plan in planned if plan.output], static)
         steps: dict[ir.Value, list[ir.Value]] = {}
         for site in static:
@@ -92,9 +95,9 @@ class InsertQDQ(ir.passes.InPlacePass):
                 data = node.inputs[0]
                 assert data is not None
                 if data not in pairs:
-                    pairs[data] = _insert_dynamic(model.graph, data, plan.activation)
+                    pairs[data] = _insert_dynamic(model.graph, data, plan.activation, constants)
                 node.replace_input_with(0, pairs[data])
-        common.NameFixPass()(model)
+        FixNames()(model)
         return ir.passes.PassResult(model, bool(static or pairs))
 
     def _observe(
@@ -172,22 +175,31 @@ def _insert_static(site: _Site, steps: Sequence[ir.Value]) -> None:
         use.node.replace_input_with(use.idx, widened.outputs[0])
 
 
-def _insert_dynamic(graph: ir.Graph, value: ir.Value, spec: QuantSpec) -> ir.Value:
-    """The dequantized value of a new per-token pair on `value`."""
+def _insert_dynamic(
+    graph: ir.Graph, value: ir.Value, spec: QuantSpec, constants: dict[str, ir.Value]
+) -> ir.Value:
+    """The dequantized value of a new per-token pair on `value`; pairs share their `constants`."""
+
+    def constant(name: str, array: NDArray[Any]) -> ir.Value:
+        if name not in constants:
+            constants[name] = new_initializer(graph, name, array)
+        return constants[name]
+
     granularity = spec.type.granularity
     assert isinstance(granularity, PerGroup)
     name, attributes = value.name or "value", {"axis": -1, "block_size": granularity.group_size}
     token_shape = None if value.shape is None else ir.Shape([*value.shape.dims[:-1], 1])
     magnitude = ir.node("Abs", [value], name=f"{name}_abs")
-    last = new_initializer(graph, "last_axis", np.asarray([-1], np.int64))
+    last = constant("last_axis", np.asarray([-1], np.int64))
     reduced = ir.node(
         "ReduceMax", [magnitude.outputs[0], last], {"keepdims": 1}, name=f"{name}_reduced"
     )
-    ends = [new_initializer(graph, "column", np.asarray([i], np.int64)) for i in (0, 1)]
+    ends = [constant(name, np.asarray([i], np.int64)) for i, name in enumerate(("first", "second"))]
     largest = ir.node("Slice", [reduced.outputs[0], *ends, last], name=f"{name}_absmax")
-    floor = new_initializer(graph, "smallest_magnitude", np.asarray(SMALLEST_MAGNITUDE, np.float32))
+    floor = constant("smallest_magnitude", np.asarray(SMALLEST_MAGNITUDE, np.float32))
     bounded = ir.node("Max", [largest.outputs[0], floor], name=f"{name}_bounded")
-    top = new_initializer(graph, "largest_step", np.asarray(spec.type.range[1], np.float32))
+    largest_step = spec.type.range[1]
+    top = constant(f"largest_step_{largest_step}", np.asarray(largest_step, np.float32))
     scale = ir.node("Div", [bounded.outputs[0], top], name=f"{name}_scale")
     quantized = ir.node(
         "QuantizeLinear",

@@ -22,6 +22,7 @@ from qcompiler.ir.decisions import decide, region_of
 from qcompiler.ir.dialect import OPS
 from qcompiler.ir.graph import constant, new_initializer
 from qcompiler.ir.region import ExtraKind, Region, Step
+from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.outlining import UNBOUND, RegionPass, drop_unused_functions, outline
 
 __all__ = ["MergeSiblings"]
@@ -43,7 +44,7 @@ class MergeSiblings(RegionPass):
         if merged:
             drop_unused_functions(model)
             common.RemoveUnusedNodesPass()(model)
-            common.NameFixPass()(model)
+            FixNames()(model)
         return ir.passes.PassResult(model, merged > 0)
 
     def _merge(self, model: ir.Model, nodes: Sequence[ir.Node]) -> bool:

@@ -39,8 +39,10 @@ def outline(
         inputs: The anchor's, then one per extra operand.
         like: The node whose name, decision and plan it inherits.
     """
-    function = dialect.region_function(region, UNBOUND, model.graph.opset_imports[""])
-    model.functions.setdefault(function.identifier(), function)
+    function = model.functions.get((UNBOUND, region.name, ""))
+    if function is None:
+        function = dialect.region_function(region, UNBOUND, model.graph.opset_imports[""])
+        model.functions[function.identifier()] = function
     model.graph.opset_imports[UNBOUND] = dialect.VERSION
     new = ir.node(
         region.name,

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import common
 
 from qcompiler.ir.arithmetic import quantize, weight_scale
 from qcompiler.ir.decisions import plan_of
 from qcompiler.ir.errors import ModelError
-from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, new_initializer
+from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, let_go, new_initializer
 from qcompiler.ir.types import PerAxis, PerGroup, QuantType
+from qcompiler.passes.fix_names import FixNames
 
 __all__ = ["RoundToNearest"]
 
@@ -51,11 +51,12 @@ class RoundToNearest(ir.passes.InPlacePass):
             key = (weight, plan.weight, floor.tobytes())
             if key not in rounded:
                 rounded[key] = _round(model.graph, node, weight, plan.weight, floor)
+                let_go(weight)
             node.replace_input_with(1, rounded[key].outputs[0])
             if node.op_type == "Conv":
                 _round_bias(model.graph, node, rounded[key])
             drop_if_unread(weight)
-        common.NameFixPass()(model)
+        FixNames()(model)
         return ir.passes.PassResult(model, bool(planned))
 
 
@@ -85,7 +86,7 @@ def _round(
             f"model, or keep the node float with --keep-float {node.name}"
         )
     scale = np.maximum(weight_scale(array, type), floor)
-    stored = quantize(array, scale, type)
+    stored = np.ascontiguousarray(quantize(array, scale, type))  # it may be a transposed view
     name = weight.name or "weight"
     inputs = [
         new_initializer(graph, f"{name}_{type.storage.name.lower()}", stored, type.storage),

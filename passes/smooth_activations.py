@@ -22,13 +22,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import common
 
 from qcompiler.ir.arithmetic import dequantize, quantize, weight_scale
 from qcompiler.ir.decisions import NodePlan, add_note, note_of, plan_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import constant, drop_if_unread, new_initializer, place_after
 from qcompiler.ir.types import PerGroup, QuantType
+from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.match_norms import Norm, match_norm
 
 __all__ = ["Sampler", "SmoothActivations"]
@@ -104,7 +104,7 @@ class SmoothActivations(ir.passes.InPlacePass):
                 _note(site, f"activations smoothed with alpha={alpha:g}")
                 smoothed += 1
         if smoothed:
-            common.NameFixPass()(model)
+            FixNames()(model)
         return ir.passes.PassResult(model, smoothed > 0)
 
     def _best_alpha(self, tokens: Rows, site: _Site) -> float:

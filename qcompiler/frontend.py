@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from qcompiler.from_torch import is_torch_file, load_torch
 from qcompiler.ir.errors import ModelError, OptionError, QCompilerError
+from qcompiler.ir.sparse import densify
 from qcompiler.runtime import open_session
 
 if TYPE_CHECKING:
@@ -78,7 +79,10 @@ def _load_file(path: Path) -> ir.Model:
     if path.is_dir():
         raise ModelError(f"{path} is a folder; give the .onnx file inside it")
     try:
-        model = ir.load(path)
+        proto = onnx.load(path, load_external_data=False)
+        densify(proto)
+        model: ir.Model = ir.from_proto(proto)
+        ir.external_data.set_base_dir(model.graph, path.parent)
     except Exception as error:
         # The protobuf and onnx_ir readers share no exception type for malformed bytes.
         raise ModelError(

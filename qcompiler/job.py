@@ -33,8 +33,8 @@ from qcompiler.timing.observed_shapes import model_inputs
 __all__ = ["Job", "SampleObserver", "size_of"]
 
 _LOAD_CHECK_LIMIT = 1 << 30
-"""Above this many bytes a bundle is neither opened once more after writing nor timed against its
-model: that would take memory for the whole model, not for its largest layer."""
+"""Above this many bytes, with its model's, a bundle is neither opened once more after writing nor
+timed against its model: that would take memory for the whole, not for its largest layer."""
 
 
 class SampleObserver:
@@ -120,6 +120,10 @@ class Job:
                 pipeline = pipeline.select(self.passes)
         return pipeline if self.stop_after is None else pipeline.up_to(self.stop_after)
 
+    def is_large(self, stage: Path) -> bool:
+        """Whether a session of the model or of its bundle would take more memory than this."""
+        return self.bytes_before + size_of(stage) > _LOAD_CHECK_LIMIT
+
     def write(self, model: ir.Model, stage: Path) -> None:
         """Write a bundle into the folder `stage` in the place of what is there."""
         for file in stage.iterdir():
@@ -128,17 +132,15 @@ class Job:
         library = build_kernels(model, self.target, stage, self.clock)
         self.clock.start("write")
         write_bundle(model, stage, self.target, self.recipe, library)
-        if size_of(stage) <= _LOAD_CHECK_LIMIT and not self.foreign:
+        if not (self.foreign or self.is_large(stage)):
             load(stage, providers=["CPUExecutionProvider"], native=self.target.arch == "x86")
 
     def is_slower(self, model: ir.Model, stage: Path) -> bool:
         """Whether the bundle is to be made again with other choices."""
-        if self.chooser is None or self.foreign:
+        if self.chooser is None or self.foreign or self.is_large(stage):
             return False
         if self.passes is not None:
             return False  # what was asked for by name is what is to be had
-        if self.bytes_before + size_of(stage) > _LOAD_CHECK_LIMIT:
-            return False
         if all(decision.action == "float" for decision in decisions(model)):
             return False
         self.clock.start("time the whole")

@@ -13,7 +13,7 @@ from onnx_ir.passes import common
 
 from qcompiler.bundle import sha256_of
 from qcompiler.ir.errors import CalibrationError
-from qcompiler.runtime import open_session
+from qcompiler.runtime import import_onnxruntime, open_session
 from qcompiler.samples import Sample, check_sample
 from qcompiler.targets.cache import content_key
 
@@ -65,18 +65,26 @@ class Probe:
         return content_key(*self.names, *(sha256_of(part) for part in parts))
 
     def run(
-        self, draw: Callable[[Sequence[Any]], Iterable[tuple[str, Sample]]]
+        self,
+        draw: Callable[[Sequence[Any]], Iterable[tuple[str, Sample]]],
+        *,
+        optimized: bool = True,
     ) -> Iterator[tuple[str, Sample]]:
         """What messages call each sample, and the tensors on it, one sample in memory at a time.
 
         Args:
             draw: Given the session's inputs, gives samples and what to call them.
+            optimized: Let ORT optimize the graph first: a single run is over before that is.
 
         Raises:
             CalibrationError: A sample that does not fit, or that the model fails on.
             ModelError: ONNX Runtime cannot load the model.
         """
-        session = open_session(self._path)
+        ort = import_onnxruntime()
+        options = ort.SessionOptions()
+        if not optimized:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = open_session(self._path, options=options)
         inputs = session.get_inputs()
         for label, sample in draw(inputs):
             feeds = check_sample(label, sample, inputs)

@@ -55,9 +55,10 @@ def _initializers(model: ir.Model) -> Iterator[ir.Value]:
 def _count_of_nan(tensor: ir.TensorProtocol) -> int:
     array = tensor.numpy()
     # The minimum carries a NaN on, and needs no array of the size of this one.
-    if not np.isnan(array.min()):
-        return 0
-    return int(np.isnan(array).sum())
+    count = int(np.isnan(array).sum()) if np.isnan(array.min()) else 0
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()  # else the whole file stays mapped
+    return count
 
 
 def check_destination_of(source: object, destination: Path) -> None:
