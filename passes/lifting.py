@@ -52,6 +52,11 @@ class Form:
         """The node's attributes but those named."""
         return {k: a for k, a in self.node.attributes.items() if k not in without}
 
+    @property
+    def in_branch(self) -> bool:
+        """Whether the node is part of a subgraph, while its constants lie outside."""
+        return self.node.graph is not self._graph
+
     def discard(self) -> None:
         """Undo what was made: nothing may seem to read the values of the graph."""
         read = [value for node in self.nodes for value in node.inputs if value is not None]
