@@ -155,9 +155,9 @@ class Form:
         return self.op("QuantizeLinear", [value, *self.parameters(scale, zero_point, None)])
 
     def accumulator(
-        self, stored: ir.Value, scales: Sequence[ir.Value | None], axis: int, factor: float = 1.0
+        self, stored: ir.Value, scales: Sequence[ir.Value | None], axis: int
     ) -> ir.Value:
-        """An int32 bias, whose scale is the product of the two operands' (and of `factor`).
+        """An int32 bias, whose scale is the product of the two operands'.
 
         Raises:
             NotLiftedError: A scale that is computed.
@@ -166,8 +166,7 @@ class Form:
         if any(array is None for array in arrays):
             raise NotLiftedError("the scale of its bias is computed")
         first, second = (np.asarray(array, np.float32) for array in arrays)
-        steps = np.asarray(first * second * np.float32(factor), np.float32)
-        steps = steps.reshape(() if steps.size == 1 else -1)
+        steps = (first * second).reshape(() if max(first.size, second.size) == 1 else -1)
         return self.dequantize(stored, self.constant("bias_scale", steps), None, axis)
 
     def parameters(
