@@ -102,7 +102,9 @@ class Form:
         self, stem: str, array: NDArray[Any], dtype: ir.DataType | None = None
     ) -> ir.Value:
         """A new initializer called after the node."""
-        value = new_initializer(self._graph, f"{self._stem}_{stem}", array, dtype)
+        # Left to find out the type, onnx_ir takes a third of the time of a whole lifting for it.
+        kind = dtype or ir.DataType.from_numpy(array.dtype)
+        value = new_initializer(self._graph, f"{self._stem}_{stem}", array, kind)
         self._constants.append(value)
         return value
 
