@@ -28,6 +28,9 @@ def _matmul_nbits(form: Form) -> ir.Value:
     bits, block = attributes.get_int("bits", 4), attributes.get_int("block_size")
     n, k = attributes.get_int("N"), attributes.get_int("K")
     stored, steps = constant(packed), constant(scales)
+    if form.in_branch:
+        # Making MatMulNBits of it again, ORT 1.31 looks for the weight inside the branch and fails.
+        raise NotLiftedError("ORT does not find weights in blocks from inside a branch")
     if order is not None:
         raise NotLiftedError("g_idx permutes its groups, blocks of DequantizeLinear are contiguous")
     if bits not in (2, 4, 8):
@@ -74,24 +77,38 @@ def _stored(form: Form, stem: str, table: NDArray[np.uint8], bits: int) -> ir.Va
 def _gather(form: Form) -> ir.Value:
     packed, indices, scales, zeros = form.inputs(4)
     attributes = form.node.attributes
-    bits, block = attributes.get_int("bits", 4), attributes.get_int("block_size", 128)
-    stored, steps, points = constant(packed), constant(scales), constant(zeros)
-    if stored is None or steps is None or (zeros is not None and points is None):
+    stored = constant(packed)
+    if stored is None or scales is None or (zeros is not None and constant(zeros) is None):
         raise NotLiftedError("its table is computed")
-    axis = attributes.get_int("quantize_axis", 1)
-    if stored.dtype != np.uint8 or bits not in (2, 4, 8) or axis % stored.ndim != stored.ndim - 1:
-        raise NotLiftedError("its table is not stored in bytes along the last axis")
-    rows = stored.shape[:-1]
-    table = _unpack(stored, stored.size // stored.shape[-1], bits)
-    inputs = [_stored(form, "table", table.reshape(*rows, -1), bits), scales]
-    if points is not None:
-        unpacked = _unpack(points, points.size // points.shape[-1], bits)
-        unpacked = unpacked.reshape(*rows, -1)[..., : steps.shape[-1]]
-        if (unpacked != _middle(bits)).any():
-            inputs.append(_stored(form, "zero_point", unpacked, bits))
-    along = {"axis": stored.ndim - 1, "block_size": block}
+    axis = attributes.get_int("quantize_axis", 1) % stored.ndim
+    inputs = [packed, scales, *([] if zeros is None else [zeros])]
+    if stored.dtype == np.uint8:
+        inputs = _table(form, stored, scales, constant(zeros), axis)
+    along = {"axis": axis, "block_size": attributes.get_int("block_size", 128)}
     floats = form.op("DequantizeLinear", inputs, along)
     return form.op("Gather", [floats, indices], {"axis": attributes.get_int("gather_axis", 0)})
+
+
+def _table(
+    form: Form,
+    packed: NDArray[np.uint8],
+    scales: ir.Value,
+    points: NDArray[np.uint8] | None,
+    axis: int,
+) -> list[ir.Value | None]:
+    """Stored values, scales and zero points of a table that is packed into bytes."""
+    bits = form.node.attributes.get_int("bits", 4)
+    if bits not in (2, 4, 8) or axis != packed.ndim - 1 or scales.shape is None:
+        raise NotLiftedError("its table is not packed along its last axis")
+    rows = packed.shape[:-1]
+    table = _unpack(packed, packed.size // packed.shape[-1], bits).reshape(*rows, -1)
+    inputs: list[ir.Value | None] = [_stored(form, "table", table, bits), scales]
+    if points is not None:
+        unpacked = _unpack(points, points.size // points.shape[-1], bits).reshape(*rows, -1)
+        unpacked = unpacked[..., : scales.shape.numpy()[-1]]
+        if (unpacked != _middle(bits)).any():
+            inputs.append(_stored(form, "zero_point", unpacked, bits))
+    return inputs
 
 
 FEW_BITS = {

@@ -22,6 +22,7 @@ from qcompiler.passes.lift_few_bits import FEW_BITS
 from qcompiler.passes.lift_integer_products import INTEGER_PRODUCTS
 from qcompiler.passes.lift_products import PRODUCTS
 from qcompiler.passes.lifting import Form, NotLiftedError
+from qcompiler.passes.share_pairs import share_pairs
 
 __all__ = ["LiftQOperators"]
 
@@ -43,10 +44,10 @@ class LiftQOperators(ir.passes.InPlacePass):
         """Lift every op that has a form."""
         lifted = [node for node in list(model.graph.all_nodes()) if _try_lift(model.graph, node)]
         if lifted:
+            share_pairs(model)
             ir.passes.Sequential(
                 common.RemoveUnusedNodesPass(),
                 common.NameFixPass(),
-                common.CommonSubexpressionEliminationPass(),
                 common.RemoveUnusedOpsetsPass(),
             )(model)
         if any(node.domain for node in lifted):

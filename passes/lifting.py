@@ -19,6 +19,7 @@ from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
 __all__ = ["Form", "NotLiftedError", "size_of"]
 
 
+_PAIRS = ("DequantizeLinear", "DynamicQuantizeLinear", "QuantizeLinear")
 _OTHER_TYPES = ("DynamicQuantizeLinear", "Mul", "QuantizeLinear", "Squeeze")
 """Ops of a form whose result has not the type of the first operand and the shape of the whole."""
 
@@ -39,7 +40,7 @@ class Form:
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         self.node, self.covered = node, [node]
         self.nodes: list[ir.Node] = []
-        self._graph = graph
+        self._graph, self._stem = graph, node.name or node.op_type
         self._constants: list[ir.Value] = []
 
     def inputs(self, count: int) -> tuple[ir.Value | None, ...]:
@@ -50,6 +51,11 @@ class Form:
     def attributes(self, *without: str) -> dict[str, ir.Attr]:
         """The node's attributes but those named."""
         return {k: a for k, a in self.node.attributes.items() if k not in without}
+
+    @property
+    def in_branch(self) -> bool:
+        """Whether the node is part of a subgraph, while its constants lie outside."""
+        return self.node.graph is not self._graph
 
     def discard(self) -> None:
         """Undo what was made: nothing may seem to read the values of the graph."""
@@ -80,13 +86,15 @@ class Form:
         attributes: Mapping[str, Any] | None = None,
         outputs: int = 1,
     ) -> ir.Value:
-        """Add a node of the standard domain; its first output."""
-        name = f"{self.node.name}_{op_type}"
-        made = ir.node(op_type, inputs, attributes or {}, num_outputs=outputs, name=name)
-        if op_type not in ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"):
-            decide(made, "float", f"lifted from {self.node.op_type}")
-        else:
-            decide(made, "qdq", f"lifted from {self.node.op_type}")
+        """Add a node of the standard domain; its first output.
+
+        The first that computes floats has the name of the node whose place it takes.
+        """
+        made = ir.node(op_type, inputs, attributes or {}, num_outputs=outputs)
+        is_pair = op_type in _PAIRS
+        is_first = not is_pair and all(node.op_type in _PAIRS for node in self.nodes)
+        made.name = self._stem if is_first else f"{self._stem}_{op_type}"
+        decide(made, "qdq" if is_pair else "float", f"lifted from {self.node.op_type}")
         self.nodes.append(made)
         return made.outputs[0]
 
@@ -94,7 +102,9 @@ class Form:
         self, stem: str, array: NDArray[Any], dtype: ir.DataType | None = None
     ) -> ir.Value:
         """A new initializer called after the node."""
-        value = new_initializer(self._graph, f"{self.node.name}_{stem}", array, dtype)
+        # Left to find out the type, onnx_ir takes a third of the time of a whole lifting for it.
+        kind = dtype or ir.DataType.from_numpy(array.dtype)
+        value = new_initializer(self._graph, f"{self._stem}_{stem}", array, kind)
         self._constants.append(value)
         return value
 
@@ -147,9 +157,9 @@ class Form:
         return self.op("QuantizeLinear", [value, *self.parameters(scale, zero_point, None)])
 
     def accumulator(
-        self, stored: ir.Value, scales: Sequence[ir.Value | None], axis: int, factor: float = 1.0
+        self, stored: ir.Value, scales: Sequence[ir.Value | None], axis: int
     ) -> ir.Value:
-        """An int32 bias, whose scale is the product of the two operands' (and of `factor`).
+        """An int32 bias, whose scale is the product of the two operands'.
 
         Raises:
             NotLiftedError: A scale that is computed.
@@ -158,8 +168,7 @@ class Form:
         if any(array is None for array in arrays):
             raise NotLiftedError("the scale of its bias is computed")
         first, second = (np.asarray(array, np.float32) for array in arrays)
-        steps = np.asarray(first * second * np.float32(factor), np.float32)
-        steps = steps.reshape(() if steps.size == 1 else -1)
+        steps = (first * second).reshape(() if max(first.size, second.size) == 1 else -1)
         return self.dequantize(stored, self.constant("bias_scale", steps), None, axis)
 
     def parameters(
@@ -196,9 +205,10 @@ class Form:
     def _reshaped(self, value: ir.Value, array: NDArray[Any]) -> ir.Value:
         """The initializer that holds `array`, one for all who read `value` in that shape."""
         known: dict[tuple[int, ...], ir.Value] = value.meta.setdefault("qcompiler.shaped", {})
-        if array.shape not in known:
-            known[array.shape] = new_initializer(self._graph, f"{value.name}_lifted", array)
-        return known[array.shape]
+        shared = known.get(array.shape)
+        if shared is None or shared.graph is None:  # or discarded with a form that came to nothing
+            shared = known[array.shape] = self.constant(value.name or "scale", array)
+        return shared
 
 
 def size_of(value: ir.Value) -> int | None:

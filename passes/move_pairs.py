@@ -96,6 +96,9 @@ def _carried(
         return "the axis of its scales does not survive"
     if not block:
         return parameters, {"axis": moved}
+    if move.graph is not graph:
+        # Making MatMulNBits of it, ORT 1.31 looks for the weight inside the branch and fails.
+        return "ORT does not find weights in blocks from inside a branch"
     arrays = [constant(value) for value in parameters]
     if any(array is None for array in arrays):
         return "the scales of its blocks are computed"

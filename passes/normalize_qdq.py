@@ -7,7 +7,7 @@
 4. Q(DQ(q)) of one scale is q; of two it stays, and says that it requantizes
 5. A Relu or Clip that saturation does anyway is gone                        (`drop_clamps`)
 6. Activations have an explicit zero point and are uint8              (`unsigned_activations`)
-7. Equal Q and equal DQ of one value are one node, which all their readers share
+7. Equal Q and equal DQ of one value are one node, which all share    (`share_pairs`)
 
 All but 2 are exact; a Gemm of floats sums in another order than MatMul and Add do, which can move a
 tie between two steps.  What cannot be brought into this form stays as it is, and the node in the
@@ -25,6 +25,7 @@ from qcompiler.passes.drop_clamps import try_drop_clamp
 from qcompiler.passes.move_pairs import move_constant, push_dequantize, try_cancel
 from qcompiler.passes.pull_quantize import pull_quantize
 from qcompiler.passes.qdq_parameters import is_pair, spell_out, store_constant
+from qcompiler.passes.share_pairs import share_pairs
 from qcompiler.passes.unsigned_activations import make_unsigned
 
 __all__ = ["NormalizeQDQ"]
@@ -51,9 +52,9 @@ class NormalizeQDQ(ir.passes.InPlacePass):
 
 
 def _share(model: ir.Model) -> bool:
-    """One node for equal Q and DQ; scales that are equal in different initializers count."""
+    """One node for equal pairs; scales that are equal in different initializers count as such."""
     small = common.DeduplicateInitializersPass()(model)
-    return common.CommonSubexpressionEliminationPass()(model).modified or small.modified
+    return share_pairs(model) > 0 or small.modified
 
 
 def _expand_gemms(graph: ir.Graph) -> int:

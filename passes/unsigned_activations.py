@@ -23,12 +23,15 @@ __all__ = ["make_unsigned"]
 
 @dataclasses.dataclass
 class _Connected:
-    """Stored values that must have one type, and the nodes that say which."""
+    """Stored values that must have one type, and the nodes that say which.
 
-    values: set[ir.Value] = dataclasses.field(default_factory=set)
+    As keys, in the order in which they were found: the same model gives the same bytes.
+    """
+
+    values: dict[ir.Value, None] = dataclasses.field(default_factory=dict)
     constants: list[ir.Value] = dataclasses.field(default_factory=list)
-    pairs: set[ir.Node] = dataclasses.field(default_factory=set)
-    pads: set[ir.Node] = dataclasses.field(default_factory=set)
+    pairs: dict[ir.Node, None] = dataclasses.field(default_factory=dict)
+    pads: dict[ir.Node, None] = dataclasses.field(default_factory=dict)
 
 
 def make_unsigned(graph: ir.Graph) -> int:
@@ -42,7 +45,7 @@ def make_unsigned(graph: ir.Graph) -> int:
             continue
         connected = _Connected()
         movable = _connect(stored, connected)
-        seen |= connected.values
+        seen.update(connected.values)
         if movable:
             _shift(graph, connected, zeros)
             changed += len(connected.pairs)
@@ -62,7 +65,7 @@ def _connect(start: ir.Value, found: _Connected) -> bool:
         value = todo.pop()
         if value in found.values:
             continue
-        found.values.add(value)
+        found.values[value] = None
         more = _neighbours(value, found)
         if more is None:
             return False
@@ -87,11 +90,11 @@ def _neighbours(value: ir.Value, found: _Connected) -> list[ir.Value] | None:
         if node.op_type in ("Shape", "Size"):
             continue
         if _stored(node) is value and _may_shift(node):
-            found.pairs.add(node)
+            found.pairs[node] = None
         elif node.domain == "" and node.op_type in MOVES and _moves(node, value):
             more += [v for v in [*data_of(node), *node.outputs] if v is not None]
             if node.op_type == "Pad":
-                found.pads.add(node)
+                found.pads[node] = None
         else:
             return None
     return more

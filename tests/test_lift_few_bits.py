@@ -1,10 +1,12 @@
 """lift-qoperators: weights of few bits in blocks, in text and in stock ORT."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from foreign import RNG, assert_lifts, foreign
 from golden import assert_rewrites, run
 
+from qcompiler.ir.decisions import decision_of
 from qcompiler.passes.lift_qoperators import LiftQOperators
 
 
@@ -42,6 +44,25 @@ def test_matmul_nbits(bits, points, k):
     np.testing.assert_allclose(run(model, feeds, plainly=True)[0], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_branch_keeps_its_own():
+    """ORT 1.31 fails to open a model whose branches hold a product with weights in blocks."""
+    weights = {
+        "w": RNG.integers(0, 256, (8, 2, 8)).astype(np.uint8), "s": np.ones((8, 2), np.float32),
+    }  # fmt: skip
+    call = "com.microsoft.MatMulNBits <K = 32, N = 8, bits = 4, block_size = 16> (x, w, s)"
+    model = foreign(
+        f"g (float[3,32] x, bool c) => (float[3,8] y) {{ y = If (c) <then_branch = a () => "
+        f"(float[3,8] p) {{ p = {call} }}, else_branch = b () => (float[3,8] n) "
+        f"{{ t = {call} n = Neg (t) }}> }}",
+        weights,
+    )
+    assert not LiftQOperators()(model).modified
+    feeds = {"x": RNG.standard_normal((3, 32)).astype(np.float32), "c": np.array(True)}
+    assert run(model, feeds)[0].shape == (3, 8)
+    reasons = [decision_of(node).why for node in model.graph.all_nodes()]
+    assert sum("inside a branch" in why for why in reasons) == 2
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("points", ["", ", zp"])
 def test_gather_of_blocks(bits, points):
@@ -63,6 +84,27 @@ def test_gather_of_blocks(bits, points):
         y = Gather {{'axis': '0'}} (v{5 if points else 4}, i)
         outputs y""",
         {"i": np.array([[8, 0, 3], [1, 1, 7]])},
+    )
+
+
+@pytest.mark.parametrize("storage", ["INT4", "UINT4"])
+def test_gather_of_a_typed_table(storage):
+    kind = ir.DataType[storage].numpy()
+    weights = {
+        "w": RNG.integers(0, 8, (9, 32)).astype(kind), "zp": np.full((9, 2), 3).astype(kind),
+        "s": RNG.uniform(0.01, 0.1, (9, 2)).astype(np.float32),
+    }  # fmt: skip
+    assert_lifts(
+        foreign(
+            "g (int64[3] i) => (float[3,32] y) { y = com.microsoft.GatherBlockQuantized "
+            "<block_size = 16, quantize_axis = 1> (w, i, s, zp) }",
+            weights,
+        ),
+        """inputs i
+        v5 = DequantizeLinear {'axis': '1', 'block_size': '16'} (v2, v3, v4)
+        y = Gather {'axis': '0'} (v5, i)
+        outputs y""",
+        {"i": np.array([8, 0, 3])},
     )
 
 

@@ -6,6 +6,7 @@ from foreign import FLOATS, IMAGE, WEIGHTS, X, assert_lifts, foreign
 from golden import run, text_of
 
 from qcompiler.ir.decisions import decision_of
+from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.lift_qoperators import LiftQOperators
 from qcompiler.targets.catalog import TARGETS
@@ -186,6 +187,20 @@ def test_what_is_not_lifted_stays_and_says_why(why):
     assert set(model.graph.initializers) == initializers
     assert any(why in decision_of(node).why for node in model.graph)
     assert {decision_of(node).action for node in model.graph} <= {"qdq", "float"}
+
+
+def test_what_is_lifted_keeps_its_name_beside_what_is_not():
+    """A scale that a form which came to nothing had turned is turned again for the next."""
+    model = foreign(
+        "g (uint8[2,4] x) => (uint8[2,4] y, uint8[2,4] s) "
+        "{ y = com.microsoft.QLinearAdd (x, xs1, xz1, x, wsc, xz, ys, yz) "
+        "s = com.microsoft.QLinearSigmoid (x, xs1, xz1, xs1, xz1) }"
+    )
+    assert LiftQOperators()(model).modified
+    verify(model, Stage.FLOAT, "lift-qoperators")
+    named = {node.name: node.op_type for node in model.graph}
+    assert named["node_0"] == "QLinearAdd"
+    assert named["node_1"] == "Sigmoid"
 
 
 def test_a_quantized_op_without_float_form_keeps_its_reason():

@@ -258,6 +258,16 @@ def test_equal_pairs_of_one_value_are_one():
     )
 
 
+def test_what_is_drawn_twice_stays_two_nodes():
+    model = named(
+        "g (float[2,6] x) => (float[2,6] y, float[2,6] e) { q = QuantizeLinear (x, s, zi) "
+        "d = DequantizeLinear (q, s, zi) m = Bernoulli (d) n = Bernoulli (d) "
+        "y = Add (m, d) e = Add (n, d) }"
+    )
+    assert NormalizeQDQ()(model).modified
+    assert [node.op_type for node in model.graph].count("Bernoulli") == 2
+
+
 def test_branches_see_integers_from_outside():
     text = (
         f"g (float[2,6] x, bool c) => (float[6,2] y) {{ {QDQ} y = If (c) <then_branch = a () => "
