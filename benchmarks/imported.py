@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 from contenders import Feeds
 from never_slower import THREADS
@@ -52,6 +53,10 @@ def static(
     activations: QuantType, form: QuantFormat, **options: Any
 ) -> Callable[[Path, Path, list[Feeds]], None]:
     def quantize(model: Path, output: Path, samples: list[Feeds]) -> None:
+        only = options.get("op_types_to_quantize", [])
+        ops = {node.op_type for node in onnx.load(model, load_external_data=False).graph.node}
+        if only and not ops & set(only):
+            raise ValueError(f"it has no {', '.join(only)}")
         quantize_static(model, output, Reader(samples), form, activation_type=activations,
                         weight_type=QuantType.QInt8, **options)  # fmt: skip
 
@@ -67,7 +72,6 @@ def dynamic(weights: QuantType, per_channel: bool) -> Callable[[Path, Path, list
 
 def by_nncf(model: Path, output: Path, samples: list[Feeds]) -> None:
     import nncf
-    import onnx
 
     content = onnx.load(model)
     is_transformer = not any(node.op_type == "Conv" for node in content.graph.node)

@@ -12,6 +12,8 @@
 4. A Relu, or a Clip with constant bounds, goes where Q saturates at its bounds anyway.
 5. auto_pad becomes pads where those are known.
 
+6. A scale of x that is computed: see `fold_conv_integer`.
+
 QConv's body is QLinearConv, which ORT runs with its own integer kernels; it rounds once where the
 pair around a float convolution may round twice.  Part of `fold_qdq`.
 """
@@ -36,6 +38,7 @@ from qcompiler.ir.graph import (
 from qcompiler.ir.params import QuantParams, quant_params
 from qcompiler.ir.types import PerAxis, PerTensor
 from qcompiler.passes.conv_pads import explicit_pads
+from qcompiler.passes.fold_conv_integer import try_fold_conv_integer
 from qcompiler.passes.fold_matmul import one_scale
 from qcompiler.passes.widen_constants import dequantized_constant
 
@@ -49,6 +52,7 @@ class _Kernel:
     """Weights as QLinearConv takes them: int8, zero points all alike."""
 
     shape: tuple[int, ...]
+    integers: NDArray[np.int8]
     stored: ir.Value | NDArray[np.int8]
     scale: ir.Value
     scales: NDArray[np.float32]
@@ -60,11 +64,12 @@ def try_fold_conv(graph: ir.Graph, conv: ir.Node) -> str | None:
     x = one_scale(dequantize_of(conv.inputs[0]))
     if isinstance(x, str):
         return x
-    if x.scales is None or x.zeros is None:
-        return "its activations have a computed scale"
     kernel = _kernel(dequantize_of(conv.inputs[1]))
     if isinstance(kernel, str):
         return kernel
+    if x.scales is None or x.zeros is None:
+        zero = int(kernel.zeros.flat[0])
+        return try_fold_conv_integer(graph, conv, x, kernel.integers, kernel.scales, zero)
     covered, y = _covered(conv)
     if isinstance(y, str):
         return y
@@ -98,10 +103,11 @@ def _kernel(dequantize: ir.Node | None) -> _Kernel | str:
         wide, offset = wide - 128, offset - 128
     if wide.min(initial=0) < -128 or wide.max(initial=0) > 127:
         return "its weights minus their zero points do not fit int8"
+    integers = wide.astype(np.int8)
     if np.any(wide != stored):
-        result = wide.astype(np.int8)
+        result = integers
     zeros = np.full(scales.shape, offset[:1], np.int8)
-    return _Kernel(stored.shape, result, params.scale, scales.reshape(-1), zeros)
+    return _Kernel(stored.shape, integers, result, params.scale, scales.reshape(-1), zeros)
 
 
 def _covered(conv: ir.Node) -> tuple[list[ir.Node], QuantParams | str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_fold_imported import F4, STATIC, STEP, folded, model
+from test_fold_imported import DYNAMIC, F4, STATIC, STEP, folded, model
 
 from qcompiler.ir.decisions import decision_of
 from qcompiler.passes.fold_qdq import FoldQDQ
@@ -64,6 +64,26 @@ WHOLE = ["QuantizeLinear", "QConv", "DequantizeLinear"]
 )
 def test_convolutions_of_every_kind(body: str) -> None:
     assert folded_conv(body)[0] == WHOLE
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        KERNEL + "y = Conv (d, f)",
+        KERNEL + "y = Conv (d, f, cf)",
+        KERNEL + "g = DequantizeLinear <axis = 0> (cb, cbs) y = Conv (d, f, g)",
+        KERNEL + 'y = Conv <auto_pad = "SAME_UPPER", strides = [2,2]> (d, f)',
+        "f = DequantizeLinear (ku, kone, kuz) y = Conv (d, f, cf)",
+        "f = DequantizeLinear <axis = 0> (ksmall, ks, kd) y = Conv (d, f)",
+    ],
+)
+def test_a_computed_scale_takes_integer_sums(body: str) -> None:
+    feeds = {"x": RNG.standard_normal((2, 2, 9, 9)).astype(F4)}
+    ops, why = folded(DYNAMIC + body, feeds, conv_head(), **CONV)
+    sums = ["DynamicQuantizeLinear", "ConvInteger", "Cast", "Mul", "Mul"]
+    assert [op for op in ops if op != "Add"] == sums
+    assert ("Add" in ops) == (", cf)" in body or ", g)" in body)
+    assert "ORT's own ConvInteger" in why
 
 
 @pytest.mark.parametrize("rank", [3, 5])
