@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,8 +57,10 @@ def _count_of_nan(tensor: ir.TensorProtocol) -> int:
     array = tensor.numpy()
     # The minimum carries a NaN on, and needs no array of the size of this one.
     count = int(np.isnan(array).sum()) if np.isnan(array.min()) else 0
+    del array
     if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()  # else the whole file stays mapped
+        with contextlib.suppress(BufferError):  # somebody else holds the array
+            tensor.release()  # else the whole file stays mapped
     return count
 
 

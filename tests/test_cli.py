@@ -130,7 +130,7 @@ def raising(monkeypatch, error: BaseException) -> None:
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("qcompiler.driver.build_kernels", fail)
+    monkeypatch.setattr("qcompiler.job.build_kernels", fail)
 
 
 def test_internal_error(monkeypatch):
@@ -176,7 +176,7 @@ def test_warnings_are_one_line(monkeypatch):
     def build(*_, **__):
         warnings.warn("mind\n the gap", stacklevel=1)
 
-    monkeypatch.setattr("qcompiler.driver.build_kernels", build)
+    monkeypatch.setattr("qcompiler.job.build_kernels", build)
     stderr = qcompile(MODEL, *ARM).stderr
     assert "warning: mind the gap\n" in stderr
     assert "test_cli.py" not in stderr

@@ -79,7 +79,7 @@ def interrupt(*_, **__) -> None:
 
 
 def test_an_interrupt_that_became_another_error(monkeypatch):
-    monkeypatch.setattr("qcompiler.driver.build_kernels", interrupt)
+    monkeypatch.setattr("qcompiler.job.build_kernels", interrupt)
     result = qcompile(MODEL, *ARM)
     assert result.exit_code == 130
     assert result.stderr.endswith("error: interrupted\n")
@@ -92,7 +92,7 @@ def test_an_interrupt_that_was_swallowed(monkeypatch):
         with pytest.raises(RuntimeError):
             interrupt()
 
-    monkeypatch.setattr("qcompiler.driver.build_kernels", build)
+    monkeypatch.setattr("qcompiler.job.build_kernels", build)
     assert qcompile(MODEL, *ARM, "-q").exit_code == 130
 
 
