@@ -29,6 +29,7 @@ def _attention(form: Form) -> ir.Value:
         raise NotLiftedError("it is causal, or rotates its positions")
     if w is None or w.shape is None or not isinstance(w.shape[-1], int):
         raise NotLiftedError("the shape of its weights is unknown")
+    form.needs_opset(18, "a Split into equal parts")
     heads = attributes.get_int("num_heads")
     default = 1 / math.sqrt(w.shape[-1] // 3 // heads)
     scale = attributes.get_float("scale", 0.0) or default

@@ -40,6 +40,7 @@ def _softmax(form: Form) -> ir.Value:
 
 def _reduce_mean(form: Form) -> ir.Value:
     x, xs, xz, ys, yz = form.inputs(5)
+    form.needs_opset(18, "ReduceMean with axes as an input")
     axes = np.asarray(form.node.attributes.get_ints("axes"), np.int64)
     inputs = [form.dequantize(x, xs, xz), form.constant("axes", axes)]
     keepdims = {"keepdims": form.node.attributes.get_int("keepdims", 1)}
@@ -63,6 +64,7 @@ def _quantize(form: Form) -> ir.Value:
     axis = form.node.attributes.get_int("axis", 1) if "axis" in form.node.attributes else None
     if x is None or scale is None:
         raise NotLiftedError("an operand or its scale is missing")
+    _check_storage(form, form.node.outputs[0] if zero is None else zero)
     if zero is None:
         stored = form.node.outputs[0].dtype or ir.DataType.UINT8
         zero = form.constant("zero_point", np.zeros((), stored.numpy()))
@@ -72,7 +74,16 @@ def _quantize(form: Form) -> ir.Value:
 def _dequantize(form: Form) -> ir.Value:
     x, scale, zero = form.inputs(3)
     axis = form.node.attributes.get_int("axis", 1) if "axis" in form.node.attributes else None
+    # Nothing is known about what a Quantize of com.microsoft returns, but its zero point is.
+    if (stored := zero or x) is not None:
+        _check_storage(form, stored)
     return form.dequantize(x, scale, zero, axis)
+
+
+def _check_storage(form: Form, stored: ir.Value) -> None:
+    """The contrib ops store 16 and 4 bits at any opset, those of ai.onnx do not."""
+    if stored.dtype not in (None, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT32):
+        form.needs_opset(21, f"a pair of {stored.dtype.name}")
 
 
 def _along(axis: int | None) -> dict[str, int]:

@@ -28,6 +28,7 @@ def _matmul_nbits(form: Form) -> ir.Value:
     bits, block = attributes.get_int("bits", 4), attributes.get_int("block_size")
     n, k = attributes.get_int("N"), attributes.get_int("K")
     stored, steps = constant(packed), constant(scales)
+    form.needs_opset(21, "a DequantizeLinear of blocks")
     if form.in_branch:
         # Making MatMulNBits of it again, ORT 1.31 looks for the weight inside the branch and fails.
         raise NotLiftedError("ORT does not find weights in blocks from inside a branch")
@@ -78,6 +79,7 @@ def _gather(form: Form) -> ir.Value:
     packed, indices, scales, zeros = form.inputs(4)
     attributes = form.node.attributes
     stored = constant(packed)
+    form.needs_opset(21, "a DequantizeLinear of blocks")
     if stored is None or scales is None or (zeros is not None and constant(zeros) is None):
         raise NotLiftedError("its table is computed")
     axis = attributes.get_int("quantize_axis", 1) % stored.ndim

@@ -65,6 +65,7 @@ def _try_lift(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     form = Form(graph, node)
     try:
+        form.needs_opset(13, "a scale per channel")
         lift(form)
     except NotLiftedError as reason:
         form.discard()

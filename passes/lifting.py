@@ -57,6 +57,16 @@ class Form:
         """Whether the node is part of a subgraph, while its constants lie outside."""
         return self.node.graph is not self._graph
 
+    def needs_opset(self, version: int, what: str) -> None:
+        """Check that the model has an opset; `canonicalize` raises it to 21.
+
+        Raises:
+            NotLiftedError: It is older.
+        """
+        opset = self._graph.opset_imports.get("", 1)
+        if opset < version:
+            raise NotLiftedError(f"{what} needs opset {version}, not {opset}: canonicalize first")
+
     def discard(self) -> None:
         """Undo what was made: nothing may seem to read the values of the graph."""
         read = [value for node in self.nodes for value in node.inputs if value is not None]

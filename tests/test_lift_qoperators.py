@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from foreign import FLOATS, IMAGE, WEIGHTS, X, assert_lifts, foreign
-from golden import run, text_of
+from golden import ORT_HEAD, model_of, run, text_of
 
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.stages import Stage, verify
@@ -187,6 +187,38 @@ def test_what_is_not_lifted_stays_and_says_why(why):
     assert set(model.graph.initializers) == initializers
     assert any(why in decision_of(node).why for node in model.graph)
     assert {decision_of(node).action for node in model.graph} <= {"qdq", "float"}
+
+
+@pytest.mark.parametrize(
+    ("opset", "call", "lifted"),
+    [
+        (12, "QLinearSigmoid (x, xs, xz, ys, yz)", False),
+        (13, "QLinearSigmoid (x, xs, xz, ys, yz)", True),
+        (17, "QLinearReduceMean <axes = [1], keepdims = 1> (x, xs, xz, ys, yz)", False),
+        (18, "QLinearReduceMean <axes = [1], keepdims = 1> (x, xs, xz, ys, yz)", True),
+    ],
+)
+def test_an_opset_without_the_form_keeps_the_op(opset, call, lifted):
+    model = model_of(
+        f"g (uint8[2,6] x) => (uint8[2,n] y) {{ y = com.microsoft.{call} }}",
+        WEIGHTS,
+        ORT_HEAD.replace("21", str(opset)),
+    )
+    assert LiftQOperators()(model).modified == lifted
+    if not lifted:
+        why = decision_of(next(iter(model.graph))).why
+        assert f"not {opset}: canonicalize first" in why
+
+
+@pytest.mark.parametrize(("zero", "lifted"), [("xz1", True), ("w16", False)])
+def test_a_pair_of_16_bits_needs_opset_21(zero, lifted):
+    model = model_of(
+        f"g (float[2,6] x) => (float[2,6] y) {{ q = com.microsoft.QuantizeLinear (x, xs1, {zero}) "
+        f"y = com.microsoft.DequantizeLinear (q, xs1, {zero}) }}",
+        WEIGHTS | {"w16": np.array([3000], np.uint16)},
+        ORT_HEAD.replace("21", "19"),
+    )
+    assert LiftQOperators()(model).modified == lifted
 
 
 def test_what_is_lifted_keeps_its_name_beside_what_is_not():
