@@ -1,7 +1,7 @@
 """Bring any ONNX model into the one form the other passes expect.
 
-1. Model-local functions are inlined; constants become initializers of the main graph and are folded
-   (never Q/DQ, so that an imported quantization survives).
+1. Model-local functions are inlined; constants become initializers (weights those of the main
+   graph) and are folded, but never Q/DQ, so that an imported quantization survives.
 2. The opset is raised to at least 21, the first with INT4 and blocked Q/DQ.
 3. Gemm becomes MatMul and Add, with alpha, beta and transposes folded into its constants.
 4. Shapes are inferred; every node and value has a name of its own.
@@ -22,7 +22,7 @@ from qcompiler.ir.errors import ModelError
 from qcompiler.ir.graph import constant, new_initializer, replace_nodes
 from qcompiler.ir.qdq_rules import qdq_problems
 from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.infer_shapes import InferShapes
+from qcompiler.passes.infer_shapes import SMALL, InferShapes
 from qcompiler.passes.raise_opset import RaiseOpset
 
 __all__ = ["OPSET", "Canonicalize"]
@@ -47,7 +47,7 @@ class Canonicalize(ir.passes.InPlacePass):
         before = _signature(model)
         levels = {name: logging.getLogger(name).level for name in _QUIET}
         collecting = gc.isenabled()
-        gc.disable()  # its walks over all nodes take as long as the pass, and find nothing
+        gc.disable()  # it walks over all nodes again and again, a third of the time, for nothing
         try:
             for name in _QUIET:
                 # Failed shape inference is no news here: what is unknown stays unknown.
@@ -86,15 +86,25 @@ def _normalise(model: ir.Model) -> None:
         common.InlinePass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.RemoveInitializersFromInputsPass(),
-        common.LiftSubgraphInitializersToMainGraphPass(),
         FixNames(),
     )(model)
+    _lift_weights(model)
     if not _is_sorted(model.graph, set()):
         model.graph.sort()
     for node in model.graph.all_nodes():
         # The model may come out of a bundle: its decisions were about other nodes.
         for key in [key for key in node.metadata_props if key.startswith("qcompiler.")]:
             del node.metadata_props[key]
+
+
+def _lift_weights(model: ir.Model) -> None:
+    """Move weights out of bodies; small constants stay, where shape inference looks for them."""
+    for graph in list(model.graph.subgraphs()):
+        for name, value in list(graph.initializers.items()):
+            outer = value.is_graph_input() or value.is_graph_output()
+            if not outer and value.const_value and value.const_value.nbytes > SMALL:
+                del graph.initializers[name]
+                model.graph.register_initializer(value)
 
 
 def _align_functions(model: ir.Model) -> None:
@@ -120,7 +130,7 @@ def _since(op: str, opset: int) -> int:
 
 
 def _is_sorted(graph: ir.Graph, made: set[ir.Value]) -> bool:
-    """Whether each node comes after those that it and its bodies read; 10 times a sort's speed."""
+    """Whether each node comes after those that it and its bodies read, which most models' do."""
     for node in graph:
         if not all(value in made for value in node.inputs if value and value.producer()):
             return False
@@ -137,8 +147,7 @@ def _simplify(model: ir.Model) -> None:
     changed = False
     for _ in range(2):
         folded = _FoldConstants()(model).modified
-        if folded:
-            _lift(model)
+        _lift(model)
         expanded = _expand_gemms(model)
         changed = changed or folded or expanded
         if not (folded or expanded):

@@ -3,8 +3,8 @@
     y = Reshape(x, [0, -1, 64])   =>   y : float[n, m, 64]
 
 1. Weights stay where they are: protobuf ends at 2 GiB, and no shape depends on what they hold.
-2. What the model says wrongly gives way: inference then starts again from its inputs alone.  ORT
-   does the same, so such a model runs.
+2. What the model says wrongly gives way: inference then also starts from its inputs alone, and what
+   it finds counts more.  ORT does the same, so such a model runs.
 3. What inference does not know stays as it was said: results of custom ops, names of dimensions.
 """
 
@@ -16,10 +16,10 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
-__all__ = ["InferShapes", "weights_as_inputs"]
+__all__ = ["SMALL", "InferShapes", "weights_as_inputs"]
 
-_LARGE = 1024
-"""Bytes from which a tensor is a weight: shapes, axes and scales, whose values matter, are less."""
+SMALL = 1024
+"""Bytes up to which a tensor may be a shape, an axis or a scale, whose values matter."""
 
 
 class InferShapes(ir.passes.InPlacePass):
@@ -31,14 +31,18 @@ class InferShapes(ir.passes.InPlacePass):
             proto = ir.to_proto(model)
         try:
             inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+            return ir.passes.PassResult(model, _learn(model.graph, inferred.graph))
         except Exception:
             # Contradictions are among what strict inference refuses, and C++ errors of all kinds.
+            changed = _learn_leniently(model, proto)
             _forget(model.graph, proto.graph)
-            with contextlib.suppress(Exception):
-                proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-            inferred = proto
-        changed = _learn(model.graph, inferred.graph)
-        return ir.passes.PassResult(model, changed)
+            return ir.passes.PassResult(model, _learn_leniently(model, proto) or changed)
+
+
+def _learn_leniently(model: ir.Model, proto: onnx.ModelProto) -> bool:
+    with contextlib.suppress(Exception):
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    return _learn(model.graph, proto.graph)
 
 
 @contextlib.contextmanager
@@ -55,7 +59,7 @@ def weights_as_inputs(model: ir.Model) -> Iterator[list[ir.Value]]:
         assert value.const_value is not None
         value.type = ir.TensorType(value.const_value.dtype)
         value.shape = ir.Shape(value.const_value.shape.numpy())
-        if value.const_value.nbytes > _LARGE:
+        if value.const_value.nbytes > SMALL:
             del graph.initializers[str(value.name)]
         elif isinstance(value.const_value, ir.ExternalTensor):
             # Axes and shapes, which C++ would not find in another file.
