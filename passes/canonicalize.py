@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from typing import Any
 
@@ -46,8 +45,6 @@ class Canonicalize(ir.passes.InPlacePass):
         """
         before = _signature(model)
         levels = {name: logging.getLogger(name).level for name in _QUIET}
-        collecting = gc.isenabled()
-        gc.disable()  # it walks over all nodes again and again, a third of the time, for nothing
         try:
             for name in _QUIET:
                 # Failed shape inference is no news here: what is unknown stays unknown.
@@ -67,8 +64,6 @@ class Canonicalize(ir.passes.InPlacePass):
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
-            if collecting:
-                gc.enable()
         for _, node, problem in qdq_problems(model):
             raise ModelError(f"the model is not valid ONNX: {node}: {problem}")
         return ir.passes.PassResult(model, _signature(model) != before)

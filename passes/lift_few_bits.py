@@ -17,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.graph import constant
+from qcompiler.ir.packing import PackedFormat, unpack
 from qcompiler.passes.lifting import Form, NotLiftedError
 
 __all__ = ["FEW_BITS"]
@@ -58,10 +59,12 @@ def _matmul_nbits(form: Form) -> ir.Value:
 
 
 def _unpack(packed: NDArray[np.uint8], rows: int, bits: int) -> NDArray[np.uint8]:
-    """One stored value per byte, [rows, ...]; the first of a byte lies in its lowest bits."""
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    values = packed.reshape(rows, -1, 1) >> shifts & np.uint8(2**bits - 1)
-    return values.reshape(rows, -1)
+    """One stored value per byte, [rows, ...]."""
+    table = packed.reshape(rows, -1)
+    if bits == 8:
+        return table
+    length, form = table.shape[1] * 8 // bits, PackedFormat("unsigned", bits)  # type: ignore[arg-type]
+    return unpack(table, length, form).astype(np.uint8)
 
 
 def _middle(bits: int) -> np.uint8:

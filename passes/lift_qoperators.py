@@ -16,6 +16,8 @@ from onnx_ir.passes import common
 
 from qcompiler.ir.decisions import decide
 from qcompiler.ir.graph import replace_nodes
+from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.passes.lift_attention import ATTENTION
 from qcompiler.passes.lift_elementwise import ELEMENTWISE
 from qcompiler.passes.lift_few_bits import FEW_BITS
@@ -47,12 +49,12 @@ class LiftQOperators(ir.passes.InPlacePass):
             share_pairs(model)
             ir.passes.Sequential(
                 common.RemoveUnusedNodesPass(),
-                common.NameFixPass(),
+                FixNames(),
                 common.RemoveUnusedOpsetsPass(),
             )(model)
         if any(node.domain for node in lifted):
             # ONNX knew nothing about what these return, nor then about what follows.
-            common.ShapeInferencePass(strict_mode=False)(model)
+            InferShapes()(model)
         return ir.passes.PassResult(model, bool(lifted))
 
 

@@ -22,6 +22,7 @@ from onnx_ir.passes import common
 from qcompiler.ir.decisions import decide
 from qcompiler.ir.graph import dequantize_of, replace_nodes
 from qcompiler.passes.drop_clamps import try_drop_clamp
+from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.move_pairs import move_constant, push_dequantize, try_cancel
 from qcompiler.passes.pull_quantize import pull_quantize
 from qcompiler.passes.qdq_parameters import is_pair, spell_out, store_constant
@@ -47,7 +48,7 @@ class NormalizeQDQ(ir.passes.InPlacePass):
         if changed:
             common.RemoveUnusedNodesPass()(model)
             _share(model)
-            common.NameFixPass()(model)
+            FixNames()(model)
         return ir.passes.PassResult(model, changed)
 
 
