@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qcompiler.ir.attention import BFLOAT16
+from qcompiler.ir.attention import PRECISIONS
 from qcompiler.ir.decisions import decide, region_of
 from qcompiler.ir.graph import new_initializer, replace_nodes
 from qcompiler.ir.region import Region
@@ -35,16 +35,16 @@ class FuseAttention(RegionPass):
 
     Attributes:
         supports: Says why there is no kernel for a region, or None if there is one.
-        bfloat16: Whether a kernel may round the factors of both products to bfloat16, where the
-            processor multiplies those: about twice as fast, and good to 45 dB instead of 100.  By
-            default where q, k and v are results of int8 products, good to 30 to 40 dB themselves.
+        precision: What a kernel may round the factors of both products to, one of PRECISIONS,
+            where the processor multiplies those.  By default int8 where q, k and v are results of
+            int8 products, good to 30 to 40 dB themselves, as is attention in int8, else float32.
     """
 
     def __init__(
-        self, supports: Callable[[Region], str | None], *, bfloat16: bool | None = None
+        self, supports: Callable[[Region], str | None], *, precision: str | None = None
     ) -> None:
         super().__init__(supports)
-        self.bfloat16 = bfloat16
+        self.precision = precision
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Outline every supported attention of the main graph."""
@@ -63,10 +63,11 @@ class FuseAttention(RegionPass):
                 decide(softmax, "float", f"not fused as attention: {reason}")
             return False
         anchor = "Attention" if found.mask is None else "MaskedAttention"
-        rounds = self.bfloat16
-        if rounds is None:
-            rounds = all(_is_quantized(operand.value) for operand in found.operands)
-        flags = (*found.flags, BFLOAT16) if rounds else found.flags
+        precision = self.precision
+        if precision is None:
+            quantized = all(_is_quantized(operand.value) for operand in found.operands)
+            precision = "int8" if quantized else "float32"
+        flags = (*found.flags, *PRECISIONS[precision])
         region = Region(anchor, (("D", found.depth),), flags=flags)
         if (missing := self.supports(region)) is not None:
             decide(softmax, "float", missing)

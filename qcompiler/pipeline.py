@@ -122,7 +122,7 @@ class Pipeline:
                 Step("fuse-norms", FuseNorms(supports), Stage.KERNEL, "target"),
                 Step(
                     "fuse-attention",
-                    FuseAttention(supports, bfloat16=recipe.bfloat16),
+                    FuseAttention(supports, precision=recipe.attention),
                     Stage.KERNEL,
                     "target",
                 ),

@@ -57,7 +57,7 @@ __all__ = ["compile_command"]
     "recipe_file",
     type=FILE,
     metavar="FILE",
-    help="A TOML file with the keys keep_float, group_size, bfloat16 and smooth.",
+    help="A TOML file with the keys keep_float, group_size, attention and smooth.",
 )
 @click.option(
     "--keep-float",
