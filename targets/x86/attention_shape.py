@@ -54,7 +54,8 @@ def int8_attention_shape(d: int) -> AttentionShape:
     """The same for products of int8.
 
     Weights and values are as exact as their block is short: blocks of 8 KiB of keys, in L1, are 1
-    to 2 dB better than of 16, and as fast.  Twice as many rows halve the share of packing, 9%.
+    to 2 dB better than of 16, and as fast.  Twice as many rows take packing from 14% of the time
+    of 1500 tokens to 9%.
     """
     padded, bytes_of_keys = -(-d // _LANES) * _LANES, _BLOCK_FLOATS // 2
     keys = bytes_of_keys // padded // (2 * PANEL) * (2 * PANEL)
