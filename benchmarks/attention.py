@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py [--json] [--seconds 3]
 
-`kernel` is our op in ONNX Runtime, `bf16` the one a recipe may ask for, `chain` its function
+`kernel` is our op in float32, `bf16` and `int8` the same where it may round, `chain` its function
 body in stock ONNX Runtime (what a model has without the kernel), `fused` com.microsoft's
 MultiHeadAttention.  All take [1, tokens, heads, D].  They are run in turn; figures are the best and
 the median, in microseconds, and the multiply-adds per second of the best `kernel`.
@@ -107,6 +107,7 @@ def measure(shape: tuple[int, int, int], threads: int, library: Path, seconds: f
     contestants = {
         "kernel": Contestant(body_model(*shape), threads, library, feeds),
         "bf16": Contestant(body_model(*shape, "bf16"), threads, library, feeds),
+        "int8": Contestant(body_model(*shape, "int8"), threads, library, feeds),
         "chain": Contestant(body_model(*shape), threads, None, feeds),
         "fused": Contestant(fused_model(*shape), threads, None, feeds),
     }
@@ -131,7 +132,7 @@ def line(row: dict[str, Any]) -> str:
     heads, tokens, d = row["shape"]
     figures = "".join(
         f"  {name} {row[name]['min'] * 1e6:8.1f} {row[name]['median'] * 1e6:8.1f}"
-        for name in ("kernel", "bf16", "chain", "fused")
+        for name in ("kernel", "bf16", "int8", "chain", "fused")
     )
     rate = 2 * heads * tokens * tokens * d / row["kernel"]["min"] / 1e9
     return f"{heads:3} x {tokens:5} x {d:3}  threads {row['threads']}{figures}  {rate:5.0f} Gmac/s"
@@ -145,7 +146,7 @@ def main() -> None:
     rows = []
     with TemporaryDirectory() as folder:
         library = Path(folder, "kernels.so")
-        regions = [region(d, *flags) for *_, d in SHAPES for flags in ((), ("bf16",))]
+        regions = [region(d, *flags) for *_, d in SHAPES for flags in ((), ("bf16",), ("int8",))]
         build_library(regions, DOMAIN, library, cache=KernelCache())
         for shape in SHAPES:
             for threads in (1, 2):

@@ -111,19 +111,26 @@ def ort_contenders(
 def our_contenders(
     model: Path, folder: Path, calibration: Path | None = None
 ) -> dict[str, Contender]:
-    """A model compiled for x86-int8; the same with attention in float32; without its kernels.
+    """A model compiled for x86-int8; the same with other attentions; without its kernels.
 
     Args:
         model: The FP32 ONNX file.
         folder: Where the bundles go.
         calibration: Samples, where the model needs static ranges.
     """
-    plain, float32 = (
-        qcompiler.compile(model, "x86-int8", folder / name, recipe=recipe, calibration=calibration)
-        for name, recipe in (("plain", None), ("float32", qcompiler.Recipe(bfloat16=False)))
+    plain, bfloat16, float32 = (
+        qcompiler.compile(
+            model,
+            "x86-int8",
+            folder / str(attention),
+            recipe=qcompiler.Recipe(attention=attention),
+            calibration=calibration,
+        )
+        for attention in (None, "bfloat16", "float32")
     )
     return {
         "qcompiler x86-int8": Bundle(plain.bundle),
+        "qcompiler, bfloat16 attention": Bundle(bfloat16.bundle),
         "qcompiler, float32 attention": Bundle(float32.bundle),
         "qcompiler, bodies only": Bundle(plain.bundle, native=False),
     }

@@ -5,13 +5,17 @@
 A region's flags say which form it is: the first has a letter for each of q, k, v and y, `h` where
 the tensor is [batch, heads, tokens, D] and `s` where it is [batch, tokens, heads, D]; "zero" after
 it means that a row of scores whose softmax is NaN, as when all of it is -inf, gives zeros.
+
+Two more flags allow a kernel to round what it multiplies; the body stays exact.  How a kernel
+rounds depends on how it cuts keys into blocks, so a body that did the same would be slower, no
+closer to what was asked for, and different for each kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["BFLOAT16", "HEADS_FIRST", "ZERO", "attention_body"]
+__all__ = ["BFLOAT16", "HEADS_FIRST", "INT8", "PRECISIONS", "ZERO", "attention_body"]
 
 HEADS_FIRST = "hhhh"
 """All four tensors as [batch, heads, tokens, D]."""
@@ -31,6 +35,12 @@ _GUARD = [
 
 BFLOAT16 = "bf16"
 """The flag of a region whose kernel may round the factors of both products to bfloat16."""
+
+INT8 = "int8"
+"""The flag of a region whose kernel may quantize the factors of both products."""
+
+PRECISIONS = {"float32": (), "bfloat16": (BFLOAT16,), "int8": (INT8,)}
+"""The flags of what a kernel may round the factors of both products to."""
 
 
 def attention_body(flags: Sequence[str], masked: bool) -> str:

@@ -17,8 +17,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qcompiler.ir.attention import BFLOAT16
+from qcompiler.ir.attention import PRECISIONS
 from qcompiler.ir.decisions import decide, region_of
+from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import new_initializer, replace_nodes
 from qcompiler.ir.region import Region
 from qcompiler.passes.fix_names import FixNames
@@ -45,13 +46,24 @@ class FuseAttention(RegionPass):
         """What kernels may round.
 
         Attributes:
-            bfloat16: Whether a kernel may round the factors of both products to bfloat16, where the
-                processor multiplies those: about twice as fast, and good to 45 dB instead of 100.
-                By default where q, k and v are results of int8 products, good to 30 to 40 dB
-                themselves.
+            precision: What a kernel may round the factors of both products to, where the processor
+                multiplies those: int8, bfloat16 or float32.  By default int8 where q, k and v are
+                results of int8 products, good to 30 to 40 dB themselves, as is attention in int8,
+                else float32.
         """
 
-        bfloat16: bool | None = None
+        precision: str | None = None
+
+        def __post_init__(self) -> None:
+            """Check the value.
+
+            Raises:
+                OptionError: It is none of the three.
+            """
+            if self.precision is not None and self.precision not in tuple(PRECISIONS):
+                raise OptionError(
+                    f"attention {self.precision!r}: must be float32, bfloat16 or int8"
+                )
 
     def __init__(
         self, supports: Callable[[Region], str | None], options: Options | None = None
@@ -76,10 +88,11 @@ class FuseAttention(RegionPass):
                 decide(softmax, "float", f"not fused as attention: {reason}")
             return False
         anchor = "Attention" if found.mask is None else "MaskedAttention"
-        rounds = self.options.bfloat16
-        if rounds is None:
-            rounds = all(_is_quantized(operand.value) for operand in found.operands)
-        flags = (*found.flags, BFLOAT16) if rounds else found.flags
+        precision = self.options.precision
+        if precision is None:
+            quantized = all(_is_quantized(operand.value) for operand in found.operands)
+            precision = "int8" if quantized else "float32"
+        flags = (*found.flags, *PRECISIONS[precision])
         region = Region(anchor, (("D", found.depth),), flags=flags)
         if (missing := self.supports(region)) is not None:
             decide(softmax, "float", missing)

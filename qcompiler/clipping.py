@@ -234,6 +234,8 @@ class Clipping:
         Raises:
             OptionError: Not of that form, or not a method.
         """
+        if not isinstance(text, str):
+            raise OptionError(f"calibration must be a text such as 'mse', not {text!r}")
         method, given, amount = text.partition("=")
         try:
             return cls(method.strip(), float(amount) if given else math.nan)

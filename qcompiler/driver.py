@@ -13,6 +13,7 @@ import onnx_ir as ir
 from qcompiler.arguments import require, require_path
 from qcompiler.bundle import check_destination, staged_folder
 from qcompiler.chooser import Chooser, Wishes
+from qcompiler.clipping import Clipping
 from qcompiler.ir.decisions import Decision, decisions
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.stages import Stage
@@ -90,7 +91,9 @@ def compile(
     goal, recipe = get_target(target), recipe or Recipe()
     destination = _destination(source, target, output, stop_after)
     samples = None if calibration is None else samples_from(calibration)
-    observer = None if samples is None else SampleObserver(samples, clock)
+    observer = None
+    if samples is not None:
+        observer = SampleObserver(samples, Clipping.parse(recipe.calibration), clock)
     chooser = None
     if not isinstance(pipeline, Pipeline):
         chooser = Chooser(goal, Wishes(timing, shapes, choices), samples, clock.detail)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from qcompiler.bundle import Manifest
 from qcompiler.calibrate import observe, sample_tokens
 from qcompiler.chooser import Chooser
+from qcompiler.clipping import Clipping
 from qcompiler.emit import build_kernels, write_bundle
 from qcompiler.frontend import is_of_torch, load_model, onnx_file
 from qcompiler.ir.decisions import decisions
@@ -40,13 +41,14 @@ timed against its model: that would take memory for the whole, not for its large
 class SampleObserver:
     """Runs the model on the samples when a pass asks for it, and knows whether one did."""
 
-    def __init__(self, samples: Samples, clock: Clock) -> None:
-        self.samples, self.clock, self.was_asked = samples, clock, False
+    def __init__(self, samples: Samples, clipping: Clipping, clock: Clock) -> None:
+        self.samples, self.clipping, self.clock = samples, clipping, clock
+        self.was_asked = False
 
     def __call__(self, model: ir.Model, names: Sequence[str]) -> Mapping[str, TensorStats]:
         """The ranges of tensors, see `observe`."""
         self.was_asked = True
-        return observe(model, names, self.samples, self._tell)
+        return observe(model, names, self.samples, self._tell, self.clipping)
 
     def sample_tokens(
         self, model: ir.Model, names: Sequence[str]

@@ -68,7 +68,8 @@ class NodeError:
         """What would help, as an option or a line of the recipe."""
         if self.can_stay_float:
             return f"--keep-float {shlex.quote(self.node)}"
-        return "bfloat16 = false in the recipe" if "_bf16" in self.op else ""
+        rounded = self.op.endswith(("_bf16", "_int8"))
+        return 'attention = "float32" in the recipe' if rounded else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,12 @@ class Pipeline:
         goal = catalog.get_target(target) if isinstance(target, str) else target
         supports = supports or (lambda region: catalog.unsupported(goal, region))
         precision = AssignPrecision.Options(recipe.keep_float, recipe.group_size)
-        attention = FuseAttention.Options(recipe.bfloat16)
+        attention = FuseAttention.Options(recipe.attention)
+        if recipe.attention is not None and not catalog.built_isas(goal):
+            raise OptionError(
+                f"attention {recipe.attention!r}: {goal.name} has no kernel of attention; leave "
+                "it out"
+            )
         chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
         pipeline = cls(
             [

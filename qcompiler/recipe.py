@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.arguments import require
+from qcompiler.clipping import Clipping
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.passes.fuse_attention import FuseAttention
 
 __all__ = ["Recipe"]
 
@@ -23,27 +25,33 @@ class Recipe:
     Attributes:
         keep_float: Node names, op types, or shell patterns of either, that are not quantized.
         group_size: Weights per scale for int4 targets; by default the target's own choice.
-        bfloat16: Whether attention rounds what it multiplies to bfloat16 on processors that
-            multiply those (x86: AVX512-BF16): up to twice as fast, with errors 45 dB below the
-            result.  By default where that is less than the error of its quantized operands.
+        attention: What attention may round the factors of both its products to, where kernels and
+            the processor multiply those: "int8" (x86: AVX512-VNNI), good to 30 to 40 dB, "bfloat16"
+            (AVX512-BF16), good to 45, or "float32".  By default int8 where queries, keys and values
+            are results of int8 products, which are no better themselves.
         smooth: Divide the outlying channels of norms before they are quantized, and multiply the
             weights that read them instead, see `passes/smooth_activations.py`.
+        calibration: Where static ranges are cut off: "min-max", "moving-average", "percentile",
+            "entropy", "mse" or "sigma", some with an amount: "percentile=99.9"; see
+            `qcompiler/clipping.py`.
     """
 
     keep_float: tuple[str, ...] = ()
     group_size: int | None = None
-    bfloat16: bool | None = None
+    attention: str | None = None
     smooth: bool = True
+    calibration: str = "mse"
 
     def __post_init__(self) -> None:
         """Check the values.
 
         Raises:
-            OptionError: Patterns that are no strings, or a group size that is no power of two from
-                16 to 256.
+            OptionError: Patterns that are no strings, a group size that is no power of two from 16
+                to 256, or an attention that is none of the three.
         """
         AssignPrecision.Options(self.keep_float, self.group_size)
-        require("bfloat16", self.bfloat16, bool, "true or false")
+        FuseAttention.Options(self.attention)
+        Clipping.parse(self.calibration)
         require("smooth", self.smooth, bool, "true or false")
 
     @classmethod
@@ -79,11 +87,11 @@ class Recipe:
             raise OptionError(f"{source}: keep_float must be a list of strings, not {keep!r}")
         if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
             raise OptionError(f"{source}: group_size must be an integer, not {size!r}")
-        switches = {key: content[key] for key in ("bfloat16", "smooth") if key in content}
-        for key, value in switches.items():
-            if not isinstance(value, bool):
-                raise OptionError(f"{source}: {key} must be true or false, not {value!r}")
-        return cls(tuple(keep), size, **switches)
+        smooth = content.get("smooth", True)
+        if not isinstance(smooth, bool):
+            raise OptionError(f"{source}: smooth must be true or false, not {smooth!r}")
+        calibration = content.get("calibration", cls.calibration)
+        return cls(tuple(keep), size, content.get("attention"), smooth, calibration)
 
     def to_toml(self) -> str:
         """A TOML file that `read` reads back."""
@@ -95,5 +103,7 @@ class Recipe:
         """Plain values that `from_dict` takes; unset ones are left out."""
         content: dict[str, Any] = {"keep_float": list(self.keep_float)}
         content |= {} if self.group_size is None else {"group_size": self.group_size}
-        content |= {} if self.bfloat16 is None else {"bfloat16": self.bfloat16}
-        return content | ({} if self.smooth else {"smooth": False})
+        content |= {} if self.attention is None else {"attention": self.attention}
+        content |= {} if self.smooth else {"smooth": False}
+        default = self.calibration == type(self).calibration
+        return content | ({} if default else {"calibration": self.calibration})

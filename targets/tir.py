@@ -25,6 +25,7 @@ __all__ = [
     "Expr",
     "Parameter",
     "Register",
+    "all_words",
     "broadcast",
     "cast",
     "compile_object",
@@ -118,6 +119,11 @@ def broadcast(value: Expr, count: int = LANES) -> Expr:
     if isinstance(value, float):
         value = tirx.FloatImm("float32", value)
     return tirx.Broadcast(_index(value), count)
+
+
+def all_words(value: int) -> Expr:
+    """`value` in each of 32 lanes of uint16."""
+    return tirx.Broadcast(constant(value, "uint16"), 2 * LANES)
 
 
 def lanes(start: Expr, count: int = LANES) -> Expr:

@@ -1,9 +1,12 @@
 """Calibration: what is observed, what is remembered, and that memory does not grow with samples."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from golden import model_of
 
+import qcompiler
+from qcompiler.bundle import Manifest
 from qcompiler.calibrate import observe
 from qcompiler.clipping import Clipping
 from qcompiler.ir.errors import CalibrationError
@@ -50,6 +53,22 @@ def test_ranges_are_found_again_for_the_same_model_and_samples(tmp_path, monkeyp
     ]:
         observe(model, names, Samples(samples), clipping=Clipping(method))
     assert len(runs) == 4
+
+
+def test_the_recipe_says_where_ranges_are_cut(tmp_path):
+    text = "g (float[n,2,8,8] x) => (float[n,4,6,6] y) { c = Conv (x, w) r = Relu (c) y = Neg (r) }"
+    model = model_of(text, {"w": RNG.standard_normal((4, 2, 3, 3), dtype=np.float32)})
+    image = RNG.standard_normal((1, 2, 8, 8), dtype=np.float32)
+    image[0, 0, 0, 0] = 50
+    scales = {}
+    for method in ("min-max", "percentile=99"):
+        recipe = qcompiler.Recipe(calibration=method)
+        bundle = tmp_path / method
+        qcompiler.compile(model, "arm-int8", bundle, recipe=recipe, calibration=lambda: [image])
+        graph = ir.load(bundle / "model.onnx").graph
+        scales[method] = float(graph.initializers["x_scale"].const_value.numpy())
+        assert Manifest.read(bundle).recipe["calibration"] == method
+    assert scales["percentile=99"] < scales["min-max"] / 5
 
 
 def test_a_tensor_that_is_not_finite(tmp_path, monkeypatch):

@@ -284,6 +284,18 @@ def test_compile_merges_recipe_and_options():
         ([MODEL, *ARM, "--choices", "no"], 1, "cannot read the choices in no: No such file"),
         ([MODEL, *ARM, "--choices", "no", "--shapes", "image=1"], 1, "choices, not both"),
         ([MODEL, "--target", "arm-int8", "--calib", "no"], 1, "no samples: no does not exist"),
+        ([MODEL, "--target", "arm-int8", "--calib-method", "mse"], 2, "add --calib"),
+        ([MODEL, "--target", "arm-int8", "--preprocess", "size=8"], 2, "add --calib"),
+        (
+            [MODEL, "--target", "arm-int8", "--calib", CALIB, "--calib-method", "max"],
+            1,
+            "unknown calibration method 'max'",
+        ),
+        (
+            [MODEL, "--target", "arm-int8", "--calib", CALIB, "--preprocess", "size=8"],
+            1,
+            "holds no images: leave out --preprocess",
+        ),
         ([MODEL, "--target", "arm-int8", "--calib", "."], 1, "no samples: . holds no .npz file"),
         ([MODEL, *ARM, "--recipe", "no.toml"], 1, "cannot read the recipe no.toml"),
         ([MODEL, *ARM, "--keep-float", "Sofmax"], 1, "did you mean 'Softmax'?"),

@@ -242,7 +242,10 @@ def test_bad_sample_folders(conv, tmp_path, make, message):
         ("keep_float = [1]", "keep_float must be a list of strings"),
         ("group_size = 'big'", "group_size must be an integer, not 'big'"),
         ("group_size = true", "group_size must be an integer"),
-        ("bfloat16 = 1", "bfloat16 must be true or false, not 1"),
+        ("attention = 'int4'", "attention 'int4': must be float32, bfloat16 or int8"),
+        ("attention = ['int8']", "must be float32, bfloat16 or int8"),
+        ("attention = 8", "attention 8: must be float32, bfloat16 or int8"),
+        ("bfloat16 = true", "unknown key 'bfloat16'"),
         ('smooth = "no"', "smooth must be true or false, not 'no'"),
         ("group_size = 48", "group_size 48: must be 16, 32, 64, 128 or 256"),
         ("group_size =", "is not TOML"),
@@ -381,13 +384,21 @@ def test_bad_compile_arguments(matmul, tmp_path, monkeypatch, options, message):
     [
         ({"keep_float": 5}, "keep_float must be a sequence of strings, not 5"),
         ({"smooth": "no"}, "smooth must be true or false, not 'no'"),
-        ({"bfloat16": 3}, "bfloat16 must be true or false, not 3"),
+        ({"attention": "int4"}, "attention 'int4': must be float32, bfloat16 or int8"),
+        ({"calibration": "mean"}, "unknown calibration method 'mean'"),
+        ({"calibration": 3}, "calibration must be a text such as 'mse', not 3"),
         ({"group_size": 32.0}, "group_size 32.0: must be 16"),
     ],
 )
 def test_bad_recipe_arguments(options, message):
     with pytest.raises(OptionError, match=message):
         qcompiler.Recipe(**options)
+
+
+def test_attention_where_there_is_no_kernel_of_it(matmul):
+    recipe = qcompiler.Recipe(attention="int8")
+    with pytest.raises(OptionError, match="'int8': arm-int8 has no kernel of attention"):
+        qcompiler.compile(matmul, "arm-int8", recipe=recipe)
 
 
 def test_nan_in_a_weight_that_is_not_quantized(tmp_path):

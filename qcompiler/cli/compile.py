@@ -16,6 +16,8 @@ from qcompiler.cli.options import (
     ShapesType,
     TargetName,
     json_option,
+    preprocess_option,
+    samples_of,
     verbose_option,
 )
 from qcompiler.cli.outcome import print_report, print_stopped
@@ -47,14 +49,21 @@ __all__ = ["compile_command"]
     "--calib",
     type=FILE,
     metavar="DIR",
-    help="Folder of .npz samples, an array per input; needed for convolutions.",
+    help="Samples, needed for convolutions: a folder of .npz, .npy, ONNX test data or images, or "
+    "module:function.",
+)
+@preprocess_option
+@click.option(
+    "--calib-method",
+    metavar="METHOD",
+    help="Where ranges are cut off: mse, min-max, percentile=99.99, …; see docs/calibration.md.",
 )
 @click.option(
     "--recipe",
     "recipe_file",
     type=FILE,
     metavar="FILE",
-    help="A TOML file with the keys keep_float, group_size, bfloat16 and smooth.",
+    help="A TOML file with the keys keep_float, group_size, attention, smooth and calibration.",
 )
 @click.option(
     "--keep-float",
@@ -89,11 +98,13 @@ __all__ = ["compile_command"]
 @click.pass_obj
 def compile_command(
     terminal: Terminal, model: Path, target: str, output: Path | None, calib: Path | None,
-    recipe_file: Path | None, keep_float: tuple[str, ...], group_size: int | None,
-    shapes: Shapes | None, untimed: bool, choices: Path | None, strict: bool, quiet: bool,
-    debugging: Debugging, as_json: bool,
+    preprocess: str | None, calib_method: str | None, recipe_file: Path | None,
+    keep_float: tuple[str, ...], group_size: int | None, shapes: Shapes | None, untimed: bool,
+    choices: Path | None, strict: bool, quiet: bool, debugging: Debugging, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile a model into a bundle."""
+    if calib is None and (preprocess or calib_method):
+        raise click.UsageError("--preprocess and --calib-method are about samples: add --calib")
     with (
         debugging.watching(terminal, quiet or as_json) as watchers,
         terminal.progress(shown=not (quiet or as_json)) as progress,
@@ -103,11 +114,12 @@ def compile_command(
         from qcompiler.runtime import check_onnxruntime
 
         check_onnxruntime()
+        recipe = _recipe(recipe_file, keep_float, group_size, calib_method)
+        samples = None if calib is None else samples_of(calib, preprocess)
         report = qcompiler.compile(
-            model, target, output, recipe=_recipe(recipe_file, keep_float, group_size),
-            calibration=calib, pipeline=debugging.pipeline, strict=strict, timing=not untimed,
-            shapes=shapes, choices=choices, progress=progress, stop_after=debugging.stage,
-            watchers=watchers.all,
+            model, target, output, recipe=recipe, calibration=samples,
+            pipeline=debugging.pipeline, strict=strict, timing=not untimed, shapes=shapes,
+            choices=choices, progress=progress, stop_after=debugging.stage, watchers=watchers.all,
         )  # fmt: skip
     if as_json:
         terminal.json(report.to_dict() | watchers.to_dict())
@@ -118,7 +130,9 @@ def compile_command(
         print_report(terminal, model, report, quiet)
 
 
-def _recipe(file: Path | None, keep_float: tuple[str, ...], group_size: int | None) -> Recipe:
+def _recipe(
+    file: Path | None, keep_float: tuple[str, ...], group_size: int | None, method: str | None
+) -> Recipe:
     """The recipe of the file, with the options on top."""
     from qcompiler.recipe import Recipe
 
@@ -127,4 +141,5 @@ def _recipe(file: Path | None, keep_float: tuple[str, ...], group_size: int | No
         recipe,
         keep_float=(*recipe.keep_float, *keep_float),
         group_size=recipe.group_size if group_size is None else group_size,
+        calibration=method or recipe.calibration,
     )

@@ -91,8 +91,8 @@ class _AttentionBf16(Attention):
         """A vector of lanes from `width` numbers of a key, zeros after them."""
         return _pack(*_halves(self._a["k"], start + first, width))
 
-    def store_query(self, i: int, start: Expr, first: int, width: int) -> None:
-        """`width` numbers of a query, scaled, to row i of the tile."""
+    def store_query(self, i: Expr, start: Expr, first: int, width: int) -> None:
+        """`width` numbers of a query, scaled, to row i."""
         scale = tir.broadcast(self._a["scale"])
         low, high = _halves(self._a["q"], start + first, width)
         index = i * self._query_stride + first // 2

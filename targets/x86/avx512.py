@@ -19,6 +19,9 @@ _ROUNDER = 1.5 * 2**23
 """Added to a float from 0 to 2^22 and taken away again it rounds to an integer, which the low bits
 of the sum hold."""
 
+_BY_QUARTERS = [4 * (dword % 4) + dword // 4 for dword in range(LANES)]
+"""The dwords of four vectors that were packed to bytes within 128 bits, each vector's in turn."""
+
 _ROUND_DOWN = 1
 """The rounding operand of vreduceps that means "towards minus infinity"."""
 
@@ -29,7 +32,11 @@ class Avx512(VectorUnit):
     def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
         """`total` plus four products per lane (vpdpbusd)."""
         everywhere = tir.reinterpret("uint8x64", tir.broadcast(activations))
-        return tir.intrinsic("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, everywhere, weights)
+        return self.dot_product_bytes(total, everywhere, weights)
+
+    def dot_product_bytes(self, total: Expr, unsigned: Expr, signed: Expr) -> Expr:
+        """The same of a uint8x64 and an int8x64."""
+        return tir.intrinsic("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, unsigned, signed)
 
     def round_to_int32(self, value: Expr) -> Expr:
         """Nearest integer, ties to even; `T.round` rounds ties away from zero."""
@@ -40,14 +47,34 @@ class Avx512(VectorUnit):
 
         Four instructions and one store; vpmovdb takes two of each for every vector.
         """
-        pairs = [
-            tir.intrinsic("int16x32", "llvm.x86.avx512.packssdw.512", first, second)
-            for first, second in (quarters[:2], quarters[2:])
-        ]
-        mixed = tir.intrinsic("int8x64", "llvm.x86.avx512.packsswb.512", *pairs)
-        # Packing works within 128 bits: dword 4 i + j holds elements 4 i to 4 i + 3 of quarter j.
-        order = [4 * (dword % 4) + dword // 4 for dword in range(LANES)]
-        return tir.reinterpret("int8x64", tir.shuffle(tir.reinterpret("int32x16", mixed), order))
+        mixed = tir.reinterpret("int32x16", _mix_int8(quarters))
+        return tir.reinterpret("int8x64", tir.shuffle(mixed, _BY_QUARTERS))
+
+    def pack_int8_by_lanes(self, quarters: Sequence[Expr]) -> Expr:
+        """The same, but the four of each lane side by side."""
+        order = [16 * (i // 16) + 4 * (i % 4) + i % 16 // 4 for i in range(4 * LANES)]
+        return tir.shuffle(_mix_int8(quarters), order)
+
+    def pack_int16(self, first: Expr, second: Expr) -> Expr:
+        """Two vectors of int32 as one of 32 uint16, saturated as int16, in lanes of four."""
+        return _words("packssdw", first, second)
+
+    def pack_uint8(self, first: Expr, second: Expr) -> Expr:
+        """Two results of `pack_int16`, saturated as uint8, in order, as an int32x16."""
+        mixed = tir.intrinsic("uint8x64", "llvm.x86.avx512.packuswb.512", first, second)
+        return tir.shuffle(tir.reinterpret("int32x16", mixed), _BY_QUARTERS)
+
+    def high_product(self, one: Expr, other: Expr) -> Expr:
+        """`one * other // 2^16` of 32 uint16."""
+        return _words("pmulhu.w", one, other)
+
+    def shift_right(self, value: Expr, shift: Expr) -> Expr:
+        """`value >> shift` of 32 uint16, each by its own shift, of which any from 16 on gives 0."""
+        return _words("psrlv.w", value, shift)
+
+    def rounded_shift_by_7(self, value: Expr) -> Expr:
+        """`(value + 64) >> 7` of 32 uint16 below 2^15."""
+        return _words("pmul.hr.sw", value, tir.all_words(1 << 8))
 
     def larger_magnitude(self, value: Expr, magnitude: Expr) -> Expr:
         """max(|value|, magnitude) for magnitude >= 0, in one instruction (vrangeps)."""
@@ -97,6 +124,19 @@ class Avx512(VectorUnit):
     def gelu_tail(self, magnitude: Expr, approximate: str) -> Expr:
         """max(x, 0) - GELU(x) for the magnitude of x, to 6e-7; NaN for NaN."""
         return _piecewise(magnitude, GELU_TAILS[approximate])
+
+
+def _mix_int8(quarters: Sequence[Expr]) -> Expr:
+    """Four vectors of int32 as bytes, packed within 128 bits: 4 i to 4 i + 3 of each quarter."""
+    pairs = [
+        tir.intrinsic("int16x32", "llvm.x86.avx512.packssdw.512", first, second)
+        for first, second in (quarters[:2], quarters[2:])
+    ]
+    return tir.intrinsic("int8x64", "llvm.x86.avx512.packsswb.512", *pairs)
+
+
+def _words(name: str, *operands: Expr) -> Expr:
+    return tir.intrinsic("uint16x32", f"llvm.x86.avx512.{name}.512", *operands)
 
 
 def _piecewise(magnitude: Expr, pieces: Piecewise) -> Expr:

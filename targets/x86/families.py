@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from qcompiler.ir.attention import INT8
 from qcompiler.ir.dialect import OPS
 from qcompiler.ir.region import Region
 from qcompiler.targets.epilogue import unsupported_step
 from qcompiler.targets.x86.attention_shape import MAX_DEPTH as MAX_HEAD
-from qcompiler.targets.x86.attention_shape import attention_shape
+from qcompiler.targets.x86.attention_shape import attention_shape, int8_attention_shape
 from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
 
@@ -89,9 +90,12 @@ def _generate_qmatmul(region: Region, isa: Isa) -> Any:
 def _generate_attention(region: Region, isa: Isa) -> Any:
     from qcompiler.targets.x86.attention import attention_function
     from qcompiler.targets.x86.attention_bf16 import attention_bf16_function
+    from qcompiler.targets.x86.attention_int8 import attention_int8_function
 
     if isa == AVX512_BF16:
         return attention_bf16_function(region.size("D"))
+    if _multiplies_int8(region, isa):
+        return attention_int8_function(region.size("D"))
     return attention_function(region.size("D"), isa=isa)
 
 
@@ -217,7 +221,12 @@ def _attention_parameters(region: Region) -> list[tuple[str, str]]:
 
 
 def _attention_constants(region: Region, isa: Isa) -> dict[str, int]:
-    return {"block_rows": attention_shape(region.size("D")).rows}
+    shape = int8_attention_shape if _multiplies_int8(region, isa) else attention_shape
+    return {"block_rows": shape(region.size("D")).rows}
+
+
+def _multiplies_int8(region: Region, isa: Isa) -> bool:
+    return INT8 in region.flags and isa == AVX512_VNNI
 
 
 def _qmatmul_constants(region: Region, isa: Isa) -> dict[str, int]:

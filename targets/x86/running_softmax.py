@@ -31,8 +31,8 @@ LOWEST = -3.4028234663852886e38
 class RunningSoftmax:
     """Emits what happens between the two products; all of its memory is on the stack.
 
-    `scores` holds one block for the rows of a tile, `stride` floats apart, and `weights` what
-    becomes of them, here in the same place.
+    `scores` holds one block for the rows of a tile, `stride` floats apart, `masks` what is added to
+    them, and `weights` what becomes of them, here in the same place as the scores.
     """
 
     def __init__(self, shape: AttentionShape, unit: VectorUnit) -> None:
@@ -40,6 +40,7 @@ class RunningSoftmax:
         self._padded_d = shape.padded_d
         self.stride = shape.keys + LANES
         self.scores = tir.scratch("float32", TILE_ROWS * self.stride)
+        self.masks = tir.scratch("float32", TILE_ROWS * self.stride)
         self.weights, self.weight_stride = self.scores, self.stride
         self._context = tir.scratch("float32", shape.rows * shape.padded_d)
         self._top = tir.scratch("float32", shape.rows * LANES)
@@ -55,7 +56,7 @@ class RunningSoftmax:
                 tir.store(self._context, tir.broadcast(0.0), index)
 
     def fill(self, i: int, mask: Expr, source: Expr, step: Expr, count: Expr) -> None:
-        """Row i of the scores starts as its mask, and as -inf from the last key to a panel's end.
+        """Row i of the masks, which is -inf from the last key to a panel's end.
 
         `step` is 1, or 0 if `mask[source]` is for all keys.
         """
@@ -64,23 +65,22 @@ class RunningSoftmax:
         with tir.when(step == 0):
             with tir.loop(0, count // LANES) as j:
                 everywhere = tir.broadcast(mask[start.value])
-                tir.store(self.scores, everywhere, tir.lanes(target + j * LANES))
+                tir.store(self.masks, everywhere, tir.lanes(target + j * LANES))
             with tir.loop(whole, count) as j:
-                tir.store(self.scores, mask[start.value], target + j)
+                tir.store(self.masks, mask[start.value], target + j)
         with tir.when(step != 0):
             with tir.loop(0, count // LANES) as j:
                 values = load_lanes(mask, start.value + j * LANES, LANES)
-                tir.store(self.scores, values, tir.lanes(target + j * LANES))
+                tir.store(self.masks, values, tir.lanes(target + j * LANES))
             with tir.loop(whole, count) as j:
-                tir.store(self.scores, mask[start.value + j], target + j)
+                tir.store(self.masks, mask[start.value + j], target + j)
         with tir.loop(count, ((count + (PANEL - 1)) // PANEL) * PANEL) as j:
-            tir.store(self.scores, tir.constant(-math.inf, "float32"), target + j)
+            tir.store(self.masks, tir.constant(-math.inf, "float32"), target + j)
 
     def add_scores(self, i: int, key: Expr, values: Expr, top: Register) -> None:
-        """Adds to 16 scores of row i, and raises `top` to them."""
-        index = i * self.stride + key
-        score = Register("float32", values + load_lanes(self.scores, index, LANES))
-        tir.store(self.scores, score.value, tir.lanes(index))
+        """Stores 16 scores of row i, and raises `top` to them."""
+        score = Register("float32", values)
+        tir.store(self.scores, score.value, tir.lanes(i * self.stride + key))
         top.set(tir.maximum(top.value, score.value))
 
     def weigh(
@@ -93,8 +93,17 @@ class RunningSoftmax:
         Each step is emitted for all rows before the next: the reductions of one row are 30 cycles
         of latency, which the others fill.
         """
-        starts = [(first_row + i) * LANES for i in range(len(tops))]
         highest = [Register("float32", all_lanes_max(top.value)) for top in tops]
+        now, kept = self.raise_tops(highest, first_row)
+        sums = [self._exponentials(i, top, count, packed) for i, top in enumerate(now)]
+        self.add_sums([total.value for total in sums], kept, first_row)
+        return kept
+
+    def raise_tops(
+        self, highest: Sequence[Register], first_row: Expr
+    ) -> tuple[list[Register], list[Register]]:
+        """The largest scores so far, and the factors for what has been summed before."""
+        starts = [(first_row + i) * LANES for i in range(len(highest))]
         before = [Register("float32", load_lanes(self._top, start, LANES)) for start in starts]
         now = [
             Register("float32", tir.maximum(old.value, new.value))
@@ -104,13 +113,17 @@ class RunningSoftmax:
             Register("float32", self._exp(old.value - new.value))
             for old, new in zip(before, now, strict=True)
         ]
-        sums = [self._exponentials(i, top, count, packed) for i, top in enumerate(now)]
-        added = [Register("float32", all_lanes_sum(total.value)) for total in sums]
-        for start, top, factor, total in zip(starts, now, kept, added, strict=True):
+        for start, top in zip(starts, now, strict=True):
+            tir.store(self._top, top.value, tir.lanes(start))
+        return now, kept
+
+    def add_sums(self, sums: Sequence[Expr], kept: Sequence[Register], first_row: Expr) -> None:
+        """Adds sums of exponentials, per lane, to what is kept of those before."""
+        added = [Register("float32", all_lanes_sum(total)) for total in sums]
+        for i, (factor, total) in enumerate(zip(kept, added, strict=True)):
+            start = (first_row + i) * LANES
             old = load_lanes(self._sum, start, LANES)
             tir.store(self._sum, fma(old, factor.value, total.value), tir.lanes(start))
-            tir.store(self._top, top.value, tir.lanes(start))
-        return kept
 
     def store_weights(self, i: int, panel: Expr, weights: Sequence[Register], packed: bool) -> None:
         """The exponentials of a panel of row i."""
@@ -130,12 +143,11 @@ class RunningSoftmax:
                 total.set(total.value + weight.value)
         return Register("float32", sums[0].value + sums[1].value)
 
-    def add_context(self, row: Expr, first: int, kept: Register, sums: Sequence[Register]) -> None:
-        """The context of a row from float `first` on: what is kept of it, and these sums."""
-        for u, total in enumerate(sums):
-            index = row * self._padded_d + first + u * LANES
-            new = fma(load_lanes(self._context, index, LANES), kept.value, total.value)
-            tir.store(self._context, new, tir.lanes(index))
+    def add_context(self, row: Expr, first: int, kept: Register, total: Expr) -> None:
+        """The context of a row from float `first` on: what is kept of it, and 16 sums."""
+        index = row * self._padded_d + first
+        new = fma(load_lanes(self._context, index, LANES), kept.value, total)
+        tir.store(self._context, new, tir.lanes(index))
 
     def finish(self, row: Expr, y: Expr, start: Expr, d: int, zero_empty: Expr) -> None:
         """Store the context of a row divided by its sum; zeros if that is 0 or NaN, on request."""

@@ -27,6 +27,7 @@ __all__ = [
     "fma",
     "horner",
     "load_lanes",
+    "maxima_of",
     "offset_by_128",
     "polynomial",
     "store_lanes",
@@ -118,11 +119,20 @@ def transpose(rows: Sequence[Register], dtype: str = "float32") -> list[Register
 
 def sums_of(rows: Sequence[Register]) -> Expr:
     """The sums of the lanes of 16 registers, one in each lane: a transpose that adds as it goes."""
+    return _reduce_rows(rows, lambda one, other: one + other)
+
+
+def maxima_of(rows: Sequence[Register]) -> Expr:
+    """The largest lanes of 16 registers, one in each lane."""
+    return _reduce_rows(rows, tir.maximum)
+
+
+def _reduce_rows(rows: Sequence[Register], combine: Callable[[Expr, Expr], Expr]) -> Expr:
     current = list(rows)
     for distance in (1, 2, 4, 8):
         pairs = zip(current[::2], current[1::2], strict=True)
         halves = [_swap_blocks(first, second, distance) for first, second in pairs]
-        current = [Register("float32", low.value + high.value) for low, high in halves]
+        current = [Register("float32", combine(low.value, high.value)) for low, high in halves]
     return current[0].value
 
 
