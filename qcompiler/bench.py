@@ -19,9 +19,10 @@ from typing import Any
 
 from qcompiler.cores import available_cores, busy_cores
 from qcompiler.frontend import onnx_file
+from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.random_inputs import Feed, InputShape, random_feed
-from qcompiler.runtime import QUIET, import_onnxruntime, open_model
+from qcompiler.runtime import QUIET, open_model
 from qcompiler.samples import Samples, Source, check_sample, samples_from
 
 __all__ = ["Bench", "Result", "Timing", "bench"]

@@ -15,12 +15,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.clipping import Clipping, Observed
+from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import CalibrationError, ModelError, OptionError
 from qcompiler.ir.graph import constant
 from qcompiler.ir.types import TensorStats
 from qcompiler.probe import Probe
 from qcompiler.random_inputs import random_feed
-from qcompiler.runtime import import_onnxruntime
 from qcompiler.samples import Sample, Samples
 from qcompiler.targets.cache import KernelCache, content_key
 

@@ -21,9 +21,10 @@ from typing import Any
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import ModelError, NumericsError, OptionError
 from qcompiler.output_error import ErrorSums, OutputError
-from qcompiler.runtime import import_onnxruntime, open_session
+from qcompiler.runtime import open_session
 from qcompiler.samples import Samples, check_sample
 from qcompiler.step import Step, Watcher
 

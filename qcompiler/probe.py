@@ -12,8 +12,9 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.bundle import sha256_of
+from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import CalibrationError
-from qcompiler.runtime import import_onnxruntime, open_session
+from qcompiler.runtime import open_session
 from qcompiler.samples import Sample, check_sample
 from qcompiler.targets.cache import content_key
 

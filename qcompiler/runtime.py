@@ -9,7 +9,6 @@ The same in plain ONNX Runtime:
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import warnings
@@ -19,24 +18,19 @@ from typing import TYPE_CHECKING, Any
 
 from qcompiler.arguments import require, require_path
 from qcompiler.bundle import MANIFEST, MODEL, LibraryEntry, Manifest
-from qcompiler.ir.errors import BundleError, ModelError, OptionError, RuntimeMissingError
+from qcompiler.installed import import_onnxruntime, version_of
+from qcompiler.ir.errors import BundleError, ModelError, OptionError
 
 if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = [
-    "OLDEST_ORT",
     "QUIET",
-    "check_onnxruntime",
-    "import_onnxruntime",
     "load",
     "open_altered",
     "open_model",
     "open_session",
 ]
-
-OLDEST_ORT = "1.23"
-"""The oldest ONNX Runtime that any bundle runs in."""
 
 QUIET = 4
 """The log level of sessions whose failures are raised, and whose warnings help nobody."""
@@ -48,12 +42,6 @@ Provider = str | tuple[str, dict[str, Any]]
 
 _MOST_THREADS = 1024
 """More than any machine has cores; ORT would start as many as it is told."""
-
-_PACKAGES = (
-    "onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-migraphx",
-    "onnxruntime-openvino", "onnxruntime-qnn", "onnxruntime-rocm", "onnxruntime-training",
-)  # fmt: skip
-"""Distributions that all install a module called `onnxruntime`."""
 
 
 def load(
@@ -89,7 +77,7 @@ def load(
     manifest = Manifest.read(folder)
     ort = import_onnxruntime()
     require("session_options", session_options, ort.SessionOptions, "SessionOptions")
-    if _version(ort.__version__) < _version(manifest.minimum_ort):
+    if version_of(ort.__version__) < version_of(manifest.minimum_ort):
         raise BundleError(
             f"{folder} needs ONNX Runtime {manifest.minimum_ort} or newer, this is "
             f"{ort.__version__}; pip install -U onnxruntime"
@@ -200,46 +188,6 @@ def open_altered(path: Path, model: bytes, *, native: bool = True) -> onnxruntim
         raise ModelError(f"ONNX Runtime cannot look inside {path}: {error}") from error
 
 
-def import_onnxruntime() -> Any:
-    """The onnxruntime module.
-
-    Raises:
-        RuntimeMissingError: It is not installed, or more than one is.
-    """
-    installed = [name for name in _PACKAGES if _is_installed(name)]
-    if len(installed) > 1:
-        raise RuntimeMissingError(
-            f"{' and '.join(installed)} are installed together and overwrite each other's files: "
-            f"pip uninstall {' '.join(installed)}, then pip install the one you want"
-        )
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise RuntimeMissingError(
-            "ONNX Runtime is not installed: pip install 'qcompiler[cpu]' (or [cuda])"
-        ) from error
-    if not hasattr(onnxruntime, "InferenceSession"):
-        raise RuntimeMissingError(
-            "the installed onnxruntime is broken (its files were removed with another package); "
-            "pip install --force-reinstall onnxruntime"
-        )
-    return onnxruntime
-
-
-def check_onnxruntime() -> None:
-    """Fail unless an ONNX Runtime is installed that runs what is compiled.
-
-    Raises:
-        RuntimeMissingError: There is none, or it is too old.
-    """
-    found = import_onnxruntime().__version__
-    if _version(found) < _version(OLDEST_ORT):
-        raise RuntimeMissingError(
-            f"ONNX Runtime {found} is too old, {OLDEST_ORT} or newer is needed: "
-            "pip install -U onnxruntime"
-        )
-
-
 def _is_registered(options: Any, library: LibraryEntry) -> bool:
     """Whether the options hold this library; it leaves its domain there as a config entry."""
     try:
@@ -277,15 +225,3 @@ def _name_of(provider: object) -> str:
 def _default_providers(target: str, available: Sequence[str]) -> list[str]:
     wanted = ["CUDAExecutionProvider"] if target.startswith("cuda") else []
     return [*(p for p in wanted if p in available), "CPUExecutionProvider"]
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())

@@ -482,7 +482,7 @@ def test_no_onnxruntime(bundle, monkeypatch):
 
 
 def test_two_onnxruntimes(bundle, monkeypatch):
-    monkeypatch.setattr("qcompiler.runtime._is_installed", lambda package: True)
+    monkeypatch.setattr("qcompiler.installed._is_installed", lambda package: True)
     message = "onnxruntime and onnxruntime-gpu and .* pip uninstall onnxruntime onnxruntime-gpu"
     with pytest.raises(RuntimeMissingError, match=message):
         qcompiler.load(bundle)

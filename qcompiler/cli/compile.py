@@ -111,7 +111,7 @@ def compile_command(
     ):
         # Imported here, so that the progress covers it.
         import qcompiler
-        from qcompiler.runtime import check_onnxruntime
+        from qcompiler.installed import check_onnxruntime
 
         check_onnxruntime()
         recipe = _recipe(recipe_file, keep_float, group_size, calib_method)

@@ -120,8 +120,8 @@ def _scheme(scheme: Scheme) -> tuple[str, str, str]:
 
 def _onnxruntime() -> tuple[str | None, tuple[str, ...]]:
     """Version and providers of the installed ONNX Runtime."""
+    from qcompiler.installed import import_onnxruntime
     from qcompiler.ir.errors import RuntimeMissingError
-    from qcompiler.runtime import import_onnxruntime
 
     try:
         ort = import_onnxruntime()
@@ -169,8 +169,8 @@ def _print(terminal: Terminal, found: list[TargetStatus], here: dict[str, Any]) 
 
 
 def _onnxruntime_in_words(here: dict[str, Any]) -> str | Text:
+    from qcompiler.installed import check_onnxruntime
     from qcompiler.ir.errors import RuntimeMissingError
-    from qcompiler.runtime import check_onnxruntime
 
     try:
         check_onnxruntime()

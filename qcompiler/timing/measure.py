@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.sites import Candidate, Costs, Site
-from qcompiler.runtime import QUIET, import_onnxruntime
+from qcompiler.runtime import QUIET
 from qcompiler.targets.cache import KernelCache, content_key
 from qcompiler.targets.library import build_library
 from qcompiler.timing import site_models

@@ -10,9 +10,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import ModelError
 from qcompiler.random_inputs import Feed
-from qcompiler.runtime import QUIET, import_onnxruntime, open_session
+from qcompiler.runtime import QUIET, open_session
 
 __all__ = ["ModelInput", "model_inputs", "observed_shapes"]
 

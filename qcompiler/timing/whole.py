@@ -13,7 +13,7 @@ from typing import Any
 
 from qcompiler.bench import bench
 from qcompiler.bundle import MANIFEST, sha256_of
-from qcompiler.runtime import import_onnxruntime
+from qcompiler.installed import import_onnxruntime
 from qcompiler.samples import Samples
 from qcompiler.targets.cache import KernelCache, content_key
 from qcompiler.timing.judge import thread_counts

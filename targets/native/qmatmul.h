@@ -1,0 +1,56 @@
+/* A product of one size, and one run of it: qmatmul.c binds operands, qmatmul_work.c hands out work. */
+#ifndef QMATMUL_H
+#define QMATMUL_H
+
+#include "qcompiler.h"
+
+/* What is quantized at once lies on the stack; less than this takes no longer than handing it out. */
+enum { QUANTIZED_BYTES = 64 * 1024, QUANTIZED_ROWS = 512, FEW_BYTES = 32 * 1024 };
+
+struct qmatmul {
+    const struct qc_op *op;
+    int64_t panels;
+    int8_t *weights; /* this and the next three in one allocation */
+    int32_t *init; /* for zero point 128 */
+    float *ws;
+    int32_t *wz; /* less 128, U8U8 only */
+};
+
+struct qmatmul_run {
+    const struct qmatmul *kernel;
+    struct qc_qmatmul_args args; /* of the whole; y, rows and panels are set per task */
+    const float *x; /* to be quantized; NULL if q and s are inputs */
+    float *y[QC_MAX_PARTS];
+    int64_t rows, block_rows, panel_groups;
+};
+
+struct quantized {
+    uint8_t q[QUANTIZED_BYTES] __attribute__((aligned(64)));
+    float s[QUANTIZED_ROWS];
+};
+
+static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static inline int has_shifted_weights(const struct qc_op *op) {
+    return op->spec->anchor == &qc_qmatmul_u8u8;
+}
+
+static inline int has_zero_point(const struct qc_op *op) {
+    return op->spec->anchor == &qc_qmatmul_u8s8 || has_shifted_weights(op);
+}
+
+/* Columns of result `part`. */
+static inline int64_t width(const struct qc_op *op, size_t part) {
+    return op->spec->widths[0] ? op->spec->widths[part] : op->spec->n;
+}
+
+/* Quantizes rows of x, for args to read. */
+void qc_quantize_rows(const struct qc_op *op, const float *x, int64_t rows, struct quantized *memory,
+                      struct qc_qmatmul_args *args);
+
+/* Cuts the work into blocks of rows times groups of panels, and runs it. */
+OrtStatus *qc_run_qmatmul(struct qmatmul_run *run, OrtKernelContext *context);
+
+#endif

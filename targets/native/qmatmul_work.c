@@ -1,0 +1,114 @@
+/* The work of a product: blocks of rows times groups of panels of columns, one task each. */
+#include "qmatmul.h"
+
+/* What one core does per nanosecond: multiply-adds, weight bytes from memory, results stored. */
+static const double MULTIPLY_RATE = 500, STREAM_RATE = 40, EPILOGUE_RATE = 10;
+/* Activations of a block of rows, which every panel reads again: half of a 1 MiB L2. */
+static const int64_t BLOCK_BYTES = 512 * 1024;
+/* Kernels index a block with int32. */
+static const int64_t MAX_BLOCK_ELEMENTS = (int64_t)1 << 30;
+
+/* Panels [begin, end) of rows from `row` on; each call of the kernel stores to one result. */
+static void run_panels(const struct qmatmul_run *run, struct qc_qmatmul_args *args, int64_t row,
+                       int64_t begin, int64_t end) {
+    const struct qc_op *op = run->kernel->op;
+    const int64_t panel_columns = op->variant->tile_vectors * 16;
+    int64_t first = 0;
+    for (size_t part = 0; op->spec->outputs[part]; part++) {
+        int64_t columns = width(op, part);
+        args->panel_begin = (int32_t)max(begin, first / panel_columns);
+        args->panel_end = (int32_t)min(end, ceil_div(first + columns, panel_columns));
+        args->y = run->y[part] + row * columns;
+        args->y_columns = (int32_t)columns;
+        args->y_first = (int32_t)first;
+        if (args->panel_begin < args->panel_end) op->variant->qmatmul(args);
+        first += columns;
+    }
+}
+
+void qc_quantize_rows(const struct qc_op *op, const float *x, int64_t rows, struct quantized *memory,
+                      struct qc_qmatmul_args *args) {
+    op->variant->quantize(&(struct qc_quantize_args){x, memory->q, memory->s, (int32_t)rows});
+    args->q = memory->q;
+    args->s = memory->s;
+}
+
+/* The rows of a task, which it quantizes first. */
+static void quantize_and_run(const struct qmatmul_run *run, struct qc_qmatmul_args *args,
+                             int64_t row) {
+    const struct qc_op *op = run->kernel->op;
+    struct quantized memory;
+    qc_quantize_rows(op, run->x + row * op->spec->k, args->rows, &memory, args);
+    run_panels(run, args, row, 0, run->kernel->panels);
+}
+
+static void qmatmul_task(void *argument, size_t index) {
+    const struct qmatmul_run *run = argument;
+    const struct qmatmul *kernel = run->kernel;
+    const struct qc_op_spec *spec = kernel->op->spec;
+    int64_t row = (int64_t)index / run->panel_groups * run->block_rows;
+    int64_t group = (int64_t)index % run->panel_groups;
+    int64_t rows = run->rows - row < run->block_rows ? run->rows - row : run->block_rows;
+
+    struct qc_qmatmul_args args = run->args;
+    for (size_t i = 0; spec->extras[i]; i++)
+        if (spec->extras[i] == 'T') args.extra[i] += row * spec->n;
+    args.rows = (int32_t)rows;
+    if (run->x) {
+        quantize_and_run(run, &args, row);
+        return;
+    }
+    args.q += row * spec->k;
+    if (!has_zero_point(kernel->op)) args.s += row;
+    if (args.row_sums) args.row_sums += row;
+    run_panels(run, &args, row, kernel->panels * group / run->panel_groups,
+               kernel->panels * (group + 1) / run->panel_groups);
+}
+
+/* Whole tiles that a task can quantize. */
+static int64_t most_quantized(const struct qc_op *op) {
+    const int64_t tile_rows = op->variant->tile_rows;
+    return min(QUANTIZED_BYTES / op->spec->k, QUANTIZED_ROWS) / tile_rows * tile_rows;
+}
+
+/* Rows of a block that all panels are multiplied with in turn, for about so many tasks. */
+static int64_t choose_block_rows(const struct qmatmul_run *run, int64_t tasks) {
+    const struct qc_op *op = run->kernel->op;
+    const int64_t tile_rows = op->variant->tile_rows, k = op->spec->k, n = op->spec->n;
+    /* Never below two tiles, since every block reads all of w. */
+    const int64_t least = 2 * tile_rows;
+    if (run->x) return min(max(ceil_div(run->rows, min(tasks, 16)), least), most_quantized(op));
+    int64_t rows = max(BLOCK_BYTES / k, 4 * tile_rows);
+    /* Few panels: cut the rows too. */
+    int64_t wanted_blocks = ceil_div(min(tasks, 16), run->kernel->panels);
+    rows = min(rows, max(ceil_div(run->rows, wanted_blocks), least));
+    rows = ceil_div(rows, tile_rows) * tile_rows;
+    return max(min(rows, MAX_BLOCK_ELEMENTS / max(k, n)), 1);
+}
+
+/* Cuts the work into blocks of rows times groups of panels; returns the number of tasks. */
+static int64_t split(struct qmatmul_run *run) {
+    const struct qmatmul *kernel = run->kernel;
+    const struct qc_op_spec *spec = kernel->op->spec;
+    double m = (double)run->rows, k = (double)spec->k, n = (double)spec->n;
+    double multiply = m * k * n / MULTIPLY_RATE, stream = k * n / STREAM_RATE;
+    int64_t tasks =
+        qc_task_count((multiply > stream ? multiply : stream) + m * n / EPILOGUE_RATE);
+    run->block_rows = choose_block_rows(run, tasks);
+    int64_t blocks = ceil_div(run->rows, run->block_rows);
+    /* A single row reads two panels at a time, so it wants them in pairs. */
+    int64_t most_groups = run->rows == 1 ? max(kernel->panels / 2, 1) : kernel->panels;
+    int64_t groups = run->x ? 1 : min(ceil_div(tasks, blocks), most_groups);
+    run->panel_groups = groups;
+    /* Equal groups finish together; look for such a number, but not below half. */
+    for (int64_t equal = groups; equal > groups / 2; equal--)
+        if (kernel->panels % equal == 0) {
+            run->panel_groups = equal;
+            break;
+        }
+    return blocks * run->panel_groups;
+}
+
+OrtStatus *qc_run_qmatmul(struct qmatmul_run *run, OrtKernelContext *context) {
+    return qc_parallel(context, qmatmul_task, (size_t)split(run), run);
+}
