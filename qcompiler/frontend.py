@@ -78,6 +78,8 @@ def _load_file(path: Path) -> ir.Model:
         raise ModelError(f"no model: {path} does not exist")
     if path.is_dir():
         raise ModelError(f"{path} is a folder; give the .onnx file inside it")
+    if not path.is_file():
+        raise ModelError(f"{path} is no regular file")
     try:
         proto = onnx.load(path, load_external_data=False)
         densify(proto)

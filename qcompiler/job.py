@@ -19,14 +19,15 @@ from qcompiler.clipping import Clipping
 from qcompiler.emit import build_kernels, write_bundle
 from qcompiler.frontend import is_of_torch, load_model, onnx_file
 from qcompiler.ir.decisions import decisions
+from qcompiler.ir.errors import ModelError
 from qcompiler.ir.stages import Stage
 from qcompiler.ir.types import TensorStats
 from qcompiler.pipeline import Pipeline
 from qcompiler.progress import Clock
 from qcompiler.recipe import Recipe
-from qcompiler.runtime import load
+from qcompiler.runtime import load, open_session
 from qcompiler.samples import Samples
-from qcompiler.source import check_source, foreign_domains
+from qcompiler.source import check_source, foreign_domains, inputs_with_defaults
 from qcompiler.step import Watcher
 from qcompiler.targets.target import Target
 from qcompiler.timing.observed_shapes import model_inputs
@@ -78,6 +79,7 @@ class Job:
         watchers: Shown the model before and after each pass.
         bytes_before: Size of the model as it came.
         foreign: Domains of ops that ONNX Runtime knows only with somebody else's library.
+        defaults: Inputs of the model that need not be fed.
     """
 
     source: Any
@@ -92,6 +94,7 @@ class Job:
     watchers: Sequence[Watcher]
     bytes_before: int = 0
     foreign: Sequence[str] = ()
+    defaults: Sequence[str] = ()
 
     def run_passes(self) -> ir.Model:
         """Load the model, and run the passes on it."""
@@ -104,6 +107,7 @@ class Job:
             self.source, self.example = model.clone(), ()  # the export takes long
         self.bytes_before = _source_bytes(self.source, model)
         self.foreign = foreign_domains(model)
+        self.defaults = inputs_with_defaults(model)
         if self.chooser is not None:
             self.chooser.check(model)
         if self.observer is not None:
@@ -135,7 +139,20 @@ class Job:
         self.clock.start("write")
         write_bundle(model, stage, self.target, self.recipe, library)
         if not (self.foreign or self.is_large(stage)):
+            self._open(stage)
+
+    def _open(self, stage: Path) -> None:
+        """Open the bundle, as its users will.
+
+        Raises:
+            ModelError: ONNX Runtime refuses it, or already the model that it was made from.
+        """
+        try:
             load(stage, providers=["CPUExecutionProvider"], native=self.target.arch == "x86")
+        except ModelError:
+            with onnx_file(self.source) as file:
+                open_session(file)
+            raise
 
     def is_slower(self, model: ir.Model, stage: Path) -> bool:
         """Whether the bundle is to be made again with other choices."""
@@ -165,6 +182,9 @@ class Job:
         if self.foreign:
             ops = ", ".join(self.foreign)
             notes = (f"not opened in ONNX Runtime: ops of {ops} need a library of theirs", *notes)
+        if self.defaults:
+            named = ", ".join(self.defaults)
+            notes = (f"the values that inputs {named} have by default are constants now", *notes)
         return notes
 
 

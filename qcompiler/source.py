@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from qcompiler.ir import dialect
 from qcompiler.ir.errors import ModelError, OptionError
 
-__all__ = ["check_destination_of", "check_source", "foreign_domains"]
+__all__ = ["check_destination_of", "check_source", "foreign_domains", "inputs_with_defaults"]
 
 _KNOWN_TO_ORT = frozenset({
     "", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "com.microsoft",
@@ -25,8 +26,14 @@ def check_source(model: ir.Model) -> None:
     """Refuse a model that was compiled before, or that is broken.
 
     Raises:
-        ModelError: It has ops of ours, or NaN among its weights.
+        ModelError: Its opset is unknown, it has ops of ours, or NaN among its weights.
     """
+    newest, opset = onnx.defs.onnx_opset_version(), model.graph.opset_imports.get("", 1)
+    if opset > newest:
+        raise ModelError(
+            f"the model is of opset {opset}, the installed onnx knows {newest}: export it again with "
+            f"opset {newest} or older, or pip install -U onnx"
+        )
     for node in model.graph.all_nodes():
         if node.domain == dialect.DOMAIN or node.domain.startswith(f"{dialect.DOMAIN}."):
             raise ModelError(
@@ -76,6 +83,13 @@ def check_destination_of(source: object, destination: Path) -> None:
         raise OptionError(
             f"output {destination} holds the model {source} itself; name another folder with -o DIR"
         )
+
+
+def inputs_with_defaults(model: ir.Model) -> list[str]:
+    """Inputs that may be fed or not; before IR version 4 every initializer looked like one."""
+    if (model.ir_version or 0) < 4:
+        return []
+    return [v.name for v in model.graph.inputs if v.name and v.name in model.graph.initializers]
 
 
 def foreign_domains(model: ir.Model) -> list[str]:

@@ -410,6 +410,36 @@ def test_nan_in_a_weight_that_is_not_quantized(tmp_path):
     qcompiler.compile(model, "arm-int8", tmp_path / "b")  # a single one may be meant
 
 
+def test_a_model_that_onnxruntime_refuses(tmp_path):
+    path = tmp_path / "mismatch.onnx"
+    text = "g (float[n,63] x) => (float[n,8] y) { z = Neg (x) y = MatMul (z, w) }"
+    ir.save(model_of(text, {"w": W}), path)
+    with pytest.raises(ModelError, match=r"mismatch\.onnx"):
+        qcompiler.compile(path, "arm-int8", tmp_path / "b")
+
+
+def test_a_model_that_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.onnx")
+    with pytest.raises(ModelError, match=r"pipe\.onnx is no regular file"):
+        qcompiler.compile(tmp_path / "pipe.onnx", "arm-int8", tmp_path / "b")
+
+
+def test_an_opset_of_the_future(tmp_path):
+    model = model_of(MATMUL, {"w": W})
+    model.graph.opset_imports[""] = 99
+    with pytest.raises(ModelError, match=r"opset 99"):
+        qcompiler.compile(model, "arm-int8", tmp_path / "b")
+
+
+def test_inputs_with_defaults(tmp_path):
+    model = model_of("g (float[n,2] x, float[2] b) => (float[n,2] y) { y = Add (x, b) }", {})
+    default = ir.tensor(np.ones(2, np.float32), name="b")
+    model.graph.inputs[1].const_value = default
+    model.graph.initializers["b"] = model.graph.inputs[1]
+    report = qcompiler.compile(model, "arm-int8", tmp_path / "b")
+    assert report.notes[0] == "the values that inputs b have by default are constants now"
+
+
 def test_a_model_that_was_compiled_before(bundle, tmp_path):
     with pytest.raises(ModelError, match=r"compiled before: node .* is qcompiler.*:Quantize"):
         qcompiler.compile(bundle / "model.onnx", "x86-int8", tmp_path / "again")
