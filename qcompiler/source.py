@@ -31,8 +31,8 @@ def check_source(model: ir.Model) -> None:
     newest, opset = onnx.defs.onnx_opset_version(), model.graph.opset_imports.get("", 1)
     if opset > newest:
         raise ModelError(
-            f"the model is of opset {opset}, the installed onnx knows {newest}: export it again with "
-            f"opset {newest} or older, or pip install -U onnx"
+            f"the model is of opset {opset}, the installed onnx knows {newest}: export it again "
+            f"with opset {newest} or older, or pip install -U onnx"
         )
     for node in model.graph.all_nodes():
         if node.domain == dialect.DOMAIN or node.domain.startswith(f"{dialect.DOMAIN}."):
