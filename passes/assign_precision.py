@@ -118,6 +118,11 @@ class AssignPrecision(ir.passes.InPlacePass):
         nodes = list(model.graph.all_nodes())
         self._patterns = self._known_patterns(nodes)
         changed, is_quantized = False, any(node.op_type in _QUANTIZATION for node in nodes)
+        if is_quantized and self.options.keep_float:
+            raise OptionError(
+                f"keep_float {self.options.keep_float[0]!r}: the source is quantized already, and "
+                "its nodes are what they are in it; leave it out, or start from the float model"
+            )
         for node in nodes:
             plan = self._plan_tied(model.graph, node, in_branch=node.graph is not model.graph)
             if isinstance(plan, NodePlan) and is_quantized:

@@ -93,6 +93,9 @@ def _forget(graph: ir.Graph, proto: onnx.GraphProto) -> None:
     kept = [info for info in proto.value_info if info.name not in standard]
     del proto.value_info[:]
     proto.value_info.extend(kept)
+    for output in proto.output:
+        if output.name in standard and output.type.HasField("tensor_type"):
+            output.type.tensor_type.ClearField("shape")
     for inner, written in _branches(graph, proto):
         _forget(inner, written)
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from qcompiler.from_torch import is_torch_file, load_torch
 from qcompiler.ir.errors import ModelError, OptionError, QCompilerError
 from qcompiler.ir.sparse import densify
+from qcompiler.old_functions import inline_old_functions
 from qcompiler.runtime import open_session
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def _load_file(path: Path) -> ir.Model:
     try:
         proto = onnx.load(path, load_external_data=False)
         densify(proto)
-        model: ir.Model = ir.from_proto(proto)
+        model: ir.Model = ir.from_proto(inline_old_functions(proto))
         ir.external_data.set_base_dir(model.graph, path.parent)
     except Exception as error:
         # The protobuf and onnx_ir readers share no exception type for malformed bytes.

@@ -18,6 +18,13 @@ IMAGES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 """Suffixes of files that are images."""
 
 
+_CHOICES = {"order": ("rgb", "bgr", "gray"), "layout": ("nchw", "nhwc")}
+_EIGHT_BITS = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK",
+                         "YCbCr", "LAB", "HSV"})  # fmt: skip
+_LARGEST = 1 << 14
+"""Pixels of a side."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
     """Resize, crop, scale, order: "size=224,resize=256,mean=0.5/0.5/0.5" as text.
@@ -46,11 +53,23 @@ class Preprocess:
         Raises:
             OptionError: One out of range, or not as many as there are channels.
         """
+        for name in ("order", "layout"):
+            if getattr(self, name) not in _CHOICES[name]:
+                known = ", ".join(_CHOICES[name])
+                raise OptionError(f"preprocess {name}={getattr(self, name)}: one of {known}")
+        size = self.size
+        if not isinstance(size, tuple) or [type(side) for side in size] != [int, int]:
+            raise OptionError(f"preprocess size={size!r}: two whole numbers, height and width")
+        for name in ("mean", "std"):
+            if not isinstance(getattr(self, name), tuple):
+                raise OptionError(f"preprocess {name}={getattr(self, name)!r}: a tuple of numbers")
         channels = 1 if self.order == "gray" else 3
         for name in ("mean", "std"):
             if len(getattr(self, name)) not in (1, channels):
                 given = "/".join(f"{value:g}" for value in getattr(self, name))
                 raise OptionError(f"preprocess {name}={given}: give 1 or {channels} values")
+        if max(self.size) > _LARGEST or (self.resize or 0) > _LARGEST:
+            raise OptionError(f"preprocess: sizes above {_LARGEST} are taken for mistakes")
         if min(self.size) < 1 or (self.resize is not None and self.resize < max(self.size)):
             raise OptionError(
                 f"preprocess size={'x'.join(map(str, self.size))}, resize={self.resize}: sizes are "
@@ -69,6 +88,8 @@ class Preprocess:
         values: dict[str, Any] = {}
         for part in text.split(","):
             key, found, value = (item.strip() for item in part.partition("="))
+            if key in values:
+                raise OptionError(f"preprocess {part!r}: {key} is given twice")
             if key not in _PARSERS or not found:
                 hint = did_you_mean(key, _PARSERS) or f"; the keys are {', '.join(_PARSERS)}"
                 raise OptionError(f"preprocess {part!r} is not KEY=VALUE{hint}")
@@ -89,13 +110,17 @@ class Preprocess:
         """
         try:
             import PIL.Image
+            import PIL.ImageOps
         except ImportError as error:
             raise CalibrationError(
                 "images are decoded by Pillow: pip install 'qcompiler[images]'"
             ) from error
         try:
             with PIL.Image.open(path) as image:
-                picture = image.convert("L" if self.order == "gray" else "RGB")
+                upright = PIL.ImageOps.exif_transpose(image)
+                if upright.mode not in _EIGHT_BITS:
+                    upright = _eight_bits(upright)
+                picture = upright.convert("L" if self.order == "gray" else "RGB")
         except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
             raise ValueError(f"an image that does not decode: {error}") from error
         height, width = self.size
@@ -113,6 +138,20 @@ class Preprocess:
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         array = ((pixels / np.float32(self.scale) - mean) / std)[None]
         return np.ascontiguousarray(array.transpose(0, 3, 1, 2) if self.layout == "nchw" else array)
+
+
+def _eight_bits(image: Any) -> Any:
+    """A gray picture of 16 bits as one of 8: Pillow would clip it.
+
+    Raises:
+        ValueError: Its pixels are of some other kind.
+    """
+    import PIL.Image
+
+    if not image.mode.startswith("I"):
+        raise ValueError(f"an image of mode {image.mode}, which has no scale: save it with 8 bits")
+    pixels = np.asarray(image).astype(np.float64) / 257
+    return PIL.Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -141,6 +180,6 @@ _PARSERS = {
     "scale": float,
     "mean": _floats,
     "std": _floats,
-    "order": _one_of("rgb", "bgr", "gray"),
-    "layout": _one_of("nchw", "nhwc"),
+    "order": _one_of(*_CHOICES["order"]),
+    "layout": _one_of(*_CHOICES["layout"]),
 }

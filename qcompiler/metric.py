@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from qcompiler.ir.errors import OptionError
 from qcompiler.sample_function import find_function
-from qcompiler.samples import Sample, Samples
+from qcompiler.samples import Sample, Samples, check_sample
 
 __all__ = ["Metric", "MetricValues", "Run", "find_metric", "measure"]
 
 Run = Callable[[Sample], Sample]
 """Runs a side: {input: array} -> {output: array}."""
 
-Metric = Callable[[Run, Samples], float]
+Metric = Callable[[Run, Iterable[tuple[str, Sample]]], float]
 """Given a side and the samples (pairs of a name and arrays by input), its figure of merit."""
 
 
@@ -26,6 +26,20 @@ class MetricValues:
     name: str
     model: float
     bundle: float
+
+
+class _Named:
+    """Samples whose arrays bear the names of a model's inputs, besides names of their own."""
+
+    def __init__(self, samples: Samples, inputs: Sequence[Any]) -> None:
+        self._samples, self._inputs = samples, inputs
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __iter__(self) -> Iterator[tuple[str, Sample]]:
+        for name, sample in self._samples:
+            yield name, sample | check_sample(name, sample, self._inputs)
 
 
 def find_metric(metric: Metric | str) -> tuple[str, Metric]:
@@ -49,12 +63,14 @@ def measure(name: str, metric: Metric, session: Any, samples: Samples) -> float:
         OptionError: The metric fails, or returns something that is no number.
     """
     names = [output.name for output in session.get_outputs()]
+    inputs = session.get_inputs()
 
     def run(sample: Sample) -> Sample:
-        return dict(zip(names, session.run(names, sample), strict=True))
+        feed = {i.name: sample[i.name] for i in inputs if i.name in sample}
+        return dict(zip(names, session.run(names, feed), strict=True))
 
     try:
-        return float(metric(run, samples))
-    except Exception as error:
+        return float(metric(run, _Named(samples, inputs)))
+    except (Exception, SystemExit) as error:
         # It is the user's code: anything may come out of it.
         raise OptionError(f"metric {name} fails: {type(error).__name__}: {error}") from error

@@ -23,6 +23,7 @@ from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.errors import ModelError
 from qcompiler.output_error import ErrorSums, OutputError
+from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.probe import Probe
 from qcompiler.runtime import open_altered
 from qcompiler.samples import Sample, Samples
@@ -31,6 +32,12 @@ __all__ = ["NodeError", "node_errors", "worst_first"]
 
 _QUANTIZED, _DEQUANTIZED = "_quantized", "_dequantized"
 """What `insert_qdq` appends to the name of a tensor that it stores as integers, and gives back."""
+
+_QUANTIZATION = frozenset({
+    "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
+    "MatMulInteger", "ConvInteger",
+})  # fmt: skip
+_KEEPABLE = ("QMatMul", "DynamicQMatMul", "QConv")
 
 _EXACT = "{}@model"
 """The input that stands for a tensor of the model's."""
@@ -48,6 +55,8 @@ class NodeError:
         why: for what reason.
         own: The error that the node adds to exact inputs.
         total: The error of its result in the bundle.
+        can_stay_float: Whether `keep_float` takes the node's error away; it cannot where the source
+            is quantized itself.
     """
 
     node: str
@@ -57,11 +66,7 @@ class NodeError:
     why: str
     own: OutputError
     total: OutputError
-
-    @property
-    def can_stay_float(self) -> bool:
-        """Whether `keep_float` takes the node's error away."""
-        return self.op.startswith(("QMatMul", "DynamicQMatMul", "QConv", "QGather"))
+    can_stay_float: bool
 
     @property
     def remedy(self) -> str:
@@ -102,9 +107,11 @@ def node_errors(
     """
     source = load_model(model)
     path = bundle / MODEL if bundle.is_dir() else bundle
+    InferShapes()(source)
     inputs = [value.name or "" for value in source.graph.inputs]
-    computed = [value.name or "" for node in source.graph for value in node.outputs]
-    cuts = _cuts(ir.load(path), {*inputs, *computed})
+    values = [*source.graph.inputs, *(v for node in source.graph for v in node.outputs)]
+    floats = {v.name or "" for v in values if v.dtype is ir.DataType.FLOAT}
+    cuts = _cuts(ir.load(path), floats)
     if not cuts:
         return []
     sums = [(ErrorSums(cut.tensor), ErrorSums(cut.tensor)) for cut in cuts]
@@ -118,15 +125,17 @@ def node_errors(
                 found = _run(session, tensors, bundle, label)
                 for cut, pair, actual in zip(cuts, sums, found, strict=True):
                     pair[index].add(tensors[cut.tensor], actual, None)
+    keepable = not any(node.op_type in _QUANTIZATION for node in source.graph)
     return [
-        _error(cut, own.result(), total.result())
+        _error(cut, own.result(), total.result(), keepable)
         for cut, (own, total) in zip(cuts, sums, strict=True)
     ]
 
 
-def _error(cut: _Cut, own: OutputError, total: OutputError) -> NodeError:
+def _error(cut: _Cut, own: OutputError, total: OutputError, keepable: bool) -> NodeError:
     made = decision_of(cut.node)
-    return NodeError(made.node, made.op, cut.tensor, made.action, made.why, own, total)
+    can_stay = keepable and made.op.startswith(_KEEPABLE)
+    return NodeError(made.node, made.op, cut.tensor, made.action, made.why, own, total, can_stay)
 
 
 def worst_first(errors: Iterable[NodeError]) -> list[NodeError]:

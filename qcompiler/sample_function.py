@@ -37,8 +37,11 @@ def find_function(text: str | os.PathLike[str]) -> SampleFunction | None:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise OptionError(f"{name}: cannot import {module_name} ({error})") from error
+    except (Exception, SystemExit) as error:
+        # It is the user's code: anything may come out of it.
+        raise OptionError(
+            f"{name}: cannot import {module_name} ({type(error).__name__}: {error})"
+        ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise OptionError(f"{name}: {module_name} has no function {function_name!r}")
@@ -63,7 +66,7 @@ def _guarded(name: str, function: SampleFunction) -> Iterator[Any]:
         yield from function()
     except CalibrationError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise CalibrationError(f"{name} fails: {type(error).__name__}: {error}") from error
 
 

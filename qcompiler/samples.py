@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qcompiler.arguments import require_path
+from qcompiler.arguments import require, require_path
 from qcompiler.images import IMAGES, Preprocess
 from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.sample_files import Sample, find_files, read_file
@@ -41,6 +41,7 @@ class Samples:
             CalibrationError: There is nothing, or several kinds of files.
             OptionError: `preprocess` without images, or images without it.
         """
+        require("preprocess", preprocess, Preprocess, "a Preprocess")
         if not callable(source):
             require_path("samples", source)
         self._function = source if callable(source) else find_function(source)
@@ -71,7 +72,7 @@ class Samples:
             CalibrationError: A file that cannot be read, or what the function raises.
         """
         if self._function is not None:
-            yield from samples_of(self.name, self._function)
+            yield from self._ask(self._function)
         image = self._preprocess
         for number, file in enumerate(self._files, 1):
             name = f"{file} (sample {number} of {len(self._files)})"
@@ -80,6 +81,17 @@ class Samples:
             except ValueError as error:
                 raise CalibrationError(f"{name} is {error}") from error
             yield name, arrays
+
+    def _ask(self, function: Callable[[], Any]) -> Iterator[tuple[str, Sample]]:
+        count = 0
+        for sample in samples_of(self.name, function):
+            count += 1
+            yield sample
+        if count < self._count:
+            raise CalibrationError(
+                f"{self.name} gave {self._count} samples at first and {count} when it was asked "
+                "again: let it make them anew each time"
+            )
 
     @property
     def digest(self) -> str:

@@ -10,6 +10,7 @@ from terminal import qcompile
 
 import qcompiler
 from qcompiler.compare import compare
+from qcompiler.ir.errors import OptionError
 from qcompiler.node_errors import node_errors, worst_first
 from qcompiler.samples import Samples
 
@@ -104,6 +105,29 @@ def test_convolutions_in_integers(tmp_path):
     assert by_tensor["c"].op == "QConv"
 
 
+def test_a_source_that_was_quantized(tmp_path):
+    text = """g (float[n,64] x) => (float[n,64] y) {
+        a = QuantizeLinear (x, s, z)
+        b = DequantizeLinear (a, s, z)
+        v = DequantizeLinear <axis = 1> (w, u)
+        c = MatMul (b, v)
+        y = Neg (c)
+    }"""
+    weights = {
+        "s": np.float32(0.02), "z": np.uint8(120), "u": np.full(64, 0.01, np.float32),
+        "w": RNG.integers(-127, 128, (64, 64), np.int8),
+    }  # fmt: skip
+    source = tmp_path / "qdq.onnx"
+    ir.save(model_of(text, weights), source)
+    bundle = qcompiler.compile(source, "x86-int8", tmp_path / "b", timing=False).bundle
+    errors = node_errors(source, bundle, Samples(data()))
+    assert {error.tensor for error in errors} >= {"c"}
+    assert not any(error.can_stay_float or error.remedy for error in errors)
+    recipe = qcompiler.Recipe(keep_float=("MatMul",))
+    with pytest.raises(OptionError, match="keep_float 'MatMul': the source is quantized already"):
+        qcompiler.compile(source, "x86-int8", tmp_path / "c", recipe=recipe)
+
+
 def test_table(spiked):
     source, bundle = spiked
     shown = qcompile("compare", source, bundle, "--data", source.parent / "x.npz")
@@ -124,6 +148,14 @@ def test_a_recipe_that_keeps_the_worst(spiked, tmp_path):
     file = tmp_path / "recipe.toml"
     made = qcompile(source, "--target", "x86-int8", "--recipe", file, "-o", tmp_path / "c")
     assert made.exit_code == 0
+
+
+def test_metrics_of_samples_without_names_and_with_labels(spiked):
+    source, bundle = spiked
+    x = next(iter(data()()))["x"]
+    for given in ([x], [{"x": x, "label": np.arange(8)}]):
+        found = compare(source, bundle, lambda given=given: given, metric=mean)
+        assert np.isfinite(found.metric.model)
 
 
 def mean(run, samples):

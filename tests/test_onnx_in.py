@@ -449,6 +449,32 @@ def test_a_sum_of_large_files_is_not_opened(tmp_path, monkeypatch):
     qcompiler.compile(tmp_path / "m.onnx", "arm-int8", tmp_path / "b")
 
 
+def test_a_function_of_an_older_opset(tmp_path):
+    body = [
+        helper.make_node("Relu", ["a"], ["t"]),
+        helper.make_node("Add", ["a", "t"], ["b"]),
+    ]
+    old = helper.make_function("my", "Old", ["a"], ["b"], body, [helper.make_opsetid("", 13)])
+    values = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [2, 3]) for n in "xy"]
+    call = helper.make_node("Old", ["x"], ["y"], domain="my")
+    model = helper.make_model(
+        helper.make_graph([call], "g", values[:1], values[1:]), functions=[old], ir_version=9,
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("my", 1)],
+    )  # fmt: skip
+    onnx.save(model, tmp_path / "m.onnx")
+    report = qcompiler.compile(tmp_path / "m.onnx", "arm-int8", tmp_path / "b")
+    x = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
+    np.testing.assert_array_equal(qcompiler.load(report.bundle).run(None, {"x": x})[0], 2 * x)
+
+
+def test_a_result_whose_shape_is_said_wrongly(tmp_path):
+    text = "g (float[b,64] x) => (float[b,63] y) { y = MatMul (x, w) }"
+    onnx.save(proto_of(21, text, {"w": normal(64, 64)}, ir_version=10), tmp_path / "m.onnx")
+    report = qcompiler.compile(tmp_path / "m.onnx", "arm-int8", tmp_path / "b")
+    x = np.ones((2, 64), np.float32)
+    assert qcompiler.load(report.bundle).run(None, {"x": x})[0].shape == (2, 64)
+
+
 def test_nodes_out_of_order():
     model = ir.from_proto(
         proto_of(21, "g (float[2] x) => (float[2] y) { a = Neg (x) y = Exp (a) }", ir_version=10)

@@ -1,5 +1,7 @@
 """Where samples come from: files, folders, images and functions, and what is wrong with them."""
 
+import sys
+
 import numpy as np
 import pytest
 from golden import model_of
@@ -84,6 +86,36 @@ def test_images(tmp_path):
     assert 0 < sample["i"].mean() < 1
 
 
+def test_images_of_16_bits_and_turned_ones(tmp_path):
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    PIL.fromarray(ramp).save(tmp_path / "a.png")
+    (sample,) = arrays(tmp_path, [Input("x", [1, 1, 8, 8])], Preprocess((8, 8), order="gray"))
+    np.testing.assert_allclose(sample["x"][0, 0], ramp / 65535, atol=1 / 255)
+    (tmp_path / "a.png").unlink()
+    turned = PIL.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8)).convert("RGB")
+    exif = PIL.Exif()
+    exif[0x0112] = 3  # upside down
+    turned.save(tmp_path / "b.png", exif=exif)
+    (sample,) = arrays(tmp_path, [Input("x", [1, 1, 6, 8])], Preprocess((6, 8), order="gray"))
+    assert sample["x"][0, 0, 0, 0] > sample["x"][0, 0, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"size": (20.5, 20)}, "two whole numbers"),
+        ({"size": 20}, "two whole numbers"),
+        ({"size": (20, 20), "layout": "NCHW"}, "layout=NCHW: one of nchw, nhwc"),
+        ({"size": (20, 20), "order": "grey"}, "order=grey: one of rgb, bgr, gray"),
+        ({"size": (20, 20), "mean": 0.5}, "mean=0.5: a tuple of numbers"),
+        ({"size": (1 << 20, 20)}, "taken for mistakes"),
+    ],
+)
+def test_bad_preprocessing_in_python(options, message):
+    with pytest.raises(OptionError, match=message):
+        Preprocess(**options)
+
+
 def test_images_that_do_not_decode(tmp_path):
     picture(tmp_path / "0.png", 4, 4)
     (tmp_path / "1.jpg").write_bytes(b"\xff\xd8\xff nothing")
@@ -95,6 +127,7 @@ def test_images_that_do_not_decode(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("size=8,size=9", "size is given twice"),
         ("224", "'224' is not KEY=VALUE; the keys are size, resize"),
         ("sise=224", "'sise=224' is not KEY=VALUE; did you mean 'size'"),
         ("mean=0.5", "'mean=0.5' does not say size="),
@@ -139,6 +172,9 @@ def test_functions(tmp_path, monkeypatch):
     np.testing.assert_array_equal(sample["x"], np.ones((1, 3, 4)))
 
 
+ONCE = iter([X, X])
+
+
 def fails():
     yield X
     raise KeyError("lost")
@@ -150,6 +186,8 @@ def fails():
         (fails, "fails fails: KeyError: 'lost'"),
         (lambda: 3, "fails: TypeError"),
         (lambda: [], "no samples: .* gives none"),
+        (lambda: ONCE, "gave 2 samples at first and 0 when it was asked again"),
+        (lambda: sys.exit(3), "fails: SystemExit: 3"),
         (lambda: [{"x": {}}], "sample 1 of .*: 'x' is no array; give a dictionary"),
         (lambda: [(X, X, X)], "has 3 arrays without names, the model takes ..x.."),
         (lambda: [{"z": X}], "sample 1 of .* has no array for input 'x', only ..z"),
