@@ -5,8 +5,7 @@
                                                                           of it: s' = Gather(s, i)
 
 Exact: the same elements meet the same scales.  ORT would dequantize the whole table at every run.
-A table of fewer bits is stored in bytes first, because ONNX has no Gather of int4: twice the file,
-an eighth of the floats that every run would make of it.
+A table of 4 bits becomes ORT's GatherBlockQuantized, because ONNX has no Gather of int4.
 Part of `fold_qdq`.
 """
 
@@ -19,14 +18,15 @@ from qcompiler.ir.decisions import decide, inherit
 from qcompiler.ir.graph import (
     constant,
     dequantize_of,
-    drop_if_unread,
     new_initializer,
     replace_nodes,
 )
-from qcompiler.ir.params import quant_params
+from qcompiler.ir.params import QuantParams, quant_params
 from qcompiler.ir.types import PerAxis, PerGroup
 
 __all__ = ["try_fold_gather"]
+
+_MICROSOFT = "com.microsoft"
 
 
 def try_fold_gather(graph: ir.Graph, gather: ir.Node) -> str | None:
@@ -46,16 +46,16 @@ def try_fold_gather(graph: ir.Graph, gather: ir.Node) -> str | None:
         return "it does not look up rows of a matrix"
     if isinstance(params.type.granularity, PerGroup) and params.type.granularity.axis % rank != 1:
         return "its table has scales per group of rows"
-    if params.type.storage.bitwidth < 8 and not _store_in_bytes(graph, dequantize):
-        return "ONNX has no Gather of its few bits, and others than Gathers read its table"
-    table, *scales = [value for value in dequantize.inputs if value is not None]
+    if params.type.storage.bitwidth < 8:
+        return _try_few_bits(graph, gather, table, params)
+    scales = [value for value in (params.scale, params.zero_point) if value is not None]
     new, attributes = [_rows(gather, table)], {}
     match params.type.granularity:
         case PerAxis(axis) if axis % rank == 1:
             attributes = {"axis": -1}
         case PerAxis():
             attributes = {"axis": -1, "block_size": shape[1]}
-            new += [_rows(gather, _as_column(graph, value)) for value in scales]
+            new += [_rows(gather, _as_column(graph, value, shape[0])) for value in scales]
         case PerGroup(_, size):
             attributes = {"axis": -1, "block_size": size}
             new += [_rows(gather, value) for value in scales]
@@ -70,20 +70,33 @@ def try_fold_gather(graph: ir.Graph, gather: ir.Node) -> str | None:
     return None
 
 
-def _store_in_bytes(graph: ir.Graph, dequantize: ir.Node) -> bool:
-    """Store the constants of a DQ as int8 or uint8; False if a MatMul may want their few bits."""
-    readers = {use.node.op_type for use in dequantize.outputs[0].uses()}
-    if readers != {"Gather"}:
-        return False
-    for index, value in enumerate(dequantize.inputs):
-        array = constant(value)
-        if index == 1 or value is None or array is None or value.dtype is None:
-            continue
-        wide = np.int8 if value.dtype.is_signed() else np.uint8
-        stored = new_initializer(graph, f"{value.name}_{wide.__name__}", array.astype(wide))
-        dequantize.replace_input_with(index, stored)
-        drop_if_unread(value)
-    return True
+def _try_few_bits(
+    graph: ir.Graph, gather: ir.Node, table: ir.Value, params: QuantParams
+) -> str | None:
+    """Let ORT look up a table of 4 bits; the reason, and nothing changed, if it cannot."""
+    assert table.const_value is not None and gather.inputs[1] is not None
+    rows, columns = table.const_value.shape.numpy()
+    granularity = params.type.granularity
+    if params.type.storage.bitwidth != 4:
+        return "neither ONNX nor ORT has a Gather of its few bits"
+    if isinstance(granularity, PerAxis) and granularity.axis % 2 == 1:
+        return "ORT looks up 4 bits with scales per row or group, not per column"
+    block = max(16, 1 << (columns - 1).bit_length())  # one block for all of a row
+    if isinstance(granularity, PerGroup):
+        block = granularity.group_size
+        if block < 16 or block & (block - 1):
+            return f"ORT looks up 4 bits in groups of a power of two from 16, not of {block}"
+    scales = [value for value in (params.scale, params.zero_point) if value is not None]
+    if not isinstance(granularity, PerGroup):
+        scales = [_as_column(graph, value, rows) for value in scales]
+    attributes = {"block_size": block, "gather_axis": 0, "quantize_axis": 1}
+    operands = [table, gather.inputs[1], *scales]
+    new = ir.node("GatherBlockQuantized", operands, attributes, domain=_MICROSOFT, version=1)
+    graph.opset_imports.setdefault(_MICROSOFT, 1)
+    inherit(new, gather)
+    replace_nodes([gather], [new])
+    decide(new, "qdq", "ORT's own GatherBlockQuantized: rows are looked up as they are stored")
+    return None
 
 
 def _rows(gather: ir.Node, table: ir.Value) -> ir.Node:
@@ -92,7 +105,8 @@ def _rows(gather: ir.Node, table: ir.Value) -> ir.Node:
     return node
 
 
-def _as_column(graph: ir.Graph, value: ir.Value) -> ir.Value:
+def _as_column(graph: ir.Graph, value: ir.Value, rows: int) -> ir.Value:
     array = constant(value)
     assert array is not None
-    return new_initializer(graph, f"{value.name}_column", array.reshape(-1, 1))
+    column = np.ascontiguousarray(np.broadcast_to(array.reshape(-1, 1), (rows, 1)))
+    return new_initializer(graph, f"{value.name}_column", column, value.dtype)
