@@ -113,7 +113,8 @@ def store_constant(graph: ir.Graph, quantize: ir.Node) -> bool:
     if params is None or source is None or floats is None or stored.is_graph_output():
         return False
     scales, zeros, type = params.scales, params.zeros, params.type
-    if scales is None or zeros is None:
+    saturates = quantize.attributes.get_int("saturate", 1) != 0
+    if scales is None or zeros is None or not saturates:
         return False
     # ONNX Runtime divides halves as float32 too.
     array = arithmetic.quantize(floats.astype(np.float32), scales.astype(np.float32), type, zeros)

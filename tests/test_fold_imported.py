@@ -186,6 +186,7 @@ FEW_BITS = {
         ("t4", (-8, 8), (20, 40), "INT4"), ("z4", (-8, 8), 20, "INT4"),
         ("u4", (0, 16), (20, 40), "UINT4"), ("v4", (0, 16), (), "UINT4"),
         ("vg", (0, 16), (20, 3), "UINT4"), ("t2", (-2, 2), (20, 40), "INT2"),
+        ("e4", (-8, 8), (20, 40), "FLOAT8E4M3FN"),
     )
 } | {
     "sg": RNG.uniform(0.5, 1, (20, 3)).astype(F4), "s8": RNG.uniform(0.5, 1, (20, 5)).astype(F4),
@@ -226,6 +227,7 @@ def test_a_table_of_4_bits_is_looked_up_as_it_is_stored(dequantize: str) -> None
         ("DequantizeLinear <axis = 1> (t4, sc)", "not per column"),
         ("DequantizeLinear <axis = 1, block_size = 8> (t4, s8)", "power of two from 16, not of 8"),
         ("DequantizeLinear (t2, ts)", "neither ONNX nor ORT has a Gather"),
+        ("DequantizeLinear (e4, ts)", "no Gather of floats of 8 bits"),
     ],
 )
 def test_a_table_of_few_bits_that_ort_does_not_look_up_stays(dequantize: str, why: str) -> None:
