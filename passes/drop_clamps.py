@@ -75,7 +75,8 @@ def _represented(dequantize: ir.Node) -> tuple[np.float32, np.float32] | None:
     if parameters is None:
         return None
     scale, zero, kind = parameters
-    return np.float32(kind.min - zero) * scale, np.float32(kind.max - zero) * scale
+    ends = [np.float32(end - zero) * scale for end in (kind.min, kind.max)]
+    return min(ends), max(ends)  # in this order for a negative scale too
 
 
 def _saturates(reader: ir.Node, bounds: tuple[np.float32, np.float32]) -> bool:

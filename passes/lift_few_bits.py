@@ -7,7 +7,8 @@
 Part of `lift_qoperators`.  ORT stores unsigned values, the first in the lowest bits of a byte, one
 row per column of the product, with a zero point in the middle of the range where none is given.
 Here they become two's complement in ONNX order, so that the middle is 0: int8 for 8 bits, int4 for
-4 and for 2 (int2 needs opset 25).
+4 and for 2 (int2 needs opset 25).  ORT makes MatMulNBits of such pairs again, but at accuracy_level
+4, with activations of 8 bits; where the level was another, a note says so.
 """
 
 from __future__ import annotations
@@ -16,11 +17,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompiler.ir.decisions import add_note
 from qcompiler.ir.graph import constant
 from qcompiler.ir.packing import PackedFormat, unpack
 from qcompiler.passes.lifting import Form, NotLiftedError
 
 __all__ = ["FEW_BITS"]
+
+_INT8 = 4
+"""The accuracy_level that ORT gives every MatMulNBits it makes of pairs: activations of 8 bits."""
 
 
 def _matmul_nbits(form: Form) -> ir.Value:
@@ -55,6 +60,9 @@ def _matmul_nbits(form: Form) -> ir.Value:
             inputs.append(_stored(form, "zero_point", table.T, bits))
     weight = form.op("DequantizeLinear", inputs, {"axis": 0, "block_size": block})
     product = form.op("MatMul", [x, weight])
+    level = attributes.get_int("accuracy_level", 0)
+    if level != _INT8 and (multiplies := product.producer()) is not None:
+        add_note(multiplies, f"with activations of 8 bits, though its accuracy_level was {level}")
     return product if bias is None else form.op("Add", [product, bias])
 
 

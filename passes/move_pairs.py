@@ -31,6 +31,7 @@ from qcompiler.passes.qdq_parameters import (
 __all__ = [
     "MOVES",
     "data_of",
+    "interpolates",
     "move_constant",
     "no_integer_form",
     "on_integers",
@@ -83,7 +84,7 @@ def _carried(
     first = pairs[0]
     if any(not same_parameters(first, pair) for pair in pairs[1:]):
         return "its operands have different scales"
-    if (why := no_integer_form(move, first.inputs[0])) is not None:
+    if (why := no_integer_form(move, first.inputs[0], first.inputs[1])) is not None:
         return why
     parameters = list(first.inputs[1:])
     if is_per_tensor(first):
@@ -111,8 +112,15 @@ def _carried(
     return [*turned], {"axis": moved, "block_size": block}
 
 
-def no_integer_form(move: ir.Node, stored: ir.Value | None) -> str | None:
-    """Why an op cannot move stored integers in place of floats."""
+def interpolates(move: ir.Node) -> bool:
+    """Whether a Resize does more than to repeat or drop elements."""
+    mode = move.attributes.get_string("mode", "nearest")
+    crops = "crop" in move.attributes.get_string("coordinate_transformation_mode", "")
+    return move.op_type == "Resize" and (mode != "nearest" or crops)
+
+
+def no_integer_form(move: ir.Node, stored: ir.Value | None, scale: ir.Value | None) -> str | None:
+    """Why an op cannot move integers that are stored with `scale` in place of floats."""
     kind = None if stored is None else stored.dtype
     if constant(stored) is not None and move.op_type in _OF_CONSTANTS:
         return None if _is_static(move.outputs[0]) else "the shape of a weight is unknown"
@@ -121,16 +129,23 @@ def no_integer_form(move: ir.Node, stored: ir.Value | None) -> str | None:
     attributes = move.attributes
     if move.op_type == "MaxPool" and any(value.uses() for value in move.outputs[1:]):
         return "the indices of its maxima are read"
-    if move.op_type == "Resize":
-        crops = "crop" in attributes.get_string("coordinate_transformation_mode", "")
-        if attributes.get_string("mode", "nearest") != "nearest" or crops:
-            return "it interpolates"
+    if move.op_type == "MaxPool" and not _keeps_order(scale):
+        return "its scale may be negative, and the largest then is the smallest stored"
+    if interpolates(move):
+        return "it interpolates"
     if move.op_type == "Pad" and attributes.get_string("mode", "constant") == "constant":
         value = move.inputs[2] if len(move.inputs) > 2 else None
         fill = np.zeros(1) if value is None else constant(value)
         if fill is None or fill.any():
             return "it pads with another value than 0"
     return None
+
+
+def _keeps_order(scale: ir.Value | None) -> bool:
+    array, maker = constant(scale), scale.producer() if scale is not None else None
+    if array is None:
+        return maker is not None and maker.op_type == "DynamicQuantizeLinear"
+    return bool((array >= 0).all())
 
 
 def _push(

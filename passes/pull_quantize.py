@@ -33,7 +33,8 @@ def pull_quantize(quantize: ir.Node) -> list[ir.Node]:
     readers = _readers(move)
     if readers is None or any(not same_parameters(quantize, reader) for reader in readers):
         return []
-    if constant(quantize.inputs[1]) is None or no_integer_form(move, quantize.outputs[0]):
+    scale = quantize.inputs[1]
+    if constant(scale) is None or no_integer_form(move, quantize.outputs[0], scale):
         return []
     if not all(_is_quantizable(value, move) for value in data_of(move)):
         return []

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx.reference import ReferenceEvaluator
 
+from qcompiler.ir import arithmetic
 from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
+from qcompiler.ir.params import quant_params
 
 __all__ = [
     "MIDDLE",
@@ -107,18 +108,18 @@ def _stored_type(node: ir.Node) -> ir.DataType | None:
 
 def store_constant(graph: ir.Graph, quantize: ir.Node) -> bool:
     """Q over a float constant: its integers are known before the model runs."""
-    arrays = {value.name: constant(value) for value in quantize.inputs if value is not None}
-    stored = quantize.outputs[0]
-    if any(array is None for array in arrays.values()) or stored.is_graph_output():
+    params, source, stored = quant_params(quantize), quantize.inputs[0], quantize.outputs[0]
+    floats = constant(source)
+    if params is None or source is None or floats is None or stored.is_graph_output():
         return False
-    proto = ir.serde.serialize_node(quantize)
-    opset = graph.opset_imports.get("", 1)
-    (array,) = ReferenceEvaluator(proto, opsets={"": opset}).run(None, arrays)
-    source = quantize.inputs[0]
-    assert source is not None and quantize.graph is not None
-    value = new_initializer(
-        graph, f"{source.name}_stored", array, ir.DataType.from_numpy(array.dtype)
-    )
+    scales, zeros, type = params.scales, params.zeros, params.type
+    saturates = quantize.attributes.get_int("saturate", 1) != 0
+    if scales is None or zeros is None or not saturates:
+        return False
+    # ONNX Runtime divides halves as float32 too.
+    array = arithmetic.quantize(floats.astype(np.float32), scales.astype(np.float32), type, zeros)
+    assert quantize.graph is not None
+    value = new_initializer(graph, f"{source.name}_stored", array, type.storage)
     ir.convenience.replace_all_uses_with(stored, value)
     quantize.graph.remove(quantize, safe=True)
     drop_if_unread(source)

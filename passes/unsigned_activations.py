@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
-from qcompiler.passes.move_pairs import MOVES, data_of
+from qcompiler.passes.move_pairs import MOVES, data_of, interpolates
 from qcompiler.passes.qdq_parameters import is_pair, is_per_tensor, is_weight, shifted, zero_of
 
 __all__ = ["make_unsigned"]
@@ -101,6 +101,10 @@ def _neighbours(value: ir.Value, found: _Connected) -> list[ir.Value] | None:
 
 
 def _moves(node: ir.Node, value: ir.Value) -> bool:
+    """Whether a node moves `value`, and makes no numbers of its own that would have to shift."""
+    fill = node.inputs[2] if node.op_type == "Pad" and len(node.inputs) > 2 else None
+    if interpolates(node) or (fill is not None and constant(fill) is None):
+        return False
     return value in node.outputs or value in data_of(node)
 
 

@@ -101,9 +101,13 @@ def _load_file(path: Path) -> ir.Model:
         # some models that the checker does not, inputs without a shape for one.
         try:
             open_session(path)
-        except QCompilerError:
-            message = f"{path} is not a valid ONNX model: {_first_line(error)}"
-            raise ModelError(message) from error
+        except QCompilerError as refusal:
+            # What the checker says first may be the one thing that ORT would not have minded.
+            reason = _first_line(refusal).rpartition(f"{path} failed:")[2]
+            raise ModelError(
+                f"{path} is not a valid ONNX model: ONNX Runtime says: {reason}; "
+                f"the ONNX checker: {_first_line(error)}"
+            ) from error
     return model
 
 

@@ -17,6 +17,7 @@ from golden import model_of
 
 import qcompiler
 from qcompiler.bundle import MANIFEST
+from qcompiler.frontend import load_model
 from qcompiler.ir.errors import (
     BundleError,
     CalibrationError,
@@ -416,6 +417,17 @@ def test_a_model_that_onnxruntime_refuses(tmp_path):
     ir.save(model_of(text, {"w": W}), path)
     with pytest.raises(ModelError, match=r"mismatch\.onnx"):
         qcompiler.compile(path, "arm-int8", tmp_path / "b")
+
+
+def test_a_model_that_the_checker_refuses_for_less(tmp_path):
+    path = tmp_path / "mismatch.onnx"
+    text = "g (float[n,63] x) => (float[n,8] y) { y = MatMul (x, w) }"
+    model = model_of(text, {"w": W})
+    model.graph.outputs[0].shape = None
+    ir.save(model, path)
+    with pytest.raises(ModelError, match="Incompatible dimensions.*Field 'shape'") as caught:
+        load_model(path)
+    assert str(caught.value).count(str(path)) == 1
 
 
 def test_a_model_that_is_no_file(tmp_path):

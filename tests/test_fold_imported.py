@@ -180,6 +180,62 @@ def test_embeddings_are_looked_up_as_they_are_stored(
     np.testing.assert_array_equal(run(subject, feeds)[0], before)
 
 
+FEW_BITS = {
+    name: RNG.integers(*limits, shape).astype(ir.DataType[kind].numpy())
+    for name, limits, shape, kind in (
+        ("t4", (-8, 8), (20, 40), "INT4"), ("z4", (-8, 8), 20, "INT4"),
+        ("u4", (0, 16), (20, 40), "UINT4"), ("v4", (0, 16), (), "UINT4"),
+        ("vg", (0, 16), (20, 3), "UINT4"), ("t2", (-2, 2), (20, 40), "INT2"),
+        ("e4", (-8, 8), (20, 40), "FLOAT8E4M3FN"),
+    )
+} | {
+    "sg": RNG.uniform(0.5, 1, (20, 3)).astype(F4), "s8": RNG.uniform(0.5, 1, (20, 5)).astype(F4),
+    "sc": RNG.uniform(0.5, 1, 40).astype(F4),
+}  # fmt: skip
+
+
+def few_bits(dequantize: str) -> ir.Model:
+    head = "g (int64[2,2] i) => (float[2,2,40] y) "
+    return model(f"f = {dequantize} y = Gather (f, i)", head, **TABLE | FEW_BITS)
+
+
+@pytest.mark.parametrize(
+    "dequantize",
+    [
+        "DequantizeLinear (t4, ts)",
+        "DequantizeLinear (u4, ts)",
+        "DequantizeLinear (u4, ts, v4)",
+        "DequantizeLinear <axis = 0> (t4, tr, z4)",
+        "DequantizeLinear <axis = 1, block_size = 16> (t4, sg)",
+        "DequantizeLinear <axis = -1, block_size = 16> (u4, sg, vg)",
+    ],
+)
+def test_a_table_of_4_bits_is_looked_up_as_it_is_stored(dequantize: str) -> None:
+    subject, feeds = few_bits(dequantize), {"i": np.array([[19, 0], [-1, 7]])}
+    before = run(subject, feeds)[0]
+    FoldQDQ()(subject)
+    verify(subject, Stage.QUANTIZED, "fold-qdq")
+    (gather,) = subject.graph
+    assert gather.op_type == "GatherBlockQuantized"
+    assert "as they are stored" in decision_of(gather).why
+    np.testing.assert_array_equal(run(subject, feeds)[0], before)
+
+
+@pytest.mark.parametrize(
+    ("dequantize", "why"),
+    [
+        ("DequantizeLinear <axis = 1> (t4, sc)", "not per column"),
+        ("DequantizeLinear <axis = 1, block_size = 8> (t4, s8)", "power of two from 16, not of 8"),
+        ("DequantizeLinear (t2, ts)", "neither ONNX nor ORT has a Gather"),
+        ("DequantizeLinear (e4, ts)", "no Gather of floats of 8 bits"),
+    ],
+)
+def test_a_table_of_few_bits_that_ort_does_not_look_up_stays(dequantize: str, why: str) -> None:
+    subject = few_bits(dequantize)
+    assert not FoldQDQ()(subject).modified
+    assert why in decision_of(subject.graph[-1]).why
+
+
 def test_a_table_that_is_not_looked_up_by_row_stays() -> None:
     head = "g (int64[3] i) => (float[20,3] y) "
     subject = model("f = DequantizeLinear (t8, ts) y = Gather <axis = 1> (f, i)", head, **TABLE)

@@ -7,6 +7,7 @@ from foreign import RNG, assert_lifts, foreign
 from golden import assert_rewrites, run
 
 from qcompiler.ir.decisions import decision_of
+from qcompiler.passes.fold_qdq import FoldQDQ
 from qcompiler.passes.lift_qoperators import LiftQOperators
 
 
@@ -42,6 +43,24 @@ def test_matmul_nbits(bits, points, k):
         outputs y""",
     )
     np.testing.assert_allclose(run(model, feeds, plainly=True)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("level", "said"), [("", "was 0"), (", accuracy_level = 1", "was 1"),
+                                             (", accuracy_level = 4", None)])  # fmt: skip
+def test_the_accuracy_that_a_product_had(level, said):
+    weights = {
+        "w": RNG.integers(0, 256, (8, 2, 8)).astype(np.uint8),
+        "s": RNG.uniform(0.01, 0.1, (8, 2)).astype(np.float32),
+    }
+    model = foreign(
+        "g (float[3,32] x) => (float[3,8] y) { y = com.microsoft.MatMulNBits "
+        f"<K = 32, N = 8, bits = 4, block_size = 16{level}> (x, w, s) }}",
+        weights,
+    )
+    LiftQOperators()(model)
+    FoldQDQ()(model)
+    why = decision_of(model.graph[-1]).why
+    assert (f"accuracy_level {said}" in why) if said else ("accuracy_level" not in why)
 
 
 def test_a_branch_keeps_its_own():

@@ -181,6 +181,8 @@ NEAR_MISSES = {
         "y = MatMul (x, g)",
     "the indices of its maxima": "i = Reshape (x, image) " + QDQ.replace("(x,", "(i,")
         + "m, n = MaxPool <kernel_shape = [1, 1]> (d) o = Cast <to = 1> (n) y = Add (m, o)",
+    "its scale may be negative": "i = Reshape (x, image) q = QuantizeLinear (i, below, z) "
+        "d = DequantizeLinear (q, below, z) m = MaxPool <kernel_shape = [2, 2]> (d) y = Exp (m)",
 }  # fmt: skip
 
 
@@ -189,7 +191,7 @@ def test_what_cannot_move_says_why(why):
     weights = W | {
         "grow": np.array([1, 2, 2], np.float32), "sides": np.array([0, 1, 0, 1]),
         "table": np.ones((6, 6), np.int8), "scales": np.full(6, 0.5, np.float32),
-        "image": np.array([1, 1, 2, 6]),
+        "image": np.array([1, 1, 2, 6]), "below": np.float32(-0.03),
     }  # fmt: skip
     model = named(f"g (float[2,6] x) => (float y) {{ {NEAR_MISSES[why]} }}", weights)
     expected = run(model, FLOATS, plainly=True)

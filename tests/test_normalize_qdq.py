@@ -62,6 +62,20 @@ def test_weights_are_rounded_half_to_even():
     np.testing.assert_array_equal(stored, [[0, 2], [2, 0], [127, -128]])
 
 
+def test_constants_far_out_of_range_saturate():
+    weights = W | {"far": np.float32([3.4e38, -3.4e38, 1e9, -1e9, np.inf, 0.3])}
+    model = named(
+        "g (float[2,6] x) => (float[2,6] y) { q = QuantizeLinear (far, s, z) "
+        "d = DequantizeLinear (q, s, z) y = Add (x, d) }",
+        weights,
+    )
+    expected = run(model, FLOATS, plainly=True)
+    assert NormalizeQDQ()(model).modified
+    stored = next(iter(model.graph)).inputs[0].const_value.numpy()
+    np.testing.assert_array_equal(stored, np.uint8([255, 0, 255, 0, 255, 130]))
+    np.testing.assert_array_equal(run(model, FLOATS, plainly=True), expected)
+
+
 def test_asymmetric_weights_keep_their_zero_points():
     model = named(
         "g (float[2,6] x) => (float[2,4] y) "
@@ -187,6 +201,20 @@ def test_a_relu_of_what_has_no_negatives_goes():
     )
 
 
+@pytest.mark.parametrize("clamp", ["Relu (d)", "Clip (d, zf)", "Clip (d, , zf)"])
+def test_a_clamp_of_a_negative_scale(clamp):
+    model = named(
+        "g (float[2,6] x) => (float[2,6] y) { q = QuantizeLinear (x, below, low) "
+        f"d = DequantizeLinear (q, below, low) r = {clamp} y = Exp (r) }}",
+        W | {"below": np.float32(-0.03)},
+    )
+    expected = run(model, FLOATS, plainly=True)
+    NormalizeQDQ()(model)
+    # All that is stored stands for 0 or less.
+    assert any(node.op_type in clamp for node in model.graph) == (clamp != "Clip (d, , zf)")
+    np.testing.assert_array_equal(run(model, FLOATS, plainly=True), expected)
+
+
 SIGNED = "q = QuantizeLinear (x, s, zi) {} d = DequantizeLinear ({}, s, zi) "
 
 
@@ -241,6 +269,33 @@ def test_integers_that_something_else_sees_stay_signed(signature, body):
         model, {name: np.ones((2, 6), "i1") for name in "q" if "(int8" in signature} or FLOATS
     )
     np.testing.assert_array_equal(after[0], before[0])
+
+
+@pytest.mark.parametrize(
+    ("image", "move"),
+    [
+        (False, "Pad (q, sides, fill)"),
+        (True, 'Resize <mode = "linear"> (q, , grow)'),
+        (True, 'Resize <mode = "nearest", coordinate_transformation_mode = "tf_crop_and_resize", '
+         "extrapolation_value = 7.0> (q, crop, grow)"),
+    ],
+)  # fmt: skip
+def test_integers_that_an_op_makes_new_ones_of_stay_signed(image, move):
+    weights = W | {
+        "sides": np.array([0, 1, 0, 1]), "grow": np.float32([1, 1, 1.7, 2.3]),
+        "crop": np.float32([0, 0, -0.5, -0.5, 1, 1, 1.5, 1.5]),
+    }  # fmt: skip
+    shape, feeds = ("1,2,8,8", IMAGE) if image else ("2,6", FLOATS)
+    model = named(
+        f"g (float[{shape}] x, int8 fill) => (float y) {{ {SIGNED.format('m = ' + move, 'm')} "
+        "y = Exp (d) }",
+        weights,
+    )
+    feeds = feeds | {"fill": np.array(5, np.int8)}
+    expected = run(model, feeds, plainly=True)
+    NormalizeQDQ()(model)
+    assert kinds(model) == {"INT8"}
+    np.testing.assert_array_equal(run(model, feeds, plainly=True), expected)
 
 
 def test_equal_pairs_of_one_value_are_one():
