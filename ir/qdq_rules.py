@@ -69,16 +69,21 @@ def _problems(node: ir.Node, opset: int) -> Iterator[tuple[str, str]]:
     if zeros is not None and np.any(zeros):
         first = zeros[zeros != 0][0]
         yield "zero-point", f"its zero point is {first}, and under INT32 ONNX asks for 0"
-    yield from _results(node, data, scale)
+    yield from _results(node, data, scale, opset)
     yield from _granularity(node, data, scale)
 
 
-def _results(node: ir.Node, data: ir.Value, scale: ir.Value) -> Iterator[tuple[str, str]]:
+def _results(
+    node: ir.Node, data: ir.Value, scale: ir.Value, opset: int
+) -> Iterator[tuple[str, str]]:
     """The side of the floats, and the shape of both."""
     result = node.outputs[0]
     if node.op_type == "QuantizeLinear":
         if data.dtype not in (None, *_REAL, _D.INT32):  # ONNX has a Q of INT32, ORT does not
             yield "float-input", f"it quantizes {data.dtype}, and may FLOAT, FLOAT16 or BFLOAT16"
+        elif opset < 23 and len({data.dtype, scale.dtype} & set(_REAL)) == 2:
+            problem = f"it quantizes {data.dtype} by a scale of {scale.dtype}, before opset 23"
+            yield "float-input", problem
     else:
         asked = node.attributes.get_int("output_dtype", 0) or scale.dtype
         if asked in _REAL and result.dtype not in (None, asked):

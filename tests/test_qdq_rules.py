@@ -107,6 +107,11 @@ ONE = np.ones((), FLOAT)
             "it quantizes INT8, and may FLOAT, FLOAT16 or BFLOAT16",
         ),
         (
+            lambda: pair(np.ones((), np.float16), op="QuantizeLinear", data="float[6,8]"),
+            "float-input",
+            "it quantizes FLOAT by a scale of FLOAT16, before opset 23",
+        ),
+        (
             lambda: pair(ONE, np.full((), 3, np.int32), data="int32[6,8]"),
             "zero-point",
             "its zero point is 3, and under INT32 ONNX asks for 0",
