@@ -62,7 +62,8 @@ class DialectOp:
         attributes: Attribute names the op takes.
         types: Storage of each input and output that is not float32.
         shapes: Sizes of inputs and outputs by name, `*` for any number of them: "* K", "K N",
-            "K/block_size N" (rounded up).  Equal names are equal sizes.
+            "K/block_size N" (rounded up), "N?" for a list of N or one number for all of them.
+            Equal names are equal sizes.
         stage: The first in which it may appear; "kernel" ones are regions only.
         form: The body of a region with these flags, if flags select one.
     """
@@ -108,6 +109,7 @@ _TOKEN_TO_INT8 = (
 _TOKENS = (("x", "* block_size"), ("q", "* block_size"), ("s", "* 1"))
 _ROWS = (("q", "* K"), ("s", "* 1"))
 _MATRIX = (("w", "K N"), ("ws", "N"), ("y", "* N"))
+_ONE_ROW = (("q", "* K"), ("s", "1?"), ("z", "1?"))
 _GROUPS = (("w", "K N"), ("ws", "K/block_size N"), ("y", "* N"))
 
 _QUANTIZE = DialectOp(
@@ -153,6 +155,7 @@ _U8S8 = DialectOp(
     inputs=("q", "s", "z", "w", "ws"),
     outputs=("y",),
     types=(("q", ir.DataType.UINT8), ("z", ir.DataType.UINT8), ("w", ir.DataType.INT8)),
+    shapes=(*_ONE_ROW, *_MATRIX),
     body="""
     sum = MatMulInteger (q, w, z)
     real = Cast <to = 1> (sum)
@@ -166,6 +169,7 @@ _U8U8 = DialectOp(
     inputs=("q", "s", "z", "w", "ws", "wz"),
     outputs=("y",),
     types=tuple((name, ir.DataType.UINT8) for name in ("q", "z", "w", "wz")),
+    shapes=(*_ONE_ROW, *_MATRIX, ("wz", "N")),
     body=_U8S8.body.replace("(q, w, z)", "(q, w, z, wz)"),
 )
 
@@ -239,7 +243,14 @@ _CONV = DialectOp(
         ("b", ir.DataType.INT32),
         ("y", ir.DataType.UINT8),
     ),
-    shapes=(("x", "B C *"), ("w", "M *"), ("b", "M"), ("y", "B M *")),
+    shapes=(
+        ("x", "B C *"),
+        ("w", "M C/group *"),
+        *((name, "1?") for name in ("xs", "xz", "ys", "yz")),
+        *((name, "M?") for name in ("ws", "wz")),
+        ("b", "M"),
+        ("y", "B M *"),
+    ),
     body="""
     y = QLinearConv <{dilations}, {group}, {pads}, {strides}> (x, xs, xz, w, ws, wz, ys, yz, b)
 """,

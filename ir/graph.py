@@ -15,6 +15,7 @@ __all__ = [
     "constant",
     "dequantize_of",
     "drop_if_unread",
+    "label",
     "let_go",
     "new_initializer",
     "only_consumer",
@@ -32,6 +33,12 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
     if value is None or value.const_value is None or value.is_graph_input():
         return None
     return value.const_value.numpy()
+
+
+def label(node: ir.Node) -> str:
+    """How a message calls a node: its name, or where it has none its op and what it makes."""
+    made = [value.name for value in node.outputs if value.name]
+    return node.name or (f"{node.op_type} of {made[0]!r}" if made else node.op_type)
 
 
 def let_go(value: ir.Value) -> None:

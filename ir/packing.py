@@ -132,19 +132,20 @@ def pack(numbers: NDArray[Any], format: PackedFormat) -> NDArray[np.uint8]:
         uint8 [..., bytes].
 
     Raises:
-        ModelError: A number has no code in that format, as -8 has none in sign and magnitude.
+        ModelError: A number has no code in that format, as -8 has none in sign and magnitude, and
+            1.5 in any.
     """
-    wide = numbers.astype(np.int64)
+    wide = numbers.astype(np.float64)  # which holds fractions too, and those have no code
     half = 1 << (format.bits - 1)
     code_of = np.full(3 * half, -1, np.int64)  # of -half to 2 * half - 1
     # Backwards, so that of two codes of 0 the positive one stays.
     for code, meaning in reversed(list(enumerate(format.meanings))):
         code_of[meaning + half] = code
-    inside = (wide >= -half) & (wide < 2 * half)
-    codes = np.where(inside, code_of[np.where(inside, wide + half, 0)], -1)
+    inside = (wide >= -half) & (wide < 2 * half) & (wide == np.floor(wide))
+    codes = np.where(inside, code_of[np.where(inside, wide + half, 0).astype(np.int64)], -1)
     if (codes < 0).any():
         raise ModelError(
-            f"{int(wide[codes < 0][0])} has no code in {format.bits} bits of {format.encoding}"
+            f"{wide[codes < 0][0]:.15g} has no code in {format.bits} bits of {format.encoding}"
         )
     shifts = format._shifts
     *rows, length = codes.shape

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.granularity import PerGroup
+from qcompiler.ir.graph import constant, label
 
 __all__ = ["qdq_problems"]
 
 _D = ir.DataType
-_FLOATS = (_D.FLOAT, _D.FLOAT16, _D.BFLOAT16, _D.FLOAT8E8M0)
+_REAL = (_D.FLOAT, _D.FLOAT16, _D.BFLOAT16)
+_FLOATS = (*_REAL, _D.FLOAT8E8M0)
 _OPSET = {
     **dict.fromkeys(("INT8", "UINT8", "INT32"), 10),
     **dict.fromkeys(("FLOAT8E4M3FN", "FLOAT8E5M2", "FLOAT8E4M3FNUZ", "FLOAT8E5M2FNUZ"), 19),
@@ -39,7 +42,7 @@ def qdq_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
         if node.domain in ("", "com.microsoft"):
             # com.microsoft's take every type at any opset.
             for rule, problem in _problems(node, opset if node.domain == "" else _NEWEST):
-                yield rule, str(node.name), problem
+                yield rule, label(node), problem
 
 
 def _problems(node: ir.Node, opset: int) -> Iterator[tuple[str, str]]:
@@ -62,7 +65,33 @@ def _problems(node: ir.Node, opset: int) -> Iterator[tuple[str, str]]:
     if zero is not None and not _same_shape(scale, zero):
         shapes = f"{_text(zero)}, its scale {_text(scale)}"
         yield "zero-point-shape", f"its zero point has shape {shapes}"
+    zeros = constant(zero) if stored.dtype is _D.INT32 else None
+    if zeros is not None and np.any(zeros):
+        first = zeros[zeros != 0][0]
+        yield "zero-point", f"its zero point is {first}, and under INT32 ONNX asks for 0"
+    yield from _results(node, data, scale, opset)
     yield from _granularity(node, data, scale)
+
+
+def _results(
+    node: ir.Node, data: ir.Value, scale: ir.Value, opset: int
+) -> Iterator[tuple[str, str]]:
+    """The side of the floats, and the shape of both."""
+    result = node.outputs[0]
+    if node.op_type == "QuantizeLinear":
+        if data.dtype not in (None, *_REAL, _D.INT32):  # ONNX has a Q of INT32, ORT does not
+            yield "float-input", f"it quantizes {data.dtype}, and may FLOAT, FLOAT16 or BFLOAT16"
+        elif opset < 23 and len({data.dtype, scale.dtype} & set(_REAL)) == 2:
+            problem = f"it quantizes {data.dtype} by a scale of {scale.dtype}, before opset 23"
+            yield "float-input", problem
+    else:
+        asked = node.attributes.get_int("output_dtype", 0) or scale.dtype
+        if asked in _REAL and result.dtype not in (None, asked):
+            yield "output-dtype", f"its output is {result.dtype}, and should be {_D(asked)}"
+    # What a model says of its own outputs stays as it came: ORT warns, and runs it.
+    said = result.is_graph_output() or data.is_graph_output()
+    if not said and not _same_shape(result, data):
+        yield "output-shape", f"its output has shape {_text(result)}, its input {_text(data)}"
 
 
 def _granularity(node: ir.Node, data: ir.Value, scale: ir.Value) -> Iterator[tuple[str, str]]:

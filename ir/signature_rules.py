@@ -1,8 +1,9 @@
 """What a dialect op's signature asks of the operands and results of its nodes.
 
-Sizes bear names: one that two operands share is equal in both, and `block_size` is the attribute's.
-Operands are known by their names in the function: a region may have more of them, and only some of
-the outputs.  What is not known of an operand is not held against it.
+All inputs and attributes of the function are there, and no others.  Sizes bear names: one that two
+operands share is equal in both, and `block_size` is the attribute's.  Operands are known by their
+names in the function: a region may have more of them, and only some of the outputs.  What is not
+known of an operand is not held against it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import onnx_ir as ir
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import region_of
+from qcompiler.ir.graph import label
 
 __all__ = ["signature_problems"]
 
@@ -25,8 +27,10 @@ def signature_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
             continue
         op = dialect.OPS.get(node.op_type.split("_")[0])
         if op is None:
-            yield "dialect-op", str(node.name), f"{node.op_type} is no op of the dialect"
+            yield "dialect-op", label(node), f"{node.op_type} is no op of the dialect"
             continue
+        for rule, problem in _incomplete(node, op, function):
+            yield rule, label(node), problem
         named = [
             *zip(function.inputs, node.inputs, strict=False),
             *zip(function.outputs, node.outputs, strict=False),
@@ -36,9 +40,31 @@ def signature_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
             if value.dtype not in (None, op.type_of(name)):
                 wanted = op.type_of(name).name
                 problem = f"{name} is {value.dtype}, {op.name} needs {wanted}"
-                yield "operand-dtype", str(node.name), problem
+                yield "operand-dtype", label(node), problem
         for problem in _misfits(node, op, operands):
-            yield "operand-shape", str(node.name), problem
+            yield "operand-shape", label(node), problem
+
+
+def _incomplete(
+    node: ir.Node, op: dialect.DialectOp, function: ir.Function
+) -> Iterator[tuple[str, str]]:
+    """Rule and problem of what is missing of the operands and attributes, or too much."""
+    given = [*node.inputs, *[None] * len(function.inputs)]
+    for formal, value in zip(function.inputs, given, strict=False):
+        if value is None:
+            yield "operands", f"{op.name} has no {formal.name}"
+    for what, got, taken in (
+        ("inputs", node.inputs, function.inputs),
+        ("outputs", node.outputs, function.outputs),
+    ):
+        if len(got) > len(taken):
+            yield "operands", f"{op.name} has {len(got)} {what}, and its function {len(taken)}"
+    for name in function.attributes:
+        if name not in node.attributes:
+            yield "attributes", f"{op.name} has no attribute {name}"
+    for name in node.attributes:
+        if name not in function.attributes:
+            yield "attributes", f"{op.name} has an attribute {name}, which it does not take"
 
 
 def _misfits(node: ir.Node, op: dialect.DialectOp, operands: dict[str, ir.Value]) -> Iterator[str]:
@@ -52,7 +78,14 @@ def _misfits(node: ir.Node, op: dialect.DialectOp, operands: dict[str, ir.Value]
             got = ", ".join(str(size) for size in shape)
             known = [f"{key} = {sizes[key]}" for key in _symbols(wanted) if key in sizes]
             suffix = f" with {', '.join(known)}" if known else ""
-            yield f"{name} has shape [{got}], {op.name} needs [{wanted}]{suffix}"
+            yield f"{name} has shape [{got}], {op.name} needs {_text(wanted)}{suffix}"
+
+
+def _text(wanted: str) -> str:
+    name = wanted.removesuffix("?")
+    if name == wanted:
+        return f"[{wanted}]"
+    return "[] or [1]" if name == "1" else f"[], [1] or [{name}]"
 
 
 def _known_sizes(node: ir.Node) -> dict[str, int]:
@@ -69,6 +102,10 @@ def _pairs(
     wanted: list[str], shape: list[int | ir.SymbolicDim]
 ) -> list[tuple[str, int | ir.SymbolicDim]] | None:
     """Each size beside its symbol; `*` stands for any number of sizes.  None if ranks differ."""
+    if wanted[0].endswith("?"):
+        if shape in ([], [1]):
+            return []
+        wanted = [wanted[0].removesuffix("?")]
     if "*" not in wanted:
         return list(zip(wanted, shape, strict=True)) if len(wanted) == len(shape) else None
     at = wanted.index("*")
@@ -93,4 +130,4 @@ def _fits(symbol: str, size: int | ir.SymbolicDim, sizes: dict[str, int]) -> boo
 
 
 def _symbols(wanted: str) -> list[str]:
-    return wanted.replace("/", " ").split()
+    return wanted.replace("/", " ").replace("?", " ").split()

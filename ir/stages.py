@@ -5,9 +5,9 @@ qdq        decisions are explicit Q/DQ pairs; still nothing of ours
 quantized  pairs folded into ops of the `qcompiler` domain
 kernel     regions outlined into a domain of their own
 
-At every stage values are defined before they are read, and each Q and DQ has the operands that
-ONNX asks for (`qdq_rules`); where ops of ours are allowed, they fit their signatures
-(`signature_rules`).
+At every stage values are defined before they are read, initializers are what they are said to be,
+and each Q and DQ has the operands that ONNX asks for (`qdq_rules`); where ops of ours are allowed,
+they fit their signatures (`signature_rules`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Iterator
 
+import onnx
 import onnx_ir as ir
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import region_of
 from qcompiler.ir.errors import VerifyError
+from qcompiler.ir.graph import label
 from qcompiler.ir.qdq_rules import qdq_problems
 from qcompiler.ir.signature_rules import signature_problems
 
@@ -84,15 +86,18 @@ def _scopes(graph: ir.Graph, seen: dict[str, ir.Value]) -> _Problems:
                 yield "unique-names", by, f"a second value is named {value.name!r}"
 
     yield from define([*graph.inputs, *graph.initializers.values()], owner)
+    for constant in graph.initializers.values():
+        if problem := _mistaken(constant):
+            yield "initializers", owner, f"initializer {constant.name!r} {problem}"
     for node in graph:
         for value in node.inputs:
             if value is not None and seen.get(value.name or "") is not value:
                 problem = f"reads {value.name!r} before it is defined"
-                yield "defined-before-read", str(node.name), problem
+                yield "defined-before-read", label(node), problem
         for attribute in node.attributes.values():
             if attribute.type is ir.AttributeType.GRAPH:
                 yield from _scopes(attribute.as_graph(), seen)
-        yield from define((value for value in node.outputs if value.name != ""), str(node.name))
+        yield from define((value for value in node.outputs if value.name != ""), label(node))
     for value in graph.outputs:
         if seen.get(value.name or "") is not value:
             yield "defined-outputs", owner, f"output {value.name!r} is not defined"
@@ -100,9 +105,28 @@ def _scopes(graph: ir.Graph, seen: dict[str, ir.Value]) -> _Problems:
         del seen[name]
 
 
+def _mistaken(initializer: ir.Value) -> str | None:
+    """What an initializer's value is not, that it is said to be."""
+    tensor, said = initializer.const_value, initializer.shape
+    if tensor is None:
+        return "has no value"
+    if initializer.dtype not in (None, tensor.dtype):
+        return f"is {initializer.dtype}, its value {tensor.dtype}"
+    if said is not None and not _may_be(said, tensor.shape):
+        return f"has shape {said}, its value {tensor.shape}"
+    return None
+
+
+def _may_be(said: ir.Shape, shape: ir.ShapeProtocol) -> bool:
+    sizes = list(shape)
+    if len(said) != len(sizes):
+        return False
+    return all(not isinstance(a, int) or a == b for a, b in zip(said, sizes, strict=True))
+
+
 def _known_ops(model: ir.Model, stage: Stage) -> _Problems:
     for node in model.graph.all_nodes():
-        name = str(node.name)
+        name = label(node)
         if node.domain not in model.graph.opset_imports:
             yield "imported-domains", name, f"domain {node.domain!r} is not imported"
         if not dialect.is_ours(node.domain):
@@ -125,7 +149,7 @@ def _typed_outputs(model: ir.Model) -> _Problems:
         for value in node.outputs if dialect.is_ours(node.domain) else ():
             if value.dtype is None:
                 problem = f"output {value.name!r} of {node.op_type} has no type"
-                yield "typed-outputs", str(node.name), problem
+                yield "typed-outputs", label(node), problem
 
 
 def _functions(model: ir.Model) -> _Problems:
@@ -136,8 +160,15 @@ def _functions(model: ir.Model) -> _Problems:
         if function.opset_imports.get("") != opset:
             problem = f"function opset differs from the model's {opset}"
             yield "function-opset", function.name, problem
-        for node in function:
+        for node in function.all_nodes():
             if node.domain != "":
                 used = f"{node.domain}::{node.op_type}"
                 problem = f"its body uses {used}; only ai.onnx may be used"
                 yield "standard-bodies", function.name, problem
+            elif not _exists(node.op_type, opset or 0):
+                problem = f"its body uses {node.op_type}, which ai.onnx {opset} does not have"
+                yield "standard-bodies", function.name, problem
+
+
+def _exists(op: str, opset: int) -> bool:
+    return onnx.defs.has(op, opset, "") and not onnx.defs.get_schema(op, opset, "").deprecated

@@ -113,6 +113,10 @@ def test_a_wrong_number_of_bytes_is_refused(packed, length, message):
         (1000, PackedFormat("offset")),
         (-8, PackedFormat("sign-magnitude")),
         (2, PackedFormat("offset", 2)),
+        (1.5, ONNX),
+        (-0.25, PackedFormat("offset")),
+        (float("nan"), ONNX),
+        (float("inf"), PackedFormat("unsigned", 2)),
     ],
 )
 def test_a_number_without_a_code_is_refused(number, format):

@@ -101,6 +101,21 @@ ONE = np.ones((), FLOAT)
             "output-dtype",
             "output_dtype is INT8, its output UINT8",
         ),
+        (
+            lambda: pair(ONE, op="QuantizeLinear", data="int8[6,8]"),
+            "float-input",
+            "it quantizes INT8, and may FLOAT, FLOAT16 or BFLOAT16",
+        ),
+        (
+            lambda: pair(np.ones((), np.float16), op="QuantizeLinear", data="float[6,8]"),
+            "float-input",
+            "it quantizes FLOAT by a scale of FLOAT16, before opset 23",
+        ),
+        (
+            lambda: pair(ONE, np.full((), 3, np.int32), data="int32[6,8]"),
+            "zero-point",
+            "its zero point is 3, and under INT32 ONNX asks for 0",
+        ),
     ],
 )
 def test_each_rule_names_pass_node_and_rule(model, rule, message):
@@ -113,6 +128,40 @@ def test_a_stored_type_that_is_none():
     model.graph.inputs[0].dtype = ir.DataType.INT64
     with pytest.raises(VerifyError, match="INT64, which nothing is quantized to.*storage"):
         verify(model, Stage.QDQ, "my-pass")
+
+
+def inner_pair():
+    """A Q and its DQ, which is not the model's output."""
+    return model_of(
+        "g (float[6,8] x) => (float[6,8] y) "
+        "{ q = QuantizeLinear (x, s) d = DequantizeLinear (q, s) y = Relu (d) }",
+        {"s": ONE},
+    )
+
+
+def test_results_that_are_not_what_the_operands_make():
+    model = inner_pair()
+    verify(model, Stage.QDQ, "my-pass")
+    model.graph[1].outputs[0].dtype = ir.DataType.FLOAT16
+    with pytest.raises(
+        VerifyError, match="its output is FLOAT16, and should be FLOAT .rule output"
+    ):
+        verify(model, Stage.QDQ, "my-pass")
+    for node, sizes in ((0, [8, 6]), (1, [6, 8, 1])):
+        model = inner_pair()
+        model.graph[node].outputs[0].shape = ir.Shape(sizes)
+        with pytest.raises(
+            VerifyError, match=r"its output has shape \[.*6, 8.* .rule output-shape"
+        ):
+            verify(model, Stage.QDQ, "my-pass")
+
+
+def test_what_a_model_says_of_its_outputs_is_not_held_against_it():
+    model = pair(ONE)
+    model.graph.outputs[0].shape = ir.Shape([8, 6])
+    run_as_it_is = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    assert run_as_it_is.run(None, {"x": np.ones((6, 8), np.int8)})[0].shape == (6, 8)
+    verify(model, Stage.QDQ, "my-pass")
 
 
 def test_a_pair_without_a_scale():

@@ -82,53 +82,41 @@ def test_refuses_an_untyped_result():
         verify(model, Stage.QUANTIZED, "my-pass")
 
 
-OPERANDS = {
-    "w": np.zeros((64, 5), np.int8),
-    "s": np.ones((2, 1), np.float32),
-    "ws": np.ones(5, np.float32),
-}
-
-
-def product(**changed):
-    """A QMatMulW8A8 of constants, some of them changed."""
-    model = model_of(
-        "g (uint8[2,64] q) => (float[2,5] y) { y = qcompiler.QMatMulW8A8 (q, s, w, ws) }",
-        OPERANDS | changed,
-    )
-    dialect.declare(model)
-    return model
-
-
-def test_accepts_operands_that_fit():
-    verify(product(), Stage.QUANTIZED, "my-pass")
+def test_refuses_a_body_of_ops_that_the_opset_does_not_have():
+    for op in ("MatMulXX", "Swish", "Upsample"):  # unknown, of opset 24, gone in 10
+        model = quantized()
+        function = next(iter(model.functions.values()))
+        function.append(ir.node(op, [function.inputs[0]]))
+        with pytest.raises(VerifyError, match=f"uses {op}, which ai.onnx 21 .*standard-bodies"):
+            verify(model, Stage.QUANTIZED, "my-pass")
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("attribute", "value", "message"),
     [
-        ({"w": np.zeros((32, 5), np.int8)}, r"w has shape \[32, 5\], .* \[K N\] with K = 64"),
-        ({"w": np.zeros((2, 64, 5), np.int8)}, r"w has shape \[2, 64, 5\], .* needs \[K N\]"),
-        ({"ws": np.ones(4, np.float32)}, r"ws has shape \[4\], .* needs \[N\] with N = 5"),
-        ({"s": np.ones((2, 2), np.float32)}, r"s has shape \[2, 2\], .* needs \[\* 1\]"),
-        ({"s": np.ones((), np.float32)}, r"s has shape \[\], QMatMulW8A8 needs \[\* 1\]"),
+        ("const_value", None, "initializer 'b' has no value"),
+        ("dtype", ir.DataType.INT8, "initializer 'b' is INT8, its value FLOAT"),
+        ("shape", ir.Shape([3]), r"initializer 'b' has shape \[3\], its value \[2\]"),
+        ("shape", ir.Shape(["n", 2]), r"initializer 'b' has shape \[n,2\]"),
     ],
 )
-def test_refuses_operands_that_do_not_fit(changed, message):
-    with pytest.raises(VerifyError, match=f"{message}.* .rule operand-shape, stage quantized"):
-        verify(product(**changed), Stage.QUANTIZED, "my-pass")
-
-
-def test_refuses_groups_that_do_not_cover_a_weight():
+def test_refuses_an_initializer_that_is_not_what_it_is_said_to_be(attribute, value, message):
     model = model_of(
-        "g (float[2,70] x) => (float[2,5] y) "
-        "{ y = qcompiler.QMatMulW4A16 <block_size = 32> (x, w, ws) }",
-        {"w": np.zeros((70, 5), ir.DataType.INT4.numpy()), "ws": np.ones((2, 5), np.float32)},
+        "g (float[2] x) => (float[2] y) { y = Add (x, b) }", {"b": np.ones(2, np.float32)}
     )
-    dialect.declare(model)
-    with pytest.raises(
-        VerifyError, match=r"ws has shape \[2, 5\].* \[K/block_size N\] with K = 70"
-    ):
-        verify(model, Stage.QUANTIZED, "my-pass")
+    constant = model.graph.initializers["b"]
+    constant.shape = ir.Shape(["n"])
+    verify(model, Stage.FLOAT, "my-pass")  # n may be 2
+    setattr(constant, attribute, value)
+    with pytest.raises(VerifyError, match=f"{message}.* .rule initializers"):
+        verify(model, Stage.FLOAT, "my-pass")
+
+
+def test_a_node_without_a_name_is_called_by_what_it_makes():
+    model = quantized()
+    model.graph[0].name = None
+    with pytest.raises(VerifyError, match="after my-pass: Quantize of 'q': Quantize may not"):
+        verify(model, Stage.QDQ, "my-pass")
 
 
 def test_refuses_tokens_longer_than_their_scale():
