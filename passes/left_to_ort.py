@@ -15,7 +15,7 @@ from qcompiler.ir.graph import dequantize_of, only_consumer
 from qcompiler.ir.params import quant_params
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor
 
-__all__ = ["FUSED_BY_ORT", "left_to_ort"]
+__all__ = ["FUSED_BY_ORT", "MOVES", "left_to_ort"]
 
 FUSED_BY_ORT = {
     "Add": "QLinearAdd", "Mul": "QLinearMul", "Sigmoid": "QLinearSigmoid", "Where": "QLinearWhere",
@@ -28,10 +28,11 @@ FUSED_BY_ORT = {
 _WEIGHTED = frozenset({"MatMul", "Gemm", "Conv"})
 """Whose other operands may be weights, with a scale per column or channel."""
 
-_MOVES = frozenset({
+MOVES = frozenset({
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Gather", "Slice", "Split", "Expand",
     "MaxPool", "Resize", "Identity",
 })  # fmt: skip
+"""Ops whose results are elements of their data."""
 
 
 def left_to_ort(node: ir.Node) -> tuple[Action, str] | None:
@@ -48,7 +49,7 @@ def left_to_ort(node: ir.Node) -> tuple[Action, str] | None:
         return None
     reader = only_consumer(node.outputs[0])
     before, after = quant_params(dequantize_of(node.inputs[0])), quant_params(reader)
-    if node.op_type in _MOVES:
+    if node.op_type in MOVES:
         if before is not None and after is not None and before.equals(after):
             return "qdq", "moves what is stored: ORT drops the pairs around it"
         return "float", "moves what was dequantized: its result is not quantized by the same scale"

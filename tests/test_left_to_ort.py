@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from golden import model_of
+from golden import model_of, run
 
 from qcompiler.ir.decisions import decision_of
 from qcompiler.passes.fold_qdq import FoldQDQ
@@ -110,3 +110,46 @@ def test_float_weights_between_pairs_would_be_rounded_by_ort(tmp_path: Path) -> 
     floats = model_of(text.replace("f = DequantizeLinear <axis = 1> (w, ws)", "f = Identity (k)"),
                       VALUES | {"k": np.ones((4, 2, 3, 3), np.float32)})  # fmt: skip
     assert "QLinearConv" in optimized(floats, tmp_path)
+
+
+BEHIND = {
+    "BatchNormalization": "a = BatchNormalization (c, g, i, i, g) r = QuantizeLinear (a, t, u)",
+    "Mul": "a = Mul (c, f) r = QuantizeLinear (a, t, u)",
+    "Add, Relu": "a = Add (f, c) b = Relu (a) r = QuantizeLinear (b, t, u)",
+    "Transpose": "a = Transpose <perm=[0,2,3,1]> (c) r = QuantizeLinear (a, t, u)",
+    "another reader": "o = Neg (c) r = QuantizeLinear (c, t, u)",
+}
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+def test_weights_that_ort_fuses_with_what_follows_are_left(behind: str, tmp_path: Path) -> None:
+    """ORT would round them per tensor: these channels have scales of their own."""
+    outputs = (
+        "float[e,f,g,h] o, uint8[i,j,k,l] r" if "o =" in BEHIND[behind] else "uint8[i,j,k,l] r"
+    )
+    text = (
+        f"g (float[1,2,8,8] x) => ({outputs}) {{ q = QuantizeLinear (x, s, z) "
+        "e = DequantizeLinear (q, s, z) w = DequantizeLinear <axis = 0> (v, ws) c = Conv (e, w) "
+        f"{BEHIND[behind]} }}"
+    )
+    rng = np.random.default_rng(0)
+    factor = np.array([5, 1], np.float32)
+    weights = VALUES | {
+        "v": rng.integers(-127, 128, (2, 2, 3, 3), np.int8), "g": factor,
+        "ws": np.array([0.01, 0.05], np.float32), "f": factor.reshape(2, 1, 1), "i": 0 * factor,
+    }  # fmt: skip
+    source, model = model_of(text, weights), model_of(text, weights)
+    FoldQDQ()(model)
+    feeds = {"x": rng.standard_normal((1, 2, 8, 8)).astype(np.float32)}
+    for expected, found in zip(run(source, feeds), run(model, feeds), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_weights_are_kept_as_floats_where_nothing_is_quantized_behind(tmp_path: Path) -> None:
+    text = (
+        "g (float[1,2,8,8] x) => (float[e,f,g,h] o) { q = QuantizeLinear (x, s, z) "
+        "e = DequantizeLinear (q, s, z) w = DequantizeLinear (v, s) c = Conv (e, w) o = Tanh (c) }"
+    )
+    model = model_of(text, VALUES | {"v": np.ones((2, 2, 3, 3), np.int8)})
+    FoldQDQ()(model)
+    assert optimized(model, tmp_path).count("DequantizeLinear") == 1
