@@ -29,7 +29,7 @@ from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.fold_conv import try_fold_conv
 from qcompiler.passes.fold_gather import try_fold_gather
 from qcompiler.passes.fold_matmul import try_fold_matmul
-from qcompiler.passes.left_to_ort import left_to_ort
+from qcompiler.passes.left_to_ort import left_to_ort, moves_stored
 from qcompiler.passes.widen_constants import try_widen_constant
 
 __all__ = ["FoldQDQ"]
@@ -65,7 +65,7 @@ class FoldQDQ(ir.passes.InPlacePass):
         changed = 0
         reasons: dict[ir.Node, str] = {}
         for node in list(model.graph.all_nodes()):
-            if node.op_type in _FAMILIES and node.domain == "":
+            if node.op_type in _FAMILIES and node.domain == "" and not moves_stored(node):
                 reason = self._try_fold(model.graph, node)
                 changed += reason is None
                 if reason is not None:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir.attention import PRECISIONS
-from qcompiler.ir.decisions import decide, region_of
+from qcompiler.ir.decisions import decide, decision_of, region_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import new_initializer, replace_nodes
 from qcompiler.ir.region import Region
@@ -84,7 +84,8 @@ class FuseAttention(RegionPass):
         try:
             found = match_attention(softmax)
         except Mismatch as reason:
-            if softmax.outputs[0].uses():
+            # What ORT makes of the pairs around a softmax has been said.
+            if softmax.outputs[0].uses() and decision_of(softmax).action != "qdq":
                 decide(softmax, "float", f"not fused as attention: {reason}")
             return False
         anchor = "Attention" if found.mask is None else "MaskedAttention"

@@ -3,7 +3,8 @@
     Q(Add(DQ(a), DQ(b)))   =>   QLinearAdd, when ORT loads the model
 
 ORT fuses an op between pairs by itself if every input is dequantized and every result quantized,
-each with one scale; else the op computes in float.  Part of `fold_qdq`.
+each with one scale and stored in 8 bits of the same sign; else the op computes in float.
+Part of `fold_qdq`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from qcompiler.ir.graph import dequantize_of, only_consumer
 from qcompiler.ir.params import quant_params
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor
 
-__all__ = ["FUSED_BY_ORT", "left_to_ort"]
+__all__ = ["FUSED_BY_ORT", "MOVES", "left_to_ort", "moves_stored"]
 
 FUSED_BY_ORT = {
     "Add": "QLinearAdd", "Mul": "QLinearMul", "Sigmoid": "QLinearSigmoid", "Where": "QLinearWhere",
@@ -28,10 +29,20 @@ FUSED_BY_ORT = {
 _WEIGHTED = frozenset({"MatMul", "Gemm", "Conv"})
 """Whose other operands may be weights, with a scale per column or channel."""
 
-_MOVES = frozenset({
+MOVES = frozenset({
     "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Gather", "Slice", "Split", "Expand",
-    "MaxPool", "Resize", "Identity",
+    "MaxPool", "Resize", "Identity", "Tile", "DepthToSpace",
 })  # fmt: skip
+"""Ops whose results are elements of their data, if a Resize takes the nearest."""
+
+_MOVES_8_BITS = frozenset({"MaxPool", "Resize", "DepthToSpace"})
+"""Around which ORT 1.31 drops no pairs of 16 bits."""
+
+_MOVES_STORED = MOVES | {"Pad", "Concat"}
+_QUANTIZES = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"})
+_WIDENED = "moves what was dequantized"
+_8_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
+_16_BITS = (ir.DataType.INT16, ir.DataType.UINT16)
 
 
 def left_to_ort(node: ir.Node) -> tuple[Action, str] | None:
@@ -42,16 +53,23 @@ def left_to_ort(node: ir.Node) -> tuple[Action, str] | None:
         return "qdq", "where floats become integers"
     if node.op_type == "DequantizeLinear":
         return "qdq", "where integers become floats"
-    data = [v for v in node.inputs if v is not None and v.dtype in (None, ir.DataType.FLOAT)]
+    if node.op_type == "DynamicQuantizeLinear":
+        return "qdq", "where floats become integers, by a scale of each run"
+    if moves_stored(node):
+        return "qdq", "moves stored integers"
+    inputs = node.inputs[1:] if node.op_type == "Where" else node.inputs
+    data = [v for v in inputs if v is not None and v.dtype in (None, ir.DataType.FLOAT)]
     widened = [value for value in data if dequantize_of(value) is not None]
     if not widened:
         return None
     reader = only_consumer(node.outputs[0])
     before, after = quant_params(dequantize_of(node.inputs[0])), quant_params(reader)
-    if node.op_type in _MOVES:
-        if before is not None and after is not None and before.equals(after):
-            return "qdq", "moves what is stored: ORT drops the pairs around it"
-        return "float", "moves what was dequantized: its result is not quantized by the same scale"
+    if node.op_type in MOVES and not _interpolates(node):
+        if before is None or after is None or not before.equals(after):
+            return "float", f"{_WIDENED}: its result is not quantized by the same scale"
+        if node.op_type in _MOVES_8_BITS and before.type.storage not in _8_BITS:
+            return "float", f"{_WIDENED}: ORT keeps pairs of {before.type.storage.name}"
+        return "qdq", "moves what is stored: ORT drops the pairs around it"
     if node.op_type not in FUSED_BY_ORT:
         return "float", f"no integer form of {node.op_type} in ORT: computes what was dequantized"
     if node.op_type == "MatMul" and widened == data[1:] and _is_matrix(data[1]):
@@ -61,11 +79,94 @@ def left_to_ort(node: ir.Node) -> tuple[Action, str] | None:
     operands = data[:1] if node.op_type in _WEIGHTED else data
     if not all(map(_has_one_scale, operands)):
         return "float", "its operands have more than one scale each: no integer form in ORT"
-    if reader is not None and reader.op_type == "QuantizeLinear":
-        return "qdq", f"ORT's own {FUSED_BY_ORT[node.op_type]}"
-    if node.op_type == "MatMul":
+    if reader is not None and reader.op_type != "QuantizeLinear":
+        reader = None
+    if reader is None and node.op_type not in ("MatMul", "Gemm"):
+        return "float", "its result is not quantized, as ORT's integer form needs"
+    if (why := _not_fused(node, data, reader)) is not None:
+        return "float", f"{why}: computes what was dequantized"
+    if reader is None and node.op_type == "MatMul":
         return "qdq", "ORT's own MatMulIntegerToFloat"
-    return "float", "its result is not quantized, as ORT's integer form needs"
+    return "qdq", f"ORT's own {FUSED_BY_ORT[node.op_type]}"
+
+
+def _interpolates(node: ir.Node) -> bool:
+    return node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") != "nearest"
+
+
+def moves_stored(node: ir.Node) -> bool:
+    """Whether a node moves integers that were quantized before it, or are dequantized behind it."""
+    data = node.inputs[0] if node.op_type in _MOVES_STORED and node.inputs else None
+    if data is None or node.domain or data.dtype not in (*_8_BITS, *_16_BITS):
+        return False
+    return _was_quantized(data) or any(map(_is_dequantized, node.outputs))
+
+
+def _was_quantized(value: ir.Value) -> bool:
+    node = value.producer()
+    while node is not None and node.op_type in _MOVES_STORED and node.inputs[0]:
+        node = node.inputs[0].producer()
+    return node is not None and (node.op_type in _QUANTIZES or node.domain != "")
+
+
+def _is_dequantized(value: ir.Value) -> bool:
+    found = [value]
+    for current in found:
+        for node in (use.node for use in current.uses()):
+            if node.op_type == "DequantizeLinear":
+                return True
+            if node.op_type in _MOVES_STORED:
+                found += [output for output in node.outputs if output not in found]
+    return False
+
+
+def _not_fused(node: ir.Node, data: list[ir.Value], reader: ir.Node | None) -> str | None:
+    """Why what the operands and the result are stored as fits no integer form in ORT 1.31."""
+    operands = data[:2] if node.op_type in _WEIGHTED else data
+    stored = [_storage(dequantize_of(value)) for value in operands]
+    result = None if reader is None else _storage_of_result(reader)
+    if node.op_type not in _WEIGHTED:
+        kinds = {*stored, result}
+        fits = len(kinds) == 1 and kinds <= {*_8_BITS}
+    else:
+        fits = {stored[0], result} <= {ir.DataType.UINT8, None} and stored[1] in _8_BITS
+        if node.op_type == "Gemm":
+            fits = fits or {*stored, result} <= {ir.DataType.INT8, None}
+            if any(len(v.producer().inputs) < 3 for v in operands):  # type: ignore[union-attr]
+                return "ORT's QGemm needs zero points"
+    if fits:
+        return None
+    names = [kind.name for kind in (*stored, result) if kind is not None]
+    return f"no integer form in ORT of {' and '.join(dict.fromkeys(names))}"
+
+
+def _storage(widened: ir.Node | None) -> ir.DataType | None:
+    """What a DequantizeLinear reads, once ORT has made pairs of int8 that are alone uint8."""
+    stored = widened.inputs[0] if widened is not None else None
+    if widened is None or stored is None:
+        return None
+    quantize = stored.producer()
+    if stored.dtype is ir.DataType.INT8 and quantize is not None and _is_alone(quantize, widened):
+        return ir.DataType.UINT8
+    return stored.dtype
+
+
+def _storage_of_result(quantize: ir.Node) -> ir.DataType | None:
+    widened = only_consumer(quantize.outputs[0])
+    if widened is not None and widened.op_type == "DequantizeLinear":
+        return _storage(widened)
+    return quantize.outputs[0].dtype
+
+
+def _is_alone(quantize: ir.Node, widened: ir.Node) -> bool:
+    """Whether nothing else reads what a pair stores, and one node at most what it widens."""
+    result = widened.outputs[0]
+    return (
+        quantize.op_type == "QuantizeLinear"
+        and len(quantize.inputs) == len(widened.inputs) == 3
+        and only_consumer(quantize.outputs[0]) is widened
+        and len(result.uses()) + result.is_graph_output() <= 1
+    )
 
 
 def _is_matrix(value: ir.Value) -> bool:
@@ -75,6 +176,8 @@ def _is_matrix(value: ir.Value) -> bool:
     if params is None or node is None or node.inputs[0] is None:
         return False
     if node.inputs[0].const_value is None or len(node.inputs[0].const_value.shape) != 2:
+        return False
+    if params.type.storage in _16_BITS:
         return False
     match params.type.granularity:
         case PerTensor():

@@ -17,15 +17,17 @@ from numpy.typing import NDArray
 
 from qcompiler.ir.arithmetic import broadcast_scale
 from qcompiler.ir.decisions import add_note
-from qcompiler.ir.graph import constant, dequantize_of, new_initializer, only_consumer
+from qcompiler.ir.graph import constant, dequantize_of, new_initializer
 from qcompiler.ir.params import quant_params
 from qcompiler.ir.types import PerGroup
-from qcompiler.passes.left_to_ort import left_to_ort
+from qcompiler.passes.left_to_ort import MOVES, left_to_ort
 
 __all__ = ["dequantized_constant", "try_widen_constant"]
 
 _MOST_OF_A_MODEL = frozenset({"MatMul", "Gather"})
 _ROUNDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+_FUSED_WITH_A_CONSTANT = frozenset({"Add", "Sub", "Mul", "Div", "BatchNormalization"})
+_MOVED_OR_CLIPPED = MOVES | {"Relu", "Clip", "Pad", "Dropout", "Cast"}
 
 
 def dequantized_constant(value: ir.Value | None) -> NDArray[np.float32] | None:
@@ -83,10 +85,45 @@ def _reads_floats(reader: ir.Node, is_bias: bool) -> bool:
 
 
 def _ort_would_round(reader: ir.Node) -> bool:
-    """Whether ORT 1.31 quantizes the float weights of an op itself, per tensor: between pairs."""
-    if reader.op_type not in _ROUNDED or dequantize_of(reader.inputs[0]) is None:
+    """Whether ORT 1.31 quantizes the float weights of an op itself, per tensor: between pairs.
+
+    It does so after it has fused the constants behind a convolution into its weights.
+    """
+    node = reader if reader.op_type in _ROUNDED else _source(reader.outputs[0])
+    if node is None or node.op_type not in _ROUNDED or node.inputs[0] is None:
         return False
-    after = only_consumer(reader.outputs[0])
-    while after is not None and after.op_type in ("Relu", "Clip"):
-        after = only_consumer(after.outputs[0])
-    return after is not None and after.op_type == "QuantizeLinear"
+    before = _source(node.inputs[0])
+    if before is None or before.op_type != "DequantizeLinear":
+        return False
+    return _is_quantized(node.outputs[0])
+
+
+def _source(value: ir.Value) -> ir.Node | None:
+    """What computes `value`, seen through the ops that ORT removes, moves or fuses."""
+    node = value.producer()
+    while node is not None and _is_seen_through(node):
+        node = next(v for v in node.inputs if not _is_constant(v)).producer()  # type: ignore[union-attr]
+    return node
+
+
+def _is_quantized(value: ir.Value) -> bool:
+    """Whether a reader of `value` quantizes it, behind such ops or none."""
+    readers = [use.node for use in value.uses()]
+    return any(
+        node.op_type == "QuantizeLinear"
+        or (_is_seen_through(node) and any(map(_is_quantized, node.outputs)))
+        for node in readers
+    )
+
+
+def _is_seen_through(node: ir.Node) -> bool:
+    others = [value for value in node.inputs if not _is_constant(value)]
+    if node.op_type in _FUSED_WITH_A_CONSTANT:
+        return len(others) == 1
+    return node.op_type in _MOVED_OR_CLIPPED and len(others) > 0
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    node = dequantize_of(value)
+    stored = value if node is None else node.inputs[0]
+    return stored is None or stored.const_value is not None
