@@ -27,6 +27,7 @@ from qcompiler.samples import Samples, Source, samples_from
 from qcompiler.source import check_destination_of
 from qcompiler.step import Watcher
 from qcompiler.targets.catalog import get_target
+from qcompiler.watch import check_dumps
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +91,7 @@ def compile(
     clock = Clock(progress)
     goal, recipe = get_target(target), recipe or Recipe()
     destination = _destination(source, target, output, stop_after)
+    check_dumps(watchers, source, destination)
     samples = None if calibration is None else samples_from(calibration)
     observer = None
     if samples is not None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_a_jump_prints_what_came_before_it():
         (["--stop-after", "qdq", "-o", "."], 1, "output . is a folder; name a file in it"),
         (["--stop-after", "qdq", "-o", MODEL], 1, "digits.onnx is the input; name another file"),
         (["--stop-after", "qdq", "-o", "no/o.onnx"], 1, "cannot write no/o.onnx: No such file"),
-        (["--dump-dir", "."], 1, "the folder . for dumps holds other files (other.txt)"),
+        (["--dump-dir", "."], 1, "the folder . for dumps and the output"),
         (["--check-numerics", "nowhere"], 1, "no samples: nowhere does not exist"),
         (["--check-numerics", "other.txt"], 1, "other.txt is no file of samples"),
         (["--numerics-bound", "50"], 2, "a bound needs --check-numerics SAMPLES"),
@@ -135,6 +136,19 @@ def test_options_that_are_refused(args, code, message):
     Path("other.txt").touch()
     fails(code, message, MODEL, *ARM, *args)
     assert [file.name for file in Path().iterdir()] == ["other.txt"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["00-a.onnx", *ARM, "-o", "out", "--dump-dir", "."],
+        ["pass", FLOATS, "00-a.onnx", "../o.onnx", "--dump-dir", "."],
+    ],
+)
+def test_dumps_do_not_delete_the_model(args):
+    shutil.copy(MODEL, "00-a.onnx")
+    fails(1, "the folder . for dumps and the model", *args)
+    assert Path("00-a.onnx").read_bytes() == Path(MODEL).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from qcompiler.passes.options import options_of
 from qcompiler.pipeline import Pipeline, Step
 from qcompiler.pipeline_text import PassText, parse_pipeline
 from qcompiler.step import Watcher, as_pass
-from qcompiler.watch import DumpModels, PrintAfter
+from qcompiler.watch import DumpModels, PrintAfter, check_dumps
 
 KNOWN = ("alpha", "beta", "gamma")
 FEEDS = {"x": np.random.default_rng(1).standard_normal((5, 64), dtype=np.float32)}
@@ -303,8 +303,10 @@ def test_dumps_run_and_share_their_weights(tmp_path):
         pipeline.run(mlp(), watchers=[DumpModels(tmp_path / "dumps")])
     files = sorted(file.name for file in (tmp_path / "dumps").iterdir())
     assert files[:2] == ["00-source.onnx", "01-canonicalize.onnx"]
-    assert files[-2:] == [f"{len(pipeline.steps)}-bind-kernels.onnx", "weights.data"]
-    for name in files[:-1]:
+    assert files[-3:] == [
+        f"{len(pipeline.steps)}-bind-kernels.onnx", "dump.txt", "weights.data",
+    ]  # fmt: skip
+    for name in files[:-2]:
         session = ort.InferenceSession(tmp_path / "dumps" / name)
         assert np.abs(session.run(None, FEEDS)[0] - expected).max() < 0.05 * np.abs(expected).max()
     floats = sum(value.const_value.nbytes for value in mlp().graph.initializers.values())
@@ -317,6 +319,27 @@ def test_dumps_do_not_replace_other_files(tmp_path):
         Pipeline.default("arm-int8").run(mlp(), watchers=[DumpModels(tmp_path)])
     with pytest.raises(OptionError, match="cannot write to .*thesis.txt"):
         Pipeline.default("arm-int8").run(mlp(), watchers=[DumpModels(tmp_path / "thesis.txt")])
+
+
+def test_dumps_keep_away_from_the_model(tmp_path):
+    for name in ("00-mine.onnx", "weights.data"):  # named like dumps, which they are not
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(OptionError, match=f"holds other files .{name}"):
+            Pipeline([]).run(mlp(), watchers=[DumpModels(folder)])
+        assert (folder / name).read_text() == "mine"
+    Pipeline([]).run(mlp(), watchers=[DumpModels(tmp_path / "dumps")])
+    source = tmp_path / "dumps" / "00-source.onnx"
+    before = source.read_bytes()
+    with pytest.raises(OptionError, match="for dumps and the weights .*lie in one another; name"):
+        Pipeline([]).run(ir.load(source), watchers=[DumpModels(tmp_path / "dumps")])
+    for file, output, what in ((source, tmp_path / "out", "model"),
+                               (tmp_path / "m.onnx", tmp_path / "dumps" / "out", "output"),
+                               (tmp_path / "m.onnx", tmp_path, "output")):  # fmt: skip
+        with pytest.raises(OptionError, match=f"for dumps and the {what} .* lie in one another"):
+            check_dumps([DumpModels(tmp_path / "dumps")], file, output)
+    assert source.read_bytes() == before
 
 
 # Numerics

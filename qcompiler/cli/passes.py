@@ -48,6 +48,7 @@ def pass_command(
     text, source, output = _operands(words, debugging.pipeline)
     from qcompiler.frontend import load_model
     from qcompiler.model_file import check_file, save_model
+    from qcompiler.watch import check_dumps
 
     check_file(output, source)
     pipeline = _pipeline(target, calib).select(text)
@@ -57,6 +58,7 @@ def pass_command(
         pipeline = pipeline.up_to(debugging.stage)
     rows: list[dict[str, Any]] = []
     with debugging.watching(terminal, as_json) as watchers:
+        check_dumps(watchers.all, source, output)
         model = load_model(source)
         model = pipeline.run(model, watchers=[_count_nodes(rows, model), *watchers.all])
         save_model(model, output)
