@@ -27,6 +27,7 @@ from qcompiler.samples import Samples, Source, samples_from
 from qcompiler.source import check_destination_of
 from qcompiler.step import Watcher
 from qcompiler.targets.catalog import get_target
+from qcompiler.targets.target import Target
 from qcompiler.watch import check_dumps
 
 if TYPE_CHECKING:
@@ -65,7 +66,8 @@ def compile(
         recipe: What to do differently from the target's defaults.
         calibration: Samples for what must be static, see `Samples`.
         pipeline: Passes to run instead of the default ones, for which kernels are then not chosen;
-            or a text that names some of the default ones, see `Pipeline.parse`.
+            and which has its target, recipe and samples; or a text that names some of the default
+            ones, see `Pipeline.parse`.
         strict: Raise if a node that could be fast is not.
         timing: Time kernels, and the bundle, on this machine, where it runs the target; else a
             cost model decides where quantizing gains something.
@@ -89,7 +91,15 @@ def compile(
     require_path("output", output)
     require_path("choices", choices)
     clock = Clock(progress)
-    goal, recipe = get_target(target), recipe or Recipe()
+    goal = get_target(target)
+    if isinstance(pipeline, Pipeline):
+        _check_complete(pipeline, goal, recipe, calibration)
+        if shapes is not None or choices is not None:
+            raise OptionError(
+                "a pipeline of your own chooses nothing: leave out shapes and choices"
+            )
+        recipe = pipeline.recipe
+    recipe = recipe or Recipe()
     destination = _destination(source, target, output, stop_after)
     check_dumps(watchers, source, destination)
     samples = None if calibration is None else samples_from(calibration)
@@ -99,8 +109,6 @@ def compile(
     chooser = None
     if not isinstance(pipeline, Pipeline):
         chooser = Chooser(goal, Wishes(timing, shapes, choices), samples, clock.detail)
-    elif shapes is not None or choices is not None:
-        raise OptionError("a pipeline of your own chooses nothing: leave out shapes and choices")
     job = Job(
         source, (example_inputs, dynamic_shapes), goal, recipe, clock, observer, chooser, pipeline,
         stop_after, watchers,
@@ -120,6 +128,30 @@ def compile(
             job.write(model, stage)
         job.write_choices(stage)
     return _report(job, model, destination)
+
+
+def _check_complete(
+    pipeline: Pipeline, target: Target, recipe: Recipe | None, calibration: object
+) -> None:
+    """Refuse what passes that were made before would not hear of.
+
+    Raises:
+        OptionError: A recipe, samples, or another target.
+    """
+    if recipe is not None:
+        raise OptionError(
+            "a pipeline of your own has its recipe: give it to Pipeline.default(target, recipe)"
+        )
+    if calibration is not None:
+        raise OptionError(
+            "a pipeline of your own observes for itself: give the samples to Pipeline.default("
+            "target, observe=lambda model, names: calibrate.observe(model, names, samples))"
+        )
+    if pipeline.target is not None and pipeline.target != target:
+        raise OptionError(
+            f"the pipeline was made for {pipeline.target.name}: compile for that, or make it by "
+            f"Pipeline.default({target.name!r})"
+        )
 
 
 def _report(job: Job, model: ir.Model, written: Path) -> Report:

@@ -47,10 +47,18 @@ class Pipeline:
     pipeline.insert_after("fuse-gelu", "my-pass", MyPass())
     pipeline.configure("smooth-activations", alpha=(0.6,))
     model = pipeline.run(model)
+
+    Attributes:
+        steps: The passes.
+        target: What they were made for; None if nobody said.
+        recipe: What they were told to do differently.
     """
 
-    def __init__(self, steps: Iterable[Step]) -> None:
+    def __init__(
+        self, steps: Iterable[Step], target: Target | None = None, recipe: Recipe | None = None
+    ) -> None:
         self.steps = list(steps)
+        self.target, self.recipe = target, recipe or Recipe()
 
     @classmethod
     def default(
@@ -117,7 +125,9 @@ class Pipeline:
                 Step(
                     "bind-kernels", BindKernels(catalog.fingerprint(goal)), Stage.KERNEL, "target"
                 ),
-            ]
+            ],
+            goal,
+            recipe,
         )
         if not recipe.smooth:
             pipeline.remove("smooth-activations")
@@ -161,11 +171,12 @@ class Pipeline:
                 )
             rewrite = configured(step.rewrite, item.name, item.options)
             chosen.append(dataclasses.replace(step, rewrite=rewrite))
-        return Pipeline(chosen)
+        return Pipeline(chosen, self.target, self.recipe)
 
     def up_to(self, stage: Stage) -> Pipeline:
         """The passes before the first that leaves the model beyond a stage."""
-        return Pipeline(itertools.takewhile(lambda step: step.stage <= stage, self.steps))
+        steps = itertools.takewhile(lambda step: step.stage <= stage, self.steps)
+        return Pipeline(steps, self.target, self.recipe)
 
     def check_needs_no_target(self) -> None:
         """Check that the passes may run though nobody named a target.

@@ -117,6 +117,7 @@ def test_a_jump_prints_what_came_before_it():
         (["--pipeline", "fold-qdq{"], 1, "pipeline 'fold-qdq{': a '{' that nothing closes"),
         (["--pipeline", "..{kep=1}"], 1, "options belong to a pass, not to '..'"),
         (["--pipeline", "assign-precision{kep_float=1}"], 1, "has no option 'kep_float'; did you"),
+        (["--pipeline", "fold-qdq"], 1, "keep_float is for assign-precision, which the pipeline"),
         (["--pipeline", "insert-qdq"], 1, "insert-qdq needs the plans of assign-precision"),
         (["--print-after", "fold-qdf"], 1, "print after 'fold-qdf': no such pass runs; did you"),
         (["--stop-after", "qdk"], 2, "Invalid value for '--stop-after': 'qdk' is not one of"),

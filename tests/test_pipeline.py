@@ -10,12 +10,14 @@ from golden import model_of, run
 from onnxscript import rewriter
 
 import qcompiler
+from qcompiler.bundle import Manifest
 from qcompiler.ir.errors import CalibrationError, NumericsError, OptionError
 from qcompiler.ir.stages import Stage
 from qcompiler.numerics import CheckNumerics
 from qcompiler.passes.options import options_of
 from qcompiler.pipeline import Pipeline, Step
 from qcompiler.pipeline_text import PassText, parse_pipeline
+from qcompiler.recipe import Recipe
 from qcompiler.step import Watcher, as_pass
 from qcompiler.watch import DumpModels, PrintAfter, check_dumps
 
@@ -471,3 +473,41 @@ def test_compile_takes_text_watchers_and_a_stage(tmp_path):
         qcompiler.compile(
             mlp(), "arm-int8", tmp_path / "b", pipeline=Pipeline([]), shapes={"x": (1, 64)}
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": Recipe()}, r"give it to Pipeline.default\(target, recipe\)"),
+        ({"calibration": "digits/calib"}, "give the samples to Pipeline.default"),
+        ({"target": "x86-int8"}, r"made for arm-int8: .*by Pipeline.default\('x86-int8'\)"),
+    ],
+)
+def test_a_pipeline_of_one_s_own_is_complete(tmp_path, options, message):
+    arguments = {"target": "arm-int8", "output": tmp_path / "b", "pipeline": halving()} | options
+    with pytest.raises(OptionError, match=message):
+        qcompiler.compile(mlp(), **arguments)
+
+
+def test_the_manifest_has_the_recipe_of_the_pipeline(tmp_path):
+    recipe = Recipe(keep_float=("MatMul",))
+    report = qcompiler.compile(
+        mlp(), "arm-int8", tmp_path / "b", pipeline=Pipeline.default("arm-int8", recipe)
+    )
+    assert Manifest.read(report.bundle).recipe == recipe.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("..fuse-gelu", {"recipe": Recipe(keep_float=("x",))}, "keep_float is for assign-precis"),
+        ("..fuse-gelu", {"recipe": Recipe(group_size=32)}, "group_size is for assign-precision, w"),
+        ("..fold-qdq", {"recipe": Recipe(attention="float32")}, "attention is for fuse-attention"),
+        ("fold-qdq", {"recipe": Recipe(calibration="min-max")}, "calibration is for insert-qdq, "),
+        ("fold-qdq", {"shapes": {"x": (1, 64)}}, "leaves out: add choose-kernels to it, or leave"),
+    ],
+)
+def test_a_text_that_leaves_out_the_reader_of_an_option(tmp_path, text, options, message):
+    target = "x86-int4" if "group" in message else "x86-int8"
+    with pytest.raises(OptionError, match=message):
+        qcompiler.compile(mlp(), target, tmp_path / "b", pipeline=text, timing=False, **options)
