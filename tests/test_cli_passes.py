@@ -167,6 +167,29 @@ def test_passes_that_are_refused(args, code, message):
     fails(code, message, "pass", *args)
 
 
+def test_convolutions_are_rounded_between_pairs():
+    text = "canonicalize,assign-precision,round-to-nearest"
+    message = "round-to-nearest needs insert-qdq before it: the input of"
+    fails(1, message, "pass", text, MODEL, "o.onnx", "--target", "x86-int8", "--calib", CALIB)
+    assert not Path("o.onnx").exists()
+
+
+def test_a_model_with_ops_of_ours_takes_later_passes_only():
+    target = ("--target", "x86-int8")
+    for stage in ("quantized", "kernel"):
+        result = qcompile(MODEL, *target, "--keep-float", "Conv", "--stop-after", stage,
+                          "-o", f"{stage}.onnx", "--no-timing")  # fmt: skip
+        assert result.exit_code == 0, result.output
+        for passes in ("canonicalize", "fold-qdq", "canonicalize..fold-qdq"):
+            fails(1, "the model was compiled before: node", "pass", passes, f"{stage}.onnx",
+                  "o.onnx", *target, "--calib", CALIB)  # fmt: skip
+    fails(1, "the model was compiled before", "pass", "bind-kernels", "kernel.onnx", "o.onnx",
+          *target)  # fmt: skip
+    result = qcompile("pass", "fuse-regions..bind-kernels", "quantized.onnx", "o.onnx", *target)
+    assert result.exit_code == 0, result.output
+    assert any(op.startswith("QMatMulW8A8_") for op in ops("o.onnx"))
+
+
 def test_the_documented_passes_are_those_of_the_code():
     written = (Path(__file__).parents[1] / "docs" / "passes.md").read_text(encoding="utf-8")
     assert written == document(), "run: python -m qcompiler.pass_docs > docs/passes.md"

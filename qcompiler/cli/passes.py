@@ -40,7 +40,8 @@ def pass_command(
 ) -> None:  # fmt: skip
     """List the passes, or run some of them on an ONNX file.
 
-    PASSES is what --pipeline takes: names with commas between, as in canonicalize,fold-qdq.
+    PASSES is what --pipeline takes: names with commas between, as in canonicalize,fold-qdq.  A file
+    that fold-qdq left takes only the passes after it, and a compiled model none.
     """
     if listed:
         _list(terminal, as_json)
@@ -60,6 +61,7 @@ def pass_command(
     with debugging.watching(terminal, as_json) as watchers:
         check_dumps(watchers.all, source, output)
         model = load_model(source)
+        _check_order(model, pipeline)
         model = pipeline.run(model, watchers=[_count_nodes(rows, model), *watchers.all])
         save_model(model, output)
     if as_json:
@@ -84,6 +86,20 @@ def _operands(words: Sequence[str], pipeline: str | None) -> tuple[str, Path, Pa
     if len(words) != 3:
         raise click.UsageError("give PASSES IN.onnx OUT.onnx, or --list")
     return words[0], Path(words[1]), Path(words[2])
+
+
+def _check_order(model: ir.Model, pipeline: Pipeline) -> None:
+    """Refuse passes that a model with ops of ours is beyond.
+
+    Raises:
+        ModelError: It was compiled, or a pass is one that comes before these ops.
+    """
+    from qcompiler.ir.stages import Stage
+    from qcompiler.passes.bind_kernels import bound_domain
+    from qcompiler.source import check_not_compiled
+
+    if bound_domain(model) is not None or any(step.stage < Stage.KERNEL for step in pipeline):
+        check_not_compiled(model)
 
 
 def _list(terminal: Terminal, as_json: bool) -> None:
