@@ -25,7 +25,7 @@ from qcompiler.recipe import Recipe
 from qcompiler.report import Report
 from qcompiler.samples import Samples, Source, samples_from
 from qcompiler.source import check_destination_of
-from qcompiler.step import Watcher
+from qcompiler.step import Watcher, check_watchers
 from qcompiler.targets.catalog import get_target
 from qcompiler.targets.target import Target
 from qcompiler.watch import check_dumps
@@ -51,7 +51,7 @@ def compile(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     choices: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    stop_after: Stage | None = None,
+    stop_after: Stage | str | None = None,
     watchers: Sequence[Watcher] = (),
 ) -> Report:
     """Compile a model into a bundle.
@@ -74,8 +74,8 @@ def compile(
         shapes: Shapes of the model's inputs that matter, for timing.
         choices: A bundle, or its manifest, whose choices are to be made again.
         progress: Told about each step.
-        stop_after: Write the model as it is after this stage, as an ONNX file and no bundle; by
-            default `<model>.<target>.<stage>.onnx`.
+        stop_after: Write the model as it is after this stage ("float", "qdq", …), as an ONNX file
+            and no bundle; by default `<model>.<target>.<stage>.onnx`.
         watchers: Shown the model at the start, and before and after each pass.
 
     Returns:
@@ -90,6 +90,8 @@ def compile(
     require("progress", progress, Callable, "a function")
     require_path("output", output)
     require_path("choices", choices)
+    check_watchers(watchers)
+    last = _stage(stop_after)
     clock = Clock(progress)
     goal = get_target(target)
     if isinstance(pipeline, Pipeline):
@@ -100,7 +102,7 @@ def compile(
             )
         recipe = pipeline.recipe
     recipe = recipe or Recipe()
-    destination = _destination(source, target, output, stop_after)
+    destination = _destination(source, target, output, last)
     check_dumps(watchers, source, destination)
     samples = None if calibration is None else samples_from(calibration)
     observer = None
@@ -111,12 +113,12 @@ def compile(
         chooser = Chooser(goal, Wishes(timing, shapes, choices), samples, clock.detail)
     job = Job(
         source, (example_inputs, dynamic_shapes), goal, recipe, clock, observer, chooser, pipeline,
-        stop_after, watchers,
+        last, watchers,
     )  # fmt: skip
     model = job.run_passes()
     if strict:
         _refuse_fallbacks(decisions(model))
-    if stop_after is not None:
+    if last is not None:
         save_model(model, destination)
         return _report(job, model, destination)
     with staged_folder(destination) as stage:
@@ -128,6 +130,15 @@ def compile(
             job.write(model, stage)
         job.write_choices(stage)
     return _report(job, model, destination)
+
+
+def _stage(given: Stage | str | None) -> Stage | None:
+    names = [stage.name.lower() for stage in Stage]
+    if given is None or isinstance(given, Stage):
+        return given
+    if given not in names:
+        raise OptionError(f"stop_after must be one of {', '.join(names)}, not {given!r}")
+    return Stage[given.upper()]
 
 
 def _check_complete(

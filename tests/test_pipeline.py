@@ -182,6 +182,30 @@ def test_options_from_python():
         pipeline.configure("halv", factor=1.0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"alpha": "much"}, "smooth-activations: alpha takes a number, not 'much'"),
+        ({"alpha": (0.5, None)}, "smooth-activations: alpha takes a number, not None"),
+        ({"alpha": True}, "alpha takes a number, not True"),
+        ({"worth": (1.0,)}, r"worth takes a number, not \(1.0,\)"),
+    ],
+)
+def test_values_from_python_that_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        Pipeline.default("arm-int8").configure("smooth-activations", **options)
+
+
+@pytest.mark.parametrize("alpha", [0.6, (0.6,), [0.6], ["0.6"]])
+def test_values_from_python(alpha):
+    pipeline = Pipeline.default("arm-int8")
+    pipeline.configure("smooth-activations", alpha=alpha, worth=1)
+    pipeline.configure("assign-precision", group_size=None, keep_float="Conv")
+    options = {step.name: getattr(step.rewrite, "options", None) for step in pipeline}
+    assert options["smooth-activations"].alpha == (0.6,)
+    assert options["assign-precision"].keep_float == ("Conv",)
+
+
 def test_a_pass_may_be_named_twice_with_other_options():
     first, second = halving().select("halve{factor=2},halve")
     assert (first.rewrite.options.factor, second.rewrite.options.factor) == (2.0, 0.5)
@@ -213,6 +237,8 @@ def test_up_to_a_stage():
     pipeline = Pipeline.default("arm-int8")
     assert [step.name for step in pipeline.up_to(Stage.QDQ)][-1] == "round-to-nearest"
     assert len(pipeline.up_to(Stage.KERNEL).steps) == len(pipeline.steps)
+    with pytest.raises(OptionError, match="nothing to do up to stage float: fold-qdq, the first"):
+        Pipeline.parse("fold-qdq").up_to(Stage.FLOAT)
 
 
 def test_a_pass_for_floats_may_run_late():
@@ -256,6 +282,77 @@ def test_values_that_a_rule_makes_get_names():
 def test_an_empty_list_of_rules_is_refused():
     with pytest.raises(OptionError, match="a list of rewrite rules is empty"):
         Pipeline.default("arm-int8").replace("fuse-gelu", [])
+
+
+class Rule(rewriter.RewriteRuleClassBase):
+    """A rule as a class."""
+
+    def pattern(self, op, x):
+        return op.Neg(op.Neg(x))
+
+    def rewrite(self, op, x):
+        return op.Identity(x)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (negated_twice, "negated_twice.* is no pass: give an onnx_ir.passes.PassBase, or rules of"),
+        (None, "^None is no pass"),
+        ("fold-qdq", "is no pass"),
+        ([RULE, None], "^None is no pass"),
+        (Halve, r"give a pass, not its class: Halve\(\)"),
+        (Rule(), r"give the rule of Rule: Rule.rule\(\)"),
+        (Rule, r"give the rule of Rule: Rule.rule\(\)"),
+    ],
+)
+def test_what_is_no_pass(given, message):
+    pipeline = Pipeline.default("arm-int8")
+    for change in (pipeline.insert_before, pipeline.insert_after):
+        with pytest.raises(OptionError, match=message):
+            change("fold-qdq", "new", given)
+    with pytest.raises(OptionError, match=message):
+        pipeline.replace("fold-qdq", given)
+
+
+def test_names_of_passes_are_their_own():
+    pipeline = halving()
+    with pytest.raises(OptionError, match="has a pass 'halve': give the new one another name, or"):
+        pipeline.insert_before("fold-qdq", "halve", Halve())
+    with pytest.raises(OptionError, match="the name of a pass is a text, not <"):
+        pipeline.insert_before("fold-qdq", Halve(), "halve")
+    with pytest.raises(OptionError, match="no pass 3 in the pipeline"):
+        pipeline.remove(3)
+
+
+def stumble(graph):
+    raise ValueError("a stone")
+
+
+def test_what_a_pass_raises_comes_with_its_name():
+    steps = [Step("walk", Break(stumble), Stage.FLOAT)]
+    with pytest.raises(ir.passes.PassError, match="^walk: ValueError: a stone$") as error:
+        Pipeline(steps).run(mlp())
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+def test_arguments_of_a_pipeline_are_checked(tmp_path):
+    with pytest.raises(OptionError, match="target must be a name or a Target, not 5"):
+        Pipeline.default(5)
+    with pytest.raises(OptionError, match="recipe must be a qcompiler.Recipe, not {'smooth'"):
+        Pipeline.default("x86-int8", {"smooth": False})
+    with pytest.raises(OptionError, match=r"an onnx_ir.Model, not 'm.onnx': onnx_ir.load\(path"):
+        halving().run("m.onnx")
+    with pytest.raises(OptionError, match="watchers: 'x' is no qcompiler.step.Watcher"):
+        halving().run(mlp(), watchers=["x"])
+    for options, message in (
+        ({"watchers": ["x"]}, "watchers: 'x' is no"),
+        ({"watchers": 3}, "watchers must be a list of watchers, not 3"),
+        ({"stop_after": "qdk"}, "must be one of float, qdq, quantized, kernel, not 'qdk'"),
+        ({"stop_after": 2}, "stop_after must be one of .*, not 2"),
+    ):
+        with pytest.raises(OptionError, match=message):
+            qcompiler.compile(mlp(), "arm-int8", tmp_path / "b", **options)
 
 
 # Watchers
@@ -485,7 +582,7 @@ def test_a_jump_of_a_quantized_model_mentions_ties(samples):
 def test_compile_takes_text_watchers_and_a_stage(tmp_path):
     texts = []
     report = qcompiler.compile(
-        mlp(), "arm-int8", tmp_path / "model.onnx", pipeline="..fold-qdq", stop_after=Stage.QDQ,
+        mlp(), "arm-int8", tmp_path / "model.onnx", pipeline="..fold-qdq", stop_after="qdq",
         watchers=[PrintAfter(["round-to-nearest"], texts.append)],
     )  # fmt: skip
     assert report.bundle == tmp_path / "model.onnx"
