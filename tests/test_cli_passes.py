@@ -161,6 +161,9 @@ def test_dumps_do_not_delete_the_model(args):
         ([f"{FLOATS},fold-qdq{{a=1}}", MODEL, "o.onnx"], 1, "fold-qdq has no option 'a', and no"),
         (["..", MODEL, "o.onnx"], 1, "assign-precision depends on the target: add --target"),
         ([FLOATS, MODEL, "."], 1, "output . is a folder"),
+        (["fold-qdq", MODEL, "o.onnx", "--stop-after", "float"], 1, "nothing to do up to stage"),
+        ([FLOATS, MODEL, "o.onnx", "--calib", CALIB], 2, "none of these passes reads --calib; ch"),
+        (["--list", "fold-qdq"], 2, "--list takes no passes or files: leave out fold-qdq"),
     ],
 )
 def test_passes_that_are_refused(args, code, message):
@@ -170,7 +173,7 @@ def test_passes_that_are_refused(args, code, message):
 def test_convolutions_are_rounded_between_pairs():
     text = "canonicalize,assign-precision,round-to-nearest"
     message = "round-to-nearest needs insert-qdq before it: the input of"
-    fails(1, message, "pass", text, MODEL, "o.onnx", "--target", "x86-int8", "--calib", CALIB)
+    fails(1, message, "pass", text, MODEL, "o.onnx", "--target", "x86-int8")
     assert not Path("o.onnx").exists()
 
 
@@ -182,7 +185,7 @@ def test_a_model_with_ops_of_ours_takes_later_passes_only():
         assert result.exit_code == 0, result.output
         for passes in ("canonicalize", "fold-qdq", "canonicalize..fold-qdq"):
             fails(1, "the model was compiled before: node", "pass", passes, f"{stage}.onnx",
-                  "o.onnx", *target, "--calib", CALIB)  # fmt: skip
+                  "o.onnx", *target)  # fmt: skip
     fails(1, "the model was compiled before", "pass", "bind-kernels", "kernel.onnx", "o.onnx",
           *target)  # fmt: skip
     result = qcompile("pass", "fuse-regions..bind-kernels", "quantized.onnx", "o.onnx", *target)

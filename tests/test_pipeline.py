@@ -90,6 +90,13 @@ def test_options_are_apart_by_spaces_or_commas():
         assert found == PassText("alpha", written)
 
 
+def test_smooth_quant_is_another_name():
+    known = ("fold-qdq", "smooth-activations")
+    smooth = PassText("smooth-activations", {"alpha": ["0.6"]})
+    assert parse_pipeline("smooth-quant{alpha=0.6}", known) == [smooth]
+    assert parse_pipeline("..smooth-quant{alpha=0.6}", known)[-1] == smooth
+
+
 def test_options_of_a_range_are_its_last_pass_s():
     found = parse_pipeline("..beta{a=1}", KNOWN)
     assert found == [PassText("alpha", {}), PassText("beta", {"a": ["1"]})]

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["pass_command"]
 
+_SAMPLED = ("choose-kernels", "smooth-activations", "insert-qdq")
+"""Passes that look at samples."""
+
 
 @click.command("pass")
 @click.argument("words", metavar="[PASSES] IN.onnx OUT.onnx", nargs=-1)
@@ -29,7 +32,9 @@ __all__ = ["pass_command"]
 @click.option(
     "--target", type=TargetName(), metavar="TARGET", help="For passes that depend on one."
 )
-@click.option("--calib", type=FILE, metavar="DIR", help="Samples, for insert-qdq.")
+@click.option(
+    "--calib", type=FILE, metavar="DIR", help="Samples, for insert-qdq and the two before it."
+)
 @debugging_options
 @json_option
 @verbose_option
@@ -44,6 +49,8 @@ def pass_command(
     that fold-qdq left takes only the passes after it, and a compiled model none.
     """
     if listed:
+        if words:
+            raise click.UsageError(f"--list takes no passes or files: leave out {words[0]}")
         _list(terminal, as_json)
         return
     text, source, output = _operands(words, debugging.pipeline)
@@ -57,6 +64,8 @@ def pass_command(
         pipeline.check_needs_no_target()
     if debugging.stage is not None:
         pipeline = pipeline.up_to(debugging.stage)
+    if calib is not None and not any(step.name in _SAMPLED for step in pipeline):
+        raise click.UsageError(f"none of these passes reads --calib; {', '.join(_SAMPLED)} do")
     rows: list[dict[str, Any]] = []
     with debugging.watching(terminal, as_json) as watchers:
         check_dumps(watchers.all, source, output)
