@@ -18,7 +18,7 @@ from qcompiler.step import Step, Watcher
 __all__ = ["DumpModels", "PrintAfter", "check_dumps"]
 
 _WEIGHTS = "weights.data"
-_INDEX = "dump.txt"
+_INDEX = "qcompiler-dump.txt"
 """Names the files that a dump wrote, one per line: only those are ever deleted."""
 
 

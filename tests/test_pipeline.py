@@ -411,7 +411,7 @@ def test_dumps_run_and_share_their_weights(tmp_path):
     files = sorted(file.name for file in (tmp_path / "dumps").iterdir())
     assert files[:2] == ["00-source.onnx", "01-canonicalize.onnx"]
     assert files[-3:] == [
-        f"{len(pipeline.steps)}-bind-kernels.onnx", "dump.txt", "weights.data",
+        f"{len(pipeline.steps)}-bind-kernels.onnx", "qcompiler-dump.txt", "weights.data",
     ]  # fmt: skip
     for name in files[:-2]:
         session = ort.InferenceSession(tmp_path / "dumps" / name)
