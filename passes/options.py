@@ -79,7 +79,7 @@ def configured(
     Args:
         rewrite: The pass; it is not changed.
         name: What the pipeline calls it, for messages.
-        values: By option; a list of texts is read as the field's type, all else is taken as it is.
+        values: By option; a list of texts is read as the field's type, all else must be of it.
 
     Raises:
         OptionError: No such option, or a value that it does not take.
@@ -93,15 +93,27 @@ def configured(
         return rewrite
     changed: Any = copy.copy(rewrite)
     hints = typing.get_type_hints(type(changed.options))
-    read = {
-        key: _read(value, hints[key], f"{name}: {key}") if isinstance(value, list) else value
-        for key, value in values.items()
-    }
+    read = {key: _given(value, hints[key], f"{name}: {key}") for key, value in values.items()}
     try:
         changed.options = dataclasses.replace(changed.options, **read)
     except OptionError as error:
         raise OptionError(f"{name}: {error}") from error
     return typing.cast(ir.passes.PassBase, changed)
+
+
+def _given(value: Any, hint: Any, where: str) -> Any:
+    """A value as its field has it: a text that is read, or Python's, one for a tuple too."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return _read(value, hint, where)
+    kind, many = _kind(hint)
+    if value is None and types.NoneType in typing.get_args(hint):
+        return None
+    items = tuple(value) if many and isinstance(value, list | tuple) else (value,)
+    for item in items:
+        fits = isinstance(item, kind) or (kind is float and isinstance(item, int))
+        if not fits or (isinstance(item, bool) and kind is not bool):
+            raise OptionError(f"{where} takes {_KINDS[kind]}, not {item!r}")
+    return items if many else value
 
 
 def _read(texts: list[str], hint: Any, where: str) -> Any:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from qcompiler.ir.arithmetic import quantize, weight_scale
 from qcompiler.ir.decisions import plan_of
-from qcompiler.ir.errors import ModelError
+from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, let_go, new_initializer
 from qcompiler.ir.types import PerAxis, PerGroup, QuantType
 from qcompiler.passes.fix_names import FixNames
@@ -37,6 +37,7 @@ class RoundToNearest(ir.passes.InPlacePass):
 
         Raises:
             ModelError: A weight holds NaN or Inf.
+            OptionError: A convolution has no pair at its input: insert-qdq did not run.
         """
         rounded: dict[tuple[ir.Value, QuantType, bytes], ir.Node] = {}
         planned = [
@@ -44,6 +45,8 @@ class RoundToNearest(ir.passes.InPlacePass):
             for node in model.graph.all_nodes()
             if (plan := plan_of(node)) and constant(node.inputs[1]) is not None
         ]
+        for node, _ in planned:
+            _check_pair(node)
         for node, plan in planned:
             weight = node.inputs[1]
             assert weight is not None
@@ -58,6 +61,15 @@ class RoundToNearest(ir.passes.InPlacePass):
             drop_if_unread(weight)
         FixNames()(model)
         return ir.passes.PassResult(model, bool(planned))
+
+
+def _check_pair(node: ir.Node) -> None:
+    data = dequantize_of(node.inputs[0])
+    if node.op_type == "Conv" and (data is None or constant(data.inputs[1]) is None):
+        raise OptionError(
+            f"round-to-nearest needs insert-qdq before it: the input of {node.name!r}, whose step "
+            "its bias takes, is not quantized"
+        )
 
 
 def _scale_floor(node: ir.Node) -> NDArray[np.float32]:
@@ -115,9 +127,8 @@ def _widen(graph: ir.Graph, name: str, inputs: list[ir.Value], shape: tuple[int,
 
 def _round_bias(graph: ir.Graph, conv: ir.Node, weight: ir.Node) -> None:
     """The bias of an integer convolution is an int32 at the scale of its accumulators."""
-    data = conv.inputs[0]
-    dequantize = data.producer() if data is not None else None
-    assert dequantize is not None and dequantize.op_type == "DequantizeLinear"
+    dequantize = dequantize_of(conv.inputs[0])
+    assert dequantize is not None  # see _check_pair
     weight_steps = np.asarray(constant(weight.inputs[1]), np.float32)
     steps = weight_steps * np.asarray(constant(dequantize.inputs[1]), np.float32)
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None

@@ -25,8 +25,10 @@ from qcompiler.recipe import Recipe
 from qcompiler.report import Report
 from qcompiler.samples import Samples, Source, samples_from
 from qcompiler.source import check_destination_of
-from qcompiler.step import Watcher
+from qcompiler.step import Watcher, check_watchers
 from qcompiler.targets.catalog import get_target
+from qcompiler.targets.target import Target
+from qcompiler.watch import check_dumps
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +51,7 @@ def compile(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     choices: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
-    stop_after: Stage | None = None,
+    stop_after: Stage | str | None = None,
     watchers: Sequence[Watcher] = (),
 ) -> Report:
     """Compile a model into a bundle.
@@ -64,15 +66,16 @@ def compile(
         recipe: What to do differently from the target's defaults.
         calibration: Samples for what must be static, see `Samples`.
         pipeline: Passes to run instead of the default ones, for which kernels are then not chosen;
-            or a text that names some of the default ones, see `Pipeline.parse`.
+            and which has its target, recipe and samples; or a text that names some of the default
+            ones, see `Pipeline.parse`.
         strict: Raise if a node that could be fast is not.
         timing: Time kernels, and the bundle, on this machine, where it runs the target; else a
             cost model decides where quantizing gains something.
         shapes: Shapes of the model's inputs that matter, for timing.
         choices: A bundle, or its manifest, whose choices are to be made again.
         progress: Told about each step.
-        stop_after: Write the model as it is after this stage, as an ONNX file and no bundle; by
-            default `<model>.<target>.<stage>.onnx`.
+        stop_after: Write the model as it is after this stage ("float", "qdq", …), as an ONNX file
+            and no bundle; by default `<model>.<target>.<stage>.onnx`.
         watchers: Shown the model at the start, and before and after each pass.
 
     Returns:
@@ -87,9 +90,20 @@ def compile(
     require("progress", progress, Callable, "a function")
     require_path("output", output)
     require_path("choices", choices)
+    check_watchers(watchers)
+    last = _stage(stop_after)
     clock = Clock(progress)
-    goal, recipe = get_target(target), recipe or Recipe()
-    destination = _destination(source, target, output, stop_after)
+    goal = get_target(target)
+    if isinstance(pipeline, Pipeline):
+        _check_complete(pipeline, goal, recipe, calibration)
+        if shapes is not None or choices is not None:
+            raise OptionError(
+                "a pipeline of your own chooses nothing: leave out shapes and choices"
+            )
+        recipe = pipeline.recipe
+    recipe = recipe or Recipe()
+    destination = _destination(source, target, output, last)
+    check_dumps(watchers, source, destination)
     samples = None if calibration is None else samples_from(calibration)
     observer = None
     if samples is not None:
@@ -97,16 +111,14 @@ def compile(
     chooser = None
     if not isinstance(pipeline, Pipeline):
         chooser = Chooser(goal, Wishes(timing, shapes, choices), samples, clock.detail)
-    elif shapes is not None or choices is not None:
-        raise OptionError("a pipeline of your own chooses nothing: leave out shapes and choices")
     job = Job(
         source, (example_inputs, dynamic_shapes), goal, recipe, clock, observer, chooser, pipeline,
-        stop_after, watchers,
+        last, watchers,
     )  # fmt: skip
     model = job.run_passes()
     if strict:
         _refuse_fallbacks(decisions(model))
-    if stop_after is not None:
+    if last is not None:
         save_model(model, destination)
         return _report(job, model, destination)
     with staged_folder(destination) as stage:
@@ -118,6 +130,39 @@ def compile(
             job.write(model, stage)
         job.write_choices(stage)
     return _report(job, model, destination)
+
+
+def _stage(given: Stage | str | None) -> Stage | None:
+    names = [stage.name.lower() for stage in Stage]
+    if given is None or isinstance(given, Stage):
+        return given
+    if given not in names:
+        raise OptionError(f"stop_after must be one of {', '.join(names)}, not {given!r}")
+    return Stage[given.upper()]
+
+
+def _check_complete(
+    pipeline: Pipeline, target: Target, recipe: Recipe | None, calibration: object
+) -> None:
+    """Refuse what passes that were made before would not hear of.
+
+    Raises:
+        OptionError: A recipe, samples, or another target.
+    """
+    if recipe is not None:
+        raise OptionError(
+            "a pipeline of your own has its recipe: give it to Pipeline.default(target, recipe)"
+        )
+    if calibration is not None:
+        raise OptionError(
+            "a pipeline of your own observes for itself: give the samples to Pipeline.default("
+            "target, observe=lambda model, names: calibrate.observe(model, names, samples))"
+        )
+    if pipeline.target is not None and pipeline.target != target:
+        raise OptionError(
+            f"the pipeline was made for {pipeline.target.name}: compile for that, or make it by "
+            f"Pipeline.default({target.name!r})"
+        )
 
 
 def _report(job: Job, model: ir.Model, written: Path) -> Report:

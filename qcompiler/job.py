@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from qcompiler.bundle import Manifest
 from qcompiler.calibrate import observe, sample_tokens
-from qcompiler.chooser import Chooser
+from qcompiler.chooser import Chooser, Wishes
 from qcompiler.clipping import Clipping
 from qcompiler.emit import build_kernels, write_bundle
 from qcompiler.frontend import is_of_torch, load_model, onnx_file
 from qcompiler.ir.decisions import decisions
-from qcompiler.ir.errors import ModelError
+from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.ir.stages import Stage
 from qcompiler.ir.types import TensorStats
 from qcompiler.pipeline import Pipeline
@@ -124,6 +124,7 @@ class Job:
             pipeline = self.chooser.pipeline(self.recipe, self.observer, sample)
             if self.passes is not None:
                 pipeline = pipeline.select(self.passes)
+                _check_read(pipeline, self.recipe, self.chooser.wishes)
         return pipeline if self.stop_after is None else pipeline.up_to(self.stop_after)
 
     def is_large(self, stage: Path) -> bool:
@@ -186,6 +187,33 @@ class Job:
             named = ", ".join(self.defaults)
             notes = (f"the values that inputs {named} have by default are constants now", *notes)
         return notes
+
+
+_READERS = {
+    "keep_float": "assign-precision",
+    "group_size": "assign-precision",
+    "calibration": "insert-qdq",
+    "attention": "fuse-attention",
+    "shapes": "choose-kernels",
+    "choices": "choose-kernels",
+}
+"""What a user may ask for, and the pass that reads it."""
+
+
+def _check_read(pipeline: Pipeline, recipe: Recipe, wishes: Wishes) -> None:
+    """Refuse what no pass of the pipeline would hear of.
+
+    Raises:
+        OptionError: Names it, and the pass that is missing.
+    """
+    names = {step.name for step in pipeline}
+    given = recipe.to_dict() | {"shapes": wishes.shapes, "choices": wishes.choices}
+    for option, reader in _READERS.items():
+        if given.get(option) and reader not in names:
+            raise OptionError(
+                f"{option} is for {reader}, which the pipeline leaves out: add {reader} to it, or "
+                f"leave out {option}"
+            )
 
 
 def size_of(folder: Path, pattern: str = "*") -> int:

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qcompiler.arguments import require
 from qcompiler.calibrate import sample_tokens
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.region import Region
@@ -33,7 +34,7 @@ from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.smooth_activations import Sampler, SmoothActivations
 from qcompiler.pipeline_text import parse_pipeline
 from qcompiler.recipe import Recipe
-from qcompiler.step import Rewrite, Step, Watcher, as_pass
+from qcompiler.step import Rewrite, Step, Watcher, as_pass, check_watchers
 from qcompiler.targets import catalog
 from qcompiler.targets.target import Target
 
@@ -47,10 +48,18 @@ class Pipeline:
     pipeline.insert_after("fuse-gelu", "my-pass", MyPass())
     pipeline.configure("smooth-activations", alpha=(0.6,))
     model = pipeline.run(model)
+
+    Attributes:
+        steps: The passes.
+        target: What they were made for; None if nobody said.
+        recipe: What they were told to do differently.
     """
 
-    def __init__(self, steps: Iterable[Step]) -> None:
+    def __init__(
+        self, steps: Iterable[Step], target: Target | None = None, recipe: Recipe | None = None
+    ) -> None:
         self.steps = list(steps)
+        self.target, self.recipe = target, recipe or Recipe()
 
     @classmethod
     def default(
@@ -75,6 +84,9 @@ class Pipeline:
         Raises:
             OptionError: An unknown target, or a recipe that does not fit it.
         """
+        if not isinstance(target, Target | str):
+            raise OptionError(f"target must be a name or a Target, not {target!r}")
+        require("recipe", recipe, Recipe, "a qcompiler.Recipe")
         recipe = recipe or Recipe()
         goal = catalog.get_target(target) if isinstance(target, str) else target
         supports = supports or (lambda region: catalog.unsupported(goal, region))
@@ -117,7 +129,9 @@ class Pipeline:
                 Step(
                     "bind-kernels", BindKernels(catalog.fingerprint(goal)), Stage.KERNEL, "target"
                 ),
-            ]
+            ],
+            goal,
+            recipe,
         )
         if not recipe.smooth:
             pipeline.remove("smooth-activations")
@@ -161,11 +175,21 @@ class Pipeline:
                 )
             rewrite = configured(step.rewrite, item.name, item.options)
             chosen.append(dataclasses.replace(step, rewrite=rewrite))
-        return Pipeline(chosen)
+        return Pipeline(chosen, self.target, self.recipe)
 
     def up_to(self, stage: Stage) -> Pipeline:
-        """The passes before the first that leaves the model beyond a stage."""
-        return Pipeline(itertools.takewhile(lambda step: step.stage <= stage, self.steps))
+        """The passes before the first that leaves the model beyond a stage.
+
+        Raises:
+            OptionError: There are none.
+        """
+        steps = list(itertools.takewhile(lambda step: step.stage <= stage, self.steps))
+        if self.steps and not steps:
+            raise OptionError(
+                f"nothing to do up to stage {stage.name.lower()}: {self.steps[0].name}, the first "
+                f"pass, leaves the model at stage {self.steps[0].stage.name.lower()}"
+            )
+        return Pipeline(steps, self.target, self.recipe)
 
     def check_needs_no_target(self) -> None:
         """Check that the passes may run though nobody named a target.
@@ -181,15 +205,22 @@ class Pipeline:
         return iter(self.steps)
 
     def insert_before(self, anchor: str, name: str, rewrite: Rewrite) -> None:
-        """Insert a pass before the one called `anchor`, in that one's preceding stage."""
+        """Insert a pass before the one called `anchor`, in that one's preceding stage.
+
+        Raises:
+            OptionError: No such pass, one of that name, or what is no pass.
+        """
         index = self._index(anchor)
-        stage = self.steps[index - 1].stage if index else Stage.FLOAT
-        self.steps.insert(index, Step(name, as_pass(rewrite), stage))
+        self._insert(index, name, rewrite, self.steps[index - 1].stage if index else Stage.FLOAT)
 
     def insert_after(self, anchor: str, name: str, rewrite: Rewrite) -> None:
-        """Insert a pass after the one called `anchor`, in the same stage."""
+        """Insert a pass after the one called `anchor`, in the same stage.
+
+        Raises:
+            OptionError: As by `insert_before`.
+        """
         index = self._index(anchor)
-        self.steps.insert(index + 1, Step(name, as_pass(rewrite), self.steps[index].stage))
+        self._insert(index + 1, name, rewrite, self.steps[index].stage)
 
     def replace(self, name: str, rewrite: Rewrite) -> None:
         """Let another pass do the work of the one called `name`."""
@@ -227,7 +258,11 @@ class Pipeline:
         Raises:
             QCompilerError: A mistake in the input, as the pass found it.
             VerifyError: A pass broke a rule of its stage.
+            onnx_ir.passes.PassError: Anything else that a pass raised, with its name.
         """
+        if not isinstance(model, ir.Model):
+            raise OptionError(f"run takes an onnx_ir.Model, not {model!r}: onnx_ir.load(path)")
+        check_watchers(watchers)
         stage = Stage.FLOAT
         for watcher in watchers:
             watcher.start(self.steps, model)
@@ -244,8 +279,17 @@ class Pipeline:
                 watcher.after(step, model, result.modified)
         return model
 
+    def _insert(self, index: int, name: str, rewrite: Rewrite, stage: Stage) -> None:
+        if not isinstance(name, str):
+            raise OptionError(f"the name of a pass is a text, not {name!r}")
+        if any(step.name == name for step in self.steps):
+            raise OptionError(
+                f"the pipeline has a pass {name!r}: give the new one another name, or replace it"
+            )
+        self.steps.insert(index, Step(name, as_pass(rewrite), stage))
+
     def _index(self, name: str) -> int:
         names = [step.name for step in self.steps]
         if name not in names:
-            raise OptionError(f"no pass {name!r} in the pipeline{did_you_mean(name, names)}")
+            raise OptionError(f"no pass {name!r} in the pipeline{did_you_mean(str(name), names)}")
         return names.index(name)

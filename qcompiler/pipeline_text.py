@@ -5,7 +5,7 @@
     ..                                                 all passes of the target
 
 A value without a name belongs to the list before it; options after a range belong to its last pass.
-`+` does what a comma does.
+`+` does what a comma does, and `smooth-quant` is another name of smooth-activations.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from collections.abc import Mapping, Sequence
 from qcompiler.ir.errors import OptionError, did_you_mean
 
 __all__ = ["PassText", "parse_pipeline"]
+
+
+_ALIASES = {"smooth-quant": "smooth-activations"}
+"""Names that passes have elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +55,7 @@ def parse_pipeline(text: str, known: Sequence[str]) -> list[PassText]:
             where = f"before {item}" if item else "at an end, or between two commas"
             raise OptionError(f"pipeline {text!r}: the name of a pass is missing {where}")
         names = _names(name, known)
-        if braced and names[-1] != name.rpartition("..")[2].strip():
+        if braced and not name.rpartition("..")[2].strip():
             raise OptionError(f"pipeline {text!r}: options belong to a pass, not to {name!r}")
         options = _options(names[-1], inside.removesuffix("}"))
         found += [PassText(part, {}) for part in names[:-1]]
@@ -97,7 +101,7 @@ def _options(name: str, text: str) -> dict[str, list[str]]:
 
 def _names(text: str, known: Sequence[str]) -> Sequence[str]:
     """One name, or all from one to another: `a..b`, `a..`, `..b` or `..`."""
-    first, ranges, last = (part.strip() for part in text.partition(".."))
+    first, ranges, last = (_ALIASES.get(p.strip(), p.strip()) for p in text.partition(".."))
     for name in (first, last):
         if name and name not in known:
             hint = did_you_mean(name, known) or f"; one of {', '.join(known)}"

@@ -13,7 +13,13 @@ import onnx_ir as ir
 from qcompiler.ir import dialect
 from qcompiler.ir.errors import ModelError, OptionError
 
-__all__ = ["check_destination_of", "check_source", "foreign_domains", "inputs_with_defaults"]
+__all__ = [
+    "check_destination_of",
+    "check_not_compiled",
+    "check_source",
+    "foreign_domains",
+    "inputs_with_defaults",
+]
 
 _KNOWN_TO_ORT = frozenset({
     "", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "com.microsoft",
@@ -34,12 +40,7 @@ def check_source(model: ir.Model) -> None:
             f"the model is of opset {opset}, the installed onnx knows {newest}: export it again "
             f"with opset {newest} or older, or pip install -U onnx"
         )
-    for node in model.graph.all_nodes():
-        if node.domain == dialect.DOMAIN or node.domain.startswith(f"{dialect.DOMAIN}."):
-            raise ModelError(
-                f"the model was compiled before: node {node.name!r} is {node.domain}:"
-                f"{node.op_type}; compile the model that it was made from"
-            )
+    check_not_compiled(model)
     for value in _initializers(model):
         tensor = value.const_value
         # A single NaN may be meant, as what Where puts in; an array that holds one is damaged.
@@ -52,6 +53,20 @@ def check_source(model: ir.Model) -> None:
             raise ModelError(
                 f"the weight {value.name!r}{read} holds {count} NaN: the model is damaged; "
                 "export it again"
+            )
+
+
+def check_not_compiled(model: ir.Model) -> None:
+    """Refuse a model that has ops of ours.
+
+    Raises:
+        ModelError: Names one.
+    """
+    for node in model.graph.all_nodes():
+        if dialect.is_ours(node.domain):
+            raise ModelError(
+                f"the model was compiled before: node {node.name!r} is {node.domain}:"
+                f"{node.op_type}; compile the model that it was made from"
             )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import onnx_ir as ir
@@ -15,7 +15,7 @@ from onnxscript import rewriter
 from qcompiler.ir.errors import OptionError, QCompilerError
 from qcompiler.ir.stages import Stage, verify
 
-__all__ = ["Rewrite", "Step", "Watcher", "as_pass"]
+__all__ = ["Rewrite", "Step", "Watcher", "as_pass", "check_watchers"]
 
 Rewrite: TypeAlias = (
     "ir.passes.PassBase | rewriter.RewriteRule | rewriter.RewriteRuleSet "
@@ -55,15 +55,18 @@ class Step:
         Raises:
             QCompilerError: A mistake in the input, as the pass found it.
             VerifyError: The pass broke a rule of its stage.
+            onnx_ir.passes.PassError: Anything else that it raised, with its name.
         """
         try:
             with _uncollected():
                 result = self.rewrite(model)
-        except ir.passes.PassError as error:
+        except (QCompilerError, OSError, MemoryError, ImportError):
+            raise  # not about the pass
+        except Exception as error:
             # onnx_ir wraps what happens inside a sequence of passes; ours speak for themselves.
             if isinstance(error.__cause__, QCompilerError):
                 raise error.__cause__ from None
-            raise
+            raise ir.passes.PassError(f"{self.name}: {type(error).__name__}: {error}") from error
         verify(result.model, stage or self.stage, after=self.name)
         return result
 
@@ -93,14 +96,47 @@ class Watcher:
         """Called after each pass, once its result is verified."""
 
 
+def check_watchers(watchers: Iterable[Watcher]) -> None:
+    """Refuse what is no watcher.
+
+    Raises:
+        OptionError: Names it.
+    """
+    if not isinstance(watchers, Iterable):
+        raise OptionError(f"watchers must be a list of watchers, not {watchers!r}")
+    for watcher in watchers:
+        if not isinstance(watcher, Watcher):
+            raise OptionError(f"watchers: {watcher!r} is no qcompiler.step.Watcher")
+
+
 def as_pass(rewrite: Rewrite) -> ir.passes.PassBase:
-    """Rules as a pass whose new values have names, which the verifier asks for."""
+    """Rules as a pass whose new values have names, which the verifier asks for.
+
+    Raises:
+        OptionError: It is neither a pass nor rules.
+    """
     if isinstance(rewrite, ir.passes.PassBase):
         return rewrite
     if isinstance(rewrite, rewriter.RewriteRule):
         rewrite = [rewrite]
-    if not isinstance(rewrite, rewriter.RewriteRuleSet) and not rewrite:
-        raise OptionError("a list of rewrite rules is empty")
+    if not isinstance(rewrite, rewriter.RewriteRuleSet):
+        _check_rules(rewrite)
     return ir.passes.Sequential(
         rewriter.RewritePass(rewrite), common.RemoveUnusedNodesPass(), common.NameFixPass()
     )
+
+
+def _check_rules(rules: object) -> None:
+    for rule in rules if isinstance(rules, Sequence) else [rules]:
+        kind = rule if isinstance(rule, type) else type(rule)
+        if issubclass(kind, rewriter.RewriteRuleClassBase):
+            raise OptionError(f"give the rule of {kind.__name__}: {kind.__name__}.rule()")
+        if isinstance(rule, type) and issubclass(kind, ir.passes.PassBase):
+            raise OptionError(f"give a pass, not its class: {kind.__name__}()")
+        if not isinstance(rule, rewriter.RewriteRule):
+            raise OptionError(
+                f"{rule!r} is no pass: give an onnx_ir.passes.PassBase, or rules of "
+                "onnxscript.rewriter"
+            )
+    if not rules:
+        raise OptionError("a list of rewrite rules is empty")

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -116,13 +117,14 @@ def test_a_jump_prints_what_came_before_it():
         (["--pipeline", "fold-qdq{"], 1, "pipeline 'fold-qdq{': a '{' that nothing closes"),
         (["--pipeline", "..{kep=1}"], 1, "options belong to a pass, not to '..'"),
         (["--pipeline", "assign-precision{kep_float=1}"], 1, "has no option 'kep_float'; did you"),
+        (["--pipeline", "fold-qdq"], 1, "keep_float is for assign-precision, which the pipeline"),
         (["--pipeline", "insert-qdq"], 1, "insert-qdq needs the plans of assign-precision"),
         (["--print-after", "fold-qdf"], 1, "print after 'fold-qdf': no such pass runs; did you"),
         (["--stop-after", "qdk"], 2, "Invalid value for '--stop-after': 'qdk' is not one of"),
         (["--stop-after", "qdq", "-o", "."], 1, "output . is a folder; name a file in it"),
         (["--stop-after", "qdq", "-o", MODEL], 1, "digits.onnx is the input; name another file"),
         (["--stop-after", "qdq", "-o", "no/o.onnx"], 1, "cannot write no/o.onnx: No such file"),
-        (["--dump-dir", "."], 1, "the folder . for dumps holds other files (other.txt)"),
+        (["--dump-dir", "."], 1, "the folder . for dumps and the output"),
         (["--check-numerics", "nowhere"], 1, "no samples: nowhere does not exist"),
         (["--check-numerics", "other.txt"], 1, "other.txt is no file of samples"),
         (["--numerics-bound", "50"], 2, "a bound needs --check-numerics SAMPLES"),
@@ -138,6 +140,19 @@ def test_options_that_are_refused(args, code, message):
 
 
 @pytest.mark.parametrize(
+    "args",
+    [
+        ["00-a.onnx", *ARM, "-o", "out", "--dump-dir", "."],
+        ["pass", FLOATS, "00-a.onnx", "../o.onnx", "--dump-dir", "."],
+    ],
+)
+def test_dumps_do_not_delete_the_model(args):
+    shutil.copy(MODEL, "00-a.onnx")
+    fails(1, "the folder . for dumps and the model", *args)
+    assert Path("00-a.onnx").read_bytes() == Path(MODEL).read_bytes()
+
+
+@pytest.mark.parametrize(
     ("args", "code", "message"),
     [
         ([MODEL, "o.onnx"], 2, "give PASSES IN.onnx OUT.onnx"),
@@ -146,10 +161,36 @@ def test_options_that_are_refused(args, code, message):
         ([f"{FLOATS},fold-qdq{{a=1}}", MODEL, "o.onnx"], 1, "fold-qdq has no option 'a', and no"),
         (["..", MODEL, "o.onnx"], 1, "assign-precision depends on the target: add --target"),
         ([FLOATS, MODEL, "."], 1, "output . is a folder"),
+        (["fold-qdq", MODEL, "o.onnx", "--stop-after", "float"], 1, "nothing to do up to stage"),
+        ([FLOATS, MODEL, "o.onnx", "--calib", CALIB], 2, "none of these passes reads --calib; ch"),
+        (["--list", "fold-qdq"], 2, "--list takes no passes or files: leave out fold-qdq"),
     ],
 )
 def test_passes_that_are_refused(args, code, message):
     fails(code, message, "pass", *args)
+
+
+def test_convolutions_are_rounded_between_pairs():
+    text = "canonicalize,assign-precision,round-to-nearest"
+    message = "round-to-nearest needs insert-qdq before it: the input of"
+    fails(1, message, "pass", text, MODEL, "o.onnx", "--target", "x86-int8")
+    assert not Path("o.onnx").exists()
+
+
+def test_a_model_with_ops_of_ours_takes_later_passes_only():
+    target = ("--target", "x86-int8")
+    for stage in ("quantized", "kernel"):
+        result = qcompile(MODEL, *target, "--keep-float", "Conv", "--stop-after", stage,
+                          "-o", f"{stage}.onnx", "--no-timing")  # fmt: skip
+        assert result.exit_code == 0, result.output
+        for passes in ("canonicalize", "fold-qdq", "canonicalize..fold-qdq"):
+            fails(1, "the model was compiled before: node", "pass", passes, f"{stage}.onnx",
+                  "o.onnx", *target)  # fmt: skip
+    fails(1, "the model was compiled before", "pass", "bind-kernels", "kernel.onnx", "o.onnx",
+          *target)  # fmt: skip
+    result = qcompile("pass", "fuse-regions..bind-kernels", "quantized.onnx", "o.onnx", *target)
+    assert result.exit_code == 0, result.output
+    assert any(op.startswith("QMatMulW8A8_") for op in ops("o.onnx"))
 
 
 def test_the_documented_passes_are_those_of_the_code():

@@ -155,7 +155,7 @@ _OPTIONS = (
     ),
     click.option(
         "--numerics-bound", "bound", type=float, metavar="DB", panel=_PANEL,
-        help="Fail where a pass that does not round leaves less SQNR; if not given, 60, or 20 "
+        help="Fail where a pass that does not round leaves less SQNR; if not given, 60, or 15 "
         "once the model is quantized.",
     ),
     click.option(

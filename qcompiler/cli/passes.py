@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["pass_command"]
 
+_SAMPLED = ("choose-kernels", "smooth-activations", "insert-qdq")
+"""Passes that look at samples."""
+
 
 @click.command("pass")
 @click.argument("words", metavar="[PASSES] IN.onnx OUT.onnx", nargs=-1)
@@ -29,7 +32,9 @@ __all__ = ["pass_command"]
 @click.option(
     "--target", type=TargetName(), metavar="TARGET", help="For passes that depend on one."
 )
-@click.option("--calib", type=FILE, metavar="DIR", help="Samples, for insert-qdq.")
+@click.option(
+    "--calib", type=FILE, metavar="DIR", help="Samples, for insert-qdq and the two before it."
+)
 @debugging_options
 @json_option
 @verbose_option
@@ -40,14 +45,18 @@ def pass_command(
 ) -> None:  # fmt: skip
     """List the passes, or run some of them on an ONNX file.
 
-    PASSES is what --pipeline takes: names with commas between, as in canonicalize,fold-qdq.
+    PASSES is what --pipeline takes: names with commas between, as in canonicalize,fold-qdq.  A file
+    that fold-qdq left takes only the passes after it, and a compiled model none.
     """
     if listed:
+        if words:
+            raise click.UsageError(f"--list takes no passes or files: leave out {words[0]}")
         _list(terminal, as_json)
         return
     text, source, output = _operands(words, debugging.pipeline)
     from qcompiler.frontend import load_model
     from qcompiler.model_file import check_file, save_model
+    from qcompiler.watch import check_dumps
 
     check_file(output, source)
     pipeline = _pipeline(target, calib).select(text)
@@ -55,9 +64,13 @@ def pass_command(
         pipeline.check_needs_no_target()
     if debugging.stage is not None:
         pipeline = pipeline.up_to(debugging.stage)
+    if calib is not None and not any(step.name in _SAMPLED for step in pipeline):
+        raise click.UsageError(f"none of these passes reads --calib; {', '.join(_SAMPLED)} do")
     rows: list[dict[str, Any]] = []
     with debugging.watching(terminal, as_json) as watchers:
+        check_dumps(watchers.all, source, output)
         model = load_model(source)
+        _check_order(model, pipeline)
         model = pipeline.run(model, watchers=[_count_nodes(rows, model), *watchers.all])
         save_model(model, output)
     if as_json:
@@ -82,6 +95,20 @@ def _operands(words: Sequence[str], pipeline: str | None) -> tuple[str, Path, Pa
     if len(words) != 3:
         raise click.UsageError("give PASSES IN.onnx OUT.onnx, or --list")
     return words[0], Path(words[1]), Path(words[2])
+
+
+def _check_order(model: ir.Model, pipeline: Pipeline) -> None:
+    """Refuse passes that a model with ops of ours is beyond.
+
+    Raises:
+        ModelError: It was compiled, or a pass is one that comes before these ops.
+    """
+    from qcompiler.ir.stages import Stage
+    from qcompiler.passes.bind_kernels import bound_domain
+    from qcompiler.source import check_not_compiled
+
+    if bound_domain(model) is not None or any(step.stage < Stage.KERNEL for step in pipeline):
+        check_not_compiled(model)
 
 
 def _list(terminal: Terminal, as_json: bool) -> None:
