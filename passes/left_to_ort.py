@@ -57,7 +57,7 @@ def left_to_ort(node: ir.Node) -> tuple[Action, str] | None:
         return "qdq", "where floats become integers, by a scale of each run"
     if moves_stored(node):
         return "qdq", "moves stored integers"
-    inputs = node.inputs[1:] if node.op_type == "Where" else node.inputs
+    inputs = _alternatives(node) if node.op_type == "Where" else node.inputs
     data = [v for v in inputs if v is not None and v.dtype in (None, ir.DataType.FLOAT)]
     widened = [value for value in data if dequantize_of(value) is not None]
     if not widened:
@@ -88,6 +88,15 @@ def left_to_ort(node: ir.Node) -> tuple[Action, str] | None:
     if reader is None and node.op_type == "MatMul":
         return "qdq", "ORT's own MatMulIntegerToFloat"
     return "qdq", f"ORT's own {FUSED_BY_ORT[node.op_type]}"
+
+
+def _alternatives(where: ir.Node) -> list[ir.Value | None]:
+    """What a Where chooses from, but for a constant of rank 0: ORT 1.31 quantizes that."""
+    return [
+        value
+        for value in where.inputs[1:]
+        if value is None or value.const_value is None or value.const_value.shape.rank() > 0
+    ]
 
 
 def _interpolates(node: ir.Node) -> bool:

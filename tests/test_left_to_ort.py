@@ -201,6 +201,19 @@ def test_only_pairs_that_are_alone_become_uint8(also: str, tmp_path: Path) -> No
     assert ("MatMulIntegerToFloat" in optimized(model, tmp_path)) == (not also)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (4,)])
+@pytest.mark.parametrize("call", ["Where (b, k, d)", "Where (b, d, k)"])
+def test_ort_quantizes_a_scalar_beside_what_is_quantized(
+    call: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    text = f"g (float[4,4] x, bool[4,4] b) => (float[4,4] y) {{ {PAIR} c = {call} {RESULT} }}"
+    model = model_of(text, VALUES | {"k": np.zeros(shape, np.float32)})
+    FoldQDQ()(model)
+    (node,) = (node for node in model.graph if node.op_type == "Where")
+    assert decision_of(node).action == ("float" if shape else "qdq")
+    assert ("QLinearWhere" in optimized(model, tmp_path)) == (not shape)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("move", [
     "MaxPool <kernel_shape = [2,2]> (d)", "Tile (d, n)", "Expand (d, n)", "Slice (d, n, m)",
