@@ -11,27 +11,14 @@ import onnx_ir as ir
 
 from qcompiler.arguments import require
 from qcompiler.calibrate import sample_tokens
+from qcompiler.default_steps import default_steps
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage
-from qcompiler.passes.assign_precision import AssignPrecision
-from qcompiler.passes.bind_kernels import BindKernels
-from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.choose_kernels import ChooseKernels
-from qcompiler.passes.fold_qdq import FoldQDQ
-from qcompiler.passes.fuse_attention import FuseAttention
-from qcompiler.passes.fuse_batchnorm import FuseBatchNorm
-from qcompiler.passes.fuse_gelu import FuseGelu
-from qcompiler.passes.fuse_norms import FuseNorms
-from qcompiler.passes.fuse_quantize import FuseQuantize
-from qcompiler.passes.fuse_regions import FuseRegions
-from qcompiler.passes.insert_qdq import InsertQDQ, Observer
-from qcompiler.passes.lift_qoperators import LiftQOperators
-from qcompiler.passes.merge_siblings import MergeSiblings
-from qcompiler.passes.normalize_qdq import NormalizeQDQ
+from qcompiler.passes.insert_qdq import Observer
 from qcompiler.passes.options import configured
-from qcompiler.passes.round_to_nearest import RoundToNearest
-from qcompiler.passes.smooth_activations import Sampler, SmoothActivations
+from qcompiler.passes.smooth_activations import Sampler
 from qcompiler.pipeline_text import parse_pipeline
 from qcompiler.recipe import Recipe
 from qcompiler.step import Rewrite, Step, Watcher, as_pass, check_watchers
@@ -90,49 +77,13 @@ class Pipeline:
         recipe = recipe or Recipe()
         goal = catalog.get_target(target) if isinstance(target, str) else target
         supports = supports or (lambda region: catalog.unsupported(goal, region))
-        precision = AssignPrecision.Options(recipe.keep_float, recipe.group_size)
-        attention = FuseAttention.Options(recipe.attention)
         if recipe.attention is not None and not catalog.built_isas(goal):
             raise OptionError(
                 f"attention {recipe.attention!r}: {goal.name} has no kernel of attention; leave "
                 "it out"
             )
-        chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
-        pipeline = cls(
-            [
-                Step("canonicalize", Canonicalize(), Stage.FLOAT),
-                Step("lift-qoperators", LiftQOperators(), Stage.FLOAT),
-                Step("normalize-qdq", NormalizeQDQ(), Stage.FLOAT),
-                Step("fuse-batchnorm", FuseBatchNorm(), Stage.FLOAT),
-                Step("fuse-gelu", FuseGelu(), Stage.FLOAT),
-                Step(
-                    "assign-precision",
-                    AssignPrecision(goal.scheme, precision),
-                    Stage.FLOAT,
-                    "target",
-                ),
-                *chosen,
-                Step("smooth-activations", SmoothActivations(sample), Stage.FLOAT, "plans"),
-                Step("insert-qdq", InsertQDQ(observe), Stage.QDQ, "plans"),
-                Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
-                Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),
-                Step("fuse-regions", FuseRegions(supports), Stage.KERNEL, "target"),
-                Step("fuse-norms", FuseNorms(supports), Stage.KERNEL, "target"),
-                Step(
-                    "fuse-attention",
-                    FuseAttention(supports, attention),
-                    Stage.KERNEL,
-                    "target",
-                ),
-                Step("merge-siblings", MergeSiblings(supports), Stage.KERNEL, "target"),
-                Step("fuse-quantize", FuseQuantize(supports), Stage.KERNEL, "target"),
-                Step(
-                    "bind-kernels", BindKernels(catalog.fingerprint(goal)), Stage.KERNEL, "target"
-                ),
-            ],
-            goal,
-            recipe,
-        )
+        steps = default_steps(goal, recipe, observe, sample, choose, supports)
+        pipeline = cls(steps, goal, recipe)
         if not recipe.smooth:
             pipeline.remove("smooth-activations")
         return pipeline
