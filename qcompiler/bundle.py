@@ -12,9 +12,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -205,7 +207,8 @@ def staged_folder(destination: Path) -> Iterator[Path]:
     destination = check_destination(destination).resolve()
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        _remove_orphans(destination)
+        stage = _make_stage(destination)
     except OSError as error:
         raise OptionError(f"cannot write to {destination.parent}: {error.strerror}") from error
     try:
@@ -219,6 +222,36 @@ def staged_folder(destination: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
+def _make_stage(destination: Path) -> Path:
+    """A new folder beside the destination; its name says whose it is."""
+    prefix = f"{_stage_prefix(destination)}{os.getpid()}-"
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
+
+
+def _stage_prefix(destination: Path) -> str:
+    # With the machine's name: a folder may be shared, and processes have numbers on each.
+    return f".{destination.name}.{platform.node()}-"
+
+
+def _remove_orphans(destination: Path) -> None:
+    """Remove what compilations of this bundle left that were killed on the spot."""
+    prefix = _stage_prefix(destination)
+    for folder in destination.parent.glob(f"{glob.escape(prefix)}*-*"):
+        pid = folder.name.removeprefix(prefix).partition("-")[0]
+        if pid.isdecimal() and not _is_running(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass  # somebody else's
+    return True
+
+
 def _exchange(stage: Path, destination: Path) -> None:
     """Put `stage` in the place of `destination`, or leave everything as it was.
 
@@ -226,7 +259,7 @@ def _exchange(stage: Path, destination: Path) -> None:
     process may do the same meanwhile; the last one wins.
     """
     for attempt in range(_ATTEMPTS):
-        old = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        old = _make_stage(destination)
         try:
             with contextlib.suppress(FileNotFoundError):
                 os.rename(destination, old)

@@ -1,6 +1,7 @@
 """Bundles as they live: several at once, stale, without their library, in other runtimes."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -238,3 +239,18 @@ def test_kernels_inside_branches(tmp_path):
         feeds = X | {"c": np.array(flag)}
         bodies = qcompiler.load(report.bundle, native=False).run(None, feeds)[0]
         assert sqnr(bodies, qcompiler.load(report.bundle).run(None, feeds)[0]) > 60
+
+
+def test_what_killed_compilations_left_is_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    gone, running = (
+        tmp_path / f".b.{platform.node()}-{pid}-left" for pid in (dead.pid, os.getpid())
+    )
+    for folder in (gone, running):
+        folder.mkdir()
+        (folder / "model.onnx").touch()
+    (tmp_path / ".b.notes").mkdir()
+    compiled(tmp_path / "b")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"b", running.name, ".b.notes"}
