@@ -26,7 +26,15 @@ from numpy.typing import NDArray
 from qcompiler.ir.errors import ModelError
 from qcompiler.ir.types import Granularity, PerAxis, PerGroup, PerTensor, QuantType
 
-__all__ = ["broadcast_scale", "dequantize", "quantize", "scale_and_zero_point", "weight_scale"]
+__all__ = [
+    "as_scale",
+    "broadcast_scale",
+    "dequantize",
+    "quantize",
+    "reduce_slices",
+    "scale_and_zero_point",
+    "weight_scale",
+]
 
 FloatArray = NDArray[np.float32]
 
@@ -66,9 +74,9 @@ def weight_scale(weight: NDArray[Any], type: QuantType) -> NDArray[Any]:
         with the grouped axis divided (rounded up) per group.  NaN where a slice holds NaN.
     """
     assert type.symmetric, "see scale_and_zero_point"
-    largest = _reduce(np.maximum, np.abs(weight), type.granularity)
+    largest = reduce_slices(np.maximum, np.abs(weight), type.granularity)
     top = np.float32(type.range[1] - type.middle)
-    return _as_scale(np.asarray(largest, np.float32) / top, type)
+    return as_scale(np.asarray(largest, np.float32) / top, type)
 
 
 def scale_and_zero_point(
@@ -89,8 +97,8 @@ def scale_and_zero_point(
     Raises:
         ModelError: The values hold NaN or Inf, of which no range can be made.
     """
-    lowest = np.asarray(_reduce(np.minimum, values, type.granularity), np.float64)
-    highest = np.asarray(_reduce(np.maximum, values, type.granularity), np.float64)
+    lowest = np.asarray(reduce_slices(np.minimum, values, type.granularity), np.float64)
+    highest = np.asarray(reduce_slices(np.maximum, values, type.granularity), np.float64)
     if not (np.isfinite(lowest).all() and np.isfinite(highest).all()):
         raise ModelError("a range cannot be computed of values that hold NaN or Inf")
     if type.symmetric:
@@ -98,13 +106,13 @@ def scale_and_zero_point(
         return scale, np.full(scale.shape, type.middle).astype(type.storage.numpy())
     first, last = type.range
     # Halves, because the span of two float32 may be no float32.
-    scale = _as_scale((highest / 2 - lowest / 2) / ((last - first) / 2), type)
+    scale = as_scale((highest / 2 - lowest / 2) / ((last - first) / 2), type)
     zero = np.clip(np.rint(first - lowest / np.asarray(scale, np.float64)), first, last)
     return scale, np.asarray(zero).astype(type.storage.numpy())
 
 
-def _reduce(ufunc: np.ufunc, values: NDArray[Any], granularity: Granularity) -> NDArray[Any]:
-    """The extreme of each slice, of 0 and its elements."""
+def reduce_slices(ufunc: np.ufunc, values: NDArray[Any], granularity: Granularity) -> NDArray[Any]:
+    """The extreme of each slice, of 0 and its elements; or with `np.add` their sum."""
     match granularity:
         case PerTensor():
             return np.asarray(ufunc.reduce(values, axis=None, initial=0))
@@ -116,8 +124,8 @@ def _reduce(ufunc: np.ufunc, values: NDArray[Any], granularity: Granularity) -> 
             return np.asarray(ufunc(ufunc.reduceat(values, starts, axis=axis), 0))
 
 
-def _as_scale(steps: NDArray[Any], type: QuantType) -> NDArray[Any]:
-    """Steps in the expressed type, never 0, rounded up where it is narrower than float32.
+def as_scale(steps: NDArray[Any], type: QuantType) -> NDArray[Any]:
+    """Steps as scales of the expressed type, never 0, rounded up where it is narrower than float32.
 
     Rounded down, a step of bfloat16 would put the largest value of an int16 128 steps outside.
     """
