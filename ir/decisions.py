@@ -19,6 +19,7 @@ __all__ = [
     "Action",
     "Decision",
     "NodePlan",
+    "Preference",
     "add_note",
     "decide",
     "decision_of",
@@ -127,6 +128,12 @@ def region_of(node: ir.Node) -> Region | None:
     return None if text is None else Region.from_json(text)
 
 
+class Preference(str):
+    """A reason that weighed what could be had, and so is no lack: `--strict` accepts it."""
+
+    __slots__ = ()
+
+
 def decide(node: ir.Node, action: Action, why: str, *, expected: bool | None = None) -> None:
     """Record what happens to `node`; a later decision replaces an earlier one.
 
@@ -134,12 +141,14 @@ def decide(node: ir.Node, action: Action, why: str, *, expected: bool | None = N
         node: Where it is recorded.
         action: Who computes it.
         why: The reason.
-        expected: See `Decision`; by default all but "body" is.
+        expected: See `Decision`; by default all but "body" is, and that too by `Preference`.
     """
+    if expected is None:
+        expected = action != "body" or isinstance(why, Preference)
     node.metadata_props[_ACTION] = action
     note = note_of(node)
     node.metadata_props[_WHY] = why if note is None or note in why else f"{why}; {note}"
-    if action != "body" if expected is None else expected:
+    if expected:
         node.metadata_props.pop(_UNEXPECTED, None)
     else:
         node.metadata_props[_UNEXPECTED] = "true"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qcompiler.ir.decisions import Preference
 from qcompiler.ir.errors import OptionError, QCompilerError
 from qcompiler.ir.region import Region
 from qcompiler.passes.choose_kernels import ChooseKernels
@@ -103,7 +104,8 @@ class Chooser:
         self.notes: tuple[str, ...] = ()
         self._made = None if wishes.choices is None else Record.read(wishes.choices, target.name)
         self._forced: dict[str, str] = {}
-        self._lost = None if self._made is None else self._made.lost
+        lost = None if self._made is None else self._made.lost
+        self._lost = None if lost is None else Preference(lost)
         self._whole: tuple[WholeTime, ...] = ()
         self._choose = self._make_pass()
 
@@ -137,9 +139,7 @@ class Chooser:
 
     def is_slower(self, bundle: Path, model: Path) -> bool:
         """Whether `bundle` is to be made again, because it is slower than `model`."""
-        if not self._times or self._made is not None or self._lost is not None:
-            return False
-        if not self._can_retreat():
+        if not self.may_retreat:
             return False
         data = None if self.wishes.shapes is not None else self.samples
         try:
@@ -154,8 +154,11 @@ class Chooser:
             self._retreat(slower[0])
         return bool(slower)
 
-    def _can_retreat(self) -> bool:
-        """Whether there is anything to do if the whole is slower."""
+    @property
+    def may_retreat(self) -> bool:
+        """Whether the whole is to be timed: there is something to do if it is slower."""
+        if not self._times or self._made is not None or self._lost is not None:
+            return False
         integer = any(choice.candidate != "float" for choice in self._choose.choices)
         return integer or bool(catalog.built_isas(self.target))
 
@@ -169,7 +172,7 @@ class Chooser:
         if integer:
             self._forced = {"Conv": f"with int8 convolutions the whole is slower: {against}"}
         else:
-            self._lost = f"quantized, the whole is slower: {against}"
+            self._lost = Preference(f"quantized, the whole is slower: {against}")
             self._forced = {op: self._lost for op in ("Conv", "MatMul")} | self._forced
         self._whole = ()
 
@@ -185,4 +188,5 @@ class Chooser:
         )
 
     def _unsupported(self, region: Region) -> str | None:
-        return self._lost or catalog.unsupported(self.target, region)
+        # What has no kernel lacks one, whether or not it would be wanted.
+        return catalog.unsupported(self.target, region) or self._lost

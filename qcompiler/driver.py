@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Progress", "compile"]
 
+_FIRST = 5
+"""So many of the nodes that `strict` refuses are named."""
+
 
 def compile(
     source: str | os.PathLike[str] | ir.Model | torch.export.ExportedProgram | torch.nn.Module,
@@ -200,5 +203,7 @@ def _destination(
 def _refuse_fallbacks(made: Iterable[Decision]) -> None:
     slow = [decision for decision in made if not decision.expected]
     if slow:
-        named = "; ".join(f"{d.node} ({d.op}): {d.why}" for d in slow[:5])
-        raise OptionError(f"--strict: {len(slow)} nodes fall back: {named}")
+        named = [f"{d.node} ({d.op}): {d.why}" for d in slow[:_FIRST]]
+        named += [f"and {len(slow) - _FIRST} more"] if len(slow) > _FIRST else []
+        count = "1 node falls back" if len(slow) == 1 else f"{len(slow)} nodes fall back"
+        raise OptionError(f"--strict: {count}: {'; '.join(named)}; leave it out to accept that")

@@ -157,7 +157,9 @@ class Job:
 
     def is_slower(self, model: ir.Model, stage: Path) -> bool:
         """Whether the bundle is to be made again with other choices."""
-        if self.chooser is None or self.foreign or self.is_large(stage):
+        if self.chooser is None or not self.chooser.may_retreat:
+            return False
+        if self.foreign or self.is_large(stage):
             return False
         if self.passes is not None:
             return False  # what was asked for by name is what is to be had

@@ -58,10 +58,11 @@ class Report:
         if self.count("kernel", "body", "qdq") == 0:
             first = "nothing was quantized: the bundle runs in float like the original"
             return (first, *self.notes)
-        if self.count("kernel") == 0 and self.count("body"):
+        lacking = sum(d.action == "body" and not d.expected for d in self.decisions)
+        if self.count("kernel") == 0 and lacking:
             first = (
                 f"{self.target} has no kernels of its own for this model yet: its "
-                f"{self.count('body')} quantized nodes run as ONNX Runtime runs their bodies"
+                f"{lacking} quantized nodes run as ONNX Runtime runs their bodies"
             )
             return (first, *self.notes)
         return self.notes

@@ -272,6 +272,41 @@ def test_a_whole_that_is_slower_is_quantized_less(tmp_path, timed, whole, sample
         assert files(tmp_path / "again") == files(tmp_path / name)
 
 
+def imported():
+    weight = np.random.default_rng(2).integers(-60, 60, (64, 48)).astype(np.int8)
+    return model_of(
+        "g (float[n,64] x) => (float[n,48] y) { q = QuantizeLinear (x, s, z) "
+        "d = DequantizeLinear (q, s, z) f = DequantizeLinear (w, s) y = MatMul (d, f) }",
+        {"s": np.float32(0.02), "z": np.uint8(128), "w": weight},
+    )
+
+
+def test_strict_accepts_that_nothing_is_gained(tmp_path, timed, whole):
+    """What was quantized already stays so, without kernels; that is no lack of them."""
+    whole.append(0.5)
+    report = qcompiler.compile(imported(), "x86-int8", tmp_path / "a", strict=True)
+    bodies = [decision for decision in report.decisions if decision.action == "body"]
+    assert bodies and all("the whole is slower" in body.why for body in bodies)
+    assert report.warnings == ()
+    again = qcompiler.compile(
+        imported(), "x86-int8", tmp_path / "b", strict=True, choices=tmp_path / "a"
+    )
+    assert again.decisions == report.decisions
+
+
+def test_strict_refuses_what_lacks_a_kernel_although_nothing_is_gained(
+    tmp_path, timed, whole, monkeypatch
+):
+    monkeypatch.setattr("qcompiler.targets.catalog.unsupported", lambda target, region: "none yet")
+    whole.append(0.5)
+    qcompiler.compile(imported(), "x86-int8", tmp_path / "a")
+    message = "--strict: 1 node falls back: .*: none yet; leave it out"
+    for options in ({}, {"choices": tmp_path / "a"}):
+        whole[:] = [0.5]
+        with pytest.raises(OptionError, match=message):
+            qcompiler.compile(imported(), "x86-int8", tmp_path / "b", strict=True, **options)
+
+
 def test_a_model_that_cannot_be_fed_is_not_timed(tmp_path, timed, monkeypatch):
     def time_whole(*arguments):
         raise ModelError("the inputs were made up")
