@@ -77,16 +77,24 @@ class NodePlan:
         weight: Type of the constant weight.
         activation: Its data input; None leaves it float (W4A16).
         output: Its result, for ops whose quantized form stores an integer result (Conv).
+        calibration: Where static ranges are cut off, as in a recipe; None as for all others.
+        rounding: How the weight is rounded: "nearest".
+        requested: A user asked for this precision here: it is not weighed against float.
     """
 
     weight: QuantType
     activation: QuantSpec | None
     output: QuantSpec | None = None
+    calibration: str | None = None
+    rounding: str = "nearest"
+    requested: bool = False
 
     def __str__(self) -> str:
         parts = [f"weight {self.weight}"]
         if self.activation:
             parts.append(f"activation {self.activation}")
+        if self.rounding != "nearest":
+            parts.append(f"rounded by {self.rounding}")
         return ", ".join(parts)
 
 
@@ -156,9 +164,12 @@ def decide(node: ir.Node, action: Action, why: str, *, expected: bool | None = N
 
 def add_note(node: ir.Node, text: str) -> None:
     """Add `text` to the reason of `node`, and to every later reason of what takes its place."""
-    node.metadata_props[_NOTE] = text
-    decision = decision_of(node)
-    decide(node, decision.action, decision.why, expected=decision.expected)
+    decision, earlier = decision_of(node), note_of(node)
+    if earlier is not None and text in earlier:
+        return
+    why = decision.why.removesuffix(f"; {earlier}")
+    node.metadata_props[_NOTE] = text if earlier is None else f"{earlier}; {text}"
+    decide(node, decision.action, why, expected=decision.expected)
 
 
 def note_of(node: ir.Node) -> str | None:

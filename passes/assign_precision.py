@@ -5,20 +5,31 @@
 2. Conv by a constant kernel: the scheme's weight type per output channel, static activations.
 3. Everything else stays float, with the reason; so does all that a quantized source keeps float:
    whoever quantized it knew why, and its results are what is asked for.
+
+Rules of a recipe (`node_rules`) choose another of the forms that an op has (`forms`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from qcompiler.ir.decisions import NodePlan, decide, decision_of, plan_of, set_plan
+from qcompiler.ir.decisions import (
+    NO_WEIGHTS,
+    NodePlan,
+    add_note,
+    decide,
+    decision_of,
+    plan_of,
+    set_plan,
+)
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, new_initializer, rectified
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
+from qcompiler.passes.forms import Form, form_of
+from qcompiler.passes.node_rules import NodeRule, NodeRules, check_group_size, matches
 from qcompiler.targets.target import Scheme
 
 __all__ = ["AssignPrecision"]
@@ -54,6 +65,8 @@ class AssignPrecision(ir.passes.InPlacePass):
     Attributes:
         scheme: The target's number formats.
         options: What to do differently from the scheme.
+        rules: What to do differently at some nodes; `keep_float` has the last word.
+        notes: What the user should know of the rules, after the pass ran.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -75,19 +88,21 @@ class AssignPrecision(ir.passes.InPlacePass):
                 OptionError: Patterns that are no strings, or a group size that is no power of two
                     from 16 to 256.
             """
-            keep, size = self.keep_float, self.group_size
+            keep = self.keep_float
             listed = isinstance(keep, Sequence) and not isinstance(keep, str)
             if not listed or not all(isinstance(pattern, str) for pattern in keep):
-                raise OptionError(f"keep_float must be a sequence of strings, not {keep!r}")
-            if size is not None and (type(size) is not int or size not in (16, 32, 64, 128, 256)):
-                # ORT's MatMulNBits, which runs the bodies, takes powers of two from 16.
-                raise OptionError(f"group_size {size!r}: must be 16, 32, 64, 128 or 256")
+                raise OptionError(f"keep_float must be a list of strings, not {keep!r}")
+            check_group_size(self.group_size)
 
-    def __init__(self, scheme: Scheme, options: Options | None = None) -> None:
+    def __init__(
+        self, scheme: Scheme, options: Options | None = None, rules: Sequence[NodeRule] = ()
+    ) -> None:
         super().__init__()
-        self.scheme = scheme
+        self.scheme, self.rules = scheme, rules
         self.options = options or self.Options()
+        self.notes: tuple[str, ...] = ()
         self._patterns: tuple[str, ...] = ()
+        self._asked = NodeRules((), ())
 
     @property
     def options(self) -> Options:
@@ -100,7 +115,8 @@ class AssignPrecision(ir.passes.InPlacePass):
 
     @options.setter
     def options(self, options: Options) -> None:
-        if options.group_size is not None and not self.scheme.group_sizes:
+        grouped = self.scheme.group_sizes or any(rule.precision == "int4" for rule in self.rules)
+        if options.group_size is not None and not grouped:
             raise OptionError(
                 f"group_size {options.group_size}: {self.scheme.name} weights have one scale per "
                 "channel; leave it out, or choose an int4 target"
@@ -114,15 +130,17 @@ class AssignPrecision(ir.passes.InPlacePass):
         return (size,) if size else self.scheme.group_sizes
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Plan every node of the graph and its subgraphs."""
+        """Plan every node of the graph and its subgraphs.
+
+        Raises:
+            OptionError: A pattern or a rule that is about no node, or that no node can follow.
+        """
         nodes = list(model.graph.all_nodes())
         self._patterns = self._known_patterns(nodes)
+        self._asked = NodeRules(self.rules, nodes)
         changed, is_quantized = False, any(node.op_type in _QUANTIZATION for node in nodes)
-        if is_quantized and self.options.keep_float:
-            raise OptionError(
-                f"keep_float {self.options.keep_float[0]!r}: the source is quantized already, and "
-                "its nodes are what they are in it; leave it out, or start from the float model"
-            )
+        if is_quantized:
+            self._check_nothing_asked()
         for node in nodes:
             plan = self._plan_tied(model.graph, node, in_branch=node.graph is not model.graph)
             if isinstance(plan, NodePlan) and is_quantized:
@@ -134,7 +152,37 @@ class AssignPrecision(ir.passes.InPlacePass):
             elif plan is not None and decision_of(node).action != "qdq":
                 # What was imported quantized, and is left so, has its reason already.
                 decide(node, "float", plan.why, expected=plan.expected)
+            if not isinstance(plan, NodePlan):
+                self._refuse_all(node, NO_WEIGHTS if plan is None else plan.why)
+        self.notes = self._asked.check()
         return ir.passes.PassResult(model, changed)
+
+    def _check_nothing_asked(self) -> None:
+        """Refuse requests about what is quantized already."""
+        given = [f"keep_float {pattern!r}" for pattern in self.options.keep_float]
+        given += [f"recipe: rule 1 ({rule})" for rule in self.rules[:1]]
+        if given:
+            raise OptionError(
+                f"{given[0]}: the source is quantized already, and its nodes are what they are in "
+                "it; leave it out, or start from the float model"
+            )
+
+    def _refuse_all(self, node: ir.Node, why: str) -> None:
+        """Say that a node that stays float does nothing that rules ask for but that."""
+        asked = self._asked.about(node)
+        if asked is not None and asked.precision != "float":
+            for key in asked.says:
+                self._asked.refuse(node, key, why)
+
+    def _form(self, node: ir.Node) -> Form:
+        """The form of a node that can be quantized; what rules ask for in vain is noted on it."""
+        asked = self._asked.about(node)
+
+        def refuse(key: str, why: str) -> None:
+            self._asked.refuse(node, key, why)
+            add_note(node, f"{key} {getattr(asked, key)!r} of the recipe is not possible: {why}")
+
+        return form_of(node.op_type, self.scheme, asked, self.group_sizes, refuse)
 
     def _known_patterns(self, nodes: list[ir.Node]) -> tuple[str, ...]:
         """`keep_float`, each pattern of which matches something.
@@ -146,7 +194,7 @@ class AssignPrecision(ir.passes.InPlacePass):
         for given in self.options.keep_float:
             patterns += [given] if given in names else given.split(" + ")
         for pattern in patterns:
-            if not any(_matches(name, pattern) for name in names):
+            if not any(matches(name, pattern) for name in names):
                 raise OptionError(
                     f"keep_float {pattern!r} matches no node name and no op type of the model"
                     f"{did_you_mean(pattern, names)}"
@@ -179,8 +227,12 @@ class AssignPrecision(ir.passes.InPlacePass):
     def _plan(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float | None:
         """A plan, the reason to stay float, or None for ops that hold nothing to quantize."""
         for pattern in self._patterns:
-            if _matches(node.name or "", pattern) or _matches(node.op_type, pattern):
+            if matches(node.name or "", pattern) or matches(node.op_type, pattern):
+                self._asked.overrule(node)
                 return _Float(f"kept float by request ({pattern})")
+        asked = self._asked.about(node)
+        if asked is not None and asked.precision == "float":
+            return _Float("kept float by request (precision)")
         if node.domain not in ("", "ai.onnx"):
             return _Float(f"op of the foreign domain {node.domain}")
         match node.op_type:
@@ -195,7 +247,7 @@ class AssignPrecision(ir.passes.InPlacePass):
         return None
 
     def _plan_matmul(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float:
-        weight, scheme = node.inputs[1], self.scheme
+        weight = node.inputs[1]
         if _no_weight(node.inputs[0]) is None:
             return _Float("its weight is on the left, only right operands are quantized", False)
         if (reason := _no_weight(weight) or _no_batch_of_floats(node.inputs[0])) is not None:
@@ -204,20 +256,21 @@ class AssignPrecision(ir.passes.InPlacePass):
         shape = weight.const_value.shape.numpy()
         if len(shape) != 2 or 0 in shape:
             return _Float(f"its weight has shape {list(shape)}, only matrices are quantized", False)
-        if in_branch and self.group_sizes:
+        form, depth = self._form(node), shape[0]
+        if in_branch and form.group_sizes:
             # Making MatMulNBits of it, ORT 1.31 looks for the weight inside the branch and fails.
             return _Float("ORT does not find int4 weights from inside a branch", False)
-        depth = shape[0]
         activation = None
-        if scheme.activation is not None:
-            stored = QuantType(scheme.activation, granularity=PerGroup(-1, depth))
+        if form.activation == "dynamic":
+            storage = form.weight if form.weight.is_floating_point() else ir.DataType.INT8
+            stored = QuantType(storage, granularity=PerGroup(-1, depth))
             activation = QuantSpec(stored, "dynamic")
-        if not self.group_sizes:
-            return NodePlan(_per_channel(scheme.weight, axis=1), activation)
-        size = next((size for size in self.group_sizes if depth % size == 0), None)
+        if not form.group_sizes:
+            return _node_plan(form, _per_channel(form.weight, axis=1), activation)
+        size = next((size for size in form.group_sizes if depth % size == 0), None)
         if size is None:
-            return _Float(f"K={depth} is a multiple of no group size in {self.group_sizes}", False)
-        return NodePlan(QuantType(scheme.weight, granularity=PerGroup(0, size)), activation)
+            return _Float(f"K={depth} is a multiple of no group size in {form.group_sizes}", False)
+        return _node_plan(form, QuantType(form.weight, granularity=PerGroup(0, size)), activation)
 
     def _plan_conv(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float:
         scheme = self.scheme
@@ -237,7 +290,14 @@ class AssignPrecision(ir.passes.InPlacePass):
         activation = QuantSpec(
             QuantType(scheme.conv_activation, granularity=PerTensor(), symmetric=False), "static"
         )
-        return NodePlan(_per_channel(scheme.conv_weight, axis=0), activation, output=activation)
+        form = self._form(node)
+        return _node_plan(form, _per_channel(form.weight, axis=0), activation, activation)
+
+
+def _node_plan(
+    form: Form, weight: QuantType, activation: QuantSpec | None, output: QuantSpec | None = None
+) -> NodePlan:
+    return NodePlan(weight, activation, output, form.calibration, form.rounding, form.requested)
 
 
 def _transpose_of_weight(node: ir.Node) -> ir.Node | None:
@@ -249,11 +309,6 @@ def _transpose_of_weight(node: ir.Node) -> ir.Node | None:
     array = constant(turn.inputs[0])
     turns = list(turn.attributes.get_ints("perm", [1, 0])) == [1, 0]
     return turn if turns and array is not None and array.ndim == 2 else None
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """As a shell pattern, or to the letter: node names may hold brackets."""
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
 def _per_channel(storage: ir.DataType, axis: int) -> QuantType:

@@ -135,9 +135,12 @@ class ChooseKernels(ir.passes.InPlacePass):
 
 
 def _is_chosen(node: ir.Node) -> bool:
-    """Whether there is a choice: weights below 8 bits are asked for because they are small."""
+    """Whether there is a choice: weights below 8 bits are asked for because they are small.
+
+    Nor is there where a recipe names the precision of a node.
+    """
     plan = plan_of(node)
-    return plan is not None and plan.weight.storage is ir.DataType.INT8
+    return plan is not None and plan.weight.storage is ir.DataType.INT8 and not plan.requested
 
 
 def _static(value: ir.Value) -> Shape | None:

@@ -37,8 +37,9 @@ from qcompiler.passes.integer_movers import integer_movers
 
 __all__ = ["InsertQDQ", "Observer"]
 
-Observer = Callable[[ir.Model, Sequence[str]], Mapping[str, TensorStats]]
-"""Runs the model on calibration samples and returns what it saw of the named tensors."""
+Observer = Callable[[ir.Model, Mapping[str, str | None]], Mapping[str, TensorStats]]
+"""Runs the model on calibration samples and returns what it saw of the named tensors.  By name it is
+told where to cut a range off, as in a recipe; None where nothing is said of that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +48,14 @@ class _Site:
 
     Attributes:
         like: The tensor whose scale it takes; None: one of its own, from calibration.
+        calibration: Where its range is cut off; None as for all others.
     """
 
     value: ir.Value
     spec: QuantSpec
     readers: frozenset[ir.Node] | None
     like: ir.Value | None = None
+    calibration: str | None = None
 
 
 class InsertQDQ(ir.passes.InPlacePass):
@@ -80,7 +83,7 @@ class InsertQDQ(ir.passes.InPlacePass):
             if (plan := plan_of(node)) and dequantize_of(node.inputs[0]) is None
         ]
         static = _static_sites(planned)
-        pairs: dict[ir.Value, ir.Value] = {}
+        pairs: dict[tuple[ir.Value, QuantSpec], ir.Value] = {}
         constants: dict[str, ir.Value] = {}
         stats = self._observe(model, [node for node, plan in planned if plan.output], static)
         steps: dict[ir.Value, list[ir.Value]] = {}
@@ -94,9 +97,10 @@ class InsertQDQ(ir.passes.InPlacePass):
             if plan.activation is not None and plan.activation.scale == "dynamic":
                 data = node.inputs[0]
                 assert data is not None
-                if data not in pairs:
-                    pairs[data] = _insert_dynamic(model.graph, data, plan.activation, constants)
-                node.replace_input_with(0, pairs[data])
+                key = (data, plan.activation)
+                if key not in pairs:
+                    pairs[key] = _insert_dynamic(model.graph, *key, constants)
+                node.replace_input_with(0, pairs[key])
         FixNames()(model)
         return ir.passes.PassResult(model, bool(static or pairs))
 
@@ -115,7 +119,8 @@ class InsertQDQ(ir.passes.InPlacePass):
                 f"static activation ranges are needed by {names}{more}: give samples with "
                 "--calib DIR (calibration=...), or keep them float with --keep-float Conv"
             )
-        return self.observe(model, [site.value.name or "" for site in sites if site.like is None])
+        own = [site for site in sites if site.like is None]
+        return self.observe(model, {site.value.name or "": site.calibration for site in own})
 
 
 def _static_sites(planned: Sequence[tuple[ir.Node, NodePlan]]) -> list[_Site]:
@@ -123,19 +128,28 @@ def _static_sites(planned: Sequence[tuple[ir.Node, NodePlan]]) -> list[_Site]:
     inputs: dict[ir.Value, set[ir.Node]] = {}
     specs: dict[ir.Value, QuantSpec] = {}
     results: dict[ir.Value, ir.Node] = {}
+    stored: dict[ir.Value, str | None] = {}
+    read: dict[ir.Value, str | None] = {}
     for node, plan in planned:
         data = node.inputs[0]
         assert data is not None
         if plan.activation is not None and plan.activation.scale == "static":
             inputs.setdefault(data, set()).add(node)
             specs[data] = plan.activation
+            read[data] = read.get(data) or plan.calibration
         if plan.output is not None:
             result = rectified(node.outputs[0])
             results[result] = node
             specs[result] = plan.output
+            stored[result] = plan.calibration
     moved = integer_movers(results, set().union(*inputs.values()))
     sites = [
-        _Site(value, spec, None if value in results else frozenset(inputs[value]))
+        _Site(
+            value,
+            spec,
+            None if value in results else frozenset(inputs[value]),
+            calibration=stored.get(value) or read.get(value),
+        )
         for value, spec in specs.items()
         if value not in moved
     ]

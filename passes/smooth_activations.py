@@ -135,7 +135,8 @@ def _is_per_token(node: ir.Node) -> bool:
     plan = plan_of(node)
     if node.op_type != "MatMul" or plan is None or plan.activation is None:
         return False
-    return isinstance(plan.activation.type.granularity, PerGroup) and note_of(node) is None
+    looked_at = "smoothed" in (note_of(node) or "")
+    return isinstance(plan.activation.type.granularity, PerGroup) and not looked_at
 
 
 def _factors(tokens: Rows, alpha: float) -> Rows:

@@ -39,7 +39,7 @@ that takes memory for all of it."""
 
 def observe(
     model: ir.Model,
-    names: Sequence[str],
+    names: Sequence[str] | Mapping[str, str | None],
     samples: Samples,
     progress: Callable[[int, int], None] | None = None,
     clipping: Clipping | None = None,
@@ -48,22 +48,23 @@ def observe(
 
     Args:
         model: A float model; it is not changed.
-        names: Tensors to observe.
+        names: Tensors to observe; by name, if the range of one is cut off in another way.
         samples: What to run it on.
         progress: Called with (done, total) after each sample.
-        clipping: Where to cut ranges off; by default nowhere.
+        clipping: Where to cut the others off; by default nowhere.
 
     Raises:
         CalibrationError: A bad sample, or a tensor that is NaN or Inf; names both.
     """
-    clipping, total = clipping or Clipping(), len(samples)
+    clippings, total = _clippings(names, clipping or Clipping()), len(samples)
     version = import_onnxruntime().__version__
-    with Probe(model, names) as probe:
+    with Probe(model, list(names)) as probe:
         cache = KernelCache()
-        key = content_key("ranges", probe.digest, samples.digest, str(clipping), version)
+        methods = json.dumps({name: str(clippings[name]) for name in sorted(clippings)})
+        key = content_key("ranges", probe.digest, samples.digest, methods, version)
         if (known := cache.get(key)) is not None:
             return {name: TensorStats(*ends) for name, ends in json.loads(known).items()}
-        seen = {name: Observed(clipping) for name in names}
+        seen = {name: Observed(clippings[name]) for name in names}
         for done, (label, tensors) in enumerate(probe.run(lambda inputs: samples), 1):
             _look(label, tensors, seen)
             if progress is not None:
@@ -74,6 +75,13 @@ def observe(
     ranges = {name: observed.range() for name, observed in seen.items()}
     cache.keep(key, ranges)
     return {name: TensorStats(*ends) for name, ends in ranges.items()}
+
+
+def _clippings(
+    names: Sequence[str] | Mapping[str, str | None], usual: Clipping
+) -> Mapping[str, Clipping]:
+    asked = names if isinstance(names, Mapping) else dict.fromkeys(names)
+    return {name: Clipping.parse(text) if text else usual for name, text in asked.items()}
 
 
 def _look(label: str, tensors: Sample, seen: Mapping[str, Observed]) -> None:

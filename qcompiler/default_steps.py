@@ -28,7 +28,14 @@ from qcompiler.step import Step
 from qcompiler.targets import catalog
 from qcompiler.targets.target import Target
 
-__all__ = ["default_steps"]
+__all__ = ["OPTIONS_OF_RECIPE", "default_steps"]
+
+OPTIONS_OF_RECIPE = {
+    ("assign-precision", "keep_float"): "keep_float",
+    ("assign-precision", "group_size"): "group_size",
+    ("fuse-attention", "precision"): "attention",
+}
+"""Options of passes that are keys of the recipe itself, and which."""
 
 
 def default_steps(
@@ -51,7 +58,7 @@ def default_steps(
         Step("fuse-gelu", FuseGelu(), Stage.FLOAT),
         Step(
             "assign-precision",
-            AssignPrecision(target.scheme, precision),
+            AssignPrecision(target.scheme, precision, recipe.nodes),
             Stage.FLOAT,
             "target",
         ),

@@ -46,7 +46,9 @@ class SampleObserver:
         self.samples, self.clipping, self.clock = samples, clipping, clock
         self.was_asked = False
 
-    def __call__(self, model: ir.Model, names: Sequence[str]) -> Mapping[str, TensorStats]:
+    def __call__(
+        self, model: ir.Model, names: Mapping[str, str | None]
+    ) -> Mapping[str, TensorStats]:
         """The ranges of tensors, see `observe`."""
         self.was_asked = True
         return observe(model, names, self.samples, self._tell, self.clipping)
@@ -77,9 +79,11 @@ class Job:
         passes: The pipeline of the user's, or the text of one; None for the default.
         stop_after: The last stage that is wanted.
         watchers: Shown the model before and after each pass.
+        effective: The recipe with the options of all passes as they were.
         bytes_before: Size of the model as it came.
         foreign: Domains of ops that ONNX Runtime knows only with somebody else's library.
         defaults: Inputs of the model that need not be fed.
+        notes_of_passes: What passes want the user to know.
     """
 
     source: Any
@@ -92,9 +96,11 @@ class Job:
     passes: Pipeline | str | None
     stop_after: Stage | None
     watchers: Sequence[Watcher]
+    effective: Recipe = dataclasses.field(default_factory=Recipe)
     bytes_before: int = 0
     foreign: Sequence[str] = ()
     defaults: Sequence[str] = ()
+    notes_of_passes: tuple[str, ...] = ()
 
     def run_passes(self) -> ir.Model:
         """Load the model, and run the passes on it."""
@@ -113,7 +119,9 @@ class Job:
         if self.observer is not None:
             # All of them, whether or not a pass will ask for them.
             self.observer.samples.check(model_inputs(model))
-        return pipeline.run(model, lambda step: self.clock.start(step.name), self.watchers)
+        model = pipeline.run(model, lambda step: self.clock.start(step.name), self.watchers)
+        self.effective, self.notes_of_passes = pipeline.effective_recipe, pipeline.notes
+        return model
 
     def _pipeline(self) -> Pipeline:
         if isinstance(self.passes, Pipeline):
@@ -138,7 +146,7 @@ class Job:
         self.clock.start("kernels")
         library = build_kernels(model, self.target, stage, self.clock)
         self.clock.start("write")
-        write_bundle(model, stage, self.target, self.recipe, library)
+        write_bundle(model, stage, self.target, self.effective, library)
         if not (self.foreign or self.is_large(stage)):
             self._open(stage)
 
@@ -177,7 +185,8 @@ class Job:
 
     def notes(self) -> tuple[str, ...]:
         """What the user should know, in sentences."""
-        notes = () if self.chooser is None else self.chooser.notes
+        notes = self.notes_of_passes
+        notes += () if self.chooser is None else self.chooser.notes
         used = self.chooser is not None and self.chooser.used_samples
         if self.observer is not None and not self.observer.was_asked and not used:
             unused = "the calibration samples were not used: nothing here needs them for"
@@ -194,6 +203,7 @@ class Job:
 _READERS = {
     "keep_float": "assign-precision",
     "group_size": "assign-precision",
+    "nodes": "assign-precision",
     "calibration": "insert-qdq",
     "attention": "fuse-attention",
     "shapes": "choose-kernels",
@@ -209,9 +219,13 @@ def _check_read(pipeline: Pipeline, recipe: Recipe, wishes: Wishes) -> None:
         OptionError: Names it, and the pass that is missing.
     """
     names = {step.name for step in pipeline}
-    given = recipe.to_dict() | {"shapes": wishes.shapes, "choices": wishes.choices}
-    for option, reader in _READERS.items():
-        if given.get(option) and reader not in names:
+    usual = {field.name: getattr(Recipe(), field.name) for field in dataclasses.fields(Recipe)}
+    given = {key: value for key in usual if (value := getattr(recipe, key)) != usual[key]}
+    given |= {key: value for key in ("shapes", "choices") if (value := getattr(wishes, key))}
+    readers = [(option, reader) for option, reader in _READERS.items() if option in given]
+    readers += [(f"passes: {name}", name) for name in recipe.passes]
+    for option, reader in readers:
+        if reader not in names:
             raise OptionError(
                 f"{option} is for {reader}, which the pipeline leaves out: add {reader} to it, or "
                 f"leave out {option}"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
 from qcompiler.arguments import require
 from qcompiler.calibrate import sample_tokens
-from qcompiler.default_steps import default_steps
+from qcompiler.default_steps import OPTIONS_OF_RECIPE, default_steps
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage
@@ -19,7 +19,7 @@ from qcompiler.passes.choose_kernels import ChooseKernels
 from qcompiler.passes.insert_qdq import Observer
 from qcompiler.passes.options import configured
 from qcompiler.passes.smooth_activations import Sampler
-from qcompiler.pipeline_text import parse_pipeline
+from qcompiler.pipeline_text import ALIASES, parse_pipeline
 from qcompiler.recipe import Recipe
 from qcompiler.step import Rewrite, Step, Watcher, as_pass, check_watchers
 from qcompiler.targets import catalog
@@ -86,6 +86,7 @@ class Pipeline:
         pipeline = cls(steps, goal, recipe)
         if not recipe.smooth:
             pipeline.remove("smooth-activations")
+        pipeline._configure_all(recipe.passes)
         return pipeline
 
     @classmethod
@@ -151,6 +152,28 @@ class Pipeline:
         for step in self.steps:
             if step.needs == "target":
                 raise OptionError(f"{step.name} depends on the target: add --target TARGET")
+
+    @property
+    def effective_recipe(self) -> Recipe:
+        """The recipe with the options of all passes as they are, to do the same another time."""
+        passes: dict[str, dict[str, Any]] = {}
+        for step in self.steps:
+            options = getattr(step.rewrite, "options", None)
+            if dataclasses.is_dataclass(options) and not isinstance(options, type):
+                passes[step.name] = dataclasses.asdict(options)
+        told = {
+            key: passes[name].pop(option)
+            for (name, option), key in OPTIONS_OF_RECIPE.items()
+            if name in passes
+        }
+        return dataclasses.replace(
+            self.recipe, **told, passes={name: given for name, given in passes.items() if given}
+        )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the passes that ran want the user to know."""
+        return tuple(n for step in self.steps for n in getattr(step.rewrite, "notes", ()))
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)
@@ -229,6 +252,30 @@ class Pipeline:
             for watcher in watchers:
                 watcher.after(step, model, result.modified)
         return model
+
+    def _configure_all(self, passes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Set the options that a recipe gives passes.
+
+        Raises:
+            OptionError: No such pass or option, a value it does not take, or an option that is a
+                key of the recipe.
+        """
+        names = [step.name for step in self.steps]
+        for given, options in passes.items():
+            name = ALIASES.get(given, given)
+            if name == "smooth-activations" and not self.recipe.smooth:
+                raise OptionError(f"recipe: passes: {given!r} is left out by smooth = false")
+            if name not in names:
+                hint = did_you_mean(name, names) or f"; one of {', '.join(names)}"
+                raise OptionError(f"recipe: passes: no pass {given!r}{hint}")
+            for option in options:
+                if key := OPTIONS_OF_RECIPE.get((name, option)):
+                    raise OptionError(
+                        f"recipe: passes: {name}: {option} is what the recipe calls {key}: write "
+                        "that at the top"
+                    )
+            rewrite = configured(self.steps[names.index(name)].rewrite, name, options)
+            self.replace(name, rewrite)
 
     def _insert(self, index: int, name: str, rewrite: Rewrite, stage: Stage) -> None:
         if not isinstance(name, str):

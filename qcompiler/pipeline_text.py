@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 
 from qcompiler.ir.errors import OptionError, did_you_mean
 
-__all__ = ["PassText", "parse_pipeline"]
+__all__ = ["ALIASES", "PassText", "parse_pipeline"]
 
 
-_ALIASES = {"smooth-quant": "smooth-activations"}
+ALIASES = {"smooth-quant": "smooth-activations"}
 """Names that passes have elsewhere."""
 
 
@@ -101,7 +101,7 @@ def _options(name: str, text: str) -> dict[str, list[str]]:
 
 def _names(text: str, known: Sequence[str]) -> Sequence[str]:
     """One name, or all from one to another: `a..b`, `a..`, `..b` or `..`."""
-    first, ranges, last = (_ALIASES.get(p.strip(), p.strip()) for p in text.partition(".."))
+    first, ranges, last = (ALIASES.get(p.strip(), p.strip()) for p in text.partition(".."))
     for name in (first, last):
         if name and name not in known:
             hint = did_you_mean(name, known) or f"; one of {', '.join(known)}"

@@ -241,8 +241,8 @@ def test_bad_sample_folders(conv, tmp_path, make, message):
         ("keep_flaot = []", "unknown key 'keep_flaot'; did you mean 'keep_float'"),
         ("keep_float = 'Conv'", "keep_float must be a list of strings, not 'Conv'"),
         ("keep_float = [1]", "keep_float must be a list of strings"),
-        ("group_size = 'big'", "group_size must be an integer, not 'big'"),
-        ("group_size = true", "group_size must be an integer"),
+        ("group_size = 'big'", "group_size 'big': must be 16, 32"),
+        ("group_size = true", "group_size True: must be 16, 32"),
         ("attention = 'int4'", "attention 'int4': must be float32, bfloat16 or int8"),
         ("attention = ['int8']", "must be float32, bfloat16 or int8"),
         ("attention = 8", "attention 8: must be float32, bfloat16 or int8"),
@@ -383,7 +383,7 @@ def test_bad_compile_arguments(matmul, tmp_path, monkeypatch, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep_float": 5}, "keep_float must be a sequence of strings, not 5"),
+        ({"keep_float": 5}, "keep_float must be a list of strings, not 5"),
         ({"smooth": "no"}, "smooth must be true or false, not 'no'"),
         ({"attention": "int4"}, "attention 'int4': must be float32, bfloat16 or int8"),
         ({"calibration": "mean"}, "unknown calibration method 'mean'"),

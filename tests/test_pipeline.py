@@ -619,10 +619,11 @@ def test_a_pipeline_of_one_s_own_is_complete(tmp_path, options, message):
 
 def test_the_manifest_has_the_recipe_of_the_pipeline(tmp_path):
     recipe = Recipe(keep_float=("MatMul",))
-    report = qcompiler.compile(
-        mlp(), "arm-int8", tmp_path / "b", pipeline=Pipeline.default("arm-int8", recipe)
-    )
-    assert Manifest.read(report.bundle).recipe == recipe.to_dict()
+    pipeline = Pipeline.default("arm-int8", recipe)
+    report = qcompiler.compile(mlp(), "arm-int8", tmp_path / "b", pipeline=pipeline)
+    written = Recipe.from_dict(Manifest.read(report.bundle).recipe)
+    assert written == pipeline.effective_recipe
+    assert dataclasses.replace(written, passes={}) == recipe
 
 
 @pytest.mark.parametrize(
@@ -632,6 +633,12 @@ def test_the_manifest_has_the_recipe_of_the_pipeline(tmp_path):
         ("..fuse-gelu", {"recipe": Recipe(group_size=32)}, "group_size is for assign-precision, w"),
         ("..fold-qdq", {"recipe": Recipe(attention="float32")}, "attention is for fuse-attention"),
         ("fold-qdq", {"recipe": Recipe(calibration="min-max")}, "calibration is for insert-qdq, "),
+        ("..fuse-gelu", {"recipe": Recipe(nodes=({"precision": "int8"},))}, "nodes is for assign-"),
+        (
+            "fold-qdq",
+            {"recipe": Recipe(passes={"smooth-activations": {"worth": 0.5}})},
+            "passes: smooth-activations is for smooth-activations, which the pipeline leaves out",
+        ),
         ("fold-qdq", {"shapes": {"x": (1, 64)}}, "leaves out: add choose-kernels to it, or leave"),
     ],
 )

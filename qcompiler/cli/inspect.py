@@ -34,11 +34,20 @@ _QUANTIZED = frozenset({
 
 @click.command("inspect")
 @click.argument("path", type=FILE, metavar="MODEL|BUNDLE")
+@click.option(
+    "--recipe",
+    "recipe_alone",
+    is_flag=True,
+    help="Print the recipe that the bundle was made by, as TOML, and nothing else.",
+)
 @json_option
 @verbose_option
 @click.pass_obj
-def inspect_command(terminal: Terminal, path: Path, as_json: bool) -> None:
+def inspect_command(terminal: Terminal, path: Path, recipe_alone: bool, as_json: bool) -> None:
     """Show what a model or a bundle holds."""
+    if recipe_alone:
+        _print_recipe(terminal, path)
+        return
     if path.name == "manifest.json":
         path = path.parent
     if not path.is_dir():
@@ -64,6 +73,39 @@ def inspect_command(terminal: Terminal, path: Path, as_json: bool) -> None:
     altered = [file["name"] for file in files if file["state"] != "as written"]
     if altered:
         raise BundleError(f"{path}: {', '.join(altered)}: not what was written; compile it again")
+
+
+def _print_recipe(terminal: Terminal, path: Path) -> None:
+    """The whole recipe of a bundle.
+
+    Raises:
+        OptionError: It is not one of a bundle, but a file of its own, or unreadable.
+    """
+    from qcompiler.recipe import Recipe
+
+    folder = path.parent if path.name == "manifest.json" else path
+    if not folder.is_dir():
+        raise BundleError(f"{path} is no bundle: only those have a recipe")
+    terminal.out.print(Recipe.read(folder).to_toml(), end="", highlight=False, soft_wrap=True)
+
+
+def _recipe_in_brief(path: Path, manifest: Manifest) -> str:
+    """What a recipe has that is not everybody's."""
+    from qcompiler.pipeline import Pipeline
+    from qcompiler.recipe import Recipe
+
+    given = Recipe.from_dict(manifest.recipe, str(path)).to_dict()
+    defaults = Pipeline.default(manifest.target).effective_recipe.to_dict()
+    rules, passes = given.pop("nodes", []), given.pop("passes", {})
+    parts = [f"{key} = {value}" for key, value in given.items() if value != defaults.get(key)]
+    parts += [f"{len(rules)} rule{'s' if len(rules) > 1 else ''} for nodes"] if rules else []
+    parts += [
+        f"{name}: {option} = {value}"
+        for name, options in passes.items()
+        for option, value in options.items()
+        if value != defaults["passes"].get(name, {}).get(option)
+    ]
+    return ", ".join(parts)
 
 
 def _model_facts(path: Path, model: ir.Model) -> dict[str, Any]:
@@ -170,7 +212,7 @@ def _print_bundle(
     if library is not None:
         isa, glibc = ", ".join(library.isa), library.minimum_glibc
         kernels = f"{isa} on {library.machine}, glibc {glibc} or newer"
-    recipe = ", ".join(f"{key} = {value}" for key, value in manifest.recipe.items() if value)
+    recipe = _recipe_in_brief(path, manifest)
     out.print(Text.assemble("\n", (str(path), "bold"), f"  a bundle for {manifest.target}\n"))
     out.print(facts(
         ("Needs", f"ONNX Runtime {manifest.minimum_ort} or newer"),

@@ -1,0 +1,133 @@
+"""The quantized forms that an op has, and which of them a node gets.
+
+    op       weights                      activations
+    MatMul   int8 per channel             dynamic int8 per token      (W8A8)
+    MatMul   int4 in groups along K       dynamic int8 per token      (W4A8)
+    MatMul   int4 in groups along K       float                       (W4A16)
+    MatMul   fp8 per channel              dynamic fp8 per token       where the target has fp8
+    Conv     int8 per channel             static uint8 per tensor
+
+The scheme of the target chooses; a rule of the recipe may choose another one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import onnx_ir as ir
+
+from qcompiler.passes.node_rules import PRECISIONS, NodeRule
+from qcompiler.targets.target import Scheme
+
+__all__ = ["Form", "form_of"]
+
+_INT8, _INT4, _FP8 = ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN
+
+_GROUPS = (32, 64, 128)
+"""Of int4 weights where the scheme has none: rounded to nearest, small groups lose least."""
+
+_MATMULS = {(_INT8, "dynamic"), (_INT4, "dynamic"), (_INT4, "float"), (_FP8, "dynamic")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What a node is quantized to.
+
+    Attributes:
+        weight: Storage of its weights.
+        activation: Scales of its activations: "dynamic", "static" or "float".
+        group_sizes: Weights per scale, in order of preference; empty for a scale per channel.
+        calibration: Where static ranges are cut off; None as for all.
+        rounding: How the weights are rounded.
+        requested: Whether a rule asked for this precision.
+    """
+
+    weight: ir.DataType
+    activation: str
+    group_sizes: tuple[int, ...] = ()
+    calibration: str | None = None
+    rounding: str = "nearest"
+    requested: bool = False
+
+
+def form_of(
+    op: str,
+    scheme: Scheme,
+    asked: NodeRule | None,
+    group_sizes: tuple[int, ...],
+    refuse: Callable[[str, str], None],
+) -> Form:
+    """The form of a node.
+
+    Args:
+        op: "MatMul" or "Conv".
+        scheme: The target's number formats; of convolutions it has some.
+        asked: What the recipe says of the node.
+        group_sizes: Weights per scale, in order of preference, of weights in groups.
+        refuse: Told each key of `asked` that cannot be, and why; it is then as if not asked for.
+    """
+    while asked is not None and (misfit := _misfit(op, scheme, asked)) is not None:
+        key, why = misfit
+        refuse(key, why)
+        left = asked.to_dict()
+        del left[key]
+        asked = NodeRule(**left) if left else None
+    weight, activation = _storage(op, scheme, asked), _activation(op, scheme, asked)
+    if asked is None:
+        return Form(weight, activation, _groups(weight, group_sizes))
+    sizes = (asked.group_size,) if asked.group_size else group_sizes
+    return Form(
+        weight,
+        activation,
+        _groups(weight, sizes),
+        asked.calibration,
+        asked.rounding or "nearest",
+        asked.precision is not None,
+    )
+
+
+def _storage(op: str, scheme: Scheme, asked: NodeRule | None) -> ir.DataType:
+    wanted = PRECISIONS[asked.precision] if asked is not None and asked.precision else None
+    if wanted is not None:
+        return wanted
+    usual = scheme.weight if op == "MatMul" else scheme.conv_weight
+    assert usual is not None
+    return usual
+
+
+def _activation(op: str, scheme: Scheme, asked: NodeRule | None) -> str:
+    if asked is not None and asked.activation is not None:
+        return asked.activation
+    if op == "Conv":
+        return "static"
+    return "float" if scheme.activation is None else "dynamic"
+
+
+def _groups(weight: ir.DataType, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    return (sizes or _GROUPS) if weight is _INT4 else ()
+
+
+def _misfit(op: str, scheme: Scheme, asked: NodeRule) -> tuple[str, str] | None:
+    """A key that cannot be, and why."""
+    weight, activation = _storage(op, scheme, asked), _activation(op, scheme, asked)
+    if op == "Conv":
+        if weight is not _INT8:
+            return "precision", "convolutions are int8 or float"
+        if activation != "static":
+            return "activation", "convolutions have static activations"
+    elif weight is _FP8 and scheme.weight is not _FP8:
+        return "precision", f"{scheme.name} targets do not multiply fp8"
+    elif (weight, activation) not in _MATMULS:
+        stored = next(name for name, storage in PRECISIONS.items() if storage is weight)
+        why = f"{scheme.name} targets multiply no {stored} weights by {activation} activations"
+        if asked.activation is None:
+            return "precision", f'{why}; activation = "dynamic" beside it would do'
+        return "activation", why
+    if asked.group_size is not None and weight is not _INT4:
+        return "group_size", "these weights have a scale per channel; only int4 ones have groups"
+    if asked.calibration is not None and activation != "static":
+        return "calibration", f"its activations are {activation}, nothing of them is calibrated"
+    if asked.symmetric is False:
+        return "symmetric", "no op multiplies weights with zero points yet"
+    return None

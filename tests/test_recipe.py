@@ -1,0 +1,374 @@
+"""Rules and pass options of a recipe: what they do, what is refused, and the way back to TOML."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from conftest import mlp
+from golden import model_of
+from terminal import ARM, CALIB, MODEL, fails, qcompile
+
+import qcompiler
+from qcompiler.bundle import Manifest
+from qcompiler.ir.decisions import decision_of, plan_of
+from qcompiler.ir.errors import OptionError
+from qcompiler.ir.types import PerAxis, PerGroup
+from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.pipeline import Pipeline
+from qcompiler.recipe import Recipe
+from qcompiler.targets.catalog import TARGETS
+
+RNG = np.random.default_rng(0)
+TWO = (
+    "g (float[m,64] x) => (float[m,64] y) { a = MatMul (x, v) b = Relu (a) c = MatMul (b, w) "
+    "y = Softmax (c) }"
+)
+WEIGHTS = {name: RNG.standard_normal((64, 64), dtype=np.float32) for name in ("v", "w")}
+CONV = (
+    "g (float[1,16,8,8] x) => (float[1,16,8,8] z, float[1,16,8,32] p) "
+    '{ a = Conv (x, k) b = Relu (a) c = Conv (b, k) z = Softmax (c) p = MatMul (x, t) }'
+)
+KERNELS = {
+    "k": RNG.standard_normal((16, 16, 1, 1), dtype=np.float32),
+    "t": RNG.standard_normal((8, 32), dtype=np.float32),
+}
+NAMES = ("up", "act", "down", "soft")
+
+
+def assigned(rules, target="x86-int8", model=None, keep=(), names=NAMES, **options):
+    """The nodes of a model and the pass that planned them."""
+    model = model or model_of(TWO, WEIGHTS)
+    for node, name in zip(model.graph, names, strict=False):
+        node.name = name
+    recipe = Recipe(keep_float=keep, nodes=rules)
+    chosen = AssignPrecision.Options(recipe.keep_float, **options)
+    rewrite = AssignPrecision(TARGETS[target].scheme, chosen, recipe.nodes)
+    rewrite(model)
+    return {node.name: node for node in model.graph}, rewrite
+
+
+def stored(nodes):
+    """How the weights of the planned nodes are stored, None where they are float."""
+    plans = {name: plan_of(nodes[name]) for name in ("up", "down")}
+    return [plan and plan.weight.storage.name.lower() for plan in plans.values()]
+
+
+@pytest.mark.parametrize(
+    ("rules", "want"),
+    [
+        ([], ["int4", "int4"]),
+        ([{"precision": "int8"}], ["int8", "int8"]),
+        ([{"match": "up", "precision": "int8"}], ["int8", "int4"]),
+        ([{"match": "d*", "precision": "float"}], ["int4", None]),
+        ([{"match": "re:(up|down)", "precision": "int8"}], ["int8", "int8"]),
+        ([{"match": "re:u|ow", "precision": "float"}, {"precision": "int8"}], "no name"),
+        ([{"op": "MatMul", "precision": "int8"}], ["int8", "int8"]),
+        ([{"op": "Mat*", "match": "up", "precision": "int8"}], ["int8", "int4"]),
+        ([{"match": "up + down", "precision": "int8"}], ["int8", "int8"]),
+        (
+            [{"op": "MatMul", "precision": "int8"}, {"match": "down", "precision": "int4"}],
+            ["int8", "int4"],
+        ),
+        (
+            [{"match": "down", "precision": "float"}, {"op": "MatMul", "precision": "int8"}],
+            ["int8", "int8"],
+        ),
+    ],
+)
+def test_later_rules_win(rules, want):
+    if want == "no name":
+        with pytest.raises(OptionError, match="no name of the model fits 're:u|ow'"):
+            assigned(rules, "x86-int4")
+        return
+    assert stored(assigned(rules, "x86-int4")[0]) == want
+
+
+def test_rules_join_key_by_key():
+    rules = [
+        {"op": "MatMul", "precision": "int4", "group_size": 64},
+        {"match": "down", "group_size": 16},
+        {"match": "up", "rounding": "nearest"},
+    ]
+    nodes, rewrite = assigned(rules)
+    up, down = (plan_of(nodes[name]) for name in ("up", "down"))
+    assert (up.weight.granularity, down.weight.granularity) == (PerGroup(0, 64), PerGroup(0, 16))
+    assert up.activation == down.activation == plan_of(assigned([])[0]["up"]).activation
+    assert up.requested and down.requested and not plan_of(assigned([])[0]["up"]).requested
+    assert not rewrite.notes
+
+
+def test_the_forms_of_a_product():
+    nodes, _ = assigned([{"match": "up", "precision": "int4", "activation": "float"}])
+    assert plan_of(nodes["up"]).activation is None
+    assert plan_of(nodes["up"]).weight.granularity == PerGroup(0, 32)
+    rules = [{"match": "up", "precision": "int8", "activation": "dynamic"}]
+    nodes, _ = assigned(rules, "cuda-int4")
+    assert plan_of(nodes["up"]).weight.granularity == PerAxis(1)
+    assert plan_of(nodes["up"]).activation.type.granularity == PerGroup(-1, 64)
+    nodes, _ = assigned([{"match": "up", "precision": "int8"}], "cuda-fp8")
+    assert plan_of(nodes["up"]).activation.type.storage is ir.DataType.INT8
+    assert plan_of(nodes["down"]).activation.type.storage is ir.DataType.FLOAT8E4M3FN
+
+
+def test_what_keeps_float_has_the_last_word():
+    nodes, rewrite = assigned([{"match": "up", "precision": "int4"}], keep=("up",))
+    assert stored(nodes) == [None, "int8"]
+    assert rewrite.notes == (
+        "recipe: rule 1 (match 'up') has no effect: what comes later overrules it",
+    )
+
+
+def test_a_rule_that_later_ones_overrule_is_told_of():
+    rules = [{"match": "up", "precision": "float"}, {"op": "MatMul", "precision": "int4"}]
+    assert "rule 1 (match 'up') has no effect" in assigned(rules)[1].notes[0]
+    assert not assigned(rules[::-1])[1].notes
+
+
+@pytest.mark.parametrize(
+    ("rule", "target", "message"),
+    [
+        ({"match": "dwn", "precision": "int4"}, "x86-int8", "fits 'dwn'; did you mean 'down'"),
+        ({"op": "Matmul", "precision": "int4"}, "x86-int8", "no op 'Matmul'; did you mean 'MatMul"),
+        ({"op": "Relu", "match": "up", "precision": "float"}, "x86-int8", "none has such a name"),
+        ({"op": "Softmax", "precision": "int8"}, "x86-int8", "'soft': Softmax is sensitive"),
+        ({"match": "act", "group_size": 32}, "x86-int4", "'act': holds no weights to quantize"),
+        (
+            {"precision": "fp8"},
+            "x86-int8",
+            r"rule 1 \(of all nodes\): precision 'fp8' is possible for none of its 4 nodes: 'up': "
+            "int8 targets do not multiply fp8",
+        ),
+        (
+            {"precision": "int8"},
+            "cuda-int4",
+            'int4 targets multiply no int8 weights by float activations; activation = "dynamic" b',
+        ),
+        ({"activation": "float"}, "x86-int8", "multiply no int8 weights by float activations$"),
+        ({"group_size": 32}, "x86-int8", "have a scale per channel; only int4 ones have groups"),
+        ({"calibration": "mse"}, "x86-int8", "activations are dynamic, nothing of them is calibr"),
+        ({"symmetric": False}, "x86-int4", "no op multiplies weights with zero points yet"),
+        (
+            {"match": "up", "precision": "int4", "group_size": 128},
+            "x86-int8",
+            r"group_size 128 is possible for none.*K=64 is a multiple of no group size in \(128,\)",
+        ),
+    ],
+)
+def test_a_rule_that_no_node_follows_is_refused(rule, target, message):
+    if "K=64" in message:
+        message = message.partition("group_size 128")[2].removeprefix(" ")
+    with pytest.raises(OptionError, match=message):
+        assigned([rule], target)
+
+
+def test_a_node_that_cannot_follow_says_so_where_others_can():
+    rules = [{"activation": "static", "calibration": "min-max"}]
+    names = ("one", "act", "two", "soft", "product")
+    nodes, rewrite = assigned(rules, model=model_of(CONV, KERNELS), names=names)
+    assert plan_of(nodes["one"]).calibration == "min-max"
+    product = decision_of(nodes["product"]).why
+    assert plan_of(nodes["product"]).activation.scale == "dynamic"
+    assert "activation 'static' of the recipe is not possible: int8 targets multiply no" in product
+    assert "; calibration 'min-max' of the recipe is not possible" in product
+    assert not rewrite.notes
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"precision": "int4"}, "'one': convolutions are int8 or float"),
+        ({"activation": "dynamic"}, "'one': convolutions have static activations"),
+        ({"group_size": 32}, "'one': these weights have a scale per channel"),
+        ({"symmetric": False}, "'one': no op multiplies weights with zero points"),
+    ],
+)
+def test_what_convolutions_cannot_be(rule, message):
+    with pytest.raises(OptionError, match=message):
+        assigned([{"op": "Conv", **rule}], model=model_of(CONV, KERNELS), names=("one",))
+
+
+def test_rules_about_a_model_that_is_quantized():
+    text = (
+        "g (float[m,64] x) => (float[m,64] y) { q = QuantizeLinear (x, s, z) "
+        "d = DequantizeLinear (q, s, z) y = MatMul (d, v) }"
+    )
+    model = model_of(text, WEIGHTS | {"s": np.float32(0.1), "z": np.uint8(128)})
+    with pytest.raises(OptionError, match=r"rule 1 \(op 'MatMul'\): the source is quantized alrea"):
+        assigned([{"op": "MatMul", "precision": "int4"}], model=model, names=())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[node]]\nprecision = 'int8'", "unknown key 'node'; did you mean 'nodes'"),
+        ("nodes = 'all'", r"nodes must be a list of rules, \[\[nodes\]\] in TOML, not 'all'"),
+        ("nodes = [1]", "rule 1 of nodes: must be a table, not 1"),
+        ("[[nodes]]\nprecison = 'int8'", "unknown key 'precison'; did you mean 'precision'"),
+        ("[[nodes]]\nbits = 8", "unknown key 'bits'; the keys are match, op, precision,"),
+        ("[[nodes]]\nmatch = 'a'", "it says nothing of the nodes: give precision, group_size"),
+        ("[[nodes]]\nmatch = 3\nprecision = 'int8'", "match must be a text, not 3"),
+        ("[[nodes]]\nmatch = ''\nprecision = 'int8'", "match must be a text, not ''"),
+        ("[[nodes]]\nmatch = 're:('\nprecision = 'int8'", r"'re:\(' is no regular expression: mis"),
+        ("[[nodes]]\nop = ['Conv']\nprecision = 'int8'", r"op must be a text, not \['Conv'\]"),
+        ("[[nodes]]\nprecision = 'int5'", "unknown precision 'int5'; did you mean 'int"),
+        ("[[nodes]]\nprecision = 8", "precision must be a text, not 8"),
+        ("[[nodes]]\ngroup_size = 33", "group_size 33: must be 16, 32, 64, 128 or 256"),
+        ("[[nodes]]\nsymmetric = 1", "symmetric must be true or false, not 1"),
+        ("[[nodes]]\nactivation = 'statik'", "unknown activation 'statik'; did you mean 'static'"),
+        ("[[nodes]]\nrounding = 'up'", "unknown rounding 'up'; one of nearest"),
+        ("[[nodes]]\ncalibration = 'mean'", "rule 1 of nodes: unknown calibration method 'mean'"),
+        ("passes = 3", r"passes must be tables, \[passes.NAME\] in TOML, not 3"),
+        ("[passes]\nsmooth-activations = 1", "passes: smooth-activations must be a table of opt"),
+    ],
+)
+def test_bad_tables(tmp_path, text, message):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(OptionError, match=f"{path}: .*{message}|{path}: {message}"):
+        Recipe.read(path)
+
+
+@pytest.mark.parametrize(
+    ("passes", "message"),
+    [
+        ({"smooth-activation": {}}, "no pass 'smooth-activation'; did you mean 'smooth-activatio"),
+        ({"x": {}}, "passes: no pass 'x'; one of canonicalize, lift-qop"),
+        ({"smooth-activations": {"alfa": [0.5]}}, "no option 'alfa'; did you mean 'alpha'"),
+        ({"smooth-activations": {"alpha": ["half"]}}, "alpha takes a number, not 'half'"),
+        ({"smooth-activations": {"worth": True}}, "worth takes a number, not True"),
+        ({"smooth-activations": {"worth": -1}}, "worth must be above 0, not -1"),
+        ({"canonicalize": {"fast": True}}, "canonicalize has no option 'fast', and no others"),
+        ({"assign-precision": {"group_size": 32}}, "group_size is what the recipe calls group_siz"),
+        ({"fuse-attention": {"precision": "int8"}}, "precision is what the recipe calls attention"),
+    ],
+)
+def test_bad_options_of_passes(passes, message):
+    with pytest.raises(OptionError, match=message):
+        Pipeline.default("x86-int8", Recipe(passes=passes))
+
+
+def test_a_pass_that_another_key_leaves_out():
+    with pytest.raises(OptionError, match="'smooth-quant' is left out by smooth = false"):
+        Pipeline.default("x86-int8", Recipe(smooth=False, passes={"smooth-quant": {"worth": 1.0}}))
+
+
+def test_options_reach_their_pass_also_by_another_name():
+    for name in ("smooth-activations", "smooth-quant"):
+        recipe = Recipe(passes={name: {"alpha": [0.25, 1], "worth": 1}})
+        pipeline = Pipeline.default("x86-int8", recipe)
+        (step,) = (step for step in pipeline if step.name == "smooth-activations")
+        assert (step.rewrite.options.alpha, step.rewrite.options.worth) == ((0.25, 1), 1)
+    usual = Pipeline.default("x86-int8").effective_recipe.passes["smooth-activations"]
+    assert usual["worth"] == 0.75
+
+
+ODD = Recipe(
+    keep_float=("a b", 'quo"te', "back\\slash"),
+    calibration="percentile=99.9",
+    nodes=(
+        {"match": "/a/\U0001f600\x7f\n[0]*", "precision": "int8", "symmetric": True},
+        {"op": "MatMul", "group_size": 32},
+    ),
+    passes={"smooth-activations": {"alpha": [0.5, 1e-7], "worth": 1}, "a.b": {"c": "d"}},
+)
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), ODD, Pipeline.default("x86-int4").effective_recipe])
+def test_toml_and_back(tmp_path, recipe):
+    path = tmp_path / "recipe.toml"
+    path.write_text(recipe.to_toml(), encoding="utf-8")
+    assert Recipe.read(path) == recipe
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_a_bundle_is_a_recipe_that_gives_the_same_bytes(tmp_path):
+    recipe = Recipe(
+        nodes=({"op": "MatMul", "precision": "int4"}, {"match": "node_3", "group_size": 16}),
+        passes={"smooth-activations": {"alpha": [0.5]}},
+    )
+    first = qcompiler.compile(mlp(), "x86-int8", tmp_path / "a", recipe=recipe).bundle
+    written = Recipe.read(first)
+    assert written == Recipe.read(first / "manifest.json")
+    assert written.passes["smooth-activations"] == {"alpha": (0.5,), "worth": 0.75}
+    second = qcompiler.compile(mlp(), "x86-int8", tmp_path / "b", recipe=written).bundle
+    toml = tmp_path / "recipe.toml"
+    toml.write_text(written.to_toml())
+    third = qcompiler.compile(mlp(), "x86-int8", tmp_path / "c", recipe=Recipe.read(toml)).bundle
+    for file in sorted(first.iterdir()):
+        for other in (second, third):
+            assert (other / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_rules_and_options_in_a_bundle_without_kernels(tmp_path):
+    recipe = Recipe(nodes=({"op": "MatMul", "precision": "int4"},))
+    made = qcompiler.compile(mlp(), "x86-int8", tmp_path / "a", recipe=recipe)
+    ops = {decision.op for decision in made.decisions}
+    assert any(op.startswith("QMatMulW4A8") or "QMatMulW4A8" in op for op in ops), ops
+    feed = {"x": np.ones((3, 64), np.float32)}
+    assert np.isfinite(qcompiler.load(made.bundle).run(None, feed)[0]).all()
+
+
+def test_a_recipe_s_notes_are_reported(tmp_path):
+    rules = ({"op": "MatMul", "precision": "int4"}, {"precision": "int8"})
+    made = qcompiler.compile(mlp(), "arm-int8", tmp_path / "a", recipe=Recipe(nodes=rules))
+    assert any("rule 1 (op 'MatMul') has no effect" in note for note in made.notes)
+
+
+def test_calibration_of_single_nodes(tmp_path):
+    """The scales of what one convolution reads and stores follow its rule, and no others do."""
+    scales = {}
+    for method in (None, "min-max"):
+        model = model_of(CONV.replace("x, k", "x, j"), KERNELS | {"j": KERNELS["k"] / 8})
+        for node, name in zip(model.graph, ("one", "act", "two", "soft", "product"), strict=True):
+            node.name = name
+        rules = ({"match": "one", "calibration": method},) if method else ()
+        made = qcompiler.compile(
+            model, "arm-int8", tmp_path / f"{method}.onnx", stop_after="qdq",
+            calibration=lambda: [np.random.default_rng(1).standard_normal((1, 16, 8, 8), "f")],
+            recipe=Recipe(calibration="percentile=90", nodes=rules),
+        )  # fmt: skip
+        graph = ir.load(made.bundle).graph
+        scales[method] = {
+            node.inputs[0].name: float(node.inputs[1].const_value.numpy())
+            for node in graph
+            if node.op_type == "QuantizeLinear" and node.inputs[1].const_value is not None
+        }
+    wider = {name: scales["min-max"][name] / scale for name, scale in scales[None].items()}
+    assert len(wider) == 3
+    assert sorted(ratio > 1.2 for ratio in wider.values()) == [False, True, True]
+
+
+def test_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("r.toml").write_text(
+        '[[nodes]]\nop = "MatMul"\nprecision = "int4"\ngroup_size = 16\n'
+        "[passes.smooth-activations]\nalpha = [0.5]\n"
+    )
+    assert qcompile(MODEL, *ARM, "--recipe", "r.toml", "-o", "a", "-q").exit_code == 0
+    shown = " ".join(qcompile("inspect", "a").stdout.split())
+    assert "1 rule for nodes" in shown
+    assert "smooth-activations: alpha = [0.5]" in shown
+    assert "worth" not in shown
+    Path("s.toml").write_text(qcompile("inspect", "a", "--recipe").stdout)
+    assert Recipe.read("s.toml") == Recipe.read("a")
+    for recipe in ("a", "a/manifest.json", "s.toml"):
+        made = qcompile(MODEL, "--target", "arm-int8", "--recipe", recipe, "-o", "b", "-q")
+        assert made.exit_code == 0, made.output
+        assert Manifest.read(Path("b")) == Manifest.read(Path("a"))
+    usual = qcompile(MODEL, *ARM, "-o", "c", "-q")
+    assert usual.exit_code == 0
+    assert "keep_float = ['Conv']" in " ".join(qcompile("inspect", "c").stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["inspect", MODEL, "--recipe"], "is no bundle: only those have a recipe"),
+        ([MODEL, *ARM, "--recipe", "."], ". is not a bundle: it has no manifest.json"),
+    ],
+)
+def test_recipes_of_what_is_no_bundle(tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    fails(1, message, *args)
