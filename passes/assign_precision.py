@@ -29,7 +29,7 @@ from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, new_initializer, rectified
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
 from qcompiler.passes.forms import Form, form_of
-from qcompiler.passes.node_rules import NodeRule, NodeRules, check_group_size, matches
+from qcompiler.passes.node_rules import NodeRule, NodeRules, check_group_size, matches, names_of
 from qcompiler.targets.target import Scheme
 
 __all__ = ["AssignPrecision"]
@@ -74,7 +74,7 @@ class AssignPrecision(ir.passes.InPlacePass):
         """What to do differently from the scheme.
 
         Attributes:
-            keep_float: Node names, op types or shell patterns of either that stay float.
+            keep_float: Node names, op types or patterns of either that stay float.
             group_size: Weights per scale where a scheme has groups; by default its own choice.
         """
 
@@ -189,7 +189,8 @@ class AssignPrecision(ir.passes.InPlacePass):
 
         "a + b" is what reports call products that were merged: both are meant.
         """
-        names = [node.name or "" for node in nodes] + sorted({node.op_type for node in nodes})
+        names = list(dict.fromkeys(name for node in nodes for name in names_of(node)))
+        names += sorted({node.op_type for node in nodes})
         patterns = list[str]()
         for given in self.options.keep_float:
             patterns += [given] if given in names else given.split(" + ")
@@ -227,7 +228,7 @@ class AssignPrecision(ir.passes.InPlacePass):
     def _plan(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float | None:
         """A plan, the reason to stay float, or None for ops that hold nothing to quantize."""
         for pattern in self._patterns:
-            if matches(node.name or "", pattern) or matches(node.op_type, pattern):
+            if any(matches(name, pattern) for name in (*names_of(node), node.op_type)):
                 self._asked.overrule(node)
                 return _Float(f"kept float by request ({pattern})")
         asked = self._asked.about(node)

@@ -38,8 +38,10 @@ from qcompiler.passes.integer_movers import integer_movers
 __all__ = ["InsertQDQ", "Observer"]
 
 Observer = Callable[[ir.Model, Mapping[str, str | None]], Mapping[str, TensorStats]]
-"""Runs the model on calibration samples and returns what it saw of the named tensors.  By name it is
-told where to cut a range off, as in a recipe; None where nothing is said of that."""
+"""Runs the model on calibration samples and returns what it saw of the named tensors.
+
+It is told where to cut the range of each off, as in a recipe; None where nothing is said of that.
+"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,16 @@
     precision = "int8"
 
 A rule is about the nodes whose name and op type both fit; what it leaves out, it has no say in.
+Nodes that torch's exporter made, whose own names say little, also go by the module that they come
+from: "encoder.layer.0.attention.self.query".
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import fnmatch
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,7 +24,18 @@ import onnx_ir as ir
 
 from qcompiler.ir.errors import OptionError, did_you_mean
 
-__all__ = ["GROUP_SIZES", "PRECISIONS", "NodeRule", "NodeRules", "check_group_size", "matches"]
+__all__ = [
+    "GROUP_SIZES",
+    "PRECISIONS",
+    "NodeRule",
+    "NodeRules",
+    "check_group_size",
+    "matches",
+    "names_of",
+]
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Where torch's exporter notes the modules that a node lies in, as a Python list of texts."""
 
 PRECISIONS = {
     "float": None,
@@ -44,8 +59,8 @@ class NodeRule:
     """What some nodes are to be; None leaves it to earlier rules, or to the target.
 
     Attributes:
-        match: The nodes' names: one of them, a shell pattern, or "re:" and a regular expression for
-            all of a name.  By default any.
+        match: The nodes' names, or torch's names of their modules: one of them, a shell pattern, or
+            "re:" and a regular expression for all of a name.  By default any.
         op: Their op type, or a shell pattern.  By default any.
         precision: How weights are stored: "float" (not quantized at all), "int8", "int4" or "fp8".
         group_size: Weights per scale, of weights in groups.
@@ -122,11 +137,11 @@ class NodeRule:
         """Whether name and op type fit."""
         if self.op is not None and not matches(node.op_type, self.op):
             return False
-        # "a + b" is what reports call products that were merged: both are meant.
-        name, wanted = node.name or "", self.match
-        if wanted is None or matches(name, wanted):
+        names, wanted = names_of(node), self.match
+        if wanted is None or any(matches(name, wanted) for name in names):
             return True
-        return any(matches(name, part) for part in wanted.split(" + "))
+        # "a + b" is what reports call products that were merged: both are meant.
+        return any(matches(name, part) for name in names for part in wanted.split(" + "))
 
     def __str__(self) -> str:
         where = [f"{key} {value!r}" for key in ("match", "op") if (value := getattr(self, key))]
@@ -214,13 +229,31 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
 
 
+def names_of(node: ir.Node) -> list[str]:
+    """What a node may be called: its name, and the module of torch that it comes from."""
+    module = _module(node.metadata_props.get(_SCOPES, ""))
+    return [node.name or "", *([module] if module else [])]
+
+
+@functools.lru_cache(maxsize=4096)
+def _module(scopes: str) -> str:
+    """The innermost module of a list of scopes; the last one is the op itself."""
+    try:
+        names = ast.literal_eval(scopes)
+    except (SyntaxError, ValueError):
+        return ""
+    found = names[-2] if isinstance(names, list) and len(names) > 1 else ""
+    return found if isinstance(found, str) else ""
+
+
 def _saying() -> list[str]:
     names = [field.name for field in dataclasses.fields(NodeRule)]
     return [name for name in names if name not in ("match", "op")]
 
 
 def _why_none(rule: NodeRule, nodes: Iterable[ir.Node]) -> str:
-    names, ops = {node.name or "" for node in nodes}, sorted({node.op_type for node in nodes})
+    names = {name for node in nodes for name in names_of(node)}
+    ops = sorted({node.op_type for node in nodes})
     if rule.op is not None and not any(matches(op, rule.op) for op in ops):
         hint = did_you_mean(rule.op, ops)
         return f"is about no node: the model has no op {rule.op!r}{hint}"

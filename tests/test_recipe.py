@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from conftest import mlp
 from golden import model_of
-from terminal import ARM, CALIB, MODEL, fails, qcompile
+from terminal import ARM, MODEL, fails, qcompile
 
 import qcompiler
 from qcompiler.bundle import Manifest
@@ -16,6 +16,7 @@ from qcompiler.ir.decisions import decision_of, plan_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.types import PerAxis, PerGroup
 from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.passes.node_rules import names_of
 from qcompiler.pipeline import Pipeline
 from qcompiler.recipe import Recipe
 from qcompiler.targets.catalog import TARGETS
@@ -28,7 +29,7 @@ TWO = (
 WEIGHTS = {name: RNG.standard_normal((64, 64), dtype=np.float32) for name in ("v", "w")}
 CONV = (
     "g (float[1,16,8,8] x) => (float[1,16,8,8] z, float[1,16,8,32] p) "
-    '{ a = Conv (x, k) b = Relu (a) c = Conv (b, k) z = Softmax (c) p = MatMul (x, t) }'
+    "{ a = Conv (x, k) b = Relu (a) c = Conv (b, k) z = Softmax (c) p = MatMul (x, t) }"
 )
 KERNELS = {
     "k": RNG.standard_normal((16, 16, 1, 1), dtype=np.float32),
@@ -110,6 +111,30 @@ def test_the_forms_of_a_product():
     nodes, _ = assigned([{"match": "up", "precision": "int8"}], "cuda-fp8")
     assert plan_of(nodes["up"]).activation.type.storage is ir.DataType.INT8
     assert plan_of(nodes["down"]).activation.type.storage is ir.DataType.FLOAT8E4M3FN
+
+
+@pytest.mark.parametrize(
+    ("scopes", "module"),
+    [
+        ("['', 'm', 'm.layer.0.query', 'linear']", "m.layer.0.query"),
+        ("['', 'linear']", ""),
+        ("[]", ""),
+        ("no list", ""),
+        ("{1: 2}", ""),
+        ("['', 3, 'linear']", ""),
+    ],
+)
+def test_nodes_of_torch_go_by_their_modules(scopes, module):
+    model = model_of(TWO, WEIGHTS)
+    model.graph[0].metadata_props["pkg.torch.onnx.name_scopes"] = scopes
+    assert names_of(model.graph[0])[1:] == ([module] if module else [])
+    if module:
+        rules = [{"match": "*.query", "precision": "int4"}]
+        assert stored(assigned(rules, model=model)[0]) == ["int4", "int8"]
+        nodes = assigned([], model=model, keep=("m.layer.?.query",))[0]
+        assert decision_of(nodes["up"]).why == "kept float by request (m.layer.?.query)"
+        with pytest.raises(OptionError, match="did you mean 'm.layer.0.query'"):
+            assigned([], model=model, keep=("m.layer.0.queri",))
 
 
 def test_what_keeps_float_has_the_last_word():
