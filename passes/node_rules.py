@@ -25,8 +25,10 @@ import onnx_ir as ir
 from qcompiler.ir.errors import OptionError, did_you_mean
 
 __all__ = [
+    "ACTIVATIONS",
     "GROUP_SIZES",
     "PRECISIONS",
+    "ROUNDINGS",
     "NodeRule",
     "NodeRules",
     "check_group_size",

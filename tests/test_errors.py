@@ -631,7 +631,7 @@ def test_symbolic_links_as_in_a_hub_cache(tmp_path):
 
 
 def test_patterns_that_are_one_string():
-    with pytest.raises(OptionError, match="keep_float must be a sequence of strings, not 'Conv'"):
+    with pytest.raises(OptionError, match="keep_float must be a list of strings, not 'Conv'"):
         qcompiler.Recipe(keep_float="Conv")
 
 

@@ -1,6 +1,9 @@
 """Rules and pass options of a recipe: what they do, what is refused, and the way back to TOML."""
 
+import dataclasses
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,7 @@ from qcompiler.ir.decisions import decision_of, plan_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.types import PerAxis, PerGroup
 from qcompiler.passes.assign_precision import AssignPrecision
-from qcompiler.passes.node_rules import names_of
+from qcompiler.passes.node_rules import ACTIVATIONS, PRECISIONS, ROUNDINGS, NodeRule, names_of
 from qcompiler.pipeline import Pipeline
 from qcompiler.recipe import Recipe
 from qcompiler.targets.catalog import TARGETS
@@ -125,16 +128,19 @@ def test_the_forms_of_a_product():
     ],
 )
 def test_nodes_of_torch_go_by_their_modules(scopes, module):
-    model = model_of(TWO, WEIGHTS)
-    model.graph[0].metadata_props["pkg.torch.onnx.name_scopes"] = scopes
-    assert names_of(model.graph[0])[1:] == ([module] if module else [])
+    def made():
+        model = model_of(TWO, WEIGHTS)
+        model.graph[0].metadata_props["pkg.torch.onnx.name_scopes"] = scopes
+        return model
+
+    assert names_of(made().graph[0])[1:] == ([module] if module else [])
     if module:
         rules = [{"match": "*.query", "precision": "int4"}]
-        assert stored(assigned(rules, model=model)[0]) == ["int4", "int8"]
-        nodes = assigned([], model=model, keep=("m.layer.?.query",))[0]
+        assert stored(assigned(rules, model=made())[0]) == ["int4", "int8"]
+        nodes = assigned([], model=made(), keep=("m.layer.?.query",))[0]
         assert decision_of(nodes["up"]).why == "kept float by request (m.layer.?.query)"
-        with pytest.raises(OptionError, match="did you mean 'm.layer.0.query'"):
-            assigned([], model=model, keep=("m.layer.0.queri",))
+        with pytest.raises(OptionError, match=r"did you mean 'm.layer.0.query'"):
+            assigned([], model=made(), keep=("m.layer.0.queri",))
 
 
 def test_what_keeps_float_has_the_last_word():
@@ -363,6 +369,20 @@ def test_calibration_of_single_nodes(tmp_path):
     wider = {name: scales["min-max"][name] / scale for name, scale in scales[None].items()}
     assert len(wider) == 3
     assert sorted(ratio > 1.2 for ratio in wider.values()) == [False, True, True]
+
+
+def test_the_documentation_has_every_key_and_value():
+    text = (Path(__file__).resolve().parents[1] / "docs" / "recipes.md").read_text()
+    for example in re.findall(r"```toml\n(.*?)```", text, re.DOTALL):
+        recipe = Recipe.from_dict(tomllib.loads(example))
+        Pipeline.default("x86-int4", recipe)
+    rows = {key: row for row in text.split("\n") for key in re.findall(r"^\| `(\w+)` \|", row)}
+    keys = [field.name for kind in (Recipe, NodeRule) for field in dataclasses.fields(kind)]
+    assert set(keys) - set(rows) == {"nodes", "passes"}
+    for key, words in {
+        "precision": PRECISIONS, "activation": ACTIVATIONS, "rounding": ROUNDINGS,
+    }.items():  # fmt: skip
+        assert re.findall(r'`"(\w+)"`', rows[key].split("|")[2]) == list(words), key
 
 
 def test_on_the_command_line(tmp_path, monkeypatch):

@@ -63,13 +63,14 @@ __all__ = ["compile_command"]
     "recipe_file",
     type=FILE,
     metavar="FILE",
-    help="A TOML file with the keys keep_float, group_size, attention, smooth and calibration.",
+    help="A TOML file: bits per node, options of passes, see docs/recipes.md; or a bundle, to use "
+    "the recipe that it was made by.",
 )
 @click.option(
     "--keep-float",
     multiple=True,
     metavar="PATTERN",
-    help="Do not quantize these nodes: a name, an op type or a pattern; may repeat.",
+    help="Do not quantize these nodes: a name, an op type or a pattern (re:… too); may repeat.",
 )
 @click.option("--group-size", type=int, metavar="N", help="Weights per scale, for int4.")
 @click.option(
