@@ -152,7 +152,7 @@ def _rules(given: Any) -> tuple[NodeRule, ...]:
 
 
 def _options(passes: Any) -> dict[str, dict[str, Any]]:
-    """Options per pass, lists as the tuples that they are in Python.
+    """Options per pass, lists as the tuples that they are in Python; None is as if not given.
 
     Raises:
         OptionError: They are no tables.
@@ -166,18 +166,18 @@ def _options(passes: Any) -> dict[str, dict[str, Any]]:
                 f"{options!r}"
             )
     return {
-        name: {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        name: {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in options.items()
+            if value is not None
+        }
         for name, options in passes.items()
     }
 
 
 def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as TOML and JSON have them; those that are None are left out."""
-    return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in options.items()
-        if value is not None
-    }
+    """Options as TOML and JSON have them."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()}
 
 
 def _table(head: str, values: Mapping[str, Any]) -> str:
