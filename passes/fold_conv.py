@@ -15,7 +15,10 @@
 6. A scale of x that is computed: see `fold_conv_integer`.
 
 QConv's body is QLinearConv, which ORT runs with its own integer kernels; it rounds once where the
-pair around a float convolution may round twice.  Part of `fold_qdq`.
+pair around a float convolution may round twice.  W stays int8, of which ORT has faster kernels, and
+a session with exact sums stores it otherwise (see `qcompiler/session_options.py`); that takes
+weights and zero points that no other node reads, and that lie in the convolution's own graph.  Part
+of `fold_qdq`.
 """
 
 from __future__ import annotations
@@ -171,6 +174,17 @@ def _bias(conv: ir.Node, x: QuantParams, kernel: _Kernel) -> NDArray[np.int32] |
     return np.asarray(steps, np.int32)
 
 
+def _alone(conv: ir.Node, stored: ir.Value | NDArray[np.int8]) -> ir.Value | NDArray[np.int8]:
+    """The weight, or a copy of it unless only this convolution reads it, in its own graph."""
+    widened = conv.inputs[1]
+    if not isinstance(stored, ir.Value) or widened is None:
+        return stored
+    dequantize = only_consumer(stored)
+    if dequantize is not None and stored.graph is conv.graph and only_consumer(widened) is conv:
+        return stored
+    return np.asarray(constant(stored), np.int8)
+
+
 def _replace(
     graph: ir.Graph,
     covered: list[ir.Node],
@@ -181,13 +195,17 @@ def _replace(
     pads: list[int],
 ) -> None:
     conv = covered[0]
+    home = conv.graph
+    assert isinstance(home, ir.Graph)
 
-    def value(stem: str, content: ir.Value | NDArray[np.generic] | None) -> ir.Value:
+    def value(
+        stem: str, content: ir.Value | NDArray[np.generic] | None, within: ir.Graph = graph
+    ) -> ir.Value:
         if content is None:
             content = np.zeros((), np.uint8)
         if isinstance(content, ir.Value):
             return content
-        return new_initializer(graph, f"{conv.name}_{stem}", content)
+        return new_initializer(within, f"{conv.name}_{stem}", content)
 
     data = dequantize_of(conv.inputs[0])
     assert data is not None
@@ -196,7 +214,8 @@ def _replace(
         "QConv",
         [
             data.inputs[0], x.scale, value("zero_point", x.zero_point),
-            value("weight", kernel.stored), kernel.scale, value("weight_zero_point", kernel.zeros),
+            value("weight", _alone(conv, kernel.stored), home), kernel.scale,
+            value("weight_zero_point", kernel.zeros, home),
             y.scale, value("result_zero_point", y.zero_point), value("bias", bias),
         ],
         {

@@ -139,10 +139,9 @@ def _not_fused(node: ir.Node, data: list[ir.Value], reader: ir.Node | None) -> s
         fits = len(kinds) == 1 and kinds <= {*_8_BITS}
     else:
         fits = {stored[0], result} <= {ir.DataType.UINT8, None} and stored[1] in _8_BITS
-        if node.op_type == "Gemm":
-            fits = fits or {*stored, result} <= {ir.DataType.INT8, None}
-            if any(len(v.producer().inputs) < 3 for v in operands):  # type: ignore[union-attr]
-                return "ORT's QGemm needs zero points"
+        without = [v for v in operands if len(v.producer().inputs) < 3]  # type: ignore[union-attr]
+        if node.op_type == "Gemm" and without:
+            return "ORT's QGemm needs zero points"
     if fits:
         return None
     names = [kind.name for kind in (*stored, result) if kind is not None]

@@ -22,8 +22,9 @@ from qcompiler.frontend import onnx_file
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.random_inputs import Feed, InputShape, random_feed
-from qcompiler.runtime import QUIET, open_model
+from qcompiler.runtime import open_model
 from qcompiler.samples import Samples, Source, check_sample, samples_from
+from qcompiler.session_options import QUIET
 
 __all__ = ["Bench", "Result", "Timing", "bench"]
 

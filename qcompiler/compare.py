@@ -6,19 +6,24 @@ A task metric hides damage, so these stand beside it, never behind it.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompiler.bundle import MANIFEST
+from qcompiler.exact_copy import save_exact
 from qcompiler.frontend import onnx_file
 from qcompiler.ir.errors import BundleError, CalibrationError, ModelError, OptionError
 from qcompiler.metric import Metric, MetricValues, find_metric, measure
 from qcompiler.node_errors import NodeError, node_errors
 from qcompiler.output_error import Accuracy, ErrorSums, OutputError
-from qcompiler.runtime import open_model
+from qcompiler.passes.shift_weights import ShiftWeights
+from qcompiler.runtime import open_model, open_session
 from qcompiler.samples import Samples, Source, check_sample, samples_from
 
 __all__ = ["Accuracy", "Comparison", "OutputError", "compare"]
@@ -56,8 +61,9 @@ def compare(
     """Run both on every sample and sum up the differences.
 
     Args:
-        model: An ONNX file or a `.pt2`, or a bundle to compare with.
-        bundle: A bundle, or any ONNX file.
+        model: An ONNX file or a `.pt2`, or a bundle to compare with.  Of a quantized one, what it
+            means counts: its integer sums are exact here, on every processor.
+        bundle: A bundle, or any ONNX file, run as ONNX Runtime runs it.
         data: Samples for both.
         labels: Array of the samples with the right class of each row.
         native: Use the bundle's kernels; False runs its functions' bodies.
@@ -75,7 +81,7 @@ def compare(
     samples = samples_from(data)
     merit = None if metric is None else find_metric(metric)
     with onnx_file(model) as source:
-        first, second = open_model(source), open_model(bundle, native=native)
+        first, second = _open_exact(source), open_model(bundle, native=native)
         names = [output.name for output in first.get_outputs()]
         missing = set(names) - {output.name for output in second.get_outputs()}
         if missing:
@@ -108,6 +114,20 @@ def compare(
         before, after = (measure(*merit, side, samples) for side in (first, second))
         values = MetricValues(merit[0], before, after)
     return Comparison(model, bundle, native, len(samples), outputs, inside, values)
+
+
+def _open_exact(source: Path) -> Any:
+    """A session of the model; its integer sums are exact if it has weights of int8."""
+    try:
+        model = None if source.is_dir() or source.name == MANIFEST else ir.load(source)
+    except Exception:
+        model = None  # opening it says what is wrong
+    if model is None or not ShiftWeights()(model.clone()).modified:
+        return open_model(source)
+    with tempfile.TemporaryDirectory(prefix="qcompiler-") as folder:
+        file = Path(folder) / "model.onnx"
+        disabled = save_exact(model, file)
+        return open_session(file, disabled=disabled)
 
 
 def _check_rows(file: str, truth: NDArray[Any], sums: Iterable[ErrorSums]) -> None:

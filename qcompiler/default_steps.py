@@ -22,6 +22,7 @@ from qcompiler.passes.lift_qoperators import LiftQOperators
 from qcompiler.passes.merge_siblings import MergeSiblings
 from qcompiler.passes.normalize_qdq import NormalizeQDQ
 from qcompiler.passes.round_to_nearest import RoundToNearest
+from qcompiler.passes.shift_weights import ShiftWeights
 from qcompiler.passes.smooth_activations import Sampler, SmoothActivations
 from qcompiler.recipe import Recipe
 from qcompiler.step import Step
@@ -67,6 +68,7 @@ def default_steps(
         Step("insert-qdq", InsertQDQ(observe), Stage.QDQ, "plans"),
         Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
         Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),
+        Step("shift-weights", ShiftWeights(), Stage.QUANTIZED),
         Step("fuse-regions", FuseRegions(supports), Stage.KERNEL, "target"),
         Step("fuse-norms", FuseNorms(supports), Stage.KERNEL, "target"),
         Step(

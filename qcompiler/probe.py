@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.bundle import sha256_of
+from qcompiler.exact_copy import save_exact
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import CalibrationError
 from qcompiler.runtime import open_session
@@ -39,6 +40,7 @@ class Probe:
         given = {value.name for value in model.graph.inputs}
         self._computed = [name for name in names if name not in given]
         self._model = model
+        self._disabled: tuple[str, ...] = ()
         self._folder = tempfile.TemporaryDirectory(prefix="qcompiler-")
 
     def __enter__(self) -> Probe:
@@ -48,7 +50,7 @@ class Probe:
             copy.graph.outputs.clear()
             copy.graph.outputs.extend(values[name] for name in self._computed)
             common.RemoveUnusedNodesPass()(copy)
-        ir.save(copy, self._path, external_data=f"{_FILE}.data")
+        self._disabled = save_exact(copy, self._path)
         return self
 
     def __exit__(
@@ -85,7 +87,7 @@ class Probe:
         options = ort.SessionOptions()
         if not optimized:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = open_session(self._path, options=options)
+        session = open_session(self._path, options=options, disabled=self._disabled)
         inputs = session.get_inputs()
         for label, sample in draw(inputs):
             feeds = check_sample(label, sample, inputs)

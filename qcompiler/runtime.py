@@ -20,20 +20,17 @@ from qcompiler.arguments import require, require_path
 from qcompiler.bundle import MANIFEST, MODEL, LibraryEntry, Manifest
 from qcompiler.installed import import_onnxruntime, version_of
 from qcompiler.ir.errors import BundleError, ModelError, OptionError
+from qcompiler.session_options import QUIET, exact_sums
 
 if TYPE_CHECKING:
     import onnxruntime
 
 __all__ = [
-    "QUIET",
     "load",
     "open_altered",
     "open_model",
     "open_session",
 ]
-
-QUIET = 4
-"""The log level of sessions whose failures are raised, and whose warnings help nobody."""
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
@@ -59,7 +56,8 @@ def load(
         providers: Execution providers in order; by default the bundle target's, then the CPU.
         threads: Threads inside one op; by default ORT's choice (one per core).
         native: Use the kernels; False runs the functions' bodies only.
-        session_options: Further options. The library and `threads` are added to this very object.
+        session_options: Further options. The library, `threads` and exact sums (see
+            `qcompiler/session_options.py`) are added to this very object.
 
     Returns:
         The session.
@@ -85,7 +83,7 @@ def load(
     for name in manifest.files:
         if manifest.library is None or name != manifest.library.file:
             manifest.check_file(folder, name)
-    options = session_options or ort.SessionOptions()
+    options = exact_sums(session_options or ort.SessionOptions())
     if manifest.library is not None:
         registered = _is_registered(options, manifest.library)
         if registered and not native:
@@ -106,8 +104,16 @@ def open_session(
     providers: Sequence[Provider] | None = None,
     threads: int | None = None,
     options: onnxruntime.SessionOptions | None = None,
+    disabled: Sequence[str] = (),
 ) -> onnxruntime.InferenceSession:
     """An `InferenceSession` of an ONNX file, with our errors instead of ORT's.
+
+    Args:
+        model: The file.
+        providers: Execution providers in order; by default the CPU.
+        threads: Threads inside one op.
+        options: Further options.
+        disabled: Optimizers of ORT's to do without.
 
     Raises:
         ModelError: ORT cannot load the file.
@@ -130,7 +136,9 @@ def open_session(
         if name not in available:
             raise OptionError(f"provider {name!r} is not in this ONNX Runtime: {available}")
     try:
-        return ort.InferenceSession(model, options, providers=providers or ["CPUExecutionProvider"])
+        return ort.InferenceSession(
+            model, options, providers or ["CPUExecutionProvider"], disabled_optimizers=disabled
+        )
     except Exception as error:
         # ORT raises a dozen unrelated exception types here, some of them bare RuntimeError.
         raise ModelError(f"ONNX Runtime cannot load {model}: {error}") from error
@@ -175,8 +183,10 @@ def open_altered(path: Path, model: bytes, *, native: bool = True) -> onnxruntim
     """
     ort = import_onnxruntime()
     options, folder = ort.SessionOptions(), path if path.is_dir() else path.parent
-    options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.absolute()))
     options.log_severity_level = QUIET
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.absolute()))
+    if path.is_dir():
+        exact_sums(options)
     if path.is_dir() and native:
         manifest = Manifest.read(path)
         if manifest.library is not None:

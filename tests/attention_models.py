@@ -12,6 +12,7 @@ from instruction_sets import offer
 
 from qcompiler.ir import dialect
 from qcompiler.ir.region import Region
+from qcompiler.session_options import new_session_options
 from qcompiler.targets.x86.isa import Isa
 
 DOMAIN = "qcompiler.0a77e471"
@@ -39,7 +40,7 @@ def session(
     graph = ir.Graph([*inputs, *masks], [result], nodes=[node], initializers=[scale],
                      opset_imports={"": 21, DOMAIN: 1}, name="attention")  # fmt: skip
     model = ir.to_proto(ir.Model(graph, ir_version=10, functions=[function]))
-    options = ort.SessionOptions()
+    options = new_session_options()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     if library is not None:

@@ -13,6 +13,7 @@ from raw_kernels import Array, accumulate, quantize
 from scipy import special
 
 from qcompiler.ir.region import Region, Step
+from qcompiler.session_options import new_session_options
 from qcompiler.targets.library import Library
 from qcompiler.targets.x86 import Isa
 
@@ -75,7 +76,7 @@ def feed_forward(x: Array, c: dict[str, Array]) -> Array:
 def session(
     proto: onnx.ModelProto, library: Library | None, threads: int = 1, isa: Isa | None = None
 ) -> ort.InferenceSession:
-    options = ort.SessionOptions()
+    options = new_session_options()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4
     if library is not None:

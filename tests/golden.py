@@ -18,7 +18,9 @@ from qcompiler.ir import dialect
 from qcompiler.ir.decisions import NO_WEIGHTS, decision_of, left_to_ort, plan_of
 from qcompiler.ir.stages import verify
 from qcompiler.passes.choose_kernels import ChooseKernels
+from qcompiler.passes.shift_weights import ShiftWeights
 from qcompiler.pipeline import Pipeline, Step
+from qcompiler.session_options import new_session_options
 from qcompiler.targets.catalog import get_target
 
 HEAD = '<ir_version: 10, opset_import: ["" : 21, "qcompiler" : 1]>\n'
@@ -92,7 +94,8 @@ def run(model: ir.Model, feeds: Feeds, *, plainly: bool = False) -> list[NDArray
     """
     copy = model.clone()
     dialect.declare(copy)
-    options = ort.SessionOptions()
+    ShiftWeights()(copy)  # or the sums of models that have not been through it yet may saturate
+    options = new_session_options()
     options.intra_op_num_threads = 1
     if plainly:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -49,7 +49,7 @@ def folded(body: str, feeds: Mapping[str, Any] = X, head: str = HEAD, steps: flo
            **changes: Any) -> tuple[list[str], str]:  # fmt: skip
     """The ops after folding, and what is said of them; results differ by at most `steps` steps."""
     subject = model(body, head, **changes)
-    before = run(subject, feeds)
+    before = run(subject, feeds, plainly=True)
     FoldQDQ()(subject)
     verify(subject, Stage.QUANTIZED, "fold-qdq")
     for got, want in zip(run(subject, feeds), before, strict=True):

@@ -11,6 +11,7 @@ from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.fold_qdq import FoldQDQ
 from qcompiler.passes.insert_qdq import InsertQDQ
 from qcompiler.passes.round_to_nearest import RoundToNearest
+from qcompiler.session_options import new_session_options
 from qcompiler.targets.catalog import TARGETS
 
 RNG = np.random.default_rng(0)
@@ -42,7 +43,7 @@ def inserted(text):
 
 def moved_as_integers(model, tmp_path):
     """The movers of integers in what ORT makes of a model."""
-    options = ort.SessionOptions()
+    options = new_session_options()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)

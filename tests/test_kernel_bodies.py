@@ -18,6 +18,7 @@ from instruction_sets import each_isa, offer
 
 from qcompiler.ir import dialect
 from qcompiler.ir.region import Region, Step
+from qcompiler.session_options import new_session_options
 from qcompiler.targets.epilogue import ELEMENTWISE
 from qcompiler.targets.library import KernelCache, build_library
 from qcompiler.targets.x86 import Isa
@@ -130,7 +131,7 @@ def model_of(region: Region, rank: int) -> bytes:
 def session(
     region: Region, rank: int, threads: int, library: Path | None = None, isa: Isa | None = None
 ) -> ort.InferenceSession:
-    options = ort.SessionOptions()
+    options = new_session_options()
     options.intra_op_num_threads = threads
     if library is not None:
         offer(options, library, isa)
@@ -244,7 +245,7 @@ def test_one_scale_means_one(library, isa, name, value):
     for operand in model.graph.input:
         if operand.name in "sz":
             operand.type.tensor_type.ClearField("shape")
-    options = ort.SessionOptions()
+    options = new_session_options()
     offer(options, library, isa)
     run = ort.InferenceSession(model.SerializeToString(), options).run
     assert run(None, feeds)[0].shape == (2, 5)

@@ -15,6 +15,8 @@ from qcompiler.ir.decisions import decision_of
 from qcompiler.passes.fold_qdq import FoldQDQ
 from qcompiler.passes.fuse_attention import FuseAttention
 from qcompiler.passes.left_to_ort import FUSED_BY_ORT, left_to_ort
+from qcompiler.passes.shift_weights import ShiftWeights
+from qcompiler.session_options import new_session_options
 
 PAIR = "q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) "
 SECOND = "p = QuantizeLinear (v, t, u) e = DequantizeLinear (p, t, u) "
@@ -24,7 +26,7 @@ VALUES = {"s": np.float32(0.1), "z": np.uint8(100), "t": np.float32(0.2), "u": n
 
 def optimized(model: ir.Model, folder: Path) -> list[str]:
     """The ops that ONNX Runtime runs."""
-    options = ort.SessionOptions()
+    options = new_session_options()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
@@ -178,10 +180,12 @@ def test_integer_forms_are_of_8_bits(
         "zr": KINDS[result or "uint8"](3),
     }  # fmt: skip
     model = model_of(text if result else text.replace("r = QuantizeLinear (c, t, zr)", ""), weights)
+    ShiftWeights()(model)
     (node,) = (node for node in model.graph if node.op_type == op)
     action, why = left_to_ort(node) or ("", "")
     ops = optimized(model, tmp_path)
-    assert (action == "float") == (op in ops), (why, ops)
+    # By floats that came from 16 bits, ORT 1.32 multiplies some weights as they are stored.
+    assert (action == "float") == (op in ops or "MatMulNBits" in ops), (why, ops)
     if action == "qdq":
         assert why.removeprefix("ORT's own ") in ops
 

@@ -26,6 +26,7 @@ from qcompiler.frontend import load_model
 from qcompiler.ir.stages import Stage, verify
 from qcompiler.model_file import save_model
 from qcompiler.passes.canonicalize import Canonicalize
+from qcompiler.session_options import new_session_options
 
 QUANTIZED = {"MatMul", "Gemm", "Conv", "QLinearConv", "QLinearMatMul", "DequantizeLinear"}
 """Ops whose models compiling changes once their weights are constant."""
@@ -70,7 +71,7 @@ def frozen(case: Case, folder: Path) -> Path:
 
 def answers(path: Path, inputs: list[Any]) -> list[Any]:
     """The outputs as arrays; those of types that numpy lacks as a type, a shape and bytes."""
-    options = ort.SessionOptions()
+    options = new_session_options()
     options.intra_op_num_threads, options.log_severity_level = 1, 4
     session = ort.InferenceSession(path, options)
     feeds = {i.name: value(array) for i, array in zip(session.get_inputs(), inputs, strict=True)}

@@ -22,6 +22,7 @@ from raw_kernels import Guarded, load, pointer, quantize
 
 from qcompiler.ir import dialect
 from qcompiler.ir.region import Region
+from qcompiler.session_options import new_session_options
 from qcompiler.targets.library import KernelCache, build_library
 from qcompiler.targets.x86 import Isa, supports
 from qcompiler.targets.x86.families import norm_operands
@@ -105,7 +106,7 @@ def library(tmp_path_factory) -> Path:
 def session(
     region: Region, rank: int, threads: int, library: Path | None, isa: Isa | None
 ) -> ort.InferenceSession:
-    options = ort.SessionOptions()
+    options = new_session_options()
     options.intra_op_num_threads = threads
     if library is not None:
         offer(options, library, isa)

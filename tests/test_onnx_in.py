@@ -15,6 +15,7 @@ from qcompiler.frontend import load_model
 from qcompiler.ir.errors import ModelError
 from qcompiler.model_file import save_model
 from qcompiler.passes.canonicalize import OPSET, Canonicalize
+from qcompiler.session_options import new_session_options
 
 RNG = np.random.default_rng(0)
 
@@ -33,7 +34,7 @@ def proto_of(opset, text, weights=None, *, ir_version=8, imports=""):
 
 
 def run(proto, feeds):
-    options = ort.SessionOptions()
+    options = new_session_options()
     options.log_severity_level = 4
     source = proto if isinstance(proto, Path) else proto.SerializeToString()
     return ort.InferenceSession(source, options).run(None, feeds)

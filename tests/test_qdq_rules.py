@@ -20,6 +20,7 @@ from qcompiler.ir.errors import ModelError, VerifyError
 from qcompiler.ir.qdq_rules import qdq_problems
 from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.canonicalize import Canonicalize
+from qcompiler.session_options import new_session_options
 
 FLOAT, DOUBLE = np.float32, np.float64
 
@@ -219,7 +220,7 @@ def between_casts(op, storage, real, scale, zero, axis=1, block=0):
 
 def run(model):
     """Raises what ORT has against a model."""
-    options = ort.SessionOptions()
+    options = new_session_options()
     options.log_severity_level = 4
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options)
     session.run(None, {"x": np.ones((6, 8), FLOAT)})

@@ -20,7 +20,7 @@ from typing import Any
 
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.sites import Candidate, Costs, Site
-from qcompiler.runtime import QUIET
+from qcompiler.session_options import new_session_options
 from qcompiler.targets.cache import KernelCache, content_key
 from qcompiler.targets.library import build_library
 from qcompiler.timing import site_models
@@ -153,9 +153,8 @@ def _cpu() -> str:
 
 def _session(model: bytes, threads: int, library: Path | None) -> Any:
     ort = import_onnxruntime()
-    options = ort.SessionOptions()
+    options = new_session_options(quiet=True)
     options.intra_op_num_threads = threads
-    options.log_severity_level = QUIET
     if library is not None:
         options.register_custom_ops_library(str(library))
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])

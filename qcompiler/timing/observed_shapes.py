@@ -13,7 +13,8 @@ import onnx_ir as ir
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import ModelError
 from qcompiler.random_inputs import Feed
-from qcompiler.runtime import QUIET, open_session
+from qcompiler.runtime import open_session
+from qcompiler.session_options import QUIET
 
 __all__ = ["ModelInput", "model_inputs", "observed_shapes"]
 

@@ -198,6 +198,14 @@ static int has_api_24(const OrtApiBase *base) {
     return strncmp(version, "1.", 2) != 0 || atoi(version + 2) >= 24;
 }
 
+/* What ORT computes of a bundle without VNNI saturates otherwise: qcompiler/session_options.py. */
+static OrtStatus *ask_for_exact_sums(OrtSessionOptions *options) {
+    static const char option[] = "session.x64quantprecision";
+    int is_there = 0;
+    QC_TRY(QC_ORT(HasSessionConfigEntry)(options, option, &is_there));
+    return is_there ? NULL : QC_ORT(AddSessionConfigEntry)(options, option, "1");
+}
+
 /* Adds the domain, unless these options have it, from this library or another of the same content:
  * ONNX Runtime refuses to make a session of options with one domain twice. */
 static OrtStatus *add_once(OrtSessionOptions *options, OrtCustomOpDomain *domain) {
@@ -205,6 +213,7 @@ static OrtStatus *add_once(OrtSessionOptions *options, OrtCustomOpDomain *domain
     QC_TRY(QC_ORT(HasSessionConfigEntry)(options, qc_domain, &is_there));
     if (is_there) return NULL;
     QC_TRY(QC_ORT(AddCustomOpDomain)(options, domain));
+    QC_TRY(ask_for_exact_sums(options));
     return QC_ORT(AddSessionConfigEntry)(options, qc_domain, "registered");
 }
 
