@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qcompiler.ir.errors import BundleError, OptionError
+from qcompiler.ir.errors import BundleError, OptionError, QCompilerError
 
 __all__ = [
     "MANIFEST",
@@ -87,10 +87,17 @@ class Manifest:
     choices: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json`."""
+        """Write `manifest.json`.
+
+        Raises:
+            OptionError: The disk refuses.
+        """
         content = {"schema": SCHEMA, **dataclasses.asdict(self)}
         text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False)
-        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        try:
+            (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OptionError(f"cannot write {folder / MANIFEST}: {error.strerror}") from error
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -213,7 +220,13 @@ def staged_folder(destination: Path) -> Iterator[Path]:
         raise OptionError(f"cannot write to {destination.parent}: {error.strerror}") from error
     try:
         stage.chmod(0o755)
-        yield stage
+        try:
+            yield stage
+        except QCompilerError as error:
+            if str(stage) not in str(error):
+                raise
+            # What was written there is gone: tell of the place that was asked for.
+            raise type(error)(str(error).replace(str(stage), str(destination))) from error
         try:
             _exchange(stage, destination)
         except OSError as error:

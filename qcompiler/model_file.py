@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,17 +38,24 @@ def check_file(path: Path, source: Path | None) -> Path:
 def save_model(model: ir.Model, path: Path) -> None:
     """Write an ONNX file; weights that are large or lie outside go into `<name>.data` beside it.
 
+    Both are written apart and moved in, so that what was there stays if that fails.
+
     Raises:
         OptionError: The disk refuses.
         ModelError: The model cannot be expressed as a file.
     """
     tensors = [tensor for value in _initializers(model) if (tensor := value.const_value)]
     outside = any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
-    with saving(path):
-        if outside or sum(tensor.nbytes for tensor in tensors) > _INLINE_LIMIT:
-            ir.save(model, path, external_data=f"{path.name}.data")
-        else:
-            ir.save(model, path)
+    beside = outside or sum(tensor.nbytes for tensor in tensors) > _INLINE_LIMIT
+    with (
+        saving(path),
+        tempfile.TemporaryDirectory(prefix=".qcompiler-", dir=path.parent) as folder,
+    ):
+        data = f"{path.name}.data" if beside else None
+        ir.save(model, Path(folder, path.name), external_data=data)
+        # The weights first: a model never lies beside those of another.
+        for file in sorted(Path(folder).iterdir(), reverse=True):
+            os.replace(file, path.parent / file.name)
 
 
 class WeightFile:
@@ -98,7 +107,9 @@ def saving(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OptionError(f"cannot write {path}: {error.strerror}") from error
+        # numpy's own message is a count of bytes.
+        reason = error.strerror or f"is the disk full? ({error})"
+        raise OptionError(f"cannot write {path}: {reason}") from error
     except Exception as error:
         # Names that are not UTF-8, for one, come as far as this.
         cause: BaseException = error

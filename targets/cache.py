@@ -50,7 +50,7 @@ class KernelCache:
             write_atomically(self._path(key), hashlib.sha256(content).digest() + content)
         except OSError as error:
             raise ToolchainError(
-                f"cannot write the kernel cache {self.folder}: {error}; "
+                f"cannot write the kernel cache {self.folder}: {error.strerror}; "
                 "set QCOMPILER_CACHE to a folder that can be written"
             ) from error
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qcompiler.ir.errors import ToolchainError
+from qcompiler.ir.errors import OptionError, ToolchainError
 from qcompiler.ir.region import Region
 from qcompiler.targets import x86
 from qcompiler.targets.cache import KernelCache, content_key, write_atomically
@@ -57,6 +57,7 @@ def build_library(
 
     Raises:
         ToolchainError: if there is no C compiler, or it fails, or a kernel is not self-contained.
+        OptionError: if the disk refuses the library.
     """
     start = time.perf_counter()
     tell = progress or (lambda _: None)
@@ -71,7 +72,10 @@ def build_library(
         return linker.link(objects, [_ENTRY_POINT])
 
     image = cache.get_or_make(key, make)
-    write_atomically(output, image, mode=0o755)
+    try:
+        write_atomically(output, image, mode=0o755)
+    except OSError as error:
+        raise OptionError(f"cannot write {output}: {error.strerror}") from error
     return Library(
         path=output,
         isa=tuple(isa.name for isa in x86.isas_of(*unique)),

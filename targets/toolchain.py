@@ -6,6 +6,7 @@ compiler of the machine works too, and the library then needs that machine's gli
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -14,9 +15,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from qcompiler.ir.errors import ToolchainError
 from qcompiler.targets.cache import KernelCache
@@ -49,7 +50,7 @@ class Linker:
 
     def compile(self, source: str, headers: dict[str, str], flags: Sequence[str] = ()) -> bytes:
         """The object made from C text; `headers` maps the names it includes to their text."""
-        with TemporaryDirectory() as folder:
+        with _workplace() as folder:
             for name, text in {**headers, "source.c": source}.items():
                 Path(folder, name).write_text(text)
             self._run([*_COMPILE_FLAGS, *flags, "-c", "source.c", "-o", "source.o"], folder)
@@ -57,7 +58,7 @@ class Linker:
 
     def link(self, objects: Sequence[bytes], exports: Sequence[str]) -> bytes:
         """A shared library of which only the symbols `exports` can be seen."""
-        with TemporaryDirectory() as folder:
+        with _workplace() as folder:
             names = [f"{i}.o" for i in range(len(objects))]
             for name, content in zip(names, objects, strict=True):
                 Path(folder, name).write_bytes(content)
@@ -91,6 +92,23 @@ class Linker:
         if "ziglang" in self.command:
             return "to link with $CC instead: pip uninstall ziglang"
         return "set CC to another C compiler, or: pip install 'qcompiler[zig]'"
+
+
+@contextlib.contextmanager
+def _workplace() -> Iterator[str]:
+    """A folder for the compiler's files, empty at first.
+
+    Raises:
+        ToolchainError: The disk refuses.
+    """
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield folder
+    except OSError as error:
+        raise ToolchainError(
+            f"cannot write temporary files to {tempfile.gettempdir()}: {error.strerror}; set "
+            "TMPDIR to a folder with space"
+        ) from error
 
 
 def find_linker() -> Linker:

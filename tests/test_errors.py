@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from conftest import mlp
 from golden import model_of
 
 import qcompiler
@@ -297,6 +299,47 @@ def test_a_failing_recompile_keeps_the_old_bundle(bundle, conv):
         qcompiler.compile(conv, "arm-int8", bundle)
     assert (bundle / MANIFEST).read_bytes() == before
     assert sorted(p.name for p in bundle.parent.iterdir() if p.name.startswith(".")) == []
+
+
+@contextlib.contextmanager
+def files_end_at(size):
+    """As on a disk that is full, no file can be longer than so many bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk(tmp_path):
+    bundle = qcompiler.compile(mlp(), "x86-int8", tmp_path / "out", timing=False).bundle
+    before = {path.name: path.read_bytes() for path in bundle.iterdir()}
+    message = rf"cannot write {bundle}/libqcompiler-\S*: File too large"
+    with files_end_at(4096), pytest.raises(OptionError, match=message):
+        qcompiler.compile(mlp(), "x86-int8", bundle, timing=False)
+    assert {path.name: path.read_bytes() for path in bundle.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [bundle]
+
+
+def test_a_full_disk_leaves_the_bundle_without_a_library(bundle, matmul):
+    before = (bundle / MANIFEST).read_bytes()
+    with files_end_at(600), pytest.raises(OptionError, match=f"cannot write {bundle}/m"):
+        qcompiler.compile(matmul, "arm-int8", bundle)
+    assert (bundle / MANIFEST).read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_file_of_a_stage(matmul, tmp_path):
+    output = tmp_path / "out.onnx"
+    output.write_text("mine")
+    with files_end_at(600), pytest.raises(OptionError, match=f"cannot write {output}: "):
+        qcompiler.compile(matmul, "arm-int8", output, stop_after="float")
+    assert output.read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["matmul.onnx", "out.onnx"]
+    qcompiler.compile(matmul, "arm-int8", output, stop_after="float")
+    load_model(output)
+    with pytest.raises(OptionError, match="cannot write .*nowhere/out.onnx: No such file"):
+        qcompiler.compile(matmul, "arm-int8", tmp_path / "nowhere/out.onnx", stop_after="float")
 
 
 def test_no_bundle(tmp_path):

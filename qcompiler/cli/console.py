@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -75,6 +77,8 @@ class Terminal:
         elif isinstance(error, OSError) and error.strerror:
             # A full disk, no permission: the machine's matter, not a bug of ours.
             where = f"{error.filename}: " if error.filename else ""
+            if not where and error.errno == errno.ENOSPC:
+                where = f"temporary files in {tempfile.gettempdir()}, or where TMPDIR says: "
             self.error(f"{where}{error.strerror}")
         elif isinstance(error, MemoryError):
             self.error(f"out of memory ({error})" if str(error) else "out of memory")
