@@ -23,8 +23,8 @@ __all__ = ["build_kernels", "minimum_ort", "write_bundle"]
 
 _GLUE_STEPS = 10
 
-_OPSET_OF_ORT = (("1.23", 23), ("1.24", 25), ("1.25", 26))
-"""The newest opset each ONNX Runtime loads; tried with the wheels 1.23.0 to 1.31.1."""
+_OPSET_OF_ORT = (("1.23", 23), ("1.24", 25), ("1.25", 26), ("1.32", 28))
+"""The newest opset each ONNX Runtime loads; tried with the wheels 1.23.0 to 1.32.0."""
 
 
 def build_kernels(

@@ -63,7 +63,8 @@ def build_library(
     tell = progress or (lambda _: None)
     linker = find_linker()
     unique = x86.with_parts(regions)
-    key = content_key("library", x86.fingerprint(), linker.identity, domain, repr(unique))
+    isas = x86.isas_of(*unique)
+    key = content_key("library", x86.fingerprint(), linker.identity, domain, repr((unique, isas)))
 
     def make() -> bytes:
         objects = kernel_objects(unique, cache, tell)
@@ -78,7 +79,7 @@ def build_library(
         raise OptionError(f"cannot write {output}: {error.strerror}") from error
     return Library(
         path=output,
-        isa=tuple(isa.name for isa in x86.isas_of(*unique)),
+        isa=tuple(isa.name for isa in isas),
         minimum_glibc=glibc_version(image),
         linker=linker.name,
         seconds=time.perf_counter() - start,

@@ -7,7 +7,6 @@ import onnx_ir as ir
 import pytest
 from golden import model_of
 from hypothesis import settings
-from instruction_sets import needs
 
 import qcompiler
 from qcompiler.report import Report
@@ -19,9 +18,6 @@ settings.register_profile("explore")
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
-
-
-needs_avx512_vnni = needs("avx512-vnni")
 
 
 @pytest.fixture(autouse=True, scope="session")

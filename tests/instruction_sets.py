@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnxruntime as ort
 import pytest
 
 from qcompiler.cli.host import instruction_sets
+from qcompiler.ir.region import Region
+from qcompiler.targets import kernel_table, x86
 from qcompiler.targets.x86 import Isa
 from qcompiler.targets.x86.families import FAMILIES
 
 
 def needs(isa: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(isa not in instruction_sets(), reason=f"this CPU has no {isa}")
+
+
+needs_kernels = pytest.mark.skipif(
+    not {isa.name for isa in x86.ISAS} & {*instruction_sets()},
+    reason="no kernels for this CPU",
+)
+
+
+@contextlib.contextmanager
+def compiled_for_here() -> Iterator[None]:
+    """Libraries get kernels for the instruction sets of this processor alone.
+
+    A test that compares kernels runs no others, and they take as long to compile; for all of them
+    they are compiled in `test_library.py` and wherever a model is.
+    """
+    here = instruction_sets()
+
+    def isas_of(*regions: Region) -> tuple[Isa, ...]:
+        # What the processor has of AVX512-BF16 is not known here: it comes with AVX512-VNNI.
+        names = {*here, "avx512-bf16"} if "avx512-vnni" in here else here
+        return tuple(isa for isa in isas(*regions) if isa.name in names) or isas(*regions)
+
+    isas = x86.isas_of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(x86, "isas_of", isas_of)
+        patch.setattr(kernel_table, "isas_of", isas_of)
+        yield
 
 
 def each_isa(anchor: str) -> pytest.MarkDecorator:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import DIGITS, needs_avx512_vnni
+from conftest import DIGITS
 from golden import assert_step, model_of, run, sqnr
+from instruction_sets import needs_kernels
 
 import qcompiler
 from qcompiler.ir.decisions import decisions
@@ -167,7 +168,7 @@ def test_the_example_keeps_its_numbers():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-@needs_avx512_vnni
+@needs_kernels
 def test_the_compiled_example_runs_it_as_a_kernel(digits):
     kernels = {d.op for d in digits.decisions if d.action == "kernel"}
     assert "Attention_D16_ssss_int8" in kernels

@@ -12,7 +12,7 @@ from attention_models import DOMAIN, mask_of, session
 from golden import sqnr
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from instruction_sets import each_isa, each_raw_isa, needs
+from instruction_sets import compiled_for_here, each_isa, each_raw_isa, needs
 from raw_kernels import Guarded, load, pointer
 
 from qcompiler.ir.region import Region
@@ -40,7 +40,8 @@ REGIONS = [
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("attention") / "kernels.so"
-    build_library(REGIONS, DOMAIN, path, cache=KernelCache())
+    with compiled_for_here():
+        build_library(REGIONS, DOMAIN, path, cache=KernelCache())
     return path
 
 

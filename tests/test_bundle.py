@@ -10,15 +10,16 @@ import threading
 import numpy as np
 import onnxruntime as ort
 import pytest
-from conftest import DIGITS, mlp, needs_avx512_vnni
+from conftest import DIGITS, mlp
 from golden import model_of, sqnr
+from instruction_sets import needs_kernels
 from registry import package
 
 import qcompiler
 from qcompiler.bundle import Manifest
 from qcompiler.targets.catalog import TARGETS
 
-pytestmark = needs_avx512_vnni
+pytestmark = needs_kernels
 
 RNG = np.random.default_rng(0)
 X = {"x": RNG.standard_normal((5, 64), dtype=np.float32)}

@@ -14,7 +14,7 @@ import pytest
 from golden import sqnr
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from instruction_sets import each_isa, offer
+from instruction_sets import compiled_for_here, each_isa, offer
 
 from qcompiler.ir import dialect
 from qcompiler.ir.region import Region, Step
@@ -74,7 +74,8 @@ DYNAMIC = [
 def library(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("library") / "kernels.so"
     regions = [*QUANTIZES, *MATMULS, *PER_TENSOR, *DYNAMIC]
-    build_library(regions, DOMAIN, path, cache=KernelCache())
+    with compiled_for_here():
+        build_library(regions, DOMAIN, path, cache=KernelCache())
     return path
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from conftest import needs_avx512_vnni
 from feed_forward import (
     DOMAIN,
     FEED_FORWARD,
@@ -29,7 +28,7 @@ from feed_forward import (
     node,
     session,
 )
-from instruction_sets import each_isa
+from instruction_sets import each_isa, needs_kernels
 from onnx import TensorProto, helper, numpy_helper
 from raw_kernels import Array, quantize
 from registry import debian_package
@@ -79,7 +78,7 @@ def test_a_chain_of_ops(
             assert np.abs(y - feed_forward(x, constants)).mean() < 1e-3
 
 
-@needs_avx512_vnni
+@needs_kernels
 def test_sessions_and_threads_share_the_library(
     library: Library, constants: dict[str, Array]
 ) -> None:
@@ -141,7 +140,7 @@ def test_unknown_isa_is_an_error(library: Library, monkeypatch: pytest.MonkeyPat
         session(with_body({"q": TensorProto.UINT8}), library)
 
 
-@needs_avx512_vnni
+@needs_kernels
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -176,7 +175,7 @@ def test_wrong_shapes_are_errors(
         session(proto, library).run(None, feeds)
 
 
-@needs_avx512_vnni
+@needs_kernels
 def test_weights_must_be_initializers_of_the_right_shape(
     library: Library, constants: dict[str, Array]
 ) -> None:
@@ -239,7 +238,7 @@ def test_our_header_agrees_with_the_official_one(tmp_path: Path) -> None:
     )
 
 
-@needs_avx512_vnni
+@needs_kernels
 def test_an_application_in_c(library: Library, constants: dict[str, Array], tmp_path: Path) -> None:
     runtimes = list(Path(ort.__file__).parent.glob("capi/libonnxruntime.so*"))
     if not runtimes:

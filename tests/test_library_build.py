@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import needs_avx512_vnni
 from feed_forward import (
     DOMAIN,
     FEED_FORWARD,
@@ -23,6 +22,7 @@ from feed_forward import (
     model,
     session,
 )
+from instruction_sets import needs_kernels
 from onnx import TensorProto
 
 from qcompiler.ir.errors import ToolchainError
@@ -147,7 +147,7 @@ def system_compiler(monkeypatch: pytest.MonkeyPatch) -> Linker:
         pytest.skip(str(error))
 
 
-@needs_avx512_vnni
+@needs_kernels
 def test_a_system_compiler_works_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     linker = system_compiler(monkeypatch)
     built = build_library(

@@ -17,7 +17,7 @@ import pytest
 from golden import sqnr
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from instruction_sets import each_isa, each_raw_isa, offer
+from instruction_sets import compiled_for_here, each_isa, each_raw_isa, offer
 from raw_kernels import Guarded, load, pointer, quantize
 
 from qcompiler.ir import dialect
@@ -98,7 +98,8 @@ def model_of(region: Region, rank: int) -> bytes:
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("norms") / "kernels.so"
-    build_library(NORMS, DOMAIN, path, cache=KernelCache())
+    with compiled_for_here():
+        build_library(NORMS, DOMAIN, path, cache=KernelCache())
     return path
 
 

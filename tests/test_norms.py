@@ -3,8 +3,8 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import needs_avx512_vnni
 from golden import HEAD, assert_rewrites, model_of, text_of
+from instruction_sets import needs_kernels
 from onnx_ir.passes import common
 
 import qcompiler
@@ -302,7 +302,7 @@ def test_targets_without_the_kernel_say_so():
     assert [decision_of(node).why.split("-")[0] for node in model.graph] == ["no arm"]
 
 
-@needs_avx512_vnni
+@needs_kernels
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_row_that_is_not_finite_stays_so(tmp_path, bad):
     """As in its body; the other rows are untouched."""
