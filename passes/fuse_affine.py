@@ -10,7 +10,7 @@ Part of `fuse_batchnorm`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -24,14 +24,13 @@ from qcompiler.ir.graph import (
     replace_nodes,
 )
 
+Numbers = NDArray[np.float64]
+
 __all__ = ["channel_axis", "try_fold_affine"]
 
-_OPS = {
-    "Mul": lambda f, number: f * number,
-    "Div": lambda f, number: f / number,
-    "Add": lambda c, number: c + number,
-    "Sub": lambda c, number: c - number,
-}
+_OPS: dict[str, Callable[[Numbers, Numbers], Numbers]] = {
+    "Mul": np.multiply, "Div": np.divide, "Add": np.add, "Sub": np.subtract,
+}  # fmt: skip
 
 
 def channel_axis(conv: ir.Node) -> int | None:
@@ -80,7 +79,7 @@ def try_fold_affine(graph: ir.Graph, conv: ir.Node) -> bool:
     return True
 
 
-def _next(conv: ir.Node, last: ir.Node, rank: int) -> tuple[ir.Node, NDArray[Any]] | None:
+def _next(conv: ir.Node, last: ir.Node, rank: int) -> tuple[ir.Node, Numbers] | None:
     """The op that reads `last` alone, if it is one of channels, and its numbers."""
     node, value = only_consumer(last.outputs[0]), last.outputs[0]
     if node is None or node.op_type not in _OPS or node.domain or node.graph is not conv.graph:

@@ -24,7 +24,9 @@ class FuseHardSwish(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fuse every match."""
-        gates = [node for node in model.graph.all_nodes() if node.op_type in ("Clip", "HardSigmoid")]
+        gates = [
+            node for node in model.graph.all_nodes() if node.op_type in ("Clip", "HardSigmoid")
+        ]
         fused = sum(_try_fuse(gate) for gate in gates)
         return ir.passes.PassResult(model, fused > 0)
 

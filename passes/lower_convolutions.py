@@ -6,9 +6,9 @@
 3. ReduceMean(x)           =>   Squeeze(GlobalAveragePool(x))              over all spatial axes
 
 2 is a sub-pixel convolution (Shi et al., 2016).  With strides of s and kernels of s T, element
-s q + r of a transposed convolution is the sum over t of x[q - t] W[r + s t]: a convolution of T taps
-for each of the s s phases r, that DepthToSpace puts in their places.  It multiplies no zeros, and
-sums the same products.
+s q + r of a transposed convolution is the sum over t of x[q - t] W[r + s t]: a convolution of T
+taps for each of the s s phases r, that DepthToSpace puts in their places.  It multiplies no zeros,
+and sums the same products.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _lower_transposed(graph: ir.Graph, node: ir.Node) -> bool:
         ]
         chain.append(ir.node("Slice", [chain[-1].outputs[0], *inputs]))
     for link in chain[:-1]:
-        link.outputs[0].name, link.outputs[0].dtype = f"{result.name}_phases", result.dtype
+        link.outputs[0].name, link.outputs[0].type = f"{result.name}_phases", result.type
     for link in chain[1:]:
         link.name = f"{node.name}_{link.op_type.lower()}"
     replace_nodes([node], chain)
@@ -167,7 +167,7 @@ def _try_pool(graph: ir.Graph, node: ir.Node) -> bool:
     decide(pool, "float", NO_WEIGHTS)
     chain = [pool]
     if not node.attributes.get_int("keepdims", 1):
-        pool.outputs[0].name, pool.outputs[0].dtype = f"{node.name}_pooled", x and x.dtype
+        pool.outputs[0].name, pool.outputs[0].type = f"{node.name}_pooled", node.outputs[0].type
         given = new_initializer(graph, f"{node.name}_axes", np.arange(2, rank))
         squeeze = ir.node("Squeeze", [pool.outputs[0], given], name=f"{node.name}_squeeze")
         chain.append(squeeze)
