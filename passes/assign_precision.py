@@ -174,7 +174,7 @@ class AssignPrecision(ir.passes.InPlacePass):
                 # What was imported quantized, and is left so, has its reason already.
                 decide(node, "float", plan.why, expected=plan.expected)
             if not isinstance(plan, NodePlan):
-                self._refuse_all(node, NO_WEIGHTS if plan is None else plan.why)
+                self._refuse_all(node, plan.why if isinstance(plan, _Float) else NO_WEIGHTS)
         self.notes = self._asked.check()
         return ir.passes.PassResult(model, changed)
 
