@@ -160,7 +160,8 @@ def _try_pool(graph: ir.Graph, node: ir.Node) -> bool:
     """GlobalAveragePool for a mean over all axes but the first two."""
     x, axes = node.inputs[0], constant(node.inputs[1]) if len(node.inputs) > 1 else None
     rank = len(x.shape) if x is not None and x.shape is not None else 0
-    if axes is None or rank < 3 or node.domain or sorted(axes % rank) != list(range(2, rank)):
+    # Over the last of three axes it is mostly part of a norm, which is found by its pieces later.
+    if axes is None or rank < 4 or node.domain or sorted(axes % rank) != list(range(2, rank)):
         return False
     pool = ir.node("GlobalAveragePool", [x])
     inherit(pool, node)

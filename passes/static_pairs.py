@@ -113,6 +113,8 @@ class _Writer:
         place_after(value, [quantized, widened])
         for use in uses:
             use.node.replace_input_with(use.idx, widened.outputs[0])
+        if value.is_graph_output() and site.readers is None:
+            _hand_out(self.graph, value, widened.outputs[0])
 
     def dequantize(self, name: str, stored: ir.Value | None, steps: Sequence[ir.Value]) -> ir.Node:
         """A DQ that is not in the graph yet."""
@@ -128,6 +130,13 @@ class _Writer:
         stored = quantize(array.astype(np.float32), scale, type, zero)
         value = new_initializer(self.graph, f"{name}_stored", stored)
         return self.dequantize(name, value, self.initializers(name, scale, zero))
+
+
+def _hand_out(graph: ir.Graph, value: ir.Value, widened: ir.Value) -> None:
+    """Let the graph's output be what was rounded, under the name it had."""
+    name = value.name
+    graph.outputs[:] = [widened if output is value else output for output in graph.outputs]
+    value.name, widened.name = f"{name}_exact", name
 
 
 def _legalize(writer: _Writer, node: ir.Node) -> None:
