@@ -19,6 +19,7 @@ __all__ = [
     "Action",
     "Decision",
     "NodePlan",
+    "OperandPlan",
     "Preference",
     "add_note",
     "decide",
@@ -26,11 +27,15 @@ __all__ = [
     "decisions",
     "drop_plan",
     "inherit",
+    "is_kept_float",
+    "keep_float",
     "leave_to_ort",
     "left_to_ort",
     "note_of",
+    "operand_plan_of",
     "plan_of",
     "region_of",
+    "set_operand_plan",
     "set_plan",
     "set_region",
 ]
@@ -46,6 +51,8 @@ _WHY = "qcompiler.why"
 _UNEXPECTED = "qcompiler.unexpected"
 _NOTE = "qcompiler.note"
 _PLAN = "qcompiler.plan"
+_OPERANDS = "qcompiler.operands"
+_KEPT = "qcompiler.kept_float"
 _REGION = "qcompiler.region"
 _LEFT = "qcompiler.left_to_ort"
 
@@ -98,6 +105,19 @@ class NodePlan:
         return ", ".join(parts)
 
 
+@dataclasses.dataclass(frozen=True)
+class OperandPlan:
+    """How a node without weights is to be quantized: an intent, before any Q or DQ exists.
+
+    Attributes:
+        operands: All its tensors of floats.
+        output: Its result; None leaves it float.
+    """
+
+    operands: QuantSpec
+    output: QuantSpec | None
+
+
 def set_plan(node: ir.Node, plan: NodePlan) -> None:
     """Attach a plan; passes read it back with `plan_of` until the node is folded."""
     node.meta[_PLAN] = plan
@@ -109,9 +129,33 @@ def plan_of(node: ir.Node) -> NodePlan | None:
     return plan
 
 
+def set_operand_plan(node: ir.Node, plan: OperandPlan) -> None:
+    """Attach a plan to a node without weights."""
+    node.meta[_OPERANDS] = plan
+
+
+def operand_plan_of(node: ir.Node) -> OperandPlan | None:
+    """The plan attached to a node without weights, if it is to compute in integers."""
+    plan: OperandPlan | None = node.meta.get(_OPERANDS)
+    return plan
+
+
 def drop_plan(node: ir.Node) -> None:
-    """Take the plan back: the node is not quantized after all."""
+    """Take the plan back, of either kind: the node is not quantized after all."""
     node.meta.pop(_PLAN, None)
+    node.meta.pop(_OPERANDS, None)
+
+
+def keep_float(node: ir.Node, why: str) -> None:
+    """Decide that a node stays float, whatever later passes would gain by planning it."""
+    drop_plan(node)
+    node.meta[_KEPT] = True
+    decide(node, "float", why)
+
+
+def is_kept_float(node: ir.Node) -> bool:
+    """Whether somebody decided that the node stays float."""
+    return bool(node.meta.get(_KEPT))
 
 
 def leave_to_ort(node: ir.Node, why: str) -> None:

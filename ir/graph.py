@@ -12,6 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 __all__ = [
+    "clamps_after",
     "constant",
     "dequantize_of",
     "drop_if_unread",
@@ -124,9 +125,31 @@ def replace_nodes(old: Sequence[ir.Node], new: Sequence[ir.Node]) -> None:
 
 
 def rectified(value: ir.Value) -> ir.Value:
-    """The value after its Relu, if that is all that reads it: an integer form absorbs the Relu."""
-    consumer = only_consumer(value)
-    return consumer.outputs[0] if consumer is not None and consumer.op_type == "Relu" else value
+    """The value after the clamps that are all that reads it: an integer form absorbs them."""
+    clamps = clamps_after(value)
+    return clamps[-1].outputs[0] if clamps else value
+
+
+def clamps_after(value: ir.Value) -> list[ir.Node]:
+    """The Relu and Clips, in order, that read `value` and one another, and that nothing else reads.
+
+    Quantizing their result by its range does what they do, as long as that range may hold 0.
+    """
+    found: list[ir.Node] = []
+    while (node := only_consumer(value)) is not None and _clamps_around_0(node):
+        found.append(node)
+        value = node.outputs[0]
+    return found
+
+
+def _clamps_around_0(node: ir.Node) -> bool:
+    if node.op_type == "Relu":
+        return node.domain == ""
+    if node.op_type != "Clip" or node.domain:
+        return False
+    low, high = (constant(v) for v in [*node.inputs[1:], None, None][:2])
+    known = all(value is None or constant(value) is not None for value in node.inputs[1:])
+    return known and (low is None or bool(low <= 0)) and (high is None or bool(high >= 0))
 
 
 def place_after(value: ir.Value, nodes: Sequence[ir.Node]) -> None:

@@ -1,9 +1,12 @@
 """Decide, node by node, what is quantized to what; nothing in the graph changes yet.
 
 1. MatMul by a constant matrix: the scheme's weight type, per channel or per group along K, and its
-   activation type per token, dynamic.
-2. Conv by a constant kernel: the scheme's weight type per output channel, static activations.
-3. Everything else stays float, with the reason; so does all that a quantized source keeps float:
+   activation type per token, dynamic; or static, per tensor, if a rule asks for that.
+2. Conv and ConvTranspose by a constant kernel: the scheme's weight type per output channel, static
+   activations.  The last layers of a network are known by where their results go: one that leaves
+   the graph is not rounded, unless asked for, as nothing that follows would average out the error.
+3. MatMul of two activations: left float, or static, if asked for.
+4. Everything else stays float, with the reason; so does all that a quantized source keeps float:
    whoever quantized it knew why, and its results are what is asked for.
 
 Rules of a recipe (`node_rules`) choose another of the forms that an op has (`forms`).
@@ -19,16 +22,23 @@ import onnx_ir as ir
 from qcompiler.ir.decisions import (
     NO_WEIGHTS,
     NodePlan,
+    OperandPlan,
     add_note,
     decide,
     decision_of,
+    is_kept_float,
+    keep_float,
+    operand_plan_of,
     plan_of,
+    set_operand_plan,
     set_plan,
 )
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, new_initializer, rectified
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
+from qcompiler.passes.conv_pads import explicit_pads
 from qcompiler.passes.forms import Form, form_of
+from qcompiler.passes.lower_convolutions import no_convolution_of
 from qcompiler.passes.node_rules import NodeRule, NodeRules, check_group_size, matches, names_of
 from qcompiler.targets.target import Scheme
 
@@ -43,7 +53,7 @@ _SENSITIVE = frozenset({
 
 _QUANTIZATION = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 
-_NOT_YET = {"Gather": True, "ConvTranspose": False, "LSTM": False, "GRU": False, "RNN": False,
+_NOT_YET = {"Gather": True, "LSTM": False, "GRU": False, "RNN": False,
             "Einsum": False, "Gemm": False}  # fmt: skip
 """Ops with weights of their own that have no quantized form yet, and whether users expect that."""
 
@@ -56,6 +66,7 @@ class _Float:
     expected: bool = True
 
 
+_UNSEEN = "static ranges are not observed inside branches and loops"
 _IMPORTED = _Float("already quantized in the source: left to ORT as it is")
 
 
@@ -76,10 +87,14 @@ class AssignPrecision(ir.passes.InPlacePass):
         Attributes:
             keep_float: Node names, op types or patterns of either that stay float.
             group_size: Weights per scale where a scheme has groups; by default its own choice.
+            products: Let MatMuls of two activations multiply 8 bits, with static scales.
+            outputs: Round convolutions whose results leave the graph, too.
         """
 
         keep_float: tuple[str, ...] = ()
         group_size: int | None = None
+        products: bool = False
+        outputs: bool = False
 
         def __post_init__(self) -> None:
             """Check the values.
@@ -143,17 +158,23 @@ class AssignPrecision(ir.passes.InPlacePass):
             self._check_nothing_asked()
         for node in nodes:
             plan = self._plan_tied(model.graph, node, in_branch=node.graph is not model.graph)
-            if isinstance(plan, NodePlan) and is_quantized:
+            if isinstance(plan, NodePlan | OperandPlan) and is_quantized:
                 decide(node, "float", "the source is quantized, and keeps this op float")
+            elif isinstance(plan, OperandPlan):
+                changed = changed or operand_plan_of(node) != plan
+                set_operand_plan(node, plan)
+                decide(node, "qdq", f"both its operands {plan.operands}")
             elif isinstance(plan, NodePlan):
                 changed = changed or plan_of(node) != plan
                 set_plan(node, plan)
                 decide(node, "qdq", str(plan))
+            elif plan is not None and is_kept_float(node):
+                decide(node, "float", plan.why)
             elif plan is not None and decision_of(node).action != "qdq":
                 # What was imported quantized, and is left so, has its reason already.
                 decide(node, "float", plan.why, expected=plan.expected)
             if not isinstance(plan, NodePlan):
-                self._refuse_all(node, NO_WEIGHTS if plan is None else plan.why)
+                self._refuse_all(node, plan.why if isinstance(plan, _Float) else NO_WEIGHTS)
         self.notes = self._asked.check()
         return ir.passes.PassResult(model, changed)
 
@@ -204,7 +225,7 @@ class AssignPrecision(ir.passes.InPlacePass):
 
     def _plan_tied(
         self, graph: ir.Graph, node: ir.Node, in_branch: bool
-    ) -> NodePlan | _Float | None:
+    ) -> NodePlan | OperandPlan | _Float | None:
         """The plan of a node; MatMul(x, Transpose(W)) becomes MatMul(x, W') if that has one.
 
         Folding constants leaves such a Transpose if W has other readers, as an embedding that is
@@ -225,21 +246,21 @@ class AssignPrecision(ir.passes.InPlacePass):
             turn.graph.remove(turn)
         return plan
 
-    def _plan(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float | None:
+    def _plan(self, node: ir.Node, in_branch: bool) -> NodePlan | OperandPlan | _Float | None:
         """A plan, the reason to stay float, or None for ops that hold nothing to quantize."""
         for pattern in self._patterns:
             if any(matches(name, pattern) for name in (*names_of(node), node.op_type)):
                 self._asked.overrule(node)
-                return _Float(f"kept float by request ({pattern})")
+                return _kept(node, pattern)
         asked = self._asked.about(node)
         if asked is not None and asked.precision == "float":
-            return _Float("kept float by request (precision)")
+            return _kept(node, "precision")
         if node.domain not in ("", "ai.onnx"):
             return _Float(f"op of the foreign domain {node.domain}")
         match node.op_type:
             case "MatMul":
                 return self._plan_matmul(node, in_branch)
-            case "Conv":
+            case "Conv" | "ConvTranspose":
                 return self._plan_conv(node, in_branch)
             case op if op in _SENSITIVE:
                 return _Float(f"{op} is sensitive: not rounded to 8 bits")
@@ -247,8 +268,10 @@ class AssignPrecision(ir.passes.InPlacePass):
                 return _Float(f"no quantized form of {op} yet", _NOT_YET[op])
         return None
 
-    def _plan_matmul(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float:
+    def _plan_matmul(self, node: ir.Node, in_branch: bool) -> NodePlan | OperandPlan | _Float:
         weight = node.inputs[1]
+        if self.options.products and not any(_is_constant(value) for value in node.inputs):
+            return self._plan_product(node, in_branch)
         if _no_weight(node.inputs[0]) is None:
             return _Float("its weight is on the left, only right operands are quantized", False)
         if (reason := _no_weight(weight) or _no_batch_of_floats(node.inputs[0])) is not None:
@@ -266,6 +289,10 @@ class AssignPrecision(ir.passes.InPlacePass):
             storage = form.weight if form.weight.is_floating_point() else ir.DataType.INT8
             stored = QuantType(storage, granularity=PerGroup(-1, depth))
             activation = QuantSpec(stored, "dynamic")
+        if form.activation == "static":
+            if in_branch:
+                return _Float(_UNSEEN, False)
+            activation = self._static()
         if not form.group_sizes:
             return _node_plan(form, _per_channel(form.weight, axis=1), activation)
         size = next((size for size in form.group_sizes if depth % size == 0), None)
@@ -273,32 +300,61 @@ class AssignPrecision(ir.passes.InPlacePass):
             return _Float(f"K={depth} is a multiple of no group size in {form.group_sizes}", False)
         return _node_plan(form, QuantType(form.weight, granularity=PerGroup(0, size)), activation)
 
+    def _plan_product(self, node: ir.Node, in_branch: bool) -> OperandPlan | _Float:
+        """MatMul of two activations: ORT's MatMulIntegerToFloat."""
+        if in_branch:
+            return _Float(_UNSEEN, False)
+        for value in node.inputs:
+            if (reason := _no_batch_of_floats(value)) is not None:
+                return reason
+        return OperandPlan(self._static(), None)
+
+    def _static(self) -> QuantSpec:
+        stored = QuantType(self.scheme.conv_activation, granularity=PerTensor(), symmetric=False)
+        return QuantSpec(stored, "static")
+
     def _plan_conv(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float:
         scheme = self.scheme
         if scheme.conv_weight is None:
             return _Float(f"{scheme.name} keeps convolutions float")
         if in_branch:
-            return _Float("static ranges are not observed inside branches and loops", False)
+            return _Float(_UNSEEN, False)
         operands = [_no_weight(value) for value in node.inputs[1:] if value is not None]
         imported = _IMPORTED if dequantize_of(node.inputs[0]) is not None else None
-        for reason in [*operands, imported, _not_float(node.inputs[0])]:
+        for reason in [*operands, imported, _not_float(node.inputs[0]), _no_form(node)]:
             if reason is not None:
                 return reason
-        if node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
-            return _Float("no quantized form of Conv with auto_pad yet", False)
-        if rectified(node.outputs[0]).is_graph_output():
+        if rectified(node.outputs[0]).is_graph_output() and not self.options.outputs:
             return _Float("its result leaves the graph")
-        activation = QuantSpec(
-            QuantType(scheme.conv_activation, granularity=PerTensor(), symmetric=False), "static"
-        )
+        activation, axis = self._static(), int(node.op_type == "ConvTranspose")
         form = self._form(node)
-        return _node_plan(form, _per_channel(form.weight, axis=0), activation, activation)
+        return _node_plan(form, _per_channel(form.weight, axis), activation, activation)
 
 
 def _node_plan(
     form: Form, weight: QuantType, activation: QuantSpec | None, output: QuantSpec | None = None
 ) -> NodePlan:
     return NodePlan(weight, activation, output, form.calibration, form.rounding, form.requested)
+
+
+def _kept(node: ir.Node, why: str) -> _Float:
+    keep_float(node, f"kept float by request ({why})")
+    return _Float(f"kept float by request ({why})")
+
+
+def _no_form(node: ir.Node) -> _Float | None:
+    """Why a convolution has no integer form in ONNX Runtime."""
+    weight = constant(node.inputs[1])
+    assert weight is not None
+    if weight.ndim < 3 or 0 in weight.shape:
+        return _Float(f"its weight has shape {list(weight.shape)}: no kernel of a convolution")
+    if node.op_type == "ConvTranspose":
+        why = no_convolution_of(node)
+        # Small parts of a network, on which nothing depends.
+        return None if why is None else _Float(f"no integer form of ConvTranspose: {why}")
+    if explicit_pads(node, weight.shape[2:]) is None:
+        return _Float("auto_pad, and what it pads depends on sizes that are not known", False)
+    return None
 
 
 def _transpose_of_weight(node: ir.Node) -> ir.Node | None:
@@ -346,6 +402,11 @@ def _no_weight(value: ir.Value | None) -> _Float | None:
     if value.const_value.dtype is not ir.DataType.FLOAT:
         return _Float(f"its weight is {_dtype_name(value)}, only FLOAT is quantized", False)
     return None
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    node = dequantize_of(value)
+    return constant(value if node is None else node.inputs[0]) is not None
 
 
 def _has_float_constant(node: ir.Node) -> bool:

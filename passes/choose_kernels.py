@@ -5,7 +5,8 @@
 1. A MatMul gets what is fastest at its sizes; the one it would get anyway unless another is more
    than 5% faster.
 2. Convolutions pass integers to each other, so what counts is a convolution's own time plus the Q
-   and DQ at the border of the integer part.  Those leave it whose leaving makes the whole cheapest
+   and DQ at the border of the integer part, to which ops between them may belong
+   (`integer_links`).  Those leave it whose leaving makes the whole cheapest
    (`integer_part`).
 """
 
@@ -22,6 +23,7 @@ from qcompiler.ir.errors import OptionError
 from qcompiler.ir.region import Region
 from qcompiler.ir.sites import Candidate, Choice, Costs, Site
 from qcompiler.passes.integer_part import MARGIN, IntegerPart
+from qcompiler.passes.join_integers import links_of
 
 __all__ = ["ChooseKernels", "Shapes"]
 
@@ -96,13 +98,18 @@ class ChooseKernels(ir.passes.InPlacePass):
         return list(self.made)
 
     def _choose(self, model: ir.Model, nodes: Sequence[ir.Node]) -> list[Choice]:
-        data = {node: node.inputs[0] for node in nodes}
-        shapes = self._shapes(model, [value for value in data.values() if value is not None])
+        convolves = any(node.op_type == "Conv" for node in nodes)
+        links = links_of(model.graph) if convolves else {}
+        between = [v for link in links.values() for v in (*link.operands, *link.results)]
+        data = [value for node in nodes if (value := node.inputs[0]) is not None]
+        shapes = self._shapes(model, list(dict.fromkeys([*data, *between])))
         sites = {node: self._site(node, _inputs(node, shapes)) for node in nodes}
         free = [node for node in nodes if node.op_type not in self.forced]
         costs = dict(zip(free, self.costs([sites[node] for node in free]), strict=True))
         convs = {n: (sites[n], c) for n, c in costs.items() if n.op_type == "Conv" and c}
-        losing = IntegerPart(convs, [n for n in nodes if n.op_type == "Conv"], self.border).losing()
+        planned = [node for node in nodes if node.op_type == "Conv"]
+        elements = {v: math.prod(shapes[v.name]) for v in between if v.name in shapes}
+        losing = IntegerPart(convs, planned, self.border, links, elements).losing()
         return [
             Choice(node.name or "", sites[node].name, "float", self.forced[node.op_type])
             if node not in costs

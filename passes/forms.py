@@ -2,6 +2,7 @@
 
     op       weights                      activations
     MatMul   int8 per channel             dynamic int8 per token      (W8A8)
+    MatMul   int8 per channel             static uint8 per tensor     by a rule
     MatMul   int4 in groups along K       dynamic int8 per token      (W4A8)
     MatMul   int4 in groups along K       float                       (W4A16)
     MatMul   fp8 per channel              dynamic fp8 per token       where the target has fp8
@@ -27,7 +28,13 @@ _INT8, _INT4, _FP8 = ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3F
 _GROUPS = (32, 64, 128)
 """Of int4 weights where the scheme has none: rounded to nearest, small groups lose least."""
 
-_MATMULS = {(_INT8, "dynamic"), (_INT4, "dynamic"), (_INT4, "float"), (_FP8, "dynamic")}
+_MATMULS = {
+    (_INT8, "dynamic"),
+    (_INT8, "static"),
+    (_INT4, "dynamic"),
+    (_INT4, "float"),
+    (_FP8, "dynamic"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +68,7 @@ def form_of(
     """The form of a node.
 
     Args:
-        op: "MatMul" or "Conv".
+        op: "MatMul", "Conv" or "ConvTranspose".
         scheme: The target's number formats; of convolutions it has some.
         asked: What the recipe says of the node.
         group_sizes: Weights per scale, in order of preference, of weights in groups.
@@ -99,7 +106,7 @@ def _storage(op: str, scheme: Scheme, asked: NodeRule | None) -> ir.DataType:
 def _activation(op: str, scheme: Scheme, asked: NodeRule | None) -> str:
     if asked is not None and asked.activation is not None:
         return asked.activation
-    if op == "Conv":
+    if op != "MatMul":
         return "static"
     return "float" if scheme.activation is None else "dynamic"
 
@@ -111,7 +118,7 @@ def _groups(weight: ir.DataType, sizes: tuple[int, ...]) -> tuple[int, ...]:
 def _misfit(op: str, scheme: Scheme, asked: NodeRule) -> tuple[str, str] | None:
     """A key that cannot be, and why."""
     weight, activation = _storage(op, scheme, asked), _activation(op, scheme, asked)
-    if op == "Conv":
+    if op != "MatMul":
         if weight is not _INT8:
             return "precision", "convolutions are int8 or float"
         if activation != "static":

@@ -9,16 +9,18 @@
    Stored as int8 without a zero point: ORT 1.31 takes a blocked uint8 DQ before MatMul for a
    per-tensor one and fails at run time.
 
-2. Static, per tensor: the scale and zero point come from calibration.
+2. Static, per tensor: the scale and zero point come from calibration (`static_sites`).
 
        y = Relu(Conv(x, W, b))   =>   y = DQ(Q(Relu(Conv(DQ(Q(x)), W, b))))
+       y = Add(a, b)             =>   y = DQ(Q(Add(DQ(Q(a)), DQ(Q(b)))))     (`static_pairs`)
 
-   What moves such a result on in integers gets a pair of the same scale (`integer_movers`).
+   What touches a tensor that was nothing but 0 in all samples, or never there, stays float: no
+   scale can be made of that, and where the tensor is something else one day all of it would be
+   lost.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,14 +28,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.arithmetic import scale_and_zero_point
-from qcompiler.ir.decisions import NodePlan, decide, plan_of
+from qcompiler.ir.decisions import keep_float, operand_plan_of, plan_of
 from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
 from qcompiler.ir.errors import CalibrationError
-from qcompiler.ir.graph import dequantize_of, new_initializer, place_after, rectified
+from qcompiler.ir.graph import dequantize_of, label, new_initializer, place_after, rectified
 from qcompiler.ir.types import PerGroup, QuantSpec, TensorStats
 from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.integer_movers import integer_movers
+from qcompiler.passes.static_pairs import insert_static
+from qcompiler.passes.static_sites import StaticSite, static_sites
 
 __all__ = ["InsertQDQ", "Observer"]
 
@@ -43,21 +45,7 @@ Observer = Callable[[ir.Model, Mapping[str, str | None]], Mapping[str, TensorSta
 It is told where to cut the range of each off, as in a recipe; None where nothing is said of that.
 """
 
-
-@dataclasses.dataclass(frozen=True)
-class _Site:
-    """A tensor that gets a static pair, and who reads the pair; None for all its readers.
-
-    Attributes:
-        like: The tensor whose scale it takes; None: one of its own, from calibration.
-        calibration: Where its range is cut off; None as for all others.
-    """
-
-    value: ir.Value
-    spec: QuantSpec
-    readers: frozenset[ir.Node] | None
-    like: ir.Value | None = None
-    calibration: str | None = None
+Sites = Mapping[ir.Value, StaticSite]
 
 
 class InsertQDQ(ir.passes.InPlacePass):
@@ -79,116 +67,85 @@ class InsertQDQ(ir.passes.InPlacePass):
         Raises:
             CalibrationError: A static plan, and nothing to calibrate it with.
         """
-        planned = [
-            (node, plan)
-            for node in model.graph.all_nodes()
-            if (plan := plan_of(node)) and dequantize_of(node.inputs[0]) is None
+        nodes = list(model.graph.all_nodes())
+        sites, stats = self._observed(model, nodes)
+        dynamic = [
+            (node, plan.activation)
+            for node in nodes
+            if (plan := plan_of(node)) and plan.activation and plan.activation.scale == "dynamic"
+            if dequantize_of(node.inputs[0]) is None
         ]
-        static = _static_sites(planned)
+        insert_static(model.graph, sites, stats)
         pairs: dict[tuple[ir.Value, QuantSpec], ir.Value] = {}
         constants: dict[str, ir.Value] = {}
-        stats = self._observe(model, [node for node, plan in planned if plan.output], static)
-        steps: dict[ir.Value, list[ir.Value]] = {}
-        for site in static:
-            if site.like is None:
-                steps[site.value] = _steps(model.graph, site, stats[site.value.name or ""])
-            else:
-                steps[site.value] = steps[site.like]
-            _insert_static(site, steps[site.value])
-        for node, plan in planned:
-            if plan.activation is not None and plan.activation.scale == "dynamic":
-                data = node.inputs[0]
-                assert data is not None
-                key = (data, plan.activation)
-                if key not in pairs:
-                    pairs[key] = _insert_dynamic(model.graph, *key, constants)
-                node.replace_input_with(0, pairs[key])
+        for node, spec in dynamic:
+            data = node.inputs[0]
+            assert data is not None
+            key = (data, spec)
+            if key not in pairs:
+                pairs[key] = _insert_dynamic(model.graph, *key, constants)
+            node.replace_input_with(0, pairs[key])
         FixNames()(model)
-        return ir.passes.PassResult(model, bool(static or pairs))
+        return ir.passes.PassResult(model, bool(sites or pairs))
 
-    def _observe(
-        self,
-        model: ir.Model,
-        nodes: list[ir.Node],
-        sites: list[_Site],
+    def _observed(
+        self, model: ir.Model, nodes: Sequence[ir.Node]
+    ) -> tuple[Sites, Mapping[str, TensorStats]]:
+        """The sites of a model, and the ranges of those that have one of their own.
+
+        Nodes whose tensors have no range lose their plans on the way.
+        """
+        stats: dict[str, TensorStats] = {}
+        while sites := static_sites(nodes):
+            own = [site for site in sites.values() if site.like is None and site.stats is None]
+            new = {
+                name: site.calibration
+                for site in own
+                if (name := site.value.name or "") not in stats
+            }
+            if new:
+                found = self._ask(model, nodes, new)
+                stats |= {name: found.get(name, _NOTHING) for name in new}
+            empty = [site for site in own if _is_empty(stats[site.value.name or ""])]
+            if not empty:
+                break
+            for site in empty:
+                _give_up(site, nodes, stats[site.value.name or ""])
+        return sites, stats
+
+    def _ask(
+        self, model: ir.Model, nodes: Sequence[ir.Node], names: Mapping[str, str | None]
     ) -> Mapping[str, TensorStats]:
-        if not sites:
-            return {}
         if self.observe is None:
-            names = ", ".join(node.name or node.op_type for node in nodes[:3])
-            more = f" and {len(nodes) - 3} more" if len(nodes) > 3 else ""
+            static = [
+                node for node in nodes if (plan := plan_of(node))
+                if plan.activation is not None and plan.activation.scale == "static"
+            ]  # fmt: skip
+            named = ", ".join(label(node) for node in static[:3])
+            more = f" and {len(static) - 3} more" if len(static) > 3 else ""
             raise CalibrationError(
-                f"static activation ranges are needed by {names}{more}: give samples with "
-                "--calib DIR (calibration=...), or keep them float with --keep-float Conv"
+                f"static activation ranges are needed by {named}{more}: give samples with "
+                "--calib DIR (calibration=...), or keep them float with --keep-float "
+                f"{static[0].op_type if static else 'Conv'}"
             )
-        own = [site for site in sites if site.like is None]
-        return self.observe(model, {site.value.name or "": site.calibration for site in own})
+        return self.observe(model, names)
 
 
-def _static_sites(planned: Sequence[tuple[ir.Node, NodePlan]]) -> list[_Site]:
-    """One site per tensor: inputs for their planned readers only, results for every reader."""
-    inputs: dict[ir.Value, set[ir.Node]] = {}
-    specs: dict[ir.Value, QuantSpec] = {}
-    results: dict[ir.Value, ir.Node] = {}
-    stored: dict[ir.Value, str | None] = {}
-    read: dict[ir.Value, str | None] = {}
-    for node, plan in planned:
-        data = node.inputs[0]
-        assert data is not None
-        if plan.activation is not None and plan.activation.scale == "static":
-            inputs.setdefault(data, set()).add(node)
-            specs[data] = plan.activation
-            read[data] = read.get(data) or plan.calibration
-        if plan.output is not None:
-            result = rectified(node.outputs[0])
-            results[result] = node
-            specs[result] = plan.output
-            stored[result] = plan.calibration
-    moved = integer_movers(results, set().union(*inputs.values()))
-    sites = [
-        _Site(
-            value,
-            spec,
-            None if value in results else frozenset(inputs[value]),
-            calibration=stored.get(value) or read.get(value),
-        )
-        for value, spec in specs.items()
-        if value not in moved
-    ]
-    for value, source in moved.items():
-        specs[value] = specs[source]
-        sites.append(_Site(value, specs[value], None, source))
-    return sites
+_NOTHING = TensorStats(np.inf, -np.inf)
 
 
-def _steps(graph: ir.Graph, site: _Site, stats: TensorStats) -> list[ir.Value]:
-    """Scale and zero point for what calibration saw."""
-    ends = np.asarray([stats.minimum, stats.maximum])
-    scale, zero = scale_and_zero_point(ends, site.spec.type)
-    name = site.value.name or "value"
-    return [
-        new_initializer(graph, f"{name}_scale", scale),
-        new_initializer(graph, f"{name}_zero_point", zero),
-    ]
+def _is_empty(stats: TensorStats) -> bool:
+    return (not stats.minimum < 0 and not stats.maximum > 0) or stats is _NOTHING
 
 
-def _insert_static(site: _Site, steps: Sequence[ir.Value]) -> None:
-    value, spec = site.value, site.spec
-    name = value.name or "value"
-    quantized = ir.node("QuantizeLinear", [value, *steps], name=f"{name}_quantize")
-    widened = ir.node("DequantizeLinear", [quantized.outputs[0], *steps], name=f"{name}_dequantize")
-    _type(quantized.outputs[0], f"{name}_quantized", spec.type.storage, value.shape)
-    _type(widened.outputs[0], f"{name}_dequantized", ir.DataType.FLOAT, value.shape)
-    for node in (quantized, widened):
-        decide(node, "qdq", "static pair at the border of integer ops")
-    uses = [
-        use
-        for use in value.uses()
-        if use.node is not quantized and (site.readers is None or use.node in site.readers)
-    ]
-    place_after(value, [quantized, widened])
-    for use in uses:
-        use.node.replace_input_with(use.idx, widened.outputs[0])
+def _give_up(site: StaticSite, nodes: Sequence[ir.Node], stats: TensorStats) -> None:
+    """Keep float what reads or makes a tensor of which nothing is known."""
+    why = "was never there" if stats is _NOTHING else "was nothing but 0"
+    for node in nodes:
+        touched = [*node.inputs, *node.outputs, *(rectified(value) for value in node.outputs)]
+        planned = plan_of(node) is not None or operand_plan_of(node) is not None
+        if planned and site.value in touched and (site.readers is None or node in site.readers):
+            keep_float(node, f"in all calibration samples {site.value.name!r} {why}: no scale")
 
 
 def _insert_dynamic(

@@ -1,6 +1,8 @@
 """Which convolutions had better not compute in integers, for what the border with floats costs.
 
 Part of `choose_kernels`: a minimum cut, so that several leave together where none gains alone.
+What hands on integers between them (`integer_links`) lies on the side where it saves conversions,
+and takes about as long on either.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import onnx_ir as ir
 from qcompiler.ir.border import Crossing, cheapest_inside
 from qcompiler.ir.graph import rectified
 from qcompiler.ir.sites import Costs, Site
+from qcompiler.passes.integer_links import Link
 
 __all__ = ["MARGIN", "IntegerPart"]
 
@@ -27,6 +30,8 @@ class IntegerPart:
         convs: Site and costs of those that may leave it.
         planned: All planned convolutions, in order.
         border: Microseconds of a Q or DQ of so many elements.
+        links: What may hand on integers.
+        elements: Of the values that links read and make, as far as known.
     """
 
     def __init__(
@@ -34,12 +39,15 @@ class IntegerPart:
         convs: Mapping[ir.Node, tuple[Site, Costs]],
         planned: Sequence[ir.Node],
         border: Callable[[int], float],
+        links: Mapping[ir.Node, Link] | None = None,
+        elements: Mapping[ir.Value, int] | None = None,
     ) -> None:
-        self.convs, self.border = convs, border
+        self.convs, self.border, self.links = convs, border, links or {}
         self.planned = frozenset(planned)
-        self.integer = set(planned)
+        self.integer = {*planned, *self.links}
         self.maker = {rectified(node.outputs[0]): node for node in planned}
-        self.elements = {
+        self.maker |= {value: node for node, link in self.links.items() for value in link.results}
+        self.elements = dict(elements or {}) | {
             value: count
             for node, (site, costs) in convs.items()
             for value, count in _elements(node, site, costs)
@@ -51,8 +59,9 @@ class IntegerPart:
             node: (pair[1].mean("ort"), pair[1].mean("float") * MARGIN)
             if (pair := self.convs.get(node))
             else (0.0, math.inf)
-            for node in self.integer
+            for node in self.planned
         }
+        costs |= dict.fromkeys(self.links, (0.0, 0.0))
         crossings = [
             Crossing(self.maker.get(value), self._readers(value), self.border(count))
             for value, count in self.elements.items()
@@ -72,10 +81,15 @@ class IntegerPart:
         return inside, outside
 
     def _readers(self, value: ir.Value) -> list[ir.Node | None]:
-        """The planned convolutions that read a value as data; None for all other readers."""
-        readers = [use.node if use.idx == 0 else None for use in value.uses()]
-        found = [node if node in self.planned else None for node in readers]
+        """Who may read a value as integers; None for all other readers."""
+        found = [use.node if self._may_read(use.node, use.idx) else None for use in value.uses()]
         return list(dict.fromkeys([*found, None] if value.is_graph_output() else found))
+
+    def _may_read(self, node: ir.Node, index: int) -> bool:
+        link = self.links.get(node)
+        if link is not None:
+            return node.inputs[index] in link.operands
+        return index == 0 and node in self.planned
 
     def _border(self, value: ir.Value) -> float:
         """A Q where floats meet an integer reader, a DQ where integers meet a float reader."""

@@ -46,6 +46,8 @@ def observe(
 ) -> Mapping[str, TensorStats]:
     """The ranges of the named tensors over all samples; 0 lies in each.
 
+    A tensor that was empty on every sample has none, and is left out.
+
     Args:
         model: A float model; it is not changed.
         names: Tensors to observe; by name, if the range of one is cut off in another way.
@@ -69,10 +71,10 @@ def observe(
             _look(label, tensors, seen)
             if progress is not None:
                 progress(done, total)
-    empty = [name for name in names if seen[name].low > seen[name].high]
-    if empty:
-        raise CalibrationError(f"the samples are empty: tensor {empty[0]!r} never held a value")
-    ranges = {name: observed.range() for name, observed in seen.items()}
+    ranges = {name: o.range() for name, o in seen.items() if o.low <= o.high}
+    if names and not ranges:
+        first = next(iter(names))
+        raise CalibrationError(f"the samples are empty: tensor {first!r} never held a value")
     cache.keep(key, ranges)
     return {name: TensorStats(*ends) for name, ends in ranges.items()}
 

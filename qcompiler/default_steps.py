@@ -14,11 +14,14 @@ from qcompiler.passes.fold_qdq import FoldQDQ
 from qcompiler.passes.fuse_attention import FuseAttention
 from qcompiler.passes.fuse_batchnorm import FuseBatchNorm
 from qcompiler.passes.fuse_gelu import FuseGelu
+from qcompiler.passes.fuse_hard_swish import FuseHardSwish
 from qcompiler.passes.fuse_norms import FuseNorms
 from qcompiler.passes.fuse_quantize import FuseQuantize
 from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
+from qcompiler.passes.join_integers import JoinIntegers
 from qcompiler.passes.lift_qoperators import LiftQOperators
+from qcompiler.passes.lower_convolutions import LowerConvolutions
 from qcompiler.passes.merge_siblings import MergeSiblings
 from qcompiler.passes.normalize_qdq import NormalizeQDQ
 from qcompiler.passes.round_to_nearest import RoundToNearest
@@ -57,13 +60,16 @@ def default_steps(
         Step("normalize-qdq", NormalizeQDQ(), Stage.FLOAT),
         Step("fuse-batchnorm", FuseBatchNorm(), Stage.FLOAT),
         Step("fuse-gelu", FuseGelu(), Stage.FLOAT),
+        Step("fuse-hard-swish", FuseHardSwish(), Stage.FLOAT),
         Step(
             "assign-precision",
             AssignPrecision(target.scheme, precision, recipe.nodes),
             Stage.FLOAT,
             "target",
         ),
+        Step("lower-convolutions", LowerConvolutions(), Stage.FLOAT, "plans"),
         *chosen,
+        Step("join-integers", JoinIntegers(), Stage.FLOAT, "plans"),
         Step("smooth-activations", SmoothActivations(sample), Stage.FLOAT, "plans"),
         Step("insert-qdq", InsertQDQ(observe), Stage.QDQ, "plans"),
         Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
