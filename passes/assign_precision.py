@@ -58,6 +58,9 @@ _NOT_YET = {"Gather": True, "LSTM": False, "GRU": False, "RNN": False,
 """Ops with weights of their own that have no quantized form yet, and whether users expect that."""
 
 
+_MATMUL_NOW = "; a Gemm is a MatMul of the same name and an Add by then: give that name, or MatMul"
+
+
 @dataclasses.dataclass(frozen=True)
 class _Float:
     """The reason for a node to stay float; not expected where quantizing it was the point."""
@@ -219,7 +222,7 @@ class AssignPrecision(ir.passes.InPlacePass):
             if not any(matches(name, pattern) for name in names):
                 raise OptionError(
                     f"keep_float {pattern!r} matches no node name and no op type of the model"
-                    f"{did_you_mean(pattern, names)}"
+                    f"{_MATMUL_NOW if pattern == 'Gemm' else did_you_mean(pattern, names)}"
                 )
         return tuple(patterns)
 

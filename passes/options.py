@@ -87,8 +87,10 @@ def configured(
     known = [option.name for option in options_of(rewrite)]
     for key in values:
         if key not in known:
-            hint = did_you_mean(key, known) or (f"; it has {', '.join(known)}" if known else "")
-            raise OptionError(f"{name} has no option {key!r}{hint if known else ', and no others'}")
+            hint = did_you_mean(key, known) or (
+                f"; it has {', '.join(known)}" if known else ", and no others: leave it out"
+            )
+            raise OptionError(f"{name} has no option {key!r}{hint}")
     if not values:
         return rewrite
     changed: Any = copy.copy(rewrite)

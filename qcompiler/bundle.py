@@ -108,7 +108,9 @@ class Manifest:
         """
         path = folder / MANIFEST
         if not path.is_file():
-            raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
+            raise BundleError(
+                f"{folder} is not a bundle: it has no {MANIFEST}; give a folder that qcompile wrote"
+            )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             schema = content.pop("schema")

@@ -74,7 +74,10 @@ def observe(
     ranges = {name: o.range() for name, o in seen.items() if o.low <= o.high}
     if names and not ranges:
         first = next(iter(names))
-        raise CalibrationError(f"the samples are empty: tensor {first!r} never held a value")
+        raise CalibrationError(
+            f"the samples are empty: tensor {first!r} never held a value in {samples.name}; give "
+            "some that have at least one row"
+        )
     cache.keep(key, ranges)
     return {name: TensorStats(*ends) for name, ends in ranges.items()}
 

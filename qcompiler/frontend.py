@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx_ir as ir
 
+from qcompiler.bundle import MANIFEST
 from qcompiler.from_torch import is_torch_file, load_torch
 from qcompiler.ir.errors import ModelError, OptionError, QCompilerError
 from qcompiler.ir.sparse import densify
@@ -77,6 +78,8 @@ def onnx_file(source: str | os.PathLike[str] | ir.Model) -> Iterator[Path]:
 def _load_file(path: Path) -> ir.Model:
     if not path.exists():
         raise ModelError(f"no model: {path} does not exist")
+    if (path / MANIFEST).is_file():
+        raise ModelError(f"{path} is a bundle; give the model that it was compiled from")
     if path.is_dir():
         raise ModelError(f"{path} is a folder; give the .onnx file inside it")
     if not path.is_file():
@@ -89,7 +92,8 @@ def _load_file(path: Path) -> ir.Model:
     except Exception as error:
         # The protobuf and onnx_ir readers share no exception type for malformed bytes.
         raise ModelError(
-            f"{path} is not a readable ONNX model (corrupt or truncated?): {_first_line(error)}"
+            f"{path} is not a readable ONNX model (corrupt or truncated?): {_first_line(error)}; "
+            "copy or export it again"
         ) from error
     if not len(model.graph):
         raise ModelError(f"{path} holds no nodes: not an ONNX model, or an empty one")

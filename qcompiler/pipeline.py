@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,8 +32,7 @@ __all__ = ["Pipeline", "Step", "Watcher"]
 class Pipeline:
     """An ordered list of passes that can be edited before it runs.
 
-    pipeline = Pipeline.default(get_target("x86-int8"))
-    pipeline.insert_after("fuse-gelu", "my-pass", MyPass())
+    pipeline = Pipeline.default("x86-int8").insert_after("fuse-gelu", MyPass())
     pipeline.configure("smooth-activations", alpha=(0.6,))
     model = pipeline.run(model)
 
@@ -178,40 +178,51 @@ class Pipeline:
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)
 
-    def insert_before(self, anchor: str, name: str, rewrite: Rewrite) -> None:
+    def insert_before(
+        self, anchor: str, name: str | Rewrite, rewrite: Rewrite | None = None
+    ) -> Pipeline:
         """Insert a pass before the one called `anchor`, in that one's preceding stage.
+
+        Args:
+            anchor: The name of a pass.
+            name: What to call the new one; if left out, as its class: `MyPass` is "my-pass".
+            rewrite: The pass, or rules.
+
+        Returns:
+            This pipeline.
 
         Raises:
             OptionError: No such pass, one of that name, or what is no pass.
         """
         index = self._index(anchor)
-        self._insert(index, name, rewrite, self.steps[index - 1].stage if index else Stage.FLOAT)
+        stage = self.steps[index - 1].stage if index else Stage.FLOAT
+        return self._insert(index, name, rewrite, stage)
 
-    def insert_after(self, anchor: str, name: str, rewrite: Rewrite) -> None:
-        """Insert a pass after the one called `anchor`, in the same stage.
-
-        Raises:
-            OptionError: As by `insert_before`.
-        """
+    def insert_after(
+        self, anchor: str, name: str | Rewrite, rewrite: Rewrite | None = None
+    ) -> Pipeline:
+        """Insert a pass after the one called `anchor`, in the same stage; see `insert_before`."""
         index = self._index(anchor)
-        self._insert(index + 1, name, rewrite, self.steps[index].stage)
+        return self._insert(index + 1, name, rewrite, self.steps[index].stage)
 
-    def replace(self, name: str, rewrite: Rewrite) -> None:
+    def replace(self, name: str, rewrite: Rewrite) -> Pipeline:
         """Let another pass do the work of the one called `name`."""
         index = self._index(name)
         self.steps[index] = dataclasses.replace(self.steps[index], rewrite=as_pass(rewrite))
+        return self
 
-    def configure(self, name: str, **options: Any) -> None:
+    def configure(self, name: str, **options: Any) -> Pipeline:
         """Set options of the pass called `name`.
 
         Raises:
             OptionError: No such pass or option, or a value it does not take.
         """
-        self.replace(name, configured(self.steps[self._index(name)].rewrite, name, options))
+        return self.replace(name, configured(self.steps[self._index(name)].rewrite, name, options))
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str) -> Pipeline:
         """Leave out the pass called `name`."""
         del self.steps[self._index(name)]
+        return self
 
     def run(
         self,
@@ -277,7 +288,11 @@ class Pipeline:
             rewrite = configured(self.steps[names.index(name)].rewrite, name, options)
             self.replace(name, rewrite)
 
-    def _insert(self, index: int, name: str, rewrite: Rewrite, stage: Stage) -> None:
+    def _insert(
+        self, index: int, name: str | Rewrite, rewrite: Rewrite | None, stage: Stage
+    ) -> Pipeline:
+        if rewrite is None:
+            name, rewrite = _name_of(name), name  # type: ignore[assignment]
         if not isinstance(name, str):
             raise OptionError(f"the name of a pass is a text, not {name!r}")
         if any(step.name == name for step in self.steps):
@@ -285,9 +300,25 @@ class Pipeline:
                 f"the pipeline has a pass {name!r}: give the new one another name, or replace it"
             )
         self.steps.insert(index, Step(name, as_pass(rewrite), stage))
+        return self
 
     def _index(self, name: str) -> int:
         names = [step.name for step in self.steps]
         if name not in names:
             raise OptionError(f"no pass {name!r} in the pipeline{did_you_mean(str(name), names)}")
         return names.index(name)
+
+
+def _name_of(rewrite: object) -> str:
+    """What the class of a pass is called on the command line: MyPass is "my-pass".
+
+    Raises:
+        OptionError: It is no pass, or rules, which have no names.
+    """
+    if isinstance(rewrite, str):
+        raise OptionError(f"the pass to be called {rewrite!r} is missing: give it after its name")
+    as_pass(rewrite)  # type: ignore[arg-type]
+    if not isinstance(rewrite, ir.passes.PassBase):
+        raise OptionError("rules have no name of their own: give one before them")
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(rewrite).__name__)
+    return words.strip("_").lower()

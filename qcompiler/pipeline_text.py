@@ -111,5 +111,5 @@ def _names(text: str, known: Sequence[str]) -> Sequence[str]:
     start = known.index(first) if first else 0
     end = known.index(last) if last else len(known) - 1
     if start > end:
-        raise OptionError(f"{text}: {last} comes before {first}")
+        raise OptionError(f"{text}: {last} comes before {first}; turn it round")
     return known[start : end + 1]

@@ -61,7 +61,8 @@ def read_file(path: Path) -> Sample:
         # zipfile, its decompressors and numpy's header parser raise a dozen unrelated types.
         reason = str(error) or type(error).__name__
         if "allow_pickle" in reason:
-            reason = "it holds pickled objects, which are never loaded"
+            # numpy takes whatever else it meets for a pickle.
+            reason = "it holds pickled objects, which are never loaded, or is damaged"
         raise ValueError(f"not {_ONE[kind]}: {reason}") from error
 
 

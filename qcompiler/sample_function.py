@@ -39,8 +39,11 @@ def find_function(text: str | os.PathLike[str]) -> SampleFunction | None:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         # It is the user's code: anything may come out of it.
+        hint = ""
+        if module_name.endswith(".py"):
+            hint = f"; a module has no .py: {module_name.removesuffix('.py')}:{function_name}"
         raise OptionError(
-            f"{name}: cannot import {module_name} ({type(error).__name__}: {error})"
+            f"{name}: cannot import {module_name} ({type(error).__name__}: {error}){hint}"
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):

@@ -130,6 +130,7 @@ def test_bench_with_samples(bundle):
     [
         ([], 2, "Missing option '--against'"),
         (["--against", "nope.onnx"], 1, "no model: nope.onnx does not exist"),
+        (["--against", MODEL, "--threads", "x"], 2, "'x' is not a valid integer."),
         (["--against", MODEL, "--threads", "0"], 2, "0 is not in the range x>=1"),
         (["--against", MODEL, "--seconds", "0"], 2, "not in the range x>0"),
         (["--against", MODEL, "--seconds", "-1"], 2, "not in the range x>0"),

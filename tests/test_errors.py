@@ -80,6 +80,11 @@ def test_folder_as_model(tmp_path):
         qcompiler.compile(tmp_path, "arm-int8", tmp_path / "out")
 
 
+def test_bundle_as_model(bundle, tmp_path):
+    with pytest.raises(ModelError, match="is a bundle; give the model that it was compiled from"):
+        qcompiler.compile(bundle, "arm-int8", tmp_path / "out")
+
+
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x09\x12\xff\xff\xff"])
 def test_corrupt_model(tmp_path, content):
     path = tmp_path / "bad.onnx"
@@ -177,7 +182,7 @@ def test_no_calibration_where_it_is_needed(conv, tmp_path):
             r"1.npz \(sample 2 of 2\): input 'x' holds 128 NaN or Inf; repair or remove the file",
         ),
         ([{"x": np.full_like(IMAGE, 3e38)}], "0.npz .*: .* (NaN or Inf|holds)"),
-        ([{"x": IMAGE[:0]}], "the samples are empty"),
+        ([{"x": IMAGE[:0]}], "are empty: .* never held a value in .*calib; give some"),
     ],
 )
 def test_bad_samples(conv, tmp_path, arrays, message):
@@ -224,6 +229,10 @@ def test_tensor_that_overflows_in_a_sample(tmp_path):
         (lambda p: None, "does not exist"),
         (lambda p: p.mkdir(), "holds no .npz files, .npy files"),
         (lambda p: p.write_text("x"), "calib is no file of samples"),
+        (
+            lambda p: (p.mkdir(), (p / "0.npz").write_text("no zip")),
+            r"0.npz \(sample 1 of 1\) is not an .npz of plain arrays: it holds .* or is damaged",
+        ),
         (
             lambda p: (p.mkdir(), np.savez(p / "0.npz", x=np.array([{}], dtype=object))),
             r"0.npz \(sample 1 of 1\) is not an .npz of plain arrays: it holds pickled",

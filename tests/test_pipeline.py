@@ -116,7 +116,7 @@ def test_options_of_a_range_are_its_last_pass_s():
         ("alpha{a=1}beta", "a comma is missing after 'alpha{a=1}'"),
         ("alpha{1}", "alpha: '1' is not OPTION=VALUE"),
         ("alpha{a=1 a=2}", "alpha: a is given twice"),
-        ("gamma..alpha", "gamma..alpha: alpha comes before gamma"),
+        ("gamma..alpha", "gamma..alpha: alpha comes before gamma; turn it round"),
         ("alpha..beat", "no pass 'beat'; did you mean 'beta'?"),
         ("alpha..{a=1}", "options belong to a pass, not to 'alpha..'"),
     ],
@@ -163,7 +163,7 @@ def test_options_describe_themselves():
         ("halve{times=1.5}", "halve: times takes a whole number, not '1.5'"),
         ("halve{really=yes}", "halve: really takes true or false, not 'yes'"),
         ("halve{names=}", "halve: names takes a text, not ''"),
-        ("canonicalize{a=1}", "canonicalize has no option 'a', and no others"),
+        ("canonicalize{a=1}", "canonicalize has no option 'a', and no others: leave"),
         ("smooth-activations{alpha=2}", "needs the plans of assign-precision"),
         ("assign-precision,smooth-activations{alpha=2}",
          "smooth-activations: alpha must be numbers from 0 to 1, not (2.0,)"),
@@ -305,7 +305,7 @@ class Rule(rewriter.RewriteRuleClassBase):
     ("given", "message"),
     [
         (negated_twice, "negated_twice.* is no pass: give an onnx_ir.passes.PassBase, or rules of"),
-        (None, "^None is no pass"),
+        (None, "the pass to be called 'new' is missing"),
         ("fold-qdq", "is no pass"),
         ([RULE, None], "^None is no pass"),
         (Halve, r"give a pass, not its class: Halve\(\)"),
@@ -318,8 +318,26 @@ def test_what_is_no_pass(given, message):
     for change in (pipeline.insert_before, pipeline.insert_after):
         with pytest.raises(OptionError, match=message):
             change("fold-qdq", "new", given)
-    with pytest.raises(OptionError, match=message):
+    with pytest.raises(OptionError, match="is no pass" if given is None else message):
         pipeline.replace("fold-qdq", given)
+
+
+def test_a_pass_without_a_name_is_called_as_its_class():
+    class RoundQDQTwice(Halve):
+        """Of another name."""
+
+    passes = Pipeline.default("arm-int8").insert_after("fold-qdq", RoundQDQTwice())
+    passes = passes.insert_before("fold-qdq", Halve()).remove("fuse-gelu")
+    passes = passes.configure("halve", factor=1.0).replace("round-qdq-twice", Halve())
+    names = [step.name for step in passes]
+    assert names[names.index("fold-qdq") - 1 :][:3] == ["halve", "fold-qdq", "round-qdq-twice"]
+    assert "fuse-gelu" not in names
+    with pytest.raises(OptionError, match="rules have no name of their own: give one before them"):
+        passes.insert_after("fold-qdq", RULE)
+    with pytest.raises(OptionError, match="has a pass 'halve'"):
+        passes.insert_after("fold-qdq", Halve())
+    with pytest.raises(OptionError, match="3 is no pass"):
+        passes.insert_after("fold-qdq", 3)
 
 
 def test_names_of_passes_are_their_own():

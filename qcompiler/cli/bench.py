@@ -11,7 +11,7 @@ from rich.text import Text
 
 from qcompiler.cli.console import Terminal
 from qcompiler.cli.figures import FigureTable, facts, span
-from qcompiler.cli.options import FILE, Shapes, ShapesType, json_option, verbose_option
+from qcompiler.cli.options import FILE, Count, Shapes, ShapesType, json_option, verbose_option
 
 if TYPE_CHECKING:
     from qcompiler.bench import Bench
@@ -48,7 +48,7 @@ class SecondsType(click.FloatRange):
 )
 @click.option(
     "--threads",
-    type=click.IntRange(min=1),
+    type=Count(min=1),
     multiple=True,
     metavar="N",
     help="Threads inside an op; may repeat. One, and all cores, if not given.",

@@ -14,6 +14,7 @@ from qcompiler.cli.console import Terminal
 from qcompiler.cli.figures import FigureTable
 from qcompiler.cli.options import (
     FILE,
+    Count,
     json_option,
     preprocess_option,
     samples_of,
@@ -51,7 +52,7 @@ _MANY_OUTPUTS, _FIRST_OUTPUTS = 10, 6
 )
 @click.option(
     "--nodes",
-    type=click.IntRange(min=0),
+    type=Count(min=0),
     default=8,
     show_default=True,
     metavar="N",
@@ -64,7 +65,7 @@ _MANY_OUTPUTS, _FIRST_OUTPUTS = 10, 6
 )
 @click.option(
     "--keep-worst",
-    type=click.IntRange(min=1),
+    type=Count(min=1),
     metavar="N",
     help="Print a recipe that keeps the N worst nodes float, and nothing else.",
 )

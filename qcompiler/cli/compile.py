@@ -104,7 +104,7 @@ def compile_command(
     choices: Path | None, strict: bool, quiet: bool, debugging: Debugging, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile a model into a bundle."""
-    if calib is None and (preprocess or calib_method):
+    if calib is None and not (preprocess is None and calib_method is None):
         raise click.UsageError("--preprocess and --calib-method are about samples: add --calib")
     with (
         debugging.watching(terminal, quiet or as_json) as watchers,
@@ -142,5 +142,5 @@ def _recipe(
         recipe,
         keep_float=(*recipe.keep_float, *keep_float),
         group_size=recipe.group_size if group_size is None else group_size,
-        calibration=method or recipe.calibration,
+        calibration=recipe.calibration if method is None else method,
     )

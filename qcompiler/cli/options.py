@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FILE",
+    "Count",
     "Shapes",
     "ShapesType",
     "TargetName",
@@ -28,8 +29,24 @@ Shapes = dict[str, tuple[int, ...]]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-FILE = click.Path(path_type=Path)
-"""Any path; the code behind it says what is wrong with it better than click does."""
+
+class FileType(click.Path):
+    """Any path; the code behind it says what is wrong with it better than click does."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Refuse only what would become the current folder."""
+        if not str(value):
+            self.fail("it is empty: is a variable of your shell not set?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FILE = FileType(path_type=Path)
+
+
+class Count(click.IntRange):
+    """A whole number from `min` on."""
+
+    name = "integer"
 
 
 class ShapesType(click.ParamType[Shapes]):
