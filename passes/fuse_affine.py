@@ -57,11 +57,14 @@ def try_fold_affine(graph: ir.Graph, conv: ir.Node) -> bool:
     covered = [conv]
     while (step := _next(conv, covered[-1], weight.ndim)) is not None:
         node, numbers = step
-        if node.op_type in ("Mul", "Div"):
-            factors = _OPS[node.op_type](factors, numbers)
-        offsets = _OPS[node.op_type](offsets, numbers)
+        # A division by 0 shows in what comes of it.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if node.op_type in ("Mul", "Div"):
+                factors = _OPS[node.op_type](factors, numbers)
+            offsets = _OPS[node.op_type](offsets, numbers)
         covered.append(node)
-    scaled = weight * np.expand_dims(factors, tuple(i for i in range(weight.ndim) if i != axis))
+    with np.errstate(invalid="ignore"):
+        scaled = weight * np.expand_dims(factors, tuple(i for i in range(weight.ndim) if i != axis))
     if len(covered) == 1 or not (np.isfinite(scaled).all() and np.isfinite(offsets).all()):
         return False
     old = list(conv.inputs[1:])
@@ -93,6 +96,4 @@ def _next(conv: ir.Node, last: ir.Node, rank: int) -> tuple[ir.Node, Numbers] | 
     shape = (1,) * (rank - array.ndim) + array.shape
     if array.size > 1 and any(size != 1 for axis, size in enumerate(shape) if axis != 1):
         return None
-    # The division is by a number that may be 0: what comes of it is looked at afterwards.
-    with np.errstate(all="ignore"):
-        return node, np.asarray(array, np.float64).reshape(-1)
+    return node, np.asarray(array, np.float64).reshape(-1)

@@ -78,8 +78,8 @@ def test_group_size_by_request_or_a_reason():
             "no quantized form of Gather",
         ),
         (
-            "g (float[1,1,8,8] x) => (float[1,1,8,8] y) "
-            '{ t = Conv <auto_pad = "SAME_UPPER"> (x, w) y = Relu (t) }',
+            "g (float[1,1,h,8] x) => (float[1,1,m,n] y) "
+            '{ t = Conv <auto_pad = "SAME_UPPER", strides = [2,2]> (x, w) y = Relu (t) }',
             {"w": np.ones((1, 1, 3, 3), np.float32)},
             "auto_pad",
         ),
@@ -87,6 +87,12 @@ def test_group_size_by_request_or_a_reason():
             "g (float[1,1,8,8] x) => (float[1,1,6,6] y) { y = Conv (x, w) }",
             {"w": np.ones((1, 1, 3, 3), np.float32)},
             "leaves the graph",
+        ),
+        (
+            "g (float[1,1,8,8] x) => (float[1,1,m,n] y) "
+            "{ t = ConvTranspose <strides = [2,2]> (x, w) y = Exp (t) }",
+            {"w": np.ones((1, 1, 3, 3), np.float32)},
+            "no integer form of ConvTranspose: its kernel of 3x3 is no multiple of its stride",
         ),
     ],
 )

@@ -217,6 +217,16 @@ def test_several_leave_together_where_none_gains_alone():
     assert floats(model) == [True] * 3
 
 
+@pytest.mark.parametrize(("between", "stays"), [("HardSwish", True), ("Tanh", False)])
+def test_what_hands_on_integers_saves_the_borders_of_both_sides(between, stays):
+    text = CHAIN.replace("b = Relu (a)", f"b = {between} (a)").replace("d = Conv", "z = Conv")
+    text = text.replace("z = Conv <pads = [1,1,1,1]> (c, w) y = Sigmoid (d)", "y = Sigmoid (c)")
+    model = planned(text, KERNELS)
+    # Two times 20 us and two borders of 10, or four, against 73.5 us with the margin.
+    choosing({"ort": 20.0, "float": 35.0})(model)
+    assert floats(model) == [not stays] * 2
+
+
 def test_convolutions_are_asked_about_with_their_attributes():
     asked = []
 

@@ -153,3 +153,43 @@ def test_golden_a_step_between_the_two():
         y = BatchNormalization {'epsilon': '0.125'} (v5, v6, v7, v8, v9)
         outputs y""",
     )
+
+
+AFFINE = {
+    "w": RNG.standard_normal((3, 2, 3, 3), dtype=np.float32),
+    "t": RNG.standard_normal((2, 3, 2, 2), dtype=np.float32),
+    "b": np.float32([1, 2, 3]), "f": np.float32([[[2]], [[-1]], [[0.5]]]), "c": np.float32([4]),
+    "row": np.float32([1, 2, 3, 4, 5, 6]), "none": np.float32(0),
+    "g": np.float32([1, 2, 3]), "m": np.float32([0.1, 0.2, 0.3]), "v": np.float32([1, 2, 0.5]),
+}  # fmt: skip
+AFFINE_HEAD = "g (float[1,2,8,8] x) => (float[a,d,e,h] y) "
+
+
+@pytest.mark.parametrize("body", [
+    "k = Conv (x, w, b) y = Mul (k, f)",
+    "k = Conv (x, w) l = Mul (f, k) y = Add (l, c)",
+    "k = Conv (x, w) l = Div (k, c) y = Sub (l, f)",
+    "k = Conv (x, w) l = Add (k, c) y = BatchNormalization (l, g, b, m, v)",
+    "k = Conv (x, w) l = BatchNormalization (k, g, b, m, v) y = Mul (l, f)",
+    "k = ConvTranspose (x, t) l = Add (k, f) y = BatchNormalization (l, g, b, m, v)",
+])  # fmt: skip
+def test_factors_and_offsets_of_channels_are_folded(body):
+    model = model_of(AFFINE_HEAD + f"{{ {body} }}", AFFINE)
+    feeds = {"x": RNG.standard_normal((1, 2, 8, 8), dtype=np.float32)}
+    expected = run(model, feeds)[0]
+    assert FuseBatchNorm()(model).modified
+    assert len(list(model.graph)) == 1
+    assert not FuseBatchNorm()(model).modified
+    np.testing.assert_allclose(run(model, feeds)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("body", [
+    "k = Conv (x, w) y = Mul (k, row)",  # along another axis
+    "k = Conv (x, w) y = Sub (c, k)",
+    "k = Conv (x, w) y = Div (k, none)",  # no finite weights
+    "k = Conv (x, w) y = Mul (k, k)",
+    "k = Conv (x, w) l = Mul (k, f) y = Add (l, k)",  # somebody else reads it
+    "k = ConvTranspose <group = 2> (x, t) n = Neg (k) y = Mul (n, c)",
+])  # fmt: skip
+def test_other_factors_stay(body):
+    assert not FuseBatchNorm()(model_of(AFFINE_HEAD + f"{{ {body} }}", AFFINE)).modified

@@ -205,6 +205,15 @@ def test_a_node_that_cannot_follow_says_so_where_others_can():
     assert not rewrite.notes
 
 
+def test_a_rule_may_ask_for_static_activations_of_products():
+    rules = [{"op": "MatMul", "activation": "static", "calibration": "min-max"}]
+    nodes, _ = assigned(rules)
+    plan = plan_of(nodes["up"])
+    assert str(plan.activation) == "static quant<uint8:float, tensor, asymmetric>"
+    assert plan.calibration == "min-max"
+    assert plan.output is None
+
+
 @pytest.mark.parametrize(
     ("rule", "message"),
     [

@@ -1,4 +1,4 @@
-"""Where insert-qdq lays the border on the way out of convolutions, and what ORT makes of it."""
+"""Where join-integers lays the border on the way out of convolutions, and what ORT makes of it."""
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +10,7 @@ from qcompiler.ir.types import TensorStats
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.fold_qdq import FoldQDQ
 from qcompiler.passes.insert_qdq import InsertQDQ
+from qcompiler.passes.join_integers import JoinIntegers
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.session_options import new_session_options
 from qcompiler.targets.catalog import TARGETS
@@ -31,6 +32,7 @@ def inserted(text):
     """The model with pairs; calibration saw another range of every tensor."""
     model = model_of(CONVS % text, WEIGHTS)
     AssignPrecision(TARGETS["x86-int8"].scheme)(model)
+    JoinIntegers()(model)
     observed = []
 
     def observe(model, names):
@@ -86,7 +88,7 @@ def test_moves_integers(text, pairs, moved, tmp_path):
         f"c = {TURN} (b) y = Sigmoid (c)",
         "c = Reshape (b, shape) d = Exp (c) y = Neg (d)",
         f"y = {POOL} (b)",
-        f"c = {POOL} (b) d = Sigmoid (b) e = {POOL} (d) y = Add (c, e)",
+        f"c = {POOL} (b) d = Tanh (b) e = {POOL} (d) y = Add (c, e)",
         f"c = Exp (b) d = {POOL} (c) y = Neg (d)",
     ],
 )
