@@ -53,7 +53,7 @@ def test_a_table_is_rounded(rule, attributes, floor):
     ("text", "rule", "why"),
     [
         (LOOKUP, {"precision": "fp8"}, "tables are int8, int4 or float"),
-        (LOOKUP.replace("(t, i)", "<axis = 1> (t, i)"), {"precision": "int8"}, "only rows of the m"),
+        (LOOKUP.replace("(t, i)", "<axis = 1> (t, i)"), {"precision": "int8"}, "only rows of the "),
         (LOOKUP, {"precision": "int4", "group_size": 128}, "rows of 64 are multiples of none of"),
         (LOOKUP, {"group_size": 32}, "unless a rule of the recipe names its precision"),
         (LOOKUP, {"precision": "int8", "group_size": 32}, "int8 tables have a scale per row"),
