@@ -69,8 +69,8 @@ def center(picture: Image.Image, resize: int, size: int) -> np.ndarray:
     return np.asarray(small.crop((left, top, left + size, top + size)), np.float32)
 
 
-def phrases(count: int, seed: int, words: tuple[int, int] = (2, 5)) -> list[str]:
-    """Pieces of prose of so many words."""
+def phrases(count: int, seed: int, words: tuple[int, int]) -> list[str]:
+    """So many words of prose each."""
     rng = np.random.default_rng(seed)
     known = re.findall(r"[A-Za-z]{2,10}|[0-9]{1,4}", "\n".join(pydoc_data.topics.topics.values()))
     return [" ".join(rng.choice(known, rng.integers(words[0], words[1] + 1))) for _ in range(count)]
@@ -83,10 +83,10 @@ def line(text: str, rng: np.random.Generator, height: int = 48, width: int = 320
     paper, ink = int(rng.integers(170, 256)), int(rng.integers(0, 90))
     picture = Image.new("RGB", (right - left + 16, bottom - top + 12), (paper,) * 3)
     ImageDraw.Draw(picture).text((8 - left, 6 - top), text, fill=(ink,) * 3, font=font)
-    picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
+    picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.6)))
     wide = min(width, round(picture.width * height / picture.height))
     pixels = np.asarray(picture.resize((wide, height), Image.BILINEAR), np.float32)
-    pixels = np.clip(pixels + rng.normal(0, rng.uniform(0, 12), pixels.shape), 0, 255)
+    pixels = np.clip(pixels + rng.normal(0, rng.uniform(0, 8), pixels.shape), 0, 255)
     result = np.zeros((3, height, width), np.float32)
     result[:, :, :wide] = (pixels[:, :, ::-1] / 127.5 - 1).transpose(2, 0, 1)
     return result

@@ -1,5 +1,8 @@
 """Others who quantize, each as its documentation says that it is best, and we.
 
+Ours is what `qcompile --target x86-int8 --calib DATA` gives, but for the timing of kernels: choices
+by measured time would make figures of accuracy depend on the machine.
+
 On processors without VNNI, ONNX Runtime's sums of uint8 by int8 products saturate; its remedy, the
 session option `session.x64quantprecision`, is on for all of its models.
 """
@@ -27,6 +30,7 @@ from peers import OpenVino
 from tasks import Task
 
 import qcompiler
+from qcompiler.passes.node_rules import NodeRule
 
 EXACT = ("session.x64quantprecision", "1")
 
@@ -74,6 +78,25 @@ def ours(task: Task, folder: Path, recipe: qcompiler.Recipe | None = None) -> Co
         recipe=recipe, timing=False,
     )  # fmt: skip
     return Bundle(made.bundle)
+
+
+def our_static(task: Task, folder: Path) -> Contender:
+    """Products of weights with one static scale for all tokens, too."""
+    return ours(task, folder, qcompiler.Recipe(nodes=_STATIC))
+
+
+def our_static_unsmoothed(task: Task, folder: Path) -> Contender:
+    """The same without moving outliers into the weights."""
+    return ours(task, folder, qcompiler.Recipe(nodes=_STATIC, smooth=False))
+
+
+def our_static_products(task: Task, folder: Path) -> Contender:
+    """The same with the products of attention in 8 bits, too."""
+    options = {"assign-precision": {"products": True}}
+    return ours(task, folder, qcompiler.Recipe(nodes=_STATIC, passes=options))
+
+
+_STATIC = (NodeRule(op="MatMul", activation="static"),)
 
 
 def ort_static(
@@ -176,6 +199,9 @@ COMMON: dict[str, Quantizer] = {
     "onnxsim static": onnxsim_static,
 }
 TRANSFORMERS: dict[str, Quantizer] = {
+    "qcompiler static": our_static,
+    "qcompiler static, not smoothed": our_static_unsmoothed,
+    "qcompiler static, with attention": our_static_products,
     "ORT dynamic": ort_dynamic,
     "ORT static, MatMul only": ort_static_products,
 }

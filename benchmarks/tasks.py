@@ -105,19 +105,19 @@ def resnet50(data: Data) -> Task:
 
 
 def ppocr_rec(data: Data) -> Task:
-    """Lines of text: characters in error, of all characters."""
+    """Lines of text: characters in error, of all that are no spaces, which this model leaves out."""
     model = models.ready_made("ppocr_rec")
     listed = ort.InferenceSession(model).get_modelmeta().custom_metadata_map["character"]
     letters = ["", *listed.splitlines(), " "]
-    texts = pictures.phrases(364, seed=1)
+    texts = pictures.phrases(364, 1, (1, 2))
     rng = np.random.default_rng(2)
     feeds = [{"x": pictures.line(text, rng)[None]} for text in texts]
-    truth = texts[64 :: data.every]
+    truth = [text.replace(" ", "") for text in texts[64 :: data.every]]
 
     def read(output: np.ndarray) -> str:
         ids = output[0].argmax(-1)
         kept = ids[np.insert(ids[1:] != ids[:-1], 0, True)]
-        return "".join(letters[i] for i in kept if i)
+        return "".join(letters[i] for i in kept if i).replace(" ", "")
 
     def judge(reference: Sequence[Outputs], actual: Sequence[Outputs]) -> dict[str, float]:
         wrong = sum(

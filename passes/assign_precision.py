@@ -6,7 +6,8 @@
    activations.  The last layers of a network are known by where their results go: one that leaves
    the graph is not rounded, unless asked for, as nothing that follows would average out the error.
 3. MatMul of two activations: left float, or static, if asked for.
-4. Everything else stays float, with the reason; so does all that a quantized source keeps float:
+4. Gather of a constant matrix's rows: 8 or 4 bits if a rule asks for them.
+5. Everything else stays float, with the reason; so does all that a quantized source keeps float:
    whoever quantized it knew why, and its results are what is asked for.
 
 Rules of a recipe (`node_rules`) choose another of the forms that an op has (`forms`).
@@ -17,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.decisions import (
@@ -39,7 +41,14 @@ from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantTyp
 from qcompiler.passes.conv_pads import explicit_pads
 from qcompiler.passes.forms import Form, form_of
 from qcompiler.passes.lower_convolutions import no_convolution_of
-from qcompiler.passes.node_rules import NodeRule, NodeRules, check_group_size, matches, names_of
+from qcompiler.passes.node_rules import (
+    PRECISIONS,
+    NodeRule,
+    NodeRules,
+    check_group_size,
+    matches,
+    names_of,
+)
 from qcompiler.targets.target import Scheme
 
 __all__ = ["AssignPrecision"]
@@ -53,7 +62,7 @@ _SENSITIVE = frozenset({
 
 _QUANTIZATION = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 
-_NOT_YET = {"Gather": True, "LSTM": False, "GRU": False, "RNN": False,
+_NOT_YET = {"LSTM": False, "GRU": False, "RNN": False,
             "Einsum": False, "Gemm": False}  # fmt: skip
 """Ops with weights of their own that have no quantized form yet, and whether users expect that."""
 
@@ -267,6 +276,8 @@ class AssignPrecision(ir.passes.InPlacePass):
                 return self._plan_conv(node, in_branch)
             case op if op in _SENSITIVE:
                 return _Float(f"{op} is sensitive: not rounded to 8 bits")
+            case "Gather" if _has_float_constant(node):
+                return self._plan_table(node, in_branch)
             case op if op in _NOT_YET and _has_float_constant(node):
                 return _Float(f"no quantized form of {op} yet", _NOT_YET[op])
         return None
@@ -315,6 +326,30 @@ class AssignPrecision(ir.passes.InPlacePass):
     def _static(self) -> QuantSpec:
         stored = QuantType(self.scheme.conv_activation, granularity=PerTensor(), symmetric=False)
         return QuantSpec(stored, "static")
+
+    def _plan_table(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float:
+        """A table is rounded where a rule names its precision: what it costs is seen by nobody."""
+        asked, table = self._asked.about(node), constant(node.inputs[0])
+        storage = None if asked is None or asked.precision is None else PRECISIONS[asked.precision]
+        if asked is None or storage is None:
+            return _Float("a table stays float unless a rule of the recipe names its precision")
+        if storage.is_floating_point():
+            return _Float("tables are int8, int4 or float", False)
+        if table is None or table.ndim != 2 or table.dtype != np.float32 or 0 in table.shape:
+            return _Float("only tables that are matrices of FLOAT are rounded", False)
+        if in_branch or node.attributes.get_int("axis", 0) not in (0, -2):
+            return _Float("only rows of the main graph's tables are rounded", False)
+        for key in set(asked.says) - {"precision", "group_size"}:
+            self._asked.refuse(node, key, "a table is looked up, and multiplied by nothing")
+        if storage is ir.DataType.INT8:
+            if asked.group_size is not None:
+                self._asked.refuse(node, "group_size", "int8 tables have a scale per row")
+            return NodePlan(_per_channel(storage, axis=0), None, requested=True)
+        sizes = (asked.group_size,) if asked.group_size else self.group_sizes or (32,)
+        size = next((size for size in sizes if table.shape[1] % size == 0), None)
+        if size is None:
+            return _Float(f"its rows of {table.shape[1]} are multiples of none of {sizes}", False)
+        return NodePlan(QuantType(storage, granularity=PerGroup(1, size)), None, requested=True)
 
     def _plan_conv(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float:
         scheme = self.scheme

@@ -24,6 +24,7 @@ from qcompiler.passes.lift_qoperators import LiftQOperators
 from qcompiler.passes.lower_convolutions import LowerConvolutions
 from qcompiler.passes.merge_siblings import MergeSiblings
 from qcompiler.passes.normalize_qdq import NormalizeQDQ
+from qcompiler.passes.round_tables import RoundTables
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.shift_weights import ShiftWeights
 from qcompiler.passes.smooth_activations import Sampler, SmoothActivations
@@ -71,6 +72,7 @@ def default_steps(
         *chosen,
         Step("smooth-activations", SmoothActivations(sample), Stage.FLOAT, "plans"),
         Step("join-integers", JoinIntegers(), Stage.FLOAT, "plans"),
+        Step("round-tables", RoundTables(), Stage.QDQ, "plans"),
         Step("insert-qdq", InsertQDQ(observe), Stage.QDQ, "plans"),
         Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
         Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),

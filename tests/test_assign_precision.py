@@ -75,7 +75,7 @@ def test_group_size_by_request_or_a_reason():
         (
             "g (int64[2] x) => (float[2,8] y) { y = Gather (w, x) }",
             {"w": W},
-            "no quantized form of Gather",
+            "stays float unless a rule of the recipe names its precision",
         ),
         (
             "g (float[1,1,h,8] x) => (float[1,1,m,n] y) "
@@ -199,7 +199,7 @@ def test_golden_a_weight_that_an_embedding_shares():
     y = MatMul  (x, v4)
     {PLAN}
     z = Gather  (v5, i)
-    # float: no quantized form of Gather yet
+    # float: a table stays float unless a rule of the recipe names its precision
     outputs y, z"""
     rewrite, feeds = steps_through("assign-precision")[-1].rewrite, FEEDS | {"i": np.array([3, 5])}
     assert_rewrites(rewrite, model, after, feeds, notes=True)
