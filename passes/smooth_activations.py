@@ -1,58 +1,51 @@
-"""Move the outliers of a norm's result from the activations into the weights that multiply it.
+"""Move the outliers of activations into the weights that multiply them.
 
-1. y = Norm(x);  MatMul(y, W)...   =>   z = Mul(y, 1 / t);  MatMul(z, t W)...      t per channel
-2. the same without the Mul, 1 / t taken into gamma and beta, where nothing else reads y
+1. y = f(x, c);  MatMul(y, W)...   =>   y' = f(x, c / t);  MatMul(y', t W)...      t per channel
+2. y = g(x);     MatMul(y, W)...   =>   z = Mul(y, 1 / t);  MatMul(z, t W)...
 
-for all the MatMuls that are to quantize y per token.  One channel of large values makes the step of
-its whole token coarse; a weight has a step per column and loses little by a larger row (Xiao et
-al., SmoothQuant, 2023).  With `m` the largest magnitude of each channel over some tokens,
+for all the MatMuls that are to quantize y.  In 1, c are the constants that `absorb_factors` finds:
+parameters of a norm, columns of a Linear before, through attention and its grouped heads, through
+one factor of a gate.  In 2 there are none (no factor passes GELU), or others read y.  A norm's
+kernel does that Mul for nothing, and so does a product's after its GELU; elsewhere it is a node.
+One channel of large values makes the step of its whole token (of all tokens, where the scale is
+static) coarse; a weight has a step per column and loses little by a larger row (Xiao et al.,
+SmoothQuant, 2023).  With `m` the largest magnitude of each channel over some tokens,
 
     t = max(1, 2 ^ round(alpha log2(m / median m)))
 
 and alpha is what quantizes those tokens' products best.  Powers of two make both products exact, so
-that the float model's results stay the same bits; t is never below 1, so that no token's step grows
-whatever the tokens were.
+that the float model's results stay the same bits; t is never below 1, so that no step grows
+whatever the tokens were.  It is a float model again: a static range is observed of y' itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
-from qcompiler.ir.arithmetic import dequantize, quantize, weight_scale
-from qcompiler.ir.decisions import NodePlan, add_note, note_of, plan_of
+from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import OptionError
-from qcompiler.ir.graph import constant, drop_if_unread, new_initializer, place_after
-from qcompiler.ir.types import PerGroup, QuantType
+from qcompiler.ir.graph import new_initializer, place_after
+from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constant
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.match_norms import Norm, match_norm
+from qcompiler.passes.product_error import (
+    Products,
+    Rows,
+    Sampler,
+    planned_products,
+    rounding_error,
+)  # fmt: skip
 
-__all__ = ["Sampler", "SmoothActivations"]
+__all__ = ["SmoothActivations"]
 
-Rows = NDArray[np.float32]
-
-Sampler = Callable[[ir.Model, Sequence[str]], Mapping[str, Rows]]
-"""Runs the model and returns some tokens of the named tensors, [tokens, K] each; a tensor that it
-could not compute is left out."""
-
-_COLUMNS = 512
-"""So many columns of a weight are enough to compare one alpha with another."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Site:
-    """A norm and the planned MatMuls that read its result."""
-
-    norm: Norm
-    readers: list[ir.Node]
+_SEEN = "qcompiler.smoothed"
 
 
 class SmoothActivations(ir.passes.InPlacePass):
-    """Divide the outlying channels of norms, and multiply the weights that read them.
+    """Divide the outlying channels of activations, and multiply the weights that read them.
 
     Attributes:
         sample: Where tokens come from.
@@ -64,14 +57,16 @@ class SmoothActivations(ir.passes.InPlacePass):
         """How much to smooth.
 
         Attributes:
-            alpha: Exponents to try for each norm: 0 leaves all in the activations, 1 moves it all.
+            alpha: Exponents to try for each value: 0 leaves all in the activations, 1 moves it all.
             worth: The error must fall below this part of what it was. The tokens may be made up,
                 and real ones have other outliers; where these matter (MiniLM) it falls to a half,
                 where not (Whisper) to 0.8.
+            worth_mul: The same where a Mul must be inserted, after anything but a norm.
         """
 
-        alpha: tuple[float, ...] = (0.25, 0.375, 0.5, 0.625, 0.75)
+        alpha: tuple[float, ...] = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
         worth: float = 0.75
+        worth_mul: float = 0.5
 
         def __post_init__(self) -> None:
             """Check the values.
@@ -81,146 +76,113 @@ class SmoothActivations(ir.passes.InPlacePass):
             """
             if not self.alpha or not all(0 <= alpha <= 1 for alpha in self.alpha):
                 raise OptionError(f"alpha must be numbers from 0 to 1, not {self.alpha}")
-            if not self.worth > 0:
-                raise OptionError(f"worth must be above 0, not {self.worth:g}")
+            for name, part in (("worth", self.worth), ("worth_mul", self.worth_mul)):
+                if not part > 0:
+                    raise OptionError(f"{name} must be above 0, not {part:g}")
 
     def __init__(self, sample: Sampler, options: Options | None = None) -> None:
         super().__init__()
         self.sample, self.options = sample, options or self.Options()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Smooth every norm of the main graph where that pays."""
-        sites = [site for node in model.graph if (site := _site(node)) is not None]
-        names = [site.norm.result.name or "" for site in sites]
+        """Smooth every value of the main graph where that pays."""
+        sites = [site for site in planned_products(model) if not _is_seen(site)]
+        names = [site.value.name or "" for site in sites]
         tokens = self.sample(model, names) if sites else {}
         smoothed = 0
         for name, site in zip(names, sites, strict=True):
-            if name not in tokens:
+            if name in tokens:
+                smoothed += self._try_smooth(model.graph, site, tokens[name])
+            else:
                 _note(site, "activations not smoothed: no samples to run the model on")
-                continue
-            alpha = self._best_alpha(tokens[name], site)
-            if alpha:
-                _smooth(model.graph, site, _factors(tokens[name], alpha))
-                _note(site, f"activations smoothed with alpha={alpha:g}")
-                smoothed += 1
+            for node in site.nodes:
+                node.meta[_SEEN] = True
         if smoothed:
             FixNames()(model)
         return ir.passes.PassResult(model, smoothed > 0)
 
-    def _best_alpha(self, tokens: Rows, site: _Site) -> float:
-        """The alpha of the least error, 0 if none is worth it."""
-        # Weights that are not finite are refused by the pass that rounds them.
-        with np.errstate(over="ignore", invalid="ignore"):
-            weights, plan = _all_weights(site), _plan(site.readers[0])
-            exact = tokens @ weights
-            errors = {
-                alpha: np.square(_product(tokens, weights, _factors(tokens, alpha), plan) - exact)
-                for alpha in (0.0, *self.options.alpha)
-            }
-            energy = {alpha: float(error.sum()) for alpha, error in errors.items()}
-        best = min(energy, key=energy.__getitem__)
-        return best if energy[best] < self.options.worth * energy[0.0] else 0.0
+    def _try_smooth(self, graph: ir.Graph, site: Products, tokens: Rows) -> bool:
+        """Smooth one value if that is worth it; notes what was done, or why not where it could."""
+        absorber = _absorber(site)
+        alpha, left = self._best_alpha(tokens, site, absorber)
+        rest = f"{left:.2g} of the error"
+        if left >= self.options.worth:
+            return False
+        if isinstance(absorber, str) and not _is_norm(site.value):
+            if left >= self.options.worth_mul:
+                why = f"{absorber}, and a Mul is worth it below {self.options.worth_mul:g}"
+                _note(site, f"activations not smoothed, which would leave {rest}: {why}")
+                return False
+            rest += f"; by a Mul, because {absorber}"
+        factors = _factors(tokens, alpha, absorber)
+        if isinstance(absorber, str):
+            _insert_mul(graph, site, np.reciprocal(factors))
+        else:
+            absorber.divide(graph, factors)
+        for weight in dict.fromkeys(node.inputs[1] for node in site.nodes):
+            readers = [node for node in site.nodes if node.inputs[1] is weight]
+            scale_constant(graph, readers, 1, factors[:, None])
+        _note(site, f"activations smoothed with alpha={alpha:g}, which leaves {rest}")
+        return True
+
+    def _best_alpha(
+        self, tokens: Rows, site: Products, absorber: Absorber | str
+    ) -> tuple[float, float]:
+        """The alpha of the least error, and the part of the error that it leaves."""
+        columns = site.weights()
+        before = rounding_error(tokens, columns)
+        errors = {}
+        for alpha in self.options.alpha:
+            factors = _factors(tokens, alpha, absorber)
+            weights = {plan: part * factors[:, None] for plan, part in columns.items()}
+            errors[alpha] = rounding_error(tokens / factors, weights)
+        best = min(errors, key=errors.__getitem__)
+        # Without an error, or one that is not finite, there is nothing to gain.
+        return best, errors[best] / before if 0 < before < np.inf else 1.0
 
 
-def _site(node: ir.Node) -> _Site | None:
-    norm = match_norm(node)
-    if not isinstance(norm, Norm):
-        return None
-    readers = [use.node for use in norm.result.uses() if use.idx == 0 and _is_per_token(use.node)]
-    return _Site(norm, readers) if readers else None
+def _is_seen(site: Products) -> bool:
+    return all(_SEEN in node.meta for node in site.nodes)
 
 
-def _is_per_token(node: ir.Node) -> bool:
-    """Whether `node` quantizes its tokens, and was not looked at before."""
-    plan = plan_of(node)
-    if node.op_type != "MatMul" or plan is None or plan.activation is None:
-        return False
-    looked_at = "smoothed" in (note_of(node) or "")
-    return isinstance(plan.activation.type.granularity, PerGroup) and not looked_at
+def _absorber(site: Products) -> Absorber | str:
+    """What takes the factors, or why nothing can."""
+    value, nodes = site.value, set(site.nodes)
+    if value.is_graph_output():
+        return f"{value.name} leaves the graph"
+    if any(use.node not in nodes for use in value.uses()):
+        return f"{value.name} is read elsewhere too"
+    return absorber_of(value)
 
 
-def _factors(tokens: Rows, alpha: float) -> Rows:
+def _is_norm(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and isinstance(match_norm(producer), Norm)
+
+
+def _factors(tokens: Rows, alpha: float, absorber: Absorber | str) -> Rows:
     """T: how much smaller each channel becomes, [K]."""
     largest = np.abs(tokens).max(axis=0)
     middle = np.median(largest)
     if not middle:
         return np.ones_like(largest)
     steps = np.rint(alpha * np.log2(np.maximum(largest / middle, 1.0)))
-    return np.asarray(np.exp2(steps), np.float32)
+    factors = np.asarray(np.exp2(steps), np.float32)
+    return absorber.tie(factors) if isinstance(absorber, Absorber) else factors
 
 
-def _all_weights(site: _Site) -> Rows:
-    """Columns of all the weights side by side, [K, N], each weight as large as the others."""
-    parts = []
-    for node in site.readers:
-        weight = _weight(node)
-        part = weight[:, :: -(-weight.shape[1] // _COLUMNS)]
-        parts.append(part / max(float(np.linalg.norm(part)), 1e-30))
-    return np.concatenate(parts, axis=1)
-
-
-def _product(tokens: Rows, weights: Rows, factors: Rows, plan: NodePlan) -> Rows:
-    """What the quantized product will be, [tokens, N]."""
-    assert plan.activation is not None
-    left = _rounded(tokens / factors, plan.activation.type)
-    return left @ _rounded(weights * factors[:, None], plan.weight)
-
-
-def _rounded(values: Rows, type: QuantType) -> Rows:
-    scale = weight_scale(values, type)
-    return dequantize(quantize(values, scale, type), scale, type)
-
-
-def _weight(node: ir.Node) -> Rows:
-    array = constant(node.inputs[1])
-    assert array is not None
-    return np.asarray(array, np.float32)
-
-
-def _plan(node: ir.Node) -> NodePlan:
-    plan = plan_of(node)
-    assert plan is not None and plan.activation is not None
-    return plan
-
-
-def _note(site: _Site, text: str) -> None:
-    for node in site.readers:
+def _note(site: Products, text: str) -> None:
+    for node in site.nodes:
         add_note(node, text)
 
 
-def _smooth(graph: ir.Graph, site: _Site, factors: Rows) -> None:
-    """Make the edit, at the norm and at each of its readers."""
-    result, inverse = site.norm.result, np.reciprocal(factors)
-    readers = {use.node for use in result.uses()}
-    if readers == set(site.readers) and not result.is_graph_output():
-        for parameter in (site.norm.gamma, site.norm.beta):
-            if parameter is not None:
-                _scale(graph, parameter, [site.norm.nodes[-1]], inverse)
-    else:
-        _insert_mul(graph, site, inverse)
-    for weight in dict.fromkeys(node.inputs[1] for node in site.readers):
-        assert weight is not None
-        _scale(graph, weight, site.readers, factors[:, None])
-
-
-def _insert_mul(graph: ir.Graph, site: _Site, inverse: Rows) -> None:
-    result = site.norm.result
+def _insert_mul(graph: ir.Graph, site: Products, inverse: Rows) -> None:
+    result = site.value
     operand = new_initializer(graph, f"{result.name}_smoothing", inverse)
     product = ir.node("Mul", [result, operand], name=f"{result.name}_smooth")
     smoothed = product.outputs[0]
     smoothed.name = f"{result.name}_smoothed"
     smoothed.type, smoothed.shape = result.type, result.shape
     place_after(result, [product])
-    for node in site.readers:
+    for node in site.nodes:
         node.replace_input_with(0, smoothed)
-
-
-def _scale(graph: ir.Graph, parameter: ir.Value, readers: Sequence[ir.Node], factors: Rows) -> None:
-    """Let these readers of a constant read its product with `factors`; others keep the constant."""
-    array = np.asarray(constant(parameter), np.float32)
-    scaled = new_initializer(graph, f"{parameter.name}_smoothed", array * factors)
-    for node in readers:
-        for index, value in enumerate(node.inputs):
-            if value is parameter:
-                node.replace_input_with(index, scaled)
-    drop_if_unread(parameter)

@@ -19,7 +19,7 @@ from qcompiler.ir.errors import OptionError, QCompilerError
 from qcompiler.ir.region import Region
 from qcompiler.passes.choose_kernels import ChooseKernels
 from qcompiler.passes.insert_qdq import Observer
-from qcompiler.passes.smooth_activations import Sampler
+from qcompiler.passes.product_error import Sampler
 from qcompiler.pipeline import Pipeline
 from qcompiler.random_inputs import random_feed
 from qcompiler.recipe import Recipe

@@ -25,9 +25,11 @@ from qcompiler.passes.lower_convolutions import LowerConvolutions
 from qcompiler.passes.merge_siblings import MergeSiblings
 from qcompiler.passes.normalize_qdq import NormalizeQDQ
 from qcompiler.passes.round_tables import RoundTables
+from qcompiler.passes.product_error import Sampler
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.shift_weights import ShiftWeights
-from qcompiler.passes.smooth_activations import Sampler, SmoothActivations
+from qcompiler.passes.smooth_activations import SmoothActivations
+from qcompiler.passes.split_outliers import SplitOutliers
 from qcompiler.recipe import Recipe
 from qcompiler.step import Step
 from qcompiler.targets import catalog
@@ -71,6 +73,7 @@ def default_steps(
         Step("lower-convolutions", LowerConvolutions(), Stage.FLOAT, "plans"),
         *chosen,
         Step("smooth-activations", SmoothActivations(sample), Stage.FLOAT, "plans"),
+        Step("split-outliers", SplitOutliers(sample), Stage.FLOAT, "plans"),
         Step("join-integers", JoinIntegers(), Stage.FLOAT, "plans"),
         Step("round-tables", RoundTables(), Stage.QDQ, "plans"),
         Step("insert-qdq", InsertQDQ(observe), Stage.QDQ, "plans"),

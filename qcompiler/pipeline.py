@@ -19,7 +19,7 @@ from qcompiler.ir.stages import Stage
 from qcompiler.passes.choose_kernels import ChooseKernels
 from qcompiler.passes.insert_qdq import Observer
 from qcompiler.passes.options import configured
-from qcompiler.passes.smooth_activations import Sampler
+from qcompiler.passes.product_error import Sampler
 from qcompiler.pipeline_text import ALIASES, parse_pipeline
 from qcompiler.recipe import Recipe
 from qcompiler.step import Rewrite, Step, Watcher, as_pass, check_watchers
@@ -317,7 +317,7 @@ def _name_of(rewrite: object) -> str:
     """
     if isinstance(rewrite, str):
         raise OptionError(f"the pass to be called {rewrite!r} is missing: give it after its name")
-    as_pass(rewrite)  # type: ignore[arg-type]
+    as_pass(rewrite)
     if not isinstance(rewrite, ir.passes.PassBase):
         raise OptionError("rules have no name of their own: give one before them")
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(rewrite).__name__)

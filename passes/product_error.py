@@ -1,0 +1,92 @@
+"""What rounding costs the products that read one value, found on some of its tokens.
+
+    error = sum over the products of |Q(x) Q(W) - x W|^2 / |W|^2
+
+as they are planned, each weight as important as the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompiler.ir.arithmetic import dequantize, quantize, scale_and_zero_point, weight_scale
+from qcompiler.ir.decisions import NodePlan, plan_of
+from qcompiler.ir.graph import constant
+from qcompiler.ir.types import QuantType
+
+__all__ = ["Products", "Rows", "Sampler", "planned_products", "rounding_error"]
+
+Rows = NDArray[np.float32]
+
+Sampler = Callable[[ir.Model, Sequence[str]], Mapping[str, Rows]]
+"""Runs the model and returns some tokens of the named tensors, [tokens, K] each; a tensor that it
+could not compute is left out."""
+
+_COLUMNS = 512
+"""So many columns of all the weights are enough to compare one error with another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """The planned MatMuls that multiply the tokens of one value, and quantize them.
+
+    Attributes:
+        value: What they read on their left.
+        nodes: The MatMuls.
+    """
+
+    value: ir.Value
+    nodes: list[ir.Node]
+
+    def weights(self) -> dict[NodePlan, Rows]:
+        """For each plan columns of the weights that have it side by side, [K, N]."""
+        parts: dict[NodePlan, list[Rows]] = {}
+        share = max(1, _COLUMNS // len(self.nodes))
+        for node in self.nodes:
+            plan, array = plan_of(node), constant(node.inputs[1])
+            assert plan is not None and array is not None
+            part = np.asarray(array[:, :: -(-array.shape[1] // share)], np.float32)
+            parts.setdefault(plan, []).append(part / max(float(np.linalg.norm(part)), 1e-30))
+        return {plan: np.concatenate(columns, axis=1) for plan, columns in parts.items()}
+
+    def largest_weights(self) -> Rows:
+        """The largest magnitude of each row of the weights, [K], each as large as the others."""
+        return np.asarray(
+            np.max([np.abs(part).max(axis=1) for part in self.weights().values()], axis=0)
+        )
+
+
+def planned_products(model: ir.Model) -> list[Products]:
+    """The values of the main graph that planned MatMuls quantize, in order."""
+    found: dict[ir.Value, list[ir.Node]] = {}
+    for node in model.graph:
+        plan, data = plan_of(node), node.inputs[0] if node.inputs else None
+        if node.op_type == "MatMul" and plan is not None and plan.activation is not None:
+            assert data is not None
+            found.setdefault(data, []).append(node)
+    return [Products(value, nodes) for value, nodes in found.items()]
+
+
+def rounding_error(tokens: Rows, weights: Mapping[NodePlan, Rows]) -> float:
+    """The error of the products of `tokens`, [tokens, K], by `weights`, as planned."""
+    total = 0.0
+    # Weights that are not finite are refused by the pass that rounds them.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for plan, weight in weights.items():
+            assert plan.activation is not None
+            rounded = _rounded(tokens, plan.activation.type) @ _rounded(weight, plan.weight)
+            total += float(np.square(rounded - tokens @ weight).sum())
+    return total
+
+
+def _rounded(values: Rows, type: QuantType) -> Rows:
+    if type.symmetric:  # what is not finite then gives NaN, and no error here
+        scale = weight_scale(values, type)
+        return dequantize(quantize(values, scale, type), scale, type)
+    scale, zero = scale_and_zero_point(values, type)
+    return dequantize(quantize(values, scale, type, zero), scale, type, zero)
