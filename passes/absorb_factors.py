@@ -228,11 +228,15 @@ def _reshape(node: ir.Node, value: ir.Value, channels: Channels) -> _Found | str
 
 def _regrouped(channels: Channels, before: list[_Size], after: list[_Size]) -> Channels | None:
     """The channels before a Reshape; None where the sizes of what they lie along are not known."""
-    inner, outer = list[int](), list[int]()
-    while any(size > 1 for size in channels.shape[: len(after)]):
+    inner, outer, assumed = list[int](), list[int](), False
+    while any(size > 1 for size in channels.shape[: len(after)]) or (assumed and (before or after)):
         counts = _last_group(before, after)
         if counts is None:
-            return None
+            known = [isinstance(size, int) for size in (*before[-1:], *after[-1:])]
+            if assumed or len(known) < 2 or any(known):
+                return None
+            # Two unknown sizes are equal if all others are: the numbers of elements are.
+            counts, assumed = (1, 1), True
         first, second = len(before) - counts[0], len(after) - counts[1]
         along = any(size > 1 for size in channels.shape[second : len(after)])
         if along and not all(isinstance(size, int) for size in (*before[first:], *after[second:])):

@@ -27,7 +27,7 @@ Sampler = Callable[[ir.Model, Sequence[str]], Mapping[str, Rows]]
 """Runs the model and returns some tokens of the named tensors, [tokens, K] each; a tensor that it
 could not compute is left out."""
 
-_COLUMNS = 512
+_COLUMNS = 256
 """So many columns of all the weights are enough to compare one error with another."""
 
 
@@ -65,9 +65,11 @@ def planned_products(model: ir.Model) -> list[Products]:
     """The values of the main graph that planned MatMuls quantize, in order."""
     found: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
-        plan, data = plan_of(node), node.inputs[0] if node.inputs else None
-        if node.op_type == "MatMul" and plan is not None and plan.activation is not None:
-            assert data is not None
+        plan = plan_of(node)
+        if node.op_type != "MatMul" or plan is None or plan.activation is None:
+            continue
+        data, weight = node.inputs
+        if data is not None and constant(weight) is not None:
             found.setdefault(data, []).append(node)
     return [Products(value, nodes) for value, nodes in found.items()]
 

