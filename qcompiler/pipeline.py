@@ -292,7 +292,7 @@ class Pipeline:
         self, index: int, name: str | Rewrite, rewrite: Rewrite | None, stage: Stage
     ) -> Pipeline:
         if rewrite is None:
-            name, rewrite = _name_of(name), name  # type: ignore[assignment]
+            name, rewrite = _name_of(name), name
         if not isinstance(name, str):
             raise OptionError(f"the name of a pass is a text, not {name!r}")
         if any(step.name == name for step in self.steps):
