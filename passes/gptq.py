@@ -1,0 +1,252 @@
+"""Round weights one input at a time, each error made up for by the inputs still to come.
+
+    y = MatMul(x, W)   =>   y = MatMul(x, DQ(W_q, s))
+
+Frantar et al., GPTQ (2022).  With H the second moments of x (`second_moments`), damped, and R the
+upper Cholesky factor of its inverse, row k of W [K, N] is rounded and the rows below it become
+
+    W[j] -= R[k, j] / R[k, k] (W[k] - W'[k])        for j > k
+
+in blocks, so that most of that is one matrix product.  Inputs go in order of falling H[k, k]: the
+largest errors are then made up for by the most.  Weights keep their order in the graph, so the
+scales of groups are found first, from the weights as they came.
+
+H is of the model with all layers before this one rounded already, as in the paper, so that later
+layers make up for earlier ones too.  An input that is always 0 is rounded to nearest.  Rounded
+layers are kept in the cache by the hash of model, samples and options: a compilation that was
+killed goes on after the last one.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.ir.arithmetic import broadcast_scale, quantize, scale_and_zero_point
+from qcompiler.ir.decisions import add_note
+from qcompiler.ir.errors import CalibrationError, OptionError
+from qcompiler.ir.graph import let_go
+from qcompiler.ir.types import QuantType
+from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.layer_cache import LayerCache
+from qcompiler.passes.rounded_weight import Layer, RoundedWeight, finite_weight, layers_of
+from qcompiler.passes.second_moments import Moments, Rows, Walker
+
+__all__ = ["GPTQ", "gptq"]
+
+Progress = Callable[[str, float], None]
+"""Hears what was done, and which share of all that is."""
+
+_MOST_DAMPING = 1.0
+"""Of the mean of H's diagonal: a matrix that is singular with so much on its diagonal holds
+nonsense."""
+
+
+class GPTQ(ir.passes.InPlacePass):
+    """Round the matrices of planned MatMuls; what is not one is left to round-to-nearest.
+
+    Attributes:
+        walk: Runs the model; None if there are no samples.
+        options: How to round.
+        executor: Where layers that read the same activations are rounded, side by side.
+        tell: Hears of each layer.
+    """
+
+    rounds = True
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """How to round.
+
+        Attributes:
+            damping: Added to the diagonal of the Hessian, as a part of its mean; ten times as much
+                is tried where it is singular all the same.
+            act_order: Round the inputs of the largest activations first.
+            block: Inputs between two updates of all the rest.
+        """
+
+        damping: float = 0.01
+        act_order: bool = True
+        block: int = 128
+
+        def __post_init__(self) -> None:
+            """Check the values.
+
+            Raises:
+                OptionError: Damping outside 0 to 1, or a block below 1.
+            """
+            if not 0 < self.damping <= _MOST_DAMPING:
+                raise OptionError(f"damping must be above 0 and at most 1, not {self.damping:g}")
+            if self.block < 1:
+                raise OptionError(f"block must be 1 or more, not {self.block}")
+
+    def __init__(
+        self,
+        walk: Walker | None,
+        options: Options | None = None,
+        executor: concurrent.futures.Executor | None = None,
+        tell: Progress | None = None,
+    ) -> None:
+        super().__init__()
+        self.walk, self.options, self.executor = walk, options or self.Options(), executor
+        self.tell = tell or (lambda text, share: None)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Round every planned matrix.
+
+        Raises:
+            CalibrationError: There are no samples, or one is not finite somewhere inside.
+            ModelError: A weight holds NaN or Inf.
+        """
+        layers = layers_of(model.graph)
+        for layer in layers:
+            finite_weight(layer.nodes[0], layer.weight)
+            let_go(layer.weight)
+        if layers and self.walk is None:
+            raise CalibrationError(
+                f"gptq rounds {layers[0].name} and {len(layers) - 1} more by what goes into them: "
+                "give samples with --calib DIR (calibration=...), or choose weights that need none"
+            )
+        done = 0
+        if layers and self.walk is not None:
+            with self.walk(model, [data for data, _ in _by_input(layers)]) as walk:
+                cache = LayerCache("gptq", walk.digest, repr(self.options), layers)
+                for data, readers in _by_input(layers):
+                    known = [cache.get(layer) for layer in readers]
+                    found = [result for result in known if result is not None]
+                    if len(found) < len(readers):
+                        depth = readers[0].weight.const_value.shape.numpy()[0]  # type: ignore[union-attr]
+                        moments = Moments.of(walk.rows(data), depth, data.name or "")
+                        found = self._round(readers, moments)
+                    for layer, (rounded, note) in zip(readers, found, strict=True):
+                        cache.put(layer, rounded, note)
+                        layer.replace(model.graph, rounded)
+                        for node in layer.nodes:
+                            add_note(node, note)
+                        done += 1
+                        self.tell(f"{layer.name}: {note}", done / len(layers))
+        FixNames()(model)
+        return ir.passes.PassResult(model, bool(layers))
+
+    def _round(self, layers: Sequence[Layer], moments: Moments) -> list[tuple[RoundedWeight, str]]:
+        """Round the layers that read the same activations."""
+        weights = [finite_weight(layer.nodes[0], layer.weight) for layer in layers]
+        work = partial(_round_one, moments=moments, options=self.options)
+        types = [layer.type for layer in layers]
+        each = map if self.executor is None else self.executor.map
+        return list(each(work, weights, types))
+
+
+def _by_input(layers: Sequence[Layer]) -> list[tuple[ir.Value, list[Layer]]]:
+    """Layers that read the same value, in the order of the first of them."""
+    groups: dict[ir.Value, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.data, []).append(layer)
+    return list(groups.items())
+
+
+def _round_one(
+    weight: Rows, type: QuantType, moments: Moments, options: GPTQ.Options
+) -> tuple[RoundedWeight, str]:
+    """The better of both roundings, and how good they are."""
+    rounded, damping = gptq(weight, moments.second, type, options)
+    nearest = _nearest(weight, type)
+    signal = moments.error(weight)
+    error, before = (moments.error(weight - r.floats(type)) for r in (rounded, nearest))
+    note = f"rounded by gptq to {_decibels(signal, error)} (to nearest {_decibels(signal, before)})"
+    if before <= error:
+        return nearest, f"rounded to nearest, which is no worse than gptq here: {note}"
+    return rounded, note if damping == options.damping else f"{note} with damping {damping:g}"
+
+
+def _decibels(signal: float, noise: float) -> str:
+    return f"{10 * np.log10(max(signal, 1e-30) / max(noise, 1e-30)):.1f} dB"
+
+
+def _nearest(weight: Rows, type: QuantType) -> RoundedWeight:
+    scale, zero = scale_and_zero_point(weight, type)
+    stored = quantize(weight, scale, type, zero)
+    return RoundedWeight(stored, scale, None if type.symmetric else zero)
+
+
+def gptq(
+    weight: Rows, hessian: Rows, type: QuantType, options: GPTQ.Options
+) -> tuple[RoundedWeight, float]:
+    """Round one matrix.
+
+    Args:
+        weight: [K, N].
+        hessian: E[x xT], [K, K].
+        type: Of integers.
+        options: How.
+
+    Returns:
+        The rounded weight, and the damping that it took.
+
+    Raises:
+        CalibrationError: The Hessian is singular with any damping.
+    """
+    scale, zero = scale_and_zero_point(weight, type)
+    scales = np.broadcast_to(broadcast_scale(scale, weight.shape, type.granularity), weight.shape)
+    zeros = zero.astype(np.float32)
+    zeros = np.broadcast_to(broadcast_scale(zeros, weight.shape, type.granularity), weight.shape)
+    order = np.arange(len(weight))
+    if options.act_order:
+        order = np.argsort(-np.diag(hessian), kind="stable")
+    factor, damping = _inverse_factor(hessian[order][:, order], options.damping)
+    stored = np.empty(weight.shape, np.float32)
+    rest = weight[order]
+    for start in range(0, len(order), options.block):
+        end = min(start + options.block, len(order))
+        errors = np.empty((end - start, weight.shape[1]), np.float32)
+        for row in range(start, end):
+            at = order[row]
+            integers = np.rint(rest[row] / scales[at]) + zeros[at]
+            np.clip(integers, *type.range, out=integers)
+            stored[at] = integers
+            error = rest[row] - (integers - zeros[at]) * scales[at]
+            error /= factor[row, row]
+            errors[row - start] = error
+            rest[row + 1 : end] -= factor[row, row + 1 : end, None] * error
+        rest[end:] -= factor[start:end, end:].T @ errors
+    storage = stored.astype(type.storage.numpy())
+    return RoundedWeight(storage, scale, None if type.symmetric else zero), damping
+
+
+def _inverse_factor(hessian: Rows, damping: float) -> tuple[Rows, float]:
+    """R, upper triangular, with RT R the inverse of the damped Hessian; and the damping it took."""
+    diagonal = np.diag(hessian)
+    dead = diagonal <= 0
+    mean = float(diagonal.mean()) or 1.0
+    while damping <= _MOST_DAMPING:
+        damped = hessian.copy()
+        damped[np.diag_indices_from(damped)] += np.where(dead, mean, damping * mean)
+        try:
+            # Backwards, because H = U UT has the inverse (U^-1)T U^-1, and U^-1 is upper as well.
+            lower = np.linalg.cholesky(damped[::-1, ::-1])
+            return _inverse_of_upper(np.ascontiguousarray(lower[::-1, ::-1])), damping
+        except np.linalg.LinAlgError:
+            damping *= 10
+    raise CalibrationError(
+        "the second moments of what goes into a product are no positive matrix: the samples hold "
+        "numbers too large to square"
+    )
+
+
+def _inverse_of_upper(upper: Rows) -> Rows:
+    """Halves at a time, so that nearly all of it is matrix products."""
+    size = len(upper)
+    if size <= 64:
+        return np.triu(np.linalg.inv(upper))
+    half, inverse = size // 2, np.zeros_like(upper)
+    inverse[:half, :half] = _inverse_of_upper(upper[:half, :half])
+    inverse[half:, half:] = _inverse_of_upper(upper[half:, half:])
+    inverse[:half, half:] = -inverse[:half, :half] @ upper[:half, half:] @ inverse[half:, half:]
+    return inverse
+
+

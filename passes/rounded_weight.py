@@ -1,0 +1,135 @@
+"""The graph edit that every pass makes which rounds weights, and which products it is made for.
+
+    y = MatMul(x, W)   =>   y = MatMul(x, DQ(W_q, s))       or DQ(W_q, s, z)
+
+A weight that other nodes read too keeps its float form for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompiler.ir.arithmetic import dequantize
+from qcompiler.ir.decisions import plan_of
+from qcompiler.ir.errors import ModelError
+from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer
+from qcompiler.ir.types import PerAxis, PerGroup, QuantType
+
+__all__ = ["Layer", "RoundedWeight", "finite_weight", "layers_of", "place_dequantize"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundedWeight:
+    """Stored values and how to read them, in ONNX shapes.
+
+    Attributes:
+        stored: [K, N] of the storage type.
+        scale: Of the expressed type, one per slice or group.
+        zero_point: In the shape of the scale, of the storage type; None stands for the middle.
+    """
+
+    stored: NDArray[Any]
+    scale: NDArray[Any]
+    zero_point: NDArray[Any] | None = None
+
+    def floats(self, type: QuantType) -> NDArray[np.float32]:
+        """What its DequantizeLinear will compute."""
+        return np.asarray(dequantize(self.stored, self.scale, type, self.zero_point), np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A matrix that is to be rounded, and the planned products that read it.
+
+    Attributes:
+        weight: The constant, [K, N].
+        type: What it is to be stored as.
+        nodes: The MatMuls, in graph order.
+    """
+
+    weight: ir.Value
+    type: QuantType
+    nodes: tuple[ir.Node, ...]
+
+    @property
+    def name(self) -> str:
+        """How messages and caches call it: by the first product that reads it."""
+        return label(self.nodes[0])
+
+    @property
+    def data(self) -> ir.Value:
+        """What the first product multiplies, [..., K]."""
+        value = self.nodes[0].inputs[0]
+        assert value is not None
+        return value
+
+    def replace(self, graph: ir.Graph, rounded: RoundedWeight) -> None:
+        """Let the products read the rounded weight."""
+        dequantize = place_dequantize(graph, self.weight, self.type, rounded)
+        for node in self.nodes:
+            node.replace_input_with(1, dequantize.outputs[0])
+        drop_if_unread(self.weight)
+
+
+def layers_of(nodes: Iterable[ir.Node]) -> list[Layer]:
+    """The matrices of planned MatMuls that are floats still, each once per type; in their order.
+
+    Only integers: a weight of float8 has no error that can be moved elsewhere.
+    """
+    found: dict[tuple[ir.Value, QuantType], list[ir.Node]] = {}
+    for node in nodes:
+        plan = plan_of(node) if node.op_type == "MatMul" else None
+        weight = node.inputs[1] if plan is not None else None
+        if plan is None or weight is None or constant(weight) is None:
+            continue
+        if not plan.weight.is_float and plan.weight.codebook is None:
+            found.setdefault((weight, plan.weight), []).append(node)
+    return [Layer(weight, type, tuple(nodes)) for (weight, type), nodes in found.items()]
+
+
+def finite_weight(node: ir.Node, weight: ir.Value) -> NDArray[np.float32]:
+    """The floats of a constant.
+
+    Raises:
+        ModelError: It holds NaN or Inf.
+    """
+    array = np.asarray(constant(weight), np.float32)
+    count = int(array.size - np.isfinite(array).sum())
+    if count:
+        raise ModelError(
+            f"the weight {weight.name!r} of {node.name!r} holds {count} NaN or Inf; repair the "
+            f"model, or keep the node float with --keep-float {node.name}"
+        )
+    return array
+
+
+def place_dequantize(
+    graph: ir.Graph, weight: ir.Value, type: QuantType, rounded: RoundedWeight
+) -> ir.Node:
+    """A new DequantizeLinear, at the front of the graph, of a rounded weight."""
+    name = weight.name or "weight"
+    inputs = [
+        new_initializer(graph, f"{name}_{type.storage.name.lower()}", rounded.stored, type.storage),
+        new_initializer(graph, f"{name}_scale", rounded.scale),
+    ]
+    if rounded.zero_point is not None:
+        zero = rounded.zero_point
+        inputs.append(new_initializer(graph, f"{name}_zero_point", zero, type.storage))
+    attributes = {"axis": 0}
+    match type.granularity:
+        case PerAxis(axis):
+            attributes = {"axis": axis}
+        case PerGroup(axis, group_size):
+            attributes = {"axis": axis, "block_size": group_size}
+    node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}_dequantize")
+    output = node.outputs[0]
+    output.name, output.dtype = f"{name}_dequantized", ir.DataType.FLOAT
+    output.shape = ir.Shape(rounded.stored.shape)
+    graph.insert_before(graph[0], node)
+    return node
