@@ -21,21 +21,28 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.ir.arithmetic import broadcast_scale, quantize, scale_and_zero_point
+from qcompiler.ir.arithmetic import broadcast_scale
 from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.ir.graph import let_go
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.layer_cache import LayerCache
-from qcompiler.passes.rounded_weight import Layer, RoundedWeight, finite_weight, layers_of
-from qcompiler.passes.second_moments import Moments, Rows, Walker
+from qcompiler.passes.rounded_weight import (
+    Layer,
+    RoundedWeight,
+    by_data,
+    finite_weight,
+    layers_of,
+)
+from qcompiler.passes.second_moments import Moments, Rows, Walk, Walker
+from qcompiler.passes.weight_grid import RANGES, rounded_on, weight_grid
 
 __all__ = ["GPTQ", "gptq"]
 
@@ -68,11 +75,14 @@ class GPTQ(ir.passes.InPlacePass):
                 is tried where it is singular all the same.
             act_order: Round the inputs of the largest activations first.
             block: Inputs between two updates of all the rest.
+            range: "max" lets the scales cover all of each slice, "mse" the part of it with the
+                least squared error of the product, each input by itself.
         """
 
         damping: float = 0.01
         act_order: bool = True
         block: int = 128
+        range: str = "mse"
 
         def __post_init__(self) -> None:
             """Check the values.
@@ -84,6 +94,8 @@ class GPTQ(ir.passes.InPlacePass):
                 raise OptionError(f"damping must be above 0 and at most 1, not {self.damping:g}")
             if self.block < 1:
                 raise OptionError(f"block must be 1 or more, not {self.block}")
+            if self.range not in RANGES:
+                raise OptionError(f"range must be one of {', '.join(RANGES)}, not {self.range!r}")
 
     def __init__(
         self,
@@ -112,26 +124,35 @@ class GPTQ(ir.passes.InPlacePass):
                 f"gptq rounds {layers[0].name} and {len(layers) - 1} more by what goes into them: "
                 "give samples with --calib DIR (calibration=...), or choose weights that need none"
             )
-        done = 0
         if layers and self.walk is not None:
-            with self.walk(model, [data for data, _ in _by_input(layers)]) as walk:
+            groups = by_data(layers)
+            with self.walk(model, list(groups)) as walk:
                 cache = LayerCache("gptq", walk.digest, repr(self.options), layers)
-                for data, readers in _by_input(layers):
-                    known = [cache.get(layer) for layer in readers]
-                    found = [result for result in known if result is not None]
-                    if len(found) < len(readers):
-                        depth = readers[0].weight.const_value.shape.numpy()[0]  # type: ignore[union-attr]
-                        moments = Moments.of(walk.rows(data), depth, data.name or "")
-                        found = self._round(readers, moments)
-                    for layer, (rounded, note) in zip(readers, found, strict=True):
-                        cache.put(layer, rounded, note)
-                        layer.replace(model.graph, rounded)
-                        for node in layer.nodes:
-                            add_note(node, note)
-                        done += 1
-                        self.tell(f"{layer.name}: {note}", done / len(layers))
+                for done, (layer, rounded, note) in enumerate(self._rounded(groups, walk, cache), 1):
+                    layer.replace(model.graph, rounded)
+                    for node in layer.nodes:
+                        add_note(node, note)
+                    self.tell(f"{layer.name}: {note}", done / len(layers))
         FixNames()(model)
         return ir.passes.PassResult(model, bool(layers))
+
+    def _rounded(
+        self, groups: Mapping[ir.Value, Sequence[Layer]], walk: Walk, cache: LayerCache
+    ) -> Iterator[tuple[Layer, RoundedWeight, str]]:
+        """Each layer, rounded, and what to say of it; the model must be changed between them."""
+        for data, layers in groups.items():
+            kept = [cache.get(layer.name) for layer in layers]
+            if all(arrays is not None for arrays in kept):
+                for layer, arrays in zip(layers, kept, strict=True):
+                    assert arrays is not None
+                    note = str(arrays["note"])
+                    yield layer, RoundedWeight.from_arrays(arrays, layer.type), note
+                continue
+            depth = finite_weight(layers[0].nodes[0], layers[0].weight).shape[0]
+            moments = Moments.of(walk.rows(data), depth, data.name or "")
+            for layer, (rounded, note) in zip(layers, self._round(layers, moments), strict=True):
+                cache.put(layer.name, rounded.to_arrays() | {"note": np.asarray(note)})
+                yield layer, rounded, note
 
     def _round(self, layers: Sequence[Layer], moments: Moments) -> list[tuple[RoundedWeight, str]]:
         """Round the layers that read the same activations."""
@@ -142,20 +163,12 @@ class GPTQ(ir.passes.InPlacePass):
         return list(each(work, weights, types))
 
 
-def _by_input(layers: Sequence[Layer]) -> list[tuple[ir.Value, list[Layer]]]:
-    """Layers that read the same value, in the order of the first of them."""
-    groups: dict[ir.Value, list[Layer]] = {}
-    for layer in layers:
-        groups.setdefault(layer.data, []).append(layer)
-    return list(groups.items())
-
-
 def _round_one(
     weight: Rows, type: QuantType, moments: Moments, options: GPTQ.Options
 ) -> tuple[RoundedWeight, str]:
     """The better of both roundings, and how good they are."""
     rounded, damping = gptq(weight, moments.second, type, options)
-    nearest = _nearest(weight, type)
+    nearest = rounded_on(weight, type, weight_grid(weight, type))
     signal = moments.error(weight)
     error, before = (moments.error(weight - r.floats(type)) for r in (rounded, nearest))
     note = f"rounded by gptq to {_decibels(signal, error)} (to nearest {_decibels(signal, before)})"
@@ -166,12 +179,6 @@ def _round_one(
 
 def _decibels(signal: float, noise: float) -> str:
     return f"{10 * np.log10(max(signal, 1e-30) / max(noise, 1e-30)):.1f} dB"
-
-
-def _nearest(weight: Rows, type: QuantType) -> RoundedWeight:
-    scale, zero = scale_and_zero_point(weight, type)
-    stored = quantize(weight, scale, type, zero)
-    return RoundedWeight(stored, scale, None if type.symmetric else zero)
 
 
 def gptq(
@@ -191,9 +198,10 @@ def gptq(
     Raises:
         CalibrationError: The Hessian is singular with any damping.
     """
-    scale, zero = scale_and_zero_point(weight, type)
+    scale, zero = weight_grid(weight, type, options.range, np.diag(hessian))
     scales = np.broadcast_to(broadcast_scale(scale, weight.shape, type.granularity), weight.shape)
-    zeros = zero.astype(np.float32)
+    zeros = np.full(scale.shape, type.middle) if zero is None else zero
+    zeros = zeros.astype(np.float32)
     zeros = np.broadcast_to(broadcast_scale(zeros, weight.shape, type.granularity), weight.shape)
     order = np.arange(len(weight))
     if options.act_order:
@@ -215,7 +223,7 @@ def gptq(
             rest[row + 1 : end] -= factor[row, row + 1 : end, None] * error
         rest[end:] -= factor[start:end, end:].T @ errors
     storage = stored.astype(type.storage.numpy())
-    return RoundedWeight(storage, scale, None if type.symmetric else zero), damping
+    return RoundedWeight(storage, scale, zero), damping
 
 
 def _inverse_factor(hessian: Rows, damping: float) -> tuple[Rows, float]:

@@ -8,7 +8,7 @@ A weight that other nodes read too keeps its float form for them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,14 @@ from qcompiler.ir.errors import ModelError
 from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer
 from qcompiler.ir.types import PerAxis, PerGroup, QuantType
 
-__all__ = ["Layer", "RoundedWeight", "finite_weight", "layers_of", "place_dequantize"]
+__all__ = [
+    "Layer",
+    "RoundedWeight",
+    "by_data",
+    "finite_weight",
+    "layers_of",
+    "place_dequantize",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +44,23 @@ class RoundedWeight:
     stored: NDArray[Any]
     scale: NDArray[Any]
     zero_point: NDArray[Any] | None = None
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """Arrays of types that numpy's own file format knows: it has none of 4 bits."""
+        arrays = {"stored": self.stored.astype(np.int16), "scale": self.scale}
+        if self.zero_point is not None:
+            arrays["zero_point"] = self.zero_point.astype(np.int16)
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], type: QuantType) -> RoundedWeight:
+        """What `to_arrays` gave."""
+        storage, zero = type.storage.numpy(), arrays.get("zero_point")
+        return cls(
+            arrays["stored"].astype(storage),
+            arrays["scale"],
+            None if zero is None else zero.astype(storage),
+        )
 
     def floats(self, type: QuantType) -> NDArray[np.float32]:
         """What its DequantizeLinear will compute."""
@@ -91,6 +115,14 @@ def layers_of(nodes: Iterable[ir.Node]) -> list[Layer]:
         if not plan.weight.is_float and plan.weight.codebook is None:
             found.setdefault((weight, plan.weight), []).append(node)
     return [Layer(weight, type, tuple(nodes)) for (weight, type), nodes in found.items()]
+
+
+def by_data(layers: Sequence[Layer]) -> dict[ir.Value, list[Layer]]:
+    """Layers whose first products read the same value, in the order of the first of them."""
+    groups: dict[ir.Value, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.data, []).append(layer)
+    return groups
 
 
 def finite_weight(node: ir.Node, weight: ir.Value) -> NDArray[np.float32]:

@@ -1,0 +1,289 @@
+"""4-bit weights of SmolLM2-135M, rounded in several ways: perplexity, time and memory.
+
+    pip install '.[cpu]' torch transformers accelerate gguf
+    python benchmarks/weights.py wikitext2-valid.txt --json benchmarks/results/weights.json
+
+The text is WikiText-2's validation part (CC BY-SA 3.0).  Windows of its beginning are scored,
+windows of its end calibrate what calibrates: 32 of 512 tokens each.  The matrices of all layers are
+rounded, the embedding and the head that shares its table stay float; so do activations, for every
+contender, so that nothing but the weights differs.  ONNX Runtime's quantizers are the peers: they
+are told to leave the head out too.
+
+These weights once lay on a grid of 4 bits in groups of 32 with a zero point that is a float, so that
+groups of 32 are easy, above all with such zero points (HQQ of ONNX Runtime).
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import logging
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from timing import environment
+from whisper_smollm2 import cross_entropy
+
+from qcompiler.frontend import load_model
+from qcompiler.ir.decisions import NodePlan, plan_of, set_plan
+from qcompiler.ir.graph import dequantize_of, new_initializer
+from qcompiler.ir.types import PerAxis, PerGroup, QuantType
+from qcompiler.passes.awq import AWQ
+from qcompiler.passes.gptq import GPTQ
+from qcompiler.passes.hqq import HQQ
+from qcompiler.passes.round_to_nearest import RoundToNearest
+from qcompiler.passes.widen_constants import dequantized_constant
+from qcompiler.pipeline import Pipeline
+from qcompiler.recipe import Recipe
+from qcompiler.samples import Samples
+from qcompiler.walk import walker
+
+TOKENS, CALIBRATION = 512, 32
+GROUPS = (32, 64, 128, 0)
+"""Weights per scale; 0: one scale per channel."""
+
+Feeds = dict[str, Any]
+
+
+def windows(gguf: Path, text: Path, count: int) -> tuple[list[Feeds], list[Feeds]]:
+    """Windows to score and windows to calibrate with, from both ends of a text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    ids = np.asarray(tokenizer(text.read_text(encoding="utf-8"))["input_ids"], np.int64)
+    pieces = ids[: len(ids) // TOKENS * TOKENS].reshape(-1, 1, TOKENS)
+    if len(pieces) < count + CALIBRATION:
+        raise SystemExit(
+            f"{text} has {len(pieces)} windows of {TOKENS} tokens, {count + CALIBRATION} are needed"
+        )
+    feeds = [{"input_ids": piece, "attention_mask": np.ones_like(piece)} for piece in pieces]
+    return feeds[:count], feeds[-CALIBRATION:]
+
+
+def perplexity(path: Path, test: list[Feeds]) -> float:
+    """Of a model file, on all windows."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    losses = [
+        cross_entropy(session.run(["logits"], feeds)[0][0, :-1], feeds["input_ids"][0, 1:])
+        for feeds in test
+    ]
+    return float(np.exp(np.mean(losses)))
+
+
+def planned(source: Path, head: str) -> ir.Model:
+    """The model with its layers planned, float activations."""
+    pipeline = Pipeline.default("cuda-int4", Recipe(keep_float=(head,)))
+    names = [step.name for step in pipeline]
+    for name in names[names.index("assign-precision") + 1 :]:
+        pipeline.remove(name)
+    return pipeline.run(load_model(source))
+
+
+def with_type(model: ir.Model, group: int, symmetric: bool, bits: int = 4) -> ir.Model:
+    """A copy whose layers are to be stored so."""
+    copy = model.clone()
+    storage = ir.DataType[f"{'' if symmetric else 'U'}INT{bits}"]
+    granularity = PerGroup(0, group) if group else PerAxis(1)
+    type = QuantType(storage, granularity=granularity, symmetric=symmetric)
+    for old, new in zip(model.graph, copy.graph, strict=True):
+        if plan_of(old) is not None:
+            set_plan(new, NodePlan(type, None))
+    return copy
+
+
+def save_floats(model: ir.Model, path: Path) -> None:
+    """Write the model with its rounded weights as floats: what ORT computes does not matter then."""
+    for node in list(model.graph):
+        if node.op_type == "DequantizeLinear":
+            floats = dequantized_constant(node.outputs[0])
+            assert floats is not None and dequantize_of(node.outputs[0]) is node
+            value = new_initializer(model.graph, f"{node.name}_float", floats)
+            ir.convenience.replace_all_uses_with(node.outputs[0], value)
+            model.graph.remove(node, safe=True)
+    for value in list(model.graph.initializers.values()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[value.name or ""]
+    ir.save(model, path, external_data=f"{path.name}.data")
+
+
+def ours(calibration: list[Feeds], workers: int) -> dict[str, Callable[[ir.Model], None]]:
+    """What rounds the planned layers of a model, by name."""
+
+    def samples() -> Iterator[Feeds]:
+        yield from calibration
+
+    walk = walker(Samples(samples))
+    executor = concurrent.futures.ThreadPoolExecutor(workers) if workers > 1 else None
+    return {
+        "round to nearest, max": lambda model: _run(model, RoundToNearest(_scale("max"))),
+        "round to nearest, mse": lambda model: _run(model, RoundToNearest(_scale("mse"))),
+        "hqq": lambda model: _run(model, HQQ()),
+        "awq": lambda model: _run(model, AWQ(walk)),
+        "gptq": lambda model: _run(model, GPTQ(walk, executor=executor)),
+        "awq, gptq": lambda model: _run(
+            model, AWQ(walk, AWQ.Options(round=False)), GPTQ(walk, executor=executor)
+        ),
+    }
+
+
+def _scale(scale: str) -> RoundToNearest.Options:
+    return RoundToNearest.Options(scale=scale)
+
+
+def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:
+    for rewrite in passes:
+        rewrite(model)
+
+
+def measure_ours(model: ir.Model, group: int, symmetric: bool,
+                 rounding: Callable[[ir.Model], None], test: list[Feeds]) -> dict[str, Any]:  # fmt: skip
+    """Perplexity, and what rounding took."""
+    copy = with_type(model, group, symmetric)
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    rounding(copy)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    took = {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        save_floats(copy, Path(folder) / "model.onnx")
+        return {"perplexity": perplexity(Path(folder) / "model.onnx", test), **took}
+
+
+def peers(calibration: list[Feeds], head: str) -> dict[str, Callable[[Path, Path, int], None]]:
+    """What writes a quantized file for a model file and a group size, by name."""
+    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+    from onnxruntime.quantization.calibrate import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._feeds = iter(calibration)
+
+        def get_next(self) -> Feeds | None:
+            return next(self._feeds, None)
+
+        def __iter__(self) -> Iterator[Feeds]:
+            return iter(calibration)
+
+        def __deepcopy__(self, memo: object) -> Reader:
+            return Reader()
+
+    def run(config: Any, source: Path, output: Path, group: int, **more: Any) -> None:
+        quantizer = nbits.MatMulNBitsQuantizer(
+            str(source), block_size=group, nodes_to_exclude=[head], algo_config=config, **more
+        )
+        quantizer.process()
+        quantizer.model.save_model_to_file(str(output), use_external_data_format=True)
+
+    def default(symmetric: bool) -> Callable[[Path, Path, int], None]:
+        def write(source: Path, output: Path, group: int) -> None:
+            config = nbits.DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=symmetric)
+            run(config, source, output, group, is_symmetric=symmetric)
+
+        return write
+
+    def hqq(source: Path, output: Path, group: int) -> None:
+        run(nbits.HQQWeightOnlyQuantConfig(block_size=group), source, output, group)
+
+    def k_quant(source: Path, output: Path, group: int) -> None:
+        run(nbits.KQuantWeightOnlyQuantConfig(), source, output, group)
+
+    def gptq(source: Path, output: Path, group: int) -> None:
+        run(nbits.GPTQWeightOnlyQuantConfig(Reader(), block_size=group), source, output, group)
+
+    return {
+        "ORT RTN, asymmetric": default(False),
+        "ORT RTN, symmetric": default(True),
+        "ORT HQQ, float zero points": hqq,
+        "ORT k-quant": k_quant,
+        "ORT GPTQ": gptq,
+    }
+
+
+def measure_peer(
+    write: Callable[[Path, Path, int], None], source: Path, group: int, test: list[Feeds]
+) -> dict[str, Any]:
+    """Perplexity, or why there is none."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "model.onnx"
+        try:
+            write(source, output, group)
+            seconds = time.perf_counter() - start
+            return {"perplexity": perplexity(output, test), "seconds": seconds}
+        except Exception as error:  # what a peer cannot do is a result
+            return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def _head_of(source: Path) -> str:
+    """The name of the product that makes the logits."""
+    model = ir.load(source)
+    (logits,) = [value for value in model.graph.outputs if value.name == "logits"]
+    node = logits.producer()
+    assert node is not None and node.op_type == "MatMul"
+    return node.name or ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--windows", type=int, default=32, help="to score, of 512 tokens")
+    parser.add_argument("--group", type=int, action="append", help="0: per channel; default all")
+    parser.add_argument("--only", action="append", help="contenders whose names hold this")
+    parser.add_argument("--symmetric", choices=["yes", "no", "both"], default="both")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="results are added to those that are there")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    source, gguf = models.smollm2_prefill()
+    test, calibration = windows(gguf, arguments.text, arguments.windows)
+    head = _head_of(source)
+    results: dict[str, Any] = {"environment": environment(), "windows": arguments.windows}
+    if arguments.json and arguments.json.exists():
+        results |= json.loads(arguments.json.read_text())
+
+    def wanted(name: str) -> bool:
+        return not arguments.only or any(part in name for part in arguments.only)
+
+    def note(name: str, group: int, measure: Callable[[], dict[str, Any]]) -> None:
+        table = results.setdefault(f"group {group}" if group else "per channel", {})
+        if not wanted(name) or name in table:
+            return
+        table[name] = measure()
+        print(f"{group or 'channel':>8}  {name:40}", json.dumps(table[name]), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+    if wanted("float"):
+        note("float", -1, lambda: {"perplexity": perplexity(source, test)})
+    model = planned(source, head)
+    signs = {"yes": [True], "no": [False], "both": [True, False]}[arguments.symmetric]
+    for group in arguments.group or GROUPS:
+        for name, rounding in ours(calibration, arguments.workers).items():
+            for symmetric in signs:
+                full = f"{name}, {'int4' if symmetric else 'uint4 with zero points'}"
+                note(full, group, partial(measure_ours, model, group, symmetric, rounding, test))
+        for name, write in peers(calibration, head).items():
+            # Per channel is one block longer than any column; it must be a power of two.
+            size = group or 2048
+            note(name, group, partial(measure_peer, write, source, size, test))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory of this process: {peak:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
