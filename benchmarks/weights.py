@@ -9,8 +9,8 @@ rounded, the embedding and the head that shares its table stay float; so do acti
 contender, so that nothing but the weights differs.  ONNX Runtime's quantizers are the peers: they
 are told to leave the head out too.
 
-These weights once lay on a grid of 4 bits in groups of 32 with a zero point that is a float, so that
-groups of 32 are easy, above all with such zero points (HQQ of ONNX Runtime).
+These weights once lay on a grid of 4 bits in groups of 32 with a zero point that is a float, so
+that groups of 32 are easy, above all with such zero points (HQQ of ONNX Runtime).
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def with_type(model: ir.Model, group: int, symmetric: bool, bits: int = 4) -> ir
 
 
 def save_floats(model: ir.Model, path: Path) -> None:
-    """Write the model with its rounded weights as floats: what ORT computes does not matter then."""
+    """Write the model with its rounded weights as floats: how ORT computes does not matter then."""
     for node in list(model.graph):
         if node.op_type == "DequantizeLinear":
             floats = dequantized_constant(node.outputs[0])
@@ -148,8 +148,13 @@ def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:
         rewrite(model)
 
 
-def measure_ours(model: ir.Model, group: int, symmetric: bool,
-                 rounding: Callable[[ir.Model], None], test: list[Feeds]) -> dict[str, Any]:  # fmt: skip
+def measure_ours(
+    model: ir.Model,
+    group: int,
+    symmetric: bool,
+    rounding: Callable[[ir.Model], None],
+    test: list[Feeds],
+) -> dict[str, Any]:
     """Perplexity, and what rounding took."""
     copy = with_type(model, group, symmetric)
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()

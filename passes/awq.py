@@ -2,8 +2,9 @@
 
     y = MatMul(x, W)   =>   y = MatMul(x / t, DQ(round(t W)))       t per channel
 
-Lin et al., AWQ (2023).  A row of W that large activations multiply makes a large error; made t times
-larger before it is rounded, it makes one of 1 / t.  With m the mean magnitude of each channel of x,
+Lin et al., AWQ (2023).  A row of W that large activations multiply makes a large error; made t
+times larger before it is rounded, it makes one of 1 / t.  With m the mean magnitude of each channel
+of x,
 
     t = m^a / sqrt(max m^a min m^a)
 
@@ -140,7 +141,7 @@ class AWQ(ir.passes.InPlacePass):
             for layer in layers_of(model.graph):
                 facts = power[id(layer.data)]
                 weight = finite_weight(layer.nodes[0], layer.weight)
-                importance = facts.power / np.square(facts.factors)
+                importance = _importance(facts.power, facts.factors)
                 grid = weight_grid(weight, layer.type, "mse", importance)
                 layer.replace(model.graph, rounded_on(weight, layer.type, grid))
         FixNames()(model)
@@ -206,13 +207,18 @@ def _factors(magnitude: Rows, alpha: float) -> Rows:
         return np.ones_like(magnitude)
     floor = magnitude[magnitude > 0].min()
     factors = np.maximum(magnitude, floor).astype(np.float64) ** alpha
-    return (factors / np.sqrt(factors.max() * factors.min())).astype(np.float32)
+    return np.asarray(factors / np.sqrt(factors.max() * factors.min()), np.float32)
+
+
+def _importance(power: Rows, factors: Rows) -> Rows:
+    """What a squared error of each row of the scaled weight counts for, [K]."""
+    return np.asarray(power / np.square(factors), np.float32)
 
 
 def _error(weight: Rows, layer: Layer, factors: Rows, moments: Moments) -> float:
-    """The error of the product with some columns of a weight, each weight as large as the others."""
+    """The error of a product with some columns of its weight, a part of all that it makes."""
     scaled = weight * factors[:, None]
-    importance = np.diag(moments.second) / np.square(factors)
+    importance = _importance(np.diag(moments.second), factors)
     rounded = rounded_on(scaled, layer.type, weight_grid(scaled, layer.type, "mse", importance))
     difference = rounded.floats(layer.type) / factors[:, None] - weight
     return moments.error(difference) / max(moments.error(weight), 1e-30)

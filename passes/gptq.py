@@ -128,7 +128,9 @@ class GPTQ(ir.passes.InPlacePass):
             groups = by_data(layers)
             with self.walk(model, list(groups)) as walk:
                 cache = LayerCache("gptq", walk.digest, repr(self.options), layers)
-                for done, (layer, rounded, note) in enumerate(self._rounded(groups, walk, cache), 1):
+                for done, (layer, rounded, note) in enumerate(
+                    self._rounded(groups, walk, cache), 1
+                ):
                     layer.replace(model.graph, rounded)
                     for node in layer.nodes:
                         add_note(node, note)
@@ -256,5 +258,3 @@ def _inverse_of_upper(upper: Rows) -> Rows:
     inverse[half:, half:] = _inverse_of_upper(upper[half:, half:])
     inverse[:half, half:] = -inverse[:half, :half] @ upper[:half, half:] @ inverse[half:, half:]
     return inverse
-
-

@@ -7,7 +7,7 @@ should not decide on the steps of all others.  So the error that is made small i
 |e|^p with p below 1, split into outliers E, which are taken out, and the rest, which is fitted by
 least squares, in turn:
 
-    E = shrink(W - W')          W_q = round(W / s + z)          s, z = argmin |W - E - s (W_q - z)|^2
+    E = shrink(W - W')      W_q = round(W / s + z)      s, z = argmin |W - E - s (W_q - z)|^2
 
 The paper fits a zero point that is a float; ONNX has integer ones, so that here the scale is fitted
 too, and a slice keeps the best it was at.  What is compared is again the sum of |e|^p.
@@ -109,7 +109,7 @@ def hqq(weight: Floats, type: QuantType, options: HQQ.Options) -> RoundedWeight:
     total = partial(reduce_slices, np.add, granularity=type.granularity)
     count = total(np.ones_like(weight))
     zeros = np.full(scale.shape, type.middle, np.float32) if zero is None else zero.astype("f4")
-    best, least, stiffness = None, np.full(scale.shape, np.inf, np.float32), 10.0
+    best, least, stiffness = (scale, zeros), np.full(scale.shape, np.inf, np.float32), 10.0
     for _ in range(options.steps + 1):
         step = spread(scale)
         stored = np.clip(np.rint(weight / step) + spread(zeros), *type.range)
@@ -120,14 +120,10 @@ def hqq(weight: Floats, type: QuantType, options: HQQ.Options) -> RoundedWeight:
         if not better.any():
             break
         least = np.where(better, loss, least)
-        kept = (scale, zeros)
-        best = kept if best is None else tuple(
-            np.where(better, new, old) for new, old in zip(kept, best, strict=True)
-        )
-        target = weight - step * _shrink(error, stiffness, options.norm)
+        best = np.where(better, scale, best[0]), np.where(better, zeros, best[1])
+        target = np.asarray(weight - step * _shrink(error, stiffness, options.norm), np.float32)
         scale, zeros = _fit(target, stored, scale, zeros, type, total, count)
         stiffness *= 1.01
-    assert best is not None
     scale, zeros = best
     stored = np.clip(np.rint(weight / spread(scale)) + spread(zeros), *type.range)
     storage = type.storage.numpy()
@@ -158,5 +154,3 @@ def _fit(target: Floats, stored: Floats, scale: Floats, zeros: Floats, type: Qua
     fitted = total(levels * target) / np.maximum(square, 1e-12)
     steps = np.where((square > 0) & (fitted > 0), fitted, scale)
     return as_scale(np.asarray(steps, np.float32), type), np.asarray(zeros, np.float32)
-
-

@@ -110,4 +110,3 @@ class Moments:
     def error(self, difference: Rows) -> float:
         """Mean square error of a row of the result, summed over it, for W - W', [K, N]."""
         return float(np.vdot(difference, self.second @ difference))
-

@@ -61,9 +61,7 @@ def rounded_on(
     return RoundedWeight(quantize(weight, grid[0], type, grid[1]), *grid)
 
 
-def _narrowest(
-    weight: Floats, type: QuantType, rows: Floats
-) -> tuple[Floats, NDArray[np.generic]]:
+def _narrowest(weight: Floats, type: QuantType, rows: Floats) -> tuple[Floats, NDArray[np.generic]]:
     """The zero point and the least squares scale of that part of each range that fits best."""
     lowest = reduce_slices(np.minimum, weight, type.granularity)
     highest = reduce_slices(np.maximum, weight, type.granularity)

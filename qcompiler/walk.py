@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.analysis import End, GraphView
 from qcompiler.ir.errors import CalibrationError
-from qcompiler.ir.graph import dequantize_of, let_go, new_initializer
+from qcompiler.ir.graph import let_go, new_initializer
 from qcompiler.passes.second_moments import Walker
 from qcompiler.passes.widen_constants import dequantized_constant
 from qcompiler.runtime import open_session
@@ -145,8 +145,10 @@ class SampleWalk:
         graph = ir.convenience.extract(source, ends, list(made))
         graph.inputs[:] = [value for value in graph.inputs if value.uses()]
         for node in list(graph):
+            if node.op_type != "DequantizeLinear":
+                continue
             # ORT would make MatMulNBits of it, which rounds activations to 8 bits.
-            floats = dequantized_constant(node.outputs[0]) if dequantize_of(node.outputs[0]) else None
+            floats = dequantized_constant(node.outputs[0])
             if floats is not None:
                 widened = new_initializer(graph, f"{node.outputs[0].name}_float", floats)
                 ir.convenience.replace_all_uses_with(node.outputs[0], widened)
@@ -191,7 +193,7 @@ def _constant_nodes(view: GraphView) -> set[ir.Node]:
 
 
 def _digest_of(model: ir.Model) -> str:
-    """Hash of what the model computes: its decisions and notes, which tell of times, do not count."""
+    """Hash of what the model computes: decisions and notes, which tell of times, do not count."""
     digest = hashlib.sha256()
     for node in model.graph.all_nodes():
         names = [None if value is None else value.name for value in [*node.inputs, *node.outputs]]
@@ -218,5 +220,3 @@ def _save(file: Path, tensors: Sample) -> None:
 def _load(file: Path) -> Sample:
     with np.load(file, allow_pickle=False) as arrays:
         return {str(name): arrays[f"arr_{i}"] for i, name in enumerate(arrays["names"])}
-
-
