@@ -22,13 +22,14 @@ from qcompiler.ir.decisions import decisions
 from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.ir.stages import Stage
 from qcompiler.ir.types import TensorStats
+from qcompiler.passes.lower_few_bits import LowerFewBits
 from qcompiler.pipeline import Pipeline
 from qcompiler.progress import Clock
 from qcompiler.recipe import Recipe
 from qcompiler.runtime import load, open_session
 from qcompiler.samples import Samples
 from qcompiler.source import check_source, foreign_domains, inputs_with_defaults
-from qcompiler.step import Watcher
+from qcompiler.step import Step, Watcher
 from qcompiler.targets.target import Target
 from qcompiler.timing.observed_shapes import model_inputs
 
@@ -79,6 +80,7 @@ class Job:
         passes: The pipeline of the user's, or the text of one; None for the default.
         stop_after: The last stage that is wanted.
         watchers: Shown the model before and after each pass.
+        for_ort: Write weights of few bits as ONNX Runtime's own op.
         effective: The recipe with the options of all passes as they were.
         bytes_before: Size of the model as it came.
         foreign: Domains of ops that ONNX Runtime knows only with somebody else's library.
@@ -96,6 +98,7 @@ class Job:
     passes: Pipeline | str | None
     stop_after: Stage | None
     watchers: Sequence[Watcher]
+    for_ort: bool = False
     effective: Recipe = dataclasses.field(default_factory=Recipe)
     bytes_before: int = 0
     foreign: Sequence[str] = ()
@@ -133,7 +136,10 @@ class Job:
             if self.passes is not None:
                 pipeline = pipeline.select(self.passes)
                 _check_read(pipeline, self.recipe, self.chooser.wishes)
-        return pipeline if self.stop_after is None else pipeline.up_to(self.stop_after)
+        pipeline = pipeline if self.stop_after is None else pipeline.up_to(self.stop_after)
+        if self.for_ort:
+            pipeline.steps.append(Step("lower-few-bits", LowerFewBits(), Stage.QDQ))
+        return pipeline
 
     def is_large(self, stage: Path) -> bool:
         """Whether a session of the model or of its bundle would take more memory than this."""

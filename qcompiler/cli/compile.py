@@ -20,7 +20,7 @@ from qcompiler.cli.options import (
     samples_of,
     verbose_option,
 )
-from qcompiler.cli.outcome import print_report, print_stopped
+from qcompiler.cli.outcome import print_emitted, print_report, print_stopped
 
 if TYPE_CHECKING:
     from qcompiler.recipe import Recipe
@@ -91,6 +91,12 @@ __all__ = ["compile_command"]
     metavar="BUNDLE",
     help="Choose the kernels that this bundle or manifest chose.",
 )
+@click.option(
+    "--emit",
+    metavar="bundle|ort",
+    default="bundle",
+    help="What to write: a bundle, or an ONNX file with ONNX Runtime's own MatMulNBits for int4.",
+)
 @click.option("--strict", is_flag=True, help="Fail if a node that could be fast is not.")
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
 @debugging_options
@@ -101,7 +107,7 @@ def compile_command(
     terminal: Terminal, model: Path, target: str, output: Path | None, calib: Path | None,
     preprocess: str | None, calib_method: str | None, recipe_file: Path | None,
     keep_float: tuple[str, ...], group_size: int | None, shapes: Shapes | None, untimed: bool,
-    choices: Path | None, strict: bool, quiet: bool, debugging: Debugging, as_json: bool,
+    choices: Path | None, emit: str, strict: bool, quiet: bool, debugging: Debugging, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile a model into a bundle."""
     if calib is None and not (preprocess is None and calib_method is None):
@@ -120,12 +126,15 @@ def compile_command(
         report = qcompiler.compile(
             model, target, output, recipe=recipe, calibration=samples,
             pipeline=debugging.pipeline, strict=strict, timing=not untimed, shapes=shapes,
-            choices=choices, progress=progress, stop_after=debugging.stage, watchers=watchers.all,
+            choices=choices, progress=progress, stop_after=debugging.stage, emit=emit,
+            watchers=watchers.all,
         )  # fmt: skip
     if as_json:
         terminal.json(report.to_dict() | watchers.to_dict())
         return
-    if debugging.stop is not None:
+    if emit == "ort":
+        print_emitted(terminal, report, quiet)
+    elif debugging.stop is not None:
         print_stopped(terminal, debugging.stop, report, quiet)
     else:
         print_report(terminal, model, report, quiet)
