@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import json
 import logging
 import resource
@@ -42,6 +43,7 @@ from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.hqq import HQQ
 from qcompiler.passes.round_to_nearest import RoundToNearest
+from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.passes.widen_constants import dequantized_constant
 from qcompiler.pipeline import Pipeline
 from qcompiler.recipe import Recipe
@@ -92,15 +94,15 @@ def planned(source: Path, head: str) -> ir.Model:
     return pipeline.run(load_model(source))
 
 
-def with_type(model: ir.Model, group: int, symmetric: bool, bits: int = 4) -> ir.Model:
-    """A copy whose layers are to be stored so."""
+def with_type(model: ir.Model, group: int, symmetric: bool, rounding: str) -> ir.Model:
+    """A copy whose layers are to be stored, and rounded, so."""
     copy = model.clone()
-    storage = ir.DataType[f"{'' if symmetric else 'U'}INT{bits}"]
+    storage = ir.DataType.INT4 if symmetric else ir.DataType.UINT4
     granularity = PerGroup(0, group) if group else PerAxis(1)
     type = QuantType(storage, granularity=granularity, symmetric=symmetric)
     for old, new in zip(model.graph, copy.graph, strict=True):
         if plan_of(old) is not None:
-            set_plan(new, NodePlan(type, None))
+            set_plan(new, NodePlan(type, None, rounding=rounding.split(",")[0]))
     return copy
 
 
@@ -119,32 +121,15 @@ def save_floats(model: ir.Model, path: Path) -> None:
     ir.save(model, path, external_data=f"{path.name}.data")
 
 
-def ours(calibration: list[Feeds], workers: int) -> dict[str, Callable[[ir.Model], None]]:
-    """What rounds the planned layers of a model, by name."""
-
-    def samples() -> Iterator[Feeds]:
-        yield from calibration
-
-    walk = walker(Samples(samples))
-    executor = concurrent.futures.ThreadPoolExecutor(workers) if workers > 1 else None
-    return {
-        "round to nearest, max": lambda model: _run(model, RoundToNearest(_scale("max"))),
-        "round to nearest, mse": lambda model: _run(model, RoundToNearest(_scale("mse"))),
-        "hqq": lambda model: _run(model, HQQ()),
-        "awq": lambda model: _run(model, AWQ(walk)),
-        "gptq": lambda model: _run(model, GPTQ(walk, executor=executor)),
-        "awq, gptq": lambda model: _run(
-            model, AWQ(walk, AWQ.Options(round=False)), GPTQ(walk, executor=executor)
-        ),
-    }
+ROUNDINGS = ("nearest, max", "nearest, mse", "hqq", "awq", "gptq", "awq_gptq")
+"""Ours: to nearest by two kinds of scales, and by the passes of that name."""
 
 
-def _scale(scale: str) -> RoundToNearest.Options:
-    return RoundToNearest.Options(scale=scale)
-
-
-def _run(model: ir.Model, *passes: ir.passes.PassBase) -> None:
-    for rewrite in passes:
+def round_weights(model: ir.Model, rounding: str, runs: LayerRuns) -> None:
+    """Round all planned layers."""
+    scale = "max" if rounding.endswith("max") else "mse"
+    for rewrite in (AWQ(runs), HQQ(runs), GPTQ(runs),
+                    RoundToNearest(RoundToNearest.Options(scale=scale))):  # fmt: skip
         rewrite(model)
 
 
@@ -152,13 +137,14 @@ def measure_ours(
     model: ir.Model,
     group: int,
     symmetric: bool,
-    rounding: Callable[[ir.Model], None],
+    rounding: str,
+    runs: LayerRuns,
     test: list[Feeds],
 ) -> dict[str, Any]:
     """Perplexity, and what rounding took."""
-    copy = with_type(model, group, symmetric)
+    copy = with_type(model, group, symmetric, rounding)
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    rounding(copy)
+    round_weights(copy, rounding, runs)
     after = resource.getrusage(resource.RUSAGE_SELF)
     took = {
         "seconds": time.perf_counter() - start,
@@ -275,13 +261,17 @@ def main() -> None:
 
     if wanted("float"):
         note("float", -1, lambda: {"perplexity": perplexity(source, test)})
-    model = planned(source, head)
+    model, runs = planned(source, head), LayerRuns(walker(Samples(lambda: iter(calibration))))
+    if arguments.workers > 1:
+        executor = concurrent.futures.ThreadPoolExecutor(arguments.workers)
+        runs = dataclasses.replace(runs, executor=executor)
     signs = {"yes": [True], "no": [False], "both": [True, False]}[arguments.symmetric]
     for group in arguments.group or GROUPS:
-        for name, rounding in ours(calibration, arguments.workers).items():
+        for rounding in ROUNDINGS:
             for symmetric in signs:
-                full = f"{name}, {'int4' if symmetric else 'uint4 with zero points'}"
-                note(full, group, partial(measure_ours, model, group, symmetric, rounding, test))
+                full = f"{rounding}, {'int4' if symmetric else 'uint4 with zero points'}"
+                facts = (model, group, symmetric, rounding, runs, test)
+                note(full, group, partial(measure_ours, *facts))
         for name, write in peers(calibration, head).items():
             # Per channel is one block longer than any column; it must be a power of two.
             size = group or 2048

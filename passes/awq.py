@@ -11,13 +11,13 @@ of x,
 where a is what rounds the products that read x with the least error over the samples.  1 / t goes
 into the constants before x (`absorb_factors`): a norm, or the matrix of another product; where
 nothing can take it, t is 1.  Then scales are found that cut the range of each group where that
-lowers the error of the product, and weights are rounded to nearest, or left to the next pass.
+lowers the error of the product, and weights are rounded to nearest; or, as "awq_gptq", by gptq.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -29,7 +29,7 @@ from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constan
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.layer_cache import LayerCache
 from qcompiler.passes.rounded_weight import Layer, by_data, finite_weight, layers_of
-from qcompiler.passes.second_moments import Moments, Rows, Walker
+from qcompiler.passes.second_moments import LayerRuns, Moments, Rows, Walker
 from qcompiler.passes.weight_grid import rounded_on, weight_grid
 
 __all__ = ["AWQ"]
@@ -72,9 +72,8 @@ class AWQ(ir.passes.InPlacePass):
     """Scale, and round, the matrices of planned MatMuls.
 
     Attributes:
-        walk: Runs the model; None if there are no samples.
+        runs: How the model is run.
         options: What to try.
-        tell: Hears of each value that was looked at.
     """
 
     rounds = True
@@ -85,11 +84,9 @@ class AWQ(ir.passes.InPlacePass):
 
         Attributes:
             alphas: How many exponents from 0 to below 1 are tried for each value; 1 scales nothing.
-            round: Round the weights too; else the next pass does, such as gptq.
         """
 
         alphas: int = 20
-        round: bool = True
 
         def __post_init__(self) -> None:
             """Check the values.
@@ -100,15 +97,9 @@ class AWQ(ir.passes.InPlacePass):
             if self.alphas < 1:
                 raise OptionError(f"alphas must be 1 or more, not {self.alphas}")
 
-    def __init__(
-        self,
-        walk: Walker | None,
-        options: Options | None = None,
-        tell: Callable[[str, float], None] | None = None,
-    ) -> None:
+    def __init__(self, runs: LayerRuns | None = None, options: Options | None = None) -> None:
         super().__init__()
-        self.walk, self.options = walk, options or self.Options()
-        self.tell = tell or (lambda text, share: None)
+        self.runs, self.options = runs or LayerRuns(), options or self.Options()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Scale and round every planned matrix.
@@ -117,13 +108,13 @@ class AWQ(ir.passes.InPlacePass):
             CalibrationError: There are no samples, or one is not finite somewhere inside.
             ModelError: A weight holds NaN or Inf.
         """
-        layers = layers_of(model.graph)
+        layers = layers_of(model.graph, "awq", "awq_gptq")
         for layer in layers:
             finite_weight(layer.nodes[0], layer.weight)
             let_go(layer.weight)
         if not layers:
             return ir.passes.PassResult(model, False)
-        if self.walk is None:
+        if self.runs.walk is None:
             raise CalibrationError(
                 f"awq scales {layers[0].name} and {len(layers) - 1} more by what goes into them: "
                 "give samples with --calib DIR (calibration=...), or choose weights that need none"
@@ -133,17 +124,15 @@ class AWQ(ir.passes.InPlacePass):
             for data, readers in by_data(layers).items()
         ]
         # The model stays as it is while it runs: a factor changes what goes into later layers.
-        found = self._look(model, layers, sites, self.walk)
+        found = self._look(model, layers, sites, self.runs.walk)
         for site, facts in zip(sites, found, strict=True):
             _scale(model.graph, site, facts)
-        if self.options.round:
-            power = {id(site.data): facts for site, facts in zip(sites, found, strict=True)}
-            for layer in layers_of(model.graph):
-                facts = power[id(layer.data)]
-                weight = finite_weight(layer.nodes[0], layer.weight)
-                importance = _importance(facts.power, facts.factors)
-                grid = weight_grid(weight, layer.type, "mse", importance)
-                layer.replace(model.graph, rounded_on(weight, layer.type, grid))
+        power = {id(site.data): facts for site, facts in zip(sites, found, strict=True)}
+        for layer in layers_of(model.graph, "awq"):
+            facts = power[id(layer.data)]
+            weight = finite_weight(layer.nodes[0], layer.weight)
+            grid = weight_grid(weight, layer.type, "mse", _importance(facts.power, facts.factors))
+            layer.replace(model.graph, rounded_on(weight, layer.type, grid))
         FixNames()(model)
         return ir.passes.PassResult(model, True)
 
@@ -151,7 +140,7 @@ class AWQ(ir.passes.InPlacePass):
         self, model: ir.Model, layers: Sequence[Layer], sites: Sequence[_Site], walk: Walker
     ) -> list[_Found]:
         """Run the model once, and choose the factors of each site."""
-        found = []
+        found, tell = list[_Found](), self.runs.progress()
         with walk(model, [site.data for site in sites]) as running:
             cache = LayerCache("awq", running.digest, repr(self.options), layers)
             for done, site in enumerate(sites, 1):
@@ -164,7 +153,7 @@ class AWQ(ir.passes.InPlacePass):
                                      "note": np.asarray(facts.note)})  # fmt: skip
                 else:
                     facts = _Found(kept["power"], kept["factors"], str(kept["note"]))
-                self.tell(f"{name}: {facts.note}", done / len(sites))
+                tell(f"{name}: {facts.note}", done / len(sites))
                 found.append(facts)
         return found
 

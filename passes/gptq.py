@@ -19,9 +19,8 @@ killed goes on after the last one.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -41,13 +40,10 @@ from qcompiler.passes.rounded_weight import (
     finite_weight,
     layers_of,
 )
-from qcompiler.passes.second_moments import Moments, Rows, Walk, Walker
+from qcompiler.passes.second_moments import LayerRuns, Moments, Rows, Walk
 from qcompiler.passes.weight_grid import RANGES, rounded_on, weight_grid
 
 __all__ = ["GPTQ", "gptq"]
-
-Progress = Callable[[str, float], None]
-"""Hears what was done, and which share of all that is."""
 
 _MOST_DAMPING = 1.0
 """Of the mean of H's diagonal: a matrix that is singular with so much on its diagonal holds
@@ -58,10 +54,8 @@ class GPTQ(ir.passes.InPlacePass):
     """Round the matrices of planned MatMuls; what is not one is left to round-to-nearest.
 
     Attributes:
-        walk: Runs the model; None if there are no samples.
+        runs: How the model is run, and where layers are rounded side by side.
         options: How to round.
-        executor: Where layers that read the same activations are rounded, side by side.
-        tell: Hears of each layer.
     """
 
     rounds = True
@@ -97,16 +91,9 @@ class GPTQ(ir.passes.InPlacePass):
             if self.range not in RANGES:
                 raise OptionError(f"range must be one of {', '.join(RANGES)}, not {self.range!r}")
 
-    def __init__(
-        self,
-        walk: Walker | None,
-        options: Options | None = None,
-        executor: concurrent.futures.Executor | None = None,
-        tell: Progress | None = None,
-    ) -> None:
+    def __init__(self, runs: LayerRuns | None = None, options: Options | None = None) -> None:
         super().__init__()
-        self.walk, self.options, self.executor = walk, options or self.Options(), executor
-        self.tell = tell or (lambda text, share: None)
+        self.runs, self.options = runs or LayerRuns(), options or self.Options()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Round every planned matrix.
@@ -115,18 +102,18 @@ class GPTQ(ir.passes.InPlacePass):
             CalibrationError: There are no samples, or one is not finite somewhere inside.
             ModelError: A weight holds NaN or Inf.
         """
-        layers = layers_of(model.graph)
+        layers = layers_of(model.graph, "gptq", "awq_gptq")
         for layer in layers:
             finite_weight(layer.nodes[0], layer.weight)
             let_go(layer.weight)
-        if layers and self.walk is None:
+        if layers and self.runs.walk is None:
             raise CalibrationError(
                 f"gptq rounds {layers[0].name} and {len(layers) - 1} more by what goes into them: "
                 "give samples with --calib DIR (calibration=...), or choose weights that need none"
             )
-        if layers and self.walk is not None:
-            groups = by_data(layers)
-            with self.walk(model, list(groups)) as walk:
+        if layers and self.runs.walk is not None:
+            groups, tell = by_data(layers), self.runs.progress()
+            with self.runs.walk(model, list(groups)) as walk:
                 cache = LayerCache("gptq", walk.digest, repr(self.options), layers)
                 for done, (layer, rounded, note) in enumerate(
                     self._rounded(groups, walk, cache), 1
@@ -134,7 +121,7 @@ class GPTQ(ir.passes.InPlacePass):
                     layer.replace(model.graph, rounded)
                     for node in layer.nodes:
                         add_note(node, note)
-                    self.tell(f"{layer.name}: {note}", done / len(layers))
+                    tell(f"{layer.name}: {note}", done / len(layers))
         FixNames()(model)
         return ir.passes.PassResult(model, bool(layers))
 
@@ -160,9 +147,7 @@ class GPTQ(ir.passes.InPlacePass):
         """Round the layers that read the same activations."""
         weights = [finite_weight(layer.nodes[0], layer.weight) for layer in layers]
         work = partial(_round_one, moments=moments, options=self.options)
-        types = [layer.type for layer in layers]
-        each = map if self.executor is None else self.executor.map
-        return list(each(work, weights, types))
+        return self.runs.map(work, weights, [layer.type for layer in layers])
 
 
 def _round_one(

@@ -30,6 +30,7 @@ from qcompiler.ir.graph import let_go
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.rounded_weight import RoundedWeight, finite_weight, layers_of
+from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.passes.weight_grid import weight_grid
 
 __all__ = ["HQQ", "hqq"]
@@ -41,8 +42,8 @@ class HQQ(ir.passes.InPlacePass):
     """Round the matrices of planned MatMuls; what is not one is left to round-to-nearest.
 
     Attributes:
+        runs: Who hears of each layer.
         options: How to round.
-        tell: Hears of each layer.
     """
 
     rounds = True
@@ -75,14 +76,9 @@ class HQQ(ir.passes.InPlacePass):
             if self.range not in ("max", "mse"):
                 raise OptionError(f"range must be max or mse, not {self.range!r}")
 
-    def __init__(
-        self,
-        options: Options | None = None,
-        tell: Callable[[str, float], None] | None = None,
-    ) -> None:
+    def __init__(self, runs: LayerRuns | None = None, options: Options | None = None) -> None:
         super().__init__()
-        self.options = options or self.Options()
-        self.tell = tell or (lambda text, share: None)
+        self.runs, self.options = runs or LayerRuns(), options or self.Options()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Round every planned matrix.
@@ -90,14 +86,14 @@ class HQQ(ir.passes.InPlacePass):
         Raises:
             ModelError: A weight holds NaN or Inf.
         """
-        layers = layers_of(model.graph)
+        layers, tell = layers_of(model.graph.all_nodes(), "hqq"), self.runs.progress()
         for done, layer in enumerate(layers, 1):
             weight = finite_weight(layer.nodes[0], layer.weight)
             layer.replace(model.graph, hqq(weight, layer.type, self.options))
             let_go(layer.weight)
             for node in layer.nodes:
                 add_note(node, "rounded by hqq")
-            self.tell(layer.name, done / len(layers))
+            tell(layer.name, done / len(layers))
         FixNames()(model)
         return ir.passes.PassResult(model, bool(layers))
 

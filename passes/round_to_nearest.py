@@ -20,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.arithmetic import quantize, weight_scale
-from qcompiler.ir.decisions import plan_of
+from qcompiler.ir.decisions import NodePlan, plan_of
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, let_go, new_initializer
 from qcompiler.ir.types import QuantType
@@ -79,8 +79,9 @@ class RoundToNearest(ir.passes.InPlacePass):
             for node in model.graph.all_nodes()
             if (plan := plan_of(node)) and constant(node.inputs[1]) is not None
         ]
-        for node, _ in planned:
+        for node, plan in planned:
             _check_pair(node)
+            _check_rounding(node, plan)
         for node, plan in planned:
             weight = node.inputs[1]
             assert weight is not None
@@ -99,6 +100,15 @@ class RoundToNearest(ir.passes.InPlacePass):
 
     def _range_of(self, type: QuantType) -> str:
         return self.options.scale or ("mse" if type.storage.bitwidth < 8 else "max")
+
+
+def _check_rounding(node: ir.Node, plan: NodePlan) -> None:
+    if plan.rounding != "nearest":
+        missing = plan.rounding.rpartition("_")[2]
+        raise OptionError(
+            f"{node.name!r} is to be rounded by {missing}, which the pipeline leaves out: add "
+            f'{missing} before insert-qdq, or say rounding = "nearest"'
+        )
 
 
 def _check_pair(node: ir.Node) -> None:

@@ -101,18 +101,18 @@ class Layer:
         drop_if_unread(self.weight)
 
 
-def layers_of(nodes: Iterable[ir.Node]) -> list[Layer]:
-    """The matrices of planned MatMuls that are floats still, each once per type; in their order.
+def layers_of(nodes: Iterable[ir.Node], *roundings: str) -> list[Layer]:
+    """The matrices that MatMuls plan to round in one of these ways, while they are still floats.
 
-    Only integers: a weight of float8 has no error that can be moved elsewhere.
+    Each is there once per type, in the order of the nodes.
     """
     found: dict[tuple[ir.Value, QuantType], list[ir.Node]] = {}
     for node in nodes:
         plan = plan_of(node) if node.op_type == "MatMul" else None
         weight = node.inputs[1] if plan is not None else None
-        if plan is None or weight is None or constant(weight) is None:
+        if plan is None or plan.rounding not in roundings:
             continue
-        if not plan.weight.is_float and plan.weight.codebook is None:
+        if weight is not None and constant(weight) is not None:
             found.setdefault((weight, plan.weight), []).append(node)
     return [Layer(weight, type, tuple(nodes)) for (weight, type), nodes in found.items()]
 

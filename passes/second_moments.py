@@ -9,9 +9,12 @@ that only H and one sample are in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import concurrent.futures
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +22,9 @@ from numpy.typing import NDArray
 
 from qcompiler.ir.errors import CalibrationError
 
-__all__ = ["Moments", "Walk", "Walker"]
+__all__ = ["LayerRuns", "Moments", "Walk", "Walker"]
+
+T = TypeVar("T")
 
 Rows = NDArray[np.float32]
 
@@ -55,6 +60,33 @@ class Walker(Protocol):
 
     def __call__(self, model: ir.Model, stops: list[ir.Value]) -> Walk:
         """Start it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRuns:
+    """What passes need that look at layers one by one.
+
+    Attributes:
+        walk: Runs the model; None if there are no samples.
+        executor: Where layers that read the same activations are treated, side by side.
+        tell: Hears what was done, which share of all that is, and how many seconds it took so far.
+    """
+
+    walk: Walker | None = None
+    executor: concurrent.futures.Executor | None = None
+    tell: Callable[[str, float, float], None] | None = None
+
+    def progress(self) -> Callable[[str, float], None]:
+        """Starts the clock: what to tell of each layer from now on."""
+        start, tell = time.perf_counter(), self.tell
+        if tell is None:
+            return lambda text, share: None
+        return lambda text, share: tell(text, share, time.perf_counter() - start)
+
+    def map(self, function: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
+        """What the function makes of each, in order."""
+        each = map if self.executor is None else self.executor.map
+        return list(each(function, *arguments))
 
 
 class Moments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import resource
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,6 +57,7 @@ def compile(
     progress: Progress | None = None,
     stop_after: Stage | str | None = None,
     emit: str = "bundle",
+    executor: concurrent.futures.Executor | None = None,
     watchers: Sequence[Watcher] = (),
 ) -> Report:
     """Compile a model into a bundle.
@@ -82,6 +84,8 @@ def compile(
             and no bundle; by default `<model>.<target>.<stage>.onnx`.
         emit: "bundle", or "ort" for an ONNX file with ONNX Runtime's own MatMulNBits for weights of
             few bits in groups, and nothing of ours; by default `<model>.<target>.ort.onnx`.
+        executor: Where layers that read the same activations are rounded side by side: of threads,
+            of processes, or of a cluster.
         watchers: Shown the model at the start, and before and after each pass.
 
     Returns:
@@ -96,6 +100,7 @@ def compile(
     require("progress", progress, Callable, "a function")
     require_path("output", output)
     require_path("choices", choices)
+    require("executor", executor, concurrent.futures.Executor, "a concurrent.futures.Executor")
     check_watchers(watchers)
     last = _stage(stop_after)
     clock = Clock(progress)
@@ -122,7 +127,7 @@ def compile(
         chooser = Chooser(goal, Wishes(timing, shapes, choices), samples, clock.detail)
     job = Job(
         source, (example_inputs, dynamic_shapes), goal, recipe, clock, observer, chooser, pipeline,
-        last, watchers, emit == "ort",
+        last, watchers, emit == "ort", executor,
     )  # fmt: skip
     model = job.run_passes()
     if strict:

@@ -14,6 +14,7 @@ from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.hqq import HQQ
 from qcompiler.passes.round_to_nearest import RoundToNearest
+from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.passes.weight_grid import rounded_on, weight_grid
 from qcompiler.samples import Samples
 from qcompiler.targets.catalog import TARGETS
@@ -48,13 +49,16 @@ def samples():
 
 
 WALK = walker(Samples(samples))
+RUNS = LayerRuns(WALK)
 
 
-def planned(text=ONE, weights=WEIGHTS, **options):
+def planned(text=ONE, weights=WEIGHTS, rounding="awq", **options):
     model = model_of(text, weights)
     for index, node in enumerate(model.graph):
         node.name = f"node_{index}"
-    AssignPrecision(TARGETS["cuda-int4"].scheme, AssignPrecision.Options(**options))(model)
+    AssignPrecision(
+        TARGETS["cuda-int4"].scheme, AssignPrecision.Options(rounding=rounding, **options)
+    )(model)
     return model
 
 
@@ -62,10 +66,11 @@ def constants(model):
     return {name: value.const_value.numpy() for name, value in model.graph.initializers.items()}
 
 
-def noise_of(rewrite, text=ONE, weights=WEIGHTS):
-    model = planned(text, weights)
+def noise_of(rounding, text=ONE, weights=WEIGHTS):
+    model = planned(text, weights, rounding)
     expected = run(model, FEEDS)[0]
-    rewrite(model)
+    for rewrite in (AWQ(RUNS), HQQ(), GPTQ(RUNS), RoundToNearest()):
+        rewrite(model)
     return sqnr(expected, run(model, FEEDS, plainly=True)[0])
 
 
@@ -77,38 +82,33 @@ def test_awq_scales_the_norm_and_rounds():
         o = MatMul  (v7, v4)
         outputs o
     """
-    model = assert_rewrites(AWQ(WALK), planned(), after, FEEDS, exact=False, floor_db=20)
+    model = assert_rewrites(AWQ(RUNS), planned(), after, FEEDS, exact=False, floor_db=20)
     factors = GAMMA / constants(model)["gamma_smoothed"]
     assert factors[[3, 40]].min() > np.delete(factors, [3, 40]).max()
     assert "scaled by awq with alpha=" in decision_of(model.graph[-1]).why
 
 
-def test_awq_without_rounding_keeps_the_numbers():
-    model = planned()
+def test_awq_before_gptq_keeps_the_numbers():
+    model = planned(rounding="awq_gptq")
     expected = run(model, FEEDS)[0]
-    assert AWQ(WALK, AWQ.Options(round=False))(model).modified
+    assert AWQ(RUNS)(model).modified
     assert [node.op_type for node in model.graph] == ["LayerNormalization", "MatMul"]
     np.testing.assert_allclose(run(model, FEEDS)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_awq_is_better_than_rounding_to_nearest_and_helps_gptq():
-    nearest = noise_of(RoundToNearest())
-    assert noise_of(AWQ(WALK)) > nearest + 2
-
-    def both(model):
-        AWQ(WALK, AWQ.Options(round=False))(model)
-        GPTQ(WALK)(model)
-
-    assert noise_of(both) > nearest + 2
+    nearest = noise_of("nearest")
+    assert noise_of("awq") > nearest + 2
+    assert noise_of("awq_gptq") > nearest + 2
 
 
 def test_awq_takes_factors_through_another_product():
     """Rows of the second matrix grow, columns of the first shrink."""
     text = f"{X} => ({OUT} o) {{ u = MatMul (x, v) t = Relu (u) o = MatMul (t, w) }}"
     weights = WEIGHTS | {"v": WEIGHTS["v"] * np.abs(GAMMA)}
-    assert noise_of(AWQ(WALK), text, weights) > noise_of(RoundToNearest(), text, weights) + 1
+    assert noise_of("awq", text, weights) > noise_of("nearest", text, weights) + 1
     model = planned(text, weights)
-    AWQ(WALK)(model)
+    AWQ(RUNS)(model)
     assert "x is an input of the model" in decision_of(model.graph[-3]).why
     assert "scaled by awq" in decision_of(model.graph[-1]).why
 
@@ -125,7 +125,7 @@ def test_awq_takes_factors_through_another_product():
 def test_awq_scales_nothing_that_others_see(text):
     model = planned(text)
     expected = run(model, FEEDS)
-    AWQ(WALK)(model)
+    AWQ(RUNS)(model)
     for got, want in zip(run(model, FEEDS, plainly=True), expected, strict=True):
         assert sqnr(want, got) > 15
     assert any("not scaled by awq: " in decision_of(node).why for node in model.graph)
@@ -137,27 +137,27 @@ def test_awq_goes_on_from_its_cache():
         raise AssertionError("the model was run")
 
     first, second = planned(), planned()
-    AWQ(WALK)(first)
+    AWQ(RUNS)(first)
 
     def start(model, stops):
         found = WALK(model, stops)
         found.rows = lambda value: nothing()
         return found
 
-    AWQ(start)(second)
+    AWQ(LayerRuns(start))(second)
     np.testing.assert_array_equal(*(constants(m)["gamma_smoothed"] for m in (first, second)))
 
 
 def test_nothing_planned_is_left():
     model = planned(keep_float=("MatMul",))
     before = text_of(model)
-    assert not AWQ(WALK)(model).modified and not HQQ()(model).modified
+    assert not AWQ(RUNS)(model).modified and not HQQ()(model).modified
     assert text_of(model) == before
 
 
 def test_awq_needs_samples():
     with pytest.raises(CalibrationError, match="awq scales node_1 and 0 more .*--calib"):
-        AWQ(None)(planned())
+        AWQ()(planned())
 
 
 def test_hqq_becomes_the_same_graph_as_rounding_to_nearest():
@@ -168,7 +168,7 @@ def test_hqq_becomes_the_same_graph_as_rounding_to_nearest():
         o = MatMul  (v7, v4)
         outputs o
     """
-    assert_rewrites(HQQ(), planned(), after, FEEDS, exact=False, floor_db=17)
+    assert_rewrites(HQQ(), planned(rounding="hqq"), after, FEEDS, exact=False, floor_db=17)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -217,12 +217,12 @@ def test_importance_spares_what_counts():
     assert errors[1] < 0.8 * errors[0]
 
 
-@pytest.mark.parametrize("rewrite", [HQQ(), AWQ(WALK)])
-def test_weights_that_are_not_finite_are_refused(rewrite):
+@pytest.mark.parametrize(("rounding", "rewrite"), [("hqq", HQQ()), ("awq", AWQ(RUNS))])
+def test_weights_that_are_not_finite_are_refused(rounding, rewrite):
     weight = WEIGHTS["w"].copy()
     weight[3, 4] = np.inf
     with pytest.raises(ModelError, match="'w' of 'node_1' holds 1 NaN or Inf.*--keep-float node_1"):
-        rewrite(planned(weights=WEIGHTS | {"w": weight}))
+        rewrite(planned(weights=WEIGHTS | {"w": weight}, rounding=rounding))
 
 
 @pytest.mark.parametrize(

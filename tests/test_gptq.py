@@ -17,6 +17,7 @@ from qcompiler.ir.types import PerAxis, PerGroup, QuantType
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.gptq import GPTQ, gptq
 from qcompiler.passes.round_to_nearest import RoundToNearest
+from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.samples import Samples
 from qcompiler.targets.catalog import TARGETS
 from qcompiler.walk import walker
@@ -50,12 +51,18 @@ def samples():
 
 FEEDS = {"x": rows(99)}
 WALK = walker(Samples(samples))
+RUNS = LayerRuns(WALK)
+
+
+def runs_on(function):
+    return LayerRuns(walker(Samples(function)))
 
 
 def planned(text=CHAIN, weights=WEIGHTS, target="cuda-int4", **options):
     model = model_of(text, weights)
     for index, node in enumerate(model.graph):
         node.name = f"node_{index}"
+    options = {"rounding": "gptq"} | options
     AssignPrecision(TARGETS[target].scheme, AssignPrecision.Options(**options))(model)
     return model
 
@@ -80,15 +87,15 @@ def test_becomes_the_same_graph_as_rounding_to_nearest():
         y = MatMul  (v19, v4)
         outputs y
     """
-    assert_rewrites(GPTQ(WALK), planned(), after, FEEDS, exact=False, floor_db=19)
+    assert_rewrites(GPTQ(RUNS), planned(), after, FEEDS, exact=False, floor_db=19)
 
 
 @pytest.mark.parametrize("act_order", [True, False])
 def test_is_better_than_rounding_to_nearest(act_order):
     expected = run(planned(), FEEDS)[0]
-    nearest, model = planned(), planned()
+    nearest, model = planned(rounding="nearest"), planned()
     RoundToNearest()(nearest)
-    GPTQ(WALK, GPTQ.Options(act_order=act_order))(model)
+    GPTQ(RUNS, GPTQ.Options(act_order=act_order))(model)
     before, after = (sqnr(expected, run(m, FEEDS, plainly=True)[0]) for m in (nearest, model))
     assert after > before + 3
     assert "rounded by gptq to 2" in decision_of(model.graph[-1]).why
@@ -116,9 +123,9 @@ def test_the_update_is_that_of_the_paper():
 def test_later_layers_make_up_for_earlier_ones():
     """The last layer is rounded on what the rounded ones before it make."""
     model = planned()
-    GPTQ(WALK)(model)
+    GPTQ(RUNS)(model)
     alone = planned(keep_float=("node_0", "node_1", "node_4"))
-    GPTQ(WALK)(alone)
+    GPTQ(RUNS)(alone)
     stored = [constants(m)["d_int4"].astype(int) for m in (model, alone)]
     assert 0 < (stored[0] != stored[1]).mean() < 0.5
 
@@ -144,7 +151,7 @@ def test_types(bits, group, symmetric):
 def test_a_graph_input_and_a_graph_output():
     model = planned(f"{X} => ({OUT} p, {OUT} y) {{ p = MatMul (x, a) y = MatMul (p, b) }}")
     expected = run(model, FEEDS)
-    GPTQ(WALK)(model)
+    GPTQ(RUNS)(model)
     assert sqnr(expected[1], run(model, FEEDS, plainly=True)[1]) > 20
 
 
@@ -153,7 +160,7 @@ def test_a_shared_weight_is_rounded_once_and_kept_for_others():
         f"{X} => ({OUT} y, {OUT} z) "
         "{ p = MatMul (x, a) t = Tanh (p) y = MatMul (t, a) z = Add (x, a) }".replace("[n,", "[64,")
     )
-    GPTQ(WALK)(model)
+    GPTQ(RUNS)(model)
     assert [node.op_type for node in model.graph].count("DequantizeLinear") == 1
     np.testing.assert_array_equal(constants(model)["a"], WEIGHTS["a"])
 
@@ -162,7 +169,7 @@ def test_what_is_no_planned_product_stays():
     model = planned(f"{X} => ({OUT} y, {OUT} z) {{ t = Tanh (x) y = MatMul (x, t2) z = Neg (t) }}"
                     .replace("t2", "t").replace("[n,", "[64,"))  # fmt: skip
     before = text_of(model)
-    assert not GPTQ(WALK)(model).modified
+    assert not GPTQ(RUNS)(model).modified
     assert text_of(model) == before
     assert decision_of(model.graph[1]).why.startswith("its second operand is an activation")
 
@@ -176,7 +183,7 @@ def test_a_dead_channel_is_rounded_to_nearest():
             yield sample
 
     model = planned(f"{X} => ({OUT} y) {{ y = MatMul (x, a) }}")
-    GPTQ(walker(Samples(dead)))(model)
+    GPTQ(runs_on(dead))(model)
     found = constants(model)
     expected = np.clip(np.rint(WEIGHTS["a"][7] / found["a_scale"][0]), -8, 7)
     np.testing.assert_array_equal(found["a_int4"][7].astype(int), expected)
@@ -184,14 +191,14 @@ def test_a_dead_channel_is_rounded_to_nearest():
 
 def test_no_activations_at_all_are_no_error():
     model = planned(f"{X} => ({OUT} y) {{ y = MatMul (x, a) }}")
-    GPTQ(walker(Samples(lambda: [{"x": np.zeros((3, K), np.float32)}])))(model)
+    GPTQ(runs_on(lambda: [{"x": np.zeros((3, K), np.float32)}]))(model)
     assert "rounded to nearest, which is no worse" in decision_of(model.graph[-1]).why
 
 
 def test_fewer_tokens_than_channels():
     """H has rank 3: damping makes it regular."""
     model = planned(f"{X} => ({OUT} y) {{ y = MatMul (x, a) }}")
-    GPTQ(walker(Samples(lambda: [{"x": rows(0, 3)}])))(model)
+    GPTQ(runs_on(lambda: [{"x": rows(0, 3)}]))(model)
     few = {"x": rows(0, 3)}
     assert sqnr(run(planned(f"{X} => ({OUT} y) {{ y = MatMul (x, a) }}"), few)[0],
                 run(model, few, plainly=True)[0]) > 30  # fmt: skip
@@ -213,18 +220,18 @@ def test_bad_values_are_named():
     weight[3, 4] = np.nan
     text = f"{X} => ({OUT} y) {{ t = Exp (x) y = MatMul (t, a) }}"
     with pytest.raises(ModelError, match="'a' of 'node_1' holds 1 NaN or Inf.*--keep-float node_1"):
-        GPTQ(WALK)(planned(text, {"a": weight}))
+        GPTQ(RUNS)(planned(text, {"a": weight}))
     with pytest.raises(CalibrationError, match="'t' becomes NaN or Inf"):
-        GPTQ(walker(Samples(lambda: [{"x": np.full((3, K), 1e4, np.float32)}])))(planned(text))
+        GPTQ(runs_on(lambda: [{"x": np.full((3, K), 1e4, np.float32)}]))(planned(text))
     with pytest.raises(CalibrationError, match="'t' never held a value"):
-        GPTQ(walker(Samples(lambda: [{"x": np.zeros((0, K), np.float32)}])))(planned(text))
+        GPTQ(runs_on(lambda: [{"x": np.zeros((0, K), np.float32)}]))(planned(text))
     with pytest.raises(CalibrationError, match="takes .*64"):
-        GPTQ(walker(Samples(lambda: [{"x": np.zeros((3, 5), np.float32)}])))(planned(text))
+        GPTQ(runs_on(lambda: [{"x": np.zeros((3, 5), np.float32)}]))(planned(text))
 
 
 def test_needs_samples():
     with pytest.raises(CalibrationError, match="gptq rounds node_0 and 3 more .*--calib"):
-        GPTQ(None)(planned())
+        GPTQ()(planned())
 
 
 @pytest.mark.parametrize(
@@ -239,10 +246,11 @@ def test_options_are_checked(options, message):
 
 def test_layers_side_by_side_are_the_same():
     first, second, told = planned(), planned(), []
-    GPTQ(WALK)(first)
+    GPTQ(RUNS)(first)
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         os.environ["QCOMPILER_CACHE"] += "2"
-        GPTQ(WALK, executor=executor, tell=lambda text, share: told.append((text, share)))(second)
+        runs = LayerRuns(WALK, executor, lambda text, share, seconds: told.append((text, share)))
+        GPTQ(runs)(second)
     for name, array in constants(first).items():
         np.testing.assert_array_equal(array.astype(np.float32),
                                       constants(second)[name].astype(np.float32))  # fmt: skip
@@ -260,7 +268,7 @@ def test_another_model_or_samples_find_nothing_in_the_cache():
             found.rows = lambda value: counts.append(value.name) or read(value)
             return found
 
-        GPTQ(counting)(model)
+        GPTQ(LayerRuns(counting))(model)
         return counts
 
     assert asked(planned(), WALK) == ["x", "t", "v"]
@@ -276,11 +284,11 @@ import sys, time
 sys.path[:0] = {path!r}
 import test_gptq as t
 from qcompiler.passes.gptq import GPTQ
-def tell(text, share):
+def tell(text, share, seconds):
     print(text, flush=True)
     time.sleep({pause})
 model = t.planned()
-GPTQ(t.WALK, tell=tell)(model)
+GPTQ(t.LayerRuns(t.WALK, tell=tell))(model)
 import hashlib
 print("digest", hashlib.sha256(repr(sorted((name, array.tobytes())
       for name, array in t.constants(model).items())).encode()).hexdigest())
