@@ -241,7 +241,10 @@ def test_rules_about_a_model_that_is_quantized():
         ("[[nodes]]\ngroup_size = 33", "group_size 33: must be 16, 32, 64, 128 or 256"),
         ("[[nodes]]\nsymmetric = 1", "symmetric must be true or false, not 1"),
         ("[[nodes]]\nactivation = 'statik'", "unknown activation 'statik'; did you mean 'static'"),
-        ("[[nodes]]\nrounding = 'up'", "unknown rounding 'up'; one of nearest, hqq, awq, gptq, awq_gptq"),
+        (
+            "[[nodes]]\nrounding = 'up'",
+            "unknown rounding 'up'; one of nearest, hqq, awq, gptq, awq",
+        ),
         ("[[nodes]]\ncalibration = 'mean'", "rule 1 of nodes: unknown calibration method 'mean'"),
         ("passes = 3", r"passes must be tables, \[passes.NAME\] in TOML, not 3"),
         ("[passes]\nsmooth-activations = 1", "passes: smooth-activations must be a table of opt"),
