@@ -1,16 +1,18 @@
-"""4-bit weights of SmolLM2-135M, rounded in several ways: perplexity, time and memory.
+"""4-bit weights of SmolLM2-135M or MiniLM-L6, rounded in several ways: scores, time and memory.
 
-    pip install '.[cpu]' torch transformers accelerate gguf
-    python benchmarks/weights.py wikitext2-valid.txt --json benchmarks/results/weights.json
+    pip install '.[cpu]' torch transformers accelerate gguf tokenizers scipy
+    python benchmarks/weights.py smollm2 --text wikitext2-valid.txt --json FILE
+    python benchmarks/weights.py minilm --sts sts-dev.csv --train sts-train.csv --json FILE
 
-The text is WikiText-2's validation part (CC BY-SA 3.0).  Windows of its beginning are scored,
-windows of its end calibrate what calibrates: 32 of 512 tokens each.  The matrices of all layers are
-rounded, the embedding and the head that shares its table stay float; so do activations, for every
-contender, so that nothing but the weights differs.  ONNX Runtime's quantizers are the peers: they
-are told to leave the head out too.
+SmolLM2 is scored by its perplexity on windows of 512 tokens from the beginning of WikiText-2's
+validation part (CC BY-SA 3.0), and calibrated with 32 windows of its end.  MiniLM is scored on the
+dev split of the STS benchmark, and calibrated with sentences of the training split.  The matrices
+of all layers are rounded; embeddings, and the head that shares its table with one, stay float; so
+do activations, for every contender, so that nothing but the weights differs.  ONNX Runtime's
+quantizers are the peers.
 
-These weights once lay on a grid of 4 bits in groups of 32 with a zero point that is a float, so
-that groups of 32 are easy, above all with such zero points (HQQ of ONNX Runtime).
+The weights of SmolLM2 once lay on a grid of 4 bits in groups of 32 with a zero point that is a
+float, so that groups of 32 are easy, above all with such zero points (ONNX Runtime's HQQ).
 """
 
 from __future__ import annotations
@@ -23,17 +25,14 @@ import logging
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import models
-import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 from timing import environment
-from whisper_smollm2 import cross_entropy
+from weight_cases import Case, Feeds, minilm, smollm2
 
 from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import NodePlan, plan_of, set_plan
@@ -50,44 +49,16 @@ from qcompiler.recipe import Recipe
 from qcompiler.samples import Samples
 from qcompiler.walk import walker
 
-TOKENS, CALIBRATION = 512, 32
 GROUPS = (32, 64, 128, 0)
 """Weights per scale; 0: one scale per channel."""
 
-Feeds = dict[str, Any]
-
-
-def windows(gguf: Path, text: Path, count: int) -> tuple[list[Feeds], list[Feeds]]:
-    """Windows to score and windows to calibrate with, from both ends of a text."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    ids = np.asarray(tokenizer(text.read_text(encoding="utf-8"))["input_ids"], np.int64)
-    pieces = ids[: len(ids) // TOKENS * TOKENS].reshape(-1, 1, TOKENS)
-    if len(pieces) < count + CALIBRATION:
-        raise SystemExit(
-            f"{text} has {len(pieces)} windows of {TOKENS} tokens, {count + CALIBRATION} are needed"
-        )
-    feeds = [{"input_ids": piece, "attention_mask": np.ones_like(piece)} for piece in pieces]
-    return feeds[:count], feeds[-CALIBRATION:]
-
-
-def perplexity(path: Path, test: list[Feeds]) -> float:
-    """Of a model file, on all windows."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    losses = [
-        cross_entropy(session.run(["logits"], feeds)[0][0, :-1], feeds["input_ids"][0, 1:])
-        for feeds in test
-    ]
-    return float(np.exp(np.mean(losses)))
+Score = Callable[[Path], dict[str, float]]
 
 
 def planned(source: Path, head: str) -> ir.Model:
     """The model with its layers planned, float activations."""
-    pipeline = Pipeline.default("cuda-int4", Recipe(keep_float=(head,)))
+    recipe = Recipe(keep_float=(head,) if head else ())
+    pipeline = Pipeline.default("cuda-int4", recipe)
     names = [step.name for step in pipeline]
     for name in names[names.index("assign-precision") + 1 :]:
         pipeline.remove(name)
@@ -139,9 +110,9 @@ def measure_ours(
     symmetric: bool,
     rounding: str,
     runs: LayerRuns,
-    test: list[Feeds],
+    score: Score,
 ) -> dict[str, Any]:
-    """Perplexity, and what rounding took."""
+    """Scores, and what rounding took."""
     copy = with_type(model, group, symmetric, rounding)
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     round_weights(copy, rounding, runs)
@@ -152,10 +123,10 @@ def measure_ours(
     }
     with tempfile.TemporaryDirectory() as folder:
         save_floats(copy, Path(folder) / "model.onnx")
-        return {"perplexity": perplexity(Path(folder) / "model.onnx", test), **took}
+        return {**score(Path(folder) / "model.onnx"), **took}
 
 
-def peers(calibration: list[Feeds], head: str) -> dict[str, Callable[[Path, Path, int], None]]:
+def peers(calibration: Sequence[Feeds], head: str) -> dict[str, Callable[[Path, Path, int], None]]:
     """What writes a quantized file for a model file and a group size, by name."""
     from onnxruntime.quantization import matmul_nbits_quantizer as nbits
     from onnxruntime.quantization.calibrate import CalibrationDataReader
@@ -175,7 +146,11 @@ def peers(calibration: list[Feeds], head: str) -> dict[str, Callable[[Path, Path
 
     def run(config: Any, source: Path, output: Path, group: int, **more: Any) -> None:
         quantizer = nbits.MatMulNBitsQuantizer(
-            str(source), block_size=group, nodes_to_exclude=[head], algo_config=config, **more
+            str(source),
+            block_size=group,
+            nodes_to_exclude=[head] if head else [],
+            algo_config=config,
+            **more,
         )
         quantizer.process()
         quantizer.model.save_model_to_file(str(output), use_external_data_format=True)
@@ -206,62 +181,63 @@ def peers(calibration: list[Feeds], head: str) -> dict[str, Callable[[Path, Path
 
 
 def measure_peer(
-    write: Callable[[Path, Path, int], None], source: Path, group: int, test: list[Feeds]
+    write: Callable[[Path, Path, int], None], source: Path, group: int, score: Score
 ) -> dict[str, Any]:
-    """Perplexity, or why there is none."""
+    """Scores, or why there are none."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "model.onnx"
         try:
             write(source, output, group)
             seconds = time.perf_counter() - start
-            return {"perplexity": perplexity(output, test), "seconds": seconds}
+            return {**score(output), "seconds": seconds}
         except Exception as error:  # what a peer cannot do is a result
             return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
 
-def _head_of(source: Path) -> str:
-    """The name of the product that makes the logits."""
-    model = ir.load(source)
-    (logits,) = [value for value in model.graph.outputs if value.name == "logits"]
-    node = logits.producer()
-    assert node is not None and node.op_type == "MatMul"
-    return node.name or ""
+def case_of(arguments: argparse.Namespace) -> Case:
+    """The model that was asked for."""
+    if arguments.model == "smollm2":
+        if arguments.text is None:
+            raise SystemExit("smollm2 wants --text")
+        return smollm2(arguments.text, arguments.count or 32)
+    if arguments.sts is None or arguments.train is None:
+        raise SystemExit("minilm wants --sts and --train")
+    return minilm(arguments.sts, arguments.train, arguments.count or 1500)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("text", type=Path)
-    parser.add_argument("--windows", type=int, default=32, help="to score, of 512 tokens")
+    parser.add_argument("model", choices=["smollm2", "minilm"])
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--sts", type=Path)
+    parser.add_argument("--train", type=Path)
+    parser.add_argument("--count", type=int, help="windows or pairs to score")
     parser.add_argument("--group", type=int, action="append", help="0: per channel; default all")
     parser.add_argument("--only", action="append", help="contenders whose names hold this")
     parser.add_argument("--symmetric", choices=["yes", "no", "both"], default="both")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="layers rounded side by side")
     parser.add_argument("--json", type=Path, help="results are added to those that are there")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
-    source, gguf = models.smollm2_prefill()
-    test, calibration = windows(gguf, arguments.text, arguments.windows)
-    head = _head_of(source)
-    results: dict[str, Any] = {"environment": environment(), "windows": arguments.windows}
+    case = case_of(arguments)
+    results: dict[str, Any] = {"environment": environment(), "count": arguments.count}
     if arguments.json and arguments.json.exists():
         results |= json.loads(arguments.json.read_text())
 
-    def wanted(name: str) -> bool:
-        return not arguments.only or any(part in name for part in arguments.only)
-
     def note(name: str, group: int, measure: Callable[[], dict[str, Any]]) -> None:
         table = results.setdefault(f"group {group}" if group else "per channel", {})
-        if not wanted(name) or name in table:
+        asked = not arguments.only or any(part in name for part in arguments.only)
+        if not asked or name in table:
             return
         table[name] = measure()
         print(f"{group or 'channel':>8}  {name:40}", json.dumps(table[name]), flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 
-    if wanted("float"):
-        note("float", -1, lambda: {"perplexity": perplexity(source, test)})
-    model, runs = planned(source, head), LayerRuns(walker(Samples(lambda: iter(calibration))))
+    note("float", -1, lambda: case.score(case.source))
+    model = planned(case.source, case.head)
+    runs = LayerRuns(walker(Samples(lambda: iter(case.calibration))))
     if arguments.workers > 1:
         executor = concurrent.futures.ThreadPoolExecutor(arguments.workers)
         runs = dataclasses.replace(runs, executor=executor)
@@ -270,12 +246,12 @@ def main() -> None:
         for rounding in ROUNDINGS:
             for symmetric in signs:
                 full = f"{rounding}, {'int4' if symmetric else 'uint4 with zero points'}"
-                facts = (model, group, symmetric, rounding, runs, test)
+                facts = (model, group, symmetric, rounding, runs, case.score)
                 note(full, group, partial(measure_ours, *facts))
-        for name, write in peers(calibration, head).items():
+        for name, write in peers(case.calibration, case.head).items():
             # Per channel is one block longer than any column; it must be a power of two.
             size = group or 2048
-            note(name, group, partial(measure_peer, write, source, size, test))
+            note(name, group, partial(measure_peer, write, case.source, size, case.score))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory of this process: {peak:.0f} MiB")
 
