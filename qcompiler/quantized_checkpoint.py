@@ -9,8 +9,9 @@ The integers, scales and zero points are the checkpoint's, in ONNX layout and tw
     GPTQ  int32 [K b / 32, N]          int32 [G, N b / 32], less one   group of each input
     AWQ   int32 [K, N b / 32]          int32 [G, N b / 32]
 
-where the nibbles of AWQ's words hold the columns 0 2 4 6 1 3 5 7 of eight.  The first values are in the lowest bits.  AWQ scaled the norms before its layers as well: floats of
-one dimension are taken over from such a checkpoint too.
+where the nibbles of AWQ's words hold the columns 0 2 4 6 1 3 5 7 of eight.  The first values are in
+the lowest bits.  AWQ scaled the norms before its layers as well: floats of one dimension are taken
+over from such a checkpoint too.
 """
 
 from __future__ import annotations
