@@ -57,7 +57,9 @@ def default_steps(
     runs: LayerRuns,
 ) -> list[Step]:
     """A new pass for each step; for the arguments see `Pipeline.default`."""
-    precision = AssignPrecision.Options(recipe.keep_float, recipe.group_size, recipe.rounding)
+    precision = AssignPrecision.Options(
+        recipe.keep_float, recipe.group_size, rounding=recipe.rounding
+    )
     attention = FuseAttention.Options(recipe.attention)
     chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
     return [

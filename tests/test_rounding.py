@@ -173,8 +173,9 @@ def test_on_the_command_line(tmp_path):
 
     ir.save(model(), tmp_path / "m.onnx")
     np.savez(tmp_path / "a.npz", x=rows(0))
-    (tmp_path / "r.toml").write_text('rounding = "gptq"\n[passes.gptq]\ndamping = 0.05\n')
+    (tmp_path / "r.toml").write_text("[passes.gptq]\ndamping = 0.05\n")
     words = ["--target", "cuda-int4", "--recipe", str(tmp_path / "r.toml"), "--no-timing"]
+    words += ["--rounding", "gptq"]
     calib = ["--calib", str(tmp_path / "a.npz"), "-o", str(tmp_path / "b"), "-v"]
     result = qcompile(tmp_path / "m.onnx", *words, *calib)
     assert result.exit_code == 0, result.output
