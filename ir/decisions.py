@@ -85,7 +85,7 @@ class NodePlan:
         activation: Its data input; None leaves it float (W4A16).
         output: Its result, for ops whose quantized form stores an integer result (Conv).
         calibration: Where static ranges are cut off, as in a recipe; None as for all others.
-        rounding: How the weight is rounded: "nearest".
+        rounding: How the weight is rounded: "nearest", or by which passes.
         requested: A user asked for this precision here: it is not weighed against float.
     """
 

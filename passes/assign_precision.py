@@ -43,6 +43,7 @@ from qcompiler.passes.forms import Form, form_of
 from qcompiler.passes.lower_convolutions import no_convolution_of
 from qcompiler.passes.node_rules import (
     PRECISIONS,
+    ROUNDINGS,
     NodeRule,
     NodeRules,
     check_group_size,
@@ -101,20 +102,27 @@ class AssignPrecision(ir.passes.InPlacePass):
             group_size: Weights per scale where a scheme has groups; by default its own choice.
             products: Let MatMuls of two activations multiply 8 bits, with static scales.
             outputs: Round convolutions whose results leave the graph, too.
+            rounding: How the weights of products are rounded: "nearest", "hqq", or, with samples,
+                "awq", "gptq" or both, "awq_gptq".
         """
 
         keep_float: tuple[str, ...] = ()
         group_size: int | None = None
         products: bool = False
         outputs: bool = False
+        rounding: str = "nearest"
 
         def __post_init__(self) -> None:
             """Check the values.
 
             Raises:
-                OptionError: Patterns that are no strings, or a group size that is no power of two
-                    from 16 to 256.
+                OptionError: Patterns that are no strings, a group size that is no power of two from
+                    16 to 256, or no such rounding.
             """
+            if self.rounding not in ROUNDINGS:
+                hint = did_you_mean(str(self.rounding), ROUNDINGS)
+                hint = hint or f"; one of {', '.join(ROUNDINGS)}"
+                raise OptionError(f"unknown rounding {self.rounding!r}{hint}")
             keep = self.keep_float
             listed = isinstance(keep, Sequence) and not isinstance(keep, str)
             if not listed or not all(isinstance(pattern, str) for pattern in keep):
@@ -215,7 +223,9 @@ class AssignPrecision(ir.passes.InPlacePass):
             self._asked.refuse(node, key, why)
             add_note(node, f"{key} {getattr(asked, key)!r} of the recipe is not possible: {why}")
 
-        return form_of(node.op_type, self.scheme, asked, self.group_sizes, refuse)
+        return form_of(
+            node.op_type, self.scheme, asked, self.group_sizes, self.options.rounding, refuse
+        )
 
     def _known_patterns(self, nodes: list[ir.Node]) -> tuple[str, ...]:
         """`keep_float`, each pattern of which matches something.
@@ -298,6 +308,9 @@ class AssignPrecision(ir.passes.InPlacePass):
         if in_branch and form.group_sizes:
             # Making MatMulNBits of it, ORT 1.31 looks for the weight inside the branch and fails.
             return _Float("ORT does not find int4 weights from inside a branch", False)
+        if in_branch and form.rounding not in ("nearest", "hqq"):
+            add_note(node, f"rounded to nearest, not by {form.rounding}: inside of a branch")
+            form = dataclasses.replace(form, rounding="nearest")
         activation = None
         if form.activation == "dynamic":
             storage = form.weight if form.weight.is_floating_point() else ir.DataType.INT8
@@ -309,10 +322,11 @@ class AssignPrecision(ir.passes.InPlacePass):
             activation = self._static()
         if not form.group_sizes:
             return _node_plan(form, _per_channel(form.weight, axis=1), activation)
-        size = next((size for size in form.group_sizes if depth % size == 0), None)
-        if size is None:
-            return _Float(f"K={depth} is a multiple of no group size in {form.group_sizes}", False)
-        return _node_plan(form, QuantType(form.weight, granularity=PerGroup(0, size)), activation)
+        # Where none divides K, the last group is shorter: ONNX and ORT's MatMulNBits know that.
+        divisors = (size for size in form.group_sizes if depth % size == 0)
+        size = next(divisors, form.group_sizes[0])
+        stored = QuantType(form.weight, granularity=PerGroup(0, size), symmetric=form.symmetric)
+        return _node_plan(form, stored, activation)
 
     def _plan_product(self, node: ir.Node, in_branch: bool) -> OperandPlan | _Float:
         """MatMul of two activations: ORT's MatMulIntegerToFloat."""

@@ -126,7 +126,10 @@ class FoldQDQ(ir.passes.InPlacePass):
 def _explain(node: ir.Node, reason: str) -> None:
     """Say who computes a node that was not folded, and why."""
     found, before = left_to_ort(node), decision_of(node)
-    if reason and (plan_of(node) is not None or (before.action == "qdq" and found is None)):
+    plan = plan_of(node)
+    # Weights alone, with zero points: ORT has an op for them, and we have none.
+    folds = plan is not None and (plan.activation is not None or plan.weight.symmetric)
+    if reason and (folds or (before.action == "qdq" and found is None)):
         why = "planned, but its surroundings did not let it be folded"
         decide(node, "float", f"{why}: {reason}", expected=False)
     elif found is not None and (before.action == "float" or reason):

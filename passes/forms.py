@@ -48,6 +48,7 @@ class Form:
         calibration: Where static ranges are cut off; None as for all.
         rounding: How the weights are rounded.
         requested: Whether a rule asked for this precision.
+        symmetric: Whether weights have no zero point.
     """
 
     weight: ir.DataType
@@ -56,6 +57,7 @@ class Form:
     calibration: str | None = None
     rounding: str = "nearest"
     requested: bool = False
+    symmetric: bool = True
 
 
 def form_of(
@@ -63,6 +65,7 @@ def form_of(
     scheme: Scheme,
     asked: NodeRule | None,
     group_sizes: tuple[int, ...],
+    rounding: str,
     refuse: Callable[[str, str], None],
 ) -> Form:
     """The form of a node.
@@ -72,6 +75,7 @@ def form_of(
         scheme: The target's number formats; of convolutions it has some.
         asked: What the recipe says of the node.
         group_sizes: Weights per scale, in order of preference, of weights in groups.
+        rounding: How weights of products are rounded, if the rule says nothing of it.
         refuse: Told each key of `asked` that cannot be, and why; it is then as if not asked for.
     """
     while asked is not None and (misfit := _misfit(op, scheme, asked)) is not None:
@@ -81,16 +85,18 @@ def form_of(
         del left[key]
         asked = NodeRule(**left) if left else None
     weight, activation = _storage(op, scheme, asked), _activation(op, scheme, asked)
+    usual = rounding if _misfit_of_rounding(op, weight) is None else "nearest"
     if asked is None:
-        return Form(weight, activation, _groups(weight, group_sizes))
+        return Form(weight, activation, _groups(weight, group_sizes), rounding=usual)
     sizes = (asked.group_size,) if asked.group_size else group_sizes
     return Form(
         weight,
         activation,
         _groups(weight, sizes),
         asked.calibration,
-        asked.rounding or "nearest",
+        asked.rounding or usual,
         asked.precision is not None,
+        asked.symmetric is not False,
     )
 
 
@@ -135,6 +141,18 @@ def _misfit(op: str, scheme: Scheme, asked: NodeRule) -> tuple[str, str] | None:
         return "group_size", "these weights have a scale per channel; only int4 ones have groups"
     if asked.calibration is not None and activation != "static":
         return "calibration", f"its activations are {activation}, nothing of them is calibrated"
-    if asked.symmetric is False:
-        return "symmetric", "no op multiplies weights with zero points yet"
+    unrounded = _misfit_of_rounding(op, weight)
+    if asked.rounding not in (None, "nearest") and unrounded is not None:
+        return "rounding", unrounded
+    if asked.symmetric is False and (weight, activation) != (_INT4, "float"):
+        return "symmetric", "only int4 weights under float activations may have zero points"
+    return None
+
+
+def _misfit_of_rounding(op: str, weight: ir.DataType) -> str | None:
+    """Why weights can only be rounded to nearest."""
+    if op != "MatMul":
+        return "only weights of products are rounded otherwise than to nearest"
+    if weight.is_floating_point():
+        return "only integers are rounded otherwise than to nearest"
     return None

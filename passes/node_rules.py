@@ -48,7 +48,9 @@ PRECISIONS = {
 """How weights may be stored, by the word of a recipe."""
 
 ACTIVATIONS = ("dynamic", "static", "float")
-ROUNDINGS = ("nearest",)
+ROUNDINGS = ("nearest", "hqq", "awq", "gptq", "awq_gptq")
+"""How weights may be rounded: by the pass of that name, or scaled by awq and rounded by gptq."""
+
 GROUP_SIZES = (16, 32, 64, 128, 256)
 """ORT's MatMulNBits, which runs the bodies, takes powers of two from 16."""
 
@@ -70,7 +72,8 @@ class NodeRule:
         activation: Scales of activations: "dynamic" (per token, computed while the model runs),
             "static" (per tensor, from calibration), or "float" (not quantized).
         calibration: Where static ranges are cut off, as the recipe's own key says for all nodes.
-        rounding: How weights are rounded: "nearest".
+        rounding: How the weights of products are rounded: "nearest", "hqq", or, with samples,
+            "awq", "gptq" or both, "awq_gptq".
     """
 
     match: str | None = None

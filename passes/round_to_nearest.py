@@ -13,7 +13,6 @@ for a uint8 product and refuses the model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,18 +20,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.arithmetic import quantize, weight_scale
-from qcompiler.ir.clipped_scale import clipped_scale
-from qcompiler.ir.decisions import plan_of
-from qcompiler.ir.errors import ModelError, OptionError, did_you_mean
+from qcompiler.ir.decisions import NodePlan, plan_of
+from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, let_go, new_initializer
-from qcompiler.ir.types import PerAxis, PerGroup, QuantType
+from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.rounded_weight import RoundedWeight, finite_weight, place_dequantize
+from qcompiler.passes.weight_grid import RANGES, weight_grid
 
 __all__ = ["RoundToNearest"]
-
-ScaleOf = Callable[[NDArray[Any], QuantType], NDArray[Any]]
-
-_SCALES: dict[str, ScaleOf] = {"max": weight_scale, "mse": clipped_scale}
 
 
 class RoundToNearest(ir.passes.InPlacePass):
@@ -60,8 +56,8 @@ class RoundToNearest(ir.passes.InPlacePass):
             Raises:
                 OptionError: A scale that is neither "max" nor "mse".
             """
-            if self.scale not in (None, *_SCALES):
-                hint = did_you_mean(str(self.scale), _SCALES)
+            if self.scale not in (None, *RANGES):
+                hint = did_you_mean(str(self.scale), RANGES)
                 raise OptionError(f"scale must be max or mse, not {self.scale!r}{hint}")
 
     rounds = True
@@ -83,16 +79,17 @@ class RoundToNearest(ir.passes.InPlacePass):
             for node in model.graph.all_nodes()
             if (plan := plan_of(node)) and constant(node.inputs[1]) is not None
         ]
-        for node, _ in planned:
+        for node, plan in planned:
             _check_pair(node)
+            _check_rounding(node, plan)
         for node, plan in planned:
             weight = node.inputs[1]
             assert weight is not None
             floor = _scale_floor(node)
             key = (weight, plan.weight, floor.tobytes())
             if key not in rounded:
-                scale_of = self._scale_of(plan.weight)
-                rounded[key] = _round(model.graph, node, weight, plan.weight, floor, scale_of)
+                range = self._range_of(plan.weight)
+                rounded[key] = _round(model.graph, node, weight, plan.weight, floor, range)
                 let_go(weight)
             node.replace_input_with(1, rounded[key].outputs[0])
             if node.op_type == "Conv":
@@ -101,8 +98,17 @@ class RoundToNearest(ir.passes.InPlacePass):
         FixNames()(model)
         return ir.passes.PassResult(model, bool(planned))
 
-    def _scale_of(self, type: QuantType) -> ScaleOf:
-        return _SCALES[self.options.scale or ("mse" if type.storage.bitwidth < 8 else "max")]
+    def _range_of(self, type: QuantType) -> str:
+        return self.options.scale or ("mse" if type.storage.bitwidth < 8 else "max")
+
+
+def _check_rounding(node: ir.Node, plan: NodePlan) -> None:
+    if plan.rounding != "nearest":
+        missing = plan.rounding.rpartition("_")[2]
+        raise OptionError(
+            f"{node.name!r} is to be rounded by {missing}, which the pipeline leaves out: add "
+            f'{missing} before insert-qdq, or say rounding = "nearest"'
+        )
 
 
 def _check_pair(node: ir.Node) -> None:
@@ -134,41 +140,30 @@ def _round(
     weight: ir.Value,
     type: QuantType,
     floor: NDArray[np.float32],
-    scale_of: ScaleOf,
+    range: str,
 ) -> ir.Node:
     """A new DequantizeLinear, at the front of the graph, of the rounded weight."""
-    array = np.asarray(constant(weight), np.float32)
-    if not np.isfinite(array).all():
-        count = int(array.size - np.isfinite(array).sum())
-        raise ModelError(
-            f"the weight {weight.name!r} of {node.name!r} holds {count} NaN or Inf; repair the "
-            f"model, or keep the node float with --keep-float {node.name}"
-        )
-    scale = np.maximum(scale_of(array, type), floor)
-    stored = np.ascontiguousarray(quantize(array, scale, type))  # it may be a transposed view
-    name = weight.name or "weight"
+    array = finite_weight(node, weight)
+    if type.is_float:
+        return _widen(graph, weight.name or "weight", array, type)
+    scale, zero = weight_grid(array, type, range)
+    scale = np.maximum(scale, floor)
+    stored = np.ascontiguousarray(quantize(array, scale, type, zero))  # it may be a transposed view
+    return place_dequantize(graph, weight, type, RoundedWeight(stored, scale, zero))
+
+
+def _widen(graph: ir.Graph, name: str, array: NDArray[np.float32], type: QuantType) -> ir.Node:
+    """`Cast(stored) * scale` for one scale per column."""
+    scale = weight_scale(array, type)
+    stored = np.ascontiguousarray(quantize(array, scale, type))
     inputs = [
         new_initializer(graph, f"{name}_{type.storage.name.lower()}", stored, type.storage),
         new_initializer(graph, f"{name}_scale", scale),
     ]
-    if type.is_float:
-        return _widen(graph, name, inputs, array.shape)
-    attributes = {"axis": 0}
-    match type.granularity:
-        case PerAxis(axis):
-            attributes = {"axis": axis}
-        case PerGroup(axis, group_size):
-            attributes = {"axis": axis, "block_size": group_size}
-    node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}_dequantize")
-    return _place(graph, node, name, array.shape)
-
-
-def _widen(graph: ir.Graph, name: str, inputs: list[ir.Value], shape: tuple[int, ...]) -> ir.Node:
-    """`Cast(stored) * scale` for one scale per column."""
     product = ir.node("Mul", inputs, name=f"{name}_dequantize")
-    _place(graph, product, name, shape)
+    _place(graph, product, name, array.shape)
     cast = ir.node("Cast", inputs[:1], {"to": int(ir.DataType.FLOAT)}, name=f"{name}_widen")
-    product.replace_input_with(0, _place(graph, cast, f"{name}_wide", shape).outputs[0])
+    product.replace_input_with(0, _place(graph, cast, f"{name}_wide", array.shape).outputs[0])
     return product
 
 

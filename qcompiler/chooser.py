@@ -20,6 +20,7 @@ from qcompiler.ir.region import Region
 from qcompiler.passes.choose_kernels import ChooseKernels
 from qcompiler.passes.insert_qdq import Observer
 from qcompiler.passes.product_error import Sampler
+from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.pipeline import Pipeline
 from qcompiler.random_inputs import random_feed
 from qcompiler.recipe import Recipe
@@ -123,11 +124,17 @@ class Chooser:
         if self.wishes.shapes is not None:
             random_feed(model_inputs(model), self.wishes.shapes)
 
-    def pipeline(self, recipe: Recipe, observe: Observer | None, sample: Sampler) -> Pipeline:
+    def pipeline(
+        self,
+        recipe: Recipe,
+        observe: Observer | None,
+        sample: Sampler,
+        runs: LayerRuns | None = None,
+    ) -> Pipeline:
         """The passes to run, with what is known so far; see `Pipeline.default`."""
         self._choose = self._make_pass()
         return Pipeline.default(
-            self.target, recipe, observe, sample, self._choose, self._unsupported
+            self.target, recipe, observe, sample, self._choose, self._unsupported, runs
         )
 
     def record(self) -> Record:

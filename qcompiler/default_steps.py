@@ -7,6 +7,7 @@ from collections.abc import Callable
 from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage
 from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.passes.awq import AWQ
 from qcompiler.passes.bind_kernels import BindKernels
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.choose_kernels import ChooseKernels
@@ -18,15 +19,18 @@ from qcompiler.passes.fuse_hard_swish import FuseHardSwish
 from qcompiler.passes.fuse_norms import FuseNorms
 from qcompiler.passes.fuse_quantize import FuseQuantize
 from qcompiler.passes.fuse_regions import FuseRegions
+from qcompiler.passes.gptq import GPTQ
+from qcompiler.passes.hqq import HQQ
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
 from qcompiler.passes.join_integers import JoinIntegers
 from qcompiler.passes.lift_qoperators import LiftQOperators
 from qcompiler.passes.lower_convolutions import LowerConvolutions
 from qcompiler.passes.merge_siblings import MergeSiblings
 from qcompiler.passes.normalize_qdq import NormalizeQDQ
-from qcompiler.passes.round_tables import RoundTables
 from qcompiler.passes.product_error import Sampler
+from qcompiler.passes.round_tables import RoundTables
 from qcompiler.passes.round_to_nearest import RoundToNearest
+from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.passes.shift_weights import ShiftWeights
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.passes.split_outliers import SplitOutliers
@@ -40,6 +44,7 @@ __all__ = ["OPTIONS_OF_RECIPE", "default_steps"]
 OPTIONS_OF_RECIPE = {
     ("assign-precision", "keep_float"): "keep_float",
     ("assign-precision", "group_size"): "group_size",
+    ("assign-precision", "rounding"): "rounding",
     ("fuse-attention", "precision"): "attention",
 }
 """Options of passes that are keys of the recipe itself, and which."""
@@ -52,9 +57,12 @@ def default_steps(
     sample: Sampler,
     choose: ChooseKernels | None,
     supports: Callable[[Region], str | None],
+    runs: LayerRuns,
 ) -> list[Step]:
     """A new pass for each step; for the arguments see `Pipeline.default`."""
-    precision = AssignPrecision.Options(recipe.keep_float, recipe.group_size)
+    precision = AssignPrecision.Options(
+        recipe.keep_float, recipe.group_size, rounding=recipe.rounding
+    )
     attention = FuseAttention.Options(recipe.attention)
     chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
     return [
@@ -76,6 +84,9 @@ def default_steps(
         Step("split-outliers", SplitOutliers(sample), Stage.FLOAT, "plans"),
         Step("join-integers", JoinIntegers(), Stage.FLOAT, "plans"),
         Step("round-tables", RoundTables(), Stage.QDQ, "plans"),
+        Step("awq", AWQ(runs), Stage.QDQ, "plans"),
+        Step("hqq", HQQ(runs), Stage.QDQ, "plans"),
+        Step("gptq", GPTQ(runs), Stage.QDQ, "plans"),
         Step("insert-qdq", InsertQDQ(observe), Stage.QDQ, "plans"),
         Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
         Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),

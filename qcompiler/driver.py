@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import resource
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,7 @@ from qcompiler.bundle import check_destination, staged_folder
 from qcompiler.chooser import Chooser, Wishes
 from qcompiler.clipping import Clipping
 from qcompiler.ir.decisions import Decision, decisions
-from qcompiler.ir.errors import OptionError
+from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.stages import Stage
 from qcompiler.job import Job, SampleObserver, size_of
 from qcompiler.model_file import check_file, save_model
@@ -55,6 +56,8 @@ def compile(
     choices: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     stop_after: Stage | str | None = None,
+    emit: str = "bundle",
+    executor: concurrent.futures.Executor | None = None,
     watchers: Sequence[Watcher] = (),
 ) -> Report:
     """Compile a model into a bundle.
@@ -79,6 +82,10 @@ def compile(
         progress: Told about each step.
         stop_after: Write the model as it is after this stage ("float", "qdq", …), as an ONNX file
             and no bundle; by default `<model>.<target>.<stage>.onnx`.
+        emit: "bundle", or "ort" for an ONNX file with ONNX Runtime's own MatMulNBits for weights of
+            few bits in groups, and nothing of ours; by default `<model>.<target>.ort.onnx`.
+        executor: Where layers that read the same activations are rounded side by side: of threads,
+            of processes, or of a cluster.
         watchers: Shown the model at the start, and before and after each pass.
 
     Returns:
@@ -93,10 +100,14 @@ def compile(
     require("progress", progress, Callable, "a function")
     require_path("output", output)
     require_path("choices", choices)
+    require("executor", executor, concurrent.futures.Executor, "a concurrent.futures.Executor")
     check_watchers(watchers)
     last = _stage(stop_after)
     clock = Clock(progress)
     goal = get_target(target)
+    suffix = None if last is None else last.name.lower()
+    if _emits_for_ort(emit, goal, last):
+        last, suffix = Stage.QDQ, "ort"
     if isinstance(pipeline, Pipeline):
         _check_complete(pipeline, goal, recipe, calibration)
         if shapes is not None or choices is not None:
@@ -105,7 +116,7 @@ def compile(
             )
         recipe = pipeline.recipe
     recipe = recipe or Recipe()
-    destination = _destination(source, target, output, last)
+    destination = _destination(source, target, output, suffix)
     check_dumps(watchers, source, destination)
     samples = None if calibration is None else samples_from(calibration)
     observer = None
@@ -116,7 +127,7 @@ def compile(
         chooser = Chooser(goal, Wishes(timing, shapes, choices), samples, clock.detail)
     job = Job(
         source, (example_inputs, dynamic_shapes), goal, recipe, clock, observer, chooser, pipeline,
-        last, watchers,
+        last, watchers, emit == "ort", executor,
     )  # fmt: skip
     model = job.run_passes()
     if strict:
@@ -142,6 +153,25 @@ def _stage(given: Stage | str | None) -> Stage | None:
     if given not in names:
         raise OptionError(f"stop_after must be one of {', '.join(names)}, not {given!r}")
     return Stage[given.upper()]
+
+
+def _emits_for_ort(emit: str, target: Target, stage: Stage | None) -> bool:
+    """Whether the result is to be a file for ONNX Runtime alone.
+
+    Raises:
+        OptionError: No such kind of result, or one that does not fit.
+    """
+    if emit not in ("bundle", "ort"):
+        hint = did_you_mean(str(emit), ("bundle", "ort"))
+        raise OptionError(f"emit must be bundle or ort, not {emit!r}{hint}")
+    if emit == "ort" and stage is not None:
+        raise OptionError("emit says what to write, and stop_after too: give one, not both")
+    if emit == "ort" and not target.scheme.group_sizes:
+        raise OptionError(
+            f"--emit ort (emit='ort') writes MatMulNBits, and {target.name} has no weights in "
+            "groups; choose an int4 target"
+        )
+    return emit == "ort"
 
 
 def _check_complete(
@@ -186,15 +216,15 @@ def _report(job: Job, model: ir.Model, written: Path) -> Report:
 
 
 def _destination(
-    source: object, target: str, output: str | os.PathLike[str] | None, stage: Stage | None
+    source: object, target: str, output: str | os.PathLike[str] | None, suffix: str | None
 ) -> Path:
-    """Where the bundle goes; with a stage to stop after, the file."""
+    """Where the bundle goes; with a suffix, the file whose default name ends in it."""
     file = Path(source) if isinstance(source, str | os.PathLike) else None
     if output is None and file is None:
         raise OptionError("give output=...: only a model from a file has a name of its own")
     stem = f"{file.stem if file else ''}.{target}"
-    if stage is not None:
-        return check_file(Path(output or f"{stem}.{stage.name.lower()}.onnx"), file)
+    if suffix is not None:
+        return check_file(Path(output or f"{stem}.{suffix}.onnx"), file)
     destination = check_destination(Path(output or stem))
     check_destination_of(source, destination)
     return destination

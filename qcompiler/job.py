@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -22,15 +23,18 @@ from qcompiler.ir.decisions import decisions
 from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.ir.stages import Stage
 from qcompiler.ir.types import TensorStats
+from qcompiler.passes.lower_few_bits import LowerFewBits
+from qcompiler.passes.second_moments import LayerRuns, Walk
 from qcompiler.pipeline import Pipeline
 from qcompiler.progress import Clock
 from qcompiler.recipe import Recipe
 from qcompiler.runtime import load, open_session
 from qcompiler.samples import Samples
 from qcompiler.source import check_source, foreign_domains, inputs_with_defaults
-from qcompiler.step import Watcher
+from qcompiler.step import Step, Watcher
 from qcompiler.targets.target import Target
 from qcompiler.timing.observed_shapes import model_inputs
+from qcompiler.walk import walker
 
 __all__ = ["Job", "SampleObserver", "size_of"]
 
@@ -60,6 +64,11 @@ class SampleObserver:
         self.was_asked = True
         return sample_tokens(model, names, self.samples)
 
+    def walk(self, model: ir.Model, stops: list[ir.Value]) -> Walk:
+        """From layer to layer, see `SampleWalk`."""
+        self.was_asked = True
+        return walker(self.samples)(model, stops)
+
     def _tell(self, done: int, total: int) -> None:
         self.clock.detail(f"sample {done} of {total}", done / total)
 
@@ -79,6 +88,8 @@ class Job:
         passes: The pipeline of the user's, or the text of one; None for the default.
         stop_after: The last stage that is wanted.
         watchers: Shown the model before and after each pass.
+        for_ort: Write weights of few bits as ONNX Runtime's own op.
+        executor: Where layers are rounded side by side.
         effective: The recipe with the options of all passes as they were.
         bytes_before: Size of the model as it came.
         foreign: Domains of ops that ONNX Runtime knows only with somebody else's library.
@@ -96,6 +107,8 @@ class Job:
     passes: Pipeline | str | None
     stop_after: Stage | None
     watchers: Sequence[Watcher]
+    for_ort: bool = False
+    executor: concurrent.futures.Executor | None = None
     effective: Recipe = dataclasses.field(default_factory=Recipe)
     bytes_before: int = 0
     foreign: Sequence[str] = ()
@@ -129,11 +142,21 @@ class Job:
         else:
             assert self.chooser is not None
             sample = sample_tokens if self.observer is None else self.observer.sample_tokens
-            pipeline = self.chooser.pipeline(self.recipe, self.observer, sample)
+            runs = LayerRuns(executor=self.executor, tell=self._tell_layer)
+            if self.observer is not None:
+                runs = dataclasses.replace(runs, walk=self.observer.walk)
+            pipeline = self.chooser.pipeline(self.recipe, self.observer, sample, runs)
             if self.passes is not None:
                 pipeline = pipeline.select(self.passes)
                 _check_read(pipeline, self.recipe, self.chooser.wishes)
-        return pipeline if self.stop_after is None else pipeline.up_to(self.stop_after)
+        pipeline = pipeline if self.stop_after is None else pipeline.up_to(self.stop_after)
+        if self.for_ort:
+            pipeline.steps.append(Step("lower-few-bits", LowerFewBits(), Stage.QDQ))
+        return pipeline
+
+    def _tell_layer(self, text: str, share: float, seconds: float) -> None:
+        left = seconds * (1 - share) / share
+        self.clock.detail(f"{text}, {left:.0f} s left" if left > 1 else text, share)
 
     def is_large(self, stage: Path) -> bool:
         """Whether a session of the model or of its bundle would take more memory than this."""
@@ -204,6 +227,7 @@ _READERS = {
     "keep_float": "assign-precision",
     "group_size": "assign-precision",
     "nodes": "assign-precision",
+    "rounding": "assign-precision",
     "calibration": "insert-qdq",
     "attention": "fuse-attention",
     "shapes": "choose-kernels",

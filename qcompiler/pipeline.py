@@ -20,6 +20,7 @@ from qcompiler.passes.choose_kernels import ChooseKernels
 from qcompiler.passes.insert_qdq import Observer
 from qcompiler.passes.options import configured
 from qcompiler.passes.product_error import Sampler
+from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.pipeline_text import ALIASES, parse_pipeline
 from qcompiler.recipe import Recipe
 from qcompiler.step import Rewrite, Step, Watcher, as_pass, check_watchers
@@ -57,6 +58,7 @@ class Pipeline:
         sample: Sampler = sample_tokens,
         choose: ChooseKernels | None = None,
         supports: Callable[[Region], str | None] | None = None,
+        runs: LayerRuns | None = None,
     ) -> Pipeline:
         """The passes of a target.
 
@@ -67,6 +69,7 @@ class Pipeline:
             sample: Where tokens to smooth by come from, see `SmoothActivations`.
             choose: What decides where quantizing gains something; without it, everywhere.
             supports: Why there is to be no kernel for a region; by default the target's word.
+            runs: How `gptq` and `awq` run the model, and where layers are rounded side by side.
 
         Raises:
             OptionError: An unknown target, or a recipe that does not fit it.
@@ -82,7 +85,7 @@ class Pipeline:
                 f"attention {recipe.attention!r}: {goal.name} has no kernel of attention; leave "
                 "it out"
             )
-        steps = default_steps(goal, recipe, observe, sample, choose, supports)
+        steps = default_steps(goal, recipe, observe, sample, choose, supports, runs or LayerRuns())
         pipeline = cls(steps, goal, recipe)
         if not recipe.smooth:
             pipeline.remove("smooth-activations")

@@ -38,6 +38,8 @@ class Recipe:
         calibration: Where static ranges are cut off: "min-max", "moving-average", "percentile",
             "entropy", "mse" or "sigma", some with an amount: "percentile=99.9"; see
             `qcompiler/clipping.py`.
+        rounding: How the weights of products are rounded: "nearest", "hqq", or, with samples,
+            "awq", "gptq" or both, "awq_gptq".
         nodes: Rules about single nodes, see `NodeRule`: later ones win, key by key.
         passes: Options of passes, by the pipeline's name of the pass and their own; docs/passes.md
             has them all.
@@ -48,6 +50,7 @@ class Recipe:
     attention: str | None = None
     smooth: bool = True
     calibration: str = "mse"
+    rounding: str = "nearest"
     nodes: tuple[NodeRule, ...] = ()
     passes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
 
@@ -58,7 +61,7 @@ class Recipe:
             OptionError: Patterns that are no strings, a group size that is no power of two from 16
                 to 256, an attention that is none of the three, or rules or passes that are none.
         """
-        AssignPrecision.Options(self.keep_float, self.group_size)
+        AssignPrecision.Options(self.keep_float, self.group_size, rounding=self.rounding)
         FuseAttention.Options(self.attention)
         Clipping.parse(self.calibration)
         if not isinstance(self.smooth, bool):
@@ -125,6 +128,7 @@ class Recipe:
             "attention": self.attention,
             "smooth": self.smooth,
             "calibration": self.calibration,
+            "rounding": self.rounding,
             "nodes": [rule.to_dict() for rule in self.nodes] or None,
             "passes": {name: _plain(options) for name, options in self.passes.items()} or None,
         }

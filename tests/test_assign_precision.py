@@ -44,12 +44,13 @@ def test_w4a16_leaves_activations_alone():
     assert plan_of(node).activation is None
 
 
-def test_group_size_by_request_or_a_reason():
+def test_group_size_by_request_even_if_it_does_not_divide():
     (node,) = planned(MATMUL, {"w": W}, "x86-int4", group_size=16)
     assert plan_of(node).weight.granularity == PerGroup(0, 16)
     (node,) = planned(MATMUL, {"w": W}, "x86-int4", group_size=128)
-    assert plan_of(node) is None
-    assert "K=64 is a multiple of no group size in (128,)" in decision_of(node).why
+    assert plan_of(node).weight.granularity == PerGroup(0, 128)
+    (node,) = planned(MATMUL.replace("64", "72"), {"w": W[:1].repeat(72, 0)}, "x86-int4")
+    assert plan_of(node).weight.granularity == PerGroup(0, 32)
 
 
 @pytest.mark.parametrize(

@@ -482,7 +482,7 @@ def test_numerics_of_the_default_passes(samples):
     Pipeline.default("arm-int8").run(mlp(), watchers=[numerics])
     changes = {change.step: change for change in numerics.changes}
     assert [step for step, change in changes.items() if change.rounds] == [
-        "insert-qdq", "round-to-nearest",
+        "awq", "hqq", "gptq", "insert-qdq", "round-to-nearest",
     ]  # fmt: skip
     assert not changes["fuse-gelu"].changed
     assert changes["assign-precision"].sqnr is None

@@ -20,7 +20,7 @@ from qcompiler.cli.options import (
     samples_of,
     verbose_option,
 )
-from qcompiler.cli.outcome import print_report, print_stopped
+from qcompiler.cli.outcome import print_emitted, print_report, print_stopped
 
 if TYPE_CHECKING:
     from qcompiler.recipe import Recipe
@@ -74,6 +74,11 @@ __all__ = ["compile_command"]
 )
 @click.option("--group-size", type=int, metavar="N", help="Weights per scale, for int4.")
 @click.option(
+    "--rounding",
+    metavar="METHOD",
+    help="How weights are rounded: nearest, hqq, awq, gptq, awq_gptq; see docs/weights.md.",
+)
+@click.option(
     "--shapes",
     type=ShapesType(),
     metavar="NAME=1x128,…",
@@ -91,6 +96,12 @@ __all__ = ["compile_command"]
     metavar="BUNDLE",
     help="Choose the kernels that this bundle or manifest chose.",
 )
+@click.option(
+    "--emit",
+    metavar="bundle|ort",
+    default="bundle",
+    help="What to write: a bundle, or an ONNX file with ONNX Runtime's own MatMulNBits for int4.",
+)
 @click.option("--strict", is_flag=True, help="Fail if a node that could be fast is not.")
 @click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
 @debugging_options
@@ -100,8 +111,9 @@ __all__ = ["compile_command"]
 def compile_command(
     terminal: Terminal, model: Path, target: str, output: Path | None, calib: Path | None,
     preprocess: str | None, calib_method: str | None, recipe_file: Path | None,
-    keep_float: tuple[str, ...], group_size: int | None, shapes: Shapes | None, untimed: bool,
-    choices: Path | None, strict: bool, quiet: bool, debugging: Debugging, as_json: bool,
+    keep_float: tuple[str, ...], group_size: int | None, rounding: str | None,
+    shapes: Shapes | None, untimed: bool, choices: Path | None, emit: str, strict: bool,
+    quiet: bool, debugging: Debugging, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile a model into a bundle."""
     if calib is None and not (preprocess is None and calib_method is None):
@@ -115,25 +127,29 @@ def compile_command(
         from qcompiler.installed import check_onnxruntime
 
         check_onnxruntime()
-        recipe = _recipe(recipe_file, keep_float, group_size, calib_method)
+        recipe = _recipe(recipe_file, keep_float, group_size, calib_method, rounding)
         samples = None if calib is None else samples_of(calib, preprocess)
         report = qcompiler.compile(
             model, target, output, recipe=recipe, calibration=samples,
             pipeline=debugging.pipeline, strict=strict, timing=not untimed, shapes=shapes,
-            choices=choices, progress=progress, stop_after=debugging.stage, watchers=watchers.all,
+            choices=choices, progress=progress, stop_after=debugging.stage, emit=emit,
+            watchers=watchers.all,
         )  # fmt: skip
     if as_json:
         terminal.json(report.to_dict() | watchers.to_dict())
         return
-    if debugging.stop is not None:
+    if emit == "ort":
+        print_emitted(terminal, report, quiet)
+    elif debugging.stop is not None:
         print_stopped(terminal, debugging.stop, report, quiet)
     else:
         print_report(terminal, model, report, quiet)
 
 
 def _recipe(
-    file: Path | None, keep_float: tuple[str, ...], group_size: int | None, method: str | None
-) -> Recipe:
+    file: Path | None, keep_float: tuple[str, ...], group_size: int | None, method: str | None,
+    rounding: str | None,
+) -> Recipe:  # fmt: skip
     """The recipe of the file, with the options on top."""
     from qcompiler.recipe import Recipe
 
@@ -143,4 +159,5 @@ def _recipe(
         keep_float=(*recipe.keep_float, *keep_float),
         group_size=recipe.group_size if group_size is None else group_size,
         calibration=recipe.calibration if method is None else method,
+        rounding=recipe.rounding if rounding is None else rounding,
     )

@@ -16,7 +16,7 @@ from qcompiler.cli.figures import FigureTable, facts, size, span
 if TYPE_CHECKING:
     from qcompiler.report import Report
 
-__all__ = ["print_report", "print_stopped"]
+__all__ = ["print_emitted", "print_report", "print_stopped"]
 
 
 def print_report(terminal: Terminal, model: Path, report: Report, quiet: bool) -> None:
@@ -35,6 +35,15 @@ def print_stopped(terminal: Terminal, stage: str, report: Report, quiet: bool) -
         terminal.warning(note)
     if not quiet:
         terminal.out.print(f"The model after stage {stage} is {report.bundle}")
+
+
+def print_emitted(terminal: Terminal, report: Report, quiet: bool) -> None:
+    """Where the model for ONNX Runtime alone is, and what its ops are."""
+    for note in report.notes:
+        terminal.warning(note)
+    if not quiet:
+        terminal.out.print(decision_table(report.groups()))
+        terminal.out.print(f"\nWritten for ONNX Runtime without qcompiler: {report.bundle}")
 
 
 def _print_tables(terminal: Terminal, model: Path, report: Report) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["pass_command"]
 
-_SAMPLED = ("choose-kernels", "smooth-activations", "insert-qdq")
+_SAMPLED = ("choose-kernels", "smooth-activations", "awq", "gptq", "insert-qdq")
 """Passes that look at samples."""
 
 
@@ -136,9 +136,11 @@ def _pipeline(target: str | None, calib: Path | None) -> Pipeline:
     """What a compilation runs, untimed; without a target some of its passes must not run."""
     from qcompiler.calibrate import observe, sample_tokens
     from qcompiler.chooser import Chooser, Wishes
+    from qcompiler.passes.second_moments import LayerRuns
     from qcompiler.recipe import Recipe
     from qcompiler.samples import Samples
     from qcompiler.targets.catalog import TARGETS, get_target
+    from qcompiler.walk import walker
 
     goal = next(iter(TARGETS.values())) if target is None else get_target(target)
     samples = None if calib is None else Samples(calib)
@@ -149,6 +151,7 @@ def _pipeline(target: str | None, calib: Path | None) -> Pipeline:
         Recipe(),
         lambda model, names: observe(model, names, samples),
         lambda model, names: sample_tokens(model, names, samples),
+        LayerRuns(walker(samples)),
     )
 
 

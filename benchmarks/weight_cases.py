@@ -1,0 +1,110 @@
+"""Models whose 4-bit weights are compared, with what scores them and what calibrates them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import models
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from minilm import encode, load_tokenizer, read_sts
+from whisper_smollm2 import cross_entropy
+
+Feeds = dict[str, Any]
+
+TOKENS, CALIBRATION = 512, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model.
+
+    Attributes:
+        source: Its ONNX file.
+        head: The product that stays float; empty for none.
+        calibration: Samples.
+        score: Figures of a model file.
+    """
+
+    source: Path
+    head: str
+    calibration: Sequence[Feeds]
+    score: Callable[[Path], dict[str, float]]
+
+
+def smollm2(text: Path, count: int) -> Case:
+    """Perplexity of windows from the beginning of a text; windows of its end calibrate."""
+    from transformers import AutoTokenizer
+
+    source, gguf = models.smollm2_prefill()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    ids = np.asarray(tokenizer(text.read_text(encoding="utf-8"))["input_ids"], np.int64)
+    pieces = ids[: len(ids) // TOKENS * TOKENS].reshape(-1, 1, TOKENS)
+    if len(pieces) < count + CALIBRATION:
+        raise SystemExit(
+            f"{text} has {len(pieces)} windows of {TOKENS} tokens, {count + CALIBRATION} are needed"
+        )
+    feeds = [{"input_ids": piece, "attention_mask": np.ones_like(piece)} for piece in pieces]
+
+    def score(path: Path) -> dict[str, float]:
+        session = open_float(path)
+        losses = [
+            cross_entropy(session.run(["logits"], f)[0][0, :-1], f["input_ids"][0, 1:])
+            for f in feeds[:count]
+        ]
+        return {"perplexity": float(np.exp(np.mean(losses)))}
+
+    return Case(source, _maker_of(source, "logits"), feeds[-CALIBRATION:], score)
+
+
+def minilm(sts: Path, train: Path, count: int) -> Case:
+    """Spearman's rho on pairs of STS-B, and the SQNR of sentence vectors against float ones."""
+    from scipy.stats import spearmanr
+
+    source, tokenizer_file = models.minilm()
+    tokenizer, rows = load_tokenizer(tokenizer_file), read_sts(sts)[:count]
+    sentences = [row[5] for row in rows] + [row[6] for row in rows]
+    calibration = [encode(tokenizer, [row[5]]) for row in read_sts(train)[:256]]
+
+    def vectors_of(path: Path) -> np.ndarray:
+        session, parts = open_float(path), []
+        for start in range(0, len(sentences), 32):
+            feeds = encode(tokenizer, sentences[start : start + 32])
+            hidden, mask = session.run(None, feeds)[0], feeds["attention_mask"]
+            mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
+            parts.append(mean / np.linalg.norm(mean, axis=1, keepdims=True))
+        return np.concatenate(parts)
+
+    reference = vectors_of(source)
+
+    def score(path: Path) -> dict[str, float]:
+        vectors = vectors_of(path)
+        cosine = (vectors[: len(rows)] * vectors[len(rows) :]).sum(1)
+        noise = max(float(np.square(vectors - reference).sum()), 1e-12)
+        rho = spearmanr(cosine, [float(row[4]) for row in rows]).statistic
+        return {
+            "spearman": 100 * float(rho),
+            "sqnr_db": float(10 * np.log10(len(sentences) / noise)),
+        }
+
+    return Case(source, "", calibration, score)
+
+
+def open_float(path: Path) -> ort.InferenceSession:
+    """A session in which products of few bits, too, multiply float32."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _maker_of(source: Path, output: str) -> str:
+    """The name of the product that makes an output."""
+    (value,) = [value for value in ir.load(source).graph.outputs if value.name == output]
+    node = value.producer()
+    assert node is not None and node.op_type == "MatMul"
+    return node.name or ""

@@ -1,0 +1,260 @@
+"""4-bit weights of SmolLM2-135M or MiniLM-L6, rounded in several ways: scores, time and memory.
+
+    pip install '.[cpu]' torch transformers accelerate gguf tokenizers scipy
+    python benchmarks/weights.py smollm2 --text wikitext2-valid.txt --json FILE
+    python benchmarks/weights.py minilm --sts sts-dev.csv --train sts-train.csv --json FILE
+
+SmolLM2 is scored by its perplexity on windows of 512 tokens from the beginning of WikiText-2's
+validation part (CC BY-SA 3.0), and calibrated with 32 windows of its end.  MiniLM is scored on the
+dev split of the STS benchmark, and calibrated with sentences of the training split.  The matrices
+of all layers are rounded; embeddings, and the head that shares its table with one, stay float; so
+do activations, for every contender, so that nothing but the weights differs.  ONNX Runtime's
+quantizers are the peers.
+
+The weights of SmolLM2 once lay on a grid of 4 bits in groups of 32 with a zero point that is a
+float, so that groups of 32 are easy, above all with such zero points (ONNX Runtime's HQQ).
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import logging
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from timing import environment
+from weight_cases import Case, Feeds, minilm, smollm2
+
+from qcompiler.frontend import load_model
+from qcompiler.ir.decisions import NodePlan, plan_of, set_plan
+from qcompiler.ir.graph import dequantize_of, new_initializer
+from qcompiler.ir.types import PerAxis, PerGroup, QuantType
+from qcompiler.passes.awq import AWQ
+from qcompiler.passes.gptq import GPTQ
+from qcompiler.passes.hqq import HQQ
+from qcompiler.passes.round_to_nearest import RoundToNearest
+from qcompiler.passes.second_moments import LayerRuns
+from qcompiler.passes.widen_constants import dequantized_constant
+from qcompiler.pipeline import Pipeline
+from qcompiler.recipe import Recipe
+from qcompiler.samples import Samples
+from qcompiler.walk import walker
+
+GROUPS = (32, 64, 128, 0)
+"""Weights per scale; 0: one scale per channel."""
+
+Score = Callable[[Path], dict[str, float]]
+
+
+def planned(source: Path, head: str) -> ir.Model:
+    """The model with its layers planned, float activations."""
+    recipe = Recipe(keep_float=(head,) if head else ())
+    pipeline = Pipeline.default("cuda-int4", recipe)
+    names = [step.name for step in pipeline]
+    for name in names[names.index("assign-precision") + 1 :]:
+        pipeline.remove(name)
+    return pipeline.run(load_model(source))
+
+
+def with_type(model: ir.Model, group: int, symmetric: bool, rounding: str) -> ir.Model:
+    """A copy whose layers are to be stored, and rounded, so."""
+    copy = model.clone()
+    storage = ir.DataType.INT4 if symmetric else ir.DataType.UINT4
+    granularity = PerGroup(0, group) if group else PerAxis(1)
+    type = QuantType(storage, granularity=granularity, symmetric=symmetric)
+    for old, new in zip(model.graph, copy.graph, strict=True):
+        if plan_of(old) is not None:
+            set_plan(new, NodePlan(type, None, rounding=rounding.split(",")[0]))
+    return copy
+
+
+def save_floats(model: ir.Model, path: Path) -> None:
+    """Write the model with its rounded weights as floats: how ORT computes does not matter then."""
+    for node in list(model.graph):
+        if node.op_type == "DequantizeLinear":
+            floats = dequantized_constant(node.outputs[0])
+            assert floats is not None and dequantize_of(node.outputs[0]) is node
+            value = new_initializer(model.graph, f"{node.name}_float", floats)
+            ir.convenience.replace_all_uses_with(node.outputs[0], value)
+            model.graph.remove(node, safe=True)
+    for value in list(model.graph.initializers.values()):
+        if not value.uses() and not value.is_graph_output():
+            del model.graph.initializers[value.name or ""]
+    ir.save(model, path, external_data=f"{path.name}.data")
+
+
+ROUNDINGS = ("nearest, max", "nearest, mse", "hqq", "awq", "gptq", "awq_gptq")
+"""Ours: to nearest by two kinds of scales, and by the passes of that name."""
+
+
+def round_weights(model: ir.Model, rounding: str, runs: LayerRuns) -> None:
+    """Round all planned layers."""
+    scale = "max" if rounding.endswith("max") else "mse"
+    for rewrite in (AWQ(runs), HQQ(runs), GPTQ(runs),
+                    RoundToNearest(RoundToNearest.Options(scale=scale))):  # fmt: skip
+        rewrite(model)
+
+
+def measure_ours(
+    model: ir.Model,
+    group: int,
+    symmetric: bool,
+    rounding: str,
+    runs: LayerRuns,
+    score: Score,
+) -> dict[str, Any]:
+    """Scores, and what rounding took."""
+    copy = with_type(model, group, symmetric, rounding)
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    round_weights(copy, rounding, runs)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    took = {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        save_floats(copy, Path(folder) / "model.onnx")
+        return {**score(Path(folder) / "model.onnx"), **took}
+
+
+def peers(calibration: Sequence[Feeds], head: str) -> dict[str, Callable[[Path, Path, int], None]]:
+    """What writes a quantized file for a model file and a group size, by name."""
+    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+    from onnxruntime.quantization.calibrate import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._feeds = iter(calibration)
+
+        def get_next(self) -> Feeds | None:
+            return next(self._feeds, None)
+
+        def __iter__(self) -> Iterator[Feeds]:
+            return iter(calibration)
+
+        def __deepcopy__(self, memo: object) -> Reader:
+            return Reader()
+
+    def run(config: Any, source: Path, output: Path, group: int, **more: Any) -> None:
+        quantizer = nbits.MatMulNBitsQuantizer(
+            str(source),
+            block_size=group,
+            nodes_to_exclude=[head] if head else [],
+            algo_config=config,
+            **more,
+        )
+        quantizer.process()
+        quantizer.model.save_model_to_file(str(output), use_external_data_format=True)
+
+    def default(symmetric: bool) -> Callable[[Path, Path, int], None]:
+        def write(source: Path, output: Path, group: int) -> None:
+            config = nbits.DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=symmetric)
+            run(config, source, output, group, is_symmetric=symmetric)
+
+        return write
+
+    def hqq(source: Path, output: Path, group: int) -> None:
+        run(nbits.HQQWeightOnlyQuantConfig(block_size=group), source, output, group)
+
+    def k_quant(source: Path, output: Path, group: int) -> None:
+        run(nbits.KQuantWeightOnlyQuantConfig(), source, output, group)
+
+    def gptq(source: Path, output: Path, group: int) -> None:
+        run(nbits.GPTQWeightOnlyQuantConfig(Reader(), block_size=group), source, output, group)
+
+    return {
+        "ORT RTN, asymmetric": default(False),
+        "ORT RTN, symmetric": default(True),
+        "ORT HQQ, float zero points": hqq,
+        "ORT k-quant": k_quant,
+        "ORT GPTQ": gptq,
+    }
+
+
+def measure_peer(
+    write: Callable[[Path, Path, int], None], source: Path, group: int, score: Score
+) -> dict[str, Any]:
+    """Scores, or why there are none."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "model.onnx"
+        try:
+            write(source, output, group)
+            seconds = time.perf_counter() - start
+            return {**score(output), "seconds": seconds}
+        except Exception as error:  # what a peer cannot do is a result
+            return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+
+
+def case_of(arguments: argparse.Namespace) -> Case:
+    """The model that was asked for."""
+    if arguments.model == "smollm2":
+        if arguments.text is None:
+            raise SystemExit("smollm2 wants --text")
+        return smollm2(arguments.text, arguments.count or 32)
+    if arguments.sts is None or arguments.train is None:
+        raise SystemExit("minilm wants --sts and --train")
+    return minilm(arguments.sts, arguments.train, arguments.count or 1500)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", choices=["smollm2", "minilm"])
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--sts", type=Path)
+    parser.add_argument("--train", type=Path)
+    parser.add_argument("--count", type=int, help="windows or pairs to score")
+    parser.add_argument("--group", type=int, action="append", help="0: per channel; default all")
+    parser.add_argument("--only", action="append", help="contenders whose names hold this")
+    parser.add_argument("--symmetric", choices=["yes", "no", "both"], default="both")
+    parser.add_argument("--workers", type=int, default=1, help="layers rounded side by side")
+    parser.add_argument("--json", type=Path, help="results are added to those that are there")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    case = case_of(arguments)
+    results: dict[str, Any] = {"environment": environment(), "count": arguments.count}
+    if arguments.json and arguments.json.exists():
+        results |= json.loads(arguments.json.read_text())
+
+    def note(name: str, group: int, measure: Callable[[], dict[str, Any]]) -> None:
+        table = results.setdefault(f"group {group}" if group else "per channel", {})
+        asked = not arguments.only or any(part in name for part in arguments.only)
+        if not asked or name in table:
+            return
+        table[name] = measure()
+        print(f"{group or 'channel':>8}  {name:40}", json.dumps(table[name]), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+    note("float", -1, lambda: case.score(case.source))
+    model = planned(case.source, case.head)
+    runs = LayerRuns(walker(Samples(lambda: iter(case.calibration))))
+    if arguments.workers > 1:
+        executor = concurrent.futures.ThreadPoolExecutor(arguments.workers)
+        runs = dataclasses.replace(runs, executor=executor)
+    signs = {"yes": [True], "no": [False], "both": [True, False]}[arguments.symmetric]
+    for group in arguments.group or GROUPS:
+        for rounding in ROUNDINGS:
+            for symmetric in signs:
+                full = f"{rounding}, {'int4' if symmetric else 'uint4 with zero points'}"
+                facts = (model, group, symmetric, rounding, runs, case.score)
+                note(full, group, partial(measure_ours, *facts))
+        for name, write in peers(case.calibration, case.head).items():
+            # Per channel is one block longer than any column; it must be a power of two.
+            size = group or 2048
+            note(name, group, partial(measure_peer, write, case.source, size, case.score))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(f"peak memory of this process: {peak:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

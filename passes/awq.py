@@ -1,0 +1,224 @@
+"""Scale the inputs of products by what goes into them, so that rounding spares those that matter.
+
+    y = MatMul(x, W)   =>   y = MatMul(x / t, DQ(round(t W)))       t per channel
+
+Lin et al., AWQ (2023).  A row of W that large activations multiply makes a large error; made t
+times larger before it is rounded, it makes one of 1 / t.  With m the mean magnitude of each channel
+of x,
+
+    t = m^a / sqrt(max m^a min m^a)
+
+where a is what rounds the products that read x with the least error over the samples.  1 / t goes
+into the constants before x (`absorb_factors`): a norm, or the matrix of another product; where
+nothing can take it, t is 1.  Then scales are found that cut the range of each group where that
+lowers the error of the product, and weights are rounded to nearest; or, as "awq_gptq", by gptq.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.ir.decisions import add_note
+from qcompiler.ir.errors import CalibrationError, OptionError
+from qcompiler.ir.graph import constant, let_go
+from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constant
+from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.layer_cache import LayerCache
+from qcompiler.passes.rounded_weight import Layer, by_data, finite_weight, layers_of
+from qcompiler.passes.second_moments import LayerRuns, Moments, Rows, Walker
+from qcompiler.passes.weight_grid import rounded_on, weight_grid
+
+__all__ = ["AWQ"]
+
+_COLUMNS = 512
+"""So many columns of a weight are enough to compare one exponent with another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """Products of one value.
+
+    Attributes:
+        data: What they read.
+        layers: Their matrices.
+        absorber: What can take the factors, or why nothing can.
+    """
+
+    data: ir.Value
+    layers: Sequence[Layer]
+    absorber: Absorber | str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """What the samples say of a site.
+
+    Attributes:
+        power: E[x^2], [K].
+        factors: t, [K].
+        note: For people.
+    """
+
+    power: Rows
+    factors: Rows
+    note: str
+
+
+class AWQ(ir.passes.InPlacePass):
+    """Scale, and round, the matrices of planned MatMuls.
+
+    Attributes:
+        runs: How the model is run.
+        options: What to try.
+    """
+
+    rounds = True
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """What to try.
+
+        Attributes:
+            alphas: How many exponents from 0 to below 1 are tried for each value; 1 scales nothing.
+        """
+
+        alphas: int = 20
+
+        def __post_init__(self) -> None:
+            """Check the values.
+
+            Raises:
+                OptionError: No exponent to try.
+            """
+            if self.alphas < 1:
+                raise OptionError(f"alphas must be 1 or more, not {self.alphas}")
+
+    def __init__(self, runs: LayerRuns | None = None, options: Options | None = None) -> None:
+        super().__init__()
+        self.runs, self.options = runs or LayerRuns(), options or self.Options()
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Scale and round every planned matrix.
+
+        Raises:
+            CalibrationError: There are no samples, or one is not finite somewhere inside.
+            ModelError: A weight holds NaN or Inf.
+        """
+        layers = layers_of(model.graph, "awq", "awq_gptq")
+        for layer in layers:
+            finite_weight(layer.nodes[0], layer.weight)
+            let_go(layer.weight)
+        if not layers:
+            return ir.passes.PassResult(model, False)
+        if self.runs.walk is None:
+            raise CalibrationError(
+                f"awq scales {layers[0].name} and {len(layers) - 1} more by what goes into them: "
+                "give samples with --calib DIR (calibration=...), or choose weights that need none"
+            )
+        sites = [
+            _Site(data, readers, _absorber(data, readers))
+            for data, readers in by_data(layers).items()
+        ]
+        # The model stays as it is while it runs: a factor changes what goes into later layers.
+        found = self._look(model, layers, sites, self.runs.walk)
+        for site, facts in zip(sites, found, strict=True):
+            _scale(model.graph, site, facts)
+        power = {id(site.data): facts for site, facts in zip(sites, found, strict=True)}
+        for layer in layers_of(model.graph, "awq"):
+            facts = power[id(layer.data)]
+            weight = finite_weight(layer.nodes[0], layer.weight)
+            grid = weight_grid(weight, layer.type, "mse", _importance(facts.power, facts.factors))
+            layer.replace(model.graph, rounded_on(weight, layer.type, grid))
+        FixNames()(model)
+        return ir.passes.PassResult(model, True)
+
+    def _look(
+        self, model: ir.Model, layers: Sequence[Layer], sites: Sequence[_Site], walk: Walker
+    ) -> list[_Found]:
+        """Run the model once, and choose the factors of each site."""
+        found, tell = list[_Found](), self.runs.progress()
+        with walk(model, [site.data for site in sites]) as running:
+            cache = LayerCache("awq", running.digest, repr(self.options), layers)
+            for done, site in enumerate(sites, 1):
+                name = site.data.name or ""
+                kept = cache.get(name)
+                if kept is None:
+                    depth = len(constant(site.layers[0].weight))  # type: ignore[arg-type]
+                    facts = self._choose(site, Moments.of(running.rows(site.data), depth, name))
+                    cache.put(name, {"power": facts.power, "factors": facts.factors,
+                                     "note": np.asarray(facts.note)})  # fmt: skip
+                else:
+                    facts = _Found(kept["power"], kept["factors"], str(kept["note"]))
+                tell(f"{name}: {facts.note}", done / len(sites))
+                found.append(facts)
+        return found
+
+    def _choose(self, site: _Site, moments: Moments) -> _Found:
+        """The factors of the least error."""
+        power = np.diag(moments.second).copy()
+        ones = np.ones_like(power)
+        if isinstance(site.absorber, str):
+            return _Found(power, ones, f"not scaled by awq: {site.absorber}")
+        weights = [_some_columns(layer) for layer in site.layers]
+        best, least, first = (0.0, ones), np.inf, 0.0
+        for alpha in np.arange(self.options.alphas) / self.options.alphas:
+            factors = site.absorber.tie(_factors(moments.magnitude, alpha))
+            error = sum(
+                _error(weight, layer, factors, moments)
+                for weight, layer in zip(weights, site.layers, strict=True)
+            )
+            first = first or error
+            if error < least:
+                best, least = (float(alpha), factors), error
+        gain = 10 * np.log10(max(first, 1e-30) / max(least, 1e-30))
+        return _Found(power, best[1], f"scaled by awq with alpha={best[0]:g}, {gain:.1f} dB better")
+
+
+def _absorber(data: ir.Value, layers: Sequence[Layer]) -> Absorber | str:
+    """What takes the factors of a value that only these layers read."""
+    nodes = {node for layer in layers for node in layer.nodes}
+    if {use.node for use in data.uses()} != nodes or data.is_graph_output():
+        return f"{data.name} has other readers, or its weights have"
+    return absorber_of(data)
+
+
+def _some_columns(layer: Layer) -> Rows:
+    array = finite_weight(layer.nodes[0], layer.weight)
+    return np.ascontiguousarray(array[:, :: -(-array.shape[1] // _COLUMNS)])
+
+
+def _factors(magnitude: Rows, alpha: float) -> Rows:
+    if not magnitude.any():
+        return np.ones_like(magnitude)
+    floor = magnitude[magnitude > 0].min()
+    factors = np.maximum(magnitude, floor).astype(np.float64) ** alpha
+    return np.asarray(factors / np.sqrt(factors.max() * factors.min()), np.float32)
+
+
+def _importance(power: Rows, factors: Rows) -> Rows:
+    """What a squared error of each row of the scaled weight counts for, [K]."""
+    return np.asarray(power / np.square(factors), np.float32)
+
+
+def _error(weight: Rows, layer: Layer, factors: Rows, moments: Moments) -> float:
+    """The error of a product with some columns of its weight, a part of all that it makes."""
+    scaled = weight * factors[:, None]
+    importance = _importance(np.diag(moments.second), factors)
+    rounded = rounded_on(scaled, layer.type, weight_grid(scaled, layer.type, "mse", importance))
+    difference = rounded.floats(layer.type) / factors[:, None] - weight
+    return moments.error(difference) / max(moments.error(weight), 1e-30)
+
+
+def _scale(graph: ir.Graph, site: _Site, facts: _Found) -> None:
+    """Make the edit, and say so at the products."""
+    if isinstance(site.absorber, Absorber) and (facts.factors != 1).any():
+        site.absorber.divide(graph, facts.factors)
+        for layer in site.layers:
+            scale_constant(graph, layer.nodes, 1, facts.factors[:, None])
+    for layer in site.layers:
+        for node in layer.nodes:
+            add_note(node, facts.note)

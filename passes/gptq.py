@@ -1,0 +1,245 @@
+"""Round weights one input at a time, each error made up for by the inputs still to come.
+
+    y = MatMul(x, W)   =>   y = MatMul(x, DQ(W_q, s))
+
+Frantar et al., GPTQ (2022).  With H the second moments of x (`second_moments`), damped, and R the
+upper Cholesky factor of its inverse, row k of W [K, N] is rounded and the rows below it become
+
+    W[j] -= R[k, j] / R[k, k] (W[k] - W'[k])        for j > k
+
+in blocks, so that most of that is one matrix product.  Inputs go in order of falling H[k, k]: the
+largest errors are then made up for by the most.  Weights keep their order in the graph, so the
+scales of groups are found first, from the weights as they came.
+
+H is of the model with all layers before this one rounded already, as in the paper, so that later
+layers make up for earlier ones too.  An input that is always 0 is rounded to nearest.  Rounded
+layers are kept in the cache by the hash of model, samples and options: a compilation that was
+killed goes on after the last one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.ir.arithmetic import broadcast_scale
+from qcompiler.ir.decisions import add_note
+from qcompiler.ir.errors import CalibrationError, OptionError
+from qcompiler.ir.graph import let_go
+from qcompiler.ir.types import QuantType
+from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.layer_cache import LayerCache
+from qcompiler.passes.rounded_weight import (
+    Layer,
+    RoundedWeight,
+    by_data,
+    finite_weight,
+    layers_of,
+)
+from qcompiler.passes.second_moments import LayerRuns, Moments, Rows, Walk
+from qcompiler.passes.weight_grid import RANGES, rounded_on, weight_grid
+
+__all__ = ["GPTQ", "gptq"]
+
+_MOST_DAMPING = 1.0
+"""Of the mean of H's diagonal: a matrix that is singular with so much on its diagonal holds
+nonsense."""
+
+
+class GPTQ(ir.passes.InPlacePass):
+    """Round the matrices of planned MatMuls; what is not one is left to round-to-nearest.
+
+    Attributes:
+        runs: How the model is run, and where layers are rounded side by side.
+        options: How to round.
+    """
+
+    rounds = True
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """How to round.
+
+        Attributes:
+            damping: Added to the diagonal of the Hessian, as a part of its mean; ten times as much
+                is tried where it is singular all the same.
+            act_order: Round the inputs of the largest activations first.
+            block: Inputs between two updates of all the rest.
+            range: "max" lets the scales cover all of each slice, "mse" the part of it with the
+                least squared error of the product, each input by itself.
+        """
+
+        damping: float = 0.01
+        act_order: bool = True
+        block: int = 128
+        range: str = "mse"
+
+        def __post_init__(self) -> None:
+            """Check the values.
+
+            Raises:
+                OptionError: Damping outside 0 to 1, or a block below 1.
+            """
+            if not 0 < self.damping <= _MOST_DAMPING:
+                raise OptionError(f"damping must be above 0 and at most 1, not {self.damping:g}")
+            if self.block < 1:
+                raise OptionError(f"block must be 1 or more, not {self.block}")
+            if self.range not in RANGES:
+                raise OptionError(f"range must be one of {', '.join(RANGES)}, not {self.range!r}")
+
+    def __init__(self, runs: LayerRuns | None = None, options: Options | None = None) -> None:
+        super().__init__()
+        self.runs, self.options = runs or LayerRuns(), options or self.Options()
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Round every planned matrix.
+
+        Raises:
+            CalibrationError: There are no samples, or one is not finite somewhere inside.
+            ModelError: A weight holds NaN or Inf.
+        """
+        layers = layers_of(model.graph, "gptq", "awq_gptq")
+        for layer in layers:
+            finite_weight(layer.nodes[0], layer.weight)
+            let_go(layer.weight)
+        if layers and self.runs.walk is None:
+            raise CalibrationError(
+                f"gptq rounds {layers[0].name} and {len(layers) - 1} more by what goes into them: "
+                "give samples with --calib DIR (calibration=...), or choose weights that need none"
+            )
+        if layers and self.runs.walk is not None:
+            groups, tell = by_data(layers), self.runs.progress()
+            with self.runs.walk(model, list(groups)) as walk:
+                cache = LayerCache("gptq", walk.digest, repr(self.options), layers)
+                for done, (layer, rounded, note) in enumerate(
+                    self._rounded(groups, walk, cache), 1
+                ):
+                    layer.replace(model.graph, rounded)
+                    for node in layer.nodes:
+                        add_note(node, note)
+                    tell(f"{layer.name}: {note}", done / len(layers))
+        FixNames()(model)
+        return ir.passes.PassResult(model, bool(layers))
+
+    def _rounded(
+        self, groups: Mapping[ir.Value, Sequence[Layer]], walk: Walk, cache: LayerCache
+    ) -> Iterator[tuple[Layer, RoundedWeight, str]]:
+        """Each layer, rounded, and what to say of it; the model must be changed between them."""
+        for data, layers in groups.items():
+            kept = [cache.get(layer.name) for layer in layers]
+            if all(arrays is not None for arrays in kept):
+                for layer, arrays in zip(layers, kept, strict=True):
+                    assert arrays is not None
+                    note = str(arrays["note"])
+                    yield layer, RoundedWeight.from_arrays(arrays, layer.type), note
+                continue
+            depth = finite_weight(layers[0].nodes[0], layers[0].weight).shape[0]
+            moments = Moments.of(walk.rows(data), depth, data.name or "")
+            for layer, (rounded, note) in zip(layers, self._round(layers, moments), strict=True):
+                cache.put(layer.name, rounded.to_arrays() | {"note": np.asarray(note)})
+                yield layer, rounded, note
+
+    def _round(self, layers: Sequence[Layer], moments: Moments) -> list[tuple[RoundedWeight, str]]:
+        """Round the layers that read the same activations."""
+        weights = [finite_weight(layer.nodes[0], layer.weight) for layer in layers]
+        work = partial(_round_one, moments=moments, options=self.options)
+        return self.runs.map(work, weights, [layer.type for layer in layers])
+
+
+def _round_one(
+    weight: Rows, type: QuantType, moments: Moments, options: GPTQ.Options
+) -> tuple[RoundedWeight, str]:
+    """The better of both roundings, and how good they are."""
+    rounded, damping = gptq(weight, moments.second, type, options)
+    nearest = rounded_on(weight, type, weight_grid(weight, type))
+    signal = moments.error(weight)
+    error, before = (moments.error(weight - r.floats(type)) for r in (rounded, nearest))
+    note = f"rounded by gptq to {_decibels(signal, error)} (to nearest {_decibels(signal, before)})"
+    if before <= error:
+        return nearest, f"rounded to nearest, which is no worse than gptq here: {note}"
+    return rounded, note if damping == options.damping else f"{note} with damping {damping:g}"
+
+
+def _decibels(signal: float, noise: float) -> str:
+    return f"{10 * np.log10(max(signal, 1e-30) / max(noise, 1e-30)):.1f} dB"
+
+
+def gptq(
+    weight: Rows, hessian: Rows, type: QuantType, options: GPTQ.Options
+) -> tuple[RoundedWeight, float]:
+    """Round one matrix.
+
+    Args:
+        weight: [K, N].
+        hessian: E[x xT], [K, K].
+        type: Of integers.
+        options: How.
+
+    Returns:
+        The rounded weight, and the damping that it took.
+
+    Raises:
+        CalibrationError: The Hessian is singular with any damping.
+    """
+    scale, zero = weight_grid(weight, type, options.range, np.diag(hessian))
+    scales = np.broadcast_to(broadcast_scale(scale, weight.shape, type.granularity), weight.shape)
+    zeros = np.full(scale.shape, type.middle) if zero is None else zero
+    zeros = zeros.astype(np.float32)
+    zeros = np.broadcast_to(broadcast_scale(zeros, weight.shape, type.granularity), weight.shape)
+    order = np.arange(len(weight))
+    if options.act_order:
+        order = np.argsort(-np.diag(hessian), kind="stable")
+    factor, damping = _inverse_factor(hessian[order][:, order], options.damping)
+    stored = np.empty(weight.shape, np.float32)
+    rest = weight[order]
+    for start in range(0, len(order), options.block):
+        end = min(start + options.block, len(order))
+        errors = np.empty((end - start, weight.shape[1]), np.float32)
+        for row in range(start, end):
+            at = order[row]
+            integers = np.rint(rest[row] / scales[at]) + zeros[at]
+            np.clip(integers, *type.range, out=integers)
+            stored[at] = integers
+            error = rest[row] - (integers - zeros[at]) * scales[at]
+            error /= factor[row, row]
+            errors[row - start] = error
+            rest[row + 1 : end] -= factor[row, row + 1 : end, None] * error
+        rest[end:] -= factor[start:end, end:].T @ errors
+    storage = stored.astype(type.storage.numpy())
+    return RoundedWeight(storage, scale, zero), damping
+
+
+def _inverse_factor(hessian: Rows, damping: float) -> tuple[Rows, float]:
+    """R, upper triangular, with RT R the inverse of the damped Hessian; and the damping it took."""
+    diagonal = np.diag(hessian)
+    dead = diagonal <= 0
+    mean = float(diagonal.mean()) or 1.0
+    while damping <= _MOST_DAMPING:
+        damped = hessian.copy()
+        damped[np.diag_indices_from(damped)] += np.where(dead, mean, damping * mean)
+        try:
+            # Backwards, because H = U UT has the inverse (U^-1)T U^-1, and U^-1 is upper as well.
+            lower = np.linalg.cholesky(damped[::-1, ::-1])
+            return _inverse_of_upper(np.ascontiguousarray(lower[::-1, ::-1])), damping
+        except np.linalg.LinAlgError:
+            damping *= 10
+    raise CalibrationError(
+        "the second moments of what goes into a product are no positive matrix: the samples hold "
+        "numbers too large to square"
+    )
+
+
+def _inverse_of_upper(upper: Rows) -> Rows:
+    """Halves at a time, so that nearly all of it is matrix products."""
+    size = len(upper)
+    if size <= 64:
+        return np.triu(np.linalg.inv(upper))
+    half, inverse = size // 2, np.zeros_like(upper)
+    inverse[:half, :half] = _inverse_of_upper(upper[:half, :half])
+    inverse[half:, half:] = _inverse_of_upper(upper[half:, half:])
+    inverse[:half, half:] = -inverse[:half, :half] @ upper[:half, half:] @ inverse[half:, half:]
+    return inverse

@@ -1,0 +1,57 @@
+"""What was found out about layers, on disk, found again by the hash of all that it depends on.
+
+A layer depends on the model, the samples, the options and, because what is rounded before it goes
+into it, on the types of all layers.  Nothing of another model is ever found.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompiler.ir.errors import ToolchainError
+from qcompiler.passes.rounded_weight import Layer
+from qcompiler.targets.cache import KernelCache, content_key
+
+__all__ = ["LayerCache"]
+
+_VERSION = "1"
+"""To be counted up when a pass rounds differently."""
+
+
+class LayerCache:
+    """The layers of one model, treated in one way."""
+
+    def __init__(self, method: str, digest: str, options: str, layers: Sequence[Layer]) -> None:
+        """Say what they depend on.
+
+        Args:
+            method: The name of the pass.
+            digest: Hash of model and samples.
+            options: Of the pass, as text.
+            layers: All that will be looked at.
+        """
+        types = (f"{layer.name} {layer.weight.name} {layer.type}" for layer in layers)
+        self._key = content_key(method, _VERSION, digest, options, *types)
+        self._cache = KernelCache()
+
+    def get(self, name: str) -> dict[str, NDArray[Any]] | None:
+        """What `put` kept under a name, in this process or another."""
+        content = self._cache.get(content_key(self._key, name))
+        if content is None:
+            return None
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            return dict(arrays)
+
+    def put(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep arrays, if the folder can be written: only time depends on it."""
+        content = io.BytesIO()
+        np.savez_compressed(content, allow_pickle=False, **arrays)
+        try:
+            self._cache.put(content_key(self._key, name), content.getvalue())
+        except ToolchainError:
+            return

@@ -1,0 +1,125 @@
+"""Write products with weights of few bits as ORT's own op, for ORT without anything of ours.
+
+    MatMul(x, DQ(w[K, N], s, z))              =>   MatMulNBits(x, w'[N, blocks, bytes], s', z')
+    MatMul(DQ(Q(x, sx), sx), DQ(w, s, z))     =>   the same, with accuracy_level 4
+
+The inverse of `lift_few_bits`: the same values, in ORT's layout, one row per column of the product,
+the first value in the lowest bits.  ORT would make this op of the first form itself; of the second
+it does not, because of the pair, and would dequantize the weight in every run.  The pair goes: at
+accuracy_level 4 ORT rounds activations to 8 bits inside, per block instead of per token.  Scales
+per column are repeated for blocks of 128.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes import common
+
+from qcompiler.ir.decisions import add_note, decide, inherit
+from qcompiler.ir.graph import constant, dequantize_of, new_initializer, replace_nodes
+from qcompiler.ir.packing import PackedFormat, pack
+from qcompiler.ir.params import QuantParams, quant_params
+from qcompiler.ir.types import PerAxis, PerGroup
+from qcompiler.passes.fix_names import FixNames
+
+__all__ = ["LowerFewBits"]
+
+_DOMAIN = "com.microsoft"
+_COLUMN = 128
+"""The block that a scale per column is repeated for: ORT has kernels of 16 to 256."""
+
+
+class LowerFewBits(ir.passes.InPlacePass):
+    """Replace each MatMul whose weight has 2, 4 or 8 bits in blocks along K."""
+
+    rounds = True
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Lower every product that has the form."""
+        nodes = [node for node in model.graph if node.op_type == "MatMul" and node.domain == ""]
+        lowered = sum(_try_lower(model.graph, node) for node in nodes)
+        if lowered:
+            model.graph.opset_imports.setdefault(_DOMAIN, 1)
+            common.RemoveUnusedNodesPass()(model)
+            FixNames()(model)
+        return ir.passes.PassResult(model, lowered > 0)
+
+
+def _try_lower(graph: ir.Graph, node: ir.Node) -> bool:
+    dequantize = dequantize_of(node.inputs[1])
+    params, data = quant_params(dequantize), node.inputs[0]
+    stored = None if dequantize is None else constant(dequantize.inputs[0])
+    if params is None or data is None or stored is None or stored.ndim != 2:
+        return False
+    bits, block = params.type.storage.bitwidth, _block(params)
+    if block is None or bits not in (2, 4, 8) or params.scales is None or params.zeros is None:
+        return False
+    pair = _token_pair(data)
+    k, n = stored.shape
+    inputs = [
+        data if pair is None else pair.inputs[0],
+        *_operands(graph, node, params, stored, block),
+    ]
+    attributes = {"K": k, "N": n, "bits": int(bits), "block_size": block}
+    attributes |= {} if pair is None else {"accuracy_level": 4}
+    new = ir.node("MatMulNBits", inputs, attributes, domain=_DOMAIN, version=1)
+    inherit(new, node)
+    replace_nodes([node], [new])
+    if pair is not None:
+        add_note(new, "its activations have no Q and DQ: ORT rounds them itself, per block")
+    decide(new, "qdq", f"ORT's own MatMulNBits, {bits} bits in blocks of {block}")
+    return True
+
+
+def _block(params: QuantParams) -> int | None:
+    """Rows that share a scale, in the op; None if they have no such form."""
+    match params.type.granularity:
+        case PerGroup(axis, size) if axis % 2 == 0 and size >= 16 and not size & (size - 1):
+            return size
+        case PerAxis(axis) if axis % 2 == 1:
+            return _COLUMN
+    return None
+
+
+def _token_pair(value: ir.Value) -> ir.Node | None:
+    """The Q of a pair with a computed scale that makes `value`."""
+    dequantize = dequantize_of(value)
+    quantize = dequantize.inputs[0].producer() if dequantize and dequantize.inputs[0] else None
+    if quantize is None or quantize.op_type != "QuantizeLinear":
+        return None
+    return quantize if constant(quantize.inputs[1]) is None else None
+
+
+def _operands(
+    graph: ir.Graph, node: ir.Node, params: QuantParams, stored: NDArray[Any], block: int
+) -> list[ir.Value | None]:
+    """Weight, scales and zero points in ORT's layout."""
+    (k, n), bits = stored.shape, int(params.type.storage.bitwidth)
+    blocks, offset = -(-k // block), 2 ** (bits - 1) * params.type.storage.is_signed()
+    codes = np.zeros((n, blocks * block), np.int16)
+    codes[:, :k] = stored.T.astype(np.int16)
+    codes[:, :k] += offset
+    scales = np.asarray(params.scales)
+    zeros = np.broadcast_to(np.asarray(params.zeros).astype(np.int16), scales.shape) + offset
+    if scales.ndim == 1:  # per column
+        scales, zeros = np.tile(scales, (blocks, 1)), np.tile(zeros, (blocks, 1))
+    name = node.name or "product"
+    packed = _packed(codes.reshape(n, blocks, block), bits)
+    inputs: list[ir.Value | None] = [
+        new_initializer(graph, f"{name}_packed", packed),
+        new_initializer(graph, f"{name}_scales", np.ascontiguousarray(scales.T)),
+    ]
+    if (zeros != 2 ** (bits - 1)).any():
+        inputs.append(new_initializer(graph, f"{name}_zero_points", _packed(zeros.T, bits)))
+    return inputs
+
+
+def _packed(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """Codes in bytes, each row of the last axis on its own."""
+    if bits == 8:
+        return np.ascontiguousarray(codes.astype(np.uint8))
+    return pack(codes, PackedFormat("unsigned", bits))  # type: ignore[arg-type]

@@ -1,0 +1,167 @@
+"""The graph edit that every pass makes which rounds weights, and which products it is made for.
+
+    y = MatMul(x, W)   =>   y = MatMul(x, DQ(W_q, s))       or DQ(W_q, s, z)
+
+A weight that other nodes read too keeps its float form for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompiler.ir.arithmetic import dequantize
+from qcompiler.ir.decisions import plan_of
+from qcompiler.ir.errors import ModelError
+from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer
+from qcompiler.ir.types import PerAxis, PerGroup, QuantType
+
+__all__ = [
+    "Layer",
+    "RoundedWeight",
+    "by_data",
+    "finite_weight",
+    "layers_of",
+    "place_dequantize",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundedWeight:
+    """Stored values and how to read them, in ONNX shapes.
+
+    Attributes:
+        stored: [K, N] of the storage type.
+        scale: Of the expressed type, one per slice or group.
+        zero_point: In the shape of the scale, of the storage type; None stands for the middle.
+    """
+
+    stored: NDArray[Any]
+    scale: NDArray[Any]
+    zero_point: NDArray[Any] | None = None
+
+    def to_arrays(self) -> dict[str, NDArray[Any]]:
+        """Arrays of types that numpy's own file format knows: it has none of 4 bits."""
+        arrays = {"stored": self.stored.astype(np.int16), "scale": self.scale}
+        if self.zero_point is not None:
+            arrays["zero_point"] = self.zero_point.astype(np.int16)
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], type: QuantType) -> RoundedWeight:
+        """What `to_arrays` gave."""
+        storage, zero = type.storage.numpy(), arrays.get("zero_point")
+        return cls(
+            arrays["stored"].astype(storage),
+            arrays["scale"],
+            None if zero is None else zero.astype(storage),
+        )
+
+    def floats(self, type: QuantType) -> NDArray[np.float32]:
+        """What its DequantizeLinear will compute."""
+        return np.asarray(dequantize(self.stored, self.scale, type, self.zero_point), np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A matrix that is to be rounded, and the planned products that read it.
+
+    Attributes:
+        weight: The constant, [K, N].
+        type: What it is to be stored as.
+        nodes: The MatMuls, in graph order.
+    """
+
+    weight: ir.Value
+    type: QuantType
+    nodes: tuple[ir.Node, ...]
+
+    @property
+    def name(self) -> str:
+        """How messages and caches call it: by the first product that reads it."""
+        return label(self.nodes[0])
+
+    @property
+    def data(self) -> ir.Value:
+        """What the first product multiplies, [..., K]."""
+        value = self.nodes[0].inputs[0]
+        assert value is not None
+        return value
+
+    def replace(self, graph: ir.Graph, rounded: RoundedWeight) -> None:
+        """Let the products read the rounded weight."""
+        dequantize = place_dequantize(graph, self.weight, self.type, rounded)
+        for node in self.nodes:
+            node.replace_input_with(1, dequantize.outputs[0])
+        drop_if_unread(self.weight)
+
+
+def layers_of(nodes: Iterable[ir.Node], *roundings: str) -> list[Layer]:
+    """The matrices that MatMuls plan to round in one of these ways, while they are still floats.
+
+    Each is there once per type, in the order of the nodes.
+    """
+    found: dict[tuple[ir.Value, QuantType], list[ir.Node]] = {}
+    for node in nodes:
+        plan = plan_of(node) if node.op_type == "MatMul" else None
+        weight = node.inputs[1] if plan is not None else None
+        if plan is None or plan.rounding not in roundings:
+            continue
+        if weight is not None and constant(weight) is not None:
+            found.setdefault((weight, plan.weight), []).append(node)
+    return [Layer(weight, type, tuple(nodes)) for (weight, type), nodes in found.items()]
+
+
+def by_data(layers: Sequence[Layer]) -> dict[ir.Value, list[Layer]]:
+    """Layers whose first products read the same value, in the order of the first of them."""
+    groups: dict[ir.Value, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(layer.data, []).append(layer)
+    return groups
+
+
+def finite_weight(node: ir.Node, weight: ir.Value) -> NDArray[np.float32]:
+    """The floats of a constant.
+
+    Raises:
+        ModelError: It holds NaN or Inf.
+    """
+    array = np.asarray(constant(weight), np.float32)
+    count = int(array.size - np.isfinite(array).sum())
+    if count:
+        raise ModelError(
+            f"the weight {weight.name!r} of {node.name!r} holds {count} NaN or Inf; repair the "
+            f"model, or keep the node float with --keep-float {node.name}"
+        )
+    return array
+
+
+def place_dequantize(
+    graph: ir.Graph, weight: ir.Value, type: QuantType, rounded: RoundedWeight
+) -> ir.Node:
+    """A new DequantizeLinear, at the front of the graph, of a rounded weight."""
+    name = weight.name or "weight"
+    inputs = [
+        new_initializer(graph, f"{name}_{type.storage.name.lower()}", rounded.stored, type.storage),
+        new_initializer(graph, f"{name}_scale", rounded.scale),
+    ]
+    if rounded.zero_point is not None:
+        zero = rounded.zero_point
+        inputs.append(new_initializer(graph, f"{name}_zero_point", zero, type.storage))
+    attributes = {"axis": 0}
+    match type.granularity:
+        case PerAxis(axis):
+            attributes = {"axis": axis}
+        case PerGroup(axis, group_size):
+            attributes = {"axis": axis, "block_size": group_size}
+    node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}_dequantize")
+    output = node.outputs[0]
+    output.name, output.dtype = f"{name}_dequantized", ir.DataType.FLOAT
+    output.shape = ir.Shape(rounded.stored.shape)
+    graph.insert_before(graph[0], node)
+    return node

@@ -1,0 +1,144 @@
+"""What a product's activations are like, as far as rounding its weight has to know.
+
+    H = E[x xT]   [K, K]      m = E[|x|]   [K]
+
+With W rounded to W', the mean square error of a row of the result is the trace of (W - W')T H
+(W - W'): H is half the Hessian of GPTQ (Frantar et al., 2022).  Samples are added one by one, so
+that only H and one sample are in memory.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from qcompiler.ir.errors import CalibrationError
+
+__all__ = ["LayerRuns", "Moments", "Walk", "Walker"]
+
+T = TypeVar("T")
+
+Rows = NDArray[np.float32]
+
+
+class Walk(Protocol):
+    """Runs a model on samples, in the order of its nodes, as far as it is asked to.
+
+    Attributes:
+        digest: Hash of the model, of the samples, and of what runs them.
+    """
+
+    @property
+    def digest(self) -> str: ...  # noqa: D102
+
+    def rows(self, value: ir.Value) -> Iterable[tuple[str, Rows]]:
+        """What messages call each sample, and the rows [tokens, K] that `value` has on it.
+
+        Values are asked for in the order in which they were announced; some may be left out.  What
+        lies before them is run as the model is when they are asked for.
+        """
+
+    def __enter__(self) -> Walk: ...
+    def __exit__(
+        self,
+        type: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
+class Walker(Protocol):
+    """Starts a walk that will stop at some values, in graph order."""
+
+    def __call__(self, model: ir.Model, stops: list[ir.Value]) -> Walk:
+        """Start it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRuns:
+    """What passes need that look at layers one by one.
+
+    Attributes:
+        walk: Runs the model; None if there are no samples.
+        executor: Where layers that read the same activations are treated, side by side.
+        tell: Hears what was done, which share of all that is, and how many seconds it took so far.
+    """
+
+    walk: Walker | None = None
+    executor: concurrent.futures.Executor | None = None
+    tell: Callable[[str, float, float], None] | None = None
+
+    def progress(self) -> Callable[[str, float], None]:
+        """Starts the clock: what to tell of each layer from now on."""
+        start, tell = time.perf_counter(), self.tell
+        if tell is None:
+            return lambda text, share: None
+        return lambda text, share: tell(text, share, time.perf_counter() - start)
+
+    def map(self, function: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
+        """What the function makes of each, in order."""
+        each = map if self.executor is None else self.executor.map
+        return list(each(function, *arguments))
+
+
+class Moments:
+    """The moments of the rows seen so far.
+
+    Attributes:
+        second: E[x xT], [K, K].
+        magnitude: E[|x|], [K].
+        count: Rows.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.second = np.zeros((depth, depth), np.float32)
+        self.magnitude = np.zeros(depth, np.float32)
+        self.count = 0
+
+    @classmethod
+    def of(cls, runs: Iterable[tuple[str, Rows]], depth: int, name: str) -> Moments:
+        """The moments of all rows of all samples.
+
+        Args:
+            runs: What messages call each sample, and its rows.
+            depth: K.
+            name: The tensor, for messages.
+
+        Raises:
+            CalibrationError: A row is NaN or Inf, or there is none.
+        """
+        moments = cls(depth)
+        for label, rows in runs:
+            if not np.isfinite(rows).all():
+                raise CalibrationError(
+                    f"{label}: tensor {name!r} becomes NaN or Inf; repair or remove the sample"
+                )
+            moments.add(rows)
+        if not moments.count:
+            raise CalibrationError(f"the samples are empty: tensor {name!r} never held a value")
+        return moments
+
+    def add(self, rows: Rows) -> None:
+        """Count rows, [tokens, K], in."""
+        if not len(rows):
+            return
+        self.count += len(rows)
+        share = np.float32(len(rows) / self.count)
+        product = rows.T @ rows
+        product *= share / np.float32(len(rows))
+        self.second *= 1 - share
+        self.second += product
+        self.magnitude *= 1 - share
+        self.magnitude += np.abs(rows).mean(axis=0, dtype=np.float32) * share
+
+    def error(self, difference: Rows) -> float:
+        """Mean square error of a row of the result, summed over it, for W - W', [K, N]."""
+        return float(np.vdot(difference, self.second @ difference))

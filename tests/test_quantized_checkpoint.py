@@ -1,0 +1,202 @@
+"""Weights of GPTQ and AWQ checkpoints: files made here, by the layouts as they are documented."""
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from golden import model_of, run
+
+from qcompiler.ir.decisions import decision_of
+from qcompiler.ir.errors import ModelError
+from qcompiler.passes.widen_constants import dequantized_constant
+from qcompiler.quantized_checkpoint import take_over_weights
+from qcompiler.safetensors import SafeTensors
+
+K, N, GROUP = 64, 32, 16
+RNG = np.random.default_rng(0)
+W = RNG.standard_normal((K, N), dtype=np.float32)
+FEEDS = {"x": RNG.standard_normal((5, K), dtype=np.float32)}
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def write(path, tensors):
+    """The format, as its documentation has it."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    kinds = {"float32": "F32", "float16": "F16", "int32": "I32"}
+    for name, array in tensors.items():
+        header[name] = {"dtype": kinds[str(array.dtype)], "shape": list(array.shape),
+                        "data_offsets": [offset, offset + array.nbytes]}  # fmt: skip
+        offset += array.nbytes
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text
+                     + b"".join(array.tobytes() for array in tensors.values()))  # fmt: skip
+    return path
+
+
+def model(text=f"g (float[m,{K}] x) => (float[m,{N}] y) {{ y = MatMul (x, w) }}"):
+    made = model_of(text, {"w": W, "gamma": np.ones(K, np.float32)})
+    for node in made.graph:
+        if node.op_type == "MatMul":
+            node.name = "/model/layers.0/mlp/up_proj/MatMul"
+    for value in list(made.graph.initializers.values()):
+        if value.name == "gamma":
+            value.name = "model.norm.weight"
+    return made
+
+
+def rounded(bits, order=None):
+    """Codes [K, N], zero points and scales [G, N], the group of each input, and the floats."""
+    codes = RNG.integers(0, 2**bits, (K, N))
+    zeros, scales = (
+        RNG.integers(0, 2**bits, (K // GROUP, N)),
+        RNG.uniform(0.01, 0.1, (K // GROUP, N)),
+    )
+    scales = scales.astype(np.float16)
+    groups = np.arange(K) // GROUP if order is None else (np.arange(K) // GROUP)[order]
+    floats = (codes - zeros[groups]).astype(np.float32) * scales.astype(np.float32)[groups]
+    return codes, zeros, scales, groups, floats
+
+
+def pack_rows(codes, bits):
+    """Along the first axis, the way AutoGPTQ does it word by word."""
+    rows, width = codes.shape
+    words = np.zeros((rows * bits // 32, width), np.uint64)
+    for row in range(rows):
+        word, shift = divmod(row * bits, 32)
+        value = codes[row].astype(np.uint64)
+        words[word] |= (value << np.uint64(shift)) & np.uint64(0xFFFFFFFF)
+        if shift + bits > 32:
+            words[word + 1] |= value >> np.uint64(32 - shift)
+    return words.astype(np.uint32).view(np.int32)
+
+
+def gptq(tmp_path, bits, order=None, less=1, **change):
+    codes, zeros, scales, groups, floats = rounded(bits, order)
+    stored = (zeros - less) & (2**bits - 1)
+    tensors = {
+        f"{LAYER}.qweight": pack_rows(codes, bits),
+        f"{LAYER}.qzeros": np.ascontiguousarray(pack_rows(stored.T, bits).T),
+        f"{LAYER}.scales": scales,
+        f"{LAYER}.g_idx": groups.astype(np.int32),
+    }
+    tensors |= {f"{LAYER}.{part}": array for part, array in change.items()}
+    tensors = {name: array for name, array in tensors.items() if array is not None}
+    return write(tmp_path / "model.safetensors", tensors), floats
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq(tmp_path, bits):
+    file, floats = gptq(tmp_path, bits)
+    made = model()
+    assert take_over_weights(made, file) == [LAYER]
+    (node,) = [node for node in made.graph if node.op_type == "MatMul"]
+    np.testing.assert_array_equal(dequantized_constant(node.inputs[1]), floats)
+    assert node.inputs[1].producer().attributes.get_int("block_size") == GROUP
+    assert node.inputs[1].producer().inputs[0].dtype is (
+        ir.DataType.INT8 if bits == 8 else ir.DataType.INT4
+    )
+    assert decision_of(node).why == "weights of gptq as model.safetensors has them"
+    got = run(made, FEEDS, plainly=True)[0]
+    np.testing.assert_allclose(got, FEEDS["x"] @ floats, rtol=1e-4, atol=1e-4)
+
+
+def test_gptq_in_activation_order(tmp_path):
+    file, floats = gptq(tmp_path, 4, RNG.permutation(K))
+    made = model(f"g (float[m,{K}] x) => (float[m,{N}] y) {{ y = MatMul (x, w) }}")
+    take_over_weights(made, file)
+    assert [node.op_type for node in made.graph] == ["DequantizeLinear", "Gather", "MatMul"]
+    got = run(made, FEEDS, plainly=True)[0]
+    np.testing.assert_allclose(got, FEEDS["x"] @ floats, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", ["quantize_config.json", "config.json"])
+def test_the_second_format_of_gptq(tmp_path, config):
+    file, floats = gptq(tmp_path, 4, less=0)
+    content = {"checkpoint_format": "gptq_v2"}
+    content = content if config.startswith("q") else {"quantization_config": content}
+    (tmp_path / config).write_text(json.dumps(content))
+    for where in (file, tmp_path):
+        made = model()
+        take_over_weights(made, where)
+        (node,) = [node for node in made.graph if node.op_type == "MatMul"]
+        np.testing.assert_array_equal(dequantized_constant(node.inputs[1]), floats)
+
+
+def awq(tmp_path, **more):
+    codes, zeros, scales, _, floats = rounded(4)
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+
+    def pack(table):
+        words = np.zeros((len(table), table.shape[1] // 8), np.uint32)
+        for i, column in enumerate(order):
+            words |= table[:, column::8].astype(np.uint32) << np.uint32(4 * i)
+        return words.view(np.int32)
+
+    tensors = {f"{LAYER}.qweight": pack(codes), f"{LAYER}.qzeros": pack(zeros),
+               f"{LAYER}.scales": scales}  # fmt: skip
+    return write(tmp_path / "model.safetensors", tensors | more), floats
+
+
+NORM = (
+    f"g (float[m,{K}] x) => (float[m,{N}] y) "
+    "{ t = LayerNormalization <axis = -1> (x, gamma) y = MatMul (t, w) }"
+)
+
+
+def test_awq_with_its_norm(tmp_path):
+    gamma = RNG.uniform(0.5, 2, K).astype(np.float16)
+    file, floats = awq(tmp_path, **{"model.norm.weight": gamma})
+    made = model(NORM)
+    take_over_weights(made, file)
+    x = FEEDS["x"] - FEEDS["x"].mean(1, keepdims=True)
+    x /= np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-5)
+    expected = x * gamma.astype(np.float32) @ floats
+    np.testing.assert_allclose(run(made, FEEDS, plainly=True)[0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_what_does_not_fit(tmp_path):
+    file, _ = awq(tmp_path, **{"model.final_norm.weight": np.ones(K, np.float16)})
+    with pytest.raises(ModelError, match="'model.final_norm.weight' is no constant of the model"):
+        take_over_weights(model(NORM), file)
+    file, _ = gptq(tmp_path, 4, qzeros=None)
+    with pytest.raises(ModelError, match=f"has no {LAYER}.qzeros beside its qweight"):
+        take_over_weights(model(), file)
+    file, _ = gptq(tmp_path, 4, qweight=np.zeros((5, 7), np.int32))
+    with pytest.raises(ModelError, match=r"qweight is \[5, 7\], which is no packed form .*64, 32"):
+        take_over_weights(model(), file)
+    file, _ = gptq(tmp_path, 4, g_idx=np.zeros(K, np.int32))
+    with pytest.raises(ModelError, match="up_proj.*: its groups are not all of 16 inputs"):
+        take_over_weights(model(), file)
+    file, _ = gptq(tmp_path, 4, g_idx=np.zeros(3, np.int32))
+    with pytest.raises(ModelError, match="scales, qzeros and g_idx of .* do not fit each other"):
+        take_over_weights(model(), file)
+
+
+def test_a_layer_of_another_name(tmp_path):
+    file, floats = gptq(tmp_path, 4)
+    made = model()
+    made.graph[0].name = "up"
+    with pytest.raises(ModelError, match=f"no MatMul of the model has the name of layer {LAYER!r}"):
+        take_over_weights(made, file)
+    take_over_weights(made, file, {LAYER: "up"})
+    (node,) = [node for node in made.graph if node.op_type == "MatMul"]
+    np.testing.assert_array_equal(dequantized_constant(node.inputs[1]), floats)
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(ModelError, match="cannot read .*no.safetensors: No such file"):
+        SafeTensors(tmp_path / "no.safetensors")
+    with pytest.raises(ModelError, match="holds no .safetensors file"):
+        SafeTensors(tmp_path)
+    bad = tmp_path / "bad.safetensors"
+    for content in (b"", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]"):
+        bad.write_bytes(content)
+        with pytest.raises(ModelError, match="bad.safetensors is no whole safetensors file"):
+            SafeTensors(bad)
+    whole = write(tmp_path / "bad.safetensors", {"a": np.zeros(100, np.float32)}).read_bytes()
+    bad.write_bytes(whole[:-4])
+    with pytest.raises(ModelError, match="'a' does not lie within it"):
+        SafeTensors(bad)
+    with pytest.raises(ModelError, match="holds no qweight: it is no checkpoint of GPTQ or AWQ"):
+        take_over_weights(model(), write(bad, {"a": np.zeros(100, np.float32)}))

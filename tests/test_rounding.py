@@ -1,0 +1,182 @@
+"""Rounding as a recipe asks for it, from compile to what ONNX Runtime computes."""
+
+import concurrent.futures
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from golden import model_of, run, sqnr
+from terminal import qcompile
+
+import qcompiler
+from qcompiler.ir.decisions import decision_of
+from qcompiler.ir.errors import CalibrationError, OptionError
+from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.targets.catalog import TARGETS
+
+K, N = 64, 32
+RNG = np.random.default_rng(0)
+MIX = RNG.standard_normal((K, K)) * np.exp(-np.arange(K) / 8)[:, None]
+W = {
+    "v": RNG.standard_normal((K, K), dtype=np.float32) / 8,
+    "w": RNG.standard_normal((K, N), dtype=np.float32) / 8,
+}
+TEXT = (
+    f"g (float[n,{K}] x) => (float[n,{N}] y) {{ a = MatMul (x, v) b = Relu (a) y = MatMul (b, w) }}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
+
+
+def rows(seed):
+    return (np.random.default_rng(seed).standard_normal((64, K)) @ MIX).astype(np.float32)
+
+
+def samples():
+    return [{"x": rows(seed)} for seed in range(4)]
+
+
+FEEDS = {"x": rows(99)}
+
+
+def model(text=TEXT, weights=W):
+    made = model_of(text, weights)
+    for index, node in enumerate(made.graph):
+        node.name = f"node_{index}"
+    return made
+
+
+def compiled(tmp_path, rounding, target="cuda-int4", **more):
+    report = qcompiler.compile(
+        model(), target, tmp_path / f"{rounding}.{target}", calibration=samples,
+        recipe=qcompiler.Recipe(rounding=rounding), timing=False, **more,
+    )  # fmt: skip
+    session = qcompiler.load(report.bundle, native=False, providers=["CPUExecutionProvider"])
+    return sqnr(run(model(), FEEDS)[0], session.run(None, FEEDS)[0]), report
+
+
+def test_gptq_and_awq_gptq_are_better_than_nearest(tmp_path):
+    nearest, _ = compiled(tmp_path, "nearest")
+    told = []
+    gptq, report = compiled(tmp_path, "gptq", progress=lambda label, *_: told.append(label))
+    both, _ = compiled(tmp_path, "awq_gptq")
+    assert gptq > nearest + 2 and both > nearest + 2
+    assert all("rounded by gptq to " in d.why for d in report.decisions if d.op == "QMatMulW4A16")
+    assert any(label.startswith("gptq: node_0: rounded by gptq to ") for label in told)
+    assert not report.notes
+
+
+@pytest.mark.parametrize("rounding", ["hqq", "awq"])
+def test_others_run(tmp_path, rounding):
+    found, report = compiled(tmp_path, rounding)
+    assert found > 17
+    assert any(rounding in decision.why for decision in report.decisions)
+
+
+def test_eight_bits_too(tmp_path):
+    """The activations are rounded as well, and what goes into the next layer is still float."""
+    found, report = compiled(tmp_path, "gptq", "arm-int8")
+    assert all("rounded by gptq" in d.why for d in report.decisions if d.op == "QMatMulW8A8")
+    assert found > 15
+
+
+def test_layers_in_an_executor(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        _, report = compiled(tmp_path, "gptq", executor=executor)
+    assert any("rounded by gptq" in decision.why for decision in report.decisions)
+    with pytest.raises(OptionError, match="executor must be a concurrent.futures.Executor"):
+        qcompiler.compile(model(), "cuda-int4", tmp_path / "b", executor=3)
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "awq", "awq_gptq"])
+def test_samples_are_asked_for(tmp_path, rounding):
+    recipe = qcompiler.Recipe(rounding=rounding)
+    first = rounding.split("_")[0]
+    with pytest.raises(CalibrationError, match=f"{first} .* node_0 and 1 more .*--calib DIR"):
+        qcompiler.compile(model(), "cuda-int4", tmp_path / "b", recipe=recipe, timing=False)
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_a_recipe_cannot_say(tmp_path):
+    with pytest.raises(OptionError, match="unknown rounding 'gtpq'; did you mean 'gptq'"):
+        qcompiler.Recipe(rounding="gtpq")
+    recipe = qcompiler.Recipe(rounding="gptq")
+    passes = "canonicalize,assign-precision,insert-qdq,round-to-nearest,fold-qdq"
+    with pytest.raises(OptionError, match="'node_0' is to be rounded by gptq, which the pipeline"):
+        qcompiler.compile(model(), "cuda-int4", tmp_path / "b", recipe=recipe, pipeline=passes)
+
+
+def test_a_rule_for_one_layer(tmp_path):
+    recipe = qcompiler.Recipe(nodes=[{"match": "node_2", "rounding": "gptq"}])
+    report = qcompiler.compile(
+        model(), "cuda-int4", tmp_path / "b", recipe=recipe, calibration=samples, timing=False
+    )
+    whys = {d.node: d.why for d in report.decisions}
+    assert "gptq" in whys["node_2"] and "gptq" not in whys["node_0"]
+
+
+def test_zero_points(tmp_path):
+    rule = {"op": "MatMul", "symmetric": False, "activation": "float"}
+    weights = W | {"v": W["v"] + np.float32(0.3)}
+    recipe = qcompiler.Recipe(nodes=[rule], rounding="gptq")
+    report = qcompiler.compile(
+        model(weights=weights), "x86-int4", tmp_path / "b", recipe=recipe, calibration=samples,
+        timing=False, strict=True,
+    )  # fmt: skip
+    (why,) = {d.action for d in report.decisions if d.op == "MatMul"}
+    assert why == "qdq"
+    session = qcompiler.load(report.bundle)
+    assert sqnr(run(model(weights=weights), FEEDS)[0], session.run(None, FEEDS)[0]) > 20
+
+
+@pytest.mark.parametrize("target", ["x86-int4", "cuda-int4", "arm-int4"])
+@pytest.mark.parametrize("depth", [40, 8, 200])
+def test_groups_that_do_not_divide(tmp_path, target, depth):
+    """The last group is shorter: exact, in the body and in ORT's own op."""
+    text = f"g (float[n,{depth}] x) => (float[n,{N}] y) {{ y = MatMul (x, w) }}"
+    weights = {"w": RNG.standard_normal((depth, N), dtype=np.float32)}
+    feeds = {"x": RNG.standard_normal((5, depth), dtype=np.float32)}
+    floor = 38 if TARGETS[target].scheme.activation else 100
+    report = qcompiler.compile(
+        model(text, weights), target, tmp_path / "b", timing=False, stop_after="qdq"
+    )
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    exact = ort.InferenceSession(report.bundle, options).run(None, feeds)[0]
+    assert sqnr(run(model(text, weights), feeds)[0], exact) > 15
+    bundle = qcompiler.compile(model(text, weights), target, tmp_path / "c", timing=False).bundle
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = qcompiler.load(
+        bundle, native=False, providers=["CPUExecutionProvider"], session_options=options
+    )
+    assert sqnr(exact, session.run(None, feeds)[0]) > floor
+
+
+def test_inside_of_a_branch_there_is_only_rounding_to_nearest():
+    text = (
+        f"g (float[n,{K}] x, bool c) => (float[n,{N}] y) {{ y = If (c) <"
+        f"then_branch = t () => (float[n,{N}] p) {{ p = MatMul (x, w) }}, "
+        f"else_branch = e () => (float[n,{N}] q) {{ q = MatMul (x, w) }}> }}"
+    )
+    made = model(text)
+    AssignPrecision(TARGETS["x86-int8"].scheme, AssignPrecision.Options(rounding="gptq"))(made)
+    whys = [decision_of(node).why for node in made.graph.all_nodes() if node.op_type == "MatMul"]
+    assert all("rounded to nearest, not by gptq: inside of a branch" in why for why in whys)
+
+
+def test_on_the_command_line(tmp_path):
+    import onnx_ir as ir
+
+    ir.save(model(), tmp_path / "m.onnx")
+    np.savez(tmp_path / "a.npz", x=rows(0))
+    (tmp_path / "r.toml").write_text("[passes.gptq]\ndamping = 0.05\n")
+    words = ["--target", "cuda-int4", "--recipe", str(tmp_path / "r.toml"), "--no-timing"]
+    words += ["--rounding", "gptq"]
+    calib = ["--calib", str(tmp_path / "a.npz"), "-o", str(tmp_path / "b"), "-v"]
+    result = qcompile(tmp_path / "m.onnx", *words, *calib)
+    assert result.exit_code == 0, result.output
+    assert "rounded by gptq" in " ".join(result.output.split())
