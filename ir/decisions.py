@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qcompiler.ir.region import Region
 from qcompiler.ir.types import QuantSpec, QuantType
@@ -20,6 +22,7 @@ __all__ = [
     "Decision",
     "NodePlan",
     "add_note",
+    "bias_shift",
     "decide",
     "decision_of",
     "decisions",
@@ -30,6 +33,7 @@ __all__ = [
     "note_of",
     "plan_of",
     "region_of",
+    "set_bias_shift",
     "set_plan",
     "set_region",
 ]
@@ -46,6 +50,7 @@ _UNEXPECTED = "qcompiler.unexpected"
 _NOTE = "qcompiler.note"
 _PLAN = "qcompiler.plan"
 _REGION = "qcompiler.region"
+_BIAS_SHIFT = "qcompiler.bias_shift"
 _LEFT = "qcompiler.left_to_ort"
 
 
@@ -103,6 +108,18 @@ def plan_of(node: ir.Node) -> NodePlan | None:
 def drop_plan(node: ir.Node) -> None:
     """Take the plan back: the node is not quantized after all."""
     node.meta.pop(_PLAN, None)
+    node.meta.pop(_BIAS_SHIFT, None)
+
+
+def set_bias_shift(node: ir.Node, shift: NDArray[np.float32]) -> None:
+    """Plan that rounding takes `shift`, [C], from the bias of `node`."""
+    node.meta[_BIAS_SHIFT] = shift
+
+
+def bias_shift(node: ir.Node) -> NDArray[np.float32] | None:
+    """What is to be taken from the bias of `node` when it is rounded, if anything."""
+    shift: NDArray[np.float32] | None = node.meta.get(_BIAS_SHIFT)
+    return shift
 
 
 def leave_to_ort(node: ir.Node, why: str) -> None:

@@ -18,6 +18,7 @@ from qcompiler.ir.errors import OptionError, QCompilerError
 from qcompiler.ir.region import Region
 from qcompiler.passes.choose_kernels import ChooseKernels
 from qcompiler.passes.insert_qdq import Observer
+from qcompiler.passes.side_by_side import Runner
 from qcompiler.passes.smooth_activations import Sampler
 from qcompiler.pipeline import Pipeline
 from qcompiler.random_inputs import random_feed
@@ -121,11 +122,13 @@ class Chooser:
         if self.wishes.shapes is not None:
             random_feed(model_inputs(model), self.wishes.shapes)
 
-    def pipeline(self, recipe: Recipe, observe: Observer | None, sample: Sampler) -> Pipeline:
+    def pipeline(
+        self, recipe: Recipe, observe: Observer | None, sample: Sampler, run: Runner | None = None
+    ) -> Pipeline:
         """The passes to run, with what is known so far; see `Pipeline.default`."""
         self._choose = self._make_pass()
         return Pipeline.default(
-            self.target, recipe, observe, sample, self._choose, self._unsupported
+            self.target, recipe, observe, sample, self._choose, self._unsupported, run
         )
 
     def record(self) -> Record:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.bundle import Manifest
-from qcompiler.calibrate import observe, sample_tokens
+from qcompiler.calibrate import observe, run_exactly, sample_tokens
 from qcompiler.chooser import Chooser, Wishes
 from qcompiler.clipping import Clipping
 from qcompiler.emit import build_kernels, write_bundle
@@ -57,6 +57,13 @@ class SampleObserver:
         """Some of their rows, see `sample_tokens`."""
         self.was_asked = True
         return sample_tokens(model, names, self.samples)
+
+    def run_exactly(
+        self, model: ir.Model, names: Sequence[str]
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """Tensors of one row each, see `run_exactly`."""
+        self.was_asked = True
+        return run_exactly(model, names, self.samples)
 
     def _tell(self, done: int, total: int) -> None:
         self.clock.detail(f"sample {done} of {total}", done / total)
@@ -121,7 +128,8 @@ class Job:
         else:
             assert self.chooser is not None
             sample = sample_tokens if self.observer is None else self.observer.sample_tokens
-            pipeline = self.chooser.pipeline(self.recipe, self.observer, sample)
+            run = None if self.observer is None else self.observer.run_exactly
+            pipeline = self.chooser.pipeline(self.recipe, self.observer, sample, run)
             if self.passes is not None:
                 pipeline = pipeline.select(self.passes)
                 _check_read(pipeline, self.recipe, self.chooser.wishes)

@@ -18,6 +18,7 @@ from qcompiler.ir.stages import Stage
 from qcompiler.passes.choose_kernels import ChooseKernels
 from qcompiler.passes.insert_qdq import Observer
 from qcompiler.passes.options import configured
+from qcompiler.passes.side_by_side import Runner
 from qcompiler.passes.smooth_activations import Sampler
 from qcompiler.pipeline_text import parse_pipeline
 from qcompiler.recipe import Recipe
@@ -57,6 +58,7 @@ class Pipeline:
         sample: Sampler = sample_tokens,
         choose: ChooseKernels | None = None,
         supports: Callable[[Region], str | None] | None = None,
+        run: Runner | None = None,
     ) -> Pipeline:
         """The passes of a target.
 
@@ -67,6 +69,8 @@ class Pipeline:
             sample: Where tokens to smooth by come from, see `SmoothActivations`.
             choose: What decides where quantizing gains something; without it, everywhere.
             supports: Why there is to be no kernel for a region; by default the target's word.
+            run: Runs stages of the model on samples, so that passes can decide by the error that
+                they measure; without it those passes change nothing.
 
         Raises:
             OptionError: An unknown target, or a recipe that does not fit it.
@@ -82,7 +86,7 @@ class Pipeline:
                 f"attention {recipe.attention!r}: {goal.name} has no kernel of attention; leave "
                 "it out"
             )
-        steps = default_steps(goal, recipe, observe, sample, choose, supports)
+        steps = default_steps(goal, recipe, observe, sample, choose, supports, run)
         pipeline = cls(steps, goal, recipe)
         if not recipe.smooth:
             pipeline.remove("smooth-activations")
