@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qcompiler.ir.region import Region
 from qcompiler.ir.types import QuantSpec, QuantType
@@ -22,6 +24,7 @@ __all__ = [
     "OperandPlan",
     "Preference",
     "add_note",
+    "bias_shift",
     "decide",
     "decision_of",
     "decisions",
@@ -35,6 +38,7 @@ __all__ = [
     "operand_plan_of",
     "plan_of",
     "region_of",
+    "set_bias_shift",
     "set_operand_plan",
     "set_plan",
     "set_region",
@@ -54,6 +58,7 @@ _PLAN = "qcompiler.plan"
 _OPERANDS = "qcompiler.operands"
 _KEPT = "qcompiler.kept_float"
 _REGION = "qcompiler.region"
+_BIAS_SHIFT = "qcompiler.bias_shift"
 _LEFT = "qcompiler.left_to_ort"
 
 
@@ -144,6 +149,7 @@ def drop_plan(node: ir.Node) -> None:
     """Take the plan back, of either kind: the node is not quantized after all."""
     node.meta.pop(_PLAN, None)
     node.meta.pop(_OPERANDS, None)
+    node.meta.pop(_BIAS_SHIFT, None)
 
 
 def keep_float(node: ir.Node, why: str) -> None:
@@ -156,6 +162,17 @@ def keep_float(node: ir.Node, why: str) -> None:
 def is_kept_float(node: ir.Node) -> bool:
     """Whether somebody decided that the node stays float."""
     return bool(node.meta.get(_KEPT))
+
+
+def set_bias_shift(node: ir.Node, shift: NDArray[np.float32]) -> None:
+    """Plan that rounding takes `shift`, [C], from the bias of `node`."""
+    node.meta[_BIAS_SHIFT] = shift
+
+
+def bias_shift(node: ir.Node) -> NDArray[np.float32] | None:
+    """What is to be taken from the bias of `node` when it is rounded, if anything."""
+    shift: NDArray[np.float32] | None = node.meta.get(_BIAS_SHIFT)
+    return shift
 
 
 def leave_to_ort(node: ir.Node, why: str) -> None:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.arithmetic import quantize, weight_scale
-from qcompiler.ir.decisions import NodePlan, plan_of
+from qcompiler.ir.decisions import NodePlan, bias_shift, plan_of
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, let_go, new_initializer
 from qcompiler.ir.types import QuantType
@@ -126,8 +126,8 @@ def _scale_floor(node: ir.Node) -> NDArray[np.float32]:
     A dead channel (all weights zero, common after a BatchNorm was folded) may have a bias; at the
     tiny scale its weights alone would give, that bias would saturate and be lost.
     """
-    bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     data = dequantize_of(node.inputs[0])
+    bias = _bias(node)
     if node.op_type != "Conv" or bias is None or data is None:
         return np.zeros((), np.float32)
     steps = np.asarray(constant(data.inputs[1]), np.float64)
@@ -173,9 +173,10 @@ def _round_bias(graph: ir.Graph, conv: ir.Node, weight: ir.Node) -> None:
     assert dequantize is not None  # see _check_pair
     weight_steps = np.asarray(constant(weight.inputs[1]), np.float32)
     steps = weight_steps * np.asarray(constant(dequantize.inputs[1]), np.float32)
-    bias = conv.inputs[2] if len(conv.inputs) > 2 else None
-    array: NDArray[Any] = np.zeros_like(steps) if bias is None else _array(bias)
-    stored = np.rint(np.asarray(array, np.float64) / steps)  # within int32: see _scale_floor
+    bias = _bias(conv)
+    array: NDArray[Any] = np.zeros_like(steps) if bias is None else bias
+    # Within int32: see _scale_floor.
+    stored = np.rint(np.asarray(array, np.float64) / steps)
     name = f"{conv.name}_bias"
     inputs = [
         new_initializer(graph, f"{name}_int32", stored.astype(np.int32)),
@@ -186,10 +187,12 @@ def _round_bias(graph: ir.Graph, conv: ir.Node, weight: ir.Node) -> None:
     conv.replace_input_with(2, _place(graph, widened, name, stored.shape).outputs[0])
 
 
-def _array(value: ir.Value) -> NDArray[Any]:
-    array = constant(value)
-    assert array is not None
-    return array
+def _bias(conv: ir.Node) -> NDArray[Any] | None:
+    """The float bias of a Conv less the shift that its plan says, None without either."""
+    bias, shift = constant(conv.inputs[2]) if len(conv.inputs) > 2 else None, bias_shift(conv)
+    if bias is None or shift is None:
+        return bias if shift is None else -shift
+    return np.asarray(bias - shift)
 
 
 def _place(graph: ir.Graph, node: ir.Node, name: str, shape: tuple[int, ...]) -> ir.Node:

@@ -6,6 +6,7 @@ at.  Ranges that were found once are found again by the hash of the model and of
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from qcompiler.random_inputs import random_feed
 from qcompiler.samples import Sample, Samples
 from qcompiler.targets.cache import KernelCache, content_key
 
-__all__ = ["observe", "sample_tokens"]
+__all__ = ["observe", "run_exactly", "sample_tokens"]
 
 Runs = Iterable[tuple[str, Sample]]
 """What messages call each sample, and the tensors on it."""
@@ -95,6 +96,33 @@ def _look(label: str, tensors: Sample, seen: Mapping[str, Observed]) -> None:
             seen[name].add(array)
         except ValueError as error:
             raise _not_finite(label, name) from error
+
+
+def run_exactly(
+    model: ir.Model, names: Sequence[str], samples: Samples, most: int = 4
+) -> Mapping[str, NDArray[np.float32]]:
+    """The named tensors, a row for each of some samples; nothing of the model is fused.
+
+    Args:
+        model: Of any stage before kernels; it is not changed.
+        names: Tensors of one row each, [1, K].
+        samples: What to run it on.
+        most: So many of them, evenly spaced.
+
+    Returns:
+        {name: [rows, K]}.
+
+    Raises:
+        CalibrationError: A bad sample; names it.
+    """
+    step = -(-len(samples) // most)
+    rows: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
+    with Probe(model, names) as probe:
+        runs = probe.run(lambda inputs: itertools.islice(samples, 0, None, step), optimized=False)
+        for _, tensors in runs:
+            for name, array in tensors.items():
+                rows[name].append(array)
+    return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 
 def sample_tokens(

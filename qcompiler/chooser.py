@@ -21,6 +21,7 @@ from qcompiler.passes.choose_kernels import ChooseKernels
 from qcompiler.passes.insert_qdq import Observer
 from qcompiler.passes.product_error import Sampler
 from qcompiler.passes.second_moments import LayerRuns
+from qcompiler.passes.side_by_side import Runner
 from qcompiler.pipeline import Pipeline
 from qcompiler.random_inputs import random_feed
 from qcompiler.recipe import Recipe
@@ -130,11 +131,12 @@ class Chooser:
         observe: Observer | None,
         sample: Sampler,
         runs: LayerRuns | None = None,
+        run: Runner | None = None,
     ) -> Pipeline:
         """The passes to run, with what is known so far; see `Pipeline.default`."""
         self._choose = self._make_pass()
         return Pipeline.default(
-            self.target, recipe, observe, sample, self._choose, self._unsupported, runs
+            self.target, recipe, observe, sample, self._choose, self._unsupported, runs, run
         )
 
     def record(self) -> Record:

@@ -8,9 +8,11 @@ from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.awq import AWQ
+from qcompiler.passes.bias_correction import BiasCorrection
 from qcompiler.passes.bind_kernels import BindKernels
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.choose_kernels import ChooseKernels
+from qcompiler.passes.equalize_layers import EqualizeLayers
 from qcompiler.passes.fold_qdq import FoldQDQ
 from qcompiler.passes.fuse_attention import FuseAttention
 from qcompiler.passes.fuse_batchnorm import FuseBatchNorm
@@ -23,6 +25,8 @@ from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.hqq import HQQ
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
 from qcompiler.passes.join_integers import JoinIntegers
+from qcompiler.passes.keep_sensitive import KeepSensitive
+from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.lift_qoperators import LiftQOperators
 from qcompiler.passes.lower_convolutions import LowerConvolutions
 from qcompiler.passes.merge_siblings import MergeSiblings
@@ -32,6 +36,7 @@ from qcompiler.passes.round_tables import RoundTables
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.passes.shift_weights import ShiftWeights
+from qcompiler.passes.side_by_side import Runner
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.passes.split_outliers import SplitOutliers
 from qcompiler.recipe import Recipe
@@ -58,12 +63,14 @@ def default_steps(
     choose: ChooseKernels | None,
     supports: Callable[[Region], str | None],
     runs: LayerRuns,
+    run: Runner | None = None,
 ) -> list[Step]:
     """A new pass for each step; for the arguments see `Pipeline.default`."""
     precision = AssignPrecision.Options(
         recipe.keep_float, recipe.group_size, rounding=recipe.rounding
     )
     attention = FuseAttention.Options(recipe.attention)
+    ranges = None if observe is None else KnownRanges(observe)
     chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
     return [
         Step("canonicalize", Canonicalize(), Stage.FLOAT),
@@ -80,14 +87,17 @@ def default_steps(
         ),
         Step("lower-convolutions", LowerConvolutions(), Stage.FLOAT, "plans"),
         *chosen,
+        Step("equalize-layers", EqualizeLayers(run, ranges), Stage.FLOAT, "plans"),
         Step("smooth-activations", SmoothActivations(sample), Stage.FLOAT, "plans"),
         Step("split-outliers", SplitOutliers(sample), Stage.FLOAT, "plans"),
+        Step("bias-correction", BiasCorrection(run, ranges), Stage.FLOAT, "plans"),
+        Step("keep-sensitive", KeepSensitive(run, ranges), Stage.FLOAT, "plans"),
         Step("join-integers", JoinIntegers(), Stage.FLOAT, "plans"),
         Step("round-tables", RoundTables(), Stage.QDQ, "plans"),
         Step("awq", AWQ(runs), Stage.QDQ, "plans"),
         Step("hqq", HQQ(runs), Stage.QDQ, "plans"),
         Step("gptq", GPTQ(runs), Stage.QDQ, "plans"),
-        Step("insert-qdq", InsertQDQ(observe), Stage.QDQ, "plans"),
+        Step("insert-qdq", InsertQDQ(ranges), Stage.QDQ, "plans"),
         Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
         Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),
         Step("shift-weights", ShiftWeights(), Stage.QUANTIZED),

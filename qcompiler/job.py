@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.bundle import Manifest
-from qcompiler.calibrate import observe, sample_tokens
+from qcompiler.calibrate import observe, run_exactly, sample_tokens
 from qcompiler.chooser import Chooser, Wishes
 from qcompiler.clipping import Clipping
 from qcompiler.emit import build_kernels, write_bundle
@@ -68,6 +68,13 @@ class SampleObserver:
         """From layer to layer, see `SampleWalk`."""
         self.was_asked = True
         return walker(self.samples)(model, stops)
+
+    def run_exactly(
+        self, model: ir.Model, names: Sequence[str]
+    ) -> Mapping[str, NDArray[np.float32]]:
+        """Tensors of one row each, see `run_exactly`."""
+        self.was_asked = True
+        return run_exactly(model, names, self.samples)
 
     def _tell(self, done: int, total: int) -> None:
         self.clock.detail(f"sample {done} of {total}", done / total)
@@ -145,7 +152,8 @@ class Job:
             runs = LayerRuns(executor=self.executor, tell=self._tell_layer)
             if self.observer is not None:
                 runs = dataclasses.replace(runs, walk=self.observer.walk)
-            pipeline = self.chooser.pipeline(self.recipe, self.observer, sample, runs)
+            run = None if self.observer is None else self.observer.run_exactly
+            pipeline = self.chooser.pipeline(self.recipe, self.observer, sample, runs, run)
             if self.passes is not None:
                 pipeline = pipeline.select(self.passes)
                 _check_read(pipeline, self.recipe, self.chooser.wishes)

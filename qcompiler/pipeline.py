@@ -21,6 +21,7 @@ from qcompiler.passes.insert_qdq import Observer
 from qcompiler.passes.options import configured
 from qcompiler.passes.product_error import Sampler
 from qcompiler.passes.second_moments import LayerRuns
+from qcompiler.passes.side_by_side import Runner
 from qcompiler.pipeline_text import ALIASES, parse_pipeline
 from qcompiler.recipe import Recipe
 from qcompiler.step import Rewrite, Step, Watcher, as_pass, check_watchers
@@ -59,6 +60,7 @@ class Pipeline:
         choose: ChooseKernels | None = None,
         supports: Callable[[Region], str | None] | None = None,
         runs: LayerRuns | None = None,
+        run: Runner | None = None,
     ) -> Pipeline:
         """The passes of a target.
 
@@ -70,6 +72,8 @@ class Pipeline:
             choose: What decides where quantizing gains something; without it, everywhere.
             supports: Why there is to be no kernel for a region; by default the target's word.
             runs: How `gptq` and `awq` run the model, and where layers are rounded side by side.
+            run: Runs stages of the model on samples, so that passes can decide by the error that
+                they measure; without it those passes change nothing.
 
         Raises:
             OptionError: An unknown target, or a recipe that does not fit it.
@@ -85,7 +89,8 @@ class Pipeline:
                 f"attention {recipe.attention!r}: {goal.name} has no kernel of attention; leave "
                 "it out"
             )
-        steps = default_steps(goal, recipe, observe, sample, choose, supports, runs or LayerRuns())
+        layers = runs or LayerRuns()
+        steps = default_steps(goal, recipe, observe, sample, choose, supports, layers, run)
         pipeline = cls(steps, goal, recipe)
         if not recipe.smooth:
             pipeline.remove("smooth-activations")

@@ -1,0 +1,93 @@
+"""Take from a bias what rounding adds to its channel on average.
+
+    y' = Conv(DQ(Q(x)), W_q, b)   =>   Conv(DQ(Q(x)), W_q, b - E[y' - y])        y = Conv(x, W, b)
+
+Rounded weights of inputs that are not centred around 0 add (W_q - W) E[x] to every result: a shift,
+not noise, which the layers below carry on (Nagel et al., Data-free quantization through weight
+equalization and bias correction, 2019).  Inputs are the float model's own, so that each site is
+corrected for itself, and the mean is over what the convolution reads, padding included.
+
+The pass only plans: it finds the shift of each planned convolution on some samples, on the model as
+smoothing and equalization left it, and the pass that rounds the bias takes it off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.ir.decisions import add_note, bias_shift, plan_of, set_bias_shift
+from qcompiler.ir.errors import OptionError
+from qcompiler.passes.insert_qdq import Observer
+from qcompiler.passes.side_by_side import Comparison, Rows, Runner, own_errors, quantized_copy
+
+__all__ = ["BiasCorrection"]
+
+
+class BiasCorrection(ir.passes.InPlacePass):
+    """Find by how much the bias of each planned convolution is to change.
+
+    Attributes:
+        run: Runs the model on samples; without it nothing is corrected.
+        observe: Where static ranges come from.
+        options: When to correct.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """When to correct.
+
+        Attributes:
+            least: The part of a node's squared error that its mean must make up; less is not told
+                from chance on a few samples.
+        """
+
+        least: float = 0.05
+
+        def __post_init__(self) -> None:
+            """Check the value.
+
+            Raises:
+                OptionError: A part that does not lie between 0 and 1.
+            """
+            if not 0 <= self.least <= 1:
+                raise OptionError(f"least must be a part from 0 to 1, not {self.least:g}")
+
+    def __init__(
+        self,
+        run: Runner | None = None,
+        observe: Observer | None = None,
+        options: Options | None = None,
+    ) -> None:
+        super().__init__()
+        self.run, self.observe, self.options = run, observe, options or self.Options()
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Measure the shift of every planned convolution of the main graph.
+
+        Raises:
+            CalibrationError: A static plan, and nothing to calibrate it with.
+        """
+        nodes = {
+            node.name or "": node
+            for node in model.graph
+            if node.op_type == "Conv" and plan_of(node) and bias_shift(node) is None
+        }
+        if not nodes or self.run is None:
+            return ir.passes.PassResult(model, False)
+        copy = quantized_copy(model, self.observe)
+        joined, found = own_errors(model, copy, list(nodes), stored=False)
+        rows = self.run(joined, [name for sums in found.values() for name in sums.names])
+        corrected = sum(self._correct(node, rows, found[name]) for name, node in nodes.items())
+        return ir.passes.PassResult(model, corrected > 0)
+
+    def _correct(self, node: ir.Node, rows: Rows, means: Comparison) -> bool:
+        drift = rows[means.drift].mean(axis=0)
+        share = np.square(drift).sum() / max(rows[means.noise].mean(axis=0).sum(), 1e-30)
+        if not share >= self.options.least:  # so that NaN is left alone
+            return False
+        set_bias_shift(node, np.asarray(drift, np.float32))
+        add_note(node, f"bias corrected: {share:.0%} of its squared error")
+        return True

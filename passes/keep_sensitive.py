@@ -1,0 +1,153 @@
+"""Let stay float what measurement says is sensitive.
+
+1. A planned node whose own error, on exact inputs, is above a bound.
+2. Of the statically quantized ones, the worst by that measure, until the outputs of the whole
+   model, all of it quantized as planned, are good to a bound: as few as a search finds in some
+   runs, between none and all of them.
+
+The error of a node is that of its channels, noise over signal, each at most 1, averaged: a
+channel that is lost counts however small it is beside the others (a detection head has boxes and
+scores in one tensor, a depthwise convolution channels of any range).  Ops that are sensitive by
+their kind were left out before, see `assign-precision`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import onnx_ir as ir
+
+from qcompiler.ir.decisions import decide, drop_plan, plan_of
+from qcompiler.ir.errors import OptionError
+from qcompiler.passes.insert_qdq import Observer
+from qcompiler.passes.side_by_side import (
+    Runner,
+    output_errors,
+    own_errors,
+    quantized_copy,
+)
+
+__all__ = ["KeepSensitive"]
+
+
+class KeepSensitive(ir.passes.InPlacePass):
+    """Take back the plans that cost too much accuracy.
+
+    Attributes:
+        run: Runs the model on samples; without it nothing is measured, and nothing changes.
+        observe: Where static ranges come from.
+        options: What is too much.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """What costs too much.
+
+        Attributes:
+            own: The least SQNR in dB that a node may have on exact inputs, the average of its
+                channels.
+            outputs: The least SQNR in dB of the worst output, with all that is static quantized.
+            runs: The most times that the whole model is run to get there; 0 leaves the outputs as
+                they are.
+        """
+
+        own: float = 10.0
+        outputs: float = 20.0
+        runs: int = 6
+
+        def __post_init__(self) -> None:
+            """Check the values.
+
+            Raises:
+                OptionError: Decibels that are no number, or fewer runs than none.
+            """
+            for name in ("own", "outputs"):
+                if not math.isfinite(getattr(self, name)):
+                    raise OptionError(f"{name} must be a number of dB, not {getattr(self, name)}")
+            if self.runs < 0:
+                raise OptionError(f"runs must be 0 or more, not {self.runs}")
+
+    def __init__(
+        self,
+        run: Runner | None = None,
+        observe: Observer | None = None,
+        options: Options | None = None,
+    ) -> None:
+        super().__init__()
+        self.run, self.observe, self.options = run, observe, options or self.Options()
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Measure, and decide.
+
+        Raises:
+            CalibrationError: A static plan, and nothing to calibrate it with.
+        """
+        nodes = {node.name or "": node for node in model.graph if plan_of(node) is not None}
+        if not nodes or self.run is None:
+            return ir.passes.PassResult(model, False)
+        errors = self._own(model, list(nodes))
+        bound = self.options.own
+        for name, error in errors.items():
+            if error < bound:
+                _keep(nodes[name], f"its own error is {error:.1f} dB, below {bound:g}")
+        kept = sum(error < bound for error in errors.values())
+        static = [n for n in sorted(errors, key=errors.__getitem__) if _is_static(nodes[n])]
+        if static and self.options.runs:
+            kept += self._reach(model, [nodes[name] for name in static], errors)
+        return ir.passes.PassResult(model, kept > 0)
+
+    def _own(self, model: ir.Model, names: Sequence[str]) -> dict[str, float]:
+        """SQNR of each node in dB; of those that could be measured."""
+        assert self.run is not None
+        copy = quantized_copy(model, self.observe)
+        joined, found = own_errors(model, copy, names)
+        rows = self.run(joined, [name for means in found.values() for name in means.names])
+        errors = {name: means.by_channel(rows) for name, means in found.items()} if rows else {}
+        return {name: error for name, error in errors.items() if not math.isnan(error)}
+
+    def _reach(self, model: ir.Model, nodes: Sequence[ir.Node], errors: Mapping[str, float]) -> int:
+        """Keep as many nodes as the outputs need, the first first, and say how many.
+
+        Halves the logarithm of what is between too few and enough: a few are enough for most
+        models, and each run takes as long whatever it asks about.
+        """
+        bound, few, enough = self.options.outputs, -1, len(nodes)
+        reached = {enough: math.inf}
+        for run in range(self.options.runs):
+            if enough - few < 2:
+                break
+            count = 0 if run == 0 else min(max(few + 1, math.isqrt((few + 1) * enough)), enough - 1)
+            reached[count] = self._outputs(model, {node.name for node in nodes[:count]})
+            if math.isnan(reached[count]):
+                return 0
+            few, enough = (few, count) if reached[count] >= bound else (count, enough)
+        for node in nodes[:enough]:
+            _keep(
+                node,
+                f"its own error is {errors[node.name or '']:.1f} dB, and with all quantized the "
+                f"worst output is {reached[0]:.1f} dB, below {bound:g}",
+            )
+        return enough
+
+    def _outputs(self, model: ir.Model, left_out: set[str | None]) -> float:
+        """SQNR in dB of the worst output with these nodes float."""
+        assert self.run is not None
+        planned = model.clone()
+        for node in planned.graph.all_nodes():
+            if node.name in left_out or not _is_static(node):
+                drop_plan(node)
+        joined, found = output_errors(model, quantized_copy(planned, self.observe))
+        rows = self.run(joined, [name for means in found for name in means.names])
+        return min((means.overall(rows) for means in found), default=math.nan) if rows else math.nan
+
+
+def _keep(node: ir.Node, why: str) -> None:
+    drop_plan(node)
+    decide(node, "float", f"kept float: {why}")
+
+
+def _is_static(node: ir.Node) -> bool:
+    plan = plan_of(node)
+    return plan is not None and plan.activation is not None and plan.activation.scale == "static"

@@ -1,0 +1,70 @@
+"""Remember what calibration saw of a model's tensors, for as long as the model is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from qcompiler.ir.types import TensorStats
+from qcompiler.passes.insert_qdq import Observer
+
+__all__ = ["KnownRanges"]
+
+_PLAIN = (int, float, str, bytes, tuple, list)
+
+
+class KnownRanges:
+    """An observer that does not run a model again for tensors that it has seen.
+
+    Passes that look at models quantized in one way or another ask for the ranges of the same float
+    tensors each time; copies of a model are the same model.
+
+    Attributes:
+        observe: Runs the model.
+    """
+
+    def __init__(self, observe: Observer) -> None:
+        self.observe = observe
+        self._model: object = None
+        self._known: dict[tuple[str, str | None], TensorStats] = {}
+
+    def __call__(
+        self, model: ir.Model, names: Mapping[str, str | None]
+    ) -> Mapping[str, TensorStats]:
+        """The ranges of tensors, see `InsertQDQ`."""
+        content = _content(model.graph)
+        if content != self._model:
+            self._model, self._known = content, {}
+        missing = dict(item for item in names.items() if item not in self._known)
+        if missing:
+            seen = self.observe(model, missing)
+            self._known |= {(name, missing[name]): stats for name, stats in seen.items()}
+        return {name: self._known[name, method] for name, method in names.items()}
+
+
+def _content(graph: ir.Graph) -> list[object]:
+    """What the tensors of a graph depend on; constants by identity, as copies share them."""
+    nodes = [
+        (
+            *(node.domain, node.op_type),
+            [value and value.name for value in node.inputs],
+            [value.name for value in node.outputs],
+            [(k, a.value) for k, a in node.attributes.items() if isinstance(a.value, _PLAIN)],
+        )
+        for node in graph.all_nodes()
+    ]
+    constants = [(name, _Same(value.const_value)) for name, value in graph.initializers.items()]
+    return [*nodes, *constants]
+
+
+class _Same:
+    """Equal to nothing but what holds the same object, which it keeps from being replaced."""
+
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.held is self.held
+
+    __hash__ = None  # type: ignore[assignment]

@@ -1,0 +1,105 @@
+"""bias-correction: the mean error of a channel is gone, whatever ran before."""
+
+import numpy as np
+import pytest
+from calibrated import facts, output_sqnr, planned
+from golden import model_of, run, text_of
+
+from qcompiler.ir.decisions import bias_shift, decision_of, drop_plan, set_bias_shift
+from qcompiler.ir.errors import CalibrationError, OptionError
+from qcompiler.passes.bias_correction import BiasCorrection
+from qcompiler.passes.equalize_layers import EqualizeLayers
+from qcompiler.passes.options import configured
+from qcompiler.passes.side_by_side import quantized_copy
+
+RNG = np.random.default_rng(0)
+RANGES = np.geomspace(1, 300, 16).astype(np.float32).reshape(-1, 1, 1, 1)
+WEIGHTS = {
+    "v": RNG.standard_normal((16, 32, 1, 1), dtype=np.float32) * RANGES,
+    "u": RNG.standard_normal((8, 16, 3, 3), dtype=np.float32) / RANGES.reshape(1, 16, 1, 1),
+    "w": RNG.standard_normal((8, 32, 3, 3), dtype=np.float32),
+    "b": RNG.standard_normal(8, dtype=np.float32),
+}
+# Far from 0 beside how far they vary: what rounding adds to a channel is a shift.
+FEEDS = [{"x": 20 + RNG.standard_normal((1, 32, 6, 6), dtype=np.float32)} for _ in range(4)]
+CENTRED = [{"x": feed["x"] - 20} for feed in FEEDS]
+RUN, OBSERVE = facts(FEEDS)
+CONV = (
+    "g (float[1,32,6,6] x) => (float[1,8,6,6] y) "
+    "{ c = Conv <pads = [1, 1, 1, 1]> (x, w, b) y = Neg (c) }"
+)
+TWO = (
+    "g (float[1,32,6,6] x) => (float[1,8,6,6] y) "
+    "{ c = Conv (x, v) d = Conv <pads = [1, 1, 1, 1]> (c, u) y = Neg (d) }"
+)
+
+
+def drift(model, feeds=FEEDS):
+    """The largest mean error of a channel of the output, in standard deviations of its error."""
+    copy = quantized_copy(model, OBSERVE)
+    errors = np.concatenate(
+        [run(copy, f, plainly=True)[0] - run(model, f, plainly=True)[0] for f in feeds]
+    )
+    return float(np.max(np.abs(errors.mean(axis=(0, 2, 3))) / errors.std(axis=(0, 2, 3))))
+
+
+@pytest.mark.parametrize("text", [CONV, CONV.replace("(x, w, b)", "(x, w)")])
+def test_takes_the_shift_from_the_bias(text):
+    model = planned(text, WEIGHTS)
+    printed, before, shift = text_of(model), output_sqnr(model, FEEDS[0], OBSERVE), drift(model)
+    assert BiasCorrection(RUN, OBSERVE)(model).modified
+    assert text_of(model) == printed  # a plan: the float model stays what it was
+    assert output_sqnr(model, FEEDS[0], OBSERVE) > before + 1
+    assert drift(model) < 0.25 < 0.5 < shift
+    assert "; bias corrected: " in decision_of(model.graph[0]).why
+    assert not BiasCorrection(RUN, OBSERVE)(model).modified
+
+
+def test_errors_without_a_mean_are_left_alone():
+    model = planned(CONV, WEIGHTS)
+    assert not BiasCorrection(*facts(CENTRED))(model).modified
+    assert bias_shift(model.graph[0]) is None
+    assert "corrected" not in decision_of(model.graph[0]).why
+
+
+def test_a_shared_weight_has_a_shift_for_each_bias():
+    text = CONV.replace(
+        "y = Neg (c)", "n = Neg (x) e = Conv <pads = [1, 1, 1, 1]> (n, w, b) y = Sub (c, e)"
+    )
+    model = planned(text, WEIGHTS)
+    BiasCorrection(RUN, OBSERVE)(model)
+    shifts = [bias_shift(node) for node in model.graph if node.op_type == "Conv"]
+    assert all(shift is not None for shift in shifts)
+    assert not np.allclose(shifts[0], shifts[1], rtol=0.1)
+    assert drift(model) < 0.25
+
+
+def test_after_equalization_the_means_are_those_of_what_it_made():
+    model, alone = planned(TWO, WEIGHTS), planned(TWO, WEIGHTS)
+    before = drift(model)
+    assert EqualizeLayers(RUN, OBSERVE)(model).modified
+    equalized = drift(model)
+    assert BiasCorrection(RUN, OBSERVE)(model).modified and BiasCorrection(RUN, OBSERVE)(alone)
+    assert drift(model) < 0.5 * min(before, equalized)
+    # The weights are other ones now, and so are their errors: shifts of before would be wrong.
+    shifts = [bias_shift(graph[1]) for graph in (model.graph, alone.graph)]
+    assert shifts[0] is not None and not np.allclose(*shifts, rtol=0.1)
+    with pytest.raises(OptionError, match="equalize-layers must run before bias-correction"):
+        EqualizeLayers(RUN, OBSERVE)(alone)
+
+
+def test_a_plan_taken_back_takes_the_shift_along():
+    model = model_of(CONV, WEIGHTS)
+    set_bias_shift(model.graph[0], np.ones(8, np.float32))
+    drop_plan(model.graph[0])
+    assert bias_shift(model.graph[0]) is None
+
+
+def test_without_samples_nothing_changes():
+    assert not BiasCorrection()(planned(CONV, WEIGHTS)).modified
+    with pytest.raises(CalibrationError, match="--calib"):
+        BiasCorrection(RUN)(planned(CONV, WEIGHTS))
+    with pytest.raises(
+        OptionError, match="bias-correction: least must be a part from 0 to 1, not 2"
+    ):
+        configured(BiasCorrection(), "bias-correction", {"least": ["2"]})

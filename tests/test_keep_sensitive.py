@@ -1,0 +1,143 @@
+"""keep-sensitive: what is dropped, in which order, and what the reason says."""
+
+import re
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from calibrated import facts, output_sqnr, planned
+from golden import text_of
+
+from qcompiler.ir.decisions import decision_of, plan_of
+from qcompiler.ir.errors import CalibrationError, OptionError
+from qcompiler.passes.keep_sensitive import KeepSensitive
+from qcompiler.passes.known_ranges import KnownRanges
+from qcompiler.passes.options import configured
+
+RNG = np.random.default_rng(0)
+# A head of boxes and scores: half of its channels a thousand times as large as the others.
+HEAD = np.repeat([1000, 1], 4).astype(np.float32)
+WEIGHTS = {
+    "a": RNG.standard_normal((8, 4, 3, 3), dtype=np.float32),
+    "head": RNG.standard_normal((8, 8, 1, 1), dtype=np.float32) * HEAD.reshape(-1, 1, 1, 1),
+    "scale": (1 / HEAD).reshape(1, -1, 1, 1),
+    "m": RNG.standard_normal((6, 5), dtype=np.float32),
+}
+FEEDS = [{"x": RNG.standard_normal((1, 4, 8, 8), dtype=np.float32)} for _ in range(3)]
+RUN, OBSERVE = facts(FEEDS)
+TEXT = (
+    "g (float[1,4,8,8] x) => (float[1,8,6,6] z) "
+    "{ c = Conv (x, a) r = Relu (c) y = Conv (r, head) z = Mul (y, scale) }"
+)
+CHAIN = (
+    "g (float[1,4,8,8] x) => (float[1,8,2,2] z) { c = Conv (x, a) r = Relu (c) "
+    "d = Conv (r, k0) s = Relu (d) e = Conv (s, k1) t = Relu (e) z = Neg (t) }"
+)
+CHAIN_WEIGHTS = WEIGHTS | {
+    f"k{i}": RNG.standard_normal((8, 8, 3, 3), dtype=np.float32) for i in range(2)
+}
+
+
+def kept(text, weights=WEIGHTS, **options):
+    """The model, and the reason of each convolution that stays float."""
+    model = planned(text, weights)
+    printed = text_of(model)
+    modified = KeepSensitive(RUN, OBSERVE, KeepSensitive.Options(**options))(model).modified
+    assert text_of(model) == printed
+    convolutions = [node for node in model.graph if node.op_type == "Conv"]
+    reasons = {node.name: decision_of(node).why for node in convolutions if not plan_of(node)}
+    assert modified == bool(reasons)
+    return model, reasons
+
+
+def test_a_head_with_one_scale_for_two_ranges_stays_float():
+    before = output_sqnr(planned(TEXT, WEIGHTS), FEEDS[0], OBSERVE)
+    model, reasons = kept(TEXT)
+    assert list(reasons) == ["node_2"]
+    found = re.fullmatch(r"kept float: its own error is (.*) dB, below 10", reasons["node_2"])
+    assert found and -1 < float(found[1]) < 4  # half of its channels are lost
+    assert before < 10 and output_sqnr(model, FEEDS[0], OBSERVE) > 30
+
+
+def test_what_is_good_enough_stays_quantized():
+    assert kept(CHAIN, CHAIN_WEIGHTS)[1] == {}
+    assert list(kept(TEXT, own=-300, outputs=-300)[1]) == []
+    assert list(kept(TEXT, own=-300, runs=0)[1]) == []
+
+
+def test_the_outputs_decide_how_many_stay_float():
+    model = planned(CHAIN, CHAIN_WEIGHTS)
+    every = output_sqnr(model, FEEDS[0], OBSERVE)
+    counts = []
+    for bound in (every - 3, every + 1, every + 4, 200):
+        changed, reasons = kept(CHAIN, CHAIN_WEIGHTS, outputs=bound)
+        counts.append(len(reasons))
+        for reason in reasons.values():
+            assert re.fullmatch(
+                r"kept float: its own error is \d+\.\d dB, and with all quantized the worst "
+                rf"output is \d+\.\d dB, below {bound:g}",
+                reason,
+            )
+        if counts[-1] < 3:
+            assert output_sqnr(changed, FEEDS[0], OBSERVE) > bound - 1
+    assert counts[0] == 0 and counts[-1] == 3 and counts == sorted(counts) and counts[1] in (1, 2)
+
+
+def test_runs_bound_the_search():
+    asked = []
+
+    def counted(model, names):
+        asked.append(len(names))
+        return RUN(model, names)
+
+    options = KeepSensitive.Options(outputs=200, runs=2)
+    KeepSensitive(counted, OBSERVE, options)(planned(CHAIN, CHAIN_WEIGHTS))
+    assert asked == [9, 3, 3]  # each node once, then the output twice
+
+
+def test_dynamic_products_answer_for_themselves_only():
+    text = (
+        "g (float[1,4,8,8] x) => (float[1,8,6,5] z) "
+        "{ c = Conv (x, a) r = Relu (c) z = MatMul (r, m) }"
+    )
+    model, reasons = kept(text, outputs=200)
+    assert list(reasons) == ["node_0"] and plan_of(model.graph[2])
+
+
+def test_the_model_is_calibrated_once():
+    calls = []
+
+    def counted(model, names):
+        calls.append(list(names))
+        return OBSERVE(model, names)
+
+    model = planned(CHAIN, CHAIN_WEIGHTS)
+    ranges = KnownRanges(counted)
+    KeepSensitive(RUN, ranges, KeepSensitive.Options(outputs=200))(model)
+    assert len(calls) == 1
+    first = ranges(model, ["x"])
+    model.graph[0].replace_input_with(1, model.graph.initializers["a"])
+    assert ranges(model, ["x"]) == first and len(calls) == 1
+    weight = model.graph.initializers["a"]
+    weight.const_value = ir.tensor(weight.const_value.numpy() * 2, name="a")
+    ranges(model, ["x"])
+    assert len(calls) == 2  # another model
+
+
+def test_without_samples_nothing_changes():
+    assert not KeepSensitive()(planned(TEXT, WEIGHTS)).modified
+    with pytest.raises(CalibrationError, match="--calib"):
+        KeepSensitive(RUN)(planned(TEXT, WEIGHTS))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("own", "x", "own takes a number, not 'x'"),
+        ("runs", "-1", "runs must be 0 or more, not -1"),
+        ("run", "1", "no option 'run'; did you mean 'runs'"),
+    ],
+)
+def test_options_are_checked(option, value, message):
+    with pytest.raises(OptionError, match=message):
+        configured(KeepSensitive(), "keep-sensitive", {option: [value]})
