@@ -96,10 +96,12 @@ def compile_here(source: str, target: str, output: str) -> None:
     watcher = threading.Thread(target=watch)
     watcher.start()
     start = time.perf_counter()
-    report = qcompiler.compile(source, target, output, timing=False)
-    seconds = time.perf_counter() - start
-    done.set()
-    watcher.join()
+    try:
+        report = qcompiler.compile(source, target, output, timing=False)
+    finally:
+        seconds = time.perf_counter() - start
+        done.set()
+        watcher.join()
     result = {
         "seconds": seconds,
         "phases": report.seconds,

@@ -186,6 +186,9 @@ class Pipeline:
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)
 
+    def __repr__(self) -> str:
+        return f"Pipeline({', '.join(step.name for step in self.steps)})"
+
     def insert_before(
         self, anchor: str, name: str | Rewrite, rewrite: Rewrite | None = None
     ) -> Pipeline:

@@ -332,6 +332,7 @@ def test_a_pass_without_a_name_is_called_as_its_class():
     names = [step.name for step in passes]
     assert names[names.index("fold-qdq") - 1 :][:3] == ["halve", "fold-qdq", "round-qdq-twice"]
     assert "fuse-gelu" not in names
+    assert repr(passes).startswith("Pipeline(canonicalize, lift-qoperators, ")
     with pytest.raises(OptionError, match="rules have no name of their own: give one before them"):
         passes.insert_after("fold-qdq", RULE)
     with pytest.raises(OptionError, match="has a pass 'halve'"):
