@@ -21,9 +21,11 @@ import onnx_ir as ir
 
 from qcompiler.ir.border import Crossing, bytes_of, cheapest_inside
 from qcompiler.ir.decisions import (
+    NO_WEIGHTS,
     NodePlan,
     OperandPlan,
     decide,
+    drop_plan,
     operand_plan_of,
     plan_of,
     set_operand_plan,
@@ -56,9 +58,15 @@ class JoinIntegers(ir.passes.InPlacePass):
         if not specs:
             return ir.passes.PassResult(model, False)
         links = links_of(model.graph)
+        stale = [node for node in links if operand_plan_of(node) is not None]
         heads = [node for node in model.graph if _quantizes_tokens(node)]
         inside = _inside(static, links, heads)
         changed = False
+        for node in stale:
+            if node not in inside:
+                drop_plan(node)
+                decide(node, "float", NO_WEIGHTS)
+                changed = True
         made = {rectified(n.outputs[0]) for n, plan in static.items() if plan.output}
         for node, link in links.items():
             if node in inside:

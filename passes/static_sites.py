@@ -69,7 +69,7 @@ def static_sites(nodes: Iterable[ir.Node]) -> dict[ir.Value, StaticSite]:
             if plan.output is not None:
                 result = rectified(node.outputs[0])
                 made[result] = StaticSite(result, plan.output, None, calibration=plan.calibration)
-        if operands is None:
+        if operands is None or any(dequantize_of(value) is not None for value in node.inputs):
             continue
         link = link_of(node)
         for value in _read_by(node) if link is None else link.operands:
@@ -100,7 +100,7 @@ def static_sites(nodes: Iterable[ir.Node]) -> dict[ir.Value, StaticSite]:
 
 def _read_by(node: ir.Node) -> list[ir.Value]:
     """What a product of two activations reads."""
-    return [v for v in dict.fromkeys(node.inputs) if v is not None and dequantize_of(v) is None]
+    return [value for value in dict.fromkeys(node.inputs) if value is not None]
 
 
 def _made_by(link: Link, spec: QuantSpec) -> Mapping[ir.Value, StaticSite]:

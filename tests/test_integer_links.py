@@ -7,7 +7,7 @@ import pytest
 from golden import model_of, run, sqnr
 
 from qcompiler.ir import dialect
-from qcompiler.ir.decisions import decision_of, operand_plan_of, plan_of
+from qcompiler.ir.decisions import decision_of, drop_plan, operand_plan_of, plan_of
 from qcompiler.ir.errors import CalibrationError
 from qcompiler.ir.graph import dequantize_of
 from qcompiler.ir.types import TensorStats
@@ -127,6 +127,24 @@ def test_hands_on_integers(body, tmp_path):
 
 
 _ENDS = ("QuantizeLinear", "DequantizeLinear", "QLinearConv", "Exp")
+
+
+def test_passes_do_nothing_the_second_time():
+    model = prepared("b = HardSwish (a) t = Add (b, x)")
+    assert not JoinIntegers()(model).modified
+    quantized(model)
+    count = len(list(model.graph))
+    assert not InsertQDQ()(model).modified
+    assert len(list(model.graph)) == count
+
+
+def test_links_leave_with_the_plans_around_them():
+    model = prepared("t = HardSwish (a)")
+    (link,) = (node for node in model.graph if operand_plan_of(node))
+    drop_plan(next(node for node in model.graph if node.op_type == "Conv"))
+    assert JoinIntegers()(model).modified
+    assert operand_plan_of(link) is None
+    assert decision_of(link).action == "float"
 
 
 @pytest.mark.parametrize("body", [
