@@ -105,7 +105,7 @@ def resnet50(data: Data) -> Task:
 
 
 def ppocr_rec(data: Data) -> Task:
-    """Lines of text: characters in error, of all that are no spaces, which this model leaves out."""
+    """Lines of text: characters in error, spaces not counted, which this model leaves out."""
     model = models.ready_made("ppocr_rec")
     listed = ort.InferenceSession(model).get_modelmeta().custom_metadata_map["character"]
     letters = ["", *listed.splitlines(), " "]
