@@ -99,7 +99,8 @@ def _reliable(drifts: NDArray[np.float32]) -> NDArray[np.float32]:
     Of a mean m of n samples that vary by v, the part 1 - v / (n m^2) is what another sample is
     expected to share (the positive part of James and Stein's estimator).
     """
-    mean, count = drifts.mean(axis=0), len(drifts)
+    mean: NDArray[np.float32] = drifts.mean(axis=0)
+    count = len(drifts)
     if count == 1:
         return mean
     chance = drifts.var(axis=0, ddof=1) / count
