@@ -17,6 +17,7 @@ import dataclasses
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import add_note, bias_shift, plan_of, set_bias_shift
 from qcompiler.ir.errors import OptionError
@@ -40,8 +41,7 @@ class BiasCorrection(ir.passes.InPlacePass):
         """When to correct.
 
         Attributes:
-            least: The part of a node's squared error that its mean must make up; less is not told
-                from chance on a few samples.
+            least: The part of a node's squared error that its mean must make up.
         """
 
         least: float = 0.05
@@ -84,10 +84,25 @@ class BiasCorrection(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, corrected > 0)
 
     def _correct(self, node: ir.Node, rows: Rows, means: Comparison) -> bool:
-        drift = rows[means.drift].mean(axis=0)
+        drift = _reliable(rows[means.drift])
         share = np.square(drift).sum() / max(rows[means.noise].mean(axis=0).sum(), 1e-30)
         if not share >= self.options.least:  # so that NaN is left alone
             return False
         set_bias_shift(node, np.asarray(drift, np.float32))
         add_note(node, f"bias corrected: {share:.0%} of its squared error")
         return True
+
+
+def _reliable(drifts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The mean over samples, [C] of [samples, C], less what may be chance.
+
+    Of a mean m of n samples that vary by v, the part 1 - v / (n m^2) is what another sample is
+    expected to share (the positive part of James and Stein's estimator).
+    """
+    mean: NDArray[np.float32] = drifts.mean(axis=0)
+    count = len(drifts)
+    if count == 1:
+        return mean
+    chance = drifts.var(axis=0, ddof=1) / count
+    kept = np.maximum(0, 1 - chance / np.maximum(np.square(mean), 1e-30))
+    return np.asarray(mean * kept, np.float32)

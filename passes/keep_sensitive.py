@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from qcompiler.ir.decisions import decide, drop_plan, plan_of
+from qcompiler.ir.decisions import add_note, decide, drop_plan, plan_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.passes.insert_qdq import Observer
 from qcompiler.passes.side_by_side import (
@@ -145,6 +145,7 @@ class KeepSensitive(ir.passes.InPlacePass):
 
 def _keep(node: ir.Node, why: str) -> None:
     drop_plan(node)
+    add_note(node, f"kept float: {why}")  # what is decided later says so too
     decide(node, "float", f"kept float: {why}")
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from calibrated import facts, output_sqnr, planned
-from golden import text_of
+from golden import model_of, text_of
 
+import qcompiler
 from qcompiler.ir.decisions import decision_of, plan_of
 from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.passes.keep_sensitive import KeepSensitive
@@ -141,3 +142,24 @@ def test_without_samples_nothing_changes():
 def test_options_are_checked(option, value, message):
     with pytest.raises(OptionError, match=message):
         configured(KeepSensitive(), "keep-sensitive", {option: [value]})
+
+
+def test_compiling_a_convolution_decides_by_its_samples(tmp_path):
+    report = qcompiler.compile(
+        *(model_of(TEXT.replace("Mul (y, scale)", "Neg (y)"), WEIGHTS), "arm-int8"),
+        tmp_path / "bundle",
+        calibration=lambda: [feed["x"] for feed in FEEDS],
+    )
+    (head,) = (d for d in report.decisions if "its own error is" in d.why)
+    assert head.action == "float" and head.op == "Conv" and head.expected
+    assert report.notes == ()
+    assert any(d.op == "QConv" for d in report.decisions)  # the other one
+
+
+def test_samples_that_nothing_needs_are_named(tmp_path):
+    report = qcompiler.compile(
+        *(model_of("g (float[n,4] x) => (float[n,4] y) { y = Neg (x) }"), "arm-int8"),
+        tmp_path / "bundle",
+        calibration=lambda: [np.zeros((2, 4), np.float32)],
+    )
+    assert [note for note in report.notes if "the calibration samples were not used" in note]

@@ -201,8 +201,8 @@ def test_what_does_not_run_is_not_sampled(tmp_path):
         sample_tokens(model, ["y"], Samples(tmp_path))
 
 
-@pytest.mark.parametrize(("smooth", "unused"), [(True, 0), (False, 1)])
-def test_compiling_takes_given_samples(tmp_path, smooth, unused):
+@pytest.mark.parametrize("smooth", [True, False])
+def test_compiling_takes_given_samples(tmp_path, smooth):
     (tmp_path / "samples").mkdir()
     np.savez(tmp_path / "samples" / "a.npz", ids=np.arange(50)[None])
     report = qcompiler.compile(
@@ -214,7 +214,7 @@ def test_compiling_takes_given_samples(tmp_path, smooth, unused):
     )
     (why,) = (d.why for d in report.decisions if d.op == "QMatMulW8A8")
     assert ("activations smoothed with" in why) == smooth
-    assert len(report.notes) == unused
+    assert report.notes == ()  # keep-sensitive reads them too
 
 
 @pytest.mark.parametrize("smooth", [True, False])
