@@ -3,29 +3,41 @@
     pip install '.[cpu,zig]' nncf onnx
     python benchmarks/imported.py minilm.onnx resnet50.onnx --data DIR --work DIR --compile-only
     python benchmarks/imported.py minilm.onnx resnet50.onnx --data DIR --work DIR --json FILE
+    python benchmarks/imported.py --quantized int8.onnx --data DIR --work DIR --json FILE
 
-Each FP32 model is quantized by ONNX Runtime's tools and, where it is installed, by NNCF; each of
-those models is compiled for x86-int8 and compared with itself in ONNX Runtime on the samples.  A
-quantized model turns a difference in the last bit into one of a step, wherever a value lies between
-two: how far ONNX Runtime is from itself with its optimizers off says how much that makes.
+Each FP32 model is quantized by ONNX Runtime's tools and, where they are installed, by NNCF and by
+onnxsim; models after `--quantized` are taken as they are.  Each is compiled for x86-int8 and
+compared with its source in ONNX Runtime on the samples, all outputs of it.
 
-`--data` holds a folder of samples for each file, called like it without `.onnx`.  Files that exist
-in `--work` are not made again: compile first, and time when the machine is quiet.
+The source is run with exact sums (`qcompiler/exact_copy.py`), because where the processor has no
+VNNI ONNX Runtime's products of uint8 and int8 saturate.  A quantized model turns a difference in
+the last bit into one of a step, wherever a value lies between two: how far ONNX Runtime is from
+that with its optimizers off, and as it comes, says how much that makes.
+
+`--data` holds a folder of samples for each file, called like it without `.onnx`; a quantized model
+without one is fed made-up inputs.  Files that exist in `--work` are not made again: compile first,
+and time when the machine is quiet.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 from contenders import Feeds
-from never_slower import THREADS
+from never_slower import THREADS, samples_of
+from onnx.version_converter import convert_version
 from onnxruntime.quantization import (
     CalibrationDataReader,
     QuantFormat,
@@ -33,9 +45,11 @@ from onnxruntime.quantization import (
     quantize_dynamic,
     quantize_static,
 )
+from timing import environment
 
 import qcompiler
 from qcompiler.bench import bench
+from qcompiler.exact_copy import save_exact
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -80,6 +94,25 @@ def by_nncf(model: Path, output: Path, samples: list[Feeds]) -> None:
     onnx.save(nncf.quantize(content, dataset, model_type=kind, subset_size=len(samples)), output)
 
 
+def by_onnxsim(name: str, **options: Any) -> Callable[[Path, Path, list[Feeds]], None]:
+    def quantize(model: Path, output: Path, samples: list[Feeds]) -> None:
+        import onnxsim
+
+        # Before opset 21 it leaves alone what it would store in 4 or 16 bits.
+        content = convert_version(onnx.load(model), 21)
+        calibration = {"calibration_data": samples} if name in _CALIBRATED else {}
+        quantized = getattr(onnxsim, name)(content, **calibration, **options)
+        if not {node.op_type for node in quantized.graph.node} - {
+            node.op_type for node in content.graph.node
+        }:
+            raise ValueError("it leaves the model as it is")
+        onnx.save(quantized, output)
+
+    return quantize
+
+
+_CALIBRATED = ("quantize_static", "quantize_static_int16", "quantize_qoperator")
+
 WAYS: dict[str, Callable[[Path, Path, list[Feeds]], None]] = {
     "ort-dynamic": dynamic(QuantType.QInt8, per_channel=True),
     "ort-dynamic-uint8": dynamic(QuantType.QUInt8, per_channel=False),
@@ -91,12 +124,23 @@ WAYS: dict[str, Callable[[Path, Path, list[Feeds]], None]] = {
     ),
     "ort-static-qoperator": static(QuantType.QUInt8, QuantFormat.QOperator),
     "nncf": by_nncf,
+    "onnxsim-dynamic": by_onnxsim("quantize_dynamic"),
+    "onnxsim-dynamic-fused": by_onnxsim("quantize_dynamic_matmul_integer_to_float"),
+    "onnxsim-static": by_onnxsim("quantize_static"),
+    "onnxsim-static-full": by_onnxsim("quantize_static", full_graph=True),
+    "onnxsim-static-int16": by_onnxsim("quantize_static_int16"),
+    "onnxsim-qoperator": by_onnxsim("quantize_qoperator"),
+    "onnxsim-weight-only": by_onnxsim("quantize_weight_only"),
+    "onnxsim-int8-block": by_onnxsim("quantize_weight_only_int8_block"),
+    "onnxsim-int4": by_onnxsim("quantize_weight_only_int4"),
+    "onnxsim-matmul-nbits": by_onnxsim("quantize_weight_only_matmul_nbits"),
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("models", type=Path, nargs="*", help="FP32, to be quantized")
+    parser.add_argument("--quantized", type=Path, nargs="+", default=[], help="taken as they are")
     parser.add_argument("--data", type=Path, required=True, help="a folder of samples per model")
     parser.add_argument("--work", type=Path, required=True, help="for quantized models and bundles")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -105,23 +149,48 @@ def main() -> None:
     parser.add_argument("--no-timing", action="store_true", help="choose kernels by cost model")
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
-    ort.set_default_logger_severity(3)
+    ort.set_default_logger_severity(4)
     rows = []
+    for source, data in sources(arguments):
+        try:
+            bundle = compiled(source, arguments.work / source.stem, not arguments.no_timing)
+            if not arguments.compile_only:
+                rows.append(measure(source, bundle, data, arguments.seconds))
+        except Exception as error:
+            # One model that cannot be had is no reason to measure no other.
+            print(f"{source.stem}: {type(error).__name__}: {str(error)[:300]}", flush=True)
+            rows.append({"model": source.stem, "error": f"{type(error).__name__}: {error}"[:300]})
+        if arguments.json:
+            result = environment() | {
+                "quantized_by": tools(),
+                "load": os.getloadavg(),
+                "rows": rows,
+            }
+            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def sources(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
+    """Every quantized model, and the folder of its samples."""
     for model in arguments.models:
         data = arguments.data / model.stem
-        samples = [dict(np.load(file)) for file in sorted(data.glob("*.npz"))]
         for way in arguments.ways:
             source = arguments.work / f"{model.stem}-{way}.onnx"
-            bundle = source.with_suffix("")
-            if made(model, way, source, samples) and not bundle.is_dir():
-                report = qcompiler.compile(
-                    source, "x86-int8", bundle, timing=not arguments.no_timing
-                )
-                print(source.stem, report.notes or "", (report.choices or {}).get("lost") or "")
-            if bundle.is_dir() and not arguments.compile_only:
-                rows.append(measure(source, bundle, data, samples, arguments.seconds))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+            if made(model, way, source, samples_in(data)):
+                yield source, data
+    for model in arguments.quantized:
+        yield model, samples_of(model, arguments.data, arguments.work)
+
+
+def samples_in(data: Path) -> list[Feeds]:
+    return [dict(np.load(file)) for file in sorted(data.glob("*.npz"))]
+
+
+def compiled(source: Path, bundle: Path, timing: bool) -> Path:
+    """The bundle of a model, compiled now if there was none."""
+    if not bundle.is_dir():
+        report = qcompiler.compile(source, "x86-int8", bundle, timing=timing)
+        print(source.stem, report.notes or "", (report.choices or {}).get("lost") or "", flush=True)
+    return bundle
 
 
 def made(model: Path, way: str, output: Path, samples: list[Feeds]) -> bool:
@@ -135,27 +204,29 @@ def made(model: Path, way: str, output: Path, samples: list[Feeds]) -> bool:
     return output.exists()
 
 
-def measure(
-    source: Path, bundle: Path, data: Path, samples: list[Feeds], seconds: float
-) -> dict[str, Any]:
+def measure(source: Path, bundle: Path, data: Path, seconds: float) -> dict[str, Any]:
     """Agreement on the samples, and times on one and two threads; printed too."""
-    plain = ort.SessionOptions()
+    samples, plain = samples_in(data), ort.SessionOptions()
     plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    expected = outputs(ort.InferenceSession(source), samples)
+    exact = exact_outputs(source, samples)
     row: dict[str, Any] = {
         "model": source.stem,
-        "bundle": agreement(expected, outputs(qcompiler.load(bundle), samples)),
-        "itself": agreement(expected, outputs(ort.InferenceSession(source, plain), samples)),
+        "bundle": agreement(exact, outputs(qcompiler.load(bundle), samples)),
+        "source_as_it_comes": agreement(exact, outputs(ort.InferenceSession(source), samples)),
+        "source_unoptimized": agreement(
+            exact, outputs(ort.InferenceSession(source, plain), samples)
+        ),
         "ms": {},
     }
     for result in bench(bundle, source, threads=THREADS, data=data, seconds=seconds).results:
         row["ms"][result.threads] = {
             "source": result.model.median * 1e3, "bundle": result.bundle.median * 1e3,
             "ratio": 1 / result.speedup, "ratio_of_fastest": 1 / result.speedup_of_minima,
+            "quartiles": sorted(1 / ratio for ratio in result.spread), "rounds": result.rounds,
         }  # fmt: skip
     agreements = "  ".join(
-        f"{name} {row[name]['sqnr_db']:6.1f} dB {row[name]['cosine']:.5f}"
-        for name in ("bundle", "itself")
+        f"{row[name]['sqnr_db']:6.1f} dB {row[name]['cosine']:.5f}"
+        for name in ("bundle", "source_as_it_comes", "source_unoptimized")
     )
     times = "  ".join(
         f"{threads} thr {t['source']:7.2f} -> {t['bundle']:7.2f} ms "
@@ -166,17 +237,46 @@ def measure(
     return row
 
 
-def outputs(session: ort.InferenceSession, samples: list[Feeds]) -> np.ndarray[Any, Any]:
-    """The first result for every sample, in one row."""
-    return np.concatenate([session.run(None, sample)[0].ravel() for sample in samples])
+def exact_outputs(source: Path, samples: list[Feeds]) -> list[np.ndarray[Any, Any]]:
+    """What the source means."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "exact.onnx"
+        disabled = save_exact(ir.load(source), copy)
+        return outputs(ort.InferenceSession(copy, disabled_optimizers=disabled), samples)
 
 
-def agreement(expected: np.ndarray[Any, Any], got: np.ndarray[Any, Any]) -> dict[str, float]:
-    """SQNR in dB, at most 200, and cosine."""
-    a, b = expected.astype(np.float64), got.astype(np.float64)
-    noise = max(np.square(a - b).sum(), np.square(a).sum() * 1e-20)
-    cosine = a @ b / np.sqrt(np.square(a).sum() * np.square(b).sum())
-    return {"sqnr_db": float(10 * np.log10(np.square(a).sum() / noise)), "cosine": float(cosine)}
+def outputs(session: ort.InferenceSession, samples: list[Feeds]) -> list[np.ndarray[Any, Any]]:
+    """Each result, those for all samples in one row."""
+    runs = [session.run(None, sample) for sample in samples]
+    return [
+        np.concatenate([result.ravel() for result in results])
+        for results in zip(*runs, strict=True)
+    ]
+
+
+def agreement(
+    expected: list[np.ndarray[Any, Any]], got: list[np.ndarray[Any, Any]]
+) -> dict[str, float]:
+    """SQNR in dB, at most 200, and cosine, of the output in which they are lowest."""
+    worst = {"sqnr_db": 200.0, "cosine": 1.0}
+    for a, b in zip(expected, got, strict=True):
+        a, b = a.astype(np.float64), b.astype(np.float64)
+        signal, other = np.square(a).sum(), np.square(b).sum()
+        if signal == other == 0:
+            continue
+        noise = max(np.square(a - b).sum(), signal * 1e-20)
+        worst["sqnr_db"] = min(worst["sqnr_db"], float(10 * np.log10(signal / noise)))
+        worst["cosine"] = min(worst["cosine"], float(a @ b / np.sqrt(signal * other)))
+    return worst
+
+
+def tools() -> dict[str, str]:
+    """Versions of who quantized the models, as far as they are installed."""
+    return {
+        name: importlib.metadata.version(name)
+        for name in ("onnxruntime", "nncf", "onnxsim")
+        if importlib.util.find_spec(name) is not None
+    }
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 5. MatMul, Gemm           with one scale: see `fold_matmul`
 6. Conv, Gather           see `fold_conv`, `fold_gather`
 7. Other constants        see `widen_constants`
+8. Pairs of many scales   see `guard_scales`
 
 `s` is the per-token scale that `insert_qdq` computes.  The integers do not change: Quantize divides
 by the same scale.  What is left as Q/DQ is what ORT fuses by itself or runs in float: `left_to_ort`
@@ -29,6 +30,7 @@ from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.fold_conv import try_fold_conv
 from qcompiler.passes.fold_gather import try_fold_gather
 from qcompiler.passes.fold_matmul import try_fold_matmul
+from qcompiler.passes.guard_scales import try_guard_scales
 from qcompiler.passes.left_to_ort import left_to_ort, moves_stored
 from qcompiler.passes.widen_constants import try_widen_constant
 
@@ -72,6 +74,7 @@ class FoldQDQ(ir.passes.InPlacePass):
                     reasons[node] = reason
         for node in list(model.graph.all_nodes()):
             _explain(node, reasons.get(node, ""))
+        changed += sum(try_guard_scales(model.graph, n) for n in list(model.graph.all_nodes()))
         changed += sum(try_widen_constant(model.graph, n) for n in list(model.graph.all_nodes()))
         if changed:
             common.RemoveUnusedNodesPass()(model)

@@ -16,7 +16,7 @@ from qcompiler.ir.graph import dequantize_of, only_consumer
 from qcompiler.ir.params import quant_params
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor
 
-__all__ = ["FUSED_BY_ORT", "MOVES", "left_to_ort", "moves_stored"]
+__all__ = ["FUSED_BY_ORT", "MOVES", "left_to_ort", "misfit", "moves_stored"]
 
 FUSED_BY_ORT = {
     "Add": "QLinearAdd", "Mul": "QLinearMul", "Sigmoid": "QLinearSigmoid", "Where": "QLinearWhere",
@@ -72,13 +72,12 @@ def left_to_ort(node: ir.Node) -> tuple[Action, str] | None:
         return "qdq", "moves what is stored: ORT drops the pairs around it"
     if node.op_type not in FUSED_BY_ORT:
         return "float", f"no integer form of {node.op_type} in ORT: computes what was dequantized"
-    if node.op_type == "MatMul" and widened == data[1:] and _is_matrix(data[1]):
-        return "qdq", "its weights stay as they are stored: ORT's own MatMulNBits"
+    if (found := _matmul_nbits(node, widened == data[1:])) is not None:
+        return found
     if len(widened) < len(data):
         return "float", "not all of its operands are quantized, as ORT's integer form needs"
-    operands = data[:1] if node.op_type in _WEIGHTED else data
-    if not all(map(_has_one_scale, operands)):
-        return "float", "its operands have more than one scale each: no integer form in ORT"
+    if (why := misfit(node)) is not None:
+        return "float", f"{why}: no integer form in ORT"
     if reader is not None and reader.op_type != "QuantizeLinear":
         reader = None
     if reader is None and node.op_type not in ("MatMul", "Gemm"):
@@ -86,8 +85,63 @@ def left_to_ort(node: ir.Node) -> tuple[Action, str] | None:
     if (why := _not_fused(node, data, reader)) is not None:
         return "float", f"{why}: computes what was dequantized"
     if reader is None and node.op_type == "MatMul":
-        return "qdq", "ORT's own MatMulIntegerToFloat"
+        maker = data[0].producer().inputs[0].producer()  # type: ignore[union-attr]
+        dynamic = maker is not None and maker.op_type == "DynamicQuantizeLinear"
+        return "qdq", f"ORT's own {'DynamicQuantizeMatMul' if dynamic else 'MatMulIntegerToFloat'}"
     return "qdq", f"ORT's own {FUSED_BY_ORT[node.op_type]}"
+
+
+def _matmul_nbits(node: ir.Node, float_activations: bool) -> tuple[Action, str] | None:
+    """That ORT multiplies floats, or from 1.32 what 16 bits stand for, by a matrix of few bits."""
+    plain = node.op_type == "MatMul" or (node.op_type == "Gemm" and not node.attributes)
+    if not plain or len(node.inputs) > 2 or not _is_matrix(node.inputs[1]):
+        return None
+    if any(use.node.op_type == "QuantizeLinear" for use in node.outputs[0].uses()):
+        return None
+    stored = _storage(dequantize_of(node.inputs[0]))
+    if not float_activations and stored not in _16_BITS:
+        return None
+    rounded = "" if float_activations else ", its activations rounded to 8 bits"
+    return "qdq", f"its weights stay as they are stored{rounded}: ORT's own MatMulNBits"
+
+
+def misfit(node: ir.Node) -> str | None:
+    """Why ORT's integer form of an op between pairs computes something else; None: it does not.
+
+    That form has one scale for each operand and for the result, but for weights, which may have one
+    per column or output channel.
+    """
+    if all(node.attributes.get_int(name, 0) for name in ("ceil_mode", "count_include_pad")):
+        return "it does not count what its last windows cover behind the padding, as that form does"
+    weighted = node.op_type in _WEIGHTED
+    operands = node.inputs[:1] if weighted else node.inputs
+    pairs = [quant_params(dequantize_of(value)) for value in operands]
+    if any(pair is not None and not pair.is_per_tensor for pair in pairs):
+        return "its operands have more than one scale each"
+    if weighted and (weight := quant_params(dequantize_of(node.inputs[1]))) is not None:
+        match weight.type.granularity:
+            case PerAxis(axis) if node.op_type == "Gemm" or axis == _axis_of_results(node):
+                pass
+            case PerAxis() | PerGroup():
+                return f"its weight has a scale per {weight.type.granularity}"
+        if _is_empty(node.inputs[1]):
+            return "its weight is empty, which ORT multiplies to anything"
+    readers = [quant_params(use.node) for use in node.outputs[0].uses()]
+    if any(reader is not None and not reader.is_per_tensor for reader in readers):
+        return "its result has more than one scale"
+    return None
+
+
+def _is_empty(weight: ir.Value | None) -> bool:
+    return weight is not None and weight.shape is not None and 0 in weight.shape
+
+
+def _axis_of_results(node: ir.Node) -> int:
+    """The axis of a weight along which the results lie, as the axis of its pair is written."""
+    shape = None if node.inputs[1] is None else node.inputs[1].shape
+    if node.op_type == "Conv" or shape is None:
+        return 0
+    return len(shape) - 1
 
 
 def _alternatives(where: ir.Node) -> list[ir.Value | None]:
@@ -177,7 +231,7 @@ def _is_alone(quantize: ir.Node, widened: ir.Node) -> bool:
     )
 
 
-def _is_matrix(value: ir.Value) -> bool:
+def _is_matrix(value: ir.Value | None) -> bool:
     """Whether a weight is one that ORT multiplies as it is stored: scales per column or group."""
     node = dequantize_of(value)
     params = quant_params(node)
@@ -185,17 +239,12 @@ def _is_matrix(value: ir.Value) -> bool:
         return False
     if node.inputs[0].const_value is None or len(node.inputs[0].const_value.shape) != 2:
         return False
-    if params.type.storage in _16_BITS:
+    if params.type.is_float or params.type.storage.bitwidth > 8:
         return False
     match params.type.granularity:
         case PerTensor():
             return True
         case PerAxis(axis):
             return axis % 2 == 1
-        case PerGroup(axis, _):
-            return axis % 2 == 0
-
-
-def _has_one_scale(value: ir.Value) -> bool:
-    params = quant_params(dequantize_of(value))
-    return params is not None and params.is_per_tensor
+        case PerGroup(axis, size):
+            return axis % 2 == 0 and size >= 16 and size & (size - 1) == 0

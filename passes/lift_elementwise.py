@@ -23,6 +23,10 @@ def _plain(form: Form) -> ir.Value:
     """Triples of operand, scale and zero point, then the scale and zero point of the result."""
     op_type, count = _PLAIN[form.node.op_type]
     _refuse_channels_last(form)
+    flags = [form.node.attributes.get_int(name, 0) for name in ("ceil_mode", "count_include_pad")]
+    if all(flags):
+        # As ONNX had it before AveragePool-19.
+        raise NotLiftedError("it counts what its last windows cover behind the padding")
     *operands, scale, zero = form.inputs(3 * count + 2)
     values = _dequantized(form, operands)
     return _result(form, form.op(op_type, values, form.attributes("channels_last")), scale, zero)

@@ -127,7 +127,7 @@ def no_integer_form(move: ir.Node, stored: ir.Value | None, scale: ir.Value | No
     if kind not in _BYTES and (kind not in _WIDER or move.op_type in _BYTES_ONLY):
         return f"ONNX Runtime does not move {'unknown types' if kind is None else kind.name} there"
     attributes = move.attributes
-    if move.op_type == "MaxPool" and any(value.uses() for value in move.outputs[1:]):
+    if move.op_type == "MaxPool" and any(v.uses() or v.is_graph_output() for v in move.outputs[1:]):
         return "the indices of its maxima are read"
     if move.op_type == "MaxPool" and not _keeps_order(scale):
         return "its scale may be negative, and the largest then is the smallest stored"

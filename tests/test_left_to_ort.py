@@ -104,13 +104,16 @@ def test_float_weights_between_pairs_would_be_rounded_by_ort(tmp_path: Path) -> 
     """Why fold-qdq leaves the weight of such a convolution as it is stored."""
     text = (
         "g (float[1,2,8,8] x) => (float[a,b,c,d] y) { q = QuantizeLinear (x, s, z) "
-        "e = DequantizeLinear (q, s, z) f = DequantizeLinear <axis = 1> (w, ws) c = Conv (e, f) "
-        "r = QuantizeLinear (c, t, u) y = DequantizeLinear (r, t, u) }"
+        "e = DequantizeLinear (q, s, z) f = DequantizeLinear <axis = 0> (w, ws, low) "
+        "c = Conv (e, f) r = QuantizeLinear (c, t, u) y = DequantizeLinear (r, t, u) }"
     )
-    weights = {"w": np.ones((4, 2, 3, 3), np.int8), "ws": np.ones(2, np.float32)}
+    # Weights that fold-conv cannot store as int8.
+    weights = {"w": np.full((4, 2, 3, 3), 250, np.uint8), "ws": np.ones(4, np.float32),
+               "low": np.array([0, 1, 0, 1], np.uint8)}  # fmt: skip
     model = model_of(text, VALUES | weights)
     assert not FoldQDQ()(model).modified
-    floats = model_of(text.replace("f = DequantizeLinear <axis = 1> (w, ws)", "f = Identity (k)"),
+    text = text.replace("DequantizeLinear <axis = 0> (w, ws, low)", "Identity (k)")
+    floats = model_of(text,
                       VALUES | {"k": np.ones((4, 2, 3, 3), np.float32)})  # fmt: skip
     assert "QLinearConv" in optimized(floats, tmp_path)
 
@@ -184,10 +187,11 @@ def test_integer_forms_are_of_8_bits(
     (node,) = (node for node in model.graph if node.op_type == op)
     action, why = left_to_ort(node) or ("", "")
     ops = optimized(model, tmp_path)
-    # By floats that came from 16 bits, ORT 1.32 multiplies some weights as they are stored.
-    assert (action == "float") == (op in ops or "MatMulNBits" in ops), (why, ops)
+    if "MatMulNBits" in why and "MatMulNBits" not in ops:
+        pytest.skip("an ORT before 1.32 computes 16 bits by a matrix in floats")
+    assert (action == "float") == (op in ops), (why, ops)
     if action == "qdq":
-        assert why.removeprefix("ORT's own ") in ops
+        assert why.rpartition("ORT's own ")[2] in ops
 
 
 @pytest.mark.parametrize("also", ["", "o = Erf (d)", "o = Cast <to = 1> (q)"])

@@ -169,6 +169,9 @@ NEAR_MISSES = {
         "block_size = 16> (x, w4, s4) }",
     "its layout is NHWC": "g (uint8[1,8,8,3] x) => (uint8[1,1,1,3] y) { y = "
         "com.microsoft.QLinearGlobalAveragePool <channels_last = 1> (x, xs, xz, ys, yz) }",
+    "its last windows cover behind the padding": "g (uint8[1,3,8,8] x) => (uint8[1,3,5,5] y) { y = "
+        "com.microsoft.QLinearAveragePool <kernel_shape = [3,3], strides = [2,2], "
+        "pads = [1,1,1,1], ceil_mode = 1, count_include_pad = 1> (x, xs, xz, ys, yz) }",
     "the shape of its scale": "g (uint8[2,6] x, float[n] s) => (uint8[2,6] y) "
         "{ y = com.microsoft.QLinearSigmoid (x, s, xz, ys, yz) }",
     "its scale or zero point has 4 elements": "g (uint8[2,4] x) => (uint8[2,4] y) "

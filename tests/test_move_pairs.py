@@ -200,6 +200,19 @@ def test_what_cannot_move_says_why(why):
     np.testing.assert_array_equal(run(model, FLOATS, plainly=True), expected)
 
 
+def test_indices_of_maxima_may_be_a_result():
+    text = (
+        "g (float[1,2,8,8] x) => (float y, int64 n) { q = QuantizeLinear (x, s, z) "
+        "d = DequantizeLinear (q, s, z) m, n = MaxPool <kernel_shape = [2, 2]> (d) y = Exp (m) }"
+    )
+    model = named(text)
+    expected = run(model, IMAGE, plainly=True)
+    NormalizeQDQ()(model)
+    assert any("the indices of its maxima" in decision_of(node).why for node in model.graph)
+    for got, want in zip(run(model, IMAGE, plainly=True), expected, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def test_a_quantize_goes_up_to_the_op_it_belongs_to():
     assert_normalizes(
         f"g (float[1,2,8,8] x) => (uint8[4,9] y) {{ {CONV} "
