@@ -9,10 +9,10 @@ Each FP32 model is quantized by ONNX Runtime's tools and, where they are install
 onnxsim; models after `--quantized` are taken as they are.  Each is compiled for x86-int8 and
 compared with its source in ONNX Runtime on the samples, all outputs of it.
 
-The source is run as exactly as ONNX Runtime can: with `session.x64quantprecision`, without which
-products of uint8 and int8 saturate where the processor has no VNNI.  A quantized model turns a
-difference in the last bit into one of a step, wherever a value lies between two: how far ONNX
-Runtime is from that with its optimizers off, and as it comes, says how much that makes.
+The source is run with exact sums (`qcompiler/exact_copy.py`), because where the processor has no
+VNNI ONNX Runtime's products of uint8 and int8 saturate.  A quantized model turns a difference in
+the last bit into one of a step, wherever a value lies between two: how far ONNX Runtime is from
+that with its optimizers off, and as it comes, says how much that makes.
 
 `--data` holds a folder of samples for each file, called like it without `.onnx`; a quantized model
 without one is fed made-up inputs.  Files that exist in `--work` are not made again: compile first,
@@ -26,12 +26,14 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 from contenders import Feeds
 from never_slower import THREADS, samples_of
@@ -47,8 +49,7 @@ from timing import environment
 
 import qcompiler
 from qcompiler.bench import bench
-
-EXACT = "session.x64quantprecision"
+from qcompiler.exact_copy import save_exact
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -205,13 +206,16 @@ def made(model: Path, way: str, output: Path, samples: list[Feeds]) -> bool:
 
 def measure(source: Path, bundle: Path, data: Path, seconds: float) -> dict[str, Any]:
     """Agreement on the samples, and times on one and two threads; printed too."""
-    samples = samples_in(data)
-    exact = outputs(session(source, exact=True), samples)
+    samples, plain = samples_in(data), ort.SessionOptions()
+    plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    exact = exact_outputs(source, samples)
     row: dict[str, Any] = {
         "model": source.stem,
         "bundle": agreement(exact, outputs(qcompiler.load(bundle), samples)),
-        "source_as_it_comes": agreement(exact, outputs(session(source), samples)),
-        "source_unoptimized": agreement(exact, outputs(session(source, plain=True), samples)),
+        "source_as_it_comes": agreement(exact, outputs(ort.InferenceSession(source), samples)),
+        "source_unoptimized": agreement(
+            exact, outputs(ort.InferenceSession(source, plain), samples)
+        ),
         "ms": {},
     }
     for result in bench(bundle, source, threads=THREADS, data=data, seconds=seconds).results:
@@ -233,14 +237,12 @@ def measure(source: Path, bundle: Path, data: Path, seconds: float) -> dict[str,
     return row
 
 
-def session(source: Path, *, exact: bool = False, plain: bool = False) -> ort.InferenceSession:
-    """The source in ONNX Runtime: as it comes, with exact products, or with nothing fused."""
-    options = ort.SessionOptions()
-    if exact:
-        options.add_session_config_entry(EXACT, "1")
-    if plain:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(source, options)
+def exact_outputs(source: Path, samples: list[Feeds]) -> list[np.ndarray[Any, Any]]:
+    """What the source means."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "exact.onnx"
+        disabled = save_exact(ir.load(source), copy)
+        return outputs(ort.InferenceSession(copy, disabled_optimizers=disabled), samples)
 
 
 def outputs(session: ort.InferenceSession, samples: list[Feeds]) -> list[np.ndarray[Any, Any]]:

@@ -6,14 +6,15 @@ quantized  pairs folded into ops of the `qcompiler` domain
 kernel     regions outlined into a domain of their own
 
 At every stage values are defined before they are read, initializers are what they are said to be,
-and each Q and DQ has the operands that ONNX asks for (`qdq_rules`); where ops of ours are allowed,
+each op of ai.onnx exists and takes what it is given (`onnx_rules`), and each Q and DQ has the
+operands that ONNX asks for (`qdq_rules`); where ops of ours are allowed,
 they fit their signatures (`signature_rules`).
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import onnx
 import onnx_ir as ir
@@ -22,6 +23,7 @@ from qcompiler.ir import dialect
 from qcompiler.ir.decisions import region_of
 from qcompiler.ir.errors import VerifyError
 from qcompiler.ir.graph import label
+from qcompiler.ir.onnx_rules import onnx_problems
 from qcompiler.ir.qdq_rules import qdq_problems
 from qcompiler.ir.signature_rules import signature_problems
 
@@ -40,21 +42,33 @@ class Stage(enum.IntEnum):
     KERNEL = 4
 
 
-def verify(model: ir.Model, stage: Stage, after: str) -> None:
+def verify(
+    model: ir.Model, stage: Stage, after: str, known: Collection[tuple[str, str]] | None = None
+) -> None:
     """Check `model` against the rules of `stage`, in time linear in its nodes.
 
     Args:
         model: The model to check.
         stage: The stage it claims to be in.
         after: The pass that ran last, named in the message.
+        known: Rules and problems of `onnx_problems` that there were before it; by default that is
+            not looked for.
 
     Raises:
         VerifyError: Names the pass, the node, what is wrong and the rule.
     """
     for rule, node, problem in _problems(model, stage):
-        raise VerifyError(
-            f"after {after}: {node}: {problem} (rule {rule}, stage {stage.name.lower()})"
-        )
+        raise _broken(rule, node, problem, stage, after)
+    if known is not None:
+        for rule, node, problem in onnx_problems(model):
+            if (rule, problem) not in known:
+                raise _broken(rule, node, problem, stage, after)
+
+
+def _broken(rule: str, node: str, problem: str, stage: Stage, after: str) -> VerifyError:
+    return VerifyError(
+        f"after {after}: {node}: {problem} (rule {rule}, stage {stage.name.lower()})"
+    )
 
 
 def _problems(model: ir.Model, stage: Stage) -> _Problems:

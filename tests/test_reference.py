@@ -37,8 +37,8 @@ def test_the_types_of_the_text_parse():
 def test_every_rule_is_in_the_table():
     code = "".join(
         (ROOT / "ir" / name).read_text()
-        for name in ("stages.py", "qdq_rules.py", "signature_rules.py")
+        for name in ("stages.py", "onnx_rules.py", "qdq_rules.py", "signature_rules.py")
     )
-    rules = set(re.findall(r'yield \(?\s*"([a-z-]+)",', code))
+    rules = set(re.findall(r'(?:yield \(?\s*|\(\()"([a-z-]+)",', code))
     table = re.findall(r"^\| (`[a-z`, -]+`) \|", TEXT.partition("| rule |")[2], re.MULTILINE)
     assert rules == set(re.findall(r"`([a-z-]+)`", " ".join(table)))

@@ -1,0 +1,124 @@
+"""What ai.onnx asks of its own ops: that they exist, and take what they are given.
+
+No pass needs a whole shape inference after it to be told that it wrote an op that the opset does
+not have, left an operand out, or mixed two types where the schema has one.  What is not known of a
+value is not held against it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from qcompiler.ir.graph import label
+
+__all__ = ["onnx_problems"]
+
+_VARIADIC = onnx.defs.OpSchema.FormalParameterOption.Variadic
+
+
+@dataclasses.dataclass(frozen=True)
+class _Signature:
+    """The bounds of an op's operands, and the type variable of each.
+
+    Attributes:
+        fewest: Operands.
+        most: Operands; of a variadic op very many.
+        inputs: The type variable of each formal input, the last for all that follow if variadic;
+            empty where any type goes.
+        outputs: The same of the outputs.
+        variadic: Whether the last input, and the last output, stand for several.
+        types: The tensor types that each variable stands for.
+    """
+
+    fewest: int
+    most: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    variadic: tuple[bool, bool]
+    types: dict[str, frozenset[str]]
+
+
+def onnx_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
+    """Rule, node and problem of every node of ai.onnx that breaks a rule; linear in the nodes.
+
+    The problem names no value: what a source had wrong already reads the same after every pass.
+    """
+    opset = model.graph.opset_imports.get("", 1)
+    for node in model.graph.all_nodes():
+        if node.domain == "":
+            found = _problems(node.op_type, opset, _types(node.inputs), _types(node.outputs))
+            for rule, problem in found:
+                yield rule, label(node), problem
+
+
+_Types = tuple[ir.DataType | None, ...]
+
+
+def _types(values: Sequence[ir.Value | None]) -> _Types:
+    """Of each value that is known to be a tensor, the type."""
+    kinds = (None if value is None else value.type for value in values)
+    return tuple(kind.dtype if type(kind) is ir.TensorType else None for kind in kinds)
+
+
+@functools.lru_cache(maxsize=4096)  # models have few kinds of nodes: ten times as fast as without
+def _problems(op: str, opset: int, inputs: _Types, outputs: _Types) -> tuple[tuple[str, str], ...]:
+    signature = _signature(op, opset)
+    if signature is None:
+        return (("onnx-op", f"ai.onnx {opset} has no {op}"),)
+    if not signature.fewest <= len(inputs) <= signature.most:
+        return (("onnx-operands", f"{op} with {len(inputs)} operands"),)
+    return tuple(_mixed(op, inputs, outputs, signature))
+
+
+def _mixed(
+    op: str, inputs: _Types, outputs: _Types, signature: _Signature
+) -> Iterator[tuple[str, str]]:
+    """The rule, and each type variable that would stand for two types or a wrong one."""
+    found: dict[str, ir.DataType] = {}
+    for formals, dtypes, variadic in (
+        (signature.inputs, inputs, signature.variadic[0]),
+        (signature.outputs, outputs, signature.variadic[1]),
+    ):
+        for name, dtype in zip(_repeated(formals, len(dtypes), variadic), dtypes, strict=False):
+            if not name or dtype is None:
+                continue
+            if found.setdefault(name, dtype) != dtype:
+                yield "onnx-types", f"{op} of {found[name]} and {dtype}, whose {name} is one type"
+            elif f"tensor({dtype.name.lower()})" not in signature.types[name]:
+                yield "onnx-types", f"{op} of {dtype}, which its {name} may not be"
+
+
+def _repeated(formals: Sequence[str], count: int, variadic: bool) -> Sequence[str]:
+    return [*formals, *[formals[-1]] * (count - len(formals))] if variadic and formals else formals
+
+
+@functools.cache
+def _signature(op: str, opset: int) -> _Signature | None:
+    if not onnx.defs.has(op, opset, ""):
+        return None
+    schema = onnx.defs.get_schema(op, opset, "")
+    if schema.deprecated:
+        return None
+    types = {
+        constraint.type_param_str: frozenset(constraint.allowed_type_strs)
+        for constraint in schema.type_constraints
+        if all(kind.startswith("tensor(") for kind in constraint.allowed_type_strs)
+    }
+    formals = (schema.inputs, schema.outputs)
+    inputs, outputs = (tuple(_variable(f, types) for f in side) for side in formals)
+    variadic = [bool(side) and side[-1].option == _VARIADIC for side in formals]
+    return _Signature(
+        schema.min_input, schema.max_input, inputs, outputs, (variadic[0], variadic[1]), types
+    )
+
+
+def _variable(formal: Any, types: dict[str, frozenset[str]]) -> str:
+    """The variable, empty where a formal has none, or takes values of several types."""
+    mixed = formal.option == _VARIADIC and not formal.is_homogeneous
+    return formal.type_str if formal.type_str in types and not mixed else ""
