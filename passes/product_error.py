@@ -51,7 +51,9 @@ class Products:
             plan, array = plan_of(node), constant(node.inputs[1])
             assert plan is not None and array is not None
             part = np.asarray(array[:, :: -(-array.shape[1] // share)], np.float32)
-            parts.setdefault(plan, []).append(part / max(float(np.linalg.norm(part)), 1e-30))
+            with np.errstate(invalid="ignore"):  # Inf is told of where the weight is rounded
+                part = part / max(float(np.linalg.norm(part)), 1e-30)
+            parts.setdefault(plan, []).append(part)
         return {plan: np.concatenate(columns, axis=1) for plan, columns in parts.items()}
 
     def largest_weights(self) -> Rows:
