@@ -39,6 +39,8 @@ class Codebook:
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        # Numbers of numpy print as something that does not parse back.
+        object.__setattr__(self, "values", tuple(map(float, self.values)))
         if not self.name.isidentifier():
             raise OptionError(f"codebook {self.name!r}: the name must be an identifier")
         if not 2 <= len(self.values) <= 256:

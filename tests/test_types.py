@@ -188,3 +188,10 @@ def test_half_way_between_two_entries():
     assert [odd.values[i] for i in odd.nearest(np.asarray(halves))] == [-2.0, -2.0, 2.0, 2.0]
     assert [FP4.values[i] for i in FP4.nearest(np.asarray([0.25, 0.75, 2.5, 5.0]))] == [0, 1, 2, 4]
     assert list(FP4.nearest(np.asarray([0.0, -0.0, np.nan, np.inf, -np.inf]))) == [0, 8, 15, 7, 15]
+
+
+def test_a_codebook_of_numpy_floats_has_a_text_that_parses_back():
+    book = Codebook("c", tuple(np.asarray([0.1, 1], np.float32)))
+    assert Codebook.parse(str(book)) == book
+    assert book == Codebook("c", [float(np.float32(0.1)), 1])
+    assert hash(book) == hash(Codebook.parse(str(book)))
