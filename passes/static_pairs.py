@@ -51,7 +51,7 @@ def insert_static(graph: ir.Graph, sites: Sites, stats: Mapping[str, TensorStats
     planned = [node for node in graph if node in links and operand_plan_of(node) is not None]
     clamps = [clamp for node in planned for clamp in clamps_after(node.outputs[0])]
     for site in sites.values():
-        if site.link is None or not _is_direct(site.link.node, site.factor):
+        if not _is_direct(site):
             writer.insert(site)
     for node in planned:
         _legalize(writer, node)
@@ -59,9 +59,9 @@ def insert_static(graph: ir.Graph, sites: Sites, stats: Mapping[str, TensorStats
         try_drop_clamp(clamp)
 
 
-def _is_direct(node: ir.Node, factor: float) -> bool:
-    """Whether what a link makes is dequantized from integers that it moved itself."""
-    return node.op_type in ("Pad", "Mul", "Div")
+def _is_direct(site: StaticSite) -> bool:
+    """Whether a tensor is dequantized from the integers that its link moved, with no Q between."""
+    return site.link is not None and site.link.node.op_type in ("Pad", "Mul", "Div")
 
 
 class _Writer:
@@ -147,7 +147,7 @@ def _legalize(writer: _Writer, node: ir.Node) -> None:
         "Relu": _relu, "HardSigmoid": _hard_sigmoid, "HardSwish": _hard_swish,
         "Add": _constants, "Mul": _constants, "Sub": _constants,
     }  # fmt: skip
-    if result is not None and result.link is not None and node.op_type in ("Pad", "Mul", "Div"):
+    if result is not None and _is_direct(result):
         _move_directly(writer, node, result)
     elif node.op_type in by_op:
         by_op[node.op_type](writer, node, plan.operands)

@@ -78,14 +78,7 @@ def static_sites(nodes: Iterable[ir.Node]) -> dict[ir.Value, StaticSite]:
         if link is not None and operands.output is not None:
             made |= _made_by(link, operands.output)
             concats += [link] if node.op_type == "Concat" else []
-    for link in concats:
-        rectified_all = all(_maker(value) == "Relu" for value in link.operands)
-        for value in link.operands:
-            site, clamped = made.get(value), _maker(value) in ("Relu", "Clip")
-            if site is None or site.like is not None or (clamped and not rectified_all):
-                continue
-            if only_consumer(value) is link.node:
-                made[value] = dataclasses.replace(site, like=link.results[0])
+    _share_scales(made, concats)
     inputs = {
         value: StaticSite(value, specs[value], frozenset(readers), calibration=methods.get(value))
         for value, readers in read.items()
@@ -96,6 +89,18 @@ def static_sites(nodes: Iterable[ir.Node]) -> dict[ir.Value, StaticSite]:
         for value, site in made.items()
     }
     return inputs | made
+
+
+def _share_scales(made: dict[ir.Value, StaticSite], concats: Iterable[Link]) -> None:
+    """Give what is only joined the scale of the whole."""
+    for link in concats:
+        rectified_all = all(_maker(value) == "Relu" for value in link.operands)
+        for value in link.operands:
+            site, clamped = made.get(value), _maker(value) in ("Relu", "Clip")
+            if site is None or site.like is not None or (clamped and not rectified_all):
+                continue
+            if only_consumer(value) is link.node:
+                made[value] = dataclasses.replace(site, like=link.results[0])
 
 
 def _read_by(node: ir.Node) -> list[ir.Value]:
