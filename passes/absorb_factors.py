@@ -24,13 +24,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer, same_dimension
+from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer
+from qcompiler.passes.channel_maps import Channels, regrouped, trimmed
 from qcompiler.passes.match_norms import Norm, match_norm
 
 __all__ = ["Absorber", "absorber_of", "scale_constant"]
-
-Channels: TypeAlias = NDArray[np.intp]
-"""Which factor each element of a value is divided by: broadcasts against it; -1 stands for 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +48,6 @@ class _Tie:
 
 
 _Found: TypeAlias = "list[_Edit | _Tie]"
-_Size: TypeAlias = "int | ir.SymbolicDim"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +120,7 @@ def _divide(value: ir.Value, channels: Channels) -> _Found | str:
     if isinstance(norm, Norm):
         last = norm.nodes[-1]
         return [
-            _Edit(last, list(last.inputs).index(parameter), _trimmed(channels))
+            _Edit(last, list(last.inputs).index(parameter), trimmed(channels))
             for parameter in (norm.gamma, norm.beta)
             if parameter is not None
         ]
@@ -138,7 +135,7 @@ def _operand(node: ir.Node, index: int, channels: Channels) -> _Found | str:
     operand = node.inputs[index]
     assert operand is not None
     if constant(operand) is not None:
-        return [_Edit(node, index, _trimmed(channels))]
+        return [_Edit(node, index, trimmed(channels))]
     if operand.is_graph_output():
         return f"{operand.name} leaves the graph"
     if len(operand.uses()) > 1:
@@ -169,13 +166,6 @@ def _fit(channels: Channels, operand: ir.Value) -> tuple[Channels, list[_Tie]] |
         ties.append(_Tie(rows))
         channels = channels.take([0], axis)
     return channels.reshape(channels.shape[max(extra, 0) :]), ties
-
-
-def _trimmed(channels: Channels) -> Channels:
-    """Without leading axes of size 1, so that a constant keeps its rank."""
-    while channels.ndim > 1 and channels.shape[0] == 1:
-        channels = channels[0]
-    return channels
 
 
 def _first(node: ir.Node, value: ir.Value, channels: Channels) -> _Found | str:
@@ -220,47 +210,10 @@ def _reshape(node: ir.Node, value: ir.Value, channels: Channels) -> _Found | str
     assert data is not None
     grouped = None
     if data.shape is not None and value.shape is not None:
-        grouped = _regrouped(channels, list(data.shape), list(value.shape))
+        grouped = regrouped(channels, list(data.shape), list(value.shape))
     if grouped is None:
         return f"how {label(node)} ({node.op_type}) moves the channels is not known"
     return _operand(node, 0, grouped)
-
-
-def _regrouped(channels: Channels, before: list[_Size], after: list[_Size]) -> Channels | None:
-    """The channels before a Reshape; None where the sizes of what they lie along are not known."""
-    inner, outer, assumed = list[int](), list[int](), False
-    while any(size > 1 for size in channels.shape[: len(after)]) or (assumed and (before or after)):
-        counts = _last_group(before, after)
-        if counts is None:
-            known = [isinstance(size, int) for size in (*before[-1:], *after[-1:])]
-            if assumed or len(known) < 2 or any(known):
-                return None
-            # Two unknown sizes are equal if all others are: the numbers of elements are.
-            counts, assumed = (1, 1), True
-        first, second = len(before) - counts[0], len(after) - counts[1]
-        along = any(size > 1 for size in channels.shape[second : len(after)])
-        if along and not all(isinstance(size, int) for size in (*before[first:], *after[second:])):
-            return None
-        inner = [size if along and isinstance(size, int) else 1 for size in before[first:]] + inner
-        outer = [size if along and isinstance(size, int) else 1 for size in after[second:]] + outer
-        before, after = before[:first], after[:second]
-    ones = [1] * len(after)
-    return np.broadcast_to(channels, ones + outer).reshape([1] * len(before) + inner)
-
-
-def _last_group(before: list[_Size], after: list[_Size]) -> tuple[int, int] | None:
-    """How many dimensions at the end of two shapes hold equally many elements."""
-    if before and after and same_dimension(before[-1], after[-1]):
-        return 1, 1
-    counts, products = [0, 0], [1, 1]
-    while not all(counts) or products[0] != products[1]:
-        side = int(products[0] > products[1] or (counts[0] > 0 and not counts[1]))
-        shape = (before, after)[side]
-        if counts[side] == len(shape) or not isinstance(size := shape[-1 - counts[side]], int):
-            return None
-        counts[side] += 1
-        products[side] *= size
-    return counts[0], counts[1]
 
 
 def _squeezed(node: ir.Node, value: ir.Value, channels: Channels) -> _Found | str:

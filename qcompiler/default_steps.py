@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from qcompiler.calibrate import sample_tokens
 from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage
 from qcompiler.passes.assign_precision import AssignPrecision
@@ -88,7 +89,12 @@ def default_steps(
         Step("lower-convolutions", LowerConvolutions(), Stage.FLOAT, "plans"),
         *chosen,
         Step("equalize-layers", EqualizeLayers(run, ranges), Stage.FLOAT, "plans"),
-        Step("smooth-activations", SmoothActivations(sample), Stage.FLOAT, "plans"),
+        Step(
+            "smooth-activations",
+            SmoothActivations(sample, made_up=sample is sample_tokens),
+            Stage.FLOAT,
+            "plans",
+        ),
         Step("split-outliers", SplitOutliers(sample), Stage.FLOAT, "plans"),
         Step("bias-correction", BiasCorrection(run, ranges), Stage.FLOAT, "plans"),
         Step("keep-sensitive", KeepSensitive(run, ranges), Stage.FLOAT, "plans"),

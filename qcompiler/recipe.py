@@ -33,8 +33,8 @@ class Recipe:
             the processor multiply those: "int8" (x86: AVX512-VNNI), good to 30 to 40 dB, "bfloat16"
             (AVX512-BF16), good to 45, or "float32".  By default int8 where queries, keys and values
             are results of int8 products, which are no better themselves.
-        smooth: Divide the outlying channels of norms before they are quantized, and multiply the
-            weights that read them instead, see `passes/smooth_activations.py`.
+        smooth: Divide the outlying channels of activations before they are quantized, and multiply
+            the weights that read them instead, see `passes/smooth_activations.py`.
         calibration: Where static ranges are cut off: "min-max", "moving-average", "percentile",
             "entropy", "mse" or "sigma", some with an amount: "percentile=99.9"; see
             `qcompiler/clipping.py`.

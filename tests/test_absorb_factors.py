@@ -153,3 +153,9 @@ def test_no_absorber(text, shape, reason):
     )
     found = absorber_of(model.graph.outputs[0])
     assert isinstance(found, str) and reason in found
+
+
+def test_made_up_floats_say_nothing_of_what_is_no_norm():
+    model = plan(model_of(f"g ({X}) => ({OUT}) {{ {GATED} }}", WEIGHTS))
+    assert not SmoothActivations(sampler(FEEDS), made_up=True)(model).modified
+    assert why(model).endswith("activations not smoothed: made-up inputs say nothing of them")

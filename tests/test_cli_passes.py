@@ -28,7 +28,7 @@ def test_the_list_tells_the_options():
     found = json.loads(qcompile("pass", "--list", "--json").stdout)["passes"]
     (smooth,) = (entry for entry in found if entry["name"] == "smooth-activations")
     assert smooth["options"][0] | {"help": ""} == {
-        "name": "alpha", "type": "number,…", "default": "0.25,0.375,0.5,0.625,0.75", "help": "",
+        "name": "alpha", "type": "number,…", "default": "0.25,0.375,0.5,0.625,0.75,1.0", "help": "",
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from planted import sampler
 import qcompiler
 from qcompiler.ir.decisions import decision_of, decisions, plan_of
 from qcompiler.ir.stages import Stage
+from qcompiler.ir.types import TensorStats
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.passes.split_outliers import SplitOutliers
 from qcompiler.pipeline import Pipeline
@@ -144,7 +145,7 @@ def test_no_composition_is_a_silent_no_op(tmp_path, passes):
         passes={"split-outliers": {"when": "auto" if "split" in passes else "off"}},
     )
     report = qcompiler.compile(
-        model_of(BLOCK, weights("heard")), "x86-int8", tmp_path / "bundle",
+        model_of(BLOCK, weights("heard")), "arm-int8", tmp_path / "bundle",
         recipe=recipe, calibration=tmp_path / "sample.npz",
     )  # fmt: skip
     found = [d.why for d in report.decisions if "QMatMul" in d.op]
@@ -171,3 +172,32 @@ def test_every_order_quantizes_every_product(order):
     assert len(changed) >= 5
     assert not any(plan_of(n) for n in model.graph if n.op_type == "MatMul")
     assert decisions(model)
+
+
+@pytest.mark.parametrize(
+    ("passes", "gain"), [(("smooth-activations",), 10.0), (("split-outliers",), 10.0)]
+)
+def test_static_scales(passes, gain):
+    """One scale per tensor suffers the more; ranges are measured once, of what is stored."""
+    asked: list[list[str]] = []
+
+    def observe(model, names):
+        asked.append(list(names))
+        rows = sampler(FEEDS)(model, names)
+        return {n: TensorStats(float(r.min()), float(r.max())) for n, r in rows.items()}
+
+    exact = run(model_of(PRODUCT, weights("hidden")), FEEDS)[0]
+    noise = []
+    for chosen in ((), passes):
+        recipe = qcompiler.Recipe(nodes=[{"op": "MatMul", "activation": "static"}])
+        pipeline = Pipeline.default("x86-int8", recipe, observe, sampler(FEEDS))
+        for name in {"smooth-activations", "split-outliers"} - set(chosen):
+            pipeline.remove(name)
+        model = pipeline.up_to(Stage.QUANTIZED).run(model_of(PRODUCT, weights("hidden")))
+        (product,) = (node for node in model.graph if node.op_type.startswith("QMatMul"))
+        assert product.op_type == "QMatMulU8S8"
+        noise.append(sqnr(exact, run(model, FEEDS, plainly=True)[0]))
+    assert noise[1] > noise[0] + gain
+    why = decision_of(product).why
+    assert "smoothed with" in why or "2 of 400 channels multiplied in float" in why
+    assert [len(names) for names in asked] == [1, 1]
