@@ -40,7 +40,9 @@ def spoken(text: str, voice: str = "en-us") -> Feeds:
         # It writes to a pipe, whose length its header does not know.
         samples = np.frombuffer(file.readframes(1 << 26), np.int16) / np.float32(32768)
         rate = file.getframerate()
-    clip = resample_poly(samples, RATE, rate).astype(np.float32)
+    # Without a moment of silence the first word is often lost.
+    silence = np.zeros(RATE // 2, np.float32)
+    clip = np.concatenate([silence, resample_poly(samples, RATE, rate).astype(np.float32)])
     extractor = WhisperFeatureExtractor(feature_size=80)
     return {"mel": extractor(clip, sampling_rate=RATE, return_tensors="np").input_features}
 
