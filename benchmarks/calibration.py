@@ -29,6 +29,7 @@ from qcompiler.calibrate import observe
 from qcompiler.clipping import Clipping
 from qcompiler.frontend import load_model
 from qcompiler.ir.stages import Stage
+from qcompiler.model_runs import ModelRuns
 from qcompiler.pipeline import Pipeline
 from qcompiler.samples import Samples
 
@@ -54,7 +55,7 @@ def calibrate(model: Path, count: int) -> float:
         spent += time.perf_counter() - start
         return found
 
-    Pipeline.default("x86-int8", observe=timed).up_to(Stage.QDQ).run(load_model(model))
+    Pipeline.default("x86-int8", runs=ModelRuns(timed)).up_to(Stage.QDQ).run(load_model(model))
     return spent
 
 

@@ -5,7 +5,6 @@ Prints what each pass did to the model's results on the samples, and leaves digi
 
 from __future__ import annotations
 
-import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule
 
 import qcompiler
-from qcompiler.calibrate import Samples, observe
+from qcompiler.model_runs import ModelRuns
 from qcompiler.numerics import CheckNumerics
+from qcompiler.samples import Samples
 
 DIGITS = Path(__file__).parent / "digits"
 
@@ -49,7 +49,7 @@ def gelu_by_tanh(op: Any, x: ir.Value) -> ir.Value:
 def main(target: str = "x86-int8", output: Path = Path("digits.custom")) -> list[str]:
     """Compile the digits example, and say what the passes were and did."""
     samples = Samples(DIGITS / "calib")
-    passes = qcompiler.Pipeline.default(target, observe=functools.partial(observe, samples=samples))
+    passes = qcompiler.Pipeline.default(target, runs=ModelRuns.on(samples))
     passes.insert_before("assign-precision", "clip-weights", ClipWeights())
     passes.insert_after("fuse-gelu", "gelu-by-tanh", RewriteRule(exact_gelu, gelu_by_tanh))
     numerics = CheckNumerics(samples)

@@ -17,11 +17,8 @@ import onnx_ir as ir
 from qcompiler.ir.decisions import Preference
 from qcompiler.ir.errors import OptionError, QCompilerError
 from qcompiler.ir.region import Region
+from qcompiler.model_runs import ModelRuns
 from qcompiler.passes.choose_kernels import ChooseKernels
-from qcompiler.passes.insert_qdq import Observer
-from qcompiler.passes.product_error import Sampler
-from qcompiler.passes.second_moments import LayerRuns
-from qcompiler.passes.side_by_side import Runner
 from qcompiler.pipeline import Pipeline
 from qcompiler.random_inputs import random_feed
 from qcompiler.recipe import Recipe
@@ -125,19 +122,10 @@ class Chooser:
         if self.wishes.shapes is not None:
             random_feed(model_inputs(model), self.wishes.shapes)
 
-    def pipeline(
-        self,
-        recipe: Recipe,
-        observe: Observer | None,
-        sample: Sampler,
-        runs: LayerRuns | None = None,
-        run: Runner | None = None,
-    ) -> Pipeline:
+    def pipeline(self, recipe: Recipe, runs: ModelRuns) -> Pipeline:
         """The passes to run, with what is known so far; see `Pipeline.default`."""
         self._choose = self._make_pass()
-        return Pipeline.default(
-            self.target, recipe, observe, sample, self._choose, self._unsupported, runs, run
-        )
+        return Pipeline.default(self.target, recipe, runs, self._choose, self._unsupported)
 
     def record(self) -> Record:
         """What was chosen when the last pipeline ran."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qcompiler.calibrate import sample_tokens
 from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage
+from qcompiler.model_runs import ModelRuns
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.awq import AWQ
 from qcompiler.passes.bias_correction import BiasCorrection
@@ -24,7 +24,7 @@ from qcompiler.passes.fuse_quantize import FuseQuantize
 from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.hqq import HQQ
-from qcompiler.passes.insert_qdq import InsertQDQ, Observer
+from qcompiler.passes.insert_qdq import InsertQDQ
 from qcompiler.passes.join_integers import JoinIntegers
 from qcompiler.passes.keep_sensitive import KeepSensitive
 from qcompiler.passes.known_ranges import KnownRanges
@@ -32,12 +32,9 @@ from qcompiler.passes.lift_qoperators import LiftQOperators
 from qcompiler.passes.lower_convolutions import LowerConvolutions
 from qcompiler.passes.merge_siblings import MergeSiblings
 from qcompiler.passes.normalize_qdq import NormalizeQDQ
-from qcompiler.passes.product_error import Sampler
 from qcompiler.passes.round_tables import RoundTables
 from qcompiler.passes.round_to_nearest import RoundToNearest
-from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.passes.shift_weights import ShiftWeights
-from qcompiler.passes.side_by_side import Runner
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.passes.split_outliers import SplitOutliers
 from qcompiler.recipe import Recipe
@@ -59,19 +56,16 @@ OPTIONS_OF_RECIPE = {
 def default_steps(
     target: Target,
     recipe: Recipe,
-    observe: Observer | None,
-    sample: Sampler,
+    runs: ModelRuns,
     choose: ChooseKernels | None,
     supports: Callable[[Region], str | None],
-    runs: LayerRuns,
-    run: Runner | None = None,
 ) -> list[Step]:
     """A new pass for each step; for the arguments see `Pipeline.default`."""
     precision = AssignPrecision.Options(
         recipe.keep_float, recipe.group_size, rounding=recipe.rounding
     )
     attention = FuseAttention.Options(recipe.attention)
-    ranges = None if observe is None else KnownRanges(observe)
+    ranges = None if runs.observe is None else KnownRanges(runs.observe)
     chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
     return [
         Step("canonicalize", Canonicalize(), Stage.FLOAT),
@@ -88,21 +82,21 @@ def default_steps(
         ),
         Step("lower-convolutions", LowerConvolutions(), Stage.FLOAT, "plans"),
         *chosen,
-        Step("equalize-layers", EqualizeLayers(run, ranges), Stage.FLOAT, "plans"),
+        Step("equalize-layers", EqualizeLayers(runs.run, ranges), Stage.FLOAT, "plans"),
         Step(
             "smooth-activations",
-            SmoothActivations(sample, made_up=sample is sample_tokens),
+            SmoothActivations(runs.sample, made_up=runs.made_up),
             Stage.FLOAT,
             "plans",
         ),
-        Step("split-outliers", SplitOutliers(sample), Stage.FLOAT, "plans"),
-        Step("bias-correction", BiasCorrection(run, ranges), Stage.FLOAT, "plans"),
-        Step("keep-sensitive", KeepSensitive(run, ranges), Stage.FLOAT, "plans"),
+        Step("split-outliers", SplitOutliers(runs.sample), Stage.FLOAT, "plans"),
+        Step("bias-correction", BiasCorrection(runs.run, ranges), Stage.FLOAT, "plans"),
+        Step("keep-sensitive", KeepSensitive(runs.run, ranges), Stage.FLOAT, "plans"),
         Step("join-integers", JoinIntegers(), Stage.FLOAT, "plans"),
         Step("round-tables", RoundTables(), Stage.QDQ, "plans"),
-        Step("awq", AWQ(runs), Stage.QDQ, "plans"),
-        Step("hqq", HQQ(runs), Stage.QDQ, "plans"),
-        Step("gptq", GPTQ(runs), Stage.QDQ, "plans"),
+        Step("awq", AWQ(runs.layers), Stage.QDQ, "plans"),
+        Step("hqq", HQQ(runs.layers), Stage.QDQ, "plans"),
+        Step("gptq", GPTQ(runs.layers), Stage.QDQ, "plans"),
         Step("insert-qdq", InsertQDQ(ranges), Stage.QDQ, "plans"),
         Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
         Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),

@@ -18,8 +18,9 @@ from qcompiler.clipping import Clipping
 from qcompiler.ir.decisions import Decision, decisions
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.stages import Stage
-from qcompiler.job import Job, SampleObserver, size_of
+from qcompiler.job import Job, size_of
 from qcompiler.model_file import check_file, save_model
+from qcompiler.model_runs import SampleRuns
 from qcompiler.pipeline import Pipeline
 from qcompiler.progress import Clock, Progress
 from qcompiler.recipe import Recipe
@@ -119,15 +120,16 @@ def compile(
     destination = _destination(source, target, output, suffix)
     check_dumps(watchers, source, destination)
     samples = None if calibration is None else samples_from(calibration)
-    observer = None
+    on_samples = None
     if samples is not None:
-        observer = SampleObserver(samples, Clipping.parse(recipe.calibration), clock)
+        clipping = Clipping.parse(recipe.calibration)
+        on_samples = SampleRuns(samples, clipping, clock.count_samples)
     chooser = None
     if not isinstance(pipeline, Pipeline):
         chooser = Chooser(goal, Wishes(timing, shapes, choices), samples, clock.detail)
     job = Job(
-        source, (example_inputs, dynamic_shapes), goal, recipe, clock, observer, chooser, pipeline,
-        last, watchers, emit == "ort", executor,
+        source, (example_inputs, dynamic_shapes), goal, recipe, clock, on_samples, chooser,
+        pipeline, last, watchers, emit == "ort", executor,
     )  # fmt: skip
     model = job.run_passes()
     if strict:
@@ -188,8 +190,8 @@ def _check_complete(
         )
     if calibration is not None:
         raise OptionError(
-            "a pipeline of your own observes for itself: give the samples to Pipeline.default("
-            "target, observe=lambda model, names: calibrate.observe(model, names, samples))"
+            "a pipeline of your own runs the model for itself: give the samples to "
+            "Pipeline.default(target, runs=ModelRuns.on(samples))"
         )
     if pipeline.target is not None and pipeline.target != target:
         raise OptionError(

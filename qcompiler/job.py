@@ -5,79 +5,36 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from qcompiler.bundle import Manifest
-from qcompiler.calibrate import observe, run_exactly, sample_tokens
 from qcompiler.chooser import Chooser, Wishes
-from qcompiler.clipping import Clipping
 from qcompiler.emit import build_kernels, write_bundle
 from qcompiler.frontend import is_of_torch, load_model, onnx_file
 from qcompiler.ir.decisions import decisions
 from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.ir.stages import Stage
-from qcompiler.ir.types import TensorStats
+from qcompiler.model_runs import ModelRuns, SampleRuns
 from qcompiler.passes.lower_few_bits import LowerFewBits
-from qcompiler.passes.second_moments import LayerRuns, Walk
+from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.pipeline import Pipeline
 from qcompiler.progress import Clock
 from qcompiler.recipe import Recipe
 from qcompiler.runtime import load, open_session
-from qcompiler.samples import Samples
 from qcompiler.source import check_source, foreign_domains, inputs_with_defaults
 from qcompiler.step import Step, Watcher
 from qcompiler.targets.target import Target
 from qcompiler.timing.observed_shapes import model_inputs
-from qcompiler.walk import walker
 
-__all__ = ["Job", "SampleObserver", "size_of"]
+__all__ = ["Job", "size_of"]
 
 _LOAD_CHECK_LIMIT = 1 << 30
 """Above this many bytes, with its model's, a bundle is neither opened once more after writing nor
 timed against its model: that would take memory for the whole, not for its largest layer."""
-
-
-class SampleObserver:
-    """Runs the model on the samples when a pass asks for it, and knows whether one did."""
-
-    def __init__(self, samples: Samples, clipping: Clipping, clock: Clock) -> None:
-        self.samples, self.clipping, self.clock = samples, clipping, clock
-        self.was_asked = False
-
-    def __call__(
-        self, model: ir.Model, names: Mapping[str, str | None]
-    ) -> Mapping[str, TensorStats]:
-        """The ranges of tensors, see `observe`."""
-        self.was_asked = True
-        return observe(model, names, self.samples, self._tell, self.clipping)
-
-    def sample_tokens(
-        self, model: ir.Model, names: Sequence[str]
-    ) -> Mapping[str, NDArray[np.float32]]:
-        """Some of their rows, see `sample_tokens`."""
-        self.was_asked = True
-        return sample_tokens(model, names, self.samples)
-
-    def walk(self, model: ir.Model, stops: list[ir.Value]) -> Walk:
-        """From layer to layer, see `SampleWalk`."""
-        self.was_asked = True
-        return walker(self.samples)(model, stops)
-
-    def run_exactly(
-        self, model: ir.Model, names: Sequence[str]
-    ) -> Mapping[str, NDArray[np.float32]]:
-        """Tensors of one row each, see `run_exactly`."""
-        self.was_asked = True
-        return run_exactly(model, names, self.samples)
-
-    def _tell(self, done: int, total: int) -> None:
-        self.clock.detail(f"sample {done} of {total}", done / total)
 
 
 @dataclasses.dataclass
@@ -90,7 +47,7 @@ class Job:
         target: What it is compiled for.
         recipe: What to do differently.
         clock: Tells what is being done.
-        observer: Runs the model on calibration samples, if there are any.
+        on_samples: Runs the model on calibration samples, if there are any.
         chooser: Chooses kernels; None for a pipeline of the user's.
         passes: The pipeline of the user's, or the text of one; None for the default.
         stop_after: The last stage that is wanted.
@@ -109,7 +66,7 @@ class Job:
     target: Target
     recipe: Recipe
     clock: Clock
-    observer: SampleObserver | None
+    on_samples: SampleRuns | None
     chooser: Chooser | None
     passes: Pipeline | str | None
     stop_after: Stage | None
@@ -136,9 +93,9 @@ class Job:
         self.defaults = inputs_with_defaults(model)
         if self.chooser is not None:
             self.chooser.check(model)
-        if self.observer is not None:
+        if self.on_samples is not None:
             # All of them, whether or not a pass will ask for them.
-            self.observer.samples.check(model_inputs(model))
+            self.on_samples.samples.check(model_inputs(model))
         model = pipeline.run(model, lambda step: self.clock.start(step.name), self.watchers)
         self.effective, self.notes_of_passes = pipeline.effective_recipe, pipeline.notes
         return model
@@ -148,12 +105,7 @@ class Job:
             pipeline = self.passes
         else:
             assert self.chooser is not None
-            sample = sample_tokens if self.observer is None else self.observer.sample_tokens
-            runs = LayerRuns(executor=self.executor, tell=self._tell_layer)
-            if self.observer is not None:
-                runs = dataclasses.replace(runs, walk=self.observer.walk)
-            run = None if self.observer is None else self.observer.run_exactly
-            pipeline = self.chooser.pipeline(self.recipe, self.observer, sample, runs, run)
+            pipeline = self.chooser.pipeline(self.recipe, self._runs())
             if self.passes is not None:
                 pipeline = pipeline.select(self.passes)
                 _check_read(pipeline, self.recipe, self.chooser.wishes)
@@ -161,6 +113,11 @@ class Job:
         if self.for_ort:
             pipeline.steps.append(Step("lower-few-bits", LowerFewBits(), Stage.QDQ))
         return pipeline
+
+    def _runs(self) -> ModelRuns:
+        if self.on_samples is not None:
+            return self.on_samples.runs(self.executor, self._tell_layer)
+        return ModelRuns(layers=LayerRuns(executor=self.executor, tell=self._tell_layer))
 
     def _tell_layer(self, text: str, share: float, seconds: float) -> None:
         left = seconds * (1 - share) / share
@@ -219,7 +176,7 @@ class Job:
         notes = self.notes_of_passes
         notes += () if self.chooser is None else self.chooser.notes
         used = self.chooser is not None and self.chooser.used_samples
-        if self.observer is not None and not self.observer.was_asked and not used:
+        if self.on_samples is not None and not self.on_samples.was_asked and not used:
             unused = "the calibration samples were not used: nothing here needs them for"
             notes = (f"{unused} {self.target.name}", *notes)
         if self.foreign:

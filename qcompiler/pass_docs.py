@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator
 
 from qcompiler import pipeline_text
-from qcompiler.calibrate import sample_tokens
 from qcompiler.chooser import Chooser, Wishes
 from qcompiler.ir.stages import Stage
+from qcompiler.model_runs import ModelRuns
 from qcompiler.passes.options import PassOption, options_of
 from qcompiler.recipe import Recipe
 from qcompiler.step import Step
@@ -63,7 +63,7 @@ def entries() -> list[PassEntry]:
     """All passes, in order."""
     target = get_target("x86-int8")
     chooser = Chooser(target, Wishes(timing=False), None, lambda text, share: None)
-    return [_entry(step) for step in chooser.pipeline(Recipe(), None, sample_tokens)]
+    return [_entry(step) for step in chooser.pipeline(Recipe(), ModelRuns())]
 
 
 def document() -> str:

@@ -11,17 +11,13 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler.arguments import require
-from qcompiler.calibrate import sample_tokens
 from qcompiler.default_steps import OPTIONS_OF_RECIPE, default_steps
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage
+from qcompiler.model_runs import ModelRuns
 from qcompiler.passes.choose_kernels import ChooseKernels
-from qcompiler.passes.insert_qdq import Observer
 from qcompiler.passes.options import configured
-from qcompiler.passes.product_error import Sampler
-from qcompiler.passes.second_moments import LayerRuns
-from qcompiler.passes.side_by_side import Runner
 from qcompiler.pipeline_text import ALIASES, parse_pipeline
 from qcompiler.recipe import Recipe
 from qcompiler.step import Rewrite, Step, Watcher, as_pass, check_watchers
@@ -55,25 +51,18 @@ class Pipeline:
         cls,
         target: Target | str,
         recipe: Recipe | None = None,
-        observe: Observer | None = None,
-        sample: Sampler = sample_tokens,
+        runs: ModelRuns | None = None,
         choose: ChooseKernels | None = None,
         supports: Callable[[Region], str | None] | None = None,
-        runs: LayerRuns | None = None,
-        run: Runner | None = None,
     ) -> Pipeline:
         """The passes of a target.
 
         Args:
             target: A target, or its name.
             recipe: What to do differently.
-            observe: Where static activation ranges come from, see `InsertQDQ`.
-            sample: Where tokens to smooth by come from, see `SmoothActivations`.
+            runs: What passes learn by running the model: `ModelRuns.on(samples)`.
             choose: What decides where quantizing gains something; without it, everywhere.
             supports: Why there is to be no kernel for a region; by default the target's word.
-            runs: How `gptq` and `awq` run the model, and where layers are rounded side by side.
-            run: Runs stages of the model on samples, so that passes can decide by the error that
-                they measure; without it those passes change nothing.
 
         Raises:
             OptionError: An unknown target, or a recipe that does not fit it.
@@ -81,6 +70,7 @@ class Pipeline:
         if not isinstance(target, Target | str):
             raise OptionError(f"target must be a name or a Target, not {target!r}")
         require("recipe", recipe, Recipe, "a qcompiler.Recipe")
+        require("runs", runs, ModelRuns, "a qcompiler.model_runs.ModelRuns")
         recipe = recipe or Recipe()
         goal = catalog.get_target(target) if isinstance(target, str) else target
         supports = supports or (lambda region: catalog.unsupported(goal, region))
@@ -89,8 +79,7 @@ class Pipeline:
                 f"attention {recipe.attention!r}: {goal.name} has no kernel of attention; leave "
                 "it out"
             )
-        layers = runs or LayerRuns()
-        steps = default_steps(goal, recipe, observe, sample, choose, supports, layers, run)
+        steps = default_steps(goal, recipe, runs or ModelRuns(), choose, supports)
         pipeline = cls(steps, goal, recipe)
         if not recipe.smooth:
             pipeline.remove("smooth-activations")

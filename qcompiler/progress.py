@@ -36,6 +36,10 @@ class Clock:
         label = f"{self._label}: {text}" if text else self._label
         self._progress(label, self._done + fraction, max(self.total, self._done + 1))
 
+    def count_samples(self, done: int, total: int) -> None:
+        """Say how many samples the current phase has run."""
+        self.detail(f"sample {done} of {total}", done / total)
+
     def stop(self) -> None:
         """End the current phase."""
         if self._label:

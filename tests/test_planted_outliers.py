@@ -16,6 +16,7 @@ import qcompiler
 from qcompiler.ir.decisions import decision_of, decisions, plan_of
 from qcompiler.ir.stages import Stage
 from qcompiler.ir.types import TensorStats
+from qcompiler.model_runs import ModelRuns
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.passes.split_outliers import SplitOutliers
 from qcompiler.pipeline import Pipeline
@@ -81,7 +82,7 @@ class Noise:
 
 def quantized(text: str, kind: str, *passes: str) -> np.ndarray:
     """The results of the model with these of the two passes."""
-    pipeline = Pipeline.default("x86-int8", sample=sampler(FEEDS))
+    pipeline = Pipeline.default("x86-int8", runs=ModelRuns(sample=sampler(FEEDS)))
     for name in ("smooth-activations", "split-outliers"):
         if name not in passes:
             pipeline.remove(name)
@@ -160,7 +161,7 @@ def test_no_composition_is_a_silent_no_op(tmp_path, passes):
 @pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 1, 0, 1), (1, 0, 1)])
 def test_every_order_quantizes_every_product(order):
     made = (SmoothActivations(sampler(FEEDS)), SplitOutliers(sampler(FEEDS)))
-    pipeline = Pipeline.default("x86-int8", sample=sampler(FEEDS))
+    pipeline = Pipeline.default("x86-int8", runs=ModelRuns(sample=sampler(FEEDS)))
     pipeline.remove("smooth-activations")
     pipeline.remove("split-outliers")
     for index, which in enumerate(order):

@@ -10,6 +10,7 @@ import qcompiler
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.stages import Stage
+from qcompiler.model_runs import ModelRuns
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.passes.split_outliers import SplitOutliers
 from qcompiler.pipeline import Pipeline
@@ -188,7 +189,7 @@ def test_the_first_operand_may_be_an_input():
 def test_a_token_that_is_all_outliers():
     model = plan(model_of(f"{X} => ({OUT} o) {{ o = MatMul (x, w) }}", WEIGHTS))
     feeds = {"x": FEEDS["x"] * GAMMA}
-    pipeline = Pipeline.default("x86-int8", sample=sampler(feeds))
+    pipeline = Pipeline.default("x86-int8", runs=ModelRuns(sample=sampler(feeds)))
     quantized = pipeline.up_to(Stage.QUANTIZED).run(model)
     row = np.zeros((1, K), np.float32)
     row[0, OUTLIERS] = 30
@@ -198,7 +199,7 @@ def test_a_token_that_is_all_outliers():
 
 def test_no_op_of_its_own_is_needed(tmp_path):
     """The masked scale is a Quantize of the masked value; a norm's kernel masks for nothing."""
-    pipeline = Pipeline.default("x86-int8", sample=sampler(FEEDS))
+    pipeline = Pipeline.default("x86-int8", runs=ModelRuns(sample=sampler(FEEDS)))
     pipeline.remove("smooth-activations")
     model = pipeline.run(model_of(ONE, WEIGHTS))
     ops = [node.op_type for node in model.graph]

@@ -134,25 +134,17 @@ def _list(terminal: Terminal, as_json: bool) -> None:
 
 def _pipeline(target: str | None, calib: Path | None) -> Pipeline:
     """What a compilation runs, untimed; without a target some of its passes must not run."""
-    from qcompiler.calibrate import observe, sample_tokens
     from qcompiler.chooser import Chooser, Wishes
-    from qcompiler.passes.second_moments import LayerRuns
+    from qcompiler.model_runs import ModelRuns
     from qcompiler.recipe import Recipe
     from qcompiler.samples import Samples
     from qcompiler.targets.catalog import TARGETS, get_target
-    from qcompiler.walk import walker
 
     goal = next(iter(TARGETS.values())) if target is None else get_target(target)
     samples = None if calib is None else Samples(calib)
     chooser = Chooser(goal, Wishes(timing=False), samples, lambda text, share: None)
-    if samples is None:
-        return chooser.pipeline(Recipe(), None, sample_tokens)
-    return chooser.pipeline(
-        Recipe(),
-        lambda model, names: observe(model, names, samples),
-        lambda model, names: sample_tokens(model, names, samples),
-        LayerRuns(walker(samples)),
-    )
+    runs = ModelRuns() if samples is None else ModelRuns.on(samples)
+    return chooser.pipeline(Recipe(), runs)
 
 
 def _count_nodes(rows: list[dict[str, Any]], model: ir.Model) -> Any:
