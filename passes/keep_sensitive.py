@@ -1,9 +1,12 @@
 """Let stay float what measurement says is sensitive.
 
-1. A planned node whose own error, on exact inputs, is above a bound.
-2. Of the statically quantized ones, the worst by that measure, until the outputs of the whole
-   model, all of it quantized as planned, are good to a bound: as few as a search finds in some
-   runs, between none and all of them.
+1. A node with static scales whose own error, on exact inputs, is above a bound.
+2. Of the others, the worst by that measure, until the outputs of the whole model, all that is
+   static quantized as planned, are good to a bound: as few as a search finds in some runs, between
+   none and all of them.
+
+Scales that are computed token by token fit every token: nothing with those is looked at, and no
+model without static scales is run.
 
 The error of a node is that of its channels, noise over signal, each at most 1, averaged: a
 channel that is lost counts however small it is beside the others (a detection head has boxes and
@@ -84,7 +87,7 @@ class KeepSensitive(ir.passes.InPlacePass):
         Raises:
             CalibrationError: A static plan, and nothing to calibrate it with.
         """
-        nodes = {node.name or "": node for node in model.graph if plan_of(node) is not None}
+        nodes = {node.name or "": node for node in model.graph if _is_static(node)}
         if not nodes or self.run is None:
             return ir.passes.PassResult(model, False)
         errors = self._own(model, list(nodes))
@@ -93,9 +96,9 @@ class KeepSensitive(ir.passes.InPlacePass):
             if error < bound:
                 _keep(nodes[name], f"its own error is {error:.1f} dB, below {bound:g}")
         kept = sum(error < bound for error in errors.values())
-        static = [n for n in sorted(errors, key=errors.__getitem__) if _is_static(nodes[n])]
-        if static and self.options.runs:
-            kept += self._reach(model, [nodes[name] for name in static], errors)
+        left = [n for n in sorted(errors, key=errors.__getitem__) if _is_static(nodes[n])]
+        if left and self.options.runs:
+            kept += self._reach(model, [nodes[name] for name in left], errors)
         return ir.passes.PassResult(model, kept > 0)
 
     def _own(self, model: ir.Model, names: Sequence[str]) -> dict[str, float]:
