@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.decisions import plan_of
+from qcompiler.ir.decisions import plan_of, set_plan
 from qcompiler.ir.graph import constant, new_initializer, rectified
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
 from qcompiler.passes.round_to_nearest import RoundToNearest
@@ -79,6 +79,9 @@ def quantized_copy(model: ir.Model, observe: Observer | None) -> ir.Model:
         CalibrationError: A static plan, and nothing to calibrate it with.
     """
     copy = model.clone()
+    for node in copy.graph.all_nodes():
+        if (plan := plan_of(node)) is not None:
+            set_plan(node, dataclasses.replace(plan, rounding="nearest"))
     InsertQDQ(observe)(copy)
     RoundToNearest()(copy)
     return copy
