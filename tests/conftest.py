@@ -13,8 +13,9 @@ from qcompiler.report import Report
 
 # The same examples at every run, so that a failure is the change's;
 # HYPOTHESIS_PROFILE=explore looks for new ones.
-settings.register_profile("repeatable", derandomize=True)
-settings.register_profile("explore")
+# How long an example takes is the machine's: no deadline.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
