@@ -18,14 +18,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.decisions import (
     NO_WEIGHTS,
     NodePlan,
     OperandPlan,
-    add_note,
     decide,
     decision_of,
     is_kept_float,
@@ -36,13 +34,9 @@ from qcompiler.ir.decisions import (
     set_plan,
 )
 from qcompiler.ir.errors import OptionError, did_you_mean
-from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, new_initializer, rectified
-from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
-from qcompiler.passes.conv_pads import explicit_pads
-from qcompiler.passes.forms import Form, form_of
-from qcompiler.passes.lower_convolutions import no_convolution_of
+from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
+from qcompiler.passes.node_plans import NodePlanner, StayFloat
 from qcompiler.passes.node_rules import (
-    PRECISIONS,
     ROUNDINGS,
     NodeRule,
     NodeRules,
@@ -54,33 +48,9 @@ from qcompiler.targets.target import Scheme
 
 __all__ = ["AssignPrecision"]
 
-_SENSITIVE = frozenset({
-    "Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization", "GroupNormalization",
-    "InstanceNormalization", "BatchNormalization", "ReduceMean", "ReduceSum", "Exp", "Log", "Pow",
-    "Sqrt", "Erf", "Gelu", "Sigmoid", "Tanh",
-})  # fmt: skip
-"""Ops whose error grows when their inputs are rounded to 8 bits."""
-
 _QUANTIZATION = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 
-_NOT_YET = {"LSTM": False, "GRU": False, "RNN": False,
-            "Einsum": False, "Gemm": False}  # fmt: skip
-"""Ops with weights of their own that have no quantized form yet, and whether users expect that."""
-
-
 _MATMUL_NOW = "; a Gemm is a MatMul of the same name and an Add by then: give that name, or MatMul"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Float:
-    """The reason for a node to stay float; not expected where quantizing it was the point."""
-
-    why: str
-    expected: bool = True
-
-
-_UNSEEN = "static ranges are not observed inside branches and loops"
-_IMPORTED = _Float("already quantized in the source: left to ORT as it is")
 
 
 class AssignPrecision(ir.passes.InPlacePass):
@@ -176,8 +146,13 @@ class AssignPrecision(ir.passes.InPlacePass):
         changed, is_quantized = False, any(node.op_type in _QUANTIZATION for node in nodes)
         if is_quantized:
             self._check_nothing_asked()
+        options = self.options
+        planner = NodePlanner(
+            self.scheme, self.group_sizes, options.rounding, options.products, options.outputs,
+            self._asked,
+        )  # fmt: skip
         for node in nodes:
-            plan = self._plan_tied(model.graph, node, in_branch=node.graph is not model.graph)
+            plan = self._plan_tied(planner, model.graph, node)
             if isinstance(plan, NodePlan | OperandPlan) and is_quantized:
                 decide(node, "float", "the source is quantized, and keeps this op float")
             elif isinstance(plan, OperandPlan):
@@ -194,7 +169,7 @@ class AssignPrecision(ir.passes.InPlacePass):
                 # What was imported quantized, and is left so, has its reason already.
                 decide(node, "float", plan.why, expected=plan.expected)
             if not isinstance(plan, NodePlan):
-                self._refuse_all(node, plan.why if isinstance(plan, _Float) else NO_WEIGHTS)
+                self._refuse_all(node, plan.why if isinstance(plan, StayFloat) else NO_WEIGHTS)
         self.notes = self._asked.check()
         return ir.passes.PassResult(model, changed)
 
@@ -215,18 +190,6 @@ class AssignPrecision(ir.passes.InPlacePass):
             for key in asked.says:
                 self._asked.refuse(node, key, why)
 
-    def _form(self, node: ir.Node) -> Form:
-        """The form of a node that can be quantized; what rules ask for in vain is noted on it."""
-        asked = self._asked.about(node)
-
-        def refuse(key: str, why: str) -> None:
-            self._asked.refuse(node, key, why)
-            add_note(node, f"{key} {getattr(asked, key)!r} of the recipe is not possible: {why}")
-
-        return form_of(
-            node.op_type, self.scheme, asked, self.group_sizes, self.options.rounding, refuse
-        )
-
     def _known_patterns(self, nodes: list[ir.Node]) -> tuple[str, ...]:
         """`keep_float`, each pattern of which matches something.
 
@@ -246,21 +209,21 @@ class AssignPrecision(ir.passes.InPlacePass):
         return tuple(patterns)
 
     def _plan_tied(
-        self, graph: ir.Graph, node: ir.Node, in_branch: bool
-    ) -> NodePlan | OperandPlan | _Float | None:
+        self, planner: NodePlanner, graph: ir.Graph, node: ir.Node
+    ) -> NodePlan | OperandPlan | StayFloat | None:
         """The plan of a node; MatMul(x, Transpose(W)) becomes MatMul(x, W') if that has one.
 
         Folding constants leaves such a Transpose if W has other readers, as an embedding that is
         the last weight too: a float copy of it would make the model grow.
         """
-        turn = _transpose_of_weight(node)
+        turn, in_branch = _transpose_of_weight(node), node.graph is not graph
         if turn is None:
-            return self._plan(node, in_branch)
+            return self._plan(planner, node, in_branch)
         array = constant(turn.inputs[0])
         assert array is not None and turn.inputs[0] is not None
         turned = new_initializer(graph, f"{turn.inputs[0].name}_transposed", array.T)
         node.replace_input_with(1, turned)
-        plan = self._plan(node, in_branch)
+        plan = self._plan(planner, node, in_branch)
         if not isinstance(plan, NodePlan):
             node.replace_input_with(1, turn.outputs[0])
             drop_if_unread(turned)
@@ -268,8 +231,10 @@ class AssignPrecision(ir.passes.InPlacePass):
             turn.graph.remove(turn)
         return plan
 
-    def _plan(self, node: ir.Node, in_branch: bool) -> NodePlan | OperandPlan | _Float | None:
-        """A plan, the reason to stay float, or None for ops that hold nothing to quantize."""
+    def _plan(
+        self, planner: NodePlanner, node: ir.Node, in_branch: bool
+    ) -> NodePlan | OperandPlan | StayFloat | None:
+        """What `planner` says, unless somebody asked for floats."""
         for pattern in self._patterns:
             if any(matches(name, pattern) for name in (*names_of(node), node.op_type)):
                 self._asked.overrule(node)
@@ -277,136 +242,12 @@ class AssignPrecision(ir.passes.InPlacePass):
         asked = self._asked.about(node)
         if asked is not None and asked.precision == "float":
             return _kept(node, "precision")
-        if node.domain not in ("", "ai.onnx"):
-            return _Float(f"op of the foreign domain {node.domain}")
-        match node.op_type:
-            case "MatMul":
-                return self._plan_matmul(node, in_branch)
-            case "Conv" | "ConvTranspose":
-                return self._plan_conv(node, in_branch)
-            case op if op in _SENSITIVE:
-                return _Float(f"{op} is sensitive: not rounded to 8 bits")
-            case "Gather" if _has_float_constant(node):
-                return self._plan_table(node, in_branch)
-            case op if op in _NOT_YET and _has_float_constant(node):
-                return _Float(f"no quantized form of {op} yet", _NOT_YET[op])
-        return None
-
-    def _plan_matmul(self, node: ir.Node, in_branch: bool) -> NodePlan | OperandPlan | _Float:
-        weight = node.inputs[1]
-        if self.options.products and not any(_is_constant(value) for value in node.inputs):
-            return self._plan_product(node, in_branch)
-        if _no_weight(node.inputs[0]) is None:
-            return _Float("its weight is on the left, only right operands are quantized", False)
-        if (reason := _no_weight(weight) or _no_batch_of_floats(node.inputs[0])) is not None:
-            return reason
-        assert weight is not None and weight.const_value is not None
-        shape = weight.const_value.shape.numpy()
-        if len(shape) != 2 or 0 in shape:
-            return _Float(f"its weight has shape {list(shape)}, only matrices are quantized", False)
-        form, depth = self._form(node), shape[0]
-        if in_branch and form.group_sizes:
-            # Making MatMulNBits of it, ORT 1.31 looks for the weight inside the branch and fails.
-            return _Float("ORT does not find int4 weights from inside a branch", False)
-        if in_branch and form.rounding not in ("nearest", "hqq"):
-            add_note(node, f"rounded to nearest, not by {form.rounding}: inside of a branch")
-            form = dataclasses.replace(form, rounding="nearest")
-        activation = None
-        if form.activation == "dynamic":
-            storage = form.weight if form.weight.is_floating_point() else ir.DataType.INT8
-            stored = QuantType(storage, granularity=PerGroup(-1, depth))
-            activation = QuantSpec(stored, "dynamic")
-        if form.activation == "static":
-            if in_branch:
-                return _Float(_UNSEEN, False)
-            activation = self._static()
-        if not form.group_sizes:
-            return _node_plan(form, _per_channel(form.weight, axis=1), activation)
-        # Where none divides K, the last group is shorter: ONNX and ORT's MatMulNBits know that.
-        divisors = (size for size in form.group_sizes if depth % size == 0)
-        size = next(divisors, form.group_sizes[0])
-        stored = QuantType(form.weight, granularity=PerGroup(0, size), symmetric=form.symmetric)
-        return _node_plan(form, stored, activation)
-
-    def _plan_product(self, node: ir.Node, in_branch: bool) -> OperandPlan | _Float:
-        """MatMul of two activations: ORT's MatMulIntegerToFloat."""
-        if in_branch:
-            return _Float(_UNSEEN, False)
-        for value in node.inputs:
-            if (reason := _no_batch_of_floats(value)) is not None:
-                return reason
-        return OperandPlan(self._static(), None)
-
-    def _static(self) -> QuantSpec:
-        stored = QuantType(self.scheme.conv_activation, granularity=PerTensor(), symmetric=False)
-        return QuantSpec(stored, "static")
-
-    def _plan_table(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float:
-        """A table is rounded where a rule names its precision: what it costs is seen by nobody."""
-        asked, table = self._asked.about(node), constant(node.inputs[0])
-        storage = None if asked is None or asked.precision is None else PRECISIONS[asked.precision]
-        if asked is None or storage is None:
-            return _Float("a table stays float unless a rule of the recipe names its precision")
-        if storage.is_floating_point():
-            return _Float("tables are int8, int4 or float", False)
-        if table is None or table.ndim != 2 or table.dtype != np.float32 or 0 in table.shape:
-            return _Float("only tables that are matrices of FLOAT are rounded", False)
-        if in_branch or node.attributes.get_int("axis", 0) not in (0, -2):
-            return _Float("only rows of the main graph's tables are rounded", False)
-        for key in set(asked.says) - {"precision", "group_size"}:
-            self._asked.refuse(node, key, "a table is looked up, and multiplied by nothing")
-        if storage is ir.DataType.INT8:
-            if asked.group_size is not None:
-                self._asked.refuse(node, "group_size", "int8 tables have a scale per row")
-            return NodePlan(_per_channel(storage, axis=0), None, requested=True)
-        sizes = (asked.group_size,) if asked.group_size else self.group_sizes or (32,)
-        size = next((size for size in sizes if table.shape[1] % size == 0), None)
-        if size is None:
-            return _Float(f"its rows of {table.shape[1]} are multiples of none of {sizes}", False)
-        return NodePlan(QuantType(storage, granularity=PerGroup(1, size)), None, requested=True)
-
-    def _plan_conv(self, node: ir.Node, in_branch: bool) -> NodePlan | _Float:
-        scheme = self.scheme
-        if scheme.conv_weight is None:
-            return _Float(f"{scheme.name} keeps convolutions float")
-        if in_branch:
-            return _Float(_UNSEEN, False)
-        operands = [_no_weight(value) for value in node.inputs[1:] if value is not None]
-        imported = _IMPORTED if dequantize_of(node.inputs[0]) is not None else None
-        for reason in [*operands, imported, _not_float(node.inputs[0]), _no_form(node)]:
-            if reason is not None:
-                return reason
-        if rectified(node.outputs[0]).is_graph_output() and not self.options.outputs:
-            return _Float("its result leaves the graph")
-        activation, axis = self._static(), int(node.op_type == "ConvTranspose")
-        form = self._form(node)
-        return _node_plan(form, _per_channel(form.weight, axis), activation, activation)
+        return planner.plan(node, in_branch)
 
 
-def _node_plan(
-    form: Form, weight: QuantType, activation: QuantSpec | None, output: QuantSpec | None = None
-) -> NodePlan:
-    return NodePlan(weight, activation, output, form.calibration, form.rounding, form.requested)
-
-
-def _kept(node: ir.Node, why: str) -> _Float:
+def _kept(node: ir.Node, why: str) -> StayFloat:
     keep_float(node, f"kept float by request ({why})")
-    return _Float(f"kept float by request ({why})")
-
-
-def _no_form(node: ir.Node) -> _Float | None:
-    """Why a convolution has no integer form in ONNX Runtime."""
-    weight = constant(node.inputs[1])
-    assert weight is not None
-    if weight.ndim < 3 or 0 in weight.shape:
-        return _Float(f"its weight has shape {list(weight.shape)}: no kernel of a convolution")
-    if node.op_type == "ConvTranspose":
-        why = no_convolution_of(node)
-        # Small parts of a network, on which nothing depends.
-        return None if why is None else _Float(f"no integer form of ConvTranspose: {why}")
-    if explicit_pads(node, weight.shape[2:]) is None:
-        return _Float("auto_pad, and what it pads depends on sizes that are not known", False)
-    return None
+    return StayFloat(f"kept float by request ({why})")
 
 
 def _transpose_of_weight(node: ir.Node) -> ir.Node | None:
@@ -418,53 +259,3 @@ def _transpose_of_weight(node: ir.Node) -> ir.Node | None:
     array = constant(turn.inputs[0])
     turns = list(turn.attributes.get_ints("perm", [1, 0])) == [1, 0]
     return turn if turns and array is not None and array.ndim == 2 else None
-
-
-def _per_channel(storage: ir.DataType, axis: int) -> QuantType:
-    # -128 has no counterpart: leaving it out costs 0.05 dB and keeps every product negatable.
-    narrow = storage is ir.DataType.INT8
-    return QuantType(storage, granularity=PerAxis(axis), narrow_range=narrow)
-
-
-def _no_batch_of_floats(value: ir.Value | None) -> _Float | None:
-    if (reason := _not_float(value)) is not None:
-        return reason
-    assert value is not None
-    if dequantize_of(value) is not None:
-        return _IMPORTED
-    if value.shape is None:
-        return _Float("the rank of its input is unknown", False)
-    if len(value.shape) < 2:
-        # ORT takes the one scale of a vector for a per-tensor one and refuses its block size.
-        return _Float("its input is a vector, only batches of them are quantized", False)
-    return None
-
-
-def _not_float(value: ir.Value | None) -> _Float | None:
-    if value is None or value.dtype is not ir.DataType.FLOAT:
-        return _Float(f"its input is {_dtype_name(value)}, only FLOAT is quantized", False)
-    return None
-
-
-def _no_weight(value: ir.Value | None) -> _Float | None:
-    if dequantize_of(value) is not None:
-        return _IMPORTED
-    if value is None or value.const_value is None or value.is_graph_input():
-        return _Float("its second operand is an activation: no quantized form yet")
-    if value.const_value.dtype is not ir.DataType.FLOAT:
-        return _Float(f"its weight is {_dtype_name(value)}, only FLOAT is quantized", False)
-    return None
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    node = dequantize_of(value)
-    return constant(value if node is None else node.inputs[0]) is not None
-
-
-def _has_float_constant(node: ir.Node) -> bool:
-    tensors = [value.const_value for value in node.inputs if value is not None]
-    return any(tensor is not None and tensor.dtype.is_floating_point() for tensor in tensors)
-
-
-def _dtype_name(value: ir.Value | None) -> str:
-    return "an unknown type" if value is None or value.dtype is None else value.dtype.name

@@ -62,13 +62,14 @@ class SplitOutliers(ir.passes.InPlacePass):
             threshold: How many times as large as the median channel an outlying one is; by default
                 the largest are, as few as bring the error about as far down as `most` of them.
             most: The largest part of the channels.
-            worth: See `when`.
+            worth: See `when`. A quarter is 6 dB: for less, the product that is added, and siblings
+                that stay apart because of it, are not worth their time.
         """
 
         when: str = "auto"
         threshold: float | None = None
         most: float = 0.01
-        worth: float = 0.5
+        worth: float = 0.25
 
         def __post_init__(self) -> None:
             """Check the values.
