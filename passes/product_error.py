@@ -56,12 +56,6 @@ class Products:
             parts.setdefault(plan, []).append(part)
         return {plan: np.concatenate(columns, axis=1) for plan, columns in parts.items()}
 
-    def largest_weights(self) -> Rows:
-        """The largest magnitude of each row of the weights, [K], each as large as the others."""
-        return np.asarray(
-            np.max([np.abs(part).max(axis=1) for part in self.weights().values()], axis=0)
-        )
-
 
 def planned_products(model: ir.Model) -> list[Products]:
     """The values of the main graph that planned MatMuls quantize, in order."""

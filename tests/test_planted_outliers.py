@@ -191,7 +191,7 @@ def test_static_scales(passes, gain):
     noise = []
     for chosen in ((), passes):
         recipe = qcompiler.Recipe(nodes=[{"op": "MatMul", "activation": "static"}])
-        pipeline = Pipeline.default("x86-int8", recipe, observe, sampler(FEEDS))
+        pipeline = Pipeline.default("x86-int8", recipe, ModelRuns(observe, sampler(FEEDS)))
         for name in {"smooth-activations", "split-outliers"} - set(chosen):
             pipeline.remove(name)
         model = pipeline.up_to(Stage.QUANTIZED).run(model_of(PRODUCT, weights("hidden")))
