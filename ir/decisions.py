@@ -72,6 +72,8 @@ class Decision:
         action: Who computes it.
         why: For people.
         expected: False where a user would have expected better: `--strict` refuses it.
+        note: What passes added to the reason of this node alone, with its own figures; it is the
+            end of `why`.
     """
 
     node: str
@@ -79,6 +81,7 @@ class Decision:
     action: Action
     why: str
     expected: bool = True
+    note: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +256,7 @@ def decision_of(node: ir.Node) -> Decision:
         action=node.metadata_props.get(_ACTION, "float"),  # type: ignore[arg-type]
         why=node.metadata_props.get(_WHY, NO_WEIGHTS),
         expected=_UNEXPECTED not in node.metadata_props,
+        note=note_of(node),
     )
 
 

@@ -17,6 +17,7 @@ from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import CalibrationError
 from qcompiler.runtime import open_session
 from qcompiler.samples import Sample, check_sample
+from qcompiler.session_options import QUIET
 from qcompiler.targets.cache import content_key
 
 __all__ = ["Probe"]
@@ -85,6 +86,7 @@ class Probe:
         """
         ort = import_onnxruntime()
         options = ort.SessionOptions()
+        options.log_severity_level = QUIET  # it warns of weights that only other outputs needed
         if not optimized:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         session = open_session(self._path, options=options, disabled=self._disabled)

@@ -73,7 +73,7 @@ class Report:
 
     def groups(self) -> list[Group]:
         """Decisions counted by op, action and reason; kernels first, then by count."""
-        alike = ((op_in_words(d.op), d.action, _why(d.why)) for d in self.decisions)
+        alike = ((op_in_words(d.op), d.action, _why(d)) for d in self.decisions)
         keys = collections.Counter(alike)
         order = {"kernel": 0, "qdq": 1, "body": 2, "float": 3}
         groups = [Group(*key, count) for key, count in keys.items()]
@@ -104,6 +104,9 @@ def op_in_words(op: str) -> str:
     return " + ".join([head, *(part for part in rest if not hidden.fullmatch(part))])
 
 
-def _why(why: str) -> str:
-    """Choices made on different times count together."""
+def _why(decision: Decision) -> str:
+    """Choices made on different times count together, and nodes whose notes have other figures."""
+    why = decision.why
+    if decision.note is not None:
+        why = why.removesuffix(decision.note).removesuffix("; ") or why
     return re.sub(r": \S+ us against .*", "", why)
