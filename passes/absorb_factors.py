@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer
+from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer, unique_name
 from qcompiler.passes.channel_maps import Channels, regrouped, trimmed
 from qcompiler.passes.match_norms import Norm, match_norm
 
@@ -47,7 +47,14 @@ class _Tie:
     channels: Channels
 
 
-_Found: TypeAlias = "list[_Edit | _Tie]"
+@dataclasses.dataclass(frozen=True)
+class _Divided:
+    """A tensor that will hold other numbers than before, and so may not keep its name."""
+
+    value: ir.Value
+
+
+_Found: TypeAlias = "list[_Edit | _Tie | _Divided]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Absorber:
         parts: What is to be divided, and which factors must be equal.
     """
 
-    parts: Sequence[_Edit | _Tie]
+    parts: Sequence[_Edit | _Tie | _Divided]
 
     def tie(self, factors: NDArray[np.float32]) -> NDArray[np.float32]:
         """`factors`, [K], with the largest of each tied group for all of it."""
@@ -80,6 +87,8 @@ class Absorber:
         for part in self.parts:
             if isinstance(part, _Edit):
                 scale_constant(graph, [part.node], part.index, inverse[part.channels])
+            elif isinstance(part, _Divided):
+                part.value.name = unique_name(graph, f"{part.value.name}_smoothed")
 
 
 def scale_constant(
@@ -119,15 +128,17 @@ def _divide(value: ir.Value, channels: Channels) -> _Found | str:
     norm = match_norm(node)
     if isinstance(norm, Norm):
         last = norm.nodes[-1]
-        return [
+        edits = [
             _Edit(last, list(last.inputs).index(parameter), trimmed(channels))
             for parameter in (norm.gamma, norm.beta)
             if parameter is not None
         ]
+        return [_Divided(value), *edits]
     rule = _RULES.get(node.op_type) if node.domain == "" else None
     if rule is None:
         return f"no factor passes {label(node)} ({node.op_type})"
-    return rule(node, value, channels)
+    found = rule(node, value, channels)
+    return found if isinstance(found, str) else [_Divided(value), *found]
 
 
 def _operand(node: ir.Node, index: int, channels: Channels) -> _Found | str:

@@ -28,7 +28,13 @@ from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import add_note, bias_shift, note_of, plan_of
 from qcompiler.ir.errors import OptionError
-from qcompiler.ir.graph import constant, drop_if_unread, new_initializer, only_consumer
+from qcompiler.ir.graph import (
+    constant,
+    drop_if_unread,
+    new_initializer,
+    only_consumer,
+    unique_name,
+)
 from qcompiler.passes.insert_qdq import Observer
 from qcompiler.passes.side_by_side import Runner, channel_maxima, own_errors, quantized_copy
 
@@ -212,6 +218,12 @@ def _equalize(graph: ir.Graph, pair: _Pair, factors: Floats) -> None:
     _replace(graph, pair.first, 1, _weight(pair.first) / factors.reshape(-1, 1, *ones))
     if len(pair.first.inputs) > 2 and (bias := constant(pair.first.inputs[2])) is not None:
         _replace(graph, pair.first, 2, np.asarray(bias, np.float32) / factors)
+    value: ir.Value | None = pair.value
+    while value is not None:
+        # It holds other numbers than before, and so may not keep its name.
+        value.name = unique_name(graph, f"{value.name}_equalized")
+        maker = value.producer()
+        value = None if maker is None or maker is pair.first else maker.inputs[0]
 
 
 def _replace(graph: ir.Graph, node: ir.Node, index: int, array: Floats) -> None:

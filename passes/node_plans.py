@@ -167,9 +167,11 @@ class NodePlanner:
             return StayFloat(_UNSEEN, False)
         operands = [_no_weight(value) for value in node.inputs[1:] if value is not None]
         imported = _IMPORTED if dequantize_of(node.inputs[0]) is not None else None
-        for reason in [*operands, imported, _not_float(node.inputs[0]), _no_form(node)]:
+        for reason in [*operands, imported, _not_float(node.inputs[0])]:
             if reason is not None:
                 return reason
+        if (without := _no_form(node)) is not None:
+            return without
         if rectified(node.outputs[0]).is_graph_output() and not self.outputs:
             return StayFloat("its result leaves the graph")
         activation, axis = self._static(), int(node.op_type == "ConvTranspose")

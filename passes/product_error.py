@@ -65,9 +65,17 @@ def planned_products(model: ir.Model) -> list[Products]:
         if node.op_type != "MatMul" or plan is None or plan.activation is None:
             continue
         data, weight = node.inputs
-        if data is not None and constant(weight) is not None:
+        array = constant(weight)
+        # A model whose sizes do not fit is for ONNX Runtime to refuse.
+        if data is not None and array is not None and fits(data, len(array)):
             found.setdefault(data, []).append(node)
     return [Products(value, nodes) for value, nodes in found.items()]
+
+
+def fits(value: ir.Value, size: int) -> bool:
+    """Whether the last axis of a value may have so many elements."""
+    last = value.shape[-1] if value.shape else None
+    return not isinstance(last, int) or last == size
 
 
 def rounding_error(tokens: Rows, weights: Mapping[NodePlan, Rows]) -> float:

@@ -97,9 +97,9 @@ class SmoothActivations(ir.passes.InPlacePass):
         smoothed = 0
         norms_only = self.made_up and _reads_floats(model)
         for name, site in zip(names, sites, strict=True):
-            if name in tokens and norms_only and not _is_norm(site.value):
-                _note(site, "activations not smoothed: made-up inputs say nothing of them")
-            elif name in tokens:
+            if norms_only and not _is_norm(site.value):
+                continue  # made-up inputs say nothing of it
+            if name in tokens:
                 smoothed += self._try_smooth(model.graph, site, tokens[name])
             else:
                 _note(site, "activations not smoothed: no samples to run the model on")

@@ -158,4 +158,4 @@ def test_no_absorber(text, shape, reason):
 def test_made_up_floats_say_nothing_of_what_is_no_norm():
     model = plan(model_of(f"g ({X}) => ({OUT}) {{ {GATED} }}", WEIGHTS))
     assert not SmoothActivations(sampler(FEEDS), made_up=True)(model).modified
-    assert why(model).endswith("activations not smoothed: made-up inputs say nothing of them")
+    assert "smoothed" not in why(model)

@@ -312,10 +312,10 @@ def test_a_model_that_cannot_be_fed_is_not_timed(tmp_path, timed, monkeypatch):
         raise ModelError("the inputs were made up")
 
     monkeypatch.setattr("qcompiler.chooser.time_whole", time_whole)
-    report = qcompiler.compile(mlp(), "x86-int8", tmp_path / "a")
+    report = qcompiler.compile(imported(), "x86-int8", tmp_path / "a")
     assert "(the inputs were made up): give --shapes" in report.notes[0]
     with pytest.raises(ModelError):
-        qcompiler.compile(mlp(), "x86-int8", tmp_path / "b", shapes={"x": (512, 64)})
+        qcompiler.compile(imported(), "x86-int8", tmp_path / "b", shapes={"x": (512, 64)})
 
 
 def test_foreign_targets_are_neither_timed_nor_modelled(tmp_path, timed):
