@@ -18,8 +18,17 @@ from qcompiler.ir.arithmetic import dequantize, quantize, scale_and_zero_point, 
 from qcompiler.ir.decisions import NodePlan, plan_of
 from qcompiler.ir.graph import constant
 from qcompiler.ir.types import QuantType
+from qcompiler.passes.match_norms import Norm, match_norm
 
-__all__ = ["Products", "Rows", "Sampler", "planned_products", "rounding_error"]
+__all__ = [
+    "Products",
+    "Rows",
+    "Sampler",
+    "is_norm",
+    "planned_products",
+    "reads_floats",
+    "rounding_error",
+]
 
 Rows = NDArray[np.float32]
 
@@ -67,12 +76,23 @@ def planned_products(model: ir.Model) -> list[Products]:
         data, weight = node.inputs
         array = constant(weight)
         # A model whose sizes do not fit is for ONNX Runtime to refuse.
-        if data is not None and array is not None and fits(data, len(array)):
+        if data is not None and array is not None and _fits(data, len(array)):
             found.setdefault(data, []).append(node)
     return [Products(value, nodes) for value, nodes in found.items()]
 
 
-def fits(value: ir.Value, size: int) -> bool:
+def reads_floats(model: ir.Model) -> bool:
+    """Whether inputs made up for a model are numbers of no meaning, not indices."""
+    return any(v.dtype is not None and v.dtype.is_floating_point() for v in model.graph.inputs)
+
+
+def is_norm(value: ir.Value) -> bool:
+    """Whether a norm makes the value: of made-up inputs, too, it has the outliers of real ones."""
+    producer = value.producer()
+    return producer is not None and isinstance(match_norm(producer), Norm)
+
+
+def _fits(value: ir.Value, size: int) -> bool:
     """Whether the last axis of a value may have so many elements."""
     last = value.shape[-1] if value.shape else None
     return not isinstance(last, int) or last == size

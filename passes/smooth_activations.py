@@ -30,14 +30,15 @@ from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import new_initializer, place_after
 from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constant
 from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.match_norms import Norm, match_norm
 from qcompiler.passes.product_error import (
     Products,
     Rows,
     Sampler,
+    is_norm,
     planned_products,
+    reads_floats,
     rounding_error,
-)  # fmt: skip
+)
 
 __all__ = ["SmoothActivations"]
 
@@ -95,10 +96,10 @@ class SmoothActivations(ir.passes.InPlacePass):
         names = [site.value.name or "" for site in sites]
         tokens = self.sample(model, names) if sites else {}
         smoothed = 0
-        norms_only = self.made_up and _reads_floats(model)
+        norms_only = self.made_up and reads_floats(model)
         for name, site in zip(names, sites, strict=True):
-            if norms_only and not _is_norm(site.value):
-                continue  # made-up inputs say nothing of it
+            if norms_only and not is_norm(site.value):
+                continue
             if name in tokens:
                 smoothed += self._try_smooth(model.graph, site, tokens[name])
             else:
@@ -116,7 +117,7 @@ class SmoothActivations(ir.passes.InPlacePass):
         rest = f"{left:.2g} of the error"
         if left >= self.options.worth:
             return False
-        if isinstance(absorber, str) and not _is_norm(site.value):
+        if isinstance(absorber, str) and not is_norm(site.value):
             if left >= self.options.worth_mul:
                 why = f"{absorber}, and a Mul is worth it below {self.options.worth_mul:g}"
                 _note(site, f"activations not smoothed, which would leave {rest}: {why}")
@@ -149,10 +150,6 @@ class SmoothActivations(ir.passes.InPlacePass):
         return best, errors[best] / before if 0 < before < np.inf else 1.0
 
 
-def _reads_floats(model: ir.Model) -> bool:
-    return any(v.dtype is not None and v.dtype.is_floating_point() for v in model.graph.inputs)
-
-
 def _is_seen(site: Products) -> bool:
     return all(_SEEN in node.meta for node in site.nodes)
 
@@ -165,11 +162,6 @@ def _absorber(site: Products) -> Absorber | str:
     if any(use.node not in nodes for use in value.uses()):
         return f"{value.name} is read elsewhere too"
     return absorber_of(value)
-
-
-def _is_norm(value: ir.Value) -> bool:
-    producer = value.producer()
-    return producer is not None and isinstance(match_norm(producer), Norm)
 
 
 def _factors(tokens: Rows, alpha: float, absorber: Absorber | str) -> Rows:

@@ -32,9 +32,11 @@ from qcompiler.passes.product_error import (
     Products,
     Rows,
     Sampler,
+    is_norm,
     planned_products,
+    reads_floats,
     rounding_error,
-)  # fmt: skip
+)
 
 __all__ = ["SplitOutliers"]
 
@@ -50,6 +52,7 @@ class SplitOutliers(ir.passes.InPlacePass):
     Attributes:
         sample: Where tokens come from.
         options: Which channels, and where that pays.
+        made_up: Whether nobody gave the tokens, see `SmoothActivations`.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -86,9 +89,11 @@ class SplitOutliers(ir.passes.InPlacePass):
             if not self.worth > 0:
                 raise OptionError(f"worth must be above 0, not {self.worth:g}")
 
-    def __init__(self, sample: Sampler, options: Options | None = None) -> None:
+    def __init__(
+        self, sample: Sampler, options: Options | None = None, *, made_up: bool = False
+    ) -> None:
         super().__init__()
-        self.sample, self.options = sample, options or self.Options()
+        self.sample, self.options, self.made_up = sample, options or self.Options(), made_up
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Split the products of every value of the main graph where that pays."""
@@ -97,8 +102,10 @@ class SplitOutliers(ir.passes.InPlacePass):
         sites = [site for site in planned_products(model) if _SEEN not in site.nodes[0].meta]
         names = [site.value.name or "" for site in sites]
         tokens = self.sample(model, names) if sites else {}
-        split = 0
+        split, norms_only = 0, self.made_up and reads_floats(model)
         for name, site in zip(names, sites, strict=True):
+            if norms_only and not is_norm(site.value):
+                continue
             if name in tokens:
                 split += self._try_split(model.graph, site, tokens[name])
             else:

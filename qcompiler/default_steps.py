@@ -89,7 +89,12 @@ def default_steps(
             Stage.FLOAT,
             "plans",
         ),
-        Step("split-outliers", SplitOutliers(runs.sample), Stage.FLOAT, "plans"),
+        Step(
+            "split-outliers",
+            SplitOutliers(runs.sample, made_up=runs.made_up),
+            Stage.FLOAT,
+            "plans",
+        ),
         Step("bias-correction", BiasCorrection(runs.run, ranges), Stage.FLOAT, "plans"),
         Step("keep-sensitive", KeepSensitive(runs.run, ranges), Stage.FLOAT, "plans"),
         Step("join-integers", JoinIntegers(), Stage.FLOAT, "plans"),
