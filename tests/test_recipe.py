@@ -366,7 +366,10 @@ def test_calibration_of_single_nodes(tmp_path):
             recipe=Recipe(
                 calibration="percentile=90",
                 nodes=rules,
-                passes={"keep-sensitive": {"runs": 0, "own": 0.1}, "equalize-layers": {"gain": 1e3}},
+                passes={
+                    "keep-sensitive": {"runs": 0, "own": 0.1},
+                    "equalize-layers": {"gain": 1e3},
+                },
             ),
         )  # fmt: skip
         graph = ir.load(made.bundle).graph
