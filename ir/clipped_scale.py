@@ -7,6 +7,10 @@ narrower range costs less than that, the more so the fewer the steps are.  For g
 best scale is sum(c w q) / sum(c q^2); integers are tried for some narrower ranges, and the pair of
 the least error wins (Jung et al., Learning to quantize with interval loss, 2019, search a clipping
 value; the closed form is one step of Lloyd, Least squares quantization in PCM, 1982).
+
+Types whose integers reach one further down than up (-8 to 7) may take negative scales: the element
+of the largest magnitude then lies on the longer side, whatever its sign is, and of 4 bits all 16
+steps are in use.
 """
 
 from __future__ import annotations
@@ -42,7 +46,11 @@ _PIECE = 1 << 18
 
 
 def clipped_scale(
-    weight: NDArray[Any], type: QuantType, importance: NDArray[Any] | None = None
+    weight: NDArray[Any],
+    type: QuantType,
+    importance: NDArray[Any] | None = None,
+    *,
+    signed: bool = False,
 ) -> NDArray[Any]:
     """The symmetric scale of each slice that rounds it with the least squared error.
 
@@ -52,6 +60,7 @@ def clipped_scale(
         importance: What a squared error counts for, not negative, of a shape that broadcasts to the
             weight's: for a matrix [K, N] the mean square of each of its inputs, [K, 1], makes it
             the error of the product.  By default all count the same.
+        signed: Whether a scale may be negative, where that rounds better.
 
     Returns:
         Scales of the expressed type in ONNX shape, as `weight_scale` returns them.  No slice has a
@@ -62,10 +71,10 @@ def clipped_scale(
     importance = np.broadcast_to(importance, weight.shape)
     axis = _free_axis(type.granularity, weight.ndim)
     if axis is None:
-        return _search(weight, importance, type)
+        return _search(weight, importance, type, signed)
     count = min(-(-weight.size // _PIECE), weight.shape[axis]) or 1
     pieces = zip(*(np.array_split(part, count, axis) for part in (weight, importance)), strict=True)
-    scales = [_search(part, counts, type) for part, counts in pieces]
+    scales = [_search(part, counts, type, signed) for part, counts in pieces]
     return np.concatenate(scales, axis=0 if isinstance(type.granularity, PerAxis) else axis)
 
 
@@ -79,7 +88,9 @@ def _free_axis(granularity: Granularity, rank: int) -> int | None:
     return None
 
 
-def _search(weight: NDArray[Any], importance: NDArray[Any], type: QuantType) -> NDArray[Any]:
+def _search(
+    weight: NDArray[Any], importance: NDArray[Any], type: QuantType, signed: bool
+) -> NDArray[Any]:
     """The scales of one piece.
 
     In units of the steps that the largest magnitude gives: numbers from -2**15 to 2**15, whose
@@ -90,8 +101,16 @@ def _search(weight: NDArray[Any], importance: NDArray[Any], type: QuantType) -> 
     steps = np.asarray(weight, np.float32) / units
     exact = dataclasses.replace(type, expressed=ir.DataType.FLOAT)
     ones = np.ones(widest.shape, np.float32)
+    signs, parts = ones, _RANGES
+    top, bottom = type.range[1] - type.middle, type.middle - type.range[0]
+    if signed and bottom > top:
+        highest = reduce_slices(np.maximum, steps, type.granularity)
+        lowest = reduce_slices(np.minimum, steps, type.granularity)
+        signs = np.where(highest > -lowest, -ones, ones)
+        steps = steps * broadcast_scale(signs, weight.shape, type.granularity)
+        parts = (*_RANGES, top / bottom)
     best, most = ones, np.zeros_like(ones)
-    for part in _RANGES:
+    for part in parts:
         stored = quantize(steps, ones * np.float32(part), exact)
         levels = dequantize(stored, ones, exact)
         product = reduce_slices(np.add, importance * steps * levels, type.granularity)
@@ -102,4 +121,4 @@ def _search(weight: NDArray[Any], importance: NDArray[Any], type: QuantType) -> 
         better = np.square(product) / square > most
         most = np.where(better, np.square(product) / square, most)
         best = np.where(better, product / square, best)
-    return as_scale(best * widest.astype(np.float32), type)
+    return np.asarray(signs.astype(widest.dtype) * as_scale(best * widest.astype(np.float32), type))

@@ -72,8 +72,8 @@ class Decision:
         action: Who computes it.
         why: For people.
         expected: False where a user would have expected better: `--strict` refuses it.
-        note: What passes added to the reason of this node alone, with its own figures; it is the
-            end of `why`.
+        note: What passes added to the reason of this node alone, with its own figures; a part of
+            `why`.
     """
 
     node: str

@@ -102,6 +102,9 @@ def hqq(weight: Floats, type: QuantType, options: HQQ.Options) -> RoundedWeight:
     """Round one matrix, [K, N]."""
     scale, zero = weight_grid(weight, type, options.range)
     spread = partial(broadcast_scale, shape=weight.shape, granularity=type.granularity)
+    # A negative scale is the scale of what the slice would be with its signs turned round.
+    signs = np.sign(scale)
+    weight, scale = weight * spread(signs), np.abs(scale)
     total = partial(reduce_slices, np.add, granularity=type.granularity)
     count = total(np.ones_like(weight))
     zeros = np.full(scale.shape, type.middle, np.float32) if zero is None else zero.astype("f4")
@@ -124,7 +127,7 @@ def hqq(weight: Floats, type: QuantType, options: HQQ.Options) -> RoundedWeight:
     stored = np.clip(np.rint(weight / spread(scale)) + spread(zeros), *type.range)
     storage = type.storage.numpy()
     return RoundedWeight(
-        stored.astype(storage), scale, None if type.symmetric else zeros.astype(storage)
+        stored.astype(storage), scale * signs, None if type.symmetric else zeros.astype(storage)
     )
 
 

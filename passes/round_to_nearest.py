@@ -152,7 +152,8 @@ def _round(
     if type.is_float:
         return _widen(graph, weight.name or "weight", array, type)
     scale, zero = weight_grid(array, type, range)
-    scale = np.maximum(scale, floor)
+    if floor.any():
+        scale = np.maximum(scale, floor)
     stored = np.ascontiguousarray(quantize(array, scale, type, zero))  # it may be a transposed view
     return place_dequantize(graph, weight, type, RoundedWeight(stored, scale, zero))
 

@@ -47,8 +47,9 @@ def weight_grid(
     """
     rows = None if importance is None else np.asarray(importance, np.float32)[:, None]
     if type.symmetric:
-        scale = weight_scale(weight, type) if range == "max" else clipped_scale(weight, type, rows)
-        return scale, None
+        if range == "max":
+            return weight_scale(weight, type), None
+        return clipped_scale(weight, type, rows, signed=True), None
     if range == "max":
         return scale_and_zero_point(weight, type)
     return _narrowest(weight, type, np.ones((1, 1), np.float32) if rows is None else rows)

@@ -108,5 +108,5 @@ def _why(decision: Decision) -> str:
     """Choices made on different times count together, and nodes whose notes have other figures."""
     why = decision.why
     if decision.note is not None:
-        why = why.removesuffix(decision.note).removesuffix("; ") or why
+        why = why.replace(f"; {decision.note}", "")
     return re.sub(r": \S+ us against .*", "", why)

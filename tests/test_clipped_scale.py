@@ -1,5 +1,6 @@
 """Scales of the least squared error, against the largest magnitude's and a dense search."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -114,3 +115,16 @@ def test_an_unknown_scale_is_refused(value, hint):
         match=f"round-to-nearest: scale must be max or mse, not .{value}.{re.escape(hint)}$",
     ):
         configured(RoundToNearest(), "round-to-nearest", {"scale": [value]})
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+def test_negative_scales_use_the_longer_side(granularity):
+    type = QuantType(ir.DataType.INT4, granularity=granularity)
+    weight = RNG.standard_t(4, (72, 40)).astype(np.float32)
+    plain, signed = clipped_scale(weight, type), clipped_scale(weight, type, signed=True)
+    before, after = noise(weight, plain, type).sum(), noise(weight, signed, type).sum()
+    assert after <= before * (1 if granularity == PerTensor() else 0.97)
+    positive = np.abs(weight).astype(np.float32)
+    assert (clipped_scale(positive, type, signed=True) < 0).all()
+    narrow = dataclasses.replace(type, narrow_range=True)
+    assert (clipped_scale(positive, narrow, signed=True) > 0).all()
