@@ -121,7 +121,9 @@ def open_session(
         RuntimeMissingError: No ONNX Runtime is installed.
     """
     ort = import_onnxruntime()
-    options = options or ort.SessionOptions()
+    if options is None:
+        options = ort.SessionOptions()
+        options.log_severity_level = QUIET  # failures are raised
     if threads is not None:
         if type(threads) is not int or not 1 <= threads <= _MOST_THREADS:
             most = f"from 1 to {_MOST_THREADS}"
