@@ -142,7 +142,9 @@ class EqualizeLayers(ir.passes.InPlacePass):
             gain = after[pair.name] - before[pair.name]
             if gain >= self.options.gain and gain > 0:
                 _equalize(model.graph, pair, factors[pair.name])
-                _note(pair.second, f"input equalized with {pair.first.name}: {gain:.1f} dB better")
+                add_note(
+                    pair.second, f"input equalized with {pair.first.name}: {gain:.1f} dB better"
+                )
                 count += 1
         return ir.passes.PassResult(model, count > 0)
 
@@ -168,7 +170,7 @@ def _pair(node: ir.Node) -> _Pair | None:
         if maker.op_type in _BOUNDED:
             behind = maker.inputs[0].producer() if maker.inputs[0] is not None else None
             if behind is not None and behind.op_type == "Conv":
-                _note(node, f"not equalized: {maker.op_type} bounds all channels alike")
+                add_note(node, f"not equalized: {maker.op_type} bounds all channels alike")
             return None
         if maker.op_type not in _HOMOGENEOUS:
             return None
@@ -236,8 +238,3 @@ def _replace(graph: ir.Graph, node: ir.Node, index: int, array: Floats) -> None:
 
 def _weight(node: ir.Node) -> Floats:
     return np.asarray(constant(node.inputs[1]), np.float32)
-
-
-def _note(node: ir.Node, text: str) -> None:
-    earlier = note_of(node)
-    add_note(node, text if earlier is None or text in earlier else f"{earlier}; {text}")
