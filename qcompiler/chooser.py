@@ -124,7 +124,7 @@ class Chooser:
 
     def pipeline(self, recipe: Recipe, runs: ModelRuns) -> Pipeline:
         """The passes to run, with what is known so far; see `Pipeline.default`."""
-        self._choose = self._make_pass()
+        self._choose = self._make_pass(observed=runs.observe is not None)
         return Pipeline.default(self.target, recipe, runs, self._choose, self._unsupported)
 
     def record(self) -> Record:
@@ -173,7 +173,7 @@ class Chooser:
             self._forced = {op: self._lost for op in ("Conv", "MatMul")} | self._forced
         self._whole = ()
 
-    def _make_pass(self) -> ChooseKernels:
+    def _make_pass(self, *, observed: bool = True) -> ChooseKernels:
         made = None if self._made is None else self._made.sites
         return ChooseKernels(
             self._judge.costs,
@@ -182,6 +182,7 @@ class Chooser:
             self._judge.shapes,
             self._forced,
             made,
+            observed=observed,
         )
 
     def _unsupported(self, region: Region) -> str | None:
