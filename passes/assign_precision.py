@@ -143,7 +143,7 @@ class AssignPrecision(ir.passes.InPlacePass):
         nodes = list(model.graph.all_nodes())
         self._patterns = self._known_patterns(nodes)
         self._asked = NodeRules(self.rules, nodes)
-        changed, is_quantized = False, any(node.op_type in _QUANTIZATION for node in nodes)
+        changed, is_quantized = False, any(map(_came_quantized, nodes))
         if is_quantized:
             self._check_nothing_asked()
         options = self.options
@@ -243,6 +243,12 @@ class AssignPrecision(ir.passes.InPlacePass):
         if asked is not None and asked.precision == "float":
             return _kept(node, "precision")
         return planner.plan(node, in_branch)
+
+
+def _came_quantized(node: ir.Node) -> bool:
+    """Whether a node says that whoever made the model quantized it; ORT's own ops say so too."""
+    not_lifted = node.domain == "com.microsoft" and decision_of(node).action == "qdq"
+    return node.op_type in _QUANTIZATION or not_lifted
 
 
 def _kept(node: ir.Node, why: str) -> StayFloat:

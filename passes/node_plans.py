@@ -15,8 +15,8 @@ from qcompiler.ir.graph import constant, dequantize_of, rectified
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
 from qcompiler.passes.conv_pads import explicit_pads
 from qcompiler.passes.forms import Form, form_of
-from qcompiler.passes.lower_convolutions import no_convolution_of
 from qcompiler.passes.node_rules import PRECISIONS, NodeRules
+from qcompiler.passes.sub_pixel import no_convolution_of
 from qcompiler.targets.target import Scheme
 
 __all__ = ["NodePlanner", "StayFloat"]
@@ -202,7 +202,7 @@ def _no_form(node: ir.Node) -> StayFloat | None:
     if weight.ndim < 3 or 0 in weight.shape:
         return StayFloat(f"its weight has shape {list(weight.shape)}: no kernel of a convolution")
     if node.op_type == "ConvTranspose":
-        why = no_convolution_of(node)
+        why = no_convolution_of(node, weight.shape)
         # Small parts of a network, on which nothing depends.
         return None if why is None else StayFloat(f"no integer form of ConvTranspose: {why}")
     if explicit_pads(node, weight.shape[2:]) is None:

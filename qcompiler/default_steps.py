@@ -65,11 +65,13 @@ def default_steps(
         recipe.keep_float, recipe.group_size, rounding=recipe.rounding
     )
     attention = FuseAttention.Options(recipe.attention)
+    # A scheme of float activations has an op for products of floats by few bits.
+    lifted = LiftQOperators.Options(float_products=target.scheme.activation is None)
     ranges = None if runs.observe is None else KnownRanges(runs.observe)
     chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
     return [
         Step("canonicalize", Canonicalize(), Stage.FLOAT),
-        Step("lift-qoperators", LiftQOperators(), Stage.FLOAT),
+        Step("lift-qoperators", LiftQOperators(lifted), Stage.FLOAT),
         Step("normalize-qdq", NormalizeQDQ(), Stage.FLOAT),
         Step("fuse-batchnorm", FuseBatchNorm(), Stage.FLOAT),
         Step("fuse-gelu", FuseGelu(), Stage.FLOAT),
