@@ -47,7 +47,8 @@ class NormalizeQDQ(ir.passes.InPlacePass):
         changed = _share(model)
         changed |= _expand_gemms(graph) + _move(graph) > 0
         if lower_transposed_pairs(model):
-            changed |= _move(graph) >= 0
+            changed = True
+            _move(graph)
         for step in (_spell_out, make_unsigned, _cancel):
             changed |= step(graph) > 0
         if changed:
