@@ -346,6 +346,7 @@ _ATTENTION = DialectOp(
     inputs=("q", "k", "v", "scale"),
     outputs=("y",),
     stage="kernel",
+    wide=("scale",),
     body=attention_body((), masked=False),
     form=lambda flags: attention_body(flags, masked=False),
 )
@@ -355,6 +356,7 @@ _MASKED_ATTENTION = DialectOp(
     inputs=("q", "k", "v", "scale", "mask"),
     outputs=("y",),
     stage="kernel",
+    wide=("scale",),
     body=attention_body((), masked=True),
     form=lambda flags: attention_body(flags, masked=True),
 )

@@ -47,9 +47,7 @@ def signature_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
             yield "operand-shape", label(node), problem
 
 
-def _flags(
-    node: ir.Node, op: dialect.DialectOp, operands: dict[str, ir.Value]
-) -> tuple[str, ...]:
+def _flags(node: ir.Node, op: dialect.DialectOp, operands: dict[str, ir.Value]) -> tuple[str, ...]:
     """Those of a region; an op that also works in float16 does if its first operand is that."""
     region = region_of(node)
     if region is not None:

@@ -195,6 +195,7 @@ _READERS = {
     "rounding": "assign-precision",
     "calibration": "insert-qdq",
     "attention": "fuse-attention",
+    "float": "convert-float16",
     "shapes": "choose-kernels",
     "choices": "choose-kernels",
 }
