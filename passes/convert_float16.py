@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -115,10 +115,10 @@ class ConvertFloat16(ir.passes.InPlacePass):
         self.notes = ()
         if self.options.type != "fp16":
             return ir.passes.PassResult(model, False)
-        changed = clamp_masks(model)
+        changed, masked = clamp_masks(model)
         kept = kept_nodes(model)
         nodes = [node for node in model.graph.all_nodes() if touches_floats(node)]
-        self._keep_beyond(model, nodes, kept)
+        self._keep_beyond(model, nodes, kept, masked)
         keep_between(nodes, kept)
         for node, reason in kept.items():
             if reason:
@@ -130,7 +130,9 @@ class ConvertFloat16(ir.passes.InPlacePass):
             dialect.declare(model)
         return ir.passes.PassResult(model, changed)
 
-    def _keep_beyond(self, model: ir.Model, nodes: Iterable[ir.Node], kept: Kept) -> None:
+    def _keep_beyond(
+        self, model: ir.Model, nodes: Iterable[ir.Node], kept: Kept, masked: Container[ir.Value]
+    ) -> None:
         """Keep what makes or reads values that leave the range when the model is run."""
         opset = model.graph.opset_imports[""]
         values: dict[ir.Value, None] = {}
@@ -139,7 +141,7 @@ class ConvertFloat16(ir.passes.InPlacePass):
                 read = (node.inputs[index] for index in following_inputs(node, opset))
                 known = (v for v in read if v is not None and constant(v) is None)
                 values.update(dict.fromkeys([*known, *following_outputs(node, opset)]))
-        inside = [v for v in values if v.graph is model.graph]
+        inside = [v for v in values if v.graph is model.graph and v not in masked]
         found = magnitudes(model, inside, self.sample) if self.sample is not None else {}
         if inside and not found:
             self.notes = (_UNSEEN,)

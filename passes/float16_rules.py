@@ -105,6 +105,8 @@ def _without_kernel(node: ir.Node) -> str | None:
         return None if op is not None and op.follows else ""
     if node.domain != "":
         return f"float32: an op of {node.domain}"
+    if decision_of(node).why == BORDER:
+        return ""  # the pass has been here before
     if _widens_weight(node) or (node.op_type == "MatMul" and _widens_weight(_maker(node, 1))):
         return None  # ONNX Runtime makes MatMulNBits of the two
     if decision_of(node).action == "qdq" or node.op_type in ("QuantizeLinear", "DequantizeLinear"):
