@@ -142,7 +142,7 @@ class ConvertFloat16(ir.passes.InPlacePass):
                 known = (v for v in read if v is not None and constant(v) is None)
                 values.update(dict.fromkeys([*known, *following_outputs(node, opset)]))
         inside = [v for v in values if v.graph is model.graph and v not in masked]
-        found = magnitudes(model, inside, self.sample) if self.sample is not None else {}
+        found = {} if self.sample is None else magnitudes(model, inside, self.sample)
         if inside and not found:
             self.notes = (_UNSEEN,)
         for value, reached in found.items():

@@ -14,11 +14,14 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.graph import new_initializer
+from qcompiler.passes.float16_rules import MOVING
 from qcompiler.passes.product_error import Sampler
 
 __all__ = ["magnitudes"]
 
 _NAME = "float16_magnitudes"
+
+_UP_TO_1 = frozenset({"Cos", "HardSigmoid", "Sigmoid", "Sin", "Softmax", "Softsign", "Tanh"})
 
 
 def magnitudes(
@@ -34,8 +37,9 @@ def magnitudes(
     Raises:
         CalibrationError: A bad sample; names it.
     """
-    if not values:
-        return {}
+    wanted = dict.fromkeys(source for value in values for source in _sources(value))
+    if not wanted:
+        return dict.fromkeys(values, 1.0)
     copy = model.clone()
     known = {value.name: value for value in _defined(copy.graph)}
     names = ("zero", "largest", "flat", "first")
@@ -45,7 +49,7 @@ def magnitudes(
         new_initializer(copy.graph, f"{_NAME}_{name}", np.asarray(array, dtype))
         for name, array, dtype in zip(names, arrays, types, strict=True)
     ]
-    maxima = [_maximum(copy.graph, known[value.name], constants) for value in values]
+    maxima = [_maximum(copy.graph, known[value.name], constants) for value in wanted]
     joined = ir.node("Concat", maxima, {"axis": 1})
     joined.outputs[0].name = _NAME
     joined.outputs[0].dtype = ir.DataType.FLOAT
@@ -54,7 +58,23 @@ def magnitudes(
     rows = sample(copy, [_NAME]).get(_NAME)
     if rows is None:
         return {}
-    return dict(zip(values, map(float, rows.max(axis=0)), strict=True))
+    reached = dict(zip(wanted, map(float, rows.max(axis=0)), strict=True))
+    return {
+        value: max((reached[source] for source in _sources(value)), default=1.0) for value in values
+    }
+
+
+def _sources(value: ir.Value) -> list[ir.Value]:
+    """The values that hold all elements of one, none where they are 1 at most."""
+    found, sources = [value], list[ir.Value]()
+    for current in found:
+        node = current.producer()
+        if node is None or node.domain != "" or node.op_type not in MOVING | _UP_TO_1:
+            sources += [] if current.dtype is not ir.DataType.FLOAT else [current]
+        elif node.op_type in MOVING:
+            operands = (v for v in node.inputs if v is not None and v.const_value is None)
+            found += [v for v in operands if v.dtype is ir.DataType.FLOAT and v not in found]
+    return sources
 
 
 def _defined(graph: ir.Graph) -> list[ir.Value]:

@@ -13,10 +13,12 @@ Part of `convert_float16`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decision_of
@@ -24,7 +26,7 @@ from qcompiler.ir.graph import constant
 from qcompiler.passes.float16_types import HALF_OPS, following_inputs, reads_any_type
 from qcompiler.passes.match_norms import Norm, match_norm
 
-__all__ = ["BORDER", "Kept", "keep_between", "kept_nodes", "touches_floats"]
+__all__ = ["BORDER", "MOVING", "Kept", "keep_between", "kept_nodes", "touches_floats"]
 
 BORDER = "between float16 and float32"
 """Why there is a Cast that the source does not have."""
@@ -35,11 +37,13 @@ Kept = dict[ir.Node, str]
 _F = ir.DataType.FLOAT
 _LARGEST, _SMALLEST = float(np.finfo(np.float16).max), float(np.finfo(np.float16).tiny)
 
-_MOVING = frozenset({
+MOVING = frozenset({
     "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape",
     "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
 })  # fmt: skip
-_ARITHMETIC = _MOVING | {
+"""Ops whose results hold nothing but elements of their operands."""
+
+_ARITHMETIC = MOVING | {
     "Abs", "Add", "Ceil", "Clip", "CumSum", "Div", "Equal", "Exp", "Floor", "Greater",
     "GreaterOrEqual", "Less", "LessOrEqual", "Log", "Max", "Min", "Mod", "Mul", "Neg", "Pow",
     "Reciprocal", "Round", "Sign", "Sqrt", "Sub", "Where",
@@ -143,17 +147,24 @@ def _unfit_constant(node: ir.Node, opset: int) -> str | None:
         array = constant(value)
         if value is None or array is None:
             continue
-        magnitude = np.abs(array[np.isfinite(array) & (array != 0)])
-        if not magnitude.size:
-            continue
-        high, low = float(magnitude.max()), float(magnitude.min())
+        high = _largest(array)
         if high > _LARGEST:
             return f"float32: its constant {value.name} holds {high:.3g}, float16 ends at 65504"
-        divides = node.op_type == "Div" and index == 1
-        if (low if divides else high) < _SMALLEST:
-            held = low if divides else high
-            return f"float32: its constant {value.name} holds {held:.3g}, float16 begins at 6.1e-05"
+        if node.op_type == "Div" and index == 1 and array.any():
+            high = float(np.abs(array[array != 0]).min())
+        if 0 < high < _SMALLEST:
+            return f"float32: its constant {value.name} holds {high:.3g}, float16 begins at 6.1e-05"
     return None
+
+
+def _largest(array: NDArray[np.generic]) -> float:
+    """The largest finite magnitude, 0 where there is none; a large array is not copied for it."""
+    if not array.size:
+        return 0.0
+    high = max(float(array.max()), -float(array.min()))
+    if not math.isfinite(high):
+        high = float(np.abs(array[np.isfinite(array)]).max(initial=0))
+    return high
 
 
 def _counting(nodes: Sequence[ir.Node]) -> Kept:
