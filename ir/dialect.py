@@ -17,6 +17,10 @@ avoid the ones it gets wrong:
 * W4A8 widens its activations with Cast/Sub/Mul, because a DequantizeLinear there stops ORT from
   turning the weight's into MatMulNBits (weights would be dequantized at every run).
 
+Regions also come in float16, by the flag `HALF`: the floats that a kernel would read and write in
+bulk are float16 then, and widened, so that all in between is computed as ever; scales that are
+computed or multiplied last stay float32.
+
 The same text gives the generic op (`{block_size}` becomes a reference to the attribute) and the
 body of one region (it becomes that region's number); `{=epsilon}` where the body's op calls the
 attribute something else.
@@ -25,6 +29,7 @@ attribute something else.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -32,7 +37,7 @@ import onnx.parser
 import onnx_ir as ir
 
 from qcompiler.ir.attention import attention_body
-from qcompiler.ir.region import Region
+from qcompiler.ir.region import HALF, Region
 
 __all__ = [
     "DOMAIN",
@@ -69,6 +74,8 @@ class DialectOp:
             Equal names are equal sizes.
         stage: The first in which it may appear; "kernel" ones are regions only.
         form: The body of a region with these flags, if flags select one.
+        wide: Floats that stay float32 in a region with the flag `HALF`: scales.
+        follows: Whether the body is the same in float16, so that the op itself may be given it.
     """
 
     name: str
@@ -80,10 +87,18 @@ class DialectOp:
     shapes: tuple[tuple[str, str], ...] = ()
     stage: Literal["quantized", "kernel"] = "quantized"
     form: Callable[[tuple[str, ...]], str] | None = None
+    wide: tuple[str, ...] = ()
+    follows: bool = False
 
-    def type_of(self, name: str) -> ir.DataType:
-        """The data type of an input or output."""
-        return dict(self.types).get(name, ir.DataType.FLOAT)
+    def type_of(self, name: str, flags: Sequence[str] = ()) -> ir.DataType:
+        """The data type of an input or output, in a region with these flags."""
+        half = HALF in flags and name not in self.wide
+        return dict(self.types).get(name, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
+
+    def body_of(self, flags: tuple[str, ...]) -> str:
+        """The body of a region with these flags."""
+        body = self.body if self.form is None else self.form(flags)
+        return body if HALF not in flags or self.follows else _in_half(self, body)
 
 
 _SCALE_OF_TOKEN = """
@@ -128,6 +143,7 @@ _QUANTIZE = DialectOp(
     attributes=("block_size",),
     types=(("q", ir.DataType.UINT8),),
     shapes=_TOKENS,
+    wide=("s",),
     body=_TOKEN_TO_INT8.replace("{x}", "x"),
 )
 
@@ -138,6 +154,7 @@ _QUANTIZE_FP8 = DialectOp(
     attributes=("block_size",),
     types=(("q", ir.DataType.FLOAT8E4M3FN),),
     shapes=_TOKENS,
+    wide=("s",),
     body=_SCALE_OF_TOKEN.replace("{top}", "448.0").replace("{x}", "x")
     + """
     q = QuantizeLinear <axis = -1, {block_size}, output_dtype = 17> (x, s)
@@ -150,6 +167,7 @@ _W8A8 = DialectOp(
     outputs=("y",),
     types=(("q", ir.DataType.UINT8), ("w", ir.DataType.INT8)),
     shapes=(*_ROWS, *_MATRIX),
+    wide=("s", "ws"),
     body=_SHIFTED
     + """
     sum = MatMulInteger (q, shifted, middle, middle)
@@ -172,6 +190,7 @@ _U8S8 = DialectOp(
     outputs=("y",),
     types=(("q", ir.DataType.UINT8), ("z", ir.DataType.UINT8), ("w", ir.DataType.INT8)),
     shapes=(*_ONE_ROW, *_MATRIX),
+    wide=("s", "ws"),
     body=_SHIFTED + _SUMS_OF_ONE_SCALE.replace("{weight}", "shifted, z, middle"),
 )
 
@@ -181,6 +200,7 @@ _U8U8 = DialectOp(
     outputs=("y",),
     types=tuple((name, ir.DataType.UINT8) for name in ("q", "z", "w", "wz")),
     shapes=(*_ONE_ROW, *_MATRIX, ("wz", "N")),
+    wide=("s", "ws"),
     body=_SUMS_OF_ONE_SCALE.replace("{weight}", "w, z, wz"),
 )
 
@@ -191,6 +211,7 @@ _W8A8_DYNAMIC = DialectOp(
     attributes=("block_size",),
     types=(("w", ir.DataType.INT8),),
     shapes=(("x", "* block_size"), ("w", "block_size N"), *_MATRIX[1:]),
+    wide=("ws",),
     stage="kernel",
     body=_QUANTIZE.body + _W8A8.body.replace("middle", "zero_point"),
 )
@@ -202,6 +223,7 @@ _W4A8 = DialectOp(
     attributes=("block_size",),
     types=(("q", ir.DataType.UINT8), ("w", ir.DataType.INT4)),
     shapes=(*_ROWS, *_GROUPS),
+    wide=("s", "ws"),
     body="""
     real = Cast <to = 1> (q)
     middle = Constant <value_float = 128.0> ()
@@ -219,6 +241,7 @@ _W4A16 = DialectOp(
     attributes=("block_size",),
     types=(("w", ir.DataType.INT4),),
     shapes=(("x", "* K"), *_GROUPS),
+    follows=True,
     body="""
     wide = DequantizeLinear <axis = 0, {block_size}> (w, ws)
     y = MatMul (x, wide)
@@ -231,6 +254,7 @@ _FP8 = DialectOp(
     outputs=("y",),
     types=(("q", ir.DataType.FLOAT8E4M3FN), ("w", ir.DataType.FLOAT8E4M3FN)),
     shapes=(*_ROWS, *_MATRIX),
+    wide=("s", "ws"),
     body="""
     x = Cast <to = 1> (q)
     wide = Cast <to = 1> (w)
@@ -304,6 +328,7 @@ def _norm(name: str, body: str, parameters: tuple[str, ...], residual: bool) -> 
             ("s", "* 1"),
         ),
         stage="kernel",
+        wide=("s",),
         body=plain,
         form=lambda flags: smoothed if "smoothed" in flags else plain,
     )
@@ -321,6 +346,7 @@ _ATTENTION = DialectOp(
     inputs=("q", "k", "v", "scale"),
     outputs=("y",),
     stage="kernel",
+    wide=("scale",),
     body=attention_body((), masked=False),
     form=lambda flags: attention_body(flags, masked=False),
 )
@@ -330,6 +356,7 @@ _MASKED_ATTENTION = DialectOp(
     inputs=("q", "k", "v", "scale", "mask"),
     outputs=("y",),
     stage="kernel",
+    wide=("scale",),
     body=attention_body((), masked=True),
     form=lambda flags: attention_body(flags, masked=True),
 )
@@ -376,9 +403,9 @@ def function_of(name: str, opset: int) -> ir.Function:
 
 def region_function(region: Region, domain: str, opset: int) -> ir.Function:
     """The function of one region: its anchor's body with its sizes, then its steps."""
-    op = OPS[region.anchor]
-    body = op.form(region.flags) if op.form is not None else op.body
-    body = body.replace("{block_size}", f"block_size = {dict(region.sizes).get('K')}")
+    op, sizes = OPS[region.anchor], dict(region.sizes)
+    body = op.body_of(region.flags)
+    body = body.replace("{block_size}", f"block_size = {sizes.get('G', sizes.get('K'))}")
     for key, value in region.attributes:
         body = body.replace(f"{{{key}}}", f"{key} = {_literal(value)}")
         body = body.replace(f"{{={key}}}", f"= {_literal(value)}")
@@ -389,7 +416,8 @@ def region_function(region: Region, domain: str, opset: int) -> ir.Function:
         attributes = ", ".join(f"{key} = {_literal(value)}" for key, value in step.attributes)
         values.append(f"step{len(values)}")
         if step.op == "Clip":
-            body += _clip(values[-1], next(operands), dict(step.attributes))
+            half = HALF in region.flags
+            body += _clip(values[-1], next(operands), dict(step.attributes), half)
             continue
         call = f"{step.op} <{attributes}>" if attributes else step.op
         body += f"    {values[-1]} = {call} ({', '.join(operands)})\n"
@@ -403,6 +431,27 @@ def region_function(region: Region, domain: str, opset: int) -> ir.Function:
     return function
 
 
+def _in_half(op: DialectOp, body: str) -> str:
+    """The lines of a body whose operands and results are float16, and nothing in between.
+
+    What is computed from a result is computed from it as it was rounded.
+    """
+    for name in dict.fromkeys((*op.inputs, *op.outputs, "extra0")):
+        floats = op.type_of(name, (HALF,)) is ir.DataType.FLOAT16
+        if not floats or not re.search(rf"\b{name}\b", body):
+            continue
+        body = re.sub(rf"\b{name}\b", f"{name}_wide", body)
+        made = re.search(rf"^ *{name}_wide = .*\n", body, re.MULTILINE)
+        if made is None:
+            body = f"\n    {name}_wide = Cast <to = 1> ({name})\n{body}"
+        else:
+            exact = made.group().replace(f"{name}_wide =", f"{name}_exact =")
+            rounded = f"    {name} = Cast <to = 10> ({name}_exact)\n"
+            rounded += f"    {name}_wide = Cast <to = 1> ({name})\n"
+            body = body.replace(made.group(), exact + rounded)
+    return body
+
+
 def _remove_unused(function: ir.Function) -> None:
     """Drop the lines of a body that lead to no output."""
     for node in reversed(list(function)):
@@ -410,13 +459,15 @@ def _remove_unused(function: ir.Function) -> None:
             function.remove(node, safe=True)
 
 
-def _clip(result: str, operand: str, bounds: dict[str, int | float | str]) -> str:
+def _clip(result: str, operand: str, bounds: dict[str, int | float | str], half: bool) -> str:
     """Clip takes its bounds as inputs: lines that make them."""
     lines, names = "", [operand, "", ""]
     for index, bound in enumerate(("min", "max")):
         if bound in bounds:
-            names[1 + index] = f"{result}_{bound}"
-            lines += f"    {names[1 + index]} = Constant <value_float = {bounds[bound]}> ()\n"
+            name = names[1 + index] = f"{result}_{bound}"
+            wide = f"{name}_wide" if half else name
+            lines += f"    {wide} = Constant <value_float = {bounds[bound]}> ()\n"
+            lines += f"    {name} = Cast <to = 10> ({wide})\n" if half else ""
     return lines + f"    {result} = Clip ({', '.join(names).rstrip(', ')})\n"
 
 
@@ -424,17 +475,20 @@ def _literal(value: float | str) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
-def type_results(node: ir.Node, op: str, outputs: Sequence[str] = ()) -> None:
+def type_results(
+    node: ir.Node, op: str, outputs: Sequence[str] = (), flags: Sequence[str] = ()
+) -> None:
     """Give the results of a node their types where shape inference found none.
 
     Args:
         node: In place, computing what `op` does.
         op: Name of a dialect op.
         outputs: Which of the op's outputs the node has; all by default.
+        flags: Of its region, if it is one.
     """
     for value, name in zip(node.outputs, outputs or OPS[op].outputs, strict=True):
         if value.dtype is None:
-            value.dtype = OPS[op].type_of(name)
+            value.dtype = OPS[op].type_of(name, flags)
 
 
 def declare(model: ir.Model) -> None:

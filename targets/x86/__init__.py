@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qcompiler.ir.attention import BFLOAT16
-from qcompiler.ir.region import Region
+from qcompiler.ir.region import HALF, Region
 from qcompiler.targets.cache import content_key
 from qcompiler.targets.x86.families import FAMILIES, MAX_ELEMENTS
 from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
@@ -54,6 +54,8 @@ def supports(region: Region) -> str | None:
     family = FAMILIES.get(region.anchor)
     if family is None:
         return f"no kernel for {region.anchor}; there are {', '.join(FAMILIES)}"
+    if HALF in region.flags:
+        return "x86 kernels compute in float32"
     if tuple(name for name, _ in region.sizes) != family.sizes:
         return f"{region.anchor} takes the sizes {', '.join(family.sizes)}"
     if any(size < 1 for _, size in region.sizes):
