@@ -42,7 +42,7 @@ from qcompiler.passes.rounded_weight import (
 from qcompiler.passes.second_moments import LayerRuns, Moments, Rows, Walk
 from qcompiler.passes.weight_grid import RANGES, rounded_on, weight_grid
 
-__all__ = ["GPTQ", "gptq"]
+__all__ = ["GPTQ", "gptq", "round_one"]
 
 _MOST_DAMPING = 1.0
 """Of the mean of H's diagonal: a matrix that is singular with so much on its diagonal holds
@@ -136,11 +136,11 @@ class GPTQ(ir.passes.InPlacePass):
     def _round(self, layers: Sequence[Layer], moments: Moments) -> list[tuple[RoundedWeight, str]]:
         """Round the layers that read the same activations."""
         weights = [finite_weight(layer.nodes[0], layer.weight) for layer in layers]
-        work = partial(_round_one, moments=moments, options=self.options)
+        work = partial(round_one, moments=moments, options=self.options)
         return self.runs.map(work, weights, [layer.type for layer in layers])
 
 
-def _round_one(
+def round_one(
     weight: Rows, type: QuantType, moments: Moments, options: GPTQ.Options
 ) -> tuple[RoundedWeight, str]:
     """The better of both roundings, and how good they are."""

@@ -16,9 +16,8 @@ from qcompiler.ir.arithmetic import (
     quantize,
     reduce_slices,
     scale_and_zero_point,
-    weight_scale,
 )
-from qcompiler.ir.clipped_scale import clipped_scale
+from qcompiler.ir.clipped_scale import clipped_scale, signed_scale
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.rounded_weight import RoundedWeight
 
@@ -48,7 +47,7 @@ def weight_grid(
     rows = None if importance is None else np.asarray(importance, np.float32)[:, None]
     if type.symmetric:
         if range == "max":
-            return weight_scale(weight, type), None
+            return signed_scale(weight, type), None
         return clipped_scale(weight, type, rows, signed=True), None
     if range == "max":
         return scale_and_zero_point(weight, type)
