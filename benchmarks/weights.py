@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="windows or pairs to score")
     parser.add_argument("--calibrate", type=int, help="windows or sentences to calibrate on")
     parser.add_argument("--group", type=int, action="append", help="0: per channel; default all")
-    parser.add_argument("--only", action="append", help="contenders whose names hold this")
+    parser.add_argument("--only", action="append", help="contenders whose names begin so")
     parser.add_argument("--symmetric", choices=["yes", "no", "both"], default="both")
     parser.add_argument("--workers", type=int, default=1, help="layers rounded side by side")
     parser.add_argument("--json", type=Path, help="results are added to those that are there")
@@ -251,7 +251,7 @@ def main() -> None:
 
     def note(name: str, group: int, measure: Callable[[], dict[str, Any]]) -> None:
         table = results.setdefault(f"group {group}" if group else "per channel", {})
-        asked = not arguments.only or any(part in name for part in arguments.only)
+        asked = not arguments.only or name.startswith(tuple(arguments.only))
         if not asked or name in table:
             return
         table[name] = measure()

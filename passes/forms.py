@@ -52,6 +52,7 @@ class Form:
         requested: Whether a rule asked for this precision.
         symmetric: Whether weights have no zero point.
         bits: Of weights that use fewer than their storage has.
+        two_level: Whether scales of groups are int8 times a float per channel.
     """
 
     weight: ir.DataType
@@ -62,6 +63,7 @@ class Form:
     requested: bool = False
     symmetric: bool = True
     bits: int | None = None
+    two_level: bool = False
 
 
 def form_of(
@@ -102,6 +104,7 @@ def form_of(
         asked.precision is not None,
         asked.symmetric is not False,
         FEWER_BITS.get(asked.precision or ""),
+        asked.scales == "int8",
     )
 
 
@@ -149,6 +152,8 @@ def _misfit(op: str, scheme: Scheme, asked: NodeRule) -> tuple[str, str] | None:
     unrounded = _misfit_of_rounding(op, weight)
     if asked.rounding not in (None, "nearest") and unrounded is not None:
         return "rounding", unrounded
+    if asked.scales == "int8" and (weight is not _INT4 or asked.symmetric is False):
+        return "scales", "only scales of int4 groups without zero points are stored in 8 bits"
     if asked.symmetric is False and (weight, activation) != (_INT4, "float"):
         return "symmetric", "only int4 weights under float activations may have zero points"
     return None

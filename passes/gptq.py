@@ -145,7 +145,7 @@ def round_one(
 ) -> tuple[RoundedWeight, str]:
     """The better of both roundings, and how good they are."""
     rounded, damping = gptq(weight, moments.second, type, options)
-    nearest = rounded_on(weight, type, weight_grid(weight, type))
+    nearest = rounded_on(weight, type, weight_grid(weight, type, "max"))
     signal = moments.error(weight)
     error, before = (moments.error(weight - r.floats(type)) for r in (rounded, nearest))
     note = f"rounded by gptq to {_decibels(signal, error)} (to nearest {_decibels(signal, before)})"

@@ -117,7 +117,11 @@ class NodePlanner:
             return _node_plan(form, _per_channel(form.weight, axis=1), activation)
         size = _group_of(form.group_sizes, depth)
         stored = QuantType(
-            form.weight, granularity=PerGroup(0, size), symmetric=form.symmetric, bits=form.bits
+            form.weight,
+            granularity=PerGroup(0, size),
+            symmetric=form.symmetric,
+            bits=form.bits,
+            two_level=form.two_level,
         )
         if form.bits is not None:
             add_note(node, f"weights of {form.bits} bits, stored in int4")

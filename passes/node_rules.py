@@ -60,7 +60,15 @@ ROUNDINGS = ("nearest", "hqq", "awq", "gptq", "awq_gptq")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 """ORT's MatMulNBits, which runs the bodies, takes powers of two from 16."""
 
-_WORDS = {"precision": tuple(PRECISIONS), "activation": ACTIVATIONS, "rounding": ROUNDINGS}
+SCALES = ("float", "int8")
+"""How the scales of groups may be stored: each a float, or int8 times a float per channel."""
+
+_WORDS = {
+    "precision": tuple(PRECISIONS),
+    "scales": SCALES,
+    "activation": ACTIVATIONS,
+    "rounding": ROUNDINGS,
+}
 _TEXTS = ("match", "op", "calibration", *_WORDS)
 
 
@@ -76,6 +84,7 @@ class NodeRule:
             or "int3" and "int2", which are int4 with fewer steps.
         group_size: Weights per scale, of weights in groups; 0 for one scale per channel.
         symmetric: False gives weights a zero point.
+        scales: How scales of groups are stored: "float", or "int8", times a float per channel.
         activation: Scales of activations: "dynamic" (per token, computed while the model runs),
             "static" (per tensor, from calibration), or "float" (not quantized).
         calibration: Where static ranges are cut off, as the recipe's own key says for all nodes.
@@ -88,6 +97,7 @@ class NodeRule:
     precision: str | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    scales: str | None = None
     activation: str | None = None
     calibration: str | None = None
     rounding: str | None = None

@@ -1,5 +1,6 @@
 """Quantized types: their ranges, what cannot be, and texts that parse back."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -51,6 +52,17 @@ def quant_types(draw):
         narrow_range=signed and draw(st.booleans()),
         bits=None if name == "INT2" else draw(st.sampled_from([None, 2, 3])),
     )
+
+
+@given(quant_types())
+def test_two_levels_are_of_groups_of_rows(type):
+    grouped = isinstance(type.granularity, PerGroup) and type.granularity.axis in (0, -2)
+    if type.symmetric and type.expressed is ir.DataType.FLOAT and grouped:
+        two = dataclasses.replace(type, two_level=True)
+        assert QuantType.parse(str(two)) == two != type
+        return
+    with pytest.raises(OptionError, match="only float scales of groups of rows, without zero"):
+        dataclasses.replace(type, two_level=True)
 
 
 @given(quant_types(), st.sampled_from(["static", "dynamic"]))
