@@ -15,7 +15,9 @@ avoid the ones it gets wrong:
   8 times slower;
 * RMSNorm in the one spelling that ORT makes SimplifiedLayerNormalization of;
 * W4A8 widens its activations with Cast/Sub/Mul, because a DequantizeLinear there stops ORT from
-  turning the weight's into MatMulNBits (weights would be dequantized at every run).
+  turning the weight's into MatMulNBits (weights would be dequantized at every run);
+* scales of two levels are multiplied by Cast/Mul, too, which ORT folds when a session is made: a
+  DequantizeLinear it would not, and then makes no MatMulNBits.
 
 Regions also come in float16, by the flag `HALF`: the floats that a kernel would read and write in
 bulk are float16 then, and widened, so that all in between is computed as ever; scales that are
@@ -135,6 +137,7 @@ _ROWS = (("q", "* K"), ("s", "* 1"))
 _MATRIX = (("w", "K N"), ("ws", "N"), ("y", "* N"))
 _ONE_ROW = (("q", "* K"), ("s", "1?"), ("z", "1?"))
 _GROUPS = (("w", "K N"), ("ws", "K/block_size N"), ("y", "* N"))
+_TWO_LEVELS = (("w", "K N"), ("gs", "K/block_size N"), ("cs", "N"), ("y", "* N"))
 
 _QUANTIZE = DialectOp(
     name="Quantize",
@@ -246,6 +249,31 @@ _W4A16 = DialectOp(
     wide = DequantizeLinear <axis = 0, {block_size}> (w, ws)
     y = MatMul (x, wide)
 """,
+)
+
+_TWO_LEVEL_SCALE = """
+    groups = Cast <to = 1> (gs)
+    ws = Mul (groups, cs)
+"""
+
+_W4S8A8 = DialectOp(
+    name="QMatMulW4S8A8",
+    inputs=("q", "s", "w", "gs", "cs"),
+    outputs=("y",),
+    attributes=("block_size",),
+    types=(("q", ir.DataType.UINT8), ("w", ir.DataType.INT4), ("gs", ir.DataType.INT8)),
+    shapes=(*_ROWS, *_TWO_LEVELS),
+    body=_TWO_LEVEL_SCALE + _W4A8.body,
+)
+
+_W4S8A16 = DialectOp(
+    name="QMatMulW4S8A16",
+    inputs=("x", "w", "gs", "cs"),
+    outputs=("y",),
+    attributes=("block_size",),
+    types=(("w", ir.DataType.INT4), ("gs", ir.DataType.INT8)),
+    shapes=(("x", "* K"), *_TWO_LEVELS),
+    body=_TWO_LEVEL_SCALE + _W4A16.body,
 )
 
 _FP8 = DialectOp(
@@ -361,7 +389,7 @@ _MASKED_ATTENTION = DialectOp(
     form=lambda flags: attention_body(flags, masked=True),
 )
 
-_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, _W4A8, _W4A16, _FP8)
+_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, _W4A8, _W4A16, _W4S8A8, _W4S8A16, _FP8)
 _ATTENTIONS = (_ATTENTION, _MASKED_ATTENTION)
 
 OPS = {op.name: op for op in (_QUANTIZE, _QUANTIZE_FP8, *_MATMULS, _CONV, *_NORMS, *_ATTENTIONS)}

@@ -29,7 +29,8 @@ class Recipe:
     Attributes:
         keep_float: Node names, op types, or shell patterns of either, that are not quantized,
             whatever rules say of them.
-        group_size: Weights per scale for int4 targets; by default the target's own choice.
+        group_size: Weights per scale for int4 targets, 0 for one scale per channel; by default the
+            target's own choice.
         attention: What attention may round the factors of both its products to, where kernels and
             the processor multiply those: "int8" (x86: AVX512-VNNI), good to 30 to 40 dB, "bfloat16"
             (AVX512-BF16), good to 45, or "float32".  By default int8 where queries, keys and values
@@ -63,8 +64,8 @@ class Recipe:
 
         Raises:
             OptionError: Patterns that are no strings, a group size that is no power of two from 16
-                to 256, an attention that is none of the three, a float that is neither of both, or
-                rules or passes that are none.
+                to 256 and not 0, an attention that is none of the three, a float that is neither
+                of both, or rules or passes that are none.
         """
         AssignPrecision.Options(self.keep_float, self.group_size, rounding=self.rounding)
         FuseAttention.Options(self.attention)
