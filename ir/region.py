@@ -28,7 +28,7 @@ from typing import Any, Literal
 __all__ = ["HALF", "ExtraKind", "Region", "Step"]
 
 HALF = "f16"
-"""The flag of a region whose floating operands and results are float16, see `ir/dialect.py`."""
+"""The flag of a region whose floating operands and results are float16, see `dialect_ops.py`."""
 
 ExtraKind = Literal["channel", "tensor"]
 """How an extra operand meets the result: one value per output channel, or the same shape."""

@@ -102,7 +102,7 @@ def fingerprint() -> str:
     targets = Path(__file__).resolve().parents[1]
     sources = [*targets.glob("*.py"), *targets.glob("x86/*.py"), *targets.glob("native/*.[ch]")]
     # The dialect's constants are compiled into kernels, a region's name is an op's.
-    sources += [targets.parent / "ir" / name for name in ("dialect.py", "region.py")]
+    sources += [*(targets.parent / "ir").glob("dialect*.py"), targets.parent / "ir" / "region.py"]
     parts: list[str | bytes] = [importlib.metadata.version("apache-tvm")]
     for source in sorted(sources):
         parts += [source.name, source.read_bytes()]
