@@ -59,6 +59,7 @@ def default_steps(
     runs: ModelRuns,
     choose: ChooseKernels | None,
     supports: Callable[[Region], str | None],
+    left: str | None = None,
 ) -> list[Step]:
     """A new pass for each step; for the arguments see `Pipeline.default`."""
     precision = AssignPrecision.Options(
@@ -106,7 +107,7 @@ def default_steps(
         Step("gptq", GPTQ(runs.layers), Stage.QDQ, "plans"),
         Step("insert-qdq", InsertQDQ(ranges), Stage.QDQ, "plans"),
         Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
-        Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),
+        Step("fold-qdq", FoldQDQ(left), Stage.QUANTIZED),
         Step("shift-weights", ShiftWeights(), Stage.QUANTIZED),
         Step("fuse-regions", FuseRegions(supports), Stage.KERNEL, "target"),
         Step("fuse-norms", FuseNorms(supports), Stage.KERNEL, "target"),
