@@ -43,6 +43,8 @@ def of_onnxruntime(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
             **more,
         )
         quantizer.process()
+        # GPTQ does not look at nodes_to_exclude.
+        with_float_head(quantizer.model.model, source, head)
         quantizer.model.save_model_to_file(str(output), use_external_data_format=True)
 
     def default(symmetric: bool) -> Callable[[Path, Path, int], None]:
@@ -97,7 +99,7 @@ def of_onnxsim(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
 
 
 def with_float_head(model: onnx.ModelProto, source: Path, head: str) -> onnx.ModelProto:
-    """The same model, with the weight of one product as it was."""
+    """The same model, with one product as it was."""
     if not head:
         return model
     original = onnx.load(source)
@@ -107,5 +109,7 @@ def with_float_head(model: onnx.ModelProto, source: Path, head: str) -> onnx.Mod
     if name not in {tensor.name for tensor in model.graph.initializer}:
         (weight,) = [tensor for tensor in original.graph.initializer if tensor.name == name]
         model.graph.initializer.append(weight)
-    after.input[1] = name
+    data = after.input[0]
+    after.CopyFrom(before)
+    after.input[0] = data
     return model
