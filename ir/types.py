@@ -158,7 +158,8 @@ class QuantType:
         Raises:
             OptionError: Says which part of the text is wrong, and what could stand there.
         """
-        pattern = r"quant<([^:,]+):(\w+), ([^,]+?)(, asymmetric)?(, narrow)?(?:, bits=(\d))?(, two-level)?>"
+        pattern = r"quant<([^:,]+):(\w+), ([^,]+?)(, asymmetric)?(, narrow)?(?:, bits=(\d))?"
+        pattern += "(, two-level)?>"
         match = re.fullmatch(pattern, text) if isinstance(text, str) else None
         if match is None:
             raise OptionError(
