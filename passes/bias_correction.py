@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import add_note, bias_shift, plan_of, set_bias_shift
 from qcompiler.ir.errors import OptionError
-from qcompiler.passes.insert_qdq import Observer
-from qcompiler.passes.side_by_side import Comparison, Rows, Runner, own_errors, quantized_copy
+from qcompiler.passes.measuring_pass import MeasuringPass
+from qcompiler.passes.side_by_side import Comparison, Rows, own_errors, quantized_copy
 
 __all__ = ["BiasCorrection"]
 
 
-class BiasCorrection(ir.passes.InPlacePass):
+class BiasCorrection(MeasuringPass):
     """Find by how much the bias of each planned convolution is to change.
 
     Attributes:
@@ -55,14 +55,7 @@ class BiasCorrection(ir.passes.InPlacePass):
             if not 0 <= self.least <= 1:
                 raise OptionError(f"least must be a part from 0 to 1, not {self.least:g}")
 
-    def __init__(
-        self,
-        run: Runner | None = None,
-        observe: Observer | None = None,
-        options: Options | None = None,
-    ) -> None:
-        super().__init__()
-        self.run, self.observe, self.options = run, observe, options or self.Options()
+    options: Options
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Measure the shift of every planned convolution of the main graph.

@@ -35,8 +35,8 @@ from qcompiler.ir.graph import (
     only_consumer,
     unique_name,
 )
-from qcompiler.passes.insert_qdq import Observer
-from qcompiler.passes.side_by_side import Runner, channel_maxima, own_errors, quantized_copy
+from qcompiler.passes.measuring_pass import MeasuringPass
+from qcompiler.passes.side_by_side import channel_maxima, own_errors, quantized_copy
 
 __all__ = ["EqualizeLayers"]
 
@@ -71,7 +71,7 @@ class _Pair:
         return self.second.name or ""
 
 
-class EqualizeLayers(ir.passes.InPlacePass):
+class EqualizeLayers(MeasuringPass):
     """Move ranges of channels from a layer's result into the weights of the next.
 
     Attributes:
@@ -100,14 +100,7 @@ class EqualizeLayers(ir.passes.InPlacePass):
             if not self.gain >= 0:
                 raise OptionError(f"gain must be 0 dB or more, not {self.gain:g}")
 
-    def __init__(
-        self,
-        run: Runner | None = None,
-        observe: Observer | None = None,
-        options: Options | None = None,
-    ) -> None:
-        super().__init__()
-        self.run, self.observe, self.options = run, observe, options or self.Options()
+    options: Options
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Equalize every pair of layers of the main graph where that pays.

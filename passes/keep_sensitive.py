@@ -24,9 +24,8 @@ import onnx_ir as ir
 
 from qcompiler.ir.decisions import add_note, decide, drop_plan, plan_of
 from qcompiler.ir.errors import OptionError
-from qcompiler.passes.insert_qdq import Observer
+from qcompiler.passes.measuring_pass import MeasuringPass
 from qcompiler.passes.side_by_side import (
-    Runner,
     output_errors,
     own_errors,
     quantized_copy,
@@ -35,7 +34,7 @@ from qcompiler.passes.side_by_side import (
 __all__ = ["KeepSensitive"]
 
 
-class KeepSensitive(ir.passes.InPlacePass):
+class KeepSensitive(MeasuringPass):
     """Take back the plans that cost too much accuracy.
 
     Attributes:
@@ -72,14 +71,7 @@ class KeepSensitive(ir.passes.InPlacePass):
             if self.runs < 0:
                 raise OptionError(f"runs must be 0 or more, not {self.runs}")
 
-    def __init__(
-        self,
-        run: Runner | None = None,
-        observe: Observer | None = None,
-        options: Options | None = None,
-    ) -> None:
-        super().__init__()
-        self.run, self.observe, self.options = run, observe, options or self.Options()
+    options: Options
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Measure, and decide.
@@ -148,8 +140,8 @@ class KeepSensitive(ir.passes.InPlacePass):
 
 def _keep(node: ir.Node, why: str) -> None:
     drop_plan(node)
-    add_note(node, f"kept float: {why}")  # what is decided later says so too
     decide(node, "float", f"kept float: {why}")
+    add_note(node, f"kept float: {why}")  # what is decided later says so too
 
 
 def _is_static(node: ir.Node) -> bool:

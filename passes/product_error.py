@@ -8,14 +8,14 @@ as they are planned, each weight as important as the others.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.arithmetic import dequantize, quantize, scale_and_zero_point, weight_scale
-from qcompiler.ir.decisions import NodePlan, plan_of
+from qcompiler.ir.decisions import NodePlan, add_note, plan_of
 from qcompiler.ir.graph import constant
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.match_norms import Norm, match_norm
@@ -25,9 +25,8 @@ __all__ = [
     "Rows",
     "Sampler",
     "is_norm",
-    "planned_products",
-    "reads_floats",
     "rounding_error",
+    "sampled_products",
 ]
 
 Rows = NDArray[np.float32]
@@ -65,8 +64,13 @@ class Products:
             parts.setdefault(plan, []).append(part)
         return {plan: np.concatenate(columns, axis=1) for plan, columns in parts.items()}
 
+    def note(self, text: str) -> None:
+        """Add to the reason of each product."""
+        for node in self.nodes:
+            add_note(node, text)
 
-def planned_products(model: ir.Model) -> list[Products]:
+
+def _planned_products(model: ir.Model) -> list[Products]:
     """The values of the main graph that planned MatMuls quantize, in order."""
     found: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
@@ -81,7 +85,34 @@ def planned_products(model: ir.Model) -> list[Products]:
     return [Products(value, nodes) for value, nodes in found.items()]
 
 
-def reads_floats(model: ir.Model) -> bool:
+def sampled_products(
+    model: ir.Model, sample: Sampler, what: str, *, made_up: bool
+) -> Iterator[tuple[Products, Rows]]:
+    """The values that planned MatMuls quantize, and tokens of each, to be changed one by one.
+
+    Args:
+        model: May be changed between one and the next.
+        sample: Where tokens come from.
+        what: The change, as in the note on values of which there are no tokens; products that were
+            asked about for one change are not asked about again.
+        made_up: Whether nobody gave the tokens: of a model that reads floats, norms alone count.
+    """
+    sites = [s for s in _planned_products(model) if any(what not in n.meta for n in s.nodes)]
+    names = [site.value.name or "" for site in sites]
+    tokens = sample(model, names) if sites else {}
+    norms_only = made_up and _reads_floats(model)
+    for name, site in zip(names, sites, strict=True):
+        if norms_only and not is_norm(site.value):
+            continue
+        if name in tokens:
+            yield site, tokens[name]
+        else:
+            site.note(f"{what}: no samples to run the model on")
+        for node in site.nodes:
+            node.meta[what] = True
+
+
+def _reads_floats(model: ir.Model) -> bool:
     """Whether inputs made up for a model are numbers of no meaning, not indices."""
     return any(v.dtype is not None and v.dtype.is_floating_point() for v in model.graph.inputs)
 

@@ -25,7 +25,6 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import new_initializer, place_after
 from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constant
@@ -35,14 +34,13 @@ from qcompiler.passes.product_error import (
     Rows,
     Sampler,
     is_norm,
-    planned_products,
-    reads_floats,
     rounding_error,
+    sampled_products,
 )
 
 __all__ = ["SmoothActivations"]
 
-_SEEN = "qcompiler.smoothed"
+_NOT = "activations not smoothed"
 
 
 class SmoothActivations(ir.passes.InPlacePass):
@@ -93,20 +91,9 @@ class SmoothActivations(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Smooth every value of the main graph where that pays."""
-        sites = [site for site in planned_products(model) if not _is_seen(site)]
-        names = [site.value.name or "" for site in sites]
-        tokens = self.sample(model, names) if sites else {}
         smoothed = 0
-        norms_only = self.made_up and reads_floats(model)
-        for name, site in zip(names, sites, strict=True):
-            if norms_only and not is_norm(site.value):
-                continue
-            if name in tokens:
-                smoothed += self._try_smooth(model.graph, site, tokens[name])
-            else:
-                _note(site, "activations not smoothed: no samples to run the model on")
-            for node in site.nodes:
-                node.meta[_SEEN] = True
+        for site, tokens in sampled_products(model, self.sample, _NOT, made_up=self.made_up):
+            smoothed += self._try_smooth(model.graph, site, tokens)
         if smoothed:
             FixNames()(model)
         return ir.passes.PassResult(model, smoothed > 0)
@@ -122,7 +109,7 @@ class SmoothActivations(ir.passes.InPlacePass):
             if self.made_up or left >= self.options.worth_mul:
                 why = f"{absorber}, and a Mul is worth it below {self.options.worth_mul:g}"
                 why = f"{absorber}, and a Mul takes given samples" if self.made_up else why
-                _note(site, f"activations not smoothed, which would leave {rest}: {why}")
+                site.note(f"{_NOT}, which would leave {rest}: {why}")
                 return False
             rest += f"; by a Mul, because {absorber}"
         factors = _factors(tokens, alpha, absorber)
@@ -133,7 +120,7 @@ class SmoothActivations(ir.passes.InPlacePass):
         for weight in dict.fromkeys(node.inputs[1] for node in site.nodes):
             readers = [node for node in site.nodes if node.inputs[1] is weight]
             scale_constant(graph, readers, 1, factors[:, None])
-        _note(site, f"activations smoothed with alpha={alpha:g}, which leaves {rest}")
+        site.note(f"activations smoothed with alpha={alpha:g}, which leaves {rest}")
         return True
 
     def _best_alpha(
@@ -150,10 +137,6 @@ class SmoothActivations(ir.passes.InPlacePass):
         best = min(errors, key=errors.__getitem__)
         # Without an error, or one that is not finite, there is nothing to gain.
         return best, errors[best] / before if 0 < before < np.inf else 1.0
-
-
-def _is_seen(site: Products) -> bool:
-    return all(_SEEN in node.meta for node in site.nodes)
 
 
 def _absorber(site: Products) -> Absorber | str:
@@ -175,11 +158,6 @@ def _factors(tokens: Rows, alpha: float, absorber: Absorber | str) -> Rows:
     steps = np.rint(alpha * np.log2(np.maximum(largest / middle, 1.0)))
     factors = np.asarray(np.exp2(steps), np.float32)
     return absorber.tie(factors) if isinstance(absorber, Absorber) else factors
-
-
-def _note(site: Products, text: str) -> None:
-    for node in site.nodes:
-        add_note(node, text)
 
 
 def _insert_mul(graph: ir.Graph, site: Products, inverse: Rows) -> None:
