@@ -24,6 +24,7 @@ __all__ = [
     "Products",
     "Rows",
     "Sampler",
+    "exact_products",
     "is_norm",
     "rounding_error",
     "sampled_products",
@@ -129,15 +130,29 @@ def _fits(value: ir.Value, size: int) -> bool:
     return not isinstance(last, int) or last == size
 
 
-def rounding_error(tokens: Rows, weights: Mapping[NodePlan, Rows]) -> float:
-    """The error of the products of `tokens`, [tokens, K], by `weights`, as planned."""
+def exact_products(tokens: Rows, weights: Mapping[NodePlan, Rows]) -> dict[NodePlan, Rows]:
+    """What `rounding_error` compares with."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return {plan: tokens @ weight for plan, weight in weights.items()}
+
+
+def rounding_error(
+    tokens: Rows,
+    weights: Mapping[NodePlan, Rows],
+    exact: Mapping[NodePlan, Rows] | None = None,
+) -> float:
+    """The error of the products of `tokens`, [tokens, K], by `weights`, as planned.
+
+    `exact` is what they should be, where that is known.
+    """
     total = 0.0
+    exact = exact_products(tokens, weights) if exact is None else exact
     # Weights that are not finite are refused by the pass that rounds them.
     with np.errstate(over="ignore", invalid="ignore"):
         for plan, weight in weights.items():
             assert plan.activation is not None
             rounded = _rounded(tokens, plan.activation.type) @ _rounded(weight, plan.weight)
-            total += float(np.square(rounded - tokens @ weight).sum())
+            total += float(np.square(rounded - exact[plan]).sum())
     return total
 
 

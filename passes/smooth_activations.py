@@ -33,6 +33,7 @@ from qcompiler.passes.product_error import (
     Products,
     Rows,
     Sampler,
+    exact_products,
     is_norm,
     rounding_error,
     sampled_products,
@@ -128,12 +129,14 @@ class SmoothActivations(ir.passes.InPlacePass):
     ) -> tuple[float, float]:
         """The alpha of the least error, and the part of the error that it leaves."""
         columns = site.weights()
-        before = rounding_error(tokens, columns)
+        # Powers of two change no bit of the products.
+        exact = exact_products(tokens, columns)
+        before = rounding_error(tokens, columns, exact)
         errors = {}
         for alpha in self.options.alpha:
             factors = _factors(tokens, alpha, absorber)
             weights = {plan: part * factors[:, None] for plan, part in columns.items()}
-            errors[alpha] = rounding_error(tokens / factors, weights)
+            errors[alpha] = rounding_error(tokens / factors, weights, exact)
         best = min(errors, key=errors.__getitem__)
         # Without an error, or one that is not finite, there is nothing to gain.
         return best, errors[best] / before if 0 < before < np.inf else 1.0
