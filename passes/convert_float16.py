@@ -89,7 +89,7 @@ class ConvertFloat16(ir.passes.InPlacePass):
         """
 
         type: str = "fp16"
-        headroom: float = 4.0
+        headroom: float = 2.0
 
         def __post_init__(self) -> None:
             """Check the values.
