@@ -368,6 +368,18 @@ def test_what_is_read_elsewhere_too_is_no_mask():
     assert "holds 3.4e+38, float16 ends at 65504" in why(model, "k")
 
 
+def test_a_bound_that_bounds_nothing_is_in_range():
+    model = converted(
+        "g (float[m,64] x) => (float[m,64] y) { a = Clip (x, zero, most) y = Max (a, low) }",
+        most=np.float32(3.4e38),
+    )
+    assert set(types(model).values()) == {"FLOAT16"}
+    bounded = converted(
+        "g (float[m,64] x) => (float[m,64] y) { a = Clip (x, zero, big) y = Neg (a) }"
+    )
+    assert types(bounded) == {"a": "FLOAT", "y": "FLOAT16"}
+
+
 def test_minus_infinity_stays_what_it_is():
     seen = {"c": RNG.random((3, 64)) < 0.5}
     model = converted(MASK, X | seen, low=np.float32(-np.inf))
