@@ -177,7 +177,7 @@ class _Conversion:
             if value in results
         ]
         for value in results:
-            value.dtype = _HALF
+            value.type = ir.TensorType(_HALF)  # the one it has may be other values' too
         changed = bool(results)
         for node, operands in wanted.items():
             for index, dtype in operands.items():

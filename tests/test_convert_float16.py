@@ -193,6 +193,15 @@ def test_a_constant_that_both_read_stays_in_both_types():
     assert kinds == {"b": ir.DataType.FLOAT, "b_float16": ir.DataType.FLOAT16}
 
 
+def test_values_may_share_what_says_their_type():
+    model = named("g (float[m,64] x) => (float[m,64] y) { a = Add (x, big) y = Exp (a) }")
+    first, last = (node.outputs[0] for node in model.graph)
+    first.type = last.type
+    ConvertFloat16()(model)
+    assert first.dtype is ir.DataType.FLOAT
+    verify(model, Stage.QUANTIZED, "convert-float16")
+
+
 def test_branches_read_outer_values_and_return_float32():
     text = (
         "g (float[m,64] x, bool c) => (float[m,64] y) { h = Tanh (x) y = If (c) <"
