@@ -199,7 +199,10 @@ def test_groups_that_do_not_divide(tmp_path, target, depth):
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     exact = ort.InferenceSession(report.bundle, options).run(None, feeds)[0]
     assert sqnr(run(model(text, weights), feeds)[0], exact) > 15
-    bundle = qcompiler.compile(model(text, weights), target, tmp_path / "c", timing=False).bundle
+    bundle = qcompiler.compile(
+        model(text, weights), target, tmp_path / "c", timing=False,
+        recipe=qcompiler.Recipe(float="fp32"),
+    ).bundle  # fmt: skip
     options = ort.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = qcompiler.load(
