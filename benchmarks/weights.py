@@ -188,13 +188,14 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     case = case_of(arguments)
-    results: dict[str, Any] = {
-        "environment": environment(),
-        "count": arguments.count,
-        "calibrate": len(case.calibration),
-    }
+    facts = {"count": case.count, "calibrate": len(case.calibration)}
+    models: dict[str, Any] = {}
     if arguments.json and arguments.json.exists():
-        results |= json.loads(arguments.json.read_text())
+        models = json.loads(arguments.json.read_text())
+    results = models.setdefault(arguments.model, {"environment": environment(), **facts})
+    before = {key: results[key] for key in facts}
+    if before != facts:
+        raise SystemExit(f"{arguments.json} was measured with {before}, not with {facts}")
 
     def note(name: str, group: int, measure: Callable[[], dict[str, Any]]) -> None:
         table = results.setdefault(f"group {group}" if group else "per channel", {})
@@ -204,7 +205,7 @@ def main() -> None:
         table[name] = measure()
         print(f"{group or 'channel':>8}  {name:40}", json.dumps(table[name]), flush=True)
         if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+            arguments.json.write_text(json.dumps(models, indent=1) + "\n")
 
     note("float", -1, lambda: case.score(case.source))
     model = planned(case.source, case.head)
@@ -217,8 +218,8 @@ def main() -> None:
         for rounding in ROUNDINGS:
             for symmetric in signs:
                 full = f"{rounding}, {'int4' if symmetric else 'uint4 with zero points'}"
-                facts = (model, group, symmetric, rounding, runs, case.score)
-                note(full, group, partial(measure_ours, *facts))
+                asked = (model, group, symmetric, rounding, runs, case.score)
+                note(full, group, partial(measure_ours, *asked))
         writers = of_onnxruntime(case.calibration, case.head)
         if group == ONNXSIM_GROUP:
             writers |= of_onnxsim(case.calibration, case.head)
