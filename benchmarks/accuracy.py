@@ -12,7 +12,7 @@ espeak-ng.  Models come from package registries, see `models.py`.
 
 Figures of accuracy do not depend on how busy the machine is; `--seconds` times sessions, too, in
 turn, which wants a quiet one.  Results are written after each contender; what is measured again
-replaces its figures in the file, whose others stay; `--only` and `--without` choose among contenders.
+replaces its figures in the file, whose others stay; `--only` and `--without` choose contenders.
 """
 
 from __future__ import annotations
