@@ -129,6 +129,7 @@ class EqualizeLayers(MeasuringPass):
         for pair in filter(None, map(_pair, list(changed.graph))):
             _equalize(changed.graph, pair, factors[pair.name])
         before = self._errors(model, list(factors))
+        self.carry(model, changed)
         after = self._errors(changed, list(factors))
         count = 0
         for pair in pairs:
@@ -139,6 +140,7 @@ class EqualizeLayers(MeasuringPass):
                     pair.second, f"input equalized with {pair.first.name}: {gain:.1f} dB better"
                 )
                 count += 1
+        self.carry(changed, model)
         return ir.passes.PassResult(model, count > 0)
 
     def _errors(self, model: ir.Model, names: Sequence[str]) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler.passes.insert_qdq import Observer
+from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.side_by_side import Runner
 
 __all__ = ["MeasuringPass"]
@@ -28,3 +29,8 @@ class MeasuringPass(ir.passes.InPlacePass):
     ) -> None:
         super().__init__()
         self.run, self.observe, self.options = run, observe, options or self.Options()
+
+    def carry(self, before: ir.Model, after: ir.Model) -> None:
+        """Let ranges that were observed of one model hold for another, see `KnownRanges.carry`."""
+        if isinstance(self.observe, KnownRanges):
+            self.observe.carry(before, after)

@@ -18,6 +18,7 @@ from qcompiler.ir.arithmetic import dequantize, quantize, scale_and_zero_point, 
 from qcompiler.ir.decisions import NodePlan, add_note, plan_of
 from qcompiler.ir.graph import constant
 from qcompiler.ir.types import QuantType
+from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.match_norms import Norm, match_norm
 
 __all__ = [
@@ -87,7 +88,7 @@ def _planned_products(model: ir.Model) -> list[Products]:
 
 
 def sampled_products(
-    model: ir.Model, sample: Sampler, what: str, *, made_up: bool
+    model: ir.Model, sample: Sampler, what: str, *, made_up: bool, ranges: KnownRanges | None
 ) -> Iterator[tuple[Products, Rows]]:
     """The values that planned MatMuls quantize, and tokens of each, to be changed one by one.
 
@@ -97,7 +98,9 @@ def sampled_products(
         what: The change, as in the note on values of which there are no tokens; products that were
             asked about for one change are not asked about again.
         made_up: Whether nobody gave the tokens: of a model that reads floats, norms alone count.
+        ranges: Told of the changes, after which a tensor that kept its name has the same numbers.
     """
+    before = model.clone() if ranges is not None else model
     sites = [s for s in _planned_products(model) if any(what not in n.meta for n in s.nodes)]
     names = [site.value.name or "" for site in sites]
     tokens = sample(model, names) if sites else {}
@@ -111,6 +114,8 @@ def sampled_products(
             site.note(f"{what}: no samples to run the model on")
         for node in site.nodes:
             node.meta[what] = True
+    if ranges is not None:
+        ranges.carry(before, model)
 
 
 def _reads_floats(model: ir.Model) -> bool:

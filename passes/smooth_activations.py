@@ -29,6 +29,7 @@ from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import new_initializer, place_after
 from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constant
 from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.product_error import (
     Products,
     Rows,
@@ -54,6 +55,7 @@ class SmoothActivations(ir.passes.InPlacePass):
             their outliers come from their parameters, those of a GELU from what it is fed.
             (Whisper's encoder, smoothed by noise, lost 3 dB on other spectrograms.)  Nor is a Mul
             inserted: by random token ids those behind MiniLM's GELUs cost 1.1 dB on real text.
+        ranges: What is known of ranges, most of which hold after the change, too.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -85,15 +87,22 @@ class SmoothActivations(ir.passes.InPlacePass):
                     raise OptionError(f"{name} must be above 0, not {part:g}")
 
     def __init__(
-        self, sample: Sampler, options: Options | None = None, *, made_up: bool = False
+        self,
+        sample: Sampler,
+        options: Options | None = None,
+        *,
+        made_up: bool = False,
+        ranges: KnownRanges | None = None,
     ) -> None:
         super().__init__()
         self.sample, self.options, self.made_up = sample, options or self.Options(), made_up
+        self.ranges = ranges
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Smooth every value of the main graph where that pays."""
         smoothed = 0
-        for site, tokens in sampled_products(model, self.sample, _NOT, made_up=self.made_up):
+        sites = sampled_products(model, self.sample, _NOT, made_up=self.made_up, ranges=self.ranges)
+        for site, tokens in sites:
             smoothed += self._try_smooth(model.graph, site, tokens)
         if smoothed:
             FixNames()(model)

@@ -28,6 +28,7 @@ from qcompiler.ir.decisions import decide
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import constant, drop_if_unread, new_initializer, place_after
 from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.product_error import (
     Products,
     Rows,
@@ -51,6 +52,7 @@ class SplitOutliers(ir.passes.InPlacePass):
         sample: Where tokens come from.
         options: Which channels, and where that pays.
         made_up: Whether nobody gave the tokens, see `SmoothActivations`.
+        ranges: What is known of ranges, most of which hold after the change, too.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -88,17 +90,24 @@ class SplitOutliers(ir.passes.InPlacePass):
                 raise OptionError(f"worth must be above 0, not {self.worth:g}")
 
     def __init__(
-        self, sample: Sampler, options: Options | None = None, *, made_up: bool = False
+        self,
+        sample: Sampler,
+        options: Options | None = None,
+        *,
+        made_up: bool = False,
+        ranges: KnownRanges | None = None,
     ) -> None:
         super().__init__()
         self.sample, self.options, self.made_up = sample, options or self.Options(), made_up
+        self.ranges = ranges
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Split the products of every value of the main graph where that pays."""
         if self.options.when == "off":
             return ir.passes.PassResult(model, False)
         split = 0
-        for site, tokens in sampled_products(model, self.sample, _NOT, made_up=self.made_up):
+        sites = sampled_products(model, self.sample, _NOT, made_up=self.made_up, ranges=self.ranges)
+        for site, tokens in sites:
             split += self._try_split(model.graph, site, tokens)
         if split:
             FixNames()(model)

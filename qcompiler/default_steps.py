@@ -91,13 +91,13 @@ def default_steps(
         Step("equalize-layers", EqualizeLayers(runs.run, ranges), Stage.FLOAT, "plans"),
         Step(
             "smooth-activations",
-            SmoothActivations(runs.sample, made_up=runs.made_up),
+            SmoothActivations(runs.sample, made_up=runs.made_up, ranges=ranges),
             Stage.FLOAT,
             "plans",
         ),
         Step(
             "split-outliers",
-            SplitOutliers(runs.sample, made_up=runs.made_up),
+            SplitOutliers(runs.sample, made_up=runs.made_up, ranges=ranges),
             Stage.FLOAT,
             "plans",
         ),
