@@ -1,7 +1,7 @@
 """CUDA source to cubins: by the nvcc of this machine, else by NVRTC from the extra `[cuda]`.
 
-A cubin is machine code for one architecture: the driver loads it as it is, so that neither a compiler
-nor a CUDA toolkit is needed where a bundle runs.  No GPU is needed here.
+A cubin is machine code for one architecture: the driver loads it as it is, so that neither a
+compiler nor a CUDA toolkit is needed where a bundle runs.  No GPU is needed here.
 """
 
 from __future__ import annotations
@@ -183,9 +183,7 @@ def _find_nvrtc() -> Nvrtc | str:
     if not libraries:
         return "no NVRTC"
     path = max(libraries, key=lambda path: int(path.suffix[1:]))
-    includes = {path.parent for root in roots for path in root.glob("*/include/cuda_fp16.h")}
-    includes |= {path.parent.parent.parent for root in roots for folder in ("*/include", "*/include/cccl")
-                 for path in root.glob(f"{folder}/cuda/std/cstdint")}  # fmt: skip
+    includes = _folders_with("cuda_fp16.h", roots) | _folders_with("cuda/std/cstdint", roots)
     if len(includes) < 2:
         return f"{path.name} has no headers (nvidia-cuda-runtime, nvidia-cuda-cccl)"
     major, minor = ctypes.c_int(), ctypes.c_int()
@@ -198,6 +196,13 @@ def _find_nvrtc() -> Nvrtc | str:
     if version < _OLDEST:
         return f"{path.name} is of CUDA {version[0]}.{version[1]}, 12.0 or newer is needed"
     return Nvrtc(path, tuple(sorted(includes)), version, _nvrtc_build(version))
+
+
+def _folders_with(header: str, roots: list[Path]) -> set[Path]:
+    """The folders of wheels that a header is included from."""
+    folders = [folder for root in roots for folder in root.glob("*/include")]
+    folders += [folder / "cccl" for folder in folders]
+    return {folder for folder in folders if (folder / header).is_file()}
 
 
 def _nvrtc_build(version: tuple[int, int]) -> str:
