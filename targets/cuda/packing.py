@@ -14,7 +14,7 @@ and K to one of 64 (int4) or 128 (8 bits), with zeros.  Tiles of the same column
                tile * 512 + lane * 16 + (c / 8 + 2 * (d / 16)) * 4 + d % 4,
                                                            lane = (c % 8) * 4 + d % 16 / 4
 
-Scales of W4A16, ws [ceil(K / G), N], are float16 pairs of the two columns that a lane holds:
+Scales of W4A16, ws [ceil(K / G), N], padded to `groups` of the padded depth, are float16 pairs of the two columns that a lane holds:
 
     element ((n / 16) * groups + g) * 16 + (n % 8) * 2 + n % 16 / 8   is  ws[g, n]
 
@@ -49,7 +49,7 @@ class Packing:
         tile_depth: Rows of w in a tile.
         columns: N, padded.
         depth: K, padded.
-        groups: Scales per column.
+        groups: Scales per column, of padded depth.
         weight_bytes: Size of "w".
         scale_bytes: Size of "ws".
     """
@@ -68,7 +68,7 @@ def packing(region: Region) -> Packing:
     k, n = region.size("K"), region.size("N")
     bits = 4 if region.anchor == "QMatMulW4A16" else 8
     columns, depth = _padded(n, COLUMN_MULTIPLE), _padded(k, 64 if bits == 4 else 128)
-    groups = -(-k // region.size("G")) if bits == 4 else 1
+    groups = -(-depth // region.size("G")) if bits == 4 else 1
     scale_size = 2 if bits == 4 else 4
     return Packing(
         bits=bits,
@@ -111,7 +111,7 @@ def pack_scales(ws: Array, region: Region) -> bytes:
     if layout.bits == 8:
         return np.pad(ws.astype("<f4"), (0, layout.columns - ws.size)).tobytes()
     padded = np.zeros((layout.groups, layout.columns), "<f2")
-    padded[:, : ws.shape[1]] = ws
+    padded[: ws.shape[0], : ws.shape[1]] = ws
     return padded.reshape(layout.groups, -1, 2, 8).transpose(1, 0, 3, 2).tobytes()
 
 

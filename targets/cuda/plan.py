@@ -25,6 +25,11 @@ __all__ = [
     "Tile",
     "activation_bytes",
     "chunks_of",
+    "STREAM_COLUMNS",
+    "RESULT_PITCH",
+    "TILE_THREADS",
+    "shared_bytes",
+    "stage_bytes",
     "launches",
     "shapes_of",
 ]
@@ -32,6 +37,7 @@ __all__ = [
 CHUNK_BYTES = 128
 STREAM_ROWS = 8
 STREAM_COLUMNS = 16
+TILE_THREADS = 128
 _WARP = 32
 
 _WANTED_BLOCKS = 264
@@ -135,44 +141,54 @@ def _tile(region: Region, rows: int, max_rows: int | None) -> Tile:
 def launches(region: Region) -> tuple[Launch, ...]:
     """The kernels of a region in order of the rows they take."""
     if "N" not in dict(region.sizes):
-        return (_quantize_launch(region),)
+        return _quantize_launches(region)
     return tuple(_launch(region, max_rows, shape) for max_rows, shape in shapes_of(region))
 
 
-def symbol_of(region: Region, shape: Shape) -> str:
-    """The extern "C" name of a kernel."""
-    if isinstance(shape, Stream):
-        return f"{region.name}_stream"
-    return f"{region.name}_tile{shape.rows}x{shape.splits}"
-
-
 def _launch(region: Region, max_rows: int | None, shape: Shape) -> Launch:
-    operands = ("x", "w", "ws") if region.anchor == "QMatMulW4A16" else ("q", "s", "w", "ws")
-    finish = (*(f"extra{i}" for i in range(len(region.extras))), "y", "rows")
-    splits = shape.splits if isinstance(shape, Tile) else 1
+    of_anchor = ("x", "w", "ws") if region.anchor == "QMatMulW4A16" else ("q", "s", "w", "ws")
+    end = (*(f"extra{i}" for i in range(len(region.extras))), "y")
+    is_stream, splits = isinstance(shape, Stream), 1 if isinstance(shape, Stream) else shape.splits
+    combines = splits > 1
     return Launch(
-        symbol=symbol_of(region, shape),
+        symbol=_symbol(region, shape),
         max_rows=max_rows,
-        threads=(shape.warps if isinstance(shape, Stream) else 4) * _WARP,
+        threads=shape.warps * _WARP if isinstance(shape, Stream) else TILE_THREADS,
         shared_bytes=shared_bytes(region, shape),
         block_rows=STREAM_ROWS if isinstance(shape, Stream) else shape.rows,
-        block_columns=STREAM_COLUMNS if isinstance(shape, Stream) else COLUMN_MULTIPLE,
+        block_columns=STREAM_COLUMNS if is_stream else COLUMN_MULTIPLE,
         splits=splits,
-        combine=f"{region.name}_combine{splits}" if splits > 1 else None,
-        parameters=(*operands, *(finish if splits == 1 else ("workspace", "rows"))),
-        combine_parameters=("workspace", *finish) if splits > 1 else (),
+        combine=f"{region.name}_combine{splits}_kernel" if combines else None,
+        parameters=_parameters(*of_anchor, *(("workspace",) if combines else end)),
+        combine_parameters=_parameters("workspace", *end) if combines else (),
     )
 
 
-def _quantize_launch(region: Region) -> Launch:
+def _symbol(region: Region, shape: Shape) -> str:
+    if isinstance(shape, Stream):
+        return f"{region.name}_stream_kernel"
+    return f"{region.name}_tile{shape.rows}x{shape.splits}_kernel"
+
+
+def _parameters(*pointers: str) -> tuple[str, ...]:
+    """In TVM's order: pointers by name, then the rows."""
+    return (*sorted(pointers), "rows")
+
+
+def _quantize_launches(region: Region) -> tuple[Launch, ...]:
     k = region.size("K")
     threads = max(_WARP, min(256, -(-k // 16 // _WARP) * _WARP))
-    return Launch(
-        symbol=region.name,
-        max_rows=None,
+    one_row = Launch(
+        symbol=f"{region.name}_row_kernel",
+        max_rows=32768,
         threads=threads,
         shared_bytes=threads // _WARP * 4,
         block_rows=1,
         block_columns=k,
-        parameters=("x", "q", "s", "rows"),
+        parameters=("q", "s", "x", "rows"),
     )
+    # A grid has at most 65535 blocks in y.
+    many = dataclasses.replace(
+        one_row, symbol=f"{region.name}_rows_kernel", max_rows=None, block_rows=16
+    )
+    return one_row, many
