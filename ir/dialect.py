@@ -377,8 +377,9 @@ def function_of(name: str, opset: int) -> ir.Function:
 def region_function(region: Region, domain: str, opset: int) -> ir.Function:
     """The function of one region: its anchor's body with its sizes, then its steps."""
     op = OPS[region.anchor]
+    sizes = dict(region.sizes)
     body = op.form(region.flags) if op.form is not None else op.body
-    body = body.replace("{block_size}", f"block_size = {dict(region.sizes).get('K')}")
+    body = body.replace("{block_size}", f"block_size = {sizes.get('G', sizes.get('K'))}")
     for key, value in region.attributes:
         body = body.replace(f"{{{key}}}", f"{key} = {_literal(value)}")
         body = body.replace(f"{{={key}}}", f"= {_literal(value)}")
