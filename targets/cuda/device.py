@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
@@ -34,6 +35,7 @@ __all__ = [
     "loop",
     "maximum",
     "minimum",
+    "real",
     "registers",
     "reinterpret",
     "shared",
@@ -41,6 +43,7 @@ __all__ = [
     "source",
     "store",
     "store_vector",
+    "unrolled",
     "vector",
     "view",
     "wide",
@@ -112,13 +115,24 @@ def barrier() -> None:
     script.evaluate(script.cuda.cta_sync())
 
 
+def real(value: float) -> Expr:
+    """A float32 constant, rounded here: the CUDA compiler warns of each that it has to round."""
+    return constant(float(np.float32(value)), "float32")
+
+
+def unrolled(count: int) -> AbstractContextManager[Expr]:
+    """`for i in range(count)`, unrolled by the CUDA compiler; shorter text than a Python loop's."""
+    frame: AbstractContextManager[Expr] = script.unroll(0, count)
+    return frame
+
+
 def let(value: Expr) -> Expr:
     """A variable with this value from here on."""
     return script.bind(value)
 
 
 def registers(dtype: str, count: int) -> Expr:
-    """An array that only constants index: each element is a register."""
+    """An array that only constants and unrolled loops index: each element is a register."""
     return script.alloc_buffer((count,), dtype, scope="local")
 
 
@@ -171,7 +185,9 @@ def source(functions: Mapping[str, Any], arch: str) -> str:
         {name: body.with_attr("global_symbol", name) for name, body in functions.items()}
     )
     lower, _, finish_device = tirx.get_tir_pipeline("tirx")
-    lowered = lower(tirx.transform.BindTarget(target)(module))
+    # Loops are unrolled by the CUDA compiler, not in the text.
+    with tvm.transform.PassContext(config={"tirx.UnrollLoop": {"explicit_unroll": 0}}):
+        lowered = lower(tirx.transform.BindTarget(target)(module))
     _, on_device = split_host_device_mods(lowered)
     ((device, kernels),) = on_device.items()
     build = tvm.get_global_func("target.build.cuda")

@@ -24,6 +24,7 @@ from qcompiler.targets.cuda.device import (
     loop,
     maximum,
     minimum,
+    real,
     registers,
     store,
     store_vector,
@@ -53,7 +54,7 @@ class Scalars:
     @staticmethod
     def broadcast(value: float) -> Expr:
         """A constant."""
-        return constant(value, "float32")
+        return real(value)
 
     @staticmethod
     def absolute(value: Expr) -> Expr:
@@ -170,7 +171,7 @@ def combine_kernel(region: Region, splits: int, threads: int) -> object:
         totals = registers("float32", 4)
         with when(first < rows * n):
             for i in range(4):
-                store(totals, constant(0.0, "float32"), i)
+                store(totals, real(0.0), i)
             with loop(0, splits) as split:
                 start = wide(split) * elements + wide(first)
                 for i in range(4):

@@ -11,7 +11,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from qcompiler.targets.cuda.device import Expr, constant, emit, registers, store
+from qcompiler.targets.cuda.device import Expr, constant, emit, registers, store, unrolled
 
 __all__ = ["PRODUCTS", "Product"]
 
@@ -43,7 +43,7 @@ class Product(ABC):
         """Change what was loaded of activations, in place, into what is multiplied."""
 
     def multiply(
-        self, totals: Expr, first: int, weights: Sequence[Expr], tokens: Sequence[Expr]
+        self, totals: Expr, first: Expr, weights: Sequence[Expr], tokens: Sequence[Expr]
     ) -> None:
         """Add the product of 16 columns with 8 tokens to `totals[first : first + 4]`."""
         sums = [totals[first + i] for i in range(4)]
@@ -51,7 +51,7 @@ class Product(ABC):
 
     def clear(self, totals: Expr, count: int) -> None:
         """Begin sums."""
-        for i in range(count):
+        with unrolled(count) as i:
             store(totals, constant(0, self.register), i)
 
 

@@ -34,6 +34,7 @@ from qcompiler.targets.cuda.device import (
     shared,
     store,
     store_vector,
+    unrolled,
     vector,
     view,
     when,
@@ -195,7 +196,7 @@ class _Sums:
         scales = self._load_scales(weights)
         for step in range(STEPS):
             fragments = [self._fragment(words, side, step, scales) for side in range(2)]
-            for pair in range(self._tokens // 2):
+            with unrolled(self._tokens // 2) as pair:
                 self._add_pair(fragments, start, step, pair)
 
     def _fragment(self, words: Expr, side: int, step: int, scales: Expr) -> list[Expr]:
@@ -228,7 +229,7 @@ class _Sums:
                     emit("prmt.b32", scales[index], pair[0], pair[0], constant(order, "uint32"))
         return scales
 
-    def _add_pair(self, fragments: list[list[Expr]], start: Expr, step: int, pair: int) -> None:
+    def _add_pair(self, fragments: list[list[Expr]], start: Expr, step: int, pair: Expr) -> None:
         """Add the products with 16 tokens."""
         lane = self._place.lane
         row = pair * 16 + lane // 16 * 8 + lane % 8
@@ -250,7 +251,7 @@ def _finish(totals: Expr, shape: Tile, place: Place, memory: Expr, finish: Finis
     results = view(memory, "float32", shape.rows * RESULT_PITCH)
     dtype = "float32" if totals.dtype == "float32" else "int32"
     for side in range(2):
-        for tokens in range(shape.rows // 8):
+        with unrolled(shape.rows // 8) as tokens:
             for i in range(4):
                 column = place.warp * 32 + side * 16 + i // 2 * 8 + place.lane // 4
                 token = tokens * 8 + place.lane % 4 * 2 + i % 2
