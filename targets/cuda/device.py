@@ -84,22 +84,17 @@ def kernel(
     """
     with IRBuilder() as builder, script.prim_func(private=True):
         script.func_attr({"tirx.noalias": True})
-        variables = {name: script.arg(name, _pointer(name, pointers[name])) for name in pointers}
-        rows = script.arg(ROWS, tirx.Var(ROWS, "int32"))
         arrays = {
-            name: script.decl_buffer((_ANY_SIZE,), pointers[name], data=variable)
-            for name, variable in variables.items()
+            name: script.arg(name, script.buffer((_ANY_SIZE,), pointers[name], buffer_name=name))
+            for name in pointers
         }
+        rows = script.arg(ROWS, tirx.Var(ROWS, "int32"))
         script.device_entry()
         x, y, z = script.cta_id([*grid(rows)])
         thread = script.thread_id([threads])
         place = Place(x, y, z, thread, let(thread % 32), let(thread // 32))
         body(arrays, rows, place)
     return builder.get()
-
-
-def _pointer(name: str, dtype: str) -> Expr:
-    return tirx.Var(name, tvm.ir.PointerType(tvm.ir.PrimType(dtype), "global"))
 
 
 ceildiv: Callable[[Expr, Expr], Expr] = tirx.ceildiv

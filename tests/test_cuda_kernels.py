@@ -1,0 +1,76 @@
+"""Numerics of the CUDA kernels, on the CPU: against the functions' bodies in ONNX Runtime."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cuda_emulator import Emulated, needs_compiler
+from cuda_operands import Operands, operands_of, run_body
+
+from qcompiler.ir.region import Region, Step
+from qcompiler.targets import cuda
+
+pytestmark = needs_compiler
+
+ROWS = (1, 7, 8, 9, 17, 65)
+
+
+def w4a16(k: int, n: int, group: int, **more) -> Region:
+    return Region("QMatMulW4A16", (("K", k), ("N", n), ("G", group)), **more)
+
+
+def eight_bit(anchor: str, k: int, n: int, **more) -> Region:
+    return Region(anchor, (("K", k), ("N", n)), **more)
+
+
+EPILOGUE = {
+    "extras": ("channel", "tensor"),
+    "steps": (Step("Add", (0, -1)), Step("Gelu", (1,)), Step("Add", (2, -2))),
+}
+REGIONS = [
+    w4a16(200, 40, 32),
+    w4a16(576, 136, 64),
+    w4a16(1024, 130, 128, **EPILOGUE),
+    w4a16(2048, 64, 128),
+    eight_bit("QMatMulW8A8", 208, 40),
+    eight_bit("QMatMulW8A8", 1536, 133, **EPILOGUE),
+    eight_bit("QMatMulFp8", 272, 136),
+]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    @functools.cache
+    def make(region: Region) -> Emulated:
+        folder: Path = tmp_path_factory.mktemp("emulated")
+        return Emulated(cuda.source(region, cuda.archs_of(region)[-1]), folder)
+
+    return make
+
+
+def launch_for(region: Region, rows: int) -> cuda.Launch:
+    launches = cuda.launches(region, cuda.archs_of(region)[-1])
+    return next(one for one in launches if one.max_rows is None or rows <= one.max_rows)
+
+
+def compare(region: Region, operands: Operands) -> None:
+    """Within the roundings of float16: of the result, and of each weight times its scale."""
+    (expected,) = run_body(region, operands.body)
+    error = np.abs(operands.device["y"].astype(np.float64) - expected)
+    weights = 2.0**-11 if region.anchor == "QMatMulW4A16" else 2.0**-20
+    bound = 2.0**-10 * np.abs(expected) + weights * operands.magnitude + 1e-6
+    assert (error <= bound).all(), (error / bound).max()
+
+
+@pytest.mark.parametrize("region", REGIONS, ids=lambda region: region.name)
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_product_is_its_body(region, rows, emulated):
+    launch = launch_for(region, rows)
+    operands = operands_of(region, rows)
+    for backwards in (False, True):
+        operands.device["y"][...] = np.nan
+        emulated(region).run(launch, region.size("N"), operands.device, rows, backwards)
+        compare(region, operands)
