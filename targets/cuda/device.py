@@ -173,16 +173,40 @@ def shuffle_xor(value: Expr, distance: int) -> Expr:
     )
 
 
+def _lower(module: Any) -> Any:
+    """TVM's pipeline, less what its CUDA compiler does as well: loops are unrolled there.
+
+    Common expressions are left to it for another reason: those of the grid and a kernel TVM would
+    compute on the host and pass as parameters.
+    """
+    passes = tirx.transform
+    sequence = [
+        passes.LowerTIRx(),
+        tvm.s_tir.transform.UnifyThreadBinding(),
+        passes.StmtSimplify(),
+        passes.LowerTIRxOpaque(),
+        passes.FlattenBuffer(),
+        passes.NarrowDataType(32),
+        passes.VectorizeLoop(True),
+        passes.UnrollLoop(),
+        passes.StmtSimplify(),
+        passes.VerifyMemory(),
+        passes.AnnotateEntryFunc(),
+        passes.SplitHostDevice(),
+        passes.MakePackedAPI(),
+    ]
+    return tvm.ir.transform.Sequential(sequence)(module)
+
+
 def source(functions: Mapping[str, Any], arch: str) -> str:
     """The CUDA C text of kernels; the extern "C" name of each is its key and `_kernel`."""
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host="llvm")
     module = tvm.IRModule(
         {name: body.with_attr("global_symbol", name) for name, body in functions.items()}
     )
-    lower, _, finish_device = tirx.get_tir_pipeline("tirx")
-    # Loops are unrolled by the CUDA compiler, not in the text.
+    _, _, finish_device = tirx.get_tir_pipeline("tirx")
     with tvm.transform.PassContext(config={"tirx.UnrollLoop": {"explicit_unroll": 0}}):
-        lowered = lower(tirx.transform.BindTarget(target)(module))
+        lowered = _lower(tirx.transform.BindTarget(target)(module))
     _, on_device = split_host_device_mods(lowered)
     ((device, kernels),) = on_device.items()
     build = tvm.get_global_func("target.build.cuda")

@@ -28,12 +28,14 @@ class Product(ABC):
         tiles: Weight tiles of 16 columns in a chunk.
         mma: The instruction.
         register: The type of an accumulator.
+        nothing: A word of activations that counts as zeros.
     """
 
     activation: str
     tiles: int
     mma: str
     register: str = "float32"
+    nothing: int = 0
 
     @abstractmethod
     def fragment(self, words: Sequence[Expr], step: int) -> Sequence[Expr]:
@@ -102,6 +104,8 @@ def _word(value: int) -> Expr:
 
 PRODUCTS: dict[str, Product] = {
     "QMatMulW4A16": W4A16("x", 1, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"),
-    "QMatMulW8A8": W8A8("q", 4, "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "uint32"),
+    "QMatMulW8A8": W8A8(
+        "q", 4, "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "uint32", nothing=0x80808080
+    ),
     "QMatMulFp8": EightBit("q", 4, "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"),
 }
