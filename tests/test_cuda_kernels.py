@@ -74,3 +74,30 @@ def test_a_product_is_its_body(region, rows, emulated):
         operands.device["y"][...] = np.nan
         emulated(region).run(launch, region.size("N"), operands.device, rows, backwards)
         compare(region, operands)
+
+
+@pytest.mark.parametrize("anchor", ["Quantize", "QuantizeFp8"])
+@pytest.mark.parametrize("k", [8, 384, 4104])
+def test_quantize_is_its_body(anchor, k, emulated):
+    region = Region(anchor, (("K", k),))
+    rng = np.random.default_rng(k)
+    for rows, launch in zip((3, 19), cuda.launches(region, "sm_90a"), strict=True):
+        x = (rng.standard_normal((rows, k)) * np.exp(rng.standard_normal((rows, 1)))).astype("f2")
+        x[1] = 0
+        expected_q, expected_s = run_body(region, {"x": x.astype(np.float32)}, outputs=2)
+        device = {"x": x, "q": np.zeros_like(expected_q), "s": np.zeros((rows, 1), np.float32)}
+        emulated(region).run(launch, k, device, rows)
+        np.testing.assert_array_equal(device["s"], expected_s)
+        np.testing.assert_array_equal(device["q"].view(np.uint8), expected_q.view(np.uint8))
+
+
+def test_quantize_passes_over_nan_and_infinity_does_not_crash(emulated):
+    region = Region("Quantize", (("K", 384),))
+    x = np.ones((2, 384), np.float16)
+    x[0, 5], x[1, 7] = np.nan, np.inf
+    device = {"x": x, "q": np.zeros((2, 384), np.uint8), "s": np.zeros((2, 1), np.float32)}
+    emulated(region).run(cuda.launches(region, "sm_80")[0], 384, device, 2)
+    assert device["s"][0] == np.float32(1) / np.float32(127)
+    assert np.isinf(device["s"][1])
+    assert device["q"][0, 4] == 255
+    assert device["q"][1, 4] == 128

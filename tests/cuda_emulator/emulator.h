@@ -34,7 +34,12 @@ typedef unsigned int uint;
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 
+// Which planted fault this run has: tests put `if (!FAULT(1))` and the like into the source.
+#define FAULT(number) (emulator::fault == (number))
+
 namespace emulator {
+
+inline const int fault = std::getenv("FAULT") ? std::atoi(std::getenv("FAULT")) : 0;
 
 // ---- numbers ----------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -40,6 +42,13 @@ class EmulatorError(Exception):
     """A kernel did what it must not do; the message says which thread, and what."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    rows: int
+    backwards: bool
+    fault: int
+
+
 class Emulated:
     """The kernels of a CUDA source, to be run on the CPU."""
 
@@ -60,26 +69,29 @@ class Emulated:
         arrays: Mapping[str, Array],
         rows: int,
         backwards: bool = False,
+        fault: int = 0,
     ) -> None:
         """One launch and, if K is split, the sum of its parts; results are written to `arrays`.
+
+        Warps and lanes take turns in the order of their numbers, or `backwards`.  `fault` is the
+        number of the planted one that is to happen.
 
         Raises:
             EmulatorError: A thread misbehaved.
         """
         grid = (-(-columns // launch.block_columns), max(1, -(-rows // launch.block_rows)))
-        every = dict(arrays)
+        every, how = dict(arrays), _Way(rows, backwards, fault)
         if launch.combine is not None:
             every["workspace"] = np.full((launch.splits, rows, columns), np.nan, np.float32)
         self._kernel(
             launch.symbol, (*grid, launch.splits), launch.threads, launch.shared_bytes,
-            {name: every[name] for name in launch.parameters if name != "rows"}, rows, backwards,
+            {name: every[name] for name in launch.parameters if name != "rows"}, how,
         )  # fmt: skip
         if launch.combine is not None:
             blocks = -(-rows * columns // (launch.threads * 4))
             self._kernel(
                 launch.combine, (blocks, 1, 1), launch.threads, 0,
-                {name: every[name] for name in launch.combine_parameters if name != "rows"}, rows,
-                backwards,
+                {name: every[name] for name in launch.combine_parameters if name != "rows"}, how,
             )  # fmt: skip
 
     def _kernel(
@@ -89,10 +101,9 @@ class Emulated:
         threads: int,
         shared: int,
         arrays: Mapping[str, Array],
-        rows: int,
-        backwards: bool,
+        how: _Way,
     ) -> None:
-        words = [symbol, *map(str, (*grid, threads, shared, int(backwards)))]
+        words = [symbol, *map(str, (*grid, threads, shared, int(how.backwards)))]
         paths = {name: self._folder / f"{name}.bin" for name in arrays}
         written = arrays.keys() & ({"q", "s"} if "y" not in arrays else {"y"})
         written |= arrays.keys() & {"workspace"} if "y" not in arrays else set()
@@ -100,8 +111,8 @@ class Emulated:
             paths[name].write_bytes(array.tobytes())
             words.append(f"{'=' if name in written else ''}{name}:{paths[name]}")
         done = subprocess.run(
-            [str(self._program), *words, f"rows:{rows}"], capture_output=True, text=True,
-            check=False, timeout=_PATIENCE,
+            [str(self._program), *words, f"rows:{how.rows}"], capture_output=True, text=True,
+            check=False, timeout=_PATIENCE, env={**os.environ, "FAULT": str(how.fault)},
         )  # fmt: skip
         if done.returncode != 0:
             raise EmulatorError(f"{symbol}: {done.stderr.strip() or done.returncode}")
