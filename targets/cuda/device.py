@@ -24,9 +24,9 @@ from qcompiler.targets.tir import cast, constant, loop, maximum, minimum, reinte
 __all__ = [
     "Expr",
     "Place",
-    "ceildiv",
     "barrier",
     "cast",
+    "ceildiv",
     "constant",
     "emit",
     "extern",
@@ -46,8 +46,8 @@ __all__ = [
     "unrolled",
     "vector",
     "view",
-    "wide",
     "when",
+    "wide",
 ]
 
 Expr = Any
@@ -79,8 +79,8 @@ def kernel(
     """A kernel with these arrays (name to dtype) and `rows` as parameters; none may alias.
 
     `grid` gives the blocks in x, y and z for a number of rows: TVM leaves out an index that is
-    always 0.  `body` gets the arrays, the number of rows, and the thread's place, and emits statements.  TVM
-    sorts the parameters by name, pointers first.
+    always 0.  `body` gets the arrays, the number of rows, and the thread's place, and emits
+    statements.  TVM sorts the parameters by name, pointers first.
     """
     with IRBuilder() as builder, script.prim_func(private=True):
         script.func_attr({"tirx.noalias": True})

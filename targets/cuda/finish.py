@@ -64,7 +64,9 @@ class Scalars:
     def sigmoid(self, value: Expr) -> Expr:
         """1 / (1 + e^-value); the fast exponential is good to 2^-21 of what float16 keeps."""
         exponential = extern("float32", "__expf", self.broadcast(0.0) - value)
-        return extern("float32", "__fdividef", self.broadcast(1.0), self.broadcast(1.0) + exponential)
+        return extern(
+            "float32", "__fdividef", self.broadcast(1.0), self.broadcast(1.0) + exponential
+        )
 
     def gelu_tail(self, magnitude: Expr, approximate: str) -> Expr:
         """max(x, 0) - GELU(x) for the magnitude of x."""
@@ -185,5 +187,3 @@ def combine_kernel(region: Region, splits: int, threads: int) -> object:
                     finish.element((first + i) // n, (first + i) % n, totals[i])
 
     return kernel(pointers, lambda rows: (ceildiv(rows * n, threads * 4), 1, 1), threads, body)
-
-

@@ -13,7 +13,7 @@ from qcompiler.targets.cuda.quantize import quantize_kernel
 from qcompiler.targets.cuda.stream import stream_kernel
 from qcompiler.targets.cuda.tile import tile_kernel
 
-__all__ = ["kernels", "source"]
+__all__ = ["kernels", "source_of"]
 
 _SUFFIX = "_kernel"
 """TVM's, on every name."""
@@ -38,7 +38,7 @@ def kernels(region: Region) -> dict[str, Any]:
     return found
 
 
-def source(region: Region, arch: str) -> str:
+def source_of(region: Region, arch: str) -> str:
     """The CUDA C text; the same for the same region, architecture and version of TVM."""
     functions = kernels(region).items()
     text = device.source({name.removesuffix(_SUFFIX): body for name, body in functions}, arch)

@@ -1,8 +1,8 @@
 """The kinds of products: how each makes operands of `mma.sync` of what it loads.
 
-A *fragment* is what one lane holds of the 16-row operand, four registers.  Everything else about the
-kernels (`stream.py`, `tile.py`) is the same for all kinds, because it is about bytes: one mma takes
-32 bytes of an activation's row, and 16 bytes of packed weights per lane are a tile.
+A *fragment* is what one lane holds of the 16-row operand, four registers.  Everything else about
+the kernels (`stream.py`, `tile.py`) is the same for all kinds, because it is about bytes: one mma
+takes 32 bytes of an activation's row, and 16 bytes of packed weights per lane are a tile.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class Product(ABC):
         """The four registers of a step, from the words of a chunk, four per tile."""
 
     def activations(self, loaded: Expr, count: int) -> None:
-        """Change what was loaded of activations, in place, into what is multiplied."""
+        """Change what was loaded of activations, in place, into what is multiplied: here nothing."""
+        return
 
     def multiply(
         self, totals: Expr, first: Expr, weights: Sequence[Expr], tokens: Sequence[Expr]
@@ -60,8 +61,8 @@ class Product(ABC):
 class W4A16(Product):
     """Codes 0 to 15 become float16 by being put into the mantissa of 1024: 1024 + code.
 
-    The upper of two codes in a byte is 16 times as much there: one fma makes up for it. (Kim et al.,
-    "Who Says Elephants Can't Run", 2022.)
+    The upper of two codes in a byte is 16 times as much there: one fma makes up for it.  (Kim et
+    al., "Who Says Elephants Can't Run", 2022.)
     """
 
     def fragment(self, words: Sequence[Expr], step: int) -> Sequence[Expr]:

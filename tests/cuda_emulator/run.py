@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_emulator.translate import translate
 from numpy.typing import NDArray
 
+from cuda_emulator.translate import translate
 from qcompiler.targets.cuda import Launch
 
 __all__ = ["Emulated", "EmulatorError", "needs_compiler"]
@@ -35,7 +35,9 @@ def _compiler() -> list[str] | None:
     return None
 
 
-needs_compiler = pytest.mark.skipif(_compiler() is None, reason="no C++ compiler: g++, clang++, zig")
+needs_compiler = pytest.mark.skipif(
+    _compiler() is None, reason="no C++ compiler: g++, clang++, zig"
+)
 
 
 class EmulatorError(Exception):
