@@ -50,11 +50,11 @@ def launches(region: Region, arch: str) -> tuple[Launch, ...]:
 
 def source(region: Region, arch: str) -> str:
     """The CUDA C text that holds the kernels of `launches(region, arch)`."""
-    from qcompiler.targets.cuda import generate
+    from qcompiler.targets.cuda.generate import source_of
 
     reason = supports(region)
     assert reason is None, reason
-    return generate.source(region, arch)
+    return source_of(region, arch)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
@@ -23,9 +24,9 @@ from qcompiler.targets.tir import cast, constant, loop, maximum, minimum, reinte
 __all__ = [
     "Expr",
     "Place",
-    "ceildiv",
     "barrier",
     "cast",
+    "ceildiv",
     "constant",
     "emit",
     "extern",
@@ -34,6 +35,7 @@ __all__ = [
     "loop",
     "maximum",
     "minimum",
+    "real",
     "registers",
     "reinterpret",
     "shared",
@@ -41,10 +43,11 @@ __all__ = [
     "source",
     "store",
     "store_vector",
+    "unrolled",
     "vector",
     "view",
-    "wide",
     "when",
+    "wide",
 ]
 
 Expr = Any
@@ -76,27 +79,22 @@ def kernel(
     """A kernel with these arrays (name to dtype) and `rows` as parameters; none may alias.
 
     `grid` gives the blocks in x, y and z for a number of rows: TVM leaves out an index that is
-    always 0.  `body` gets the arrays, the number of rows, and the thread's place, and emits statements.  TVM
-    sorts the parameters by name, pointers first.
+    always 0.  `body` gets the arrays, the number of rows, and the thread's place, and emits
+    statements.  TVM sorts the parameters by name, pointers first.
     """
     with IRBuilder() as builder, script.prim_func(private=True):
         script.func_attr({"tirx.noalias": True})
-        variables = {name: script.arg(name, _pointer(name, pointers[name])) for name in pointers}
-        rows = script.arg(ROWS, tirx.Var(ROWS, "int32"))
         arrays = {
-            name: script.decl_buffer((_ANY_SIZE,), pointers[name], data=variable)
-            for name, variable in variables.items()
+            name: script.arg(name, script.buffer((_ANY_SIZE,), pointers[name], buffer_name=name))
+            for name in pointers
         }
+        rows = script.arg(ROWS, tirx.Var(ROWS, "int32"))
         script.device_entry()
         x, y, z = script.cta_id([*grid(rows)])
         thread = script.thread_id([threads])
         place = Place(x, y, z, thread, let(thread % 32), let(thread // 32))
         body(arrays, rows, place)
     return builder.get()
-
-
-def _pointer(name: str, dtype: str) -> Expr:
-    return tirx.Var(name, tvm.ir.PointerType(tvm.ir.PrimType(dtype), "global"))
 
 
 ceildiv: Callable[[Expr, Expr], Expr] = tirx.ceildiv
@@ -112,13 +110,24 @@ def barrier() -> None:
     script.evaluate(script.cuda.cta_sync())
 
 
+def real(value: float) -> Expr:
+    """A float32 constant, rounded here: the CUDA compiler warns of each that it has to round."""
+    return constant(float(np.float32(value)), "float32")
+
+
+def unrolled(count: int) -> AbstractContextManager[Expr]:
+    """`for i in range(count)`, unrolled by the CUDA compiler; shorter text than a Python loop's."""
+    frame: AbstractContextManager[Expr] = script.unroll(0, count)
+    return frame
+
+
 def let(value: Expr) -> Expr:
     """A variable with this value from here on."""
     return script.bind(value)
 
 
 def registers(dtype: str, count: int) -> Expr:
-    """An array that only constants index: each element is a register."""
+    """An array that only constants and unrolled loops index: each element is a register."""
     return script.alloc_buffer((count,), dtype, scope="local")
 
 
@@ -164,14 +173,40 @@ def shuffle_xor(value: Expr, distance: int) -> Expr:
     )
 
 
+def _lower(module: Any) -> Any:
+    """TVM's pipeline, less what its CUDA compiler does as well: loops are unrolled there.
+
+    Common expressions are left to it for another reason: those of the grid and a kernel TVM would
+    compute on the host and pass as parameters.
+    """
+    passes = tirx.transform
+    sequence = [
+        passes.LowerTIRx(),
+        tvm.s_tir.transform.UnifyThreadBinding(),
+        passes.StmtSimplify(),
+        passes.LowerTIRxOpaque(),
+        passes.FlattenBuffer(),
+        passes.NarrowDataType(32),
+        passes.VectorizeLoop(True),
+        passes.UnrollLoop(),
+        passes.StmtSimplify(),
+        passes.VerifyMemory(),
+        passes.AnnotateEntryFunc(),
+        passes.SplitHostDevice(),
+        passes.MakePackedAPI(),
+    ]
+    return tvm.ir.transform.Sequential(sequence)(module)
+
+
 def source(functions: Mapping[str, Any], arch: str) -> str:
     """The CUDA C text of kernels; the extern "C" name of each is its key and `_kernel`."""
     target = tvm.target.Target({"kind": "cuda", "arch": arch}, host="llvm")
     module = tvm.IRModule(
         {name: body.with_attr("global_symbol", name) for name, body in functions.items()}
     )
-    lower, _, finish_device = tirx.get_tir_pipeline("tirx")
-    lowered = lower(tirx.transform.BindTarget(target)(module))
+    _, _, finish_device = tirx.get_tir_pipeline("tirx")
+    with tvm.transform.PassContext(config={"tirx.UnrollLoop": {"explicit_unroll": 0}}):
+        lowered = _lower(tirx.transform.BindTarget(target)(module))
     _, on_device = split_host_device_mods(lowered)
     ((device, kernels),) = on_device.items()
     build = tvm.get_global_func("target.build.cuda")

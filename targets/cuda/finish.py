@@ -24,6 +24,7 @@ from qcompiler.targets.cuda.device import (
     loop,
     maximum,
     minimum,
+    real,
     registers,
     store,
     store_vector,
@@ -53,7 +54,7 @@ class Scalars:
     @staticmethod
     def broadcast(value: float) -> Expr:
         """A constant."""
-        return constant(value, "float32")
+        return real(value)
 
     @staticmethod
     def absolute(value: Expr) -> Expr:
@@ -63,7 +64,9 @@ class Scalars:
     def sigmoid(self, value: Expr) -> Expr:
         """1 / (1 + e^-value); the fast exponential is good to 2^-21 of what float16 keeps."""
         exponential = extern("float32", "__expf", self.broadcast(0.0) - value)
-        return extern("float32", "__fdividef", self.broadcast(1.0), self.broadcast(1.0) + exponential)
+        return extern(
+            "float32", "__fdividef", self.broadcast(1.0), self.broadcast(1.0) + exponential
+        )
 
     def gelu_tail(self, magnitude: Expr, approximate: str) -> Expr:
         """max(x, 0) - GELU(x) for the magnitude of x."""
@@ -170,7 +173,7 @@ def combine_kernel(region: Region, splits: int, threads: int) -> object:
         totals = registers("float32", 4)
         with when(first < rows * n):
             for i in range(4):
-                store(totals, constant(0.0, "float32"), i)
+                store(totals, real(0.0), i)
             with loop(0, splits) as split:
                 start = wide(split) * elements + wide(first)
                 for i in range(4):
@@ -184,5 +187,3 @@ def combine_kernel(region: Region, splits: int, threads: int) -> object:
                     finish.element((first + i) // n, (first + i) % n, totals[i])
 
     return kernel(pointers, lambda rows: (ceildiv(rows * n, threads * 4), 1, 1), threads, body)
-
-

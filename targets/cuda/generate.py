@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from qcompiler.ir.region import Region
@@ -12,10 +13,11 @@ from qcompiler.targets.cuda.quantize import quantize_kernel
 from qcompiler.targets.cuda.stream import stream_kernel
 from qcompiler.targets.cuda.tile import tile_kernel
 
-__all__ = ["kernels", "source"]
+__all__ = ["kernels", "source_of"]
 
 _SUFFIX = "_kernel"
 """TVM's, on every name."""
+_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{')
 
 
 def kernels(region: Region) -> dict[str, Any]:
@@ -36,7 +38,23 @@ def kernels(region: Region) -> dict[str, Any]:
     return found
 
 
-def source(region: Region, arch: str) -> str:
+def source_of(region: Region, arch: str) -> str:
     """The CUDA C text; the same for the same region, architecture and version of TVM."""
     functions = kernels(region).items()
-    return device.source({name.removesuffix(_SUFFIX): body for name, body in functions}, arch)
+    text = device.source({name.removesuffix(_SUFFIX): body for name, body in functions}, arch)
+    found = {name: _names(parameters) for name, parameters in _SIGNATURE.findall(text)}
+    assert found == _expected(region), f"TVM changed the parameters: {found}"
+    return text
+
+
+def _names(parameters: str) -> tuple[str, ...]:
+    return tuple(p.split()[-1].removesuffix("_ptr") for p in parameters.split(","))
+
+
+def _expected(region: Region) -> dict[str, tuple[str, ...]]:
+    expected = {launch.symbol: launch.parameters for launch in launches(region)}
+    return expected | {
+        launch.combine: launch.combine_parameters
+        for launch in launches(region)
+        if launch.combine is not None
+    }

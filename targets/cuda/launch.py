@@ -5,9 +5,9 @@ the M rows at hand.  With M = 0 none runs.
 
     grid  = (ceil(N / block_columns), ceil(M / block_rows), splits)    block = (threads, 1, 1)
 
-N is the region's size "N"; for Quantize, which has none, it is K.  A launch with `splits` > 1 leaves
-float32 partial sums [splits, M, N] in a workspace, and `combine` runs after it, on the same stream,
-with the arguments `combine_parameters`:
+N is the region's size "N"; for Quantize, which has none, it is K.  A launch with `splits` > 1
+leaves float32 partial sums [splits, M, N] in a workspace, and `combine` runs after it, on the same
+stream, with the arguments `combine_parameters` and no dynamic shared memory:
 
     grid  = (ceil(M * N / (threads * 4)), 1, 1)                        block = (threads, 1, 1)
 

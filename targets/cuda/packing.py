@@ -1,11 +1,13 @@
 """How weights lie in device memory: one layout for all architectures and any number of rows.
 
 A *tile* is 512 bytes, 16 for each lane of a warp: what the lanes of one `mma.sync` with weights as
-its 16-row operand hold, so one 128-bit load per lane fetches it and no shuffle follows.  It covers 16
-columns of w [K, N] and `tile_depth` rows: 64 of int4, 32 of 8 bits.  N is padded to a multiple of 128
-and K to one of 64 (int4) or 128 (8 bits), with zeros.  Tiles of the same columns are contiguous:
+its 16-row operand hold, so one 128-bit load per lane fetches it and no shuffle follows.  It covers
+16 columns of w [K, N] and `tile_depth` rows: 64 of int4, 32 of 8 bits.  N is padded to a multiple
+of 128 and K to one of 64 (int4) or 128 (8 bits), with zeros.  Tiles of the same columns are
+contiguous.  With all divisions rounded down:
 
-    tile = (n / 16) * (padded_depth / tile_depth) + k / tile_depth;   c = n % 16;   d = k % tile_depth
+    tile = (n / 16) * (padded_depth / tile_depth) + k / tile_depth
+    c = n % 16;   d = k % tile_depth
 
     int4   w[k, n] + 8 is in the little-endian uint32 at
                tile * 512 + lane * 16 + (d / 16) * 4,      lane = (c % 8) * 4 + d % 8 / 2,
@@ -14,7 +16,8 @@ and K to one of 64 (int4) or 128 (8 bits), with zeros.  Tiles of the same column
                tile * 512 + lane * 16 + (c / 8 + 2 * (d / 16)) * 4 + d % 4,
                                                            lane = (c % 8) * 4 + d % 16 / 4
 
-Scales of W4A16, ws [ceil(K / G), N], padded to `groups` of the padded depth, are float16 pairs of the two columns that a lane holds:
+Scales of W4A16, ws [ceil(K / G), N], are float16 pairs of the two columns that a lane holds; there
+are `groups` of them, ceil(padded_depth / G):
 
     element ((n / 16) * groups + g) * 16 + (n % 8) * 2 + n % 16 / 8   is  ws[g, n]
 

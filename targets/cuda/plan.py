@@ -1,13 +1,13 @@
 """Which kernels a region gets: their shapes, and for how many rows each is.
 
-Nothing here imports tvm.  Weights are the 16-row operand of `mma.sync`, tokens its 8 columns, so that
-a few tokens fill a product as well as many; what a step of K is, and how wide, is in bytes of an
-activation: one mma takes 32 of a row, a *chunk* is 128, which four of them share.
+Nothing here imports tvm.  Weights are the 16-row operand of `mma.sync` and tokens its 8 columns, so
+that a few tokens fill a product as well as many.  A step of K is counted in bytes of an activation's
+row: one mma takes 32, a *chunk* is 128, which four of them share.
 
-    M <= 8    `Stream`: a block has 16 columns, its warps divide K; each weight is read once, straight
-              into the registers of the lane that multiplies it.
-    above     `Tile`: 128 columns times 16 to 128 rows, through shared memory.  Where the blocks would
-              not fill the device, K is split between several.
+    M <= 8    `Stream`: a block has 16 columns, its warps divide K; each weight is read once,
+              straight into the registers of the lane that multiplies it.
+    above     `Tile`: 128 columns times 16 to 128 rows, through shared memory.  Where the blocks
+              would not fill the device, K is split between several.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, packing
 
 __all__ = [
     "CHUNK_BYTES",
+    "RESULT_PITCH",
+    "STREAM_COLUMNS",
     "STREAM_ROWS",
+    "TILE_THREADS",
     "Stream",
     "Tile",
     "activation_bytes",
     "chunks_of",
-    "STREAM_COLUMNS",
-    "RESULT_PITCH",
-    "TILE_THREADS",
-    "shared_bytes",
-    "stage_bytes",
     "launches",
     "shapes_of",
+    "shared_bytes",
+    "stage_bytes",
 ]
 
 CHUNK_BYTES = 128

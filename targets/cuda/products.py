@@ -1,8 +1,8 @@
 """The kinds of products: how each makes operands of `mma.sync` of what it loads.
 
-A *fragment* is what one lane holds of the 16-row operand, four registers.  Everything else about the
-kernels (`stream.py`, `tile.py`) is the same for all kinds, because it is about bytes: one mma takes
-32 bytes of an activation's row, and 16 bytes of packed weights per lane are a tile.
+A *fragment* is what one lane holds of the 16-row operand, four registers.  Everything else about
+the kernels (`stream.py`, `tile.py`) is the same for all kinds, because it is about bytes: one mma
+takes 32 bytes of an activation's row, and 16 bytes of packed weights per lane are a tile.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from qcompiler.targets.cuda.device import Expr, constant, emit, registers, store
+from qcompiler.targets.cuda.device import Expr, constant, emit, registers, store, unrolled
 
 __all__ = ["PRODUCTS", "Product"]
 
@@ -28,22 +28,25 @@ class Product(ABC):
         tiles: Weight tiles of 16 columns in a chunk.
         mma: The instruction.
         register: The type of an accumulator.
+        nothing: A word of activations that counts as zeros.
     """
 
     activation: str
     tiles: int
     mma: str
     register: str = "float32"
+    nothing: int = 0
 
     @abstractmethod
     def fragment(self, words: Sequence[Expr], step: int) -> Sequence[Expr]:
         """The four registers of a step, from the words of a chunk, four per tile."""
 
     def activations(self, loaded: Expr, count: int) -> None:
-        """Change what was loaded of activations, in place, into what is multiplied."""
+        """Change what was loaded of activations, in place, into what is multiplied: here nothing."""
+        return
 
     def multiply(
-        self, totals: Expr, first: int, weights: Sequence[Expr], tokens: Sequence[Expr]
+        self, totals: Expr, first: Expr, weights: Sequence[Expr], tokens: Sequence[Expr]
     ) -> None:
         """Add the product of 16 columns with 8 tokens to `totals[first : first + 4]`."""
         sums = [totals[first + i] for i in range(4)]
@@ -51,15 +54,15 @@ class Product(ABC):
 
     def clear(self, totals: Expr, count: int) -> None:
         """Begin sums."""
-        for i in range(count):
+        with unrolled(count) as i:
             store(totals, constant(0, self.register), i)
 
 
 class W4A16(Product):
     """Codes 0 to 15 become float16 by being put into the mantissa of 1024: 1024 + code.
 
-    The upper of two codes in a byte is 16 times as much there: one fma makes up for it. (Kim et al.,
-    "Who Says Elephants Can't Run", 2022.)
+    The upper of two codes in a byte is 16 times as much there: one fma makes up for it.  (Kim et
+    al., "Who Says Elephants Can't Run", 2022.)
     """
 
     def fragment(self, words: Sequence[Expr], step: int) -> Sequence[Expr]:
@@ -102,6 +105,8 @@ def _word(value: int) -> Expr:
 
 PRODUCTS: dict[str, Product] = {
     "QMatMulW4A16": W4A16("x", 1, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"),
-    "QMatMulW8A8": W8A8("q", 4, "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "uint32"),
+    "QMatMulW8A8": W8A8(
+        "q", 4, "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "uint32", nothing=0x80808080
+    ),
     "QMatMulFp8": EightBit("q", 4, "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"),
 }

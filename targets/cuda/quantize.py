@@ -27,6 +27,7 @@ from qcompiler.targets.cuda.device import (
     let,
     loop,
     maximum,
+    real,
     registers,
     reinterpret,
     shared,
@@ -75,12 +76,12 @@ class _Row:
     def quantize(self, row: Expr) -> None:
         start = let(wide(row) * self._k)
         largest = registers("float32", 1)
-        store(largest, constant(0.0, "float32"), 0)
+        store(largest, real(0.0), 0)
         with self._vectors() as offset:
             for value in self._load(start + wide(offset)):
                 store(largest, maximum(largest[0], extern("float32", "fabsf", value)), 0)
-        bounded = maximum(self._of_block(largest), constant(SMALLEST_MAGNITUDE, "float32"))
-        scale = let(bounded / constant(448.0 if self._is_fp8 else 127.0, "float32"))
+        bounded = maximum(self._of_block(largest), real(SMALLEST_MAGNITUDE))
+        scale = let(bounded / real(448.0 if self._is_fp8 else 127.0))
         with when(self._place.thread == 0):
             store(self._arrays["s"], scale, row)
         with self._vectors() as offset:

@@ -125,7 +125,7 @@ class _Sums:
 
     def _load_tile(self, words: Expr, index: int, first: Expr, chunk: int, tile: int) -> None:
         product, place = self._product, self._place
-        # What does not exist is multiplied by tokens that are 0.
+        # What does not exist is multiplied by tokens that count as zeros.
         existing = first + chunk if self._whole else minimum(first + chunk, self.chunks - 1)
         tiles = self._layout.depth // self._layout.tile_depth
         start = (place.x * tiles + existing * product.tiles + tile) * TILE_BYTES
@@ -157,7 +157,7 @@ class _Sums:
             exists = lane // 4 < self._rows
             if not self._whole:
                 exists = exists & (offset < self._row_bytes)
-            store(tokens, constant(0, "uint32"), index + half)
+            store(tokens, constant(self._product.nothing, "uint32"), index + half)
             with when(exists):
                 source = array.ptr_to([lane // 4 * self._row_bytes + offset])
                 emit("ld.global.nc.u32", tokens[index + half], source)

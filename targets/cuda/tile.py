@@ -1,14 +1,14 @@
 """Products of many tokens, through shared memory: 128 columns times 16, 64 or 128 tokens a block.
 
-A ring of stages holds chunks of 128 bytes of K: one is multiplied while `cp.async` brings the others.
+A ring of stages holds chunks of 128 bytes of K: one is multiplied while `cp.async` brings others.
 
     wait for stage c; barrier; ask for chunk c + stages - 1; multiply chunk c
 
 The barrier also says that all warps are done with chunk c - 1, whose place the asked chunk takes.
 Each of four warps has 32 columns and all tokens: weights are made into operands once.  Rows of
 activations are 128 bytes, their eight 16-byte parts exchanged by the row's number, so that neither
-`cp.async` nor `ldmatrix` meets a bank twice.  Results pass through shared memory too, so that they are
-stored, and extra operands read, along rows.
+`cp.async` nor `ldmatrix` meets a bank twice.  Results pass through shared memory too, so that they
+are stored, and extra operands read, along rows.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from qcompiler.targets.cuda.device import (
     shared,
     store,
     store_vector,
+    unrolled,
     vector,
     view,
     when,
@@ -136,9 +137,7 @@ class _Stages:
             source_row = minimum(self._place.y * self._shape.rows + row, self._rows - 1)
             offset = let(chunk * CHUNK_BYTES + index * _PART)
             source = array.ptr_to([wide(source_row) * self._row_bytes + wide(offset)])
-            target = self._memory.ptr_to(
-                [start + row * CHUNK_BYTES + (index ^ (row % 8)) * _PART]
-            )
+            target = self._memory.ptr_to([start + row * CHUNK_BYTES + (index ^ (row % 8)) * _PART])
             if self._row_bytes % CHUNK_BYTES == 0:
                 emit("cp.async.cg.shared.global", target, source, _PART)
                 continue
@@ -164,7 +163,12 @@ class _Stages:
             row, offset = part * _PART // per_row, part * _PART % per_row
             first = (self._place.x * _TILE_ROWS + row) * self._layout.groups + chunk * 64 // group
             source = self._arrays["ws"].ptr_to([first * 32 + offset])
-            emit("cp.async.cg.shared.global", self._memory.ptr_to([start + part * _PART]), source, _PART)
+            emit(
+                "cp.async.cg.shared.global",
+                self._memory.ptr_to([start + part * _PART]),
+                source,
+                _PART,
+            )
 
 
 class _Sums:
@@ -195,7 +199,7 @@ class _Sums:
         scales = self._load_scales(weights)
         for step in range(STEPS):
             fragments = [self._fragment(words, side, step, scales) for side in range(2)]
-            for pair in range(self._tokens // 2):
+            with unrolled(self._tokens // 2) as pair:
                 self._add_pair(fragments, start, step, pair)
 
     def _fragment(self, words: Expr, side: int, step: int, scales: Expr) -> list[Expr]:
@@ -228,7 +232,7 @@ class _Sums:
                     emit("prmt.b32", scales[index], pair[0], pair[0], constant(order, "uint32"))
         return scales
 
-    def _add_pair(self, fragments: list[list[Expr]], start: Expr, step: int, pair: int) -> None:
+    def _add_pair(self, fragments: list[list[Expr]], start: Expr, step: int, pair: Expr) -> None:
         """Add the products with 16 tokens."""
         lane = self._place.lane
         row = pair * 16 + lane // 16 * 8 + lane % 8
@@ -250,7 +254,7 @@ def _finish(totals: Expr, shape: Tile, place: Place, memory: Expr, finish: Finis
     results = view(memory, "float32", shape.rows * RESULT_PITCH)
     dtype = "float32" if totals.dtype == "float32" else "int32"
     for side in range(2):
-        for tokens in range(shape.rows // 8):
+        with unrolled(shape.rows // 8) as tokens:
             for i in range(4):
                 column = place.warp * 32 + side * 16 + i // 2 * 8 + place.lane // 4
                 token = tokens * 8 + place.lane % 4 * 2 + i % 2
