@@ -153,7 +153,7 @@ def main() -> None:
     rows = []
     for source, data in sources(arguments):
         try:
-            bundle = compiled(source, arguments.work / source.stem, not arguments.no_timing)
+            bundle = compiled(source, arguments.work / source.stem, data, not arguments.no_timing)
             if not arguments.compile_only:
                 rows.append(measure(source, bundle, data, arguments.seconds))
         except Exception as error:
@@ -185,10 +185,11 @@ def samples_in(data: Path) -> list[Feeds]:
     return [dict(np.load(file)) for file in sorted(data.glob("*.npz"))]
 
 
-def compiled(source: Path, bundle: Path, timing: bool) -> Path:
-    """The bundle of a model, compiled now if there was none."""
+def compiled(source: Path, bundle: Path, data: Path, timing: bool) -> Path:
+    """The bundle of a model, compiled now if there was none; of `data` only the sizes matter."""
     if not bundle.is_dir():
-        report = qcompiler.compile(source, "x86-int8", bundle, timing=timing)
+        options = {"timing": timing, "calibration": data}
+        report = qcompiler.compile(source, "x86-int8", bundle, **options)
         print(source.stem, report.notes or "", (report.choices or {}).get("lost") or "", flush=True)
     return bundle
 

@@ -51,13 +51,14 @@ def main() -> None:
 
 
 def samples_of(model: Path, data: Path | None, scratch: Path) -> Path:
-    """The folder with samples for a model; made up where there is none."""
+    """The folder with samples for a model; made up where there is none, and kept in `scratch`."""
     if data is not None and (data / model.stem).is_dir():
         return data / model.stem
-    feed, _ = random_feed(ort.InferenceSession(model).get_inputs(), {})
     folder = scratch / f"{model.stem}-samples"
-    folder.mkdir()
-    np.savez(folder / "0.npz", **feed)
+    if not folder.exists():
+        feed, _ = random_feed(ort.InferenceSession(model).get_inputs(), {})
+        folder.mkdir()
+        np.savez(folder / "0.npz", **feed)
     return folder
 
 

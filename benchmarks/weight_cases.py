@@ -16,7 +16,7 @@ from whisper_smollm2 import cross_entropy
 
 Feeds = dict[str, Any]
 
-TOKENS, CALIBRATION = 512, 32
+TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Case:
     score: Callable[[Path], dict[str, float]]
 
 
-def smollm2(text: Path, count: int) -> Case:
+def smollm2(text: Path, count: int, calibrate: int) -> Case:
     """Perplexity of windows from the beginning of a text; windows of its end calibrate."""
     from transformers import AutoTokenizer
 
@@ -44,9 +44,9 @@ def smollm2(text: Path, count: int) -> Case:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     ids = np.asarray(tokenizer(text.read_text(encoding="utf-8"))["input_ids"], np.int64)
     pieces = ids[: len(ids) // TOKENS * TOKENS].reshape(-1, 1, TOKENS)
-    if len(pieces) < count + CALIBRATION:
+    if len(pieces) < count + calibrate:
         raise SystemExit(
-            f"{text} has {len(pieces)} windows of {TOKENS} tokens, {count + CALIBRATION} are needed"
+            f"{text} has {len(pieces)} windows of {TOKENS} tokens, {count + calibrate} are needed"
         )
     feeds = [{"input_ids": piece, "attention_mask": np.ones_like(piece)} for piece in pieces]
 
@@ -58,17 +58,17 @@ def smollm2(text: Path, count: int) -> Case:
         ]
         return {"perplexity": float(np.exp(np.mean(losses)))}
 
-    return Case(source, _maker_of(source, "logits"), feeds[-CALIBRATION:], score)
+    return Case(source, _maker_of(source, "logits"), feeds[-calibrate:], score)
 
 
-def minilm(sts: Path, train: Path, count: int) -> Case:
+def minilm(sts: Path, train: Path, count: int, calibrate: int) -> Case:
     """Spearman's rho on pairs of STS-B, and the SQNR of sentence vectors against float ones."""
     from scipy.stats import spearmanr
 
     source, tokenizer_file = models.minilm()
     tokenizer, rows = load_tokenizer(tokenizer_file), read_sts(sts)[:count]
     sentences = [row[5] for row in rows] + [row[6] for row in rows]
-    calibration = [encode(tokenizer, [row[5]]) for row in read_sts(train)[:256]]
+    calibration = [encode(tokenizer, [row[5]]) for row in read_sts(train)[:calibrate]]
 
     def vectors_of(path: Path) -> np.ndarray:
         session, parts = open_float(path), []

@@ -33,9 +33,9 @@ TARGETS = {
         Target("x86-int4", "x86", _INT4_CPU, _X86, _CPU, "linux-x86_64"),
         Target("arm-int8", "arm", _INT8, _ARM, _CPU, "linux-aarch64"),
         Target("arm-int4", "arm", _INT4_CPU, _ARM, _CPU, "linux-aarch64"),
-        Target("cuda-int8", "cuda", _INT8, _SM, _CUDA, "linux-x86_64"),
-        Target("cuda-int4", "cuda", _INT4_CUDA, _SM, _CUDA, "linux-x86_64"),
-        Target("cuda-fp8", "cuda", _FP8, _SM[:2], _CUDA, "linux-x86_64"),
+        Target("cuda-int8", "cuda", _INT8, _SM, _CUDA, "linux-x86_64", "fp16"),
+        Target("cuda-int4", "cuda", _INT4_CUDA, _SM, _CUDA, "linux-x86_64", "fp16"),
+        Target("cuda-fp8", "cuda", _FP8, _SM[:2], _CUDA, "linux-x86_64", "fp16"),
     )
 }
 

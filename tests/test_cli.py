@@ -33,7 +33,7 @@ def test_help_shows_options_and_verbs():
             assert word in result.stdout
 
 
-@pytest.mark.parametrize("verb", ["targets", "inspect", "bench", "compare", "pass"])
+@pytest.mark.parametrize("verb", ["targets", "inspect", "bench", "compare", "pass", "take-weights"])
 def test_help_of_a_verb(verb):
     result = qcompile(verb, "--help")
     assert result.exit_code == 0
@@ -49,7 +49,7 @@ def test_version():
     ("args", "message"),
     [
         (["inspct", "x"], "'inspct' is neither a file nor a verb; did you mean 'inspect'?"),
-        (["frobnicate"], "the verbs are targets, inspect, bench, compare, pass"),
+        (["frobnicate"], "the verbs are targets, inspect, bench, compare, pass, take-weights"),
         ([MODEL, "--targt", "x86-int8"], "No such option '--targt'"),
         (["bench", "b", "--agaisnt", "m"], "Did you mean '--against'?"),
         ([MODEL], "Missing option '--target'. Choose from: x86-int8, x86-int4, arm-int8"),

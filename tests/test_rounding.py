@@ -3,6 +3,7 @@
 import concurrent.futures
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from golden import model_of, run, sqnr
@@ -132,6 +133,57 @@ def test_zero_points(tmp_path):
     assert sqnr(run(model(weights=weights), FEEDS)[0], session.run(None, FEEDS)[0]) > 20
 
 
+@pytest.mark.parametrize("target", ["x86-int4", "cuda-int4"])
+@pytest.mark.parametrize(("word", "steps", "floor"), [("int3", 8, 10), ("int2", 4, 4)])
+def test_fewer_bits(tmp_path, target, word, steps, floor):
+    recipe = qcompiler.Recipe(nodes=[{"op": "MatMul", "precision": word}], group_size=32)
+    report = qcompiler.compile(
+        model(), target, tmp_path / "b", recipe=recipe, timing=False, stop_after="qdq"
+    )
+    graph = ir.load(report.bundle).graph
+    stored = [node.inputs[0].const_value for node in graph if node.op_type == "DequantizeLinear"
+              and node.inputs[0].const_value is not None]  # fmt: skip
+    assert [tensor.dtype for tensor in stored] == [ir.DataType.INT4] * 2
+    assert all(len(np.unique(tensor.numpy().astype(int))) == steps for tensor in stored)
+    bits = word[-1]
+    assert all(f"weights of {bits} bits, stored in int4" in d.why for d in report.decisions
+               if d.op == "MatMul")  # fmt: skip
+    bundle = qcompiler.compile(model(), target, tmp_path / "c", recipe=recipe, timing=False).bundle
+    session = qcompiler.load(bundle, native=False, providers=["CPUExecutionProvider"])
+    assert sqnr(run(model(), FEEDS)[0], session.run(None, FEEDS)[0]) > floor
+
+
+def test_two_bits_are_two_in_a_file_for_onnx_runtime(tmp_path):
+    recipe = qcompiler.Recipe(nodes=[{"op": "MatMul", "precision": "int2"}], group_size=32)
+    facts = {"recipe": recipe, "timing": False}
+    file = qcompiler.compile(model(), "cuda-int4", tmp_path / "m.onnx", emit="ort", **facts).bundle
+    bits = [node.attributes.get_int("bits") for node in ir.load(file).graph
+            if node.op_type == "MatMulNBits"]  # fmt: skip
+    assert bits == [2, 2]
+    bundle = qcompiler.compile(model(), "cuda-int4", tmp_path / "b", **facts).bundle
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    expected = qcompiler.load(
+        bundle, native=False, providers=["CPUExecutionProvider"], session_options=options
+    ).run(None, FEEDS)[0]
+    assert sqnr(expected, ort.InferenceSession(file).run(None, FEEDS)[0]) > 60
+
+
+@pytest.mark.parametrize("target", ["x86-int4", "cuda-int4", "arm-int4"])
+def test_one_scale_per_channel(tmp_path, target):
+    recipe = qcompiler.Recipe(group_size=0)
+    weights = {"v": RNG.standard_normal((K, 200), dtype=np.float32) / 8,
+               "w": RNG.standard_normal((200, N), dtype=np.float32) / 8}  # fmt: skip
+    report = qcompiler.compile(
+        model(weights=weights), target, tmp_path / "b", recipe=recipe, timing=False, strict=False
+    )
+    graph = ir.load(report.bundle / "model.onnx").graph
+    shapes = [tuple(value.shape) for name, value in graph.initializers.items() if "scale" in name]
+    assert sorted(shapes) == [(1, N), (1, 200)]
+    session = qcompiler.load(report.bundle, native=False, providers=["CPUExecutionProvider"])
+    assert sqnr(run(model(weights=weights), FEEDS)[0], session.run(None, FEEDS)[0]) > 12
+
+
 @pytest.mark.parametrize("target", ["x86-int4", "cuda-int4", "arm-int4"])
 @pytest.mark.parametrize("depth", [40, 8, 200])
 def test_groups_that_do_not_divide(tmp_path, target, depth):
@@ -169,8 +221,6 @@ def test_inside_of_a_branch_there_is_only_rounding_to_nearest():
 
 
 def test_on_the_command_line(tmp_path):
-    import onnx_ir as ir
-
     ir.save(model(), tmp_path / "m.onnx")
     np.savez(tmp_path / "a.npz", x=rows(0))
     (tmp_path / "r.toml").write_text("[passes.gptq]\ndamping = 0.05\n")

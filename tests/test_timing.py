@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from conftest import mlp
@@ -22,6 +23,7 @@ from qcompiler.report import Report
 from qcompiler.targets import x86
 from qcompiler.targets.cache import KernelCache
 from qcompiler.timing.cost_model import border_cost, estimate, model_error
+from qcompiler.timing.exact_source import exact_source, sums_saturate
 from qcompiler.timing.judge import Judge
 from qcompiler.timing.measure import Stopwatch, can_time
 from qcompiler.timing.observed_shapes import model_inputs, observed_shapes
@@ -281,8 +283,55 @@ def imported():
     )
 
 
-def test_strict_accepts_that_nothing_is_gained(tmp_path, timed, whole):
+def test_a_model_that_is_faster_by_wrong_sums_is_timed_with_exact_ones(
+    tmp_path, timed, whole, monkeypatch
+):
+    monkeypatch.setattr("qcompiler.timing.exact_source.sums_saturate", lambda: True)
+    whole.extend([0.75, 1.0])
+    report = qcompiler.compile(imported(), "x86-int8", tmp_path / "a")
+    assert report.choices["lost"] is None and report.count("kernel") == 1
+    assert report.choices["whole"][0]["speedup"] == 1.0
+    assert "4 ms against 3 ms on 1 thread, because ONNX Runtime's sums" in report.notes[-1]
+    whole.extend([0.75, 0.9])
+    report = qcompiler.compile(imported(), "x86-int8", tmp_path / "b")
+    assert "the whole is slower: 4 ms against 3 ms on 1 thread" in report.choices["lost"]
+
+
+def test_an_exact_source_is_the_same_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("qcompiler.timing.exact_source.sums_saturate", lambda: True)
+    file = tmp_path / "model.onnx"
+    ir.save(imported(), file)
+    feeds = {"x": np.linspace(-1, 1, 3 * 64, dtype=np.float32).reshape(3, 64)}
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    expected = ort.InferenceSession(file, options).run(None, feeds)[0]
+    with exact_source(file) as copy:
+        (weight,) = (v for v in ir.load(copy).graph.initializers.values() if v.shape.rank() == 2)
+        got = ort.InferenceSession(copy).run(None, feeds)[0]
+    assert weight.dtype is ir.DataType.UINT8 and not copy.exists()
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    ir.save(mlp(), file)
+    with exact_source(file) as copy:
+        assert copy is None
+
+
+def test_sums_saturate_without_vnni():
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    if "avx2" not in flags:
+        pytest.skip("no x86 processor that says what it has")
+    assert sums_saturate() == (not {"avx512_vnni", "avx_vnni"} & {*flags})
+
+
+def test_where_sums_are_exact_nothing_is_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr("qcompiler.timing.exact_source.sums_saturate", lambda: False)
+    with exact_source(tmp_path / "not looked at.onnx") as copy:
+        assert copy is None
+
+
+def test_strict_accepts_that_nothing_is_gained(tmp_path, timed, whole, monkeypatch):
     """What was quantized already stays so, without kernels; that is no lack of them."""
+    monkeypatch.setattr("qcompiler.timing.exact_source.sums_saturate", lambda: False)
     whole.append(0.5)
     report = qcompiler.compile(imported(), "x86-int8", tmp_path / "a", strict=True)
     bodies = [decision for decision in report.decisions if decision.action == "body"]

@@ -1,5 +1,6 @@
 """Quantized types: their ranges, what cannot be, and texts that parse back."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -49,7 +50,19 @@ def quant_types(draw):
         granularity,
         symmetric=name == "INT32" or draw(st.booleans()),
         narrow_range=signed and draw(st.booleans()),
+        bits=None if name == "INT2" else draw(st.sampled_from([None, 2, 3])),
     )
+
+
+@given(quant_types())
+def test_two_levels_are_of_groups_of_rows(type):
+    grouped = isinstance(type.granularity, PerGroup) and type.granularity.axis in (0, -2)
+    if type.symmetric and type.expressed is ir.DataType.FLOAT and grouped:
+        two = dataclasses.replace(type, two_level=True)
+        assert QuantType.parse(str(two)) == two != type
+        return
+    with pytest.raises(OptionError, match="only float scales of groups of rows, without zero"):
+        dataclasses.replace(type, two_level=True)
 
 
 @given(quant_types(), st.sampled_from(["static", "dynamic"]))
@@ -87,6 +100,7 @@ def test_the_text_form():
         ("quant<int8:float, row>", "no granularity 'row': write tensor, axis=1 or axis=0/32"),
         ("quant<int8:float, axis=0/0>", "group size 0: a group has 1 element or more"),
         ("quant<uint8:float, tensor, narrow>", "only signed integers have a narrow range"),
+        ("quant<int4:float, tensor, bits=5>", "5 bits: must be 2 or more, and fewer than INT4"),
         ("quant<nf4:float, tensor, asymmetric>", "a codebook has no zero point"),
         ("quant<mine[0.0 x]:float, tensor>", "could not convert string to float: 'x'"),
         ("quant<mine[1.0]:float, tensor>", "codebook 'mine' has 1 values, it needs 2 to 256"),
@@ -111,6 +125,8 @@ def test_a_wrong_spec_says_what_is_wrong():
         (lambda: QuantType(INT8, ir.DataType.DOUBLE), "cannot stand for DOUBLE, only for float"),
         (lambda: QuantType(UINT8, narrow_range=True), "only signed integers"),
         (lambda: QuantType(FP8, narrow_range=True), "only signed integers"),
+        (lambda: QuantType(INT4, bits=4), "4 bits: must be 2 or more, and fewer than INT4 has"),
+        (lambda: QuantType(FP8, bits=3), "only integers have fewer bits"),
         (lambda: QuantType(FP8, symmetric=False), "FLOAT8E4M3FN has no zero point in ONNX"),
         (lambda: QuantType(ir.DataType.INT32, symmetric=False), "INT32 has no zero point"),
         (lambda: QuantType(UINT4, symmetric=False, codebook=NF4), "a codebook has no zero point"),
@@ -135,6 +151,8 @@ def test_refuses_what_cannot_be(make, message):
         (QuantType(INT8, narrow_range=True), (-127, 127), 0),
         (QuantType(UINT8), (0, 255), 128),
         (QuantType(INT4), (-8, 7), 0),
+        (QuantType(INT4, bits=3), (-4, 3), 0),
+        (QuantType(UINT4, bits=2), (0, 3), 2),
         (QuantType(ir.DataType.UINT2), (0, 3), 2),
         (QuantType(ir.DataType.INT16), (-32768, 32767), 0),
         (QuantType(FP8), (-448, 448), 0),
