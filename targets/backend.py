@@ -59,11 +59,13 @@ class Backend(Protocol):
     """The kernels of an architecture.
 
     Attributes:
+        all_isas: The instruction sets that kernels are written for, best first.
         glue: The files of `native/` that run them.
         flags: More flags to compile those with.
         link_flags: The same of the linker.
     """
 
+    all_isas: tuple[str, ...]
     glue: tuple[str, ...]
     flags: tuple[str, ...]
     link_flags: tuple[str, ...]

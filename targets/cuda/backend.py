@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
-from qcompiler.ir.region import Region
+from qcompiler.ir.region import HALF, Region
 from qcompiler.targets import cuda
 from qcompiler.targets.backend import Workshop, native_headers, native_text
 from qcompiler.targets.cache import content_key
@@ -15,9 +15,6 @@ from qcompiler.targets.cubin import CubinCompiler, find_cubin_compiler
 from qcompiler.targets.cuda.table import cubin_name, cuda_table
 
 __all__ = ["CudaBackend"]
-
-_BEST_FIRST = tuple(reversed(cuda.ARCHS))
-
 
 class CudaBackend:
     """See `targets/backend.py`.
@@ -27,6 +24,7 @@ class CudaBackend:
         compiler: Of cubins; by default the one that this machine has.
     """
 
+    all_isas: tuple[str, ...] = tuple(reversed(cuda.ARCHS))
     glue: tuple[str, ...] = (
         "cuda_driver.c", "cuda_ops.c", "cuda_pack.c", "ort.c", "qcompiler.c", "twins.c"
     )  # fmt: skip
@@ -38,6 +36,8 @@ class CudaBackend:
 
     def supports(self, region: Region) -> str | None:
         """Why `region` has no kernel, or None when it has one."""
+        if region.anchor in cuda.FAMILIES and HALF not in region.flags:
+            return "kernels for GPUs take float16"
         return cuda.supports(region)
 
     def fingerprint(self) -> str:
@@ -56,7 +56,7 @@ class CudaBackend:
     def isas(self, regions: Sequence[Region]) -> tuple[str, ...]:
         """The architectures that any of `regions` is compiled for, best first."""
         found = {arch for region in regions for arch in cuda.archs_of(region)}
-        return tuple(arch for arch in _BEST_FIRST if arch in found)
+        return tuple(arch for arch in self.all_isas if arch in found)
 
     def objects(self, regions: Sequence[Region], domain: str, workshop: Workshop) -> list[bytes]:
         """The object of the table, with all cubins in it."""

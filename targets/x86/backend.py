@@ -21,6 +21,7 @@ _FROM_LIBC = {"memcpy", "memmove", "memset"}
 class X86Backend:
     """See `targets/backend.py`."""
 
+    all_isas: tuple[str, ...] = tuple(isa.name for isa in x86.ISAS)
     glue: tuple[str, ...] = (
         "attention.c", "norm.c", "ort.c", "qcompiler.c", "qmatmul.c", "qmatmul_work.c",
         "quantize.c", "x86.c",
