@@ -30,6 +30,7 @@ __all__ = [
     "constant",
     "emit",
     "extern",
+    "half_of",
     "kernel",
     "let",
     "loop",
@@ -164,6 +165,12 @@ def wide(value: Expr) -> Expr:
 def extern(dtype: str, name: str, *args: Expr) -> Expr:
     """A call to a function of CUDA's headers, without side effects."""
     return tirx.call_pure_extern(dtype, name, *args)
+
+
+def half_of(word: Expr, index: int) -> Expr:
+    """The lower (0) or upper float16 of a uint32, as float32."""
+    bits = cast("uint16", word >> constant(16 * index, "uint32"))
+    return let(cast("float32", reinterpret("float16", bits)))
 
 
 def shuffle_xor(value: Expr, distance: int) -> Expr:

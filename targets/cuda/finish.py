@@ -17,8 +17,9 @@ from qcompiler.targets.cuda.device import (
     Place,
     cast,
     ceildiv,
-    constant,
+    emit,
     extern,
+    half_of,
     kernel,
     let,
     loop,
@@ -26,9 +27,8 @@ from qcompiler.targets.cuda.device import (
     minimum,
     real,
     registers,
+    reinterpret,
     store,
-    store_vector,
-    vector,
     when,
     wide,
 )
@@ -116,49 +116,66 @@ class Finish:
         values = self._scaled(row, column, sums)
         if self._split is not None:
             part = wide(self._split) * wide(self._rows) * self._n
-            _write(self._arrays["workspace"], "float32", values, part + place)
+            _write_floats(self._arrays["workspace"], values, part + place)
             return
         operands = [
-            _read(self._arrays[f"extra{i}"], wide(column) if kind == "channel" else place, count)
+            _read_halves(
+                self._arrays[f"extra{i}"], wide(column) if kind == "channel" else place, count
+            )
             for i, kind in enumerate(self._region.extras)
         ]
         results = [
             apply_steps(Scalars(), self._region, value, [operand[i] for operand in operands])
             for i, value in enumerate(values)
         ]
-        _write(self._arrays["y"], "float16", results, place)
+        _write_halves(self._arrays["y"], results, place)
 
     def _scaled(self, row: Expr, column: Expr, sums: Sequence[Expr]) -> list[Expr]:
         # Only kernels that multiply 8 bits have `s`: others, and `combine`, get what is scaled.
         if "s" not in self._arrays:
             return [cast("float32", value) for value in sums]
         by_token = let(self._arrays["s"][row])
-        scales = self._arrays["ws"]
+        scales = _read_floats(self._arrays["ws"], column, len(sums))
         return [
-            cast("float32", value) * by_token * scales[column + i] for i, value in enumerate(sums)
+            cast("float32", value) * by_token * scale
+            for value, scale in zip(sums, scales, strict=True)
         ]
 
 
-def _read(array: Expr, index: Expr, count: int) -> Expr:
-    """`count` float16 as float32 registers."""
-    values = registers("float32", count)
+def _read_floats(array: Expr, index: Expr, count: int) -> list[Expr]:
+    """1 or 4 float32."""
     if count == 1:
-        store(values, cast("float32", array[index]), 0)
-    else:
-        loaded = vector(array, index, "float16", count)
-        store_vector(values, cast(f"float32x{count}", loaded), constant(0, "int64"), count)
-    return values
+        return [array[index]]
+    words = registers("uint32", count)
+    emit("ld.global.nc.v4.u32", *(words[i] for i in range(count)), array.ptr_to([index]))
+    return [reinterpret("float32", words[i]) for i in range(count)]
 
 
-def _write(array: Expr, dtype: str, values: Sequence[Expr], index: Expr) -> None:
+def _read_halves(array: Expr, index: Expr, count: int) -> list[Expr]:
+    """1 or 4 float16, as float32."""
+    if count == 1:
+        return [let(cast("float32", array[index]))]
+    words = registers("uint32", count // 2)
+    emit("ld.global.nc.v2.u32", *(words[i] for i in range(count // 2)), array.ptr_to([index]))
+    return [half_of(words[i // 2], i % 2) for i in range(count)]
+
+
+def _write_floats(array: Expr, values: Sequence[Expr], index: Expr) -> None:
     if len(values) == 1:
-        store(array, cast(dtype, values[0]), index)
+        store(array, values[0], index)
         return
-    results = registers("float32", len(values))
-    for i, value in enumerate(values):
-        store(results, value, i)
-    narrowed = cast(f"{dtype}x{len(values)}", vector(results, constant(0), "float32", len(values)))
-    store_vector(array, narrowed, index, len(values))
+    words = [reinterpret("uint32", let(value)) for value in values]
+    emit("st.global.v4.u32", array.ptr_to([index]), *words)
+
+
+def _write_halves(array: Expr, values: Sequence[Expr], index: Expr) -> None:
+    if len(values) == 1:
+        store(array, cast("float16", values[0]), index)
+        return
+    words = registers("uint32", len(values) // 2)
+    for i, (low, high) in enumerate(zip(values[::2], values[1::2], strict=True)):
+        emit("cvt.rn.f16x2.f32", words[i], let(high), let(low))
+    emit("st.global.v2.u32", array.ptr_to([index]), *(words[i] for i in range(len(values) // 2)))
 
 
 def combine_kernel(region: Region, splits: int, threads: int) -> object:

@@ -1,8 +1,8 @@
 """Which kernels a region gets: their shapes, and for how many rows each is.
 
 Nothing here imports tvm.  Weights are the 16-row operand of `mma.sync` and tokens its 8 columns, so
-that a few tokens fill a product as well as many.  A step of K is counted in bytes of an activation's
-row: one mma takes 32, a *chunk* is 128, which four of them share.
+that a few tokens fill a product as well as many.  A step of K is counted in bytes of a row of
+activations: one mma takes 32, a *chunk* is 128, which four of them share.
 
     M <= 8    `Stream`: a block has 16 columns, its warps divide K; each weight is read once,
               straight into the registers of the lane that multiplies it.
@@ -112,7 +112,9 @@ RESULT_PITCH = COLUMN_MULTIPLE + 4
 
 def shapes_of(region: Region) -> list[tuple[int | None, Shape]]:
     """The kernels of a product, each with the largest M it is for."""
-    tiles = ((16, 16), (64, 64), (64, 256), (128, None))
+    # mma.sync of FP8 is made of float16 ones on sm_90, which takes too many registers for 128 rows.
+    most_rows = 64 if region.anchor == "QMatMulFp8" else 128
+    tiles = ((16, 16), (64, 64), (64, 256), (most_rows, None))
     shapes: list[tuple[int | None, Shape]] = [(STREAM_ROWS, _stream(region))]
     shapes += [(most, _tile(region, rows, most)) for rows, most in tiles]
     following = [shape for _, shape in shapes[1:]] + [None]

@@ -42,7 +42,7 @@ class Product(ABC):
         """The four registers of a step, from the words of a chunk, four per tile."""
 
     def activations(self, loaded: Expr, count: int) -> None:
-        """Change what was loaded of activations, in place, into what is multiplied: here nothing."""
+        """Make what was loaded of activations, in place, what is multiplied: as it is."""
         return
 
     def multiply(

@@ -23,13 +23,13 @@ from qcompiler.targets.cuda.device import (
     constant,
     emit,
     extern,
+    half_of,
     kernel,
     let,
     loop,
     maximum,
     real,
     registers,
-    reinterpret,
     shared,
     shuffle_xor,
     store,
@@ -103,8 +103,7 @@ class _Row:
         words = registers("uint32", 4)
         source = self._arrays["x"].ptr_to([index])
         emit("ld.global.v4.u32", *(words[i] for i in range(4)), source)
-        halves = [cast("uint16", words[i // 2] >> _word(16 * (i % 2))) for i in range(_VECTOR)]
-        return [let(cast("float32", reinterpret("float16", half))) for half in halves]
+        return [half_of(words[i // 2], i % 2) for i in range(_VECTOR)]
 
     def _of_block(self, largest: Expr) -> Expr:
         """The largest of all threads' values."""

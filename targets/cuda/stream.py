@@ -16,9 +16,9 @@ from qcompiler.targets.cuda.device import (
     Expr,
     Place,
     barrier,
-    cast,
     constant,
     emit,
+    half_of,
     kernel,
     let,
     loop,
@@ -117,11 +117,10 @@ class _Sums:
             product.clear(self._of_group, 4)
         product.multiply(self._of_group, 0, fragment, tokens)
         if (step + 1) % per_group == 0:
-            pair = scales[step // per_group]
+            halves = [half_of(scales[step // per_group], half) for half in range(2)]
             for i in range(4):
-                half = cast("uint16", pair >> constant(16 * (i // 2), "uint32"))
-                scale = cast("float32", reinterpret("float16", half))
-                store(self.totals, self.totals[i] + self._of_group[i] * scale, i)
+                scaled = self._of_group[i] * halves[i // 2]
+                store(self.totals, self.totals[i] + scaled, i)
 
     def _load_tile(self, words: Expr, index: int, first: Expr, chunk: int, tile: int) -> None:
         product, place = self._product, self._place
