@@ -12,14 +12,15 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from cuda_emulator import Emulated, needs_compiler
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from stand_in import ON_CPU, Bench, Driver, Gpu, StandInBackend
 
 from qcompiler.ir import dialect
-from qcompiler.ir.region import Region, Step
+from qcompiler.ir.region import HALF, Region, Step
 from qcompiler.session_options import new_session_options
-from qcompiler.targets import cuda
+from qcompiler.targets import cubin, cuda
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.cuda.packing import pack, pack_scales
 from qcompiler.targets.library import build_library
@@ -36,18 +37,25 @@ B200 = Gpu(10, 0, "B200", 227 * 1024)
 K, N = 1088, 200
 BIAS_RELU = (Step("Add", (0, -1)), Step("Relu", (1,)))
 RESIDUAL = (Step("Add", (0, -1)), Step("Add", (1, -2)))
-W4 = Region("QMatMulW4A16", (("K", K), ("N", N), ("G", 128)), ("channel",), BIAS_RELU)
-W4_ODD = Region("QMatMulW4A16", (("K", 104), ("N", 33), ("G", 32)))
-W8 = Region("QMatMulW8A8", (("K", K), ("N", N)), ("channel", "tensor"), RESIDUAL)
-FP8 = Region("QMatMulFp8", (("K", 144), ("N", 40)))
-QUANTIZE = Region("Quantize", (("K", K),))
-QUANTIZE_FP8 = Region("QuantizeFp8", (("K", K),))
-GELU = Region(
-    "QMatMulW8A8", (("K", 64), ("N", 16)), ("channel",),
-    (Step("Mul", (0, -1)), Step("Gelu", (1,)), Step("Tanh", (2,)),
-     Step("Clip", (3,), (("max", 0.5),))),
+
+
+def half(anchor: str, sizes: dict[str, int], *extras: Any, steps: tuple[Step, ...] = ()) -> Region:
+    return Region(anchor, tuple(sizes.items()), extras, steps, flags=(HALF,))
+
+
+W4 = half("QMatMulW4A16", {"K": K, "N": N, "G": 128}, "channel", steps=BIAS_RELU)
+W4_ODD = half("QMatMulW4A16", {"K": 104, "N": 33, "G": 32})
+W8 = half("QMatMulW8A8", {"K": K, "N": N}, "channel", "tensor", steps=RESIDUAL)
+FP8 = half("QMatMulFp8", {"K": 144, "N": 40})
+QUANTIZE = half("Quantize", {"K": K})
+QUANTIZE_FP8 = half("QuantizeFp8", {"K": K})
+GELU = half(
+    "QMatMulW8A8", {"K": 64, "N": 16}, "channel",
+    steps=(Step("Mul", (0, -1)), Step("Gelu", (1,)), Step("Tanh", (2,)),
+           Step("Clip", (3,), (("max", 0.5),))),
 )  # fmt: skip
-REGIONS = [W4, W4_ODD, W8, FP8, QUANTIZE, QUANTIZE_FP8, GELU]
+SMALL = half("QMatMulW4A16", {"K": 1024, "N": 40, "G": 128}, "channel", steps=BIAS_RELU)
+REGIONS = [W4, W4_ODD, W8, FP8, QUANTIZE, QUANTIZE_FP8, GELU, SMALL]
 
 TYPES = {
     "QMatMulW4A16": {"x": np.float16, "y": np.float16},
@@ -453,6 +461,64 @@ def test_the_context_of_the_caller_is_used_and_kept(on_cpu: Path, bench: Bench) 
     assert {launch.context for launch in driver.launched()} == {0x1000}
 
 
+@needs_compiler
+def test_generated_kernels_in_a_session(on_cpu: Path, bench: Bench, tmp_path: Path) -> None:
+    """All of it but the GPU: ONNX Runtime, the glue, the driver's place, and TVM's CUDA emulated."""
+    driver, constants = bench.driver(H200), constants_of(SMALL)
+    kernels = Emulated(cuda.source(SMALL, "sm_90a"), tmp_path)
+    k, n = SMALL.size("K"), SMALL.size("N")
+    layout = cuda.packing(SMALL)
+
+    def array(name: str, address: int, rows: int, splits: int) -> Array:
+        shapes: dict[str, tuple[Any, ...]] = {
+            "x": (np.float16, rows, k),
+            "w": (np.uint8, layout.weight_bytes),
+            "ws": (np.uint8, layout.scale_bytes),
+            "extra0": (np.float16, n),
+            "y": (np.float16, rows, n),
+            "workspace": (np.float32, splits, rows, n),
+        }
+        return memory(address, *shapes[name])
+
+    for launch in cuda.launches(SMALL, "sm_90a"):
+        both = [(launch.symbol, launch.parameters, launch.shared_bytes)]
+        if launch.combine is not None:
+            both.append((launch.combine, launch.combine_parameters, 0))
+        for symbol, parameters, shared in both:
+
+            def run(
+                values: list[int], grid: tuple[int, int, int], symbol: str = symbol,
+                parameters: tuple[str, ...] = parameters, shared: int = shared,
+                launch: cuda.Launch = launch,
+            ) -> None:  # fmt: skip
+                given = dict(zip(parameters, values, strict=True))
+                rows = given.pop("rows")
+                arrays = {
+                    name: array(name, address, rows, launch.splits)
+                    for name, address in given.items()
+                }
+                kernels.kernel(symbol, grid, launch.threads, shared, arrays, rows)
+
+            driver.know(symbol, len(parameters), run)
+    run_session = open_session(bench.library(on_cpu), model_of(SMALL, constants))
+    for rows in (1, 12):
+        feed = feed_of(SMALL, rows)
+        (y,) = run_op(run_session, feed)
+        expected = expected_of(SMALL, constants, feed)
+        np.testing.assert_allclose(y, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
+    symbols = [launch.symbol for launch in driver.launched()]
+    assert len(set(symbols)) == len(symbols) > 1
+
+
+@pytest.mark.parametrize("region", [FP8, QUANTIZE], ids=lambda region: region.name)
+def test_cubins_have_the_symbols_that_are_asked_for(region: Region) -> None:
+    compiler = cubin.find_cubin_compiler()
+    image = compiler.compile(cuda.source(region, "sm_90a"), "sm_90a")
+    for launch in cuda.launches(region, "sm_90a"):
+        assert b"\0" + launch.symbol.encode() + b"\0" in image
+        assert launch.combine is None or b"\0" + launch.combine.encode() + b"\0" in image
+
+
 # --- what cannot run --------------------------------------------------------------------------
 
 
@@ -468,7 +534,7 @@ def runs_body(library: Path, capfd: pytest.CaptureFixture[str]) -> str:
     return told
 
 
-SAID = f"{DOMAIN}: 7 of 7 ops run as their function bodies, without kernels: "
+SAID = f"{DOMAIN}: 8 of 8 ops run as their function bodies, without kernels: "
 
 
 def test_no_driver(
