@@ -463,7 +463,7 @@ def test_the_context_of_the_caller_is_used_and_kept(on_cpu: Path, bench: Bench) 
 
 @needs_compiler
 def test_generated_kernels_in_a_session(on_cpu: Path, bench: Bench, tmp_path: Path) -> None:
-    """All of it but the GPU: ONNX Runtime, the glue, the driver's place, and TVM's CUDA emulated."""
+    """All but the GPU: ONNX Runtime, the glue, a driver, and the CUDA that TVM wrote, emulated."""
     driver, constants = bench.driver(H200), constants_of(SMALL)
     kernels = Emulated(cuda.source(SMALL, "sm_90a"), tmp_path)
     k, n = SMALL.size("K"), SMALL.size("N")
