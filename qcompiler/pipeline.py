@@ -26,6 +26,8 @@ from qcompiler.targets.target import Target
 
 __all__ = ["Pipeline", "Step", "Watcher"]
 
+_AN_ATTENTION = Region("Attention", (("D", 64),))
+
 
 class Pipeline:
     """An ordered list of passes that can be edited before it runs.
@@ -76,7 +78,7 @@ class Pipeline:
         recipe = recipe or Recipe()
         goal = catalog.get_target(target) if isinstance(target, str) else target
         supports = supports or (lambda region: catalog.unsupported(goal, region))
-        if recipe.attention is not None and not catalog.built_isas(goal):
+        if recipe.attention is not None and catalog.unsupported(goal, _AN_ATTENTION) is not None:
             raise OptionError(
                 f"attention {recipe.attention!r}: {goal.name} has no kernel of attention; leave "
                 "it out"

@@ -147,7 +147,7 @@ def intrinsic(dtype: str, name: str, *args: Expr) -> Expr:
     return tirx.call_llvm_pure_intrin(dtype, name, *args)
 
 
-def constant(value: float, dtype: str) -> Expr:
+def constant(value: float, dtype: str = "int32") -> Expr:
     """A constant of any type."""
     return tirx.const(value, dtype)
 

@@ -1,0 +1,91 @@
+"""The families of kernels for GPUs: which anchor ops have one, and why a region may have none."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qcompiler.ir.region import Region
+from qcompiler.targets.epilogue import unsupported_step
+
+__all__ = ["FAMILIES", "Family", "unsupported"]
+
+MAX_EXTRAS = 8
+MAX_ELEMENTS = 1 << 30
+"""Kernels index a row, and the packed weights, with int32."""
+MAX_INT8_DEPTH = (1 << 31) // (128 * 128) - 1
+"""The longest sum of int8 products that an int32 surely holds."""
+GROUP_SIZES = (32, 64, 128)
+MAX_SPLIT_COLUMNS = 1 << 22
+"""256 rows of so many columns are counted in an int32."""
+
+_ALL = ("sm_80", "sm_89", "sm_90a")
+_WITH_FP8 = ("sm_89", "sm_90a")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Kernels of one anchor op.
+
+    Attributes:
+        sizes: Names of a region's sizes, in order.
+        archs: The architectures that can run them.
+        row_multiple: Elements in 16 bytes of a row of activations, the least that is loaded.
+    """
+
+    sizes: tuple[str, ...]
+    archs: tuple[str, ...]
+    row_multiple: int
+
+
+FAMILIES = {
+    "QMatMulW4A16": Family(("K", "N", "G"), _ALL, 8),
+    "QMatMulW8A8": Family(("K", "N"), _ALL, 16),
+    "QMatMulFp8": Family(("K", "N"), _WITH_FP8, 16),
+    "Quantize": Family(("K",), _ALL, 8),
+    "QuantizeFp8": Family(("K",), _WITH_FP8, 8),
+}
+
+
+def unsupported(region: Region) -> str | None:
+    """Why `region` has no kernel, or None when it has one."""
+    family = FAMILIES.get(region.anchor)
+    if family is None:
+        return f"no kernel for {region.anchor}; there are {', '.join(FAMILIES)}"
+    if tuple(name for name, _ in region.sizes) != family.sizes:
+        return f"{region.anchor} takes the sizes {', '.join(family.sizes)}"
+    if any(size < 1 for _, size in region.sizes):
+        return f"a size of {dict(region.sizes)} is not positive"
+    if any(size > MAX_ELEMENTS for _, size in region.sizes):
+        return f"a size of {dict(region.sizes)} is more than 2^30"
+    k = region.size("K")
+    if k % family.row_multiple:
+        return f"K={k}: rows are loaded 16 bytes at a time, {family.row_multiple} elements"
+    if "N" in family.sizes:
+        return _unsupported_product(region)
+    return f"{region.anchor} takes no epilogue" if region.extras or region.steps else None
+
+
+def _unsupported_product(region: Region) -> str | None:
+    k, n = region.size("K"), region.size("N")
+    if k * n > MAX_ELEMENTS:
+        return f"{k} x {n} weights are more than 2^30"
+    if n > MAX_SPLIT_COLUMNS:
+        return f"N={n}: at most {MAX_SPLIT_COLUMNS} columns are supported"
+    if region.anchor == "QMatMulW8A8" and k > MAX_INT8_DEPTH:
+        return f"K={k}: an int32 sum of more than {MAX_INT8_DEPTH} products may overflow"
+    if region.anchor == "QMatMulW4A16" and region.size("G") not in GROUP_SIZES:
+        return f"groups of {region.size('G')}; known are {', '.join(map(str, GROUP_SIZES))}"
+    if region.widths:
+        return "products of several results are not written yet"
+    return _unsupported_epilogue(region)
+
+
+def _unsupported_epilogue(region: Region) -> str | None:
+    if len(region.extras) > MAX_EXTRAS:
+        return f"{len(region.extras)} extra operands; at most {MAX_EXTRAS} are supported"
+    for position, step in enumerate(region.steps):
+        if not all(-len(region.extras) <= arg <= position for arg in step.args):
+            return f"step {position} ({step.op}) reads values that do not exist: {step.args}"
+        if reason := unsupported_step(step):
+            return reason
+    return None

@@ -1,0 +1,206 @@
+"""The end of a product's kernel: scales, the region's epilogue, and the store.
+
+    y[row, column] = steps(sum * s[row] * ws[column], extras)       or, of one split of K,
+    workspace[split, row, column] = sum * s[row] * ws[column]
+
+float32 throughout, rounded to float16 once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from qcompiler.ir.region import Region
+from qcompiler.targets.cuda.device import (
+    Expr,
+    Place,
+    cast,
+    ceildiv,
+    emit,
+    extern,
+    half_of,
+    kernel,
+    let,
+    loop,
+    maximum,
+    minimum,
+    real,
+    registers,
+    reinterpret,
+    store,
+    when,
+    wide,
+)
+from qcompiler.targets.epilogue import apply_steps
+
+__all__ = ["Finish", "combine_kernel", "pointers_of"]
+
+
+class _Register:
+    """A value that later steps may read more than once."""
+
+    def __init__(self, dtype: str, init: Expr) -> None:
+        self.value = let(cast(dtype, init))
+
+
+class Scalars:
+    """What `epilogue.ELEMENTWISE` is written against: here one float32, a thread's own."""
+
+    Register = _Register
+    maximum = staticmethod(maximum)
+    minimum = staticmethod(minimum)
+
+    @staticmethod
+    def broadcast(value: float) -> Expr:
+        """A constant."""
+        return real(value)
+
+    @staticmethod
+    def absolute(value: Expr) -> Expr:
+        """|value|."""
+        return extern("float32", "fabsf", value)
+
+    def sigmoid(self, value: Expr) -> Expr:
+        """1 / (1 + e^-value); the fast exponential is good to 2^-21 of what float16 keeps."""
+        exponential = extern("float32", "__expf", self.broadcast(0.0) - value)
+        return extern(
+            "float32", "__fdividef", self.broadcast(1.0), self.broadcast(1.0) + exponential
+        )
+
+    def gelu_tail(self, magnitude: Expr, approximate: str) -> Expr:
+        """max(x, 0) - GELU(x) for the magnitude of x."""
+        # Infinity times the 0 of its tail would be NaN.
+        x = _Register("float32", minimum(self.broadcast(1e4), magnitude)).value
+        if approximate == "tanh":
+            scale = -2 * math.sqrt(2 / math.pi)
+            cubic = x * x * self.broadcast(0.044715 * scale) + self.broadcast(scale)
+            return x * self.sigmoid(x * cubic)
+        tail = extern("float32", "erfcf", x * self.broadcast(math.sqrt(0.5)))
+        return x * self.broadcast(0.5) * tail
+
+
+def pointers_of(region: Region, split: bool) -> dict[str, str]:
+    """Parameters of the end of a kernel, by name."""
+    if split:
+        return {"workspace": "float32"}
+    return {**{f"extra{i}": "float16" for i in range(len(region.extras))}, "y": "float16"}
+
+
+class Finish:
+    """Stores results of a region, or of one split of it."""
+
+    def __init__(
+        self, region: Region, arrays: Mapping[str, Expr], rows: Expr, split: Expr | None = None
+    ) -> None:
+        self._region, self._arrays, self._rows, self._split = region, arrays, rows, split
+        self._n = region.size("N")
+
+    def quad(self, row: Expr, column: Expr, values: Expr) -> None:
+        """Store `values`, four registers, at four columns, those of them that exist."""
+        if self._n % 4 == 0:
+            with when((row < self._rows) & (column < self._n)):
+                self._store(row, column, [values[i] for i in range(4)])
+            return
+        for i in range(4):
+            self.element(row, column + i, values[i])
+
+    def element(self, row: Expr, column: Expr, value: Expr) -> None:
+        """Store one value if its place exists."""
+        with when((row < self._rows) & (column < self._n)):
+            self._store(row, column, [value])
+
+    def _store(self, row: Expr, column: Expr, sums: Sequence[Expr]) -> None:
+        count = len(sums)
+        place = let(wide(row) * self._n + wide(column))
+        values = self._scaled(row, column, sums)
+        if self._split is not None:
+            part = wide(self._split) * wide(self._rows) * self._n
+            _write_floats(self._arrays["workspace"], values, part + place)
+            return
+        operands = [
+            _read_halves(
+                self._arrays[f"extra{i}"], wide(column) if kind == "channel" else place, count
+            )
+            for i, kind in enumerate(self._region.extras)
+        ]
+        results = [
+            apply_steps(Scalars(), self._region, value, [operand[i] for operand in operands])
+            for i, value in enumerate(values)
+        ]
+        _write_halves(self._arrays["y"], results, place)
+
+    def _scaled(self, row: Expr, column: Expr, sums: Sequence[Expr]) -> list[Expr]:
+        # Only kernels that multiply 8 bits have `s`: others, and `combine`, get what is scaled.
+        if "s" not in self._arrays:
+            return [cast("float32", value) for value in sums]
+        by_token = let(self._arrays["s"][row])
+        scales = _read_floats(self._arrays["ws"], column, len(sums))
+        return [
+            cast("float32", value) * by_token * scale
+            for value, scale in zip(sums, scales, strict=True)
+        ]
+
+
+def _read_floats(array: Expr, index: Expr, count: int) -> list[Expr]:
+    """1 or 4 float32."""
+    if count == 1:
+        return [array[index]]
+    words = registers("uint32", count)
+    emit("ld.global.nc.v4.u32", *(words[i] for i in range(count)), array.ptr_to([index]))
+    return [reinterpret("float32", words[i]) for i in range(count)]
+
+
+def _read_halves(array: Expr, index: Expr, count: int) -> list[Expr]:
+    """1 or 4 float16, as float32."""
+    if count == 1:
+        return [let(cast("float32", array[index]))]
+    words = registers("uint32", count // 2)
+    emit("ld.global.nc.v2.u32", *(words[i] for i in range(count // 2)), array.ptr_to([index]))
+    return [half_of(words[i // 2], i % 2) for i in range(count)]
+
+
+def _write_floats(array: Expr, values: Sequence[Expr], index: Expr) -> None:
+    if len(values) == 1:
+        store(array, values[0], index)
+        return
+    words = [reinterpret("uint32", let(value)) for value in values]
+    emit("st.global.v4.u32", array.ptr_to([index]), *words)
+
+
+def _write_halves(array: Expr, values: Sequence[Expr], index: Expr) -> None:
+    if len(values) == 1:
+        store(array, cast("float16", values[0]), index)
+        return
+    words = registers("uint32", len(values) // 2)
+    for i, (low, high) in enumerate(zip(values[::2], values[1::2], strict=True)):
+        emit("cvt.rn.f16x2.f32", words[i], let(high), let(low))
+    emit("st.global.v2.u32", array.ptr_to([index]), *(words[i] for i in range(len(values) // 2)))
+
+
+def combine_kernel(region: Region, splits: int, threads: int) -> object:
+    """The kernel that adds the partial sums of splits and computes the epilogue."""
+    n = region.size("N")
+    pointers = {"workspace": "float32", **pointers_of(region, split=False)}
+
+    def body(arrays: Mapping[str, Expr], rows: Expr, place: Place) -> None:
+        first = let((place.x * threads + place.thread) * 4)
+        finish = Finish(region, arrays, rows)
+        elements = wide(rows) * n
+        totals = registers("float32", 4)
+        with when(first < rows * n):
+            for i in range(4):
+                store(totals, real(0.0), i)
+            with loop(0, splits) as split:
+                start = wide(split) * elements + wide(first)
+                for i in range(4):
+                    # Where N is odd the last four of all may be fewer: there are none to add.
+                    index = start + i if n % 4 == 0 else minimum(start + i, elements * splits - 1)
+                    store(totals, totals[i] + arrays["workspace"][index], i)
+            if n % 4 == 0:
+                finish.quad(first // n, first % n, totals)
+            else:
+                for i in range(4):
+                    finish.element((first + i) // n, (first + i) % n, totals[i])
+
+    return kernel(pointers, lambda rows: (ceildiv(rows * n, threads * 4), 1, 1), threads, body)

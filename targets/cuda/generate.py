@@ -1,0 +1,60 @@
+"""From a region to the CUDA C text of its kernels."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from qcompiler.ir.region import Region
+from qcompiler.targets.cuda import device
+from qcompiler.targets.cuda.finish import combine_kernel
+from qcompiler.targets.cuda.plan import Stream, launches, shapes_of
+from qcompiler.targets.cuda.quantize import quantize_kernel
+from qcompiler.targets.cuda.stream import stream_kernel
+from qcompiler.targets.cuda.tile import tile_kernel
+
+__all__ = ["kernels", "source_of"]
+
+_SUFFIX = "_kernel"
+"""TVM's, on every name."""
+_SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{')
+
+
+def kernels(region: Region) -> dict[str, Any]:
+    """The TIR of the kernels of a region, by the symbols they get."""
+    found: dict[str, Any] = {}
+    if "N" not in dict(region.sizes):
+        return {
+            launch.symbol: quantize_kernel(region, launch.threads, launch.block_rows)
+            for launch in launches(region)
+        }
+    for launch, (_, shape) in zip(launches(region), shapes_of(region), strict=True):
+        if isinstance(shape, Stream):
+            found[launch.symbol] = stream_kernel(region, shape)
+            continue
+        found[launch.symbol] = tile_kernel(region, shape)
+        if launch.combine is not None:
+            found[launch.combine] = combine_kernel(region, shape.splits, launch.threads)
+    return found
+
+
+def source_of(region: Region, arch: str) -> str:
+    """The CUDA C text; the same for the same region, architecture and version of TVM."""
+    functions = kernels(region).items()
+    text = device.source({name.removesuffix(_SUFFIX): body for name, body in functions}, arch)
+    found = {name: _names(parameters) for name, parameters in _SIGNATURE.findall(text)}
+    assert found == _expected(region), f"TVM changed the parameters: {found}"
+    return text
+
+
+def _names(parameters: str) -> tuple[str, ...]:
+    return tuple(p.split()[-1].removesuffix("_ptr") for p in parameters.split(","))
+
+
+def _expected(region: Region) -> dict[str, tuple[str, ...]]:
+    expected = {launch.symbol: launch.parameters for launch in launches(region)}
+    return expected | {
+        launch.combine: launch.combine_parameters
+        for launch in launches(region)
+        if launch.combine is not None
+    }

@@ -1,0 +1,63 @@
+"""How the kernels of a region are launched: the contract between them and the library's C code.
+
+Every region has one or more `Launch`es, in order of `max_rows`; of these the first runs that takes
+the M rows at hand.  With M = 0 none runs.
+
+    grid  = (ceil(N / block_columns), ceil(M / block_rows), splits)    block = (threads, 1, 1)
+
+N is the region's size "N"; for Quantize, which has none, it is K.  A launch with `splits` > 1
+leaves float32 partial sums [splits, M, N] in a workspace, and `combine` runs after it, on the same
+stream, with the arguments `combine_parameters` and no dynamic shared memory:
+
+    grid  = (ceil(M * N / (threads * 4)), 1, 1)                        block = (threads, 1, 1)
+
+Arguments, all pointers to device memory at multiples of 16 bytes but `rows`, an int32:
+
+    x           float16 [M, K]      W4A16, Quantize
+    q           [M, K]: uint8 with zero point 128 (W8A8, Quantize), float8e4m3fn (Fp8, QuantizeFp8)
+    s           float32 [M, 1]      scales of tokens; float16 would underflow
+    w           packed weights, see `packing.py`
+    ws          packed scales of weights, see `packing.py`: float16 (W4A16) or float32 (W8A8, Fp8)
+    extra<i>    float16: [N] of kind "channel", [M, N] of kind "tensor"
+    y           float16 [M, N]
+    workspace   float32 [splits, M, N]
+    rows        M
+
+Nothing but the arguments is read or written, and no kernel waits for another block.  Results do not
+depend on what shares the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["Launch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel of a region and when it runs.
+
+    Attributes:
+        symbol: Its extern "C" name in the CUDA source.
+        max_rows: The largest M it is for; None for any.
+        threads: Per block.
+        shared_bytes: Dynamic shared memory; above 48 KiB it must be asked for.
+        block_rows: Rows of the result that a block computes.
+        block_columns: Columns of it.
+        splits: Parts of K that different blocks sum.
+        combine: The symbol of the kernel that adds partial sums and computes the epilogue.
+        parameters: Its arguments in order.
+        combine_parameters: Those of `combine`.
+    """
+
+    symbol: str
+    max_rows: int | None
+    threads: int
+    shared_bytes: int
+    block_rows: int
+    block_columns: int
+    splits: int = 1
+    combine: str | None = None
+    parameters: tuple[str, ...] = ()
+    combine_parameters: tuple[str, ...] = ()

@@ -1,0 +1,122 @@
+"""How weights lie in device memory: one layout for all architectures and any number of rows.
+
+A *tile* is 512 bytes, 16 for each lane of a warp: what the lanes of one `mma.sync` with weights as
+its 16-row operand hold, so one 128-bit load per lane fetches it and no shuffle follows.  It covers
+16 columns of w [K, N] and `tile_depth` rows: 64 of int4, 32 of 8 bits.  N is padded to a multiple
+of 128 and K to one of 64 (int4) or 128 (8 bits), with zeros.  Tiles of the same columns are
+contiguous.  With all divisions rounded down:
+
+    tile = (n / 16) * (padded_depth / tile_depth) + k / tile_depth
+    c = n % 16;   d = k % tile_depth
+
+    int4   w[k, n] + 8 is in the little-endian uint32 at
+               tile * 512 + lane * 16 + (d / 16) * 4,      lane = (c % 8) * 4 + d % 8 / 2,
+           in the 4 bits from bit 4 * (c / 8 + 2 * (d % 16 / 8)) + 16 * (d % 2)
+    8 bit  w[k, n] is the byte at
+               tile * 512 + lane * 16 + (c / 8 + 2 * (d / 16)) * 4 + d % 4,
+                                                           lane = (c % 8) * 4 + d % 16 / 4
+
+Scales of W4A16, ws [ceil(K / G), N], are float16 pairs of the two columns that a lane holds; there
+are `groups` of them, ceil(padded_depth / G):
+
+    element ((n / 16) * groups + g) * 16 + (n % 8) * 2 + n % 16 / 8   is  ws[g, n]
+
+and those of W8A8 and Fp8, ws [N], are float32 in order.  Padding is zero (int4: w = 0, code 8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qcompiler.ir.region import Region
+
+__all__ = ["Packing", "pack", "pack_scales", "packing"]
+
+Array = NDArray[Any]
+
+TILE_COLUMNS = 16
+TILE_BYTES = 512
+COLUMN_MULTIPLE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """The sizes of a region's packed weights.
+
+    Attributes:
+        bits: Of a weight, 4 or 8.
+        tile_depth: Rows of w in a tile.
+        columns: N, padded.
+        depth: K, padded.
+        groups: Scales per column, of padded depth.
+        weight_bytes: Size of "w".
+        scale_bytes: Size of "ws".
+    """
+
+    bits: int
+    tile_depth: int
+    columns: int
+    depth: int
+    groups: int
+    weight_bytes: int
+    scale_bytes: int
+
+
+def packing(region: Region) -> Packing:
+    """The packing of the weights of a product."""
+    k, n = region.size("K"), region.size("N")
+    bits = 4 if region.anchor == "QMatMulW4A16" else 8
+    columns, depth = _padded(n, COLUMN_MULTIPLE), _padded(k, 64 if bits == 4 else 128)
+    groups = -(-depth // region.size("G")) if bits == 4 else 1
+    scale_size = 2 if bits == 4 else 4
+    return Packing(
+        bits=bits,
+        tile_depth=64 if bits == 4 else 32,
+        columns=columns,
+        depth=depth,
+        groups=groups,
+        weight_bytes=columns * depth * bits // 8,
+        scale_bytes=groups * columns * scale_size,
+    )
+
+
+def pack(w: Array, region: Region) -> bytes:
+    """The bytes of "w".
+
+    Args:
+        w: [K, N], one integer each (int4 unpacked), or the bytes of float8 numbers.
+        region: Says the sizes and the kind.
+    """
+    layout = packing(region)
+    padded = np.zeros((layout.depth, layout.columns), np.uint8)
+    padded[: w.shape[0], : w.shape[1]] = w.view(np.uint8)
+    if layout.bits == 8:
+        # k = step, half, lane in group, byte; n = tile, half, group
+        blocks = padded.reshape(-1, 2, 4, 4, layout.columns // 16, 2, 8)
+        return blocks.transpose(4, 0, 6, 2, 1, 5, 3).tobytes()
+    # k = tile, step, half, lane in group, parity; n = tile, half, group
+    codes = (
+        ((padded + 8) & 15).astype(np.uint32).reshape(-1, 4, 2, 4, 2, layout.columns // 16, 2, 8)
+    )
+    shifts = 4 * (np.arange(2)[:, None, None] + 2 * np.arange(2)[:, None]) + 16 * np.arange(2)
+    # To n tile, k tile, group, lane in group, step, and the three that make up a word.
+    blocks = codes.transpose(5, 0, 7, 3, 1, 6, 2, 4) << shifts.astype(np.uint32)
+    return np.asarray(blocks.sum((-3, -2, -1), dtype=np.uint32)).astype("<u4").tobytes()
+
+
+def pack_scales(ws: Array, region: Region) -> bytes:
+    """The bytes of "ws": from float16 [ceil(K / G), N], or float32 [N]."""
+    layout = packing(region)
+    if layout.bits == 8:
+        return np.pad(ws.astype("<f4"), (0, layout.columns - ws.size)).tobytes()
+    padded = np.zeros((layout.groups, layout.columns), "<f2")
+    padded[: ws.shape[0], : ws.shape[1]] = ws
+    return padded.reshape(layout.groups, -1, 2, 8).transpose(1, 0, 3, 2).tobytes()
+
+
+def _padded(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

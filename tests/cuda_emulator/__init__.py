@@ -1,0 +1,7 @@
+"""Runs the CUDA C that TVM generates on the CPU: see `emulator.h` for what it is strict about."""
+
+from __future__ import annotations
+
+from cuda_emulator.run import Emulated, EmulatorError, needs_compiler
+
+__all__ = ["Emulated", "EmulatorError", "needs_compiler"]

@@ -1,0 +1,139 @@
+"""Compiles a translated source, and runs the launches of a region as the library would."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cuda_emulator.translate import translate
+from qcompiler.targets.cuda import Launch
+
+__all__ = ["Emulated", "EmulatorError", "needs_compiler"]
+
+Array = NDArray[Any]
+_HERE = Path(__file__).resolve().parent
+_PATIENCE = 300
+
+
+def _compiler() -> list[str] | None:
+    for name in ("g++", "clang++"):
+        if path := shutil.which(name):
+            return [path]
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "c++"]
+    return None
+
+
+needs_compiler = pytest.mark.skipif(
+    _compiler() is None, reason="no C++ compiler: g++, clang++, zig"
+)
+
+
+class EmulatorError(Exception):
+    """A kernel did what it must not do; the message says which thread, and what."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    rows: int
+    backwards: bool
+    fault: int
+
+
+class Emulated:
+    """The kernels of a CUDA source, to be run on the CPU."""
+
+    def __init__(self, source: str, folder: Path) -> None:
+        self._folder, self._program = folder, folder / "kernels"
+        (folder / "kernels.cpp").write_text(translate(source))
+        flags = ["-std=c++17", "-O1", "-w", "-fno-strict-aliasing", f"-I{_HERE}"]
+        command = [*(_compiler() or []), *flags, "kernels.cpp", "-o", str(self._program)]
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=False, timeout=_PATIENCE
+        )
+        assert done.returncode == 0, done.stderr[:4000]
+
+    def run(
+        self,
+        launch: Launch,
+        columns: int,
+        arrays: Mapping[str, Array],
+        rows: int,
+        backwards: bool = False,
+        fault: int = 0,
+    ) -> None:
+        """One launch and, if K is split, the sum of its parts; results are written to `arrays`.
+
+        Warps and lanes take turns in the order of their numbers, or `backwards`.  `fault` is the
+        number of the planted one that is to happen.
+
+        Raises:
+            EmulatorError: A thread misbehaved.
+        """
+        grid = (-(-columns // launch.block_columns), max(1, -(-rows // launch.block_rows)))
+        every, how = dict(arrays), _Way(rows, backwards, fault)
+        if launch.combine is not None:
+            every["workspace"] = np.full((launch.splits, rows, columns), np.nan, np.float32)
+        self._kernel(
+            launch.symbol, (*grid, launch.splits), launch.threads, launch.shared_bytes,
+            {name: every[name] for name in launch.parameters if name != "rows"}, how,
+        )  # fmt: skip
+        if launch.combine is not None:
+            blocks = -(-rows * columns // (launch.threads * 4))
+            self._kernel(
+                launch.combine, (blocks, 1, 1), launch.threads, 0,
+                {name: every[name] for name in launch.combine_parameters if name != "rows"}, how,
+            )  # fmt: skip
+
+    def kernel(
+        self,
+        symbol: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        arrays: Mapping[str, Array],
+        rows: int,
+    ) -> None:
+        """One launch, as it was asked for.
+
+        Raises:
+            EmulatorError: A thread misbehaved.
+        """
+        self._kernel(symbol, grid, threads, shared, arrays, _Way(rows, False, 0))
+
+    def _kernel(
+        self,
+        symbol: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        arrays: Mapping[str, Array],
+        how: _Way,
+    ) -> None:
+        words = [symbol, *map(str, (*grid, threads, shared, int(how.backwards)))]
+        paths = {name: self._folder / f"{name}.bin" for name in arrays}
+        written = arrays.keys() & ({"q", "s"} if "y" not in arrays else {"y"})
+        written |= arrays.keys() & {"workspace"} if "y" not in arrays else set()
+        for name, array in arrays.items():
+            paths[name].write_bytes(array.tobytes())
+            words.append(f"{'=' if name in written else ''}{name}:{paths[name]}")
+        done = subprocess.run(
+            [str(self._program), *words, f"rows:{how.rows}"], capture_output=True, text=True,
+            check=False, timeout=_PATIENCE, env={**os.environ, "FAULT": str(how.fault)},
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise EmulatorError(f"{symbol}: {done.stderr.strip() or done.returncode}")
+        for name in written:
+            array = arrays[name]
+            array[...] = np.fromfile(paths[name], array.dtype).reshape(array.shape)

@@ -1,0 +1,89 @@
+"""From the CUDA C that TVM generates to C++ for `emulator.h`.
+
+Inline PTX becomes a call of the emulator's function; what is not known is an error, not a no-op.
+"""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["translate"]
+
+_FIRST_FUNCTION = "__forceinline__ __device__"
+_SHARED = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
+_KERNEL = re.compile(
+    r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) *(?=\{)'
+)
+_ASM = re.compile(r"asm volatile\((.*)\);$", re.MULTILINE)
+_OPERAND = re.compile(r'"[^"]*"\(([^()]*)\)')
+
+# A pattern of PTX, and the call: %0, %1 are the operands, in order of their numbers in PTX.
+_RULES = (
+    (r"cp\.async\.cg\.shared\.global \[%0\], \[%1\], 16;", "copy_async(%0, %1)"),
+    (r"cp\.async\.cg\.shared\.global \[%0\], \[%1\], 16, %2;", "copy_async(%0, %1, %2)"),
+    (r"cp\.async\.commit_group;", "commit_group()"),
+    (r"cp\.async\.wait_group (?P<n>\d+);", "wait_group({n})"),
+    (r"ld\.global\.[\w.:]*v4\.u32 .*", "load_global({{&%0, &%1, &%2, &%3}}, %4)"),
+    (r"ld\.shared\.v4\.u32 .*", "load_shared({{&%0, &%1, &%2, &%3}}, %4)"),
+    (r"ld\.shared\.u32 .*", "load_shared({{&%0}}, %1)"),
+    (r"ld\.global\.[\w.:]*v2\.u32 .*", "load_global({{&%0, &%1}}, %2)"),
+    (r"ld\.global\.[\w.:]*u32 %0.*", "load_global({{&%0}}, %1)"),
+    (r"st\.global\.v2\.u32 .*", "store_global(%0, {{%1, %2}})"),
+    (r"st\.global\.v4\.u32 .*", "store_global(%0, {{%1, %2, %3, %4}})"),
+    (r"cvt\.rn\.f16x2\.f32 .*", "%0 = to_half(%2) | uint32_t(to_half(%1)) << 16"),
+    (
+        r"ldmatrix\.sync\.aligned\.m8n8\.x4\.shared\.b16 .*",
+        "load_matrices({{&%0, &%1, &%2, &%3}}, %4)",
+    ),
+    *(
+        (
+            rf"mma\.sync\.aligned\.{shape} .*",
+            f"multiply<Kind::{kind}, {sums}>({{{{&%0, &%1, &%2, &%3}}}}, {{{{%4, %5, %6, %7}}}}, "
+            "{{%8, %9}}, {{%10, %11, %12, %13}})",
+        )
+        for shape, kind, sums in (
+            (r"m16n8k16\.row\.col\.f32\.f16\.f16\.f32", "half", "float"),
+            (r"m16n8k32\.row\.col\.s32\.s8\.s8\.s32", "int8", "uint32_t"),
+            (r"m16n8k32\.row\.col\.f32\.e4m3\.e4m3\.f32", "e4m3", "float"),
+        )
+    ),
+    (r"lop3\.b32 %0, %1, %2, %3, (?P<n>\d+);", "%0 = lookup3(%1, %2, %3, {n})"),
+    (r"prmt\.b32 .*", "%0 = permute(%1, %2, %3)"),
+    (r"sub\.f16x2 .*", "%0 = subtract_halves(%1, %2)"),
+    (r"mul\.f16x2 .*", "%0 = multiply_halves(%1, %2)"),
+    (r"fma\.rn\.f16x2 .*", "%0 = fma_halves(%1, %2, %3)"),
+    (r"cvt\.rn\.satfinite\.e4m3x2\.f32 .*", "%0 = pair_to_e4m3(%1, %2)"),
+)
+
+
+def translate(source: str) -> str:
+    """The C++ program: its `main` runs one kernel, see `emulator.h`."""
+    functions = source[source.index(_FIRST_FUNCTION) :]
+    functions = _ASM.sub(lambda match: _call(match[1]), functions)
+    functions = _SHARED.sub(r"\1 *\2 = (\1 *)emulator::shared_begin;", functions)
+    kernels = [(match[1], match[2]) for match in _KERNEL.finditer(functions)]
+    runs = "\n".join(_run(name, parameters) for name, parameters in kernels)
+    table = ", ".join(f'{{"{name}", run_{name}}}' for name, _ in kernels)
+    return (
+        f'#include "emulator.h"\nusing namespace emulator;\n{functions}\n{runs}\n'
+        "int main(int count, char **words) {\n"
+        f"    return emulator::main(count, words, {{{table}}});\n}}\n"
+    )
+
+
+def _run(name: str, parameters: str) -> str:
+    types = [p.replace("__restrict__", "").rsplit(maxsplit=1)[0] for p in parameters.split(",")]
+    values = ", ".join(f"*({kind.strip()} *)a[{i}]" for i, kind in enumerate(types))
+    return f"static void run_{name}(void **a) {{ {name}({values}); }}"
+
+
+def _call(statement: str) -> str:
+    """The emulator's form of what stands between the parentheses of an `asm`."""
+    text = re.match(r'"((?:[^"\\]|\\.)*)"', statement)
+    assert text is not None, statement
+    operands = _OPERAND.findall(statement[text.end() :])
+    for pattern, call in _RULES:
+        if found := re.fullmatch(pattern, text[1].strip()):
+            filled = call.format(**found.groupdict())
+            return re.sub(r"%(\d+)", lambda number: operands[int(number[1])], filled) + ";"
+    raise ValueError(f"the emulator does not know this PTX: {text[1]}")

@@ -1,0 +1,112 @@
+"""What the CUDA compiler makes of the kernels: the instructions that were meant, and no spills."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from qcompiler.ir.errors import ToolchainError
+from qcompiler.ir.region import Region, Step
+from qcompiler.targets import cuda
+from qcompiler.targets.cubin import Nvcc, find_cubin_compiler
+from qcompiler.targets.cuda.machine_code import (
+    blocks_per_multiprocessor,
+    compile_kernels,
+    find_cuobjdump,
+)
+
+
+def _nvcc() -> Nvcc | None:
+    try:
+        found = find_cubin_compiler()
+    except ToolchainError:
+        return None
+    return found if isinstance(found, Nvcc) else None
+
+
+NVCC, CUOBJDUMP = _nvcc(), find_cuobjdump()
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc with a C++ compiler")
+needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump with nvdisasm")
+
+BIAS_GELU = {"extras": ("channel",), "steps": (Step("Add", (0, -1)), Step("Gelu", (1,)))}
+SIZES = (("K", 4096), ("N", 4096))
+REGIONS = {
+    Region("QMatMulW4A16", (*SIZES, ("G", 128))): cuda.ARCHS,
+    Region("QMatMulW4A16", (("K", 576), ("N", 1536), ("G", 32)), **BIAS_GELU): ("sm_80",),
+    Region("QMatMulW8A8", SIZES, **BIAS_GELU): cuda.ARCHS,
+    Region("QMatMulFp8", SIZES): ("sm_89", "sm_90a"),
+    Region("Quantize", (("K", 4096),)): ("sm_80",),
+    Region("QuantizeFp8", (("K", 4096),)): ("sm_89",),
+}
+ALL = [(region, arch) for region, archs in REGIONS.items() for arch in archs]
+PRODUCTS = [(region, arch) for region, arch in ALL if "N" in dict(region.sizes)]
+PLANNED_BLOCKS = {"stream": 3, "tile": 1}
+"""Per multiprocessor, at the least."""
+
+
+def names(parameters):
+    return [f"{region.name}-{arch}" for region, arch in parameters]
+
+
+@functools.cache
+def code(region, arch):
+    assert NVCC is not None
+    return compile_kernels(cuda.source(region, arch), arch, NVCC, CUOBJDUMP)
+
+
+@pytest.mark.parametrize(("region", "arch"), ALL, ids=names(ALL))
+def test_no_register_is_spilled(region, arch):
+    kernels = code(region, arch)
+    expected = {launch.symbol for launch in cuda.launches(region, arch)}
+    assert expected <= kernels.keys()
+    assert all(kernel.spilled_bytes == kernel.stack_bytes == 0 for kernel in kernels.values())
+
+
+@pytest.mark.parametrize(("region", "arch"), PRODUCTS, ids=names(PRODUCTS))
+def test_as_many_blocks_fit_as_planned(region, arch):
+    for launch in cuda.launches(region, arch):
+        registers = code(region, arch)[launch.symbol].registers
+        blocks = blocks_per_multiprocessor(arch, registers, launch.threads, launch.shared_bytes)
+        kind = next(kind for kind in PLANNED_BLOCKS if f"_{kind}" in launch.symbol)
+        assert blocks >= PLANNED_BLOCKS[kind], (launch.symbol, registers)
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize(("region", "arch"), PRODUCTS, ids=names(PRODUCTS))
+def test_tensor_cores_multiply(region, arch):
+    meant = {"QMatMulW4A16": "HMMA.16816.F32", "QMatMulW8A8": "IMMA.16832.S8.S8"}
+    # There is no such instruction on sm_90: FP8 is widened to float16 for mma.sync.
+    fp8 = "HMMA.16816.F32" if arch == "sm_90a" else "QMMA.16832.F32.E4M3.E4M3"
+    kernels = code(region, arch)
+    for launch in cuda.launches(region, arch):
+        assert kernels[launch.symbol].count(meant.get(region.anchor, fp8)), launch.symbol
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize(("region", "arch"), PRODUCTS, ids=names(PRODUCTS))
+def test_weights_come_16_bytes_at_a_time(region, arch):
+    kernels = code(region, arch)
+    for launch in cuda.launches(region, arch):
+        kernel = kernels[launch.symbol]
+        if "_stream" in launch.symbol:
+            assert kernel.count("LDG.E.NA.128", "LDG.E.128.NA")
+            continue
+        assert kernel.count("LDGSTS.E.BYPASS.128")
+        assert kernel.count("LDGSTS") == kernel.count("LDGSTS.E.BYPASS.128")
+        assert kernel.count("LDSM.16.M88.4")
+        assert kernel.count("LDS.128")
+        assert kernel.count("STG.E.128" if launch.combine else "STG.E.64")
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize(("region", "arch"), PRODUCTS, ids=names(PRODUCTS))
+def test_making_operands_is_less_than_multiplying(region, arch):
+    """What is not the product itself, in the kernel for many rows, per instruction of it."""
+    kernel = code(region, arch)[cuda.launches(region, arch)[-1].symbol]
+    products = kernel.count("HMMA", "IMMA", "QMMA")
+    others = kernel.count("LOP3", "HMUL2", "HFMA2", "HADD2", "PRMT", "F2FP", "LDS", "LDSM")
+    if arch == "sm_90a" and region.anchor == "QMatMulFp8":
+        products //= 2
+    assert products >= 64
+    assert others < (4 if region.anchor == "QMatMulFp8" else 2) * products

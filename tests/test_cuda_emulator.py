@@ -1,0 +1,101 @@
+"""The emulator must see what would be wrong on a GPU, even where a GPU is only sometimes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+from cuda_emulator import Emulated, EmulatorError, needs_compiler
+from cuda_operands import operands_of
+from test_cuda_kernels import compare, launch_for, w4a16
+
+from qcompiler.targets import cuda
+
+pytestmark = needs_compiler
+
+REGION = w4a16(832, 136, 64)
+ROWS = 13
+
+# What is planted by the number of the fault: a pattern in the source, which of its places, and what
+# takes its place.  The kernel is that of 16 rows.
+PLANTED = {
+    1: ("no wait", r"(\w+_cp_async_wait_group_\w+\(\);)", 0, r"if (!FAULT(1)) \1"),
+    2: ("no barrier after the wait", r"(tvm_builtin_cuda_cta_sync\(\);)", 0, r"if (!FAULT(2)) \1"),
+    3: ("no barrier before results", r"(tvm_builtin_cuda_cta_sync\(\);)", 1, r"if (!FAULT(3)) \1"),
+    4: ("no barrier after results", r"(tvm_builtin_cuda_cta_sync\(\);)", 2, r"if (!FAULT(4)) \1"),
+    5: ("a barrier for some", r"(tvm_builtin_cuda_cta_sync\(\);)", 2,
+        r"if (!FAULT(5) || threadIdx.x < 64) \1"),
+    6: ("rows past the end", r"\(rows - 1\)", 0, "(rows - 1 + (FAULT(6) ? 16 : 0))"),
+    7: ("codes off by one", r"\(uint\)1678271496", 0, "(uint)(1678271496 + FAULT(7))"),
+    8: ("groups end late", r"(\w+_cp_async_commit_group_\w+\(\);)", 3, r"if (!FAULT(8)) \1"),
+    9: ("another stage", r"(x4_shared_b16\([^;]*?)\((v_\d+) & 3\)", 0, r"\1((\2 + FAULT(9)) & 3)"),
+}  # fmt: skip
+SEEN_AS = {
+    1: "no barrier between|numbers",
+    2: "no barrier between",
+    3: "numbers",
+    4: "numbers",
+    5: "waits forever",
+    6: "of x, which has",
+    7: "numbers",
+    8: "numbers|no barrier",
+    9: "numbers|no barrier",
+}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory) -> Emulated:
+    """The kernels of REGION with all faults, none of which happens unless asked for."""
+    source = cuda.source(REGION, "sm_80")
+    start = source.index("{", source.rindex(launch_for(REGION, ROWS).symbol + "("))
+    head, body = source[:start], source[start:]
+    for what, pattern, place, replacement in PLANTED.values():
+        places = list(re.finditer(pattern, body))
+        assert len(places) > place, f"{what}: the source has no {pattern}"
+        found = places[place]
+        body = body[: found.start()] + found.expand(replacement) + body[found.end() :]
+    return Emulated(head + body, tmp_path_factory.mktemp("planted"))
+
+
+def seen(planted: Emulated, launch: cuda.Launch, fault: int) -> str:
+    """What the emulator or the comparison says; empty if all is well."""
+    for backwards in (False, True):
+        operands = operands_of(REGION, ROWS)
+        try:
+            planted.run(launch, REGION.size("N"), operands.device, ROWS, backwards, fault)
+            compare(REGION, operands)
+        except EmulatorError as error:
+            return str(error)
+        except AssertionError:
+            return "numbers"
+    return ""
+
+
+def test_nothing_is_seen_where_nothing_is_wrong(planted):
+    assert seen(planted, launch_for(REGION, ROWS), 0) == ""
+
+
+@pytest.mark.parametrize("fault", PLANTED, ids=lambda number: PLANTED[number][0].replace(" ", "-"))
+def test_a_planted_fault_is_seen(fault, planted):
+    assert re.search(SEEN_AS[fault], seen(planted, launch_for(REGION, ROWS), fault))
+
+
+def test_too_little_shared_memory_is_seen(planted):
+    launch = launch_for(REGION, ROWS)
+    less = dataclasses.replace(launch, shared_bytes=launch.shared_bytes - 16)
+    assert re.search("of shared memory|at shared byte", seen(planted, less, 0))
+
+
+def test_a_short_result_is_seen(planted):
+    operands = operands_of(REGION, 8)
+    operands.device["y"] = np.full((7, 136), np.nan, np.float16)
+    with pytest.raises(EmulatorError, match=r"of y, which has|past the end of y"):
+        planted.run(launch_for(REGION, 8), 136, operands.device, 8)
+
+
+def test_an_instruction_that_is_not_known_is_refused(tmp_path):
+    source = cuda.source(REGION, "sm_80").replace("prmt.b32", "shf.l.wrap.b32")
+    with pytest.raises(ValueError, match=r"does not know this PTX: shf"):
+        Emulated(source, tmp_path)
