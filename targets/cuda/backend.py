@@ -16,6 +16,7 @@ from qcompiler.targets.cuda.table import cubin_name, cuda_table
 
 __all__ = ["CudaBackend"]
 
+
 class CudaBackend:
     """See `targets/backend.py`.
 
