@@ -121,6 +121,8 @@ def _without_kernel(node: ir.Node) -> str | None:
     values = [*node.inputs, *node.outputs]
     if any(v is not None and v.name and v.dtype is None for v in values):
         return "float32: not all types around it are known"
+    if node.attributes.get_string("reduction", "none") != "none":
+        return f"float32: ONNX Runtime has no float16 kernel of {node.op_type} with a reduction"
     if node.op_type in HALF_OPS:
         return None
     if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in

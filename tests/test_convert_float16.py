@@ -261,6 +261,16 @@ def test_foreign_ops_and_ops_without_a_kernel_stay():
     assert types(model)["z"] == "FLOAT16"
 
 
+@pytest.mark.parametrize(("reduction", "kind"), [("none", "FLOAT16"), ("add", "FLOAT")])
+def test_scattered_sums_stay(reduction, kind):
+    model = converted(
+        f'g (float[3,64] x) => (float[3,64] y) {{ y = ScatterND <reduction = "{reduction}"> '
+        "(x, at, row) }",
+        at=np.asarray([[1], [2]]), row=np.ones((2, 64), np.float32),
+    )  # fmt: skip
+    assert types(model)["y"] == kind
+
+
 def test_ranges_and_what_is_counted_stay():
     model = converted(
         "g (float[m,64] x, int64 n) => (float[m,64] y, int64[k] i) { z = Cast <to = 1> (n) "
