@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 __all__ = ["Group", "sensitive_groups"]
 
-_CHECKS = 4
+_CHECKS = 6
 """Runs that are kept for looking at what is left once groups are chosen."""
 
 
@@ -70,8 +70,8 @@ def sensitive_groups(
 
 
 def _out(groups: Sequence[Group], allowed: float) -> list[Group]:
-    """The noisiest groups, as few as leave no more than is allowed to the others."""
-    ordered = sorted(groups, key=lambda group: -group.noise)
+    """Those that make the most noise per node, as few as leave no more than is allowed."""
+    ordered = sorted(groups, key=lambda group: -group.noise / len(group.names))
     rest = 0.0
     while ordered and rest + ordered[-1].noise <= allowed:
         rest += ordered.pop().noise

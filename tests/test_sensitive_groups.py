@@ -58,3 +58,14 @@ def test_what_does_not_add_up_is_seen_in_the_end():
 
 def test_what_is_never_good_enough_is_left_out_altogether():
     assert sorted(left_out(Noise(extra=0.02))) == sorted(NAMES)
+
+
+def test_one_noisy_node_rather_than_many_quiet_ones():
+    """All the quiet ones together make more noise than it does."""
+    of = {name: 5e-5 for name in NAMES} | {"n1": 0.1, "n2": 8e-4}
+
+    def noise(names):
+        return sum(of[name] for name in names) + 5e-4 * (30 < len(names) < 40)
+
+    found = sensitive_groups(NAMES, noise, 0.003, 40)
+    assert [name for group in found for name in group.names] == ["n1", "n2"]
