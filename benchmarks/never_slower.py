@@ -50,11 +50,12 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def samples_of(model: Path, data: Path | None, scratch: Path) -> Path:
+def samples_of(model: Path, data: Path | None, scratch: Path, name: str | None = None) -> Path:
     """The folder with samples for a model; made up where there is none, and kept in `scratch`."""
-    if data is not None and (data / model.stem).is_dir():
-        return data / model.stem
-    folder = scratch / f"{model.stem}-samples"
+    name = name or model.stem
+    if data is not None and (data / name).is_dir():
+        return data / name
+    folder = scratch / f"{name}-samples"
     if not folder.exists():
         feed, _ = random_feed(ort.InferenceSession(model).get_inputs(), {})
         folder.mkdir()

@@ -27,12 +27,14 @@ class Case:
         source: Its ONNX file.
         head: The product that stays float; empty for none.
         calibration: Samples.
+        count: Windows or pairs that are scored.
         score: Figures of a model file.
     """
 
     source: Path
     head: str
     calibration: Sequence[Feeds]
+    count: int
     score: Callable[[Path], dict[str, float]]
 
 
@@ -58,7 +60,7 @@ def smollm2(text: Path, count: int, calibrate: int) -> Case:
         ]
         return {"perplexity": float(np.exp(np.mean(losses)))}
 
-    return Case(source, _maker_of(source, "logits"), feeds[-calibrate:], score)
+    return Case(source, _maker_of(source, "logits"), feeds[-calibrate:], count, score)
 
 
 def minilm(sts: Path, train: Path, count: int, calibrate: int) -> Case:
@@ -91,7 +93,7 @@ def minilm(sts: Path, train: Path, count: int, calibrate: int) -> Case:
             "sqnr_db": float(10 * np.log10(len(sentences) / noise)),
         }
 
-    return Case(source, "", calibration, score)
+    return Case(source, "", calibration, len(rows), score)
 
 
 def open_float(path: Path) -> ort.InferenceSession:

@@ -1,6 +1,6 @@
 """4-bit weights of SmolLM2-135M or MiniLM-L6, rounded in several ways: scores, time and memory.
 
-    pip install '.[cpu]' torch transformers accelerate gguf tokenizers scipy
+    pip install '.[cpu]' torch transformers accelerate gguf tokenizers scipy onnxsim
     python benchmarks/weights.py smollm2 --text wikitext2-valid.txt --json FILE
     python benchmarks/weights.py minilm --sts sts-dev.csv --train sts-train.csv --json FILE
 
@@ -9,7 +9,7 @@ validation part (CC BY-SA 3.0), and calibrated with 32 windows of its end.  Mini
 dev split of the STS benchmark, and calibrated with sentences of the training split.  The matrices
 of all layers are rounded; embeddings, and the head that shares its table with one, stay float; so
 do activations, for every contender, so that nothing but the weights differs.  ONNX Runtime's
-quantizers and llama.cpp's are the peers.
+quantizers, onnxsim's and llama.cpp's are the peers.
 
 The weights of SmolLM2 once lay on a grid of 4 bits in groups of 32 with a zero point that is a
 float, so that groups of 32 are easy, above all with such zero points (ONNX Runtime's HQQ).
@@ -25,7 +25,7 @@ import logging
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from typing import Any
 import onnx_ir as ir
 from llama_cpp import bits_of, rounded
 from timing import environment
-from weight_cases import Case, Feeds, minilm, smollm2
+from weight_cases import Case, minilm, smollm2
+from weight_peers import ONNXSIM_GROUP, of_onnxruntime, of_onnxsim
 
 from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import NodePlan, plan_of, set_plan
@@ -144,60 +145,6 @@ def measure_llama_cpp(model: ir.Model, kind: str, score: Score) -> dict[str, Any
         return {**score(Path(folder) / "model.onnx"), "bits": bits_of(kind)}
 
 
-def peers(calibration: Sequence[Feeds], head: str) -> dict[str, Callable[[Path, Path, int], None]]:
-    """What writes a quantized file for a model file and a group size, by name."""
-    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
-    from onnxruntime.quantization.calibrate import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self._feeds = iter(calibration)
-
-        def get_next(self) -> Feeds | None:
-            return next(self._feeds, None)
-
-        def __iter__(self) -> Iterator[Feeds]:
-            return iter(calibration)
-
-        def __deepcopy__(self, memo: object) -> Reader:
-            return Reader()
-
-    def run(config: Any, source: Path, output: Path, group: int, **more: Any) -> None:
-        quantizer = nbits.MatMulNBitsQuantizer(
-            str(source),
-            block_size=group,
-            nodes_to_exclude=[head] if head else [],
-            algo_config=config,
-            **more,
-        )
-        quantizer.process()
-        quantizer.model.save_model_to_file(str(output), use_external_data_format=True)
-
-    def default(symmetric: bool) -> Callable[[Path, Path, int], None]:
-        def write(source: Path, output: Path, group: int) -> None:
-            config = nbits.DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=symmetric)
-            run(config, source, output, group, is_symmetric=symmetric)
-
-        return write
-
-    def hqq(source: Path, output: Path, group: int) -> None:
-        run(nbits.HQQWeightOnlyQuantConfig(block_size=group), source, output, group)
-
-    def k_quant(source: Path, output: Path, group: int) -> None:
-        run(nbits.KQuantWeightOnlyQuantConfig(), source, output, group)
-
-    def gptq(source: Path, output: Path, group: int) -> None:
-        run(nbits.GPTQWeightOnlyQuantConfig(Reader(), block_size=group), source, output, group)
-
-    return {
-        "ORT RTN, asymmetric": default(False),
-        "ORT RTN, symmetric": default(True),
-        "ORT HQQ, float zero points": hqq,
-        "ORT k-quant": k_quant,
-        "ORT GPTQ": gptq,
-    }
-
-
 def measure_peer(
     write: Callable[[Path, Path, int], None], source: Path, group: int, score: Score
 ) -> dict[str, Any]:
@@ -241,13 +188,14 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     case = case_of(arguments)
-    results: dict[str, Any] = {
-        "environment": environment(),
-        "count": arguments.count,
-        "calibrate": len(case.calibration),
-    }
+    facts = {"count": case.count, "calibrate": len(case.calibration)}
+    models: dict[str, Any] = {}
     if arguments.json and arguments.json.exists():
-        results |= json.loads(arguments.json.read_text())
+        models = json.loads(arguments.json.read_text())
+    results = models.setdefault(arguments.model, {"environment": environment(), **facts})
+    before = {key: results[key] for key in facts}
+    if before != facts:
+        raise SystemExit(f"{arguments.json} was measured with {before}, not with {facts}")
 
     def note(name: str, group: int, measure: Callable[[], dict[str, Any]]) -> None:
         table = results.setdefault(f"group {group}" if group else "per channel", {})
@@ -257,7 +205,7 @@ def main() -> None:
         table[name] = measure()
         print(f"{group or 'channel':>8}  {name:40}", json.dumps(table[name]), flush=True)
         if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+            arguments.json.write_text(json.dumps(models, indent=1) + "\n")
 
     note("float", -1, lambda: case.score(case.source))
     model = planned(case.source, case.head)
@@ -270,9 +218,12 @@ def main() -> None:
         for rounding in ROUNDINGS:
             for symmetric in signs:
                 full = f"{rounding}, {'int4' if symmetric else 'uint4 with zero points'}"
-                facts = (model, group, symmetric, rounding, runs, case.score)
-                note(full, group, partial(measure_ours, *facts))
-        for name, write in peers(case.calibration, case.head).items():
+                asked = (model, group, symmetric, rounding, runs, case.score)
+                note(full, group, partial(measure_ours, *asked))
+        writers = of_onnxruntime(case.calibration, case.head)
+        if group == ONNXSIM_GROUP:
+            writers |= of_onnxsim(case.calibration, case.head)
+        for name, write in writers.items():
             # Per channel is one block longer than any column; it must be a power of two.
             size = group or 2048
             note(name, group, partial(measure_peer, write, case.source, size, case.score))

@@ -79,9 +79,24 @@ class QuantType:
     two_level: bool = False
 
     def __post_init__(self) -> None:
+        if (mistake := self._mistake()) is not None:
+            raise OptionError(f"no quantized type: {mistake}")
         problem = self._problem()
         if problem is not None:
             raise OptionError(f"{self}: {problem}")
+
+    def _mistake(self) -> str | None:
+        """A part that is of another kind than it must be."""
+        for name in ("storage", "expressed"):
+            if not isinstance(kind := getattr(self, name), ir.DataType):
+                return f"{name} {kind!r} is no onnx_ir.DataType{_data_type_meant(kind)}"
+        if not isinstance(self.granularity, Granularity):
+            return f"granularity {self.granularity!r} is no PerTensor, PerAxis or PerGroup"
+        if not isinstance(self.codebook, Codebook | None):
+            return f"codebook {self.codebook!r} is no Codebook"
+        flags = {"symmetric": self.symmetric, "narrow_range": self.narrow_range}
+        wrong = [(name, flag) for name, flag in flags.items() if not isinstance(flag, bool)]
+        return f"{wrong[0][0]} {wrong[0][1]!r} is neither True nor False" if wrong else None
 
     def _problem(self) -> str | None:
         if self.storage not in _STORAGE.values():
@@ -143,11 +158,9 @@ class QuantType:
         Raises:
             OptionError: Says which part of the text is wrong, and what could stand there.
         """
-        match = re.fullmatch(
-            r"quant<([^:,]+):(\w+), ([^,]+?)(, asymmetric)?(, narrow)?(?:, bits=(\d))?"
-            r"(, two-level)?>",
-            text,
-        )
+        pattern = r"quant<([^:,]+):(\w+), ([^,]+?)(, asymmetric)?(, narrow)?(?:, bits=(\d))?"
+        pattern += "(, two-level)?>"
+        match = re.fullmatch(pattern, text) if isinstance(text, str) else None
         if match is None:
             raise OptionError(
                 f"no quantized type: {text!r}; write quant<STORAGE:EXPRESSED, GRANULARITY>, with "
@@ -177,6 +190,15 @@ def _in_groups_of_rows(type: QuantType) -> bool:
     return grouped and type.symmetric and type.expressed is ir.DataType.FLOAT
 
 
+def _data_type_meant(kind: object) -> str:
+    """How to write what somebody wrote as a text, or a type of numpy."""
+    name = kind.lower() if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+    known = _STORAGE | _EXPRESSED
+    if name in known:
+        return f": write onnx_ir.DataType.{known[name].name}"
+    return f"{did_you_mean(name, known)}; there are {', '.join(known)}"
+
+
 def _is_signed(storage: ir.DataType) -> bool:
     return storage.is_integer() and storage.is_signed()
 
@@ -201,13 +223,15 @@ class QuantSpec:
     """An intent: this type, with scales known before the model runs or computed while it runs.
 
     Raises:
-        OptionError: The scale is neither static nor dynamic.
+        OptionError: The type is none, or the scale neither static nor dynamic.
     """
 
     type: QuantType
     scale: Literal["static", "dynamic"]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.type, QuantType):
+            raise OptionError(f"no type {self.type!r}: it is a QuantType")
         if self.scale not in ("static", "dynamic"):
             raise OptionError(f"no scale {self.scale!r}: it is static or dynamic")
 
@@ -221,7 +245,7 @@ class QuantSpec:
         Raises:
             OptionError: Says which part of the text is wrong, and what could stand there.
         """
-        scale, _, type = text.partition(" ")
+        scale, _, type = text.partition(" ") if isinstance(text, str) else (text, "", "")
         if scale not in ("static", "dynamic"):
             raise OptionError(f"in {text!r}: no scale {scale!r}: write static or dynamic first")
         return cls(QuantType.parse(type), scale)  # type: ignore[arg-type]

@@ -232,7 +232,7 @@ class AssignPrecision(ir.passes.InPlacePass):
             node.replace_input_with(1, turn.outputs[0])
             drop_if_unread(turned)
         elif not turn.outputs[0].uses() and turn.graph is not None:
-            turn.graph.remove(turn)
+            turn.graph.remove(turn, safe=True)
         return plan
 
     def _plan(

@@ -89,7 +89,7 @@ class ConvertFloat16(ir.passes.InPlacePass):
         """
 
         type: str = "fp16"
-        headroom: float = 4.0
+        headroom: float = 2.0
 
         def __post_init__(self) -> None:
             """Check the values.
@@ -177,7 +177,7 @@ class _Conversion:
             if value in results
         ]
         for value in results:
-            value.dtype = _HALF
+            value.type = ir.TensorType(_HALF)  # the one it has may be other values' too
         changed = bool(results)
         for node, operands in wanted.items():
             for index, dtype in operands.items():

@@ -37,6 +37,9 @@ Kept = dict[ir.Node, str]
 _F = ir.DataType.FLOAT
 _LARGEST, _SMALLEST = float(np.finfo(np.float16).max), float(np.finfo(np.float16).tiny)
 
+_NO_BOUND = 1e38
+"""Exporters write the largest float32 for a bound that there is not."""
+
 MOVING = frozenset({
     "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape",
     "Slice", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
@@ -148,6 +151,8 @@ def _unfit_constant(node: ir.Node, opset: int) -> str | None:
         if value is None or array is None:
             continue
         high = _largest(array)
+        if high > _NO_BOUND and node.op_type in ("Clip", "Max", "Min"):
+            continue  # it bounds nothing, and neither does infinity
         if high > _LARGEST:
             return f"float32: its constant {value.name} holds {high:.3g}, float16 ends at 65504"
         if node.op_type == "Div" and index == 1 and array.any():

@@ -32,7 +32,7 @@ from qcompiler.passes.fold_conv import try_fold_conv
 from qcompiler.passes.fold_gather import try_fold_gather
 from qcompiler.passes.fold_matmul import try_fold_matmul
 from qcompiler.passes.guard_scales import try_guard_scales
-from qcompiler.passes.left_to_ort import left_to_ort, moves_stored
+from qcompiler.passes.left_to_ort import FUSED_BY_ORT, left_to_ort, moves_stored
 from qcompiler.passes.widen_constants import try_widen_constant
 
 __all__ = ["FoldQDQ"]
@@ -51,15 +51,23 @@ _FAMILIES = {
     "Gather": try_fold_gather,
 }
 
+_LEFT = [("qdq", f"ORT's own {FUSED_BY_ORT[op]}") for op in ("MatMul", "Gemm")]
+
 _TOP = {ir.DataType.INT8: 127.0, ir.DataType.FLOAT8E4M3FN: 448.0}
 """The stored value that a token's largest magnitude is mapped to."""
 
 
 class FoldQDQ(ir.passes.InPlacePass):
-    """Replace the pairs around MatMul, Gemm, Conv and Gather by integer ops."""
+    """Replace the pairs around MatMul, Gemm, Conv and Gather by integer ops.
 
-    def __init__(self) -> None:
+    Attributes:
+        left: Why products that ORT makes one integer op of, with the Q of their result, are left to
+            it; None if they are not.
+    """
+
+    def __init__(self, left: str | None = None) -> None:
         super().__init__()
+        self.left = left
         self._quantized: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -87,6 +95,8 @@ class FoldQDQ(ir.passes.InPlacePass):
         """Fold one node; the reason, and nothing changed, if it cannot be."""
         if node.op_type == "MatMul" and self._try_fold_matmul(node):
             return None
+        if self.left is not None and left_to_ort(node) in _LEFT:
+            return self.left
         return _FAMILIES[node.op_type](graph, node)
 
     def _try_fold_matmul(self, node: ir.Node) -> bool:

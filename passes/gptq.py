@@ -107,31 +107,36 @@ class GPTQ(ir.passes.InPlacePass):
         groups, tell = by_data(layers), self.runs.progress()
         with self.runs.walker_for(layers, "gptq rounds")(model, list(groups)) as walk:
             cache = LayerCache("gptq", walk.digest, repr(self.options), layers)
-            for done, (layer, rounded, note) in enumerate(self._rounded(groups, walk, cache), 1):
+            rounding = self._rounded(groups, walk, cache)
+            for done, (layer, rounded, note, kept) in enumerate(rounding, 1):
                 layer.replace(model.graph, rounded)
                 for node in layer.nodes:
                     add_note(node, note)
-                tell(f"{layer.name}: {note}", done / len(layers))
+                again = "kept from an earlier run: " if kept else ""
+                tell(f"{layer.name}: {again}{note}", done / len(layers))
         FixNames()(model)
         return ir.passes.PassResult(model, True)
 
     def _rounded(
         self, groups: Mapping[ir.Value, Sequence[Layer]], walk: Walk, cache: LayerCache
-    ) -> Iterator[tuple[Layer, RoundedWeight, str]]:
-        """Each layer, rounded, and what to say of it; the model must be changed between them."""
+    ) -> Iterator[tuple[Layer, RoundedWeight, str, bool]]:
+        """Each layer, rounded, what to say of it, and whether it was there already.
+
+        The model must be changed between them.
+        """
         for data, layers in groups.items():
             kept = [cache.get(layer.name) for layer in layers]
             if all(arrays is not None for arrays in kept):
                 for layer, arrays in zip(layers, kept, strict=True):
                     assert arrays is not None
                     note = str(arrays["note"])
-                    yield layer, RoundedWeight.from_arrays(arrays, layer.type), note
+                    yield layer, RoundedWeight.from_arrays(arrays, layer.type), note, True
                 continue
             depth = finite_weight(layers[0].nodes[0], layers[0].weight).shape[0]
             moments = Moments.of(walk.rows(data), depth, data.name or "")
             for layer, (rounded, note) in zip(layers, self._round(layers, moments), strict=True):
                 cache.put(layer.name, rounded.to_arrays() | {"note": np.asarray(note)})
-                yield layer, rounded, note
+                yield layer, rounded, note, False
 
     def _round(self, layers: Sequence[Layer], moments: Moments) -> list[tuple[RoundedWeight, str]]:
         """Round the layers that read the same activations."""

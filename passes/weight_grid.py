@@ -47,12 +47,10 @@ def weight_grid(
     """
     rows = None if importance is None else np.asarray(importance, np.float32)[:, None]
     if type.symmetric:
-        largest = range == "max"
-        scale = (
-            signed_scale(weight, type)
-            if largest
-            else clipped_scale(weight, type, rows, signed=True)
-        )
+        if range == "max":
+            scale = signed_scale(weight, type)
+        else:
+            scale = clipped_scale(weight, type, rows, signed=True)
         return on_two_levels(scale) if type.two_level else scale, None
     if range == "max":
         return scale_and_zero_point(weight, type)

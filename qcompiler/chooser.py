@@ -131,7 +131,9 @@ class Chooser:
     def pipeline(self, recipe: Recipe, runs: ModelRuns) -> Pipeline:
         """The passes to run, with what is known so far; see `Pipeline.default`."""
         self._choose = self._make_pass(observed=runs.observe is not None)
-        return Pipeline.default(self.target, recipe, runs, self._choose, self._unsupported)
+        return Pipeline.default(
+            self.target, recipe, runs, self._choose, self._unsupported, self._lost
+        )
 
     def record(self) -> Record:
         """What was chosen when the last pipeline ran."""

@@ -61,6 +61,7 @@ def default_steps(
     runs: ModelRuns,
     choose: ChooseKernels | None,
     supports: Callable[[Region], str | None],
+    left: str | None = None,
 ) -> list[Step]:
     """A new pass for each step; for the arguments see `Pipeline.default`."""
     precision = AssignPrecision.Options(
@@ -90,13 +91,13 @@ def default_steps(
         Step("equalize-layers", EqualizeLayers(runs.run, ranges), Stage.FLOAT, "plans"),
         Step(
             "smooth-activations",
-            SmoothActivations(runs.sample, made_up=runs.made_up),
+            SmoothActivations(runs.sample, made_up=runs.made_up, ranges=ranges),
             Stage.FLOAT,
             "plans",
         ),
         Step(
             "split-outliers",
-            SplitOutliers(runs.sample, made_up=runs.made_up),
+            SplitOutliers(runs.sample, made_up=runs.made_up, ranges=ranges),
             Stage.FLOAT,
             "plans",
         ),
@@ -109,7 +110,7 @@ def default_steps(
         Step("gptq", GPTQ(runs.layers), Stage.QDQ, "plans"),
         Step("insert-qdq", InsertQDQ(ranges), Stage.QDQ, "plans"),
         Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
-        Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),
+        Step("fold-qdq", FoldQDQ(left), Stage.QUANTIZED),
         Step("shift-weights", ShiftWeights(), Stage.QUANTIZED),
         Step("convert-float16", ConvertFloat16(runs.sample, floats), Stage.QUANTIZED, "target"),
         Step("fuse-regions", FuseRegions(supports), Stage.KERNEL, "target"),

@@ -193,6 +193,15 @@ def test_a_constant_that_both_read_stays_in_both_types():
     assert kinds == {"b": ir.DataType.FLOAT, "b_float16": ir.DataType.FLOAT16}
 
 
+def test_values_may_share_what_says_their_type():
+    model = named("g (float[m,64] x) => (float[m,64] y) { a = Add (x, big) y = Exp (a) }")
+    first, last = (node.outputs[0] for node in model.graph)
+    first.type = last.type
+    ConvertFloat16()(model)
+    assert first.dtype is ir.DataType.FLOAT
+    verify(model, Stage.QUANTIZED, "convert-float16")
+
+
 def test_branches_read_outer_values_and_return_float32():
     text = (
         "g (float[m,64] x, bool c) => (float[m,64] y) { h = Tanh (x) y = If (c) <"
@@ -368,6 +377,18 @@ def test_what_is_read_elsewhere_too_is_no_mask():
     assert "holds 3.4e+38, float16 ends at 65504" in why(model, "k")
 
 
+def test_a_bound_that_bounds_nothing_is_in_range():
+    model = converted(
+        "g (float[m,64] x) => (float[m,64] y) { a = Clip (x, zero, most) y = Max (a, low) }",
+        most=np.float32(3.4e38),
+    )
+    assert set(types(model).values()) == {"FLOAT16"}
+    bounded = converted(
+        "g (float[m,64] x) => (float[m,64] y) { a = Clip (x, zero, big) y = Neg (a) }"
+    )
+    assert types(bounded) == {"a": "FLOAT", "y": "FLOAT16"}
+
+
 def test_minus_infinity_stays_what_it_is():
     seen = {"c": RNG.random((3, 64)) < 0.5}
     model = converted(MASK, X | seen, low=np.float32(-np.inf))
@@ -422,8 +443,8 @@ def test_values_in_range_keep_nothing_and_infinite_ones_are_no_overflow():
 
 
 def test_headroom():
-    feeds = {"x": np.full((3, 64), 4.6, np.float32)}  # 9897 squared
-    for headroom, kept in ((4.0, "FLOAT16"), (8.0, "FLOAT")):
+    feeds = {"x": np.full((3, 64), 4.6, np.float32)}  # e^9.2 is 9897
+    for headroom, kept in ((2.0, "FLOAT16"), (8.0, "FLOAT")):
         model = named(GROWS)
         ConvertFloat16(on(feeds), ConvertFloat16.Options(headroom=headroom))(model)
         assert types(model)["s"] == kept

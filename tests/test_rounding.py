@@ -11,7 +11,7 @@ from terminal import qcompile
 
 import qcompiler
 from qcompiler.ir.decisions import decision_of
-from qcompiler.ir.errors import CalibrationError, OptionError
+from qcompiler.ir.errors import CalibrationError, ModelError, OptionError
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.targets.catalog import TARGETS
 
@@ -200,13 +200,61 @@ def test_groups_that_do_not_divide(tmp_path, target, depth):
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     exact = ort.InferenceSession(report.bundle, options).run(None, feeds)[0]
     assert sqnr(run(model(text, weights), feeds)[0], exact) > 15
-    bundle = qcompiler.compile(model(text, weights), target, tmp_path / "c", timing=False).bundle
+    bundle = qcompiler.compile(
+        model(text, weights), target, tmp_path / "c", timing=False,
+        recipe=qcompiler.Recipe(float="fp32"),
+    ).bundle  # fmt: skip
     options = ort.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = qcompiler.load(
         bundle, native=False, providers=["CPUExecutionProvider"], session_options=options
     )
     assert sqnr(exact, session.run(None, feeds)[0]) > floor
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_a_table_that_is_the_head_too(tmp_path, rounding):
+    """Each keeps a form of its own: the head as the recipe says, the table float or as it says."""
+    text = (
+        f"g (int64[n] i) => (float[n,{K}] y) "
+        "{ r = Gather (v, i) x = Tanh (r) t = Transpose <perm = [1, 0]> (v) y = MatMul (x, t) }"
+    )
+    feeds = {"i": np.arange(K)}
+    expected = run(model(text), feeds)[0]
+    for precision, of_table in ("float", "float"), ("int8", "qdq"):
+        recipe = qcompiler.Recipe(
+            rounding=rounding, nodes=[{"op": "Gather", "precision": precision}]
+        )
+        report = qcompiler.compile(
+            model(text), "cuda-int4", tmp_path / precision, timing=False, recipe=recipe,
+            calibration=lambda: [feeds],
+        )  # fmt: skip
+        session = qcompiler.load(report.bundle, native=False, providers=["CPUExecutionProvider"])
+        assert sqnr(expected, session.run(None, feeds)[0]) > 15
+        found = {decision.op: decision.action for decision in report.decisions}
+        assert (found["QMatMulW4A16"], found["Gather"]) == ("body", of_table)
+
+
+def test_a_weight_that_is_computed_stays_and_says_why(tmp_path):
+    text = (
+        f"g (float[n,{K}] x) => (float[n,{K}] y) {{ t = Sin (v) u = MatMul (x, v) s = Add (u, x) "
+    )
+    text += "r = ReduceSum <keepdims = 1> (s, axes) w2 = Add (v, r) y = MatMul (u, w2) }"
+    made = model(text.replace("[n,", "[1,"), W | {"axes": np.asarray([0, 1])})
+    report = qcompiler.compile(made, "cuda-int4", tmp_path / "b", timing=False)
+    whys = [decision.why for decision in report.decisions if decision.op == "MatMul"]
+    assert whys == ["its second operand is an activation: no quantized form yet"]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "hqq", "awq", "gptq"])
+def test_weights_that_are_not_finite(tmp_path, rounding):
+    weights = {name: array.copy() for name, array in W.items()}
+    weights["w"][3, 4] = np.inf
+    with pytest.raises(ModelError, match="'w' of 'node_2' holds 1 NaN or Inf; .*-float node_2"):
+        qcompiler.compile(
+            model(weights=weights), "cuda-int4", tmp_path / "b", timing=False,
+            recipe=qcompiler.Recipe(rounding=rounding), calibration=samples,
+        )  # fmt: skip
 
 
 def test_inside_of_a_branch_there_is_only_rounding_to_nearest():

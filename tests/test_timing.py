@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import golden
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -274,11 +275,11 @@ def test_a_whole_that_is_slower_is_quantized_less(tmp_path, timed, whole, sample
         assert files(tmp_path / "again") == files(tmp_path / name)
 
 
-def imported():
+def imported(result="y = MatMul (d, f)"):
     weight = np.random.default_rng(2).integers(-60, 60, (64, 48)).astype(np.int8)
     return model_of(
         "g (float[n,64] x) => (float[n,48] y) { q = QuantizeLinear (x, s, z) "
-        "d = DequantizeLinear (q, s, z) f = DequantizeLinear (w, s) y = MatMul (d, f) }",
+        "d = DequantizeLinear (q, s, z) f = DequantizeLinear (w, s) " + result + " }",
         {"s": np.float32(0.02), "z": np.uint8(128), "w": weight},
     )
 
@@ -341,6 +342,21 @@ def test_strict_accepts_that_nothing_is_gained(tmp_path, timed, whole, monkeypat
         imported(), "x86-int8", tmp_path / "b", strict=True, choices=tmp_path / "a"
     )
     assert again.decisions == report.decisions
+
+
+def test_products_that_onnx_runtime_has_are_left_to_it(tmp_path, timed, whole, monkeypatch):
+    monkeypatch.setattr("qcompiler.timing.exact_source.sums_saturate", lambda: False)
+    whole.append(0.5)
+    between = "m = MatMul (d, f) r = QuantizeLinear (m, s, z) y = DequantizeLinear (r, s, z)"
+    report = qcompiler.compile(imported(between), "x86-int8", tmp_path / "a", strict=True)
+    (product,) = (decision for decision in report.decisions if decision.op == "MatMul")
+    assert product.action == "qdq"
+    assert "the whole is slower" in product.why and "QLinearMatMul" in product.why
+    feeds = {"x": np.linspace(-1, 1, 3 * 64, dtype=np.float32).reshape(3, 64)}
+    (got,) = qcompiler.load(report.bundle).run(None, feeds)
+    assert np.abs(got - golden.run(imported(between), feeds, plainly=True)[0]).max() < 1.5 * 0.02
+    qcompiler.compile(imported(between), "x86-int8", tmp_path / "b", choices=tmp_path / "a")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
 def test_strict_refuses_what_lacks_a_kernel_although_nothing_is_gained(
