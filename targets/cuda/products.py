@@ -11,9 +11,10 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from qcompiler.targets.cuda.device import Expr, constant, emit, registers, store, unrolled
+from qcompiler.ir.region import Region
+from qcompiler.targets.cuda.device import Expr, cast, constant, emit, registers, store, unrolled
 
-__all__ = ["PRODUCTS", "Product"]
+__all__ = ["STEPS", "Product", "product_of"]
 
 STEPS = 4
 """Of 32 bytes, in a chunk of K."""
@@ -38,12 +39,12 @@ class Product(ABC):
     nothing: int = 0
 
     @abstractmethod
-    def fragment(self, words: Sequence[Expr], step: int) -> Sequence[Expr]:
-        """The four registers of a step, from the words of a chunk, four per tile."""
+    def fragment(self, words: Sequence[Expr], step: int) -> list[Expr]:
+        """The weights of a step, from the words of a chunk, four per tile."""
 
-    def activations(self, loaded: Expr, count: int) -> None:
-        """Make what was loaded of activations, in place, what is multiplied: as it is."""
-        return
+    def operand(self, words: Sequence[Expr]) -> list[Expr]:
+        """The two words of activations that a lane holds of 8 tokens, as they are multiplied."""
+        return list(words)
 
     def multiply(
         self, totals: Expr, first: Expr, weights: Sequence[Expr], tokens: Sequence[Expr]
@@ -65,7 +66,7 @@ class W4A16(Product):
     al., "Who Says Elephants Can't Run", 2022.)
     """
 
-    def fragment(self, words: Sequence[Expr], step: int) -> Sequence[Expr]:
+    def fragment(self, words: Sequence[Expr], step: int) -> list[Expr]:
         """Numbers from -8 to 7, exactly."""
         result, shifted = registers("uint32", 4), registers("uint32", 1)
         store(shifted, words[step] >> _word(8), 0)
@@ -85,28 +86,67 @@ class W4A16(Product):
 class EightBit(Product):
     """Weights are multiplied as they are stored."""
 
-    def fragment(self, words: Sequence[Expr], step: int) -> Sequence[Expr]:
+    def fragment(self, words: Sequence[Expr], step: int) -> list[Expr]:
         """The words of the tile that the step is."""
-        return words[4 * step : 4 * step + 4]
+        return list(words[4 * step : 4 * step + 4])
 
 
 class W8A8(EightBit):
     """Activations come as uint8 with zero point 128: with the top bit flipped, int8."""
 
-    def activations(self, loaded: Expr, count: int) -> None:
+    def operand(self, words: Sequence[Expr]) -> list[Expr]:
         """Flip it."""
-        for i in range(count):
-            store(loaded, loaded[i] ^ _word(0x80808080), i)
+        flipped = registers("uint32", 2)
+        for i, word in enumerate(words):
+            store(flipped, word ^ _word(0x80808080), i)
+        return [flipped[0], flipped[1]]
+
+
+class Fp8AsHalf(EightBit):
+    """FP8 widened to float16, exactly, for sm_90, whose `mma.sync` has no FP8.
+
+    ptxas widens too, but sums each product apart: twice as many additions as products.  The lower
+    two of a word's four bytes make one operand of 16 rows, the upper two another.
+    """
+
+    def fragment(self, words: Sequence[Expr], step: int) -> list[Expr]:
+        """Two fragments."""
+        return self.operand(super().fragment(words, step))
+
+    def operand(self, words: Sequence[Expr]) -> list[Expr]:
+        """The lower halves of the words, then the upper."""
+        pair, result = registers("uint16", 1), registers("uint32", 2 * len(words))
+        for i in range(2 * len(words)):
+            upper, word = divmod(i, len(words))
+            store(pair, cast("uint16", words[word] >> _word(16 * upper)), 0)
+            emit("cvt.rn.f16x2.e4m3x2", result[i], pair[0])
+        return [result[i] for i in range(2 * len(words))]
+
+    def multiply(
+        self, totals: Expr, first: Expr, weights: Sequence[Expr], tokens: Sequence[Expr]
+    ) -> None:
+        """Add both products."""
+        super().multiply(totals, first, weights[:4], tokens[:2])
+        super().multiply(totals, first, weights[4:], tokens[2:])
 
 
 def _word(value: int) -> Expr:
     return constant(value, "uint32")
 
 
-PRODUCTS: dict[str, Product] = {
+_PRODUCTS: dict[str, Product] = {
     "QMatMulW4A16": W4A16("x", 1, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"),
     "QMatMulW8A8": W8A8(
         "q", 4, "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "uint32", nothing=0x80808080
     ),
     "QMatMulFp8": EightBit("q", 4, "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"),
 }
+_ON_SM_90 = {
+    "QMatMulFp8": Fp8AsHalf("q", 4, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"),
+}
+
+
+def product_of(region: Region, arch: str) -> Product:
+    """The kind of product that a region is."""
+    found = _ON_SM_90 if arch == "sm_90a" else _PRODUCTS
+    return found.get(region.anchor, _PRODUCTS[region.anchor])

@@ -52,7 +52,7 @@ from qcompiler.targets.cuda.plan import (
     shared_bytes,
     stage_bytes,
 )
-from qcompiler.targets.cuda.products import PRODUCTS, STEPS
+from qcompiler.targets.cuda.products import STEPS, Product
 
 __all__ = ["tile_kernel"]
 
@@ -61,9 +61,8 @@ _TILE_ROWS = COLUMN_MULTIPLE // 16
 _PART = 16
 
 
-def tile_kernel(region: Region, shape: Tile) -> Any:
+def tile_kernel(region: Region, shape: Tile, product: Product) -> Any:
     """The kernel that computes tiles of `shape.rows` tokens."""
-    product = PRODUCTS[region.anchor]
     pointers = {
         product.activation: "uint8",
         "w": "uint8",
@@ -75,8 +74,8 @@ def tile_kernel(region: Region, shape: Tile) -> Any:
 
     def body(arrays: Mapping[str, Expr], rows: Expr, place: Place) -> None:
         memory = shared(shared_bytes(region, shape))
-        stages = _Stages(region, shape, arrays, rows, place, memory)
-        sums = _Sums(region, shape, place, memory)
+        stages = _Stages(region, shape, product, arrays, rows, place, memory)
+        sums = _Sums(region, shape, product, place, memory)
         begin = let(place.z * per_split)
         end = let(minimum(begin + per_split, chunks))
         for ahead in range(shape.stages - 1):
@@ -108,12 +107,13 @@ class _Stages:
         self,
         region: Region,
         shape: Tile,
+        product: Product,
         arrays: Mapping[str, Expr],
         rows: Expr,
         place: Place,
         memory: Expr,
     ) -> None:
-        self._product, self._layout = PRODUCTS[region.anchor], packing(region)
+        self._product, self._layout = product, packing(region)
         self._shape, self._arrays, self._rows, self._place = shape, arrays, rows, place
         self._memory, self._bytes = memory, stage_bytes(region, shape.rows)
         self._row_bytes = region.size("K") * activation_bytes(region)
@@ -174,8 +174,10 @@ class _Stages:
 class _Sums:
     """What a warp adds up: 32 columns times all tokens of the tile."""
 
-    def __init__(self, region: Region, shape: Tile, place: Place, memory: Expr) -> None:
-        self._product, self._shape = PRODUCTS[region.anchor], shape
+    def __init__(
+        self, region: Region, shape: Tile, product: Product, place: Place, memory: Expr
+    ) -> None:
+        self._product, self._shape = product, shape
         self._place, self._memory = place, memory
         self._bytes = stage_bytes(region, shape.rows)
         self._group = dict(region.sizes).get("G")
@@ -241,11 +243,10 @@ class _Sums:
         tokens = registers("uint32", 4)
         instruction = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
         emit(instruction, *(tokens[i] for i in range(4)), source)
-        self._product.activations(tokens, 4)
+        operands = [self._product.operand([tokens[i], tokens[i + 1]]) for i in (0, 2)]
         for side, fragment in enumerate(fragments):
-            for half in range(2):
+            for half, operand in enumerate(operands):
                 first = 4 * (side * self._tokens + pair * 2 + half)
-                operand = [tokens[2 * half], tokens[2 * half + 1]]
                 self._product.multiply(self.totals, first, fragment, operand)
 
 

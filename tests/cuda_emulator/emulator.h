@@ -336,6 +336,10 @@ inline uint16_t pair_to_e4m3(float high, float low) {
     return uint16_t(to_e4m3(high) << 8 | to_e4m3(low));
 }
 
+inline uint32_t pair_from_e4m3(uint16_t pair) {
+    return to_half(from_e4m3(uint8_t(pair))) | uint32_t(to_half(from_e4m3(uint8_t(pair >> 8)))) << 16;
+}
+
 template <class Value> Value shuffle(Value value, int source) {
     struct Slot { Value value, result; int source; };
     Slot slot{value, value, source};

@@ -52,6 +52,7 @@ _RULES = (
     (r"sub\.f16x2 .*", "%0 = subtract_halves(%1, %2)"),
     (r"mul\.f16x2 .*", "%0 = multiply_halves(%1, %2)"),
     (r"fma\.rn\.f16x2 .*", "%0 = fma_halves(%1, %2, %3)"),
+    (r"cvt\.rn\.f16x2\.e4m3x2 .*", "%0 = pair_from_e4m3(%1)"),
     (r"cvt\.rn\.satfinite\.e4m3x2\.f32 .*", "%0 = pair_to_e4m3(%1, %2)"),
 )
 
