@@ -12,7 +12,8 @@ from qcompiler.targets.cuda.plan import Stream, launches, shapes_of
 from qcompiler.targets.cuda.products import product_of
 from qcompiler.targets.cuda.quantize import quantize_kernel
 from qcompiler.targets.cuda.stream import stream_kernel
-from qcompiler.targets.cuda.tile import tile_kernel
+from qcompiler.targets.cuda.tile import Sums, tile_kernel
+from qcompiler.targets.cuda.warpgroup import WarpgroupSums
 
 __all__ = ["kernels", "source_of"]
 
@@ -29,12 +30,14 @@ def kernels(region: Region, arch: str) -> dict[str, Any]:
             launch.symbol: quantize_kernel(region, launch.threads, launch.block_rows)
             for launch in launches(region)
         }
-    product = product_of(region, arch)
+    by_warpgroup = arch == "sm_90a"
+    sums = WarpgroupSums if by_warpgroup else Sums
     for launch, (_, shape) in zip(launches(region), shapes_of(region), strict=True):
         if isinstance(shape, Stream):
-            found[launch.symbol] = stream_kernel(region, shape, product)
+            found[launch.symbol] = stream_kernel(region, shape, product_of(region, arch))
             continue
-        found[launch.symbol] = tile_kernel(region, shape, product)
+        product = product_of(region, arch, by_warpgroup)
+        found[launch.symbol] = tile_kernel(region, shape, product, sums)
         if launch.combine is not None:
             found[launch.combine] = combine_kernel(region, shape.splits, launch.threads)
     return found

@@ -29,12 +29,16 @@ class Product(ABC):
         tiles: Weight tiles of 16 columns in a chunk.
         mma: The instruction.
         register: The type of an accumulator.
+        group_mma: The end of the name of the `wgmma` for this kind.
+        group_scales: The constants it takes last: signs, and that rows of tokens are along K.
         nothing: A word of activations that counts as zeros.
     """
 
     activation: str
     tiles: int
     mma: str
+    group_mma: str
+    group_scales: tuple[int, ...]
     register: str = "float32"
     nothing: int = 0
 
@@ -52,6 +56,14 @@ class Product(ABC):
         """Add the product of 16 columns with 8 tokens to `totals[first : first + 4]`."""
         sums = [totals[first + i] for i in range(4)]
         emit(self.mma, *sums, *weights, *tokens, *sums)
+
+    def multiply_group(
+        self, rows: int, sums: Sequence[Expr], weights: Sequence[Expr], tokens: Expr
+    ) -> None:
+        """Add the product of a warpgroup's 64 columns with `rows` tokens in shared memory."""
+        name = f"wgmma.mma_async.sync.aligned.m64n{rows}{self.group_mma}"
+        adds = constant(1, "bool")
+        emit(name, *sums, *weights, tokens, adds, *self.group_scales)
 
     def clear(self, totals: Expr, count: int) -> None:
         """Begin sums."""
@@ -134,19 +146,27 @@ def _word(value: int) -> Expr:
     return constant(value, "uint32")
 
 
+_MMA = "mma.sync.aligned.m16n8"
+_F16, _E4M3 = ".f32.f16.f16", ".f32.e4m3.e4m3"
 _PRODUCTS: dict[str, Product] = {
-    "QMatMulW4A16": W4A16("x", 1, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"),
-    "QMatMulW8A8": W8A8(
-        "q", 4, "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "uint32", nothing=0x80808080
+    "QMatMulW4A16": W4A16(
+        "x", 1, f"{_MMA}k16.row.col{_F16}.f32", group_mma=f"k16{_F16}", group_scales=(1, 1, 0)
     ),
-    "QMatMulFp8": EightBit("q", 4, "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"),
-}
-_ON_SM_90 = {
-    "QMatMulFp8": Fp8AsHalf("q", 4, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"),
-}
+    "QMatMulW8A8": W8A8(
+        "q", 4, f"{_MMA}k32.row.col.s32.s8.s8.s32", group_mma="k32.s32.s8.s8", group_scales=(),
+        register="uint32", nothing=0x80808080,
+    ),
+    "QMatMulFp8": EightBit(
+        "q", 4, f"{_MMA}k32.row.col{_E4M3}.f32", group_mma=f"k32{_E4M3}", group_scales=(1, 1)
+    ),
+}  # fmt: skip
+_FP8_AS_HALF = Fp8AsHalf(
+    "q", 4, f"{_MMA}k16.row.col{_F16}.f32", group_mma=f"k16{_F16}", group_scales=(1, 1, 0)
+)
 
 
-def product_of(region: Region, arch: str) -> Product:
-    """The kind of product that a region is."""
-    found = _ON_SM_90 if arch == "sm_90a" else _PRODUCTS
-    return found.get(region.anchor, _PRODUCTS[region.anchor])
+def product_of(region: Region, arch: str, by_warpgroup: bool = False) -> Product:
+    """The kind of product that a region is; `by_warpgroup` if `wgmma` multiplies."""
+    if region.anchor == "QMatMulFp8" and arch == "sm_90a" and not by_warpgroup:
+        return _FP8_AS_HALF
+    return _PRODUCTS[region.anchor]
