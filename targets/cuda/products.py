@@ -58,12 +58,14 @@ class Product(ABC):
         emit(self.mma, *sums, *weights, *tokens, *sums)
 
     def multiply_group(
-        self, rows: int, sums: Sequence[Expr], weights: Sequence[Expr], tokens: Expr
+        self, rows: int, sums: Sequence[Expr], weights: Sequence[Expr], tokens: Expr, adds: bool
     ) -> None:
-        """Add the product of a warpgroup's 64 columns with `rows` tokens in shared memory."""
+        """The product of a warpgroup's 64 columns with `rows` tokens in shared memory.
+
+        `sums` become that, or it is added to them.
+        """
         name = f"wgmma.mma_async.sync.aligned.m64n{rows}{self.group_mma}"
-        adds = constant(1, "bool")
-        emit(name, *sums, *weights, tokens, adds, *self.group_scales)
+        emit(name, *sums, *weights, tokens, constant(int(adds), "bool"), *self.group_scales)
 
     def clear(self, totals: Expr, count: int) -> None:
         """Begin sums."""

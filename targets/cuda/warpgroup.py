@@ -67,13 +67,13 @@ class WarpgroupSums(Sums):
         if self._is_fp8:
             # FP8 sums keep about 14 bits inside wgmma: only those of a chunk are left to it.
             totals = registers("float32", 2 * self._of_side)
-            self._product.clear(totals, 2 * self._of_side)
         emit("wgmma.fence.sync.aligned")
         for step, of_step in enumerate(fragments):
             tokens = self._descriptor(start + step * (CHUNK_BYTES // STEPS))
             for side, fragment in enumerate(of_step):
                 sums = [totals[side * self._of_side + i] for i in range(self._of_side)]
-                self._product.multiply_group(self._shape.rows, sums, fragment, tokens)
+                adds = not (self._is_fp8 and step == 0)
+                self._product.multiply_group(self._shape.rows, sums, fragment, tokens, adds)
         emit("wgmma.commit_group.sync.aligned")
         emit("wgmma.wait_group.sync.aligned", 0)
         if self._is_fp8:
