@@ -112,7 +112,7 @@ def main() -> None:
     shown = ("anchor", "device", "rows", "n", "k", "kernel", "registers",
              "blocks_per_multiprocessor", "waves", "busy", "bytes_per_output", "memory_floor_us",
              "tensor_floor_us")  # fmt: skip
-    print(" | ".join(shown))
+    print(" | ".join(shown), flush=True)
     for row in table:
         print(" | ".join(str(row[name]) for name in shown))
     if write:

@@ -65,7 +65,7 @@ class WarpgroupSums(Sums):
         ]
         totals = self.totals
         if self._is_fp8:
-            # FP8 sums keep about 14 bits inside wgmma: only those of a chunk are left to it.
+            # FP8 sums are said to keep 14 bits inside wgmma: only those of a chunk are left to it.
             totals = registers("float32", 2 * self._of_side)
         emit("wgmma.fence.sync.aligned")
         for step, of_step in enumerate(fragments):
