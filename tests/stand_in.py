@@ -90,6 +90,7 @@ class Driver:
     def __init__(self, path: Path, gpus: Sequence[Gpu]) -> None:
         self.path, self._loaded = path, ctypes.CDLL(str(path))
         self._kept: list[Any] = []
+        self.problems: list[Exception] = []
         devices = (_Device * 4).in_dll(self._loaded, "stand_in_devices")
         for device, gpu in zip(devices, gpus, strict=False):
             device.name, device.shared_bytes = gpu.name.encode(), gpu.shared_bytes
@@ -114,8 +115,11 @@ class Driver:
         def call(values: Any, grid: Any) -> None:
             assert run is not None
             kinds = [ctypes.c_uint64] * (arguments - 1) + [ctypes.c_int32]
-            run([ctypes.cast(values[i], ctypes.POINTER(kind))[0] for i, kind in enumerate(kinds)],
-                tuple(grid[:3]))  # fmt: skip
+            given = [ctypes.cast(values[i], ctypes.POINTER(k))[0] for i, k in enumerate(kinds)]
+            try:
+                run(given, tuple(grid[:3]))
+            except Exception as error:  # it would be lost in C
+                self.problems.append(error)
 
         symbols = (_Symbol * 64).in_dll(self._loaded, "stand_in_symbols")
         callback = _Run(call) if run is not None else _Run()
@@ -157,13 +161,21 @@ class Bench:
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch, shared: Path) -> None:
         self.folder, self._patch, self._shared = folder, patch, shared
+        self._drivers: list[Driver] = []
 
     def driver(self, *gpus: Gpu, flags: tuple[str, ...] = ()) -> Driver:
         """The driver that a library finds from now on."""
         path = self.folder / f"libcuda_{next(_numbers)}.so"
         shutil.copy(_compiled(self._shared, *flags), path)
         self._patch.setenv("QC_STAND_IN", str(path))
-        return Driver(path, gpus)
+        self._drivers.append(Driver(path, gpus))
+        return self._drivers[-1]
+
+    def check(self) -> None:
+        """Raise what functions in the place of kernels raised."""
+        for driver in self._drivers:
+            for problem in driver.problems:
+                raise problem
 
     def library(self, path: Path) -> Path:
         """A copy of a library that has seen no driver yet."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import numpy as np
@@ -45,18 +46,37 @@ SEEN_AS = {
 }
 
 
+OF_WARPGROUP = {
+    11: ("no fence", r"(\w+_fence_proxy_\w+\(\);)", 0, r"if (!FAULT(11)) \1"),
+    12: ("no wait for products", r"(\w+_wgmma_wait_group_\w+\(\);)", 0, r"if (!FAULT(12)) \1"),
+    13: (
+        "another operand",
+        r">> \(uint64_t\)4ULL\)",
+        0,
+        ">> (uint64_t)4ULL) + (FAULT(13) ? 8 : 0)",
+    ),
+}
+SEEN_AS |= {11: "no fence.proxy.async lets it see", 12: "numbers", 13: "numbers|wgmma"}
+FAULTS = {"sm_80": PLANTED, "sm_90a": OF_WARPGROUP}
+
+
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory) -> Emulated:
+def planted(tmp_path_factory):
     """The kernels of REGION with all faults, none of which happens unless asked for."""
-    source = cuda.source(REGION, "sm_80")
-    start = source.index("{", source.rindex(launch_for(REGION, ROWS).symbol + "("))
-    head, body = source[:start], source[start:]
-    for what, pattern, place, replacement in PLANTED.values():
-        places = list(re.finditer(pattern, body))
-        assert len(places) > place, f"{what}: the source has no {pattern}"
-        found = places[place]
-        body = body[: found.start()] + found.expand(replacement) + body[found.end() :]
-    return Emulated(head + body, tmp_path_factory.mktemp("planted"))
+
+    @functools.cache
+    def make(arch: str) -> Emulated:
+        source = cuda.source(REGION, arch)
+        start = source.index("{", source.rindex(launch_for(REGION, ROWS).symbol + "("))
+        head, body = source[:start], source[start:]
+        for what, pattern, place, replacement in FAULTS[arch].values():
+            places = list(re.finditer(pattern, body))
+            assert len(places) > place, f"{what}: the source has no {pattern}"
+            found = places[place]
+            body = body[: found.start()] + found.expand(replacement) + body[found.end() :]
+        return Emulated(head + body, tmp_path_factory.mktemp("planted"))
+
+    return make
 
 
 def seen(planted: Emulated, launch: cuda.Launch, fault: int) -> str:
@@ -73,26 +93,34 @@ def seen(planted: Emulated, launch: cuda.Launch, fault: int) -> str:
     return ""
 
 
-def test_nothing_is_seen_where_nothing_is_wrong(planted):
-    assert seen(planted, launch_for(REGION, ROWS), 0) == ""
+@pytest.mark.parametrize("arch", FAULTS)
+def test_nothing_is_seen_where_nothing_is_wrong(arch, planted):
+    assert seen(planted(arch), launch_for(REGION, ROWS), 0) == ""
 
 
-@pytest.mark.parametrize("fault", PLANTED, ids=lambda number: PLANTED[number][0].replace(" ", "-"))
-def test_a_planted_fault_is_seen(fault, planted):
-    assert re.search(SEEN_AS[fault], seen(planted, launch_for(REGION, ROWS), fault))
+@pytest.mark.parametrize(
+    ("arch", "fault"),
+    [
+        pytest.param(arch, number, id=faults[number][0].replace(" ", "-"))
+        for arch, faults in FAULTS.items()
+        for number in faults
+    ],
+)
+def test_a_planted_fault_is_seen(arch, fault, planted):
+    assert re.search(SEEN_AS[fault], seen(planted(arch), launch_for(REGION, ROWS), fault))
 
 
 def test_too_little_shared_memory_is_seen(planted):
     launch = launch_for(REGION, ROWS)
-    less = dataclasses.replace(launch, shared_bytes=launch.shared_bytes - 16)
-    assert re.search("of shared memory|at shared byte", seen(planted, less, 0))
+    less = dataclasses.replace(launch, shared_bytes=launch.shared_bytes - 1024)
+    assert re.search("of shared memory|at shared byte", seen(planted("sm_80"), less, 0))
 
 
 def test_a_short_result_is_seen(planted):
     operands = operands_of(REGION, 8)
     operands.device["y"] = np.full((7, 136), np.nan, np.float16)
     with pytest.raises(EmulatorError, match=r"of y, which has|past the end of y"):
-        planted.run(launch_for(REGION, 8), 136, operands.device, 8)
+        planted("sm_80").run(launch_for(REGION, 8), 136, operands.device, 8)
 
 
 def test_an_instruction_that_is_not_known_is_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +201,11 @@ def drivers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drivers: Path) -> Bench:
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drivers: Path) -> Iterator[Bench]:
     monkeypatch.delenv("QCOMPILER_ISA", raising=False)
-    return Bench(tmp_path, monkeypatch, drivers)
+    bench = Bench(tmp_path, monkeypatch, drivers)
+    yield bench
+    bench.check()
 
 
 def open_session(library: Path, model: bytes, options: Any = None) -> ort.InferenceSession:

@@ -191,7 +191,8 @@ def test_groups_that_do_not_divide(tmp_path, target, depth):
     text = f"g (float[n,{depth}] x) => (float[n,{N}] y) {{ y = MatMul (x, w) }}"
     weights = {"w": RNG.standard_normal((depth, N), dtype=np.float32)}
     feeds = {"x": RNG.standard_normal((5, depth), dtype=np.float32)}
-    floor = 38 if TARGETS[target].scheme.activation else 100
+    # What stays float is float16 for GPUs.
+    floor = 38 if TARGETS[target].scheme.activation else 70
     report = qcompiler.compile(
         model(text, weights), target, tmp_path / "b", timing=False, stop_after="qdq"
     )

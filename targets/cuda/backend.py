@@ -38,7 +38,7 @@ class CudaBackend:
     def supports(self, region: Region) -> str | None:
         """Why `region` has no kernel, or None when it has one."""
         if region.anchor in cuda.FAMILIES and HALF not in region.flags:
-            return "kernels for GPUs take float16"
+            return "kernels for GPUs take floats of 16 bits"
         return cuda.supports(region)
 
     def fingerprint(self) -> str:

@@ -40,6 +40,7 @@ __all__ = [
     "registers",
     "reinterpret",
     "shared",
+    "shared_address",
     "shuffle_xor",
     "source",
     "store",
@@ -165,6 +166,11 @@ def wide(value: Expr) -> Expr:
 def extern(dtype: str, name: str, *args: Expr) -> Expr:
     """A call to a function of CUDA's headers, without side effects."""
     return tirx.call_pure_extern(dtype, name, *args)
+
+
+def shared_address(pointer: Expr) -> Expr:
+    """The address of shared memory that instructions take, as a uint64."""
+    return cast("uint64", script.cuda.cvta_generic_to_shared(pointer))
 
 
 def half_of(word: Expr, index: int) -> Expr:

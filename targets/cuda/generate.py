@@ -9,9 +9,11 @@ from qcompiler.ir.region import Region
 from qcompiler.targets.cuda import device
 from qcompiler.targets.cuda.finish import combine_kernel
 from qcompiler.targets.cuda.plan import Stream, launches, shapes_of
+from qcompiler.targets.cuda.products import product_of
 from qcompiler.targets.cuda.quantize import quantize_kernel
 from qcompiler.targets.cuda.stream import stream_kernel
-from qcompiler.targets.cuda.tile import tile_kernel
+from qcompiler.targets.cuda.tile import Sums, tile_kernel
+from qcompiler.targets.cuda.warpgroup import WarpgroupSums
 
 __all__ = ["kernels", "source_of"]
 
@@ -20,7 +22,7 @@ _SUFFIX = "_kernel"
 _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{')
 
 
-def kernels(region: Region) -> dict[str, Any]:
+def kernels(region: Region, arch: str) -> dict[str, Any]:
     """The TIR of the kernels of a region, by the symbols they get."""
     found: dict[str, Any] = {}
     if "N" not in dict(region.sizes):
@@ -28,11 +30,14 @@ def kernels(region: Region) -> dict[str, Any]:
             launch.symbol: quantize_kernel(region, launch.threads, launch.block_rows)
             for launch in launches(region)
         }
+    by_warpgroup = arch == "sm_90a"
+    sums = WarpgroupSums if by_warpgroup else Sums
     for launch, (_, shape) in zip(launches(region), shapes_of(region), strict=True):
         if isinstance(shape, Stream):
-            found[launch.symbol] = stream_kernel(region, shape)
+            found[launch.symbol] = stream_kernel(region, shape, product_of(region, arch))
             continue
-        found[launch.symbol] = tile_kernel(region, shape)
+        product = product_of(region, arch, by_warpgroup)
+        found[launch.symbol] = tile_kernel(region, shape, product, sums)
         if launch.combine is not None:
             found[launch.combine] = combine_kernel(region, shape.splits, launch.threads)
     return found
@@ -40,7 +45,7 @@ def kernels(region: Region) -> dict[str, Any]:
 
 def source_of(region: Region, arch: str) -> str:
     """The CUDA C text; the same for the same region, architecture and version of TVM."""
-    functions = kernels(region).items()
+    functions = kernels(region, arch).items()
     text = device.source({name.removesuffix(_SUFFIX): body for name, body in functions}, arch)
     found = {name: _names(parameters) for name, parameters in _SIGNATURE.findall(text)}
     assert found == _expected(region), f"TVM changed the parameters: {found}"

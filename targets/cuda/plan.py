@@ -90,12 +90,15 @@ def chunks_of(region: Region) -> int:
 
 
 def stage_bytes(region: Region, rows: int) -> int:
-    """Shared memory for a chunk of `rows` activations and 128 columns of weights and scales."""
+    """Shared memory for a chunk of `rows` activations and 128 columns of weights and scales.
+
+    A multiple of 1024, where the swizzle of `wgmma` begins anew.
+    """
     layout = packing(region)
     depth = CHUNK_BYTES // activation_bytes(region)
     weights = COLUMN_MULTIPLE * depth * layout.bits // 8
     scales = COLUMN_MULTIPLE * 2 * max(1, depth // region.size("G")) if layout.bits == 4 else 0
-    return rows * CHUNK_BYTES + weights + scales
+    return -(-(rows * CHUNK_BYTES + weights + scales) // 1024) * 1024
 
 
 def shared_bytes(region: Region, shape: Shape) -> int:

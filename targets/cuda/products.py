@@ -11,9 +11,10 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from qcompiler.targets.cuda.device import Expr, constant, emit, registers, store, unrolled
+from qcompiler.ir.region import Region
+from qcompiler.targets.cuda.device import Expr, cast, constant, emit, registers, store, unrolled
 
-__all__ = ["PRODUCTS", "Product"]
+__all__ = ["STEPS", "Product", "product_of"]
 
 STEPS = 4
 """Of 32 bytes, in a chunk of K."""
@@ -28,22 +29,26 @@ class Product(ABC):
         tiles: Weight tiles of 16 columns in a chunk.
         mma: The instruction.
         register: The type of an accumulator.
+        group_mma: The end of the name of the `wgmma` for this kind.
+        group_scales: The constants it takes last: signs, and that rows of tokens are along K.
         nothing: A word of activations that counts as zeros.
     """
 
     activation: str
     tiles: int
     mma: str
+    group_mma: str
+    group_scales: tuple[int, ...]
     register: str = "float32"
     nothing: int = 0
 
     @abstractmethod
-    def fragment(self, words: Sequence[Expr], step: int) -> Sequence[Expr]:
-        """The four registers of a step, from the words of a chunk, four per tile."""
+    def fragment(self, words: Sequence[Expr], step: int) -> list[Expr]:
+        """The weights of a step, from the words of a chunk, four per tile."""
 
-    def activations(self, loaded: Expr, count: int) -> None:
-        """Make what was loaded of activations, in place, what is multiplied: as it is."""
-        return
+    def operand(self, words: Sequence[Expr]) -> list[Expr]:
+        """The two words of activations that a lane holds of 8 tokens, as they are multiplied."""
+        return list(words)
 
     def multiply(
         self, totals: Expr, first: Expr, weights: Sequence[Expr], tokens: Sequence[Expr]
@@ -51,6 +56,16 @@ class Product(ABC):
         """Add the product of 16 columns with 8 tokens to `totals[first : first + 4]`."""
         sums = [totals[first + i] for i in range(4)]
         emit(self.mma, *sums, *weights, *tokens, *sums)
+
+    def multiply_group(
+        self, rows: int, sums: Sequence[Expr], weights: Sequence[Expr], tokens: Expr, adds: bool
+    ) -> None:
+        """The product of a warpgroup's 64 columns with `rows` tokens in shared memory.
+
+        `sums` become that, or it is added to them.
+        """
+        name = f"wgmma.mma_async.sync.aligned.m64n{rows}{self.group_mma}"
+        emit(name, *sums, *weights, tokens, constant(int(adds), "bool"), *self.group_scales)
 
     def clear(self, totals: Expr, count: int) -> None:
         """Begin sums."""
@@ -65,7 +80,7 @@ class W4A16(Product):
     al., "Who Says Elephants Can't Run", 2022.)
     """
 
-    def fragment(self, words: Sequence[Expr], step: int) -> Sequence[Expr]:
+    def fragment(self, words: Sequence[Expr], step: int) -> list[Expr]:
         """Numbers from -8 to 7, exactly."""
         result, shifted = registers("uint32", 4), registers("uint32", 1)
         store(shifted, words[step] >> _word(8), 0)
@@ -85,28 +100,75 @@ class W4A16(Product):
 class EightBit(Product):
     """Weights are multiplied as they are stored."""
 
-    def fragment(self, words: Sequence[Expr], step: int) -> Sequence[Expr]:
+    def fragment(self, words: Sequence[Expr], step: int) -> list[Expr]:
         """The words of the tile that the step is."""
-        return words[4 * step : 4 * step + 4]
+        return list(words[4 * step : 4 * step + 4])
 
 
 class W8A8(EightBit):
     """Activations come as uint8 with zero point 128: with the top bit flipped, int8."""
 
-    def activations(self, loaded: Expr, count: int) -> None:
+    def operand(self, words: Sequence[Expr]) -> list[Expr]:
         """Flip it."""
-        for i in range(count):
-            store(loaded, loaded[i] ^ _word(0x80808080), i)
+        flipped = registers("uint32", 2)
+        for i, word in enumerate(words):
+            store(flipped, word ^ _word(0x80808080), i)
+        return [flipped[0], flipped[1]]
+
+
+class Fp8AsHalf(EightBit):
+    """FP8 widened to float16, exactly, for sm_90, whose `mma.sync` has no FP8.
+
+    ptxas widens too, but sums each product apart: twice as many additions as products.  The lower
+    two of a word's four bytes make one operand of 16 rows, the upper two another.
+    """
+
+    def fragment(self, words: Sequence[Expr], step: int) -> list[Expr]:
+        """Two fragments."""
+        return self.operand(super().fragment(words, step))
+
+    def operand(self, words: Sequence[Expr]) -> list[Expr]:
+        """The lower halves of the words, then the upper."""
+        pair, result = registers("uint16", 1), registers("uint32", 2 * len(words))
+        for i in range(2 * len(words)):
+            upper, word = divmod(i, len(words))
+            store(pair, cast("uint16", words[word] >> _word(16 * upper)), 0)
+            emit("cvt.rn.f16x2.e4m3x2", result[i], pair[0])
+        return [result[i] for i in range(2 * len(words))]
+
+    def multiply(
+        self, totals: Expr, first: Expr, weights: Sequence[Expr], tokens: Sequence[Expr]
+    ) -> None:
+        """Add both products."""
+        super().multiply(totals, first, weights[:4], tokens[:2])
+        super().multiply(totals, first, weights[4:], tokens[2:])
 
 
 def _word(value: int) -> Expr:
     return constant(value, "uint32")
 
 
-PRODUCTS: dict[str, Product] = {
-    "QMatMulW4A16": W4A16("x", 1, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"),
-    "QMatMulW8A8": W8A8(
-        "q", 4, "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", "uint32", nothing=0x80808080
+_MMA = "mma.sync.aligned.m16n8"
+_F16, _E4M3 = ".f32.f16.f16", ".f32.e4m3.e4m3"
+_PRODUCTS: dict[str, Product] = {
+    "QMatMulW4A16": W4A16(
+        "x", 1, f"{_MMA}k16.row.col{_F16}.f32", group_mma=f"k16{_F16}", group_scales=(1, 1, 0)
     ),
-    "QMatMulFp8": EightBit("q", 4, "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32"),
-}
+    "QMatMulW8A8": W8A8(
+        "q", 4, f"{_MMA}k32.row.col.s32.s8.s8.s32", group_mma="k32.s32.s8.s8", group_scales=(),
+        register="uint32", nothing=0x80808080,
+    ),
+    "QMatMulFp8": EightBit(
+        "q", 4, f"{_MMA}k32.row.col{_E4M3}.f32", group_mma=f"k32{_E4M3}", group_scales=(1, 1)
+    ),
+}  # fmt: skip
+_FP8_AS_HALF = Fp8AsHalf(
+    "q", 4, f"{_MMA}k16.row.col{_F16}.f32", group_mma=f"k16{_F16}", group_scales=(1, 1, 0)
+)
+
+
+def product_of(region: Region, arch: str, by_warpgroup: bool = False) -> Product:
+    """The kind of product that a region is; `by_warpgroup` if `wgmma` multiplies."""
+    if region.anchor == "QMatMulFp8" and arch == "sm_90a" and not by_warpgroup:
+        return _FP8_AS_HALF
+    return _PRODUCTS[region.anchor]

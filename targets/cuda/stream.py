@@ -40,7 +40,7 @@ from qcompiler.targets.cuda.plan import (
     activation_bytes,
     chunks_of,
 )
-from qcompiler.targets.cuda.products import PRODUCTS, STEPS
+from qcompiler.targets.cuda.products import STEPS, Product
 
 __all__ = ["stream_kernel"]
 
@@ -48,9 +48,8 @@ _STEP_BYTES = CHUNK_BYTES // STEPS
 _RESULTS = STREAM_ROWS * STREAM_COLUMNS
 
 
-def stream_kernel(region: Region, shape: Stream) -> Any:
+def stream_kernel(region: Region, shape: Stream, product: Product) -> Any:
     """The kernel for M <= 8."""
-    product = PRODUCTS[region.anchor]
     pointers = {
         product.activation: "uint8",
         "w": "uint8",
@@ -59,7 +58,7 @@ def stream_kernel(region: Region, shape: Stream) -> Any:
     }
 
     def body(arrays: Mapping[str, Expr], rows: Expr, place: Place) -> None:
-        sums = _Sums(region, shape, arrays, rows, place)
+        sums = _Sums(region, shape, product, arrays, rows, place)
         batches = -(-sums.chunks // shape.batch)
         per_warp = -(-batches // shape.warps)
         with loop(0, per_warp) as batch:
@@ -74,9 +73,15 @@ class _Sums:
     """What a warp adds up: 16 columns times 8 tokens, four sums per lane."""
 
     def __init__(
-        self, region: Region, shape: Stream, arrays: Mapping[str, Expr], rows: Expr, place: Place
+        self,
+        region: Region,
+        shape: Stream,
+        product: Product,
+        arrays: Mapping[str, Expr],
+        rows: Expr,
+        place: Place,
     ) -> None:
-        self._product = PRODUCTS[region.anchor]
+        self._product = product
         self._shape, self._arrays, self._rows, self._place = shape, arrays, rows, place
         self._row_bytes = region.size("K") * activation_bytes(region)
         self._layout = packing(region)
@@ -99,11 +104,12 @@ class _Sums:
         tokens = registers("uint32", 2 * STEPS * batch)
         for chunk in range(batch):
             self._load_tokens(tokens, 2 * STEPS * chunk, first + chunk)
-        product.activations(tokens, 2 * STEPS * batch)
         for step in range(batch * STEPS):
             start = 4 * product.tiles * (step // STEPS)
             of_chunk = [words[start + i] for i in range(4 * product.tiles)]
-            self._add_step(step, of_chunk, [tokens[2 * step], tokens[2 * step + 1]], scales)
+            self._add_step(
+                step, of_chunk, product.operand([tokens[2 * step], tokens[2 * step + 1]]), scales
+            )
 
     def _add_step(self, step: int, words: list[Expr], tokens: list[Expr], scales: Expr) -> None:
         product = self._product

@@ -5,10 +5,8 @@ A ring of stages holds chunks of 128 bytes of K: one is multiplied while `cp.asy
     wait for stage c; barrier; ask for chunk c + stages - 1; multiply chunk c
 
 The barrier also says that all warps are done with chunk c - 1, whose place the asked chunk takes.
-Each of four warps has 32 columns and all tokens: weights are made into operands once.  Rows of
-activations are 128 bytes, their eight 16-byte parts exchanged by the row's number, so that neither
-`cp.async` nor `ldmatrix` meets a bank twice.  Results pass through shared memory too, so that they
-are stored, and extra operands read, along rows.
+Each of four warps has 32 columns and all tokens: weights are made into operands once.  Results pass
+through shared memory too, so that they are stored, and extra operands read, along rows.
 """
 
 from __future__ import annotations
@@ -38,32 +36,26 @@ from qcompiler.targets.cuda.device import (
     vector,
     view,
     when,
-    wide,
 )
 from qcompiler.targets.cuda.finish import Finish, pointers_of
-from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, TILE_BYTES, packing
+from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, TILE_BYTES
 from qcompiler.targets.cuda.plan import (
     CHUNK_BYTES,
     RESULT_PITCH,
     TILE_THREADS,
     Tile,
-    activation_bytes,
     chunks_of,
     shared_bytes,
     stage_bytes,
 )
-from qcompiler.targets.cuda.products import PRODUCTS, STEPS
+from qcompiler.targets.cuda.products import STEPS, Product
+from qcompiler.targets.cuda.stages import PART, TILE_ROWS, Stages
 
-__all__ = ["tile_kernel"]
-
-_TILE_ROWS = COLUMN_MULTIPLE // 16
-"""Tiles of 16 columns in a block; two per warp."""
-_PART = 16
+__all__ = ["Sums", "tile_kernel"]
 
 
-def tile_kernel(region: Region, shape: Tile) -> Any:
+def tile_kernel(region: Region, shape: Tile, product: Product, sums_type: type[Sums]) -> Any:
     """The kernel that computes tiles of `shape.rows` tokens."""
-    product = PRODUCTS[region.anchor]
     pointers = {
         product.activation: "uint8",
         "w": "uint8",
@@ -74,9 +66,9 @@ def tile_kernel(region: Region, shape: Tile) -> Any:
     per_split = -(-chunks // shape.splits)
 
     def body(arrays: Mapping[str, Expr], rows: Expr, place: Place) -> None:
-        memory = shared(shared_bytes(region, shape))
-        stages = _Stages(region, shape, arrays, rows, place, memory)
-        sums = _Sums(region, shape, place, memory)
+        memory = shared(shared_bytes(region, shape), align=1024)
+        stages = Stages(region, shape, product, arrays, rows, place, memory)
+        sums = sums_type(region, shape, product, place, memory)
         begin = let(place.z * per_split)
         end = let(minimum(begin + per_split, chunks))
         for ahead in range(shape.stages - 1):
@@ -85,6 +77,7 @@ def tile_kernel(region: Region, shape: Tile) -> Any:
             emit("cp.async.commit_group")
         with loop(0, end - begin) as turn:
             emit("cp.async.wait_group", shape.stages - 2)
+            sums.prepare(stages, turn % shape.stages)
             barrier()
             with when(begin + turn + (shape.stages - 1) < end):
                 asked = begin + turn + (shape.stages - 1)
@@ -93,89 +86,22 @@ def tile_kernel(region: Region, shape: Tile) -> Any:
             sums.add_chunk(let(turn % shape.stages))
         barrier()
         split = place.z if shape.splits > 1 else None
-        _finish(sums.totals, shape, place, memory, Finish(region, arrays, rows, split))
+        _finish(sums, shape, place, memory, Finish(region, arrays, rows, split))
 
     blocks = -(-region.size("N") // COLUMN_MULTIPLE)
+    grid = (blocks, shape.rows, shape.splits)
     return kernel(
-        pointers, lambda rows: (blocks, ceildiv(rows, shape.rows), shape.splits), TILE_THREADS, body
+        pointers, lambda rows: (grid[0], ceildiv(rows, grid[1]), grid[2]), TILE_THREADS, body
     )
 
 
-class _Stages:
-    """Brings chunks to shared memory: activations, weights, scales, one after the other."""
-
-    def __init__(
-        self,
-        region: Region,
-        shape: Tile,
-        arrays: Mapping[str, Expr],
-        rows: Expr,
-        place: Place,
-        memory: Expr,
-    ) -> None:
-        self._product, self._layout = PRODUCTS[region.anchor], packing(region)
-        self._shape, self._arrays, self._rows, self._place = shape, arrays, rows, place
-        self._memory, self._bytes = memory, stage_bytes(region, shape.rows)
-        self._row_bytes = region.size("K") * activation_bytes(region)
-        self._group = dict(region.sizes).get("G")
-
-    def ask(self, chunk: Expr, stage: Expr) -> None:
-        """Ask for a chunk; it is there when its group of copies is waited for."""
-        start = let(stage * self._bytes)
-        self._ask_activations(chunk, start)
-        self._ask_weights(chunk, start + self._shape.rows * CHUNK_BYTES)
-        if self._group is not None:
-            weights = COLUMN_MULTIPLE // 16 * TILE_BYTES
-            self._ask_scales(chunk, start + self._shape.rows * CHUNK_BYTES + weights, self._group)
-
-    def _ask_activations(self, chunk: Expr, start: Expr) -> None:
-        array = self._arrays[self._product.activation]
-        for turn in range(-(-self._shape.rows * 8 // TILE_THREADS)):
-            part = turn * TILE_THREADS + self._place.thread
-            row, index = part // 8, part % 8
-            # A row that does not exist is another one: its results are not stored.
-            source_row = minimum(self._place.y * self._shape.rows + row, self._rows - 1)
-            offset = let(chunk * CHUNK_BYTES + index * _PART)
-            source = array.ptr_to([wide(source_row) * self._row_bytes + wide(offset)])
-            target = self._memory.ptr_to([start + row * CHUNK_BYTES + (index ^ (row % 8)) * _PART])
-            if self._row_bytes % CHUNK_BYTES == 0:
-                emit("cp.async.cg.shared.global", target, source, _PART)
-                continue
-            # Zeros where the row has ended.
-            existing = cast("uint32", offset < self._row_bytes) * constant(_PART, "uint32")
-            emit("cp.async.cg.shared.global", target, source, _PART, existing)
-
-    def _ask_weights(self, chunk: Expr, start: Expr) -> None:
-        per_row = self._product.tiles * TILE_BYTES
-        tiles = self._layout.depth // self._layout.tile_depth
-        for turn in range(_TILE_ROWS * per_row // _PART // TILE_THREADS):
-            part = turn * TILE_THREADS + self._place.thread
-            row, offset = part * _PART // per_row, part * _PART % per_row
-            first = (self._place.x * _TILE_ROWS + row) * tiles + chunk * self._product.tiles
-            source = self._arrays["w"].ptr_to([first * TILE_BYTES + offset])
-            target = self._memory.ptr_to([start + part * _PART])
-            emit("cp.async.cg.shared.global", target, source, _PART)
-
-    def _ask_scales(self, chunk: Expr, start: Expr, group: int) -> None:
-        per_row = 32 * max(1, 64 // group)
-        with when(self._place.thread < _TILE_ROWS * per_row // _PART):
-            part = self._place.thread
-            row, offset = part * _PART // per_row, part * _PART % per_row
-            first = (self._place.x * _TILE_ROWS + row) * self._layout.groups + chunk * 64 // group
-            source = self._arrays["ws"].ptr_to([first * 32 + offset])
-            emit(
-                "cp.async.cg.shared.global",
-                self._memory.ptr_to([start + part * _PART]),
-                source,
-                _PART,
-            )
-
-
-class _Sums:
+class Sums:
     """What a warp adds up: 32 columns times all tokens of the tile."""
 
-    def __init__(self, region: Region, shape: Tile, place: Place, memory: Expr) -> None:
-        self._product, self._shape = PRODUCTS[region.anchor], shape
+    def __init__(
+        self, region: Region, shape: Tile, product: Product, place: Place, memory: Expr
+    ) -> None:
+        self._product, self._shape = product, shape
         self._place, self._memory = place, memory
         self._bytes = stage_bytes(region, shape.rows)
         self._group = dict(region.sizes).get("G")
@@ -184,23 +110,33 @@ class _Sums:
         self.totals = registers(self._product.register, count)
         self._product.clear(self.totals, count)
 
+    def prepare(self, stages: Stages, stage: Expr) -> None:
+        """What each thread does with what it asked for, once it is there."""
+
+    def tile_row(self, side: int) -> Expr:
+        """Which of the block's eight tiles of 16 columns a warp has as one of its two."""
+        return self._place.warp * 2 + side
+
     def add_chunk(self, stage: Expr) -> None:
         """Add the products of a chunk in shared memory."""
         start = let(stage * self._bytes)
-        weights = let(start + self._shape.rows * CHUNK_BYTES)
-        words = registers("uint32", 2 * 4 * self._product.tiles)
-        for side in range(2):
-            for tile in range(self._product.tiles):
-                index = side * self._product.tiles + tile
-                row = self._place.warp * 2 + side
-                tile_start = weights + (row * self._product.tiles + tile) * TILE_BYTES
-                source = self._memory.ptr_to([tile_start + self._place.lane * _PART])
-                emit("ld.shared.v4.u32", *(words[4 * index + i] for i in range(4)), source)
-        scales = self._load_scales(weights)
+        words, scales = self._load_weights(let(start + self._shape.rows * CHUNK_BYTES))
         for step in range(STEPS):
             fragments = [self._fragment(words, side, step, scales) for side in range(2)]
             with unrolled(self._tokens // 2) as pair:
                 self._add_pair(fragments, start, step, pair)
+
+    def _load_weights(self, weights: Expr) -> tuple[Expr, Expr]:
+        """What a lane holds of its two tiles' weights, and of their scales."""
+        words = registers("uint32", 2 * 4 * self._product.tiles)
+        for side in range(2):
+            for tile in range(self._product.tiles):
+                index = side * self._product.tiles + tile
+                row = self.tile_row(side)
+                tile_start = weights + (row * self._product.tiles + tile) * TILE_BYTES
+                source = self._memory.ptr_to([tile_start + self._place.lane * PART])
+                emit("ld.shared.v4.u32", *(words[4 * index + i] for i in range(4)), source)
+        return words, self._load_scales(weights)
 
     def _fragment(self, words: Expr, side: int, step: int, scales: Expr) -> list[Expr]:
         per_side = 4 * self._product.tiles
@@ -220,11 +156,11 @@ class _Sums:
         if self._group is None:
             return None
         groups = max(1, 64 // self._group)
-        start = weights + _TILE_ROWS * TILE_BYTES
+        start = weights + TILE_ROWS * TILE_BYTES
         scales, pair = registers("uint32", 4 * groups), registers("uint32", 1)
         for side in range(2):
             for group in range(groups):
-                row = (self._place.warp * 2 + side) * groups + group
+                row = self.tile_row(side) * groups + group
                 source = self._memory.ptr_to([start + row * 32 + self._place.lane // 4 * 4])
                 emit("ld.shared.u32", pair[0], source)
                 for half, order in enumerate((0x1010, 0x3232)):
@@ -237,26 +173,26 @@ class _Sums:
         lane = self._place.lane
         row = pair * 16 + lane // 16 * 8 + lane % 8
         part = (step * 2 + lane // 8 % 2) ^ (lane % 8)
-        source = self._memory.ptr_to([start + row * CHUNK_BYTES + part * _PART])
+        source = self._memory.ptr_to([start + row * CHUNK_BYTES + part * PART])
         tokens = registers("uint32", 4)
         instruction = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
         emit(instruction, *(tokens[i] for i in range(4)), source)
-        self._product.activations(tokens, 4)
+        operands = [self._product.operand([tokens[i], tokens[i + 1]]) for i in (0, 2)]
         for side, fragment in enumerate(fragments):
-            for half in range(2):
+            for half, operand in enumerate(operands):
                 first = 4 * (side * self._tokens + pair * 2 + half)
-                operand = [tokens[2 * half], tokens[2 * half + 1]]
                 self._product.multiply(self.totals, first, fragment, operand)
 
 
-def _finish(totals: Expr, shape: Tile, place: Place, memory: Expr, finish: Finish) -> None:
+def _finish(sums: Sums, shape: Tile, place: Place, memory: Expr, finish: Finish) -> None:
     """Lay the sums out in rows and store them."""
     results = view(memory, "float32", shape.rows * RESULT_PITCH)
+    totals = sums.totals
     dtype = "float32" if totals.dtype == "float32" else "int32"
     for side in range(2):
         with unrolled(shape.rows // 8) as tokens:
             for i in range(4):
-                column = place.warp * 32 + side * 16 + i // 2 * 8 + place.lane // 4
+                column = sums.tile_row(side) * 16 + i // 2 * 8 + place.lane // 4
                 token = tokens * 8 + place.lane % 4 * 2 + i % 2
                 total = totals[4 * (side * (shape.rows // 8) + tokens) + i]
                 value = cast("float32", reinterpret(dtype, total))

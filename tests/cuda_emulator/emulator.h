@@ -90,20 +90,33 @@ struct Index { int x, y, z; };
 
 struct Copy { uint32_t target; const void *source; uint32_t size; };
 
+enum class Kind { half, int8, e4m3 };
+
+// A wgmma under way: one thread's share.  It is computed when it is waited for.
+struct GroupProduct {
+    Kind kind;
+    int tokens;
+    void *results[64];
+    uint32_t weights[4], before[64];
+    uint64_t descriptor;
+};
+
 struct Thread {
     ucontext_t context;
     void *stack = nullptr;
     bool done = false, moved = false;
     long barriers = 0;
     std::vector<std::vector<Copy>> groups;
+    std::vector<std::vector<GroupProduct>> products;
+    std::vector<uint32_t> unfenced;  // words it wrote that wgmma does not see yet
 };
 
-struct Warp { int arrived = 0; long round = 0; void *slots[warp_size] = {}; };
+struct Meeting { int arrived = 0; long round = 0; void *slots[4 * warp_size] = {}; };
 
-struct Use { int writer = -1, reader = -1; long written = -1, read = -1; };
+struct Use { int writer = -1, reader = -1; long written = -1, read = -1; bool fenced = false; };
 
 inline std::vector<Thread> threads;
-inline std::vector<Warp> warps;
+inline std::vector<Meeting> warps, warpgroups;
 inline std::vector<Use> uses;  // of each 4 bytes of shared memory
 inline ucontext_t scheduler;
 inline int current;
@@ -128,22 +141,27 @@ inline void pause() {
 
 inline void moved() { threads[current].moved = true; }
 
-// The last lane to come does the work of all.
-template <class Slot, class Work> void together(Slot &slot, Work work) {
-    Warp &warp = warps[current / warp_size];
-    warp.slots[current % warp_size] = &slot;
-    const long round = warp.round;
+// The last thread to come does the work of all.
+template <int size, class Slot, class Work>
+void meet(std::vector<Meeting> &meetings, Slot &slot, Work work) {
+    Meeting &meeting = meetings[current / size];
+    meeting.slots[current % size] = &slot;
+    const long round = meeting.round;
     moved();
-    if (++warp.arrived == warp_size) {
-        Slot *slots[warp_size];
-        for (int lane = 0; lane < warp_size; ++lane) slots[lane] = (Slot *)warp.slots[lane];
+    if (++meeting.arrived == size) {
+        Slot *slots[size];
+        for (int i = 0; i < size; ++i) slots[i] = (Slot *)meeting.slots[i];
         work(slots);
-        warp.arrived = 0;
-        ++warp.round;
+        meeting.arrived = 0;
+        ++meeting.round;
         return;
     }
-    while (warp.round == round) pause();
+    while (meeting.round == round) pause();
     moved();
+}
+
+template <class Slot, class Work> void together(Slot &slot, Work work) {
+    meet<warp_size>(warps, slot, work);
 }
 
 inline void synchronize() {
@@ -179,6 +197,8 @@ inline void note_write(uint32_t address, uint32_t size) {
                  std::to_string(use.reader) + " may still have to read: no barrier between");
         use.writer = current;
         use.written = now;
+        use.fenced = false;
+        threads[current].unfenced.push_back(word);
     }
 }
 
@@ -254,7 +274,10 @@ inline void load_matrices(uint32_t *const (&results)[4], uint32_t address) {
     });
 }
 
-enum class Kind { half, int8, e4m3 };
+template <int count> void store_shared(uint32_t address, const uint32_t (&words)[count]) {
+    std::memcpy(at(address, 4 * count, "st.shared"), words, sizeof words);
+    note_write(address, 4 * count);
+}
 
 template <Kind kind> float element(uint32_t word, int index) {
     if (kind == Kind::half) return from_half(uint16_t(word >> 16 * index));
@@ -292,6 +315,100 @@ void multiply(Sum *const (&results)[4], const uint32_t (&a)[4], const uint32_t (
                 else
                     *slots[lane]->results[i] = Sum(slots[lane]->c[i] + sum);
             }
+    });
+}
+
+inline void fence_async() {
+    for (uint32_t word : threads[current].unfenced) uses[word].fenced = true;
+    threads[current].unfenced.clear();
+}
+
+template <Kind kind, class Sum, int count>
+void multiply_group(Sum *const (&results)[count], const uint32_t (&weights)[4], uint64_t descriptor,
+                    bool adds) {
+    GroupProduct product{kind, 2 * count};
+    product.descriptor = descriptor;
+    std::memcpy(product.weights, weights, sizeof weights);
+    for (int i = 0; i < count; ++i) {
+        const Sum before = adds ? *results[i] : Sum(0);
+        std::memcpy(&product.before[i], &before, 4);
+        product.results[i] = results[i];
+        std::memset(results[i], garbage, 4);  // until it is waited for
+    }
+    auto &products = threads[current].products;
+    if (products.empty()) products.emplace_back();
+    products.back().push_back(product);
+}
+
+inline void commit_products() {
+    auto &products = threads[current].products;
+    if (products.empty()) products.emplace_back();
+    products.emplace_back();
+}
+
+template <Kind kind> void read_tokens(const GroupProduct &product, float (*tokens)[32]) {
+    constexpr int per_word = kind == Kind::half ? 2 : 4;
+    const uint32_t start = uint32_t(product.descriptor & 0x3fff) << 4;
+    if (product.descriptor >> 62 != 1 || (product.descriptor >> 32 & 0x3fff) != 64 ||
+        (start & 1023) >= 128)
+        fail("wgmma of shared memory that is not in rows of 128 bytes from a multiple of 1024");
+    for (int row = 0; row < product.tokens; ++row)
+        for (int word = 0; word < 8; ++word) {
+            uint32_t address = start + row * 128 + word * 4, value;
+            address ^= (address >> 7 & 7) << 4;
+            std::memcpy(&value, at(address, 4, "wgmma"), 4);
+            note_read(current, address, 4);
+            if (!uses[address / 4].fenced)
+                fail("wgmma reads shared byte " + std::to_string(address) +
+                     ", which no fence.proxy.async lets it see");
+            for (int i = 0; i < per_word; ++i)
+                tokens[row][word * per_word + i] = element<kind>(value, i);
+        }
+}
+
+template <Kind kind, class Sum> void finish_product(GroupProduct *const *shares) {
+    constexpr int per_word = kind == Kind::half ? 2 : 4, depth = 8 * per_word;
+    static float left[64][32], right[128][32];
+    read_tokens<kind>(*shares[0], right);
+    for (int thread = 0; thread < 128; ++thread)
+        for (int word = 0; word < 4; ++word)
+            for (int i = 0; i < per_word; ++i)
+                left[thread / 32 * 16 + thread % 32 / 4 + word % 2 * 8]
+                    [thread % 4 * per_word + i + word / 2 * depth / 2] =
+                        element<kind>(shares[thread]->weights[word], i);
+    for (int thread = 0; thread < 128; ++thread)
+        for (int i = 0; i < shares[0]->tokens / 2; ++i) {
+            const float *x = left[thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8];
+            const float *y = right[i / 4 * 8 + thread % 4 * 2 + i % 2];
+            double sum = 0;
+            for (int k = 0; k < depth; ++k) sum += double(x[k]) * y[k];
+            Sum before;
+            std::memcpy(&before, &shares[thread]->before[i], 4);
+            const Sum after = kind == Kind::int8 ? Sum(uint32_t(before) + uint32_t(int32_t(sum)))
+                                                 : Sum(before + sum);
+            std::memcpy(shares[thread]->results[i], &after, 4);
+            // Products of one group that add to the same sums follow each other.
+            for (auto &group : threads[current / 128 * 128 + thread].products)
+                for (GroupProduct &later : group)
+                    if (&later != shares[thread] && later.results[i] == shares[thread]->results[i])
+                        std::memcpy(&later.before[i], &after, 4);
+        }
+}
+
+inline void wait_products(size_t pending) {
+    Thread &self = threads[current];
+    meet<128>(warpgroups, self, [=](Thread **members) {
+        while (members[0]->products.size() > pending + 1) {
+            for (size_t i = 0; i < members[0]->products.front().size(); ++i) {
+                GroupProduct *shares[128];
+                for (int m = 0; m < 128; ++m) shares[m] = &members[m]->products.front()[i];
+                if (shares[0]->kind == Kind::half) finish_product<Kind::half, float>(shares);
+                else if (shares[0]->kind == Kind::int8) finish_product<Kind::int8, uint32_t>(shares);
+                else finish_product<Kind::e4m3, float>(shares);
+            }
+            for (int m = 0; m < 128; ++m)
+                members[m]->products.erase(members[m]->products.begin());
+        }
     });
 }
 
@@ -334,6 +451,10 @@ inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
 
 inline uint16_t pair_to_e4m3(float high, float low) {
     return uint16_t(to_e4m3(high) << 8 | to_e4m3(low));
+}
+
+inline uint32_t pair_from_e4m3(uint16_t pair) {
+    return to_half(from_e4m3(uint8_t(pair))) | uint32_t(to_half(from_e4m3(uint8_t(pair >> 8)))) << 16;
 }
 
 template <class Value> Value shuffle(Value value, int source) {
@@ -461,6 +582,8 @@ inline void run_block(int thread_count, bool backwards) {
         thread.done = false;
         thread.barriers = 0;
         thread.groups.clear();
+        thread.products.clear();
+        thread.unfenced.clear();
         getcontext(&thread.context);
         thread.context.uc_stack = {thread.stack, 0, stack_bytes};
         thread.context.uc_link = nullptr;
@@ -468,6 +591,7 @@ inline void run_block(int thread_count, bool backwards) {
     }
     const int warp_count = thread_count / warp_size;
     warps.assign(warp_count, {});
+    warpgroups.assign((warp_count + 3) / 4, {});
     uses.assign(shared_bytes / 4 + 1, {});
     at_barrier = 0;
     std::memset(shared_begin, garbage, shared_bytes);

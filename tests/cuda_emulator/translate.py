@@ -47,13 +47,30 @@ _RULES = (
             (r"m16n8k32\.row\.col\.f32\.e4m3\.e4m3\.f32", "e4m3", "float"),
         )
     ),
+    (r"wgmma\.fence\.sync\.aligned;", "(void)0"),
+    (r"wgmma\.commit_group\.sync\.aligned;", "commit_products()"),
+    (r"wgmma\.wait_group\.sync\.aligned (?P<n>\d+);", "wait_products({n})"),
+    (r"fence\.proxy\.async\.shared::cta;", "fence_async()"),
+    (r"st\.shared\.v4\.u32 .*", "store_shared(%0, {{%1, %2, %3, %4}})"),
     (r"lop3\.b32 %0, %1, %2, %3, (?P<n>\d+);", "%0 = lookup3(%1, %2, %3, {n})"),
     (r"prmt\.b32 .*", "%0 = permute(%1, %2, %3)"),
     (r"sub\.f16x2 .*", "%0 = subtract_halves(%1, %2)"),
     (r"mul\.f16x2 .*", "%0 = multiply_halves(%1, %2)"),
     (r"fma\.rn\.f16x2 .*", "%0 = fma_halves(%1, %2, %3)"),
+    (r"cvt\.rn\.f16x2\.e4m3x2 .*", "%0 = pair_from_e4m3(%1)"),
     (r"cvt\.rn\.satfinite\.e4m3x2\.f32 .*", "%0 = pair_to_e4m3(%1, %2)"),
 )
+
+
+_GROUP = re.compile(
+    r"\{ \.reg \.pred ps0; setp\.ne\.b32 ps0, %\d+, 0; wgmma\.mma_async\.sync\.aligned\."
+    r"m64n(\d+)k\d+\.(f32\.f16\.f16|s32\.s8\.s8|f32\.e4m3\.e4m3) .*"
+)
+_KINDS = {
+    "f32.f16.f16": "Kind::half, float",
+    "s32.s8.s8": "Kind::int8, uint32_t",
+    "f32.e4m3.e4m3": "Kind::e4m3, float",
+}
 
 
 def translate(source: str) -> str:
@@ -82,6 +99,13 @@ def _call(statement: str) -> str:
     text = re.match(r'"((?:[^"\\]|\\.)*)"', statement)
     assert text is not None, statement
     operands = _OPERAND.findall(statement[text.end() :])
+    if group := _GROUP.fullmatch(text[1].strip()):
+        count = int(group[1]) // 2
+        sums, rest = operands[:count], operands[count:]
+        results = ", ".join(f"&{name}" for name in sums)
+        weights = ", ".join(rest[:4])
+        kind = _KINDS[group[2]]
+        return f"multiply_group<{kind}>({{{results}}}, {{{weights}}}, {rest[4]}, {rest[5]});"
     for pattern, call in _RULES:
         if found := re.fullmatch(pattern, text[1].strip()):
             filled = call.format(**found.groupdict())

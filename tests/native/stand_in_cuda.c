@@ -257,3 +257,58 @@ int cuMemGetInfo_v2(size_t *free_bytes, size_t *all_bytes) {
     *all_bytes = stand_in_memory;
     return OK;
 }
+
+/* --- for programs that use a GPU by themselves ------------------------------------------------ */
+
+int cuStreamCreate(void **stream, unsigned flags) {
+    (void)flags;
+    *stream = (void *)0x5000;
+    return OK;
+}
+
+int cuStreamSynchronize(void *stream) { return stream == (void *)0x5000 ? OK : INVALID_VALUE; }
+
+int cuMemcpyDtoH_v2(void *target, uint64_t source, size_t bytes) {
+    memcpy(target, (void *)(uintptr_t)source, bytes);
+    return OK;
+}
+
+int cuMemcpyDtoDAsync_v2(uint64_t target, uint64_t source, size_t bytes, void *stream) {
+    memcpy((void *)(uintptr_t)target, (void *)(uintptr_t)source, bytes);
+    return cuStreamSynchronize(stream);
+}
+
+/* Work is done where it is captured; a graph holds none. */
+int cuStreamBeginCapture_v2(void *stream, int mode) {
+    (void)mode;
+    return cuStreamSynchronize(stream);
+}
+
+int cuStreamEndCapture(void *stream, void **graph) {
+    *graph = (void *)0x6000;
+    return cuStreamSynchronize(stream);
+}
+
+int cuGraphInstantiateWithFlags(void **ready, void *graph, unsigned long long flags) {
+    *ready = (void *)0x7000;
+    return graph == (void *)0x6000 && !flags ? OK : INVALID_VALUE;
+}
+
+int cuGraphLaunch(void *ready, void *stream) {
+    return ready == (void *)0x7000 ? cuStreamSynchronize(stream) : INVALID_VALUE;
+}
+
+int cuEventCreate(void **event, unsigned flags) {
+    (void)flags;
+    *event = (void *)0x8000;
+    return OK;
+}
+
+int cuEventRecord(void *event, void *stream) {
+    return event == (void *)0x8000 ? cuStreamSynchronize(stream) : INVALID_VALUE;
+}
+
+int cuEventElapsedTime(float *milliseconds, void *begin, void *end) {
+    *milliseconds = 1;
+    return begin && end ? OK : INVALID_VALUE;
+}

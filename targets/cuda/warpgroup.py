@@ -1,0 +1,87 @@
+"""The tiles of `tile.py` multiplied by `wgmma`, which sm_90 needs to come near its peak.
+
+A warpgroup is the block's four warps.  Weights are the operand of 64 rows, in registers: a lane
+holds the same of 16 columns as for `mma.sync`.  Tokens are the other operand, in shared memory as
+`cp.async` left them.  `wgmma` reads that memory another way than threads write it, so each thread
+fences what it brought before the barrier.  Nothing else of a block runs while it multiplies; the
+other blocks of the multiprocessor do.
+"""
+
+from __future__ import annotations
+
+from qcompiler.ir.region import Region
+from qcompiler.targets.cuda.device import (
+    Expr,
+    Place,
+    constant,
+    emit,
+    let,
+    registers,
+    shared_address,
+    store,
+    unrolled,
+)
+from qcompiler.targets.cuda.plan import CHUNK_BYTES, Tile
+from qcompiler.targets.cuda.products import STEPS, Product
+from qcompiler.targets.cuda.stages import Stages
+from qcompiler.targets.cuda.tile import Sums
+
+__all__ = ["WarpgroupSums"]
+
+_SWIZZLE_128 = 1 << 62
+_EIGHT_ROWS = CHUNK_BYTES * 8 // 16 << 32
+"""From eight rows to the next, in units of 16 bytes."""
+_UNUSED = 1 << 16
+"""What a swizzled operand says for the distance that it has no use for."""
+
+
+class WarpgroupSums(Sums):
+    """What a warpgroup adds up: twice 64 columns times all tokens of the tile."""
+
+    def __init__(
+        self, region: Region, shape: Tile, product: Product, place: Place, memory: Expr
+    ) -> None:
+        super().__init__(region, shape, product, place, memory)
+        self._of_side = shape.rows // 2
+        self._is_fp8 = region.anchor == "QMatMulFp8"
+
+    def tile_row(self, side: int) -> Expr:
+        """Each warp has a quarter of each side's 64 columns."""
+        return side * 4 + self._place.warp
+
+    def prepare(self, stages: Stages, stage: Expr) -> None:
+        """Make activations what is multiplied, and let `wgmma` see them."""
+        if self._product.nothing:
+            stages.flip_own_parts(stage, self._product.nothing)
+        emit("fence.proxy.async.shared::cta")
+
+    def add_chunk(self, stage: Expr) -> None:
+        """Add the products of a chunk in shared memory."""
+        start = let(stage * self._bytes)
+        words, scales = self._load_weights(let(start + self._shape.rows * CHUNK_BYTES))
+        fragments = [
+            [self._fragment(words, side, step, scales) for side in range(2)]
+            for step in range(STEPS)
+        ]
+        totals = self.totals
+        if self._is_fp8:
+            # FP8 sums are said to keep 14 bits inside wgmma: only those of a chunk are left to it.
+            totals = registers("float32", 2 * self._of_side)
+        emit("wgmma.fence.sync.aligned")
+        for step, of_step in enumerate(fragments):
+            tokens = self._descriptor(start + step * (CHUNK_BYTES // STEPS))
+            for side, fragment in enumerate(of_step):
+                sums = [totals[side * self._of_side + i] for i in range(self._of_side)]
+                adds = not (self._is_fp8 and step == 0)
+                self._product.multiply_group(self._shape.rows, sums, fragment, tokens, adds)
+        emit("wgmma.commit_group.sync.aligned")
+        emit("wgmma.wait_group.sync.aligned", 0)
+        if self._is_fp8:
+            with unrolled(2 * self._of_side) as i:
+                store(self.totals, self.totals[i] + totals[i], i)
+
+    def _descriptor(self, start: Expr) -> Expr:
+        """Rows of 128 bytes, swizzled, from a byte of shared memory."""
+        address = shared_address(self._memory.ptr_to([start]))
+        units = (address >> constant(4, "uint64")) & constant(0x3FFF, "uint64")
+        return let(units | constant(_SWIZZLE_128 | _EIGHT_ROWS | _UNUSED, "uint64"))
