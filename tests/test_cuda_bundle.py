@@ -12,7 +12,7 @@ from conftest import mlp
 
 import qcompiler
 from qcompiler.cli import targets as targets_command
-from qcompiler.ir.errors import ToolchainError
+from qcompiler.ir.errors import QCompilerError, ToolchainError
 from qcompiler.targets.catalog import TARGETS, built_isas
 from qcompiler.targets.library import KernelCache, build_library
 
@@ -57,9 +57,13 @@ def test_no_cuda_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         raise ToolchainError("no CUDA compiler: install the CUDA toolkit")
 
     monkeypatch.setattr("qcompiler.targets.cuda.backend.find_cubin_compiler", none)
-    with pytest.raises(ToolchainError, match="no CUDA compiler: install the CUDA toolkit"):
-        qcompiler.compile(mlp(depth=128, width=192), "cuda-int4", tmp_path / "b")
-    assert list(tmp_path.iterdir()) == []
+    model, why = mlp(depth=128, width=192), "no CUDA compiler: install the CUDA toolkit"
+    report = qcompiler.compile(model, "cuda-int4", tmp_path / "b")
+    assert why in {decision.why for decision in report.decisions if decision.action == "body"}
+    assert list((tmp_path / "b").glob("*.so")) == []
+    with pytest.raises(QCompilerError, match=why):
+        qcompiler.compile(model, "cuda-int4", tmp_path / "c", strict=True)
+    assert not (tmp_path / "c").exists()
 
 
 def test_no_library_for_arm(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from stand_in import ON_CPU, Bench, Driver, Gpu, StandInBackend
 
 from qcompiler.ir import dialect
+from qcompiler.ir.errors import ToolchainError
 from qcompiler.ir.region import HALF, Region, Step
 from qcompiler.session_options import new_session_options
 from qcompiler.targets import cubin, cuda
@@ -515,7 +516,10 @@ def test_generated_kernels_in_a_session(on_cpu: Path, bench: Bench, tmp_path: Pa
 
 @pytest.mark.parametrize("region", [FP8, QUANTIZE], ids=lambda region: region.name)
 def test_cubins_have_the_symbols_that_are_asked_for(region: Region) -> None:
-    compiler = cubin.find_cubin_compiler()
+    try:
+        compiler = cubin.find_cubin_compiler()
+    except ToolchainError as error:
+        pytest.skip(str(error))
     image = compiler.compile(cuda.source(region, "sm_90a"), "sm_90a")
     for launch in cuda.launches(region, "sm_90a"):
         assert b"\0" + launch.symbol.encode() + b"\0" in image

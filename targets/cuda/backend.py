@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
+from qcompiler.ir.errors import ToolchainError
 from qcompiler.ir.region import HALF, Region
 from qcompiler.targets import cuda
 from qcompiler.targets.backend import Workshop, native_headers, native_text
@@ -39,7 +41,11 @@ class CudaBackend:
         """Why `region` has no kernel, or None when it has one."""
         if region.anchor in cuda.FAMILIES and HALF not in region.flags:
             return "kernels for GPUs take floats of 16 bits"
-        return cuda.supports(region)
+        if (reason := cuda.supports(region)) is not None or self._given is not None:
+            return reason
+        # Looked for once: it starts a process.
+        where = os.environ.get("PATH"), os.environ.get("CUDA_HOME")
+        return _no_compiler(find_cubin_compiler, *where)
 
     def fingerprint(self) -> str:
         """A hash of all that decides what kernels and glue do."""
@@ -92,6 +98,16 @@ class CudaBackend:
     def source(self, region: Region, arch: str) -> str:
         """The CUDA text of a region's kernels."""
         return cuda.source(region, arch)
+
+
+@functools.cache
+def _no_compiler(find: Callable[[], CubinCompiler], *where: str | None) -> str | None:
+    """Why no kernel can be compiled on this machine, if `find` finds nothing in these places."""
+    try:
+        find()
+    except ToolchainError as error:
+        return str(error)
+    return None
 
 
 def _wanted(regions: Sequence[Region]) -> list[tuple[Region, str]]:
