@@ -105,10 +105,10 @@ def with_float_head(model: onnx.ModelProto, source: Path, head: str) -> onnx.Mod
     original = onnx.load(source)
     (before,) = [node for node in original.graph.node if node.name == head]
     (after,) = [node for node in model.graph.node if before.output[0] in node.output]
-    name = before.input[1]
-    if name not in {tensor.name for tensor in model.graph.initializer}:
-        (weight,) = [tensor for tensor in original.graph.initializer if tensor.name == name]
-        model.graph.initializer.append(weight)
+    # A weight that is made of the embedding's table is no constant, and is still there.
+    there = {tensor.name for tensor in model.graph.initializer}
+    missing = [t for t in original.graph.initializer if t.name == before.input[1]]
+    model.graph.initializer.extend(t for t in missing if t.name not in there)
     data = after.input[0]
     after.CopyFrom(before)
     after.input[0] = data
