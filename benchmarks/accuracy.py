@@ -11,8 +11,8 @@ pictures (ResNet50 wants things of ImageNet), of which every second one by name 
 espeak-ng.  Models come from package registries, see `models.py`.
 
 Figures of accuracy do not depend on how busy the machine is; `--seconds` times sessions, too, in
-turn, which wants a quiet one.  A task that is measured again replaces its figures in the file of
-results, whose others stay; `--only` and `--without` choose among contenders.
+turn, which wants a quiet one.  Results are written after each contender; what is measured again
+replaces its figures in the file, whose others stay; `--only` and `--without` choose contenders.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import json
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,18 @@ from quantizers import quantizers
 from tasks import TASKS, Data, Outputs, Task
 from timing import environment, interleave
 
+Figures = dict[str, Any]
+
 PACKAGES = ("nncf", "openvino", "onnxsim")
 
 
-def measure(task: Task, wanted: list[str], threads: int, seconds: float) -> dict[str, Any]:
-    """The figures of everybody wanted, by name; of one who fails, why."""
+def measure(
+    task: Task, wanted: list[str], threads: int, seconds: float, keep: Callable[[Figures], None]
+) -> None:
+    """Find the figures of everybody wanted, by name; of one who fails, why.
+
+    `keep` is given what there is after each, for some take hours.
+    """
     found: dict[str, Any] = {}
     made: dict[str, Contender] = {}
     reference: list[Outputs] | None = None
@@ -57,12 +65,13 @@ def measure(task: Task, wanted: list[str], threads: int, seconds: float) -> dict
                 traceback.print_exc(limit=-3)
                 found[name] = {"fails": f"{type(error).__name__}: {str(error)[:300]}"}
             print(f"  {name:28}{in_words(found[name])}", flush=True)
+            keep(found)
         if seconds:
             sessions = {name: contender.open(threads) for name, contender in made.items()}
             for name, times in interleave(sessions, task.inputs[0], seconds).items():
                 found[name]["ms"] = times
                 print(f"  {name:28}{times['median']:9.2f} ms  min {times['min']:8.2f}")
-    return found
+            keep(found)
 
 
 def in_words(figures: dict[str, Any]) -> str:
@@ -73,7 +82,7 @@ def in_words(figures: dict[str, Any]) -> str:
     )
 
 
-def write(path: Path, task: Task, found: dict[str, Any], photos: Path | None) -> None:
+def write(path: Path, task: Task, found: Figures, photos: Path | None) -> None:
     """Put the figures of a task into the file of results."""
     content = json.loads(path.read_text()) if path.exists() else {"tasks": {}}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if _has(name)}
@@ -123,9 +132,12 @@ def main() -> None:
             if (name == "ORT FP32" or not arguments.only or name in arguments.only)
             and name not in arguments.without
         ]
-        found = measure(task, wanted, arguments.threads, arguments.seconds)
-        if arguments.json:
-            write(arguments.json, task, found, arguments.photos)
+
+        def keep(found: Figures, task: Task = task) -> None:
+            if arguments.json:
+                write(arguments.json, task, found, arguments.photos)
+
+        measure(task, wanted, arguments.threads, arguments.seconds, keep)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     pip install '.[cpu,zig]' nncf onnx
     python benchmarks/imported.py minilm.onnx resnet50.onnx --data DIR --work DIR --compile-only
     python benchmarks/imported.py minilm.onnx resnet50.onnx --data DIR --work DIR --json FILE
-    python benchmarks/imported.py --quantized int8.onnx --data DIR --work DIR --json FILE
+    python benchmarks/imported.py --quantized int8.onnx pt2e.pt2 --data DIR --work DIR --json FILE
 
 Each FP32 model is quantized by ONNX Runtime's tools and, where they are installed, by NNCF and by
 onnxsim; models after `--quantized` are taken as they are.  Each is compiled for x86-int8 and
@@ -11,8 +11,10 @@ compared with its source in ONNX Runtime on the samples, all outputs of it.
 
 The source is run with exact sums (`qcompiler/exact_copy.py`), because where the processor has no
 VNNI ONNX Runtime's products of uint8 and int8 saturate.  A quantized model turns a difference in
-the last bit into one of a step, wherever a value lies between two: how far ONNX Runtime is from
-that with its optimizers off, and as it comes, says how much that makes.
+the last bit into one of a step, wherever a value lies between two, and after some layers such steps
+are as large as its rounding itself: how far ONNX Runtime is from that as it comes, with exact sums
+and with its optimizers off, says how much that makes.  What matters then is that the bundle is as
+near to the FP32 model as its source.
 
 `--data` holds a folder of samples for each file, called like it without `.onnx`; a quantized model
 without one is fed made-up inputs.  Files that exist in `--work` are not made again: compile first,
@@ -50,6 +52,8 @@ from timing import environment
 import qcompiler
 from qcompiler.bench import bench
 from qcompiler.exact_copy import save_exact
+from qcompiler.frontend import onnx_file
+from qcompiler.timing.exact_source import exact_source
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -151,11 +155,11 @@ def main() -> None:
     arguments = parser.parse_args()
     ort.set_default_logger_severity(4)
     rows = []
-    for source, data in sources(arguments):
+    for source, data, original in sources(arguments):
         try:
-            bundle = compiled(source, arguments.work / source.stem, not arguments.no_timing)
+            bundle = compiled(source, arguments.work / source.stem, data, not arguments.no_timing)
             if not arguments.compile_only:
-                rows.append(measure(source, bundle, data, arguments.seconds))
+                rows.append(measure(source, bundle, data, original, arguments.seconds))
         except Exception as error:
             # One model that cannot be had is no reason to measure no other.
             print(f"{source.stem}: {type(error).__name__}: {str(error)[:300]}", flush=True)
@@ -169,26 +173,28 @@ def main() -> None:
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def sources(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
-    """Every quantized model, and the folder of its samples."""
+def sources(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path, Path | None]]:
+    """Every quantized model, the folder of its samples, and the FP32 model where it is at hand."""
     for model in arguments.models:
         data = arguments.data / model.stem
         for way in arguments.ways:
             source = arguments.work / f"{model.stem}-{way}.onnx"
             if made(model, way, source, samples_in(data)):
-                yield source, data
+                yield source, data, model
     for model in arguments.quantized:
-        yield model, samples_of(model, arguments.data, arguments.work)
+        with onnx_file(model) as file:
+            yield model, samples_of(file, arguments.data, arguments.work, model.stem), None
 
 
 def samples_in(data: Path) -> list[Feeds]:
     return [dict(np.load(file)) for file in sorted(data.glob("*.npz"))]
 
 
-def compiled(source: Path, bundle: Path, timing: bool) -> Path:
-    """The bundle of a model, compiled now if there was none."""
+def compiled(source: Path, bundle: Path, data: Path, timing: bool) -> Path:
+    """The bundle of a model, compiled now if there was none; of `data` only the sizes matter."""
     if not bundle.is_dir():
-        report = qcompiler.compile(source, "x86-int8", bundle, timing=timing)
+        options = {"timing": timing, "calibration": data}
+        report = qcompiler.compile(source, "x86-int8", bundle, **options)
         print(source.stem, report.notes or "", (report.choices or {}).get("lost") or "", flush=True)
     return bundle
 
@@ -204,37 +210,67 @@ def made(model: Path, way: str, output: Path, samples: list[Feeds]) -> bool:
     return output.exists()
 
 
-def measure(source: Path, bundle: Path, data: Path, seconds: float) -> dict[str, Any]:
+def measure(
+    source: Path, bundle: Path, data: Path, original: Path | None, seconds: float
+) -> dict[str, Any]:
     """Agreement on the samples, and times on one and two threads; printed too."""
-    samples, plain = samples_in(data), ort.SessionOptions()
-    plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    exact = exact_outputs(source, samples)
-    row: dict[str, Any] = {
-        "model": source.stem,
-        "bundle": agreement(exact, outputs(qcompiler.load(bundle), samples)),
-        "source_as_it_comes": agreement(exact, outputs(ort.InferenceSession(source), samples)),
-        "source_unoptimized": agreement(
-            exact, outputs(ort.InferenceSession(source, plain), samples)
-        ),
-        "ms": {},
-    }
-    for result in bench(bundle, source, threads=THREADS, data=data, seconds=seconds).results:
-        row["ms"][result.threads] = {
+    samples = samples_in(data)
+    with onnx_file(source) as file:
+        row = {"model": source.stem, **agreements(file, bundle, original, samples)}
+        row["ms"] = times(bundle, file, data, seconds)
+        with exact_source(file) as copy:
+            if copy is not None:
+                row["ms_with_exact_sums"] = times(bundle, copy, data, seconds)
+    listed = "  ".join(
+        f"{name.replace('_', ' ')} {value['sqnr_db']:.1f} dB {value['cosine']:.5f}"
+        for name, value in row.items() if isinstance(value, dict) and "sqnr_db" in value
+    )  # fmt: skip
+    timed = "  ".join(
+        f"{kind.removeprefix('ms').replace('_', ' ').strip()} {threads} thr {t['source']:7.2f} -> "
+        f"{t['bundle']:7.2f} ms {t['ratio']:.2f} ({t['ratio_of_fastest']:.2f})"
+        for kind in ("ms", "ms_with_exact_sums")
+        for threads, t in row.get(kind, {}).items()
+    )
+    print(f"{source.stem:34}{timed}  {listed}", flush=True)
+    return row
+
+
+def times(bundle: Path, source: Path, data: Path, seconds: float) -> dict[int, dict[str, Any]]:
+    """Milliseconds per number of threads; a ratio below 1 means that the bundle is faster."""
+    found = bench(bundle, source, threads=THREADS, data=data, seconds=seconds)
+    return {
+        result.threads: {
             "source": result.model.median * 1e3, "bundle": result.bundle.median * 1e3,
             "ratio": 1 / result.speedup, "ratio_of_fastest": 1 / result.speedup_of_minima,
             "quartiles": sorted(1 / ratio for ratio in result.spread), "rounds": result.rounds,
-        }  # fmt: skip
-    agreements = "  ".join(
-        f"{row[name]['sqnr_db']:6.1f} dB {row[name]['cosine']:.5f}"
-        for name in ("bundle", "source_as_it_comes", "source_unoptimized")
-    )
-    times = "  ".join(
-        f"{threads} thr {t['source']:7.2f} -> {t['bundle']:7.2f} ms "
-        f"{t['ratio']:.2f} ({t['ratio_of_fastest']:.2f})"
-        for threads, t in row["ms"].items()
-    )
-    print(f"{source.stem:34}{agreements}  {times}", flush=True)
-    return row
+        }
+        for result in found.results
+    }  # fmt: skip
+
+
+def agreements(
+    source: Path, bundle: Path, original: Path | None, samples: list[Feeds]
+) -> dict[str, dict[str, float]]:
+    """The bundle, and ONNX Runtime in several ways, against what the source means; and FP32."""
+    plain = ort.SessionOptions()
+    plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    exact, ours = exact_outputs(source, samples), outputs(qcompiler.load(bundle), samples)
+    found = {
+        "bundle": ours,
+        "source_as_it_comes": outputs(ort.InferenceSession(source), samples),
+        "source_unoptimized": outputs(ort.InferenceSession(source, plain), samples),
+    }
+    with exact_source(source) as copy:
+        if copy is not None:
+            found["source_with_exact_sums"] = outputs(ort.InferenceSession(copy), samples)
+    rows = {name: agreement(exact, results) for name, results in found.items()}
+    if original is not None:
+        floats = outputs(ort.InferenceSession(original), samples)
+        rows |= {
+            "fp32_to_source": agreement(floats, exact),
+            "fp32_to_bundle": agreement(floats, ours),
+        }
+    return rows
 
 
 def exact_outputs(source: Path, samples: list[Feeds]) -> list[np.ndarray[Any, Any]]:

@@ -50,14 +50,16 @@ def main() -> None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def samples_of(model: Path, data: Path | None, scratch: Path) -> Path:
-    """The folder with samples for a model; made up where there is none."""
-    if data is not None and (data / model.stem).is_dir():
-        return data / model.stem
-    feed, _ = random_feed(ort.InferenceSession(model).get_inputs(), {})
-    folder = scratch / f"{model.stem}-samples"
-    folder.mkdir()
-    np.savez(folder / "0.npz", **feed)
+def samples_of(model: Path, data: Path | None, scratch: Path, name: str | None = None) -> Path:
+    """The folder with samples for a model; made up where there is none, and kept in `scratch`."""
+    name = name or model.stem
+    if data is not None and (data / name).is_dir():
+        return data / name
+    folder = scratch / f"{name}-samples"
+    if not folder.exists():
+        feed, _ = random_feed(ort.InferenceSession(model).get_inputs(), {})
+        folder.mkdir()
+        np.savez(folder / "0.npz", **feed)
     return folder
 
 

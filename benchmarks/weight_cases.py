@@ -16,7 +16,7 @@ from whisper_smollm2 import cross_entropy
 
 Feeds = dict[str, Any]
 
-TOKENS, CALIBRATION = 512, 32
+TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,16 +27,18 @@ class Case:
         source: Its ONNX file.
         head: The product that stays float; empty for none.
         calibration: Samples.
+        count: Windows or pairs that are scored.
         score: Figures of a model file.
     """
 
     source: Path
     head: str
     calibration: Sequence[Feeds]
+    count: int
     score: Callable[[Path], dict[str, float]]
 
 
-def smollm2(text: Path, count: int) -> Case:
+def smollm2(text: Path, count: int, calibrate: int) -> Case:
     """Perplexity of windows from the beginning of a text; windows of its end calibrate."""
     from transformers import AutoTokenizer
 
@@ -44,9 +46,9 @@ def smollm2(text: Path, count: int) -> Case:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     ids = np.asarray(tokenizer(text.read_text(encoding="utf-8"))["input_ids"], np.int64)
     pieces = ids[: len(ids) // TOKENS * TOKENS].reshape(-1, 1, TOKENS)
-    if len(pieces) < count + CALIBRATION:
+    if len(pieces) < count + calibrate:
         raise SystemExit(
-            f"{text} has {len(pieces)} windows of {TOKENS} tokens, {count + CALIBRATION} are needed"
+            f"{text} has {len(pieces)} windows of {TOKENS} tokens, {count + calibrate} are needed"
         )
     feeds = [{"input_ids": piece, "attention_mask": np.ones_like(piece)} for piece in pieces]
 
@@ -58,17 +60,17 @@ def smollm2(text: Path, count: int) -> Case:
         ]
         return {"perplexity": float(np.exp(np.mean(losses)))}
 
-    return Case(source, _maker_of(source, "logits"), feeds[-CALIBRATION:], score)
+    return Case(source, _maker_of(source, "logits"), feeds[-calibrate:], count, score)
 
 
-def minilm(sts: Path, train: Path, count: int) -> Case:
+def minilm(sts: Path, train: Path, count: int, calibrate: int) -> Case:
     """Spearman's rho on pairs of STS-B, and the SQNR of sentence vectors against float ones."""
     from scipy.stats import spearmanr
 
     source, tokenizer_file = models.minilm()
     tokenizer, rows = load_tokenizer(tokenizer_file), read_sts(sts)[:count]
     sentences = [row[5] for row in rows] + [row[6] for row in rows]
-    calibration = [encode(tokenizer, [row[5]]) for row in read_sts(train)[:256]]
+    calibration = [encode(tokenizer, [row[5]]) for row in read_sts(train)[:calibrate]]
 
     def vectors_of(path: Path) -> np.ndarray:
         session, parts = open_float(path), []
@@ -91,7 +93,7 @@ def minilm(sts: Path, train: Path, count: int) -> Case:
             "sqnr_db": float(10 * np.log10(len(sentences) / noise)),
         }
 
-    return Case(source, "", calibration, score)
+    return Case(source, "", calibration, len(rows), score)
 
 
 def open_float(path: Path) -> ort.InferenceSession:

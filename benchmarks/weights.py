@@ -1,6 +1,6 @@
 """4-bit weights of SmolLM2-135M or MiniLM-L6, rounded in several ways: scores, time and memory.
 
-    pip install '.[cpu]' torch transformers accelerate gguf tokenizers scipy
+    pip install '.[cpu]' torch transformers accelerate gguf tokenizers scipy onnxsim
     python benchmarks/weights.py smollm2 --text wikitext2-valid.txt --json FILE
     python benchmarks/weights.py minilm --sts sts-dev.csv --train sts-train.csv --json FILE
 
@@ -9,7 +9,7 @@ validation part (CC BY-SA 3.0), and calibrated with 32 windows of its end.  Mini
 dev split of the STS benchmark, and calibrated with sentences of the training split.  The matrices
 of all layers are rounded; embeddings, and the head that shares its table with one, stay float; so
 do activations, for every contender, so that nothing but the weights differs.  ONNX Runtime's
-quantizers are the peers.
+quantizers, onnxsim's and llama.cpp's are the peers.
 
 The weights of SmolLM2 once lay on a grid of 4 bits in groups of 32 with a zero point that is a
 float, so that groups of 32 are easy, above all with such zero points (ONNX Runtime's HQQ).
@@ -25,18 +25,20 @@ import logging
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+from llama_cpp import bits_of, rounded
 from timing import environment
-from weight_cases import Case, Feeds, minilm, smollm2
+from weight_cases import Case, minilm, smollm2
+from weight_peers import ONNXSIM_GROUP, of_onnxruntime, of_onnxsim
 
 from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import NodePlan, plan_of, set_plan
-from qcompiler.ir.graph import dequantize_of, new_initializer
+from qcompiler.ir.graph import constant, dequantize_of, new_initializer
 from qcompiler.ir.types import PerAxis, PerGroup, QuantType
 from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ
@@ -51,6 +53,9 @@ from qcompiler.walk import walker
 
 GROUPS = (32, 64, 128, 0)
 """Weights per scale; 0: one scale per channel."""
+
+LLAMA_CPP = ("Q4_0", "Q4_K")
+"""Both have groups of 32."""
 
 Score = Callable[[Path], dict[str, float]]
 
@@ -126,58 +131,18 @@ def measure_ours(
         return {**score(Path(folder) / "model.onnx"), **took}
 
 
-def peers(calibration: Sequence[Feeds], head: str) -> dict[str, Callable[[Path, Path, int], None]]:
-    """What writes a quantized file for a model file and a group size, by name."""
-    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
-    from onnxruntime.quantization.calibrate import CalibrationDataReader
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self._feeds = iter(calibration)
-
-        def get_next(self) -> Feeds | None:
-            return next(self._feeds, None)
-
-        def __iter__(self) -> Iterator[Feeds]:
-            return iter(calibration)
-
-        def __deepcopy__(self, memo: object) -> Reader:
-            return Reader()
-
-    def run(config: Any, source: Path, output: Path, group: int, **more: Any) -> None:
-        quantizer = nbits.MatMulNBitsQuantizer(
-            str(source),
-            block_size=group,
-            nodes_to_exclude=[head] if head else [],
-            algo_config=config,
-            **more,
-        )
-        quantizer.process()
-        quantizer.model.save_model_to_file(str(output), use_external_data_format=True)
-
-    def default(symmetric: bool) -> Callable[[Path, Path, int], None]:
-        def write(source: Path, output: Path, group: int) -> None:
-            config = nbits.DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=symmetric)
-            run(config, source, output, group, is_symmetric=symmetric)
-
-        return write
-
-    def hqq(source: Path, output: Path, group: int) -> None:
-        run(nbits.HQQWeightOnlyQuantConfig(block_size=group), source, output, group)
-
-    def k_quant(source: Path, output: Path, group: int) -> None:
-        run(nbits.KQuantWeightOnlyQuantConfig(), source, output, group)
-
-    def gptq(source: Path, output: Path, group: int) -> None:
-        run(nbits.GPTQWeightOnlyQuantConfig(Reader(), block_size=group), source, output, group)
-
-    return {
-        "ORT RTN, asymmetric": default(False),
-        "ORT RTN, symmetric": default(True),
-        "ORT HQQ, float zero points": hqq,
-        "ORT k-quant": k_quant,
-        "ORT GPTQ": gptq,
-    }
+def measure_llama_cpp(model: ir.Model, kind: str, score: Score) -> dict[str, Any]:
+    """Scores with the values that llama.cpp rounds weights to, and bits per weight."""
+    copy = model.clone()
+    for old, new in zip(model.graph, copy.graph, strict=True):
+        if plan_of(old) is not None:
+            floats = constant(new.inputs[1])
+            assert floats is not None
+            value = new_initializer(copy.graph, f"{new.name}_{kind}", rounded(floats, kind))
+            new.replace_input_with(1, value)
+    with tempfile.TemporaryDirectory() as folder:
+        save_floats(copy, Path(folder) / "model.onnx")
+        return {**score(Path(folder) / "model.onnx"), "bits": bits_of(kind)}
 
 
 def measure_peer(
@@ -200,10 +165,11 @@ def case_of(arguments: argparse.Namespace) -> Case:
     if arguments.model == "smollm2":
         if arguments.text is None:
             raise SystemExit("smollm2 wants --text")
-        return smollm2(arguments.text, arguments.count or 32)
+        return smollm2(arguments.text, arguments.count or 32, arguments.calibrate or 32)
     if arguments.sts is None or arguments.train is None:
         raise SystemExit("minilm wants --sts and --train")
-    return minilm(arguments.sts, arguments.train, arguments.count or 1500)
+    count, calibrate = arguments.count or 1500, arguments.calibrate or 256
+    return minilm(arguments.sts, arguments.train, count, calibrate)
 
 
 def main() -> None:
@@ -213,27 +179,33 @@ def main() -> None:
     parser.add_argument("--sts", type=Path)
     parser.add_argument("--train", type=Path)
     parser.add_argument("--count", type=int, help="windows or pairs to score")
+    parser.add_argument("--calibrate", type=int, help="windows or sentences to calibrate on")
     parser.add_argument("--group", type=int, action="append", help="0: per channel; default all")
-    parser.add_argument("--only", action="append", help="contenders whose names hold this")
+    parser.add_argument("--only", action="append", help="contenders whose names begin so")
     parser.add_argument("--symmetric", choices=["yes", "no", "both"], default="both")
     parser.add_argument("--workers", type=int, default=1, help="layers rounded side by side")
     parser.add_argument("--json", type=Path, help="results are added to those that are there")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     case = case_of(arguments)
-    results: dict[str, Any] = {"environment": environment(), "count": arguments.count}
+    facts = {"count": case.count, "calibrate": len(case.calibration)}
+    models: dict[str, Any] = {}
     if arguments.json and arguments.json.exists():
-        results |= json.loads(arguments.json.read_text())
+        models = json.loads(arguments.json.read_text())
+    results = models.setdefault(arguments.model, {"environment": environment(), **facts})
+    before = {key: results[key] for key in facts}
+    if before != facts:
+        raise SystemExit(f"{arguments.json} was measured with {before}, not with {facts}")
 
     def note(name: str, group: int, measure: Callable[[], dict[str, Any]]) -> None:
         table = results.setdefault(f"group {group}" if group else "per channel", {})
-        asked = not arguments.only or any(part in name for part in arguments.only)
+        asked = not arguments.only or name.startswith(tuple(arguments.only))
         if not asked or name in table:
             return
         table[name] = measure()
         print(f"{group or 'channel':>8}  {name:40}", json.dumps(table[name]), flush=True)
         if arguments.json:
-            arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+            arguments.json.write_text(json.dumps(models, indent=1) + "\n")
 
     note("float", -1, lambda: case.score(case.source))
     model = planned(case.source, case.head)
@@ -246,12 +218,17 @@ def main() -> None:
         for rounding in ROUNDINGS:
             for symmetric in signs:
                 full = f"{rounding}, {'int4' if symmetric else 'uint4 with zero points'}"
-                facts = (model, group, symmetric, rounding, runs, case.score)
-                note(full, group, partial(measure_ours, *facts))
-        for name, write in peers(case.calibration, case.head).items():
+                asked = (model, group, symmetric, rounding, runs, case.score)
+                note(full, group, partial(measure_ours, *asked))
+        writers = of_onnxruntime(case.calibration, case.head)
+        if group == ONNXSIM_GROUP:
+            writers |= of_onnxsim(case.calibration, case.head)
+        for name, write in writers.items():
             # Per channel is one block longer than any column; it must be a power of two.
             size = group or 2048
             note(name, group, partial(measure_peer, write, case.source, size, case.score))
+    for kind in LLAMA_CPP if 32 in (arguments.group or GROUPS) else ():
+        note(f"llama.cpp {kind}", 32, partial(measure_llama_cpp, model, kind, case.score))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory of this process: {peak:.0f} MiB")
 

@@ -16,6 +16,7 @@ normal numbers above 0, so that nothing is ever divided by 0 or by a denormal nu
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -23,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.errors import ModelError
+from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.ir.types import Granularity, PerAxis, PerGroup, PerTensor, QuantType
 
 __all__ = [
@@ -48,7 +49,18 @@ def broadcast_scale(
     shape: tuple[int, ...],
     granularity: Granularity,
 ) -> NDArray[Any]:
-    """`scale` (as ONNX stores it) repeated so that it broadcasts against a tensor of `shape`."""
+    """`scale` (as ONNX stores it) repeated so that it broadcasts against a tensor of `shape`.
+
+    Raises:
+        OptionError: It has not as many elements as there are scales.
+    """
+    wanted = granularity.scale_shape(shape)
+    grouped = isinstance(granularity, PerGroup)
+    if scale.shape != wanted if grouped else scale.size != math.prod(wanted):
+        raise OptionError(
+            f"scales or zero points of shape {list(scale.shape)}, per {granularity} of a tensor of "
+            f"shape {list(shape)} they have {list(wanted)}"
+        )
     match granularity:
         case PerTensor():
             return scale.reshape(())

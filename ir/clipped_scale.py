@@ -32,7 +32,7 @@ from qcompiler.ir.arithmetic import (
 )
 from qcompiler.ir.types import Granularity, PerAxis, PerGroup, QuantType
 
-__all__ = ["clipped_scale"]
+__all__ = ["clipped_scale", "signed_scale"]
 
 _RANGES = tuple(1 - 0.05 * step for step in range(11))
 """Parts of the full range that are tried.  Half as many lose 0.05 dB at 4 bits, and three times as
@@ -78,6 +78,38 @@ def clipped_scale(
     return np.concatenate(scales, axis=0 if isinstance(type.granularity, PerAxis) else axis)
 
 
+def signed_scale(weight: NDArray[Any], type: QuantType) -> NDArray[Any]:
+    """The scale that maps the element of the largest magnitude to the end of the longer side.
+
+    Args:
+        weight: Finite floats of any shape.
+        type: A symmetric type.
+
+    Returns:
+        Scales as `weight_scale` returns them, negative where that element is positive; those where
+        no side is longer.
+    """
+    top, bottom = _reach(type)
+    scale = weight_scale(weight, type)
+    if bottom <= top:
+        return scale
+    return np.asarray(
+        _signs(weight, type).astype(scale.dtype) * as_scale(scale * (top / bottom), type)
+    )
+
+
+def _reach(type: QuantType) -> tuple[float, float]:
+    """Steps above 0, and below it."""
+    return type.range[1] - type.middle, type.middle - type.range[0]
+
+
+def _signs(weight: NDArray[Any], type: QuantType) -> NDArray[np.float32]:
+    """Of each slice -1 where it reaches further up than down, else 1."""
+    highest = reduce_slices(np.maximum, weight, type.granularity)
+    lowest = reduce_slices(np.minimum, weight, type.granularity)
+    return np.where(highest > -lowest, np.float32(-1), np.float32(1))
+
+
 def _free_axis(granularity: Granularity, rank: int) -> int | None:
     """An axis along which no two neighbours share a scale, if there is one."""
     match granularity:
@@ -102,11 +134,9 @@ def _search(
     exact = dataclasses.replace(type, expressed=ir.DataType.FLOAT)
     ones = np.ones(widest.shape, np.float32)
     signs, parts = ones, _RANGES
-    top, bottom = type.range[1] - type.middle, type.middle - type.range[0]
+    top, bottom = _reach(type)
     if signed and bottom > top:
-        highest = reduce_slices(np.maximum, steps, type.granularity)
-        lowest = reduce_slices(np.minimum, steps, type.granularity)
-        signs = np.where(highest > -lowest, -ones, ones)
+        signs = _signs(steps, type)
         steps = steps * broadcast_scale(signs, weight.shape, type.granularity)
         parts = (*_RANGES, top / bottom)
     best, most = ones, np.zeros_like(ones)

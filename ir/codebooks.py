@@ -39,10 +39,15 @@ class Codebook:
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        # Numbers of numpy print as something that does not parse back.
-        object.__setattr__(self, "values", tuple(map(float, self.values)))
-        if not self.name.isidentifier():
+        if not isinstance(self.name, str) or not self.name.isidentifier():
             raise OptionError(f"codebook {self.name!r}: the name must be an identifier")
+        try:
+            # Numbers of numpy print as something that does not parse back.
+            object.__setattr__(self, "values", tuple(map(float, self.values)))
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"codebook {self.name!r}: its values are no floats: {error}"
+            ) from None
         if not 2 <= len(self.values) <= 256:
             raise OptionError(
                 f"codebook {self.name!r} has {len(self.values)} values, it needs 2 to 256"
@@ -94,19 +99,15 @@ class Codebook:
         Raises:
             OptionError: It is neither a known name nor `name[value value ...]`.
         """
-        if text in CODEBOOKS:
+        if isinstance(text, str) and text in CODEBOOKS:
             return CODEBOOKS[text]
-        match = re.fullmatch(r"(\w+)\[([^\]]*)\]", text)
+        match = re.fullmatch(r"(\w+)\[([^\]]*)\]", str(text))
         if match is None:
             raise OptionError(
-                f"no codebook {text!r}{did_you_mean(text, CODEBOOKS)}; known are "
+                f"no codebook {text!r}{did_you_mean(str(text), CODEBOOKS)}; known are "
                 f"{', '.join(CODEBOOKS)}, others are written name[value value ...]"
             )
-        try:
-            values = tuple(map(float, match[2].split()))
-        except ValueError as error:
-            raise OptionError(f"codebook {text!r}: {error}") from None
-        return cls(match[1], values)
+        return cls(match[1], match[2].split())  # type: ignore[arg-type]
 
 
 _POSITIVE = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

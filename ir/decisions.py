@@ -218,8 +218,9 @@ def decide(node: ir.Node, action: Action, why: str, *, expected: bool | None = N
     if expected is None:
         expected = action != "body" or isinstance(why, Preference)
     node.metadata_props[_ACTION] = action
-    note = note_of(node)
-    node.metadata_props[_WHY] = why if note is None or note in why else f"{why}; {note}"
+    # Of several notes some may be in the reason already.
+    notes = (note_of(node) or "").split("; ")
+    node.metadata_props[_WHY] = "; ".join([why, *(note for note in notes if note not in why)])
     if expected:
         node.metadata_props.pop(_UNEXPECTED, None)
     else:
@@ -231,9 +232,8 @@ def add_note(node: ir.Node, text: str) -> None:
     decision, earlier = decision_of(node), note_of(node)
     if earlier is not None and text in earlier:
         return
-    why = decision.why.removesuffix(f"; {earlier}")
     node.metadata_props[_NOTE] = text if earlier is None else f"{earlier}; {text}"
-    decide(node, decision.action, why, expected=decision.expected)
+    decide(node, decision.action, decision.why, expected=decision.expected)
 
 
 def note_of(node: ir.Node) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 
 from qcompiler.ir.errors import OptionError
@@ -26,9 +27,16 @@ class PerTensor:
 
 @dataclasses.dataclass(frozen=True)
 class PerAxis:
-    """One scale per slice along `axis` ("per channel")."""
+    """One scale per slice along `axis` ("per channel").
+
+    Raises:
+        OptionError: The axis is no whole number.
+    """
 
     axis: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "axis", _whole(self.axis, "axis"))
 
     def scale_shape(self, shape: _Shape) -> _Shape:
         """The shape of the scales of a tensor of that shape, as ONNX stores them."""
@@ -46,13 +54,15 @@ class PerGroup:
     `PerGroup(-1, K)`.
 
     Raises:
-        OptionError: The group size is below 1.
+        OptionError: The axis is no whole number, or the group size none from 1 on.
     """
 
     axis: int
     group_size: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "axis", _whole(self.axis, "axis"))
+        object.__setattr__(self, "group_size", _whole(self.group_size, "group size"))
         if self.group_size < 1:
             raise OptionError(f"group size {self.group_size}: a group has 1 element or more")
 
@@ -68,6 +78,13 @@ class PerGroup:
 Granularity = PerTensor | PerAxis | PerGroup
 
 
+def _whole(number: object, what: str) -> int:
+    """A whole number, also one of numpy, which would print as something that does not parse."""
+    if isinstance(number, bool) or not hasattr(number, "__index__"):
+        raise OptionError(f"{what} {number!r}: it is a whole number")
+    return operator.index(number)
+
+
 def _checked_axis(axis: int, shape: _Shape) -> int:
     """`axis` counted from the front."""
     if not -len(shape) <= axis < len(shape):
@@ -81,6 +98,8 @@ def parse_granularity(text: str) -> Granularity:
     Raises:
         OptionError: It is none of these.
     """
+    if not isinstance(text, str):
+        raise OptionError(f"no granularity {text!r}: write tensor, axis=1 or axis=0/32")
     if text == "tensor":
         return PerTensor()
     match = re.fullmatch(r"axis=(-?\d+)(?:/(\d+))?", text)

@@ -1,8 +1,8 @@
 """What ai.onnx asks of its own ops: that they exist, and take what they are given.
 
 No pass needs a whole shape inference after it to be told that it wrote an op that the opset does
-not have, left an operand out, or mixed two types where the schema has one.  What is not known of a
-value is not held against it.
+not have, left an operand or an attribute out, gave one that the op does not know, or mixed two
+types where the schema has one.  What is not known of a value is not held against it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from qcompiler.ir.errors import did_you_mean
 from qcompiler.ir.graph import label
 
 __all__ = ["onnx_problems"]
@@ -24,7 +25,7 @@ _VARIADIC = onnx.defs.OpSchema.FormalParameterOption.Variadic
 
 @dataclasses.dataclass(frozen=True)
 class _Signature:
-    """The bounds of an op's operands, and the type variable of each.
+    """The bounds of an op's operands, the type variable of each, and the attributes.
 
     Attributes:
         fewest: Operands.
@@ -34,6 +35,8 @@ class _Signature:
         outputs: The same of the outputs.
         variadic: Whether the last input, and the last output, stand for several.
         types: The tensor types that each variable stands for.
+        attributes: The type of each attribute.
+        required: Attributes that have no default.
     """
 
     fewest: int
@@ -42,6 +45,8 @@ class _Signature:
     outputs: tuple[str, ...]
     variadic: tuple[bool, bool]
     types: dict[str, frozenset[str]]
+    attributes: dict[str, ir.AttributeType]
+    required: frozenset[str]
 
 
 def onnx_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
@@ -52,12 +57,15 @@ def onnx_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
     opset = model.graph.opset_imports.get("", 1)
     for node in model.graph.all_nodes():
         if node.domain == "":
-            found = _problems(node.op_type, opset, _types(node.inputs), _types(node.outputs))
+            given = tuple((a.name, a.type) for a in node.attributes.values())
+            types = _types(node.inputs), _types(node.outputs)
+            found = _problems(node.op_type, opset, *types, given)
             for rule, problem in found:
                 yield rule, label(node), problem
 
 
 _Types = tuple[ir.DataType | None, ...]
+_Attributes = tuple[tuple[str, ir.AttributeType], ...]
 
 
 def _types(values: Sequence[ir.Value | None]) -> _Types:
@@ -67,13 +75,28 @@ def _types(values: Sequence[ir.Value | None]) -> _Types:
 
 
 @functools.lru_cache(maxsize=4096)  # models have few kinds of nodes: ten times as fast as without
-def _problems(op: str, opset: int, inputs: _Types, outputs: _Types) -> tuple[tuple[str, str], ...]:
+def _problems(
+    op: str, opset: int, inputs: _Types, outputs: _Types, attributes: _Attributes
+) -> tuple[tuple[str, str], ...]:
     signature = _signature(op, opset)
     if signature is None:
         return (("onnx-op", f"ai.onnx {opset} has no {op}"),)
     if not signature.fewest <= len(inputs) <= signature.most:
         return (("onnx-operands", f"{op} with {len(inputs)} operands"),)
-    return tuple(_mixed(op, inputs, outputs, signature))
+    return (*_misfits(op, attributes, signature), *_mixed(op, inputs, outputs, signature))
+
+
+def _misfits(op: str, attributes: _Attributes, signature: _Signature) -> Iterator[tuple[str, str]]:
+    """The rule, and each attribute that is missing, unknown or of another type."""
+    for name in sorted(signature.required - {name for name, _ in attributes}):
+        yield "onnx-attributes", f"{op} without its attribute {name!r}"
+    for name, kind in attributes:
+        wanted = signature.attributes.get(name)
+        if wanted is None:
+            hint = did_you_mean(name, signature.attributes)
+            yield "onnx-attributes", f"{op} has no attribute {name!r}{hint}"
+        elif kind != wanted:
+            yield "onnx-attributes", f"{op} whose {name!r} is {kind.name}, not {wanted.name}"
 
 
 def _mixed(
@@ -113,9 +136,15 @@ def _signature(op: str, opset: int) -> _Signature | None:
     formals = (schema.inputs, schema.outputs)
     inputs, outputs = (tuple(_variable(f, types) for f in side) for side in formals)
     variadic = [bool(side) and side[-1].option == _VARIADIC for side in formals]
+    attributes = {
+        name: ir.AttributeType(attribute.type.value)
+        for name, attribute in schema.attributes.items()
+    }
+    required = frozenset(name for name, a in schema.attributes.items() if a.required)
     return _Signature(
-        schema.min_input, schema.max_input, inputs, outputs, (variadic[0], variadic[1]), types
-    )
+        schema.min_input, schema.max_input, inputs, outputs, (variadic[0], variadic[1]), types,
+        attributes, required,
+    )  # fmt: skip
 
 
 def _variable(formal: Any, types: dict[str, frozenset[str]]) -> str:

@@ -59,8 +59,10 @@ class PackedFormat:
         if self.encoding not in get_args(Encoding):
             known = ", ".join(get_args(Encoding))
             raise OptionError(f"no encoding {self.encoding!r}; there are {known}")
-        if self.bits not in (2, 4):
-            raise OptionError(f"no packing of {self.bits} bits, only of 2 and 4")
+        if type(self.bits) is not int or self.bits not in (2, 4):
+            raise OptionError(f"no packing of {self.bits!r} bits, only of 2 and 4")
+        if not isinstance(self.high_first, bool):
+            raise OptionError(f"high_first {self.high_first!r} is neither True nor False")
 
     @property
     def storage(self) -> ir.DataType:

@@ -15,8 +15,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompiler.ir.arithmetic import dequantize
 from qcompiler.ir.errors import OptionError
-from qcompiler.ir.graph import constant
+from qcompiler.ir.graph import constant, dequantize_of
 from qcompiler.ir.types import Granularity, PerAxis, PerGroup, PerTensor, QuantType
 
 __all__ = ["QuantParams", "quant_params"]
@@ -43,8 +44,15 @@ class QuantParams:
 
     @property
     def scales(self) -> NDArray[Any] | None:
-        """The scales, None if they are computed."""
-        return constant(self.scale)
+        """The scales, None if they are computed; of two levels their product."""
+        maker = dequantize_of(self.scale)
+        inner = quant_params(maker)
+        if maker is None or inner is None:
+            return constant(self.scale)
+        stored, scales, zeros = constant(maker.inputs[0]), inner.scales, inner.zeros
+        if stored is None or scales is None or zeros is None:
+            return None
+        return dequantize(stored, scales, inner.type, zeros)
 
     @property
     def zeros(self) -> NDArray[Any] | None:

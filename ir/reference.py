@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 from qcompiler.ir.dialect import OPS, DialectOp
+from qcompiler.ir.region import HALF
 
 __all__ = ["MARK", "main", "reference"]
 
@@ -34,6 +35,8 @@ def _section(op: DialectOp) -> str:
 
 def _operand(op: DialectOp, name: str) -> str:
     dtype, shape = op.type_of(name).name.lower(), dict(op.shapes).get(name, "")
+    if op.type_of(name) is not op.type_of(name, (HALF,)):
+        dtype += " or half"
     return f"{name:6} {dtype:13} {shape and f'[{shape}]'}".rstrip()
 
 

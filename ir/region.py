@@ -25,7 +25,10 @@ import hashlib
 import json
 from typing import Any, Literal
 
-__all__ = ["ExtraKind", "Region", "Step"]
+__all__ = ["HALF", "ExtraKind", "Region", "Step"]
+
+HALF = "f16"
+"""The flag of a region whose floating operands and results are float16, see `dialect_ops.py`."""
 
 ExtraKind = Literal["channel", "tensor"]
 """How an extra operand meets the result: one value per output channel, or the same shape."""
@@ -52,7 +55,7 @@ class Region:
 
     The function made from a region takes the anchor's inputs, then one input per extra operand.
     `outputs` names those of the anchor that are computed, in its order; empty means all.
-    `flags` are words that select a form of the anchor's body, see `ir/attention.py`.
+    `flags` are words that select a form of the anchor's body, see `ir/attention.py` and `HALF`.
     `widths` divides the columns of the result among several outputs; empty means one.
     """
 

@@ -15,6 +15,7 @@ import onnx_ir as ir
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import region_of
 from qcompiler.ir.graph import label
+from qcompiler.ir.region import HALF
 
 __all__ = ["signature_problems"]
 
@@ -36,13 +37,23 @@ def signature_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
             *zip(function.outputs, node.outputs, strict=False),
         ]
         operands = {str(formal.name): value for formal, value in named if value is not None}
+        flags = _flags(node, op, operands)
         for name, value in operands.items():
-            if value.dtype not in (None, op.type_of(name)):
-                wanted = op.type_of(name).name
+            if value.dtype not in (None, op.type_of(name, flags)):
+                wanted = op.type_of(name, flags).name
                 problem = f"{name} is {value.dtype}, {op.name} needs {wanted}"
                 yield "operand-dtype", label(node), problem
         for problem in _misfits(node, op, operands):
             yield "operand-shape", label(node), problem
+
+
+def _flags(node: ir.Node, op: dialect.DialectOp, operands: dict[str, ir.Value]) -> tuple[str, ...]:
+    """Those of a region; an op that also works in float16 does if its first operand is that."""
+    region = region_of(node)
+    if region is not None:
+        return region.flags
+    first = operands.get(op.inputs[0]) if op.follows else None
+    return (HALF,) if first is not None and first.dtype is ir.DataType.FLOAT16 else ()
 
 
 def _incomplete(
@@ -95,7 +106,8 @@ def _known_sizes(node: ir.Node) -> dict[str, int]:
         numbers = node.attributes.values()
         return {a.name: a.as_int() for a in numbers if a.type is ir.AttributeType.INT}
     sizes = dict(region.sizes)
-    return sizes | ({"block_size": sizes["K"]} if "K" in sizes else {})
+    block = sizes.get("G", sizes.get("K"))
+    return sizes | ({} if block is None else {"block_size": block})
 
 
 def _pairs(

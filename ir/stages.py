@@ -13,8 +13,10 @@ they fit their signatures (`signature_rules`).
 
 from __future__ import annotations
 
+import dataclasses
 import enum
-from collections.abc import Collection, Iterable, Iterator
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -27,7 +29,7 @@ from qcompiler.ir.onnx_rules import onnx_problems
 from qcompiler.ir.qdq_rules import qdq_problems
 from qcompiler.ir.signature_rules import signature_problems
 
-__all__ = ["Stage", "verify"]
+__all__ = ["Interface", "Stage", "verify"]
 
 _Problems = Iterator[tuple[str, str, str]]
 """The rule, the node and what is wrong with it."""
@@ -42,8 +44,26 @@ class Stage(enum.IntEnum):
     KERNEL = 4
 
 
+@dataclasses.dataclass(frozen=True)
+class Interface:
+    """What callers feed and read, in order; inputs that have values of their own are none of it."""
+
+    inputs: tuple[str | None, ...]
+    outputs: tuple[str | None, ...]
+
+    @classmethod
+    def of(cls, model: ir.Model) -> Interface:
+        """That of a model."""
+        fed = (v.name for v in model.graph.inputs if v.name not in model.graph.initializers)
+        return cls(tuple(fed), tuple(value.name for value in model.graph.outputs))
+
+
 def verify(
-    model: ir.Model, stage: Stage, after: str, known: Collection[tuple[str, str]] | None = None
+    model: ir.Model,
+    stage: Stage,
+    after: str,
+    known: Collection[tuple[str, str]] | None = None,
+    interface: Interface | None = None,
 ) -> None:
     """Check `model` against the rules of `stage`, in time linear in its nodes.
 
@@ -53,10 +73,14 @@ def verify(
         after: The pass that ran last, named in the message.
         known: Rules and problems of `onnx_problems` that there were before it; by default that is
             not looked for.
+        interface: The inputs and outputs that there were before it, and that must be there still;
+            by default that is not looked at.
 
     Raises:
         VerifyError: Names the pass, the node, what is wrong and the rule.
     """
+    for rule, node, problem in _interface_problems(model, interface):
+        raise _broken(rule, node, problem, stage, after)
     for rule, node, problem in _problems(model, stage):
         raise _broken(rule, node, problem, stage, after)
     if known is not None:
@@ -78,6 +102,27 @@ def _problems(model: ir.Model, stage: Stage) -> _Problems:
     yield from _functions(model)
     yield from signature_problems(model)
     yield from qdq_problems(model)
+
+
+def _interface_problems(model: ir.Model, before: Interface | None) -> _Problems:
+    """Inputs and outputs keep their names and their order."""
+    now, owner = Interface.of(model), model.graph.name or "the graph"
+    before = before or now
+    for kind, old, new in (
+        ("inputs", before.inputs, now.inputs),
+        ("outputs", before.outputs, now.outputs),
+    ):
+        if len(old) != len(new) or any(a and a != b for a, b in zip(old, new, strict=True)):
+            said = f"its {kind} were {_listed(old, new)}, and are {_listed(new, old)}"
+            yield "interface", owner, f"{said} (changes_interface = True in a pass allows it)"
+
+
+def _listed(names: Sequence[str | None], others: Sequence[str | None]) -> str:
+    """Names, from the first that differs on, four of them."""
+    differs = [a != b for a, b in itertools.zip_longest(names, others)]
+    first = differs.index(True)
+    shown = [str(name) for name in names[first : first + 4]] or ["no more"]
+    return ", ".join(["…"] * (first > 0) + shown + ["…"] * (len(names) > first + 4))
 
 
 def _scopes(graph: ir.Graph, seen: dict[str, ir.Value]) -> _Problems:

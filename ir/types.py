@@ -7,6 +7,8 @@ back, `QuantType.parse(str(t)) == t`:
     quant<int4:float, axis=0/32>               int4 in groups of 32 along axis 0
     quant<uint8:float16, tensor, asymmetric>   one scale and zero point
     quant<nf4:float, axis=1/64>                indices into a codebook
+    quant<int4:float, axis=0/32, bits=3>       three bits, in the storage of four
+    quant<int4:float, axis=0/32, two-level>    scales are int8 times a float per column
     dynamic quant<int8:float, axis=-1/384>     per token, scale computed while the model runs
 """
 
@@ -58,6 +60,10 @@ class QuantType:
         symmetric: The zero point is 0, the middle of the range for an unsigned storage.
         narrow_range: -127..127 rather than -128..127, so that negation cannot overflow.
         codebook: Stored values are indices into it; the storage is then the codebook's.
+        bits: Stored values are integers of so many bits, fewer than the storage has: ONNX has no
+            int3, and int2 only from opset 25.
+        two_level: Scales of groups of rows of a matrix are int8 times a float per column, see
+            `ir/two_level.py`.
 
     Raises:
         OptionError: The parts do not go together.
@@ -69,11 +75,28 @@ class QuantType:
     symmetric: bool = True
     narrow_range: bool = False
     codebook: Codebook | None = None
+    bits: int | None = None
+    two_level: bool = False
 
     def __post_init__(self) -> None:
+        if (mistake := self._mistake()) is not None:
+            raise OptionError(f"no quantized type: {mistake}")
         problem = self._problem()
         if problem is not None:
             raise OptionError(f"{self}: {problem}")
+
+    def _mistake(self) -> str | None:
+        """A part that is of another kind than it must be."""
+        for name in ("storage", "expressed"):
+            if not isinstance(kind := getattr(self, name), ir.DataType):
+                return f"{name} {kind!r} is no onnx_ir.DataType{_data_type_meant(kind)}"
+        if not isinstance(self.granularity, Granularity):
+            return f"granularity {self.granularity!r} is no PerTensor, PerAxis or PerGroup"
+        if not isinstance(self.codebook, Codebook | None):
+            return f"codebook {self.codebook!r} is no Codebook"
+        flags = {"symmetric": self.symmetric, "narrow_range": self.narrow_range}
+        wrong = [(name, flag) for name, flag in flags.items() if not isinstance(flag, bool)]
+        return f"{wrong[0][0]} {wrong[0][1]!r} is neither True nor False" if wrong else None
 
     def _problem(self) -> str | None:
         if self.storage not in _STORAGE.values():
@@ -84,6 +107,12 @@ class QuantType:
             return f"indices of {self.codebook.name} are {self.codebook.storage}"
         if self.narrow_range and (self.codebook is not None or not _is_signed(self.storage)):
             return "only signed integers have a narrow range"
+        if self.bits is not None and (self.codebook is not None or self.is_float):
+            return "only integers have fewer bits than their storage"
+        if self.bits is not None and not 2 <= self.bits < self.storage.bitwidth:
+            return f"{self.bits} bits: must be 2 or more, and fewer than {self.storage} has"
+        if self.two_level and not _in_groups_of_rows(self):
+            return "only float scales of groups of rows, without zero points, have two levels"
         if not self.symmetric and self.codebook is not None:
             return "a codebook has no zero point, so it cannot be asymmetric"
         if not self.symmetric and (self.is_float or self.storage is ir.DataType.INT32):
@@ -103,7 +132,7 @@ class QuantType:
         if self.is_float:
             largest = float(ml_dtypes.finfo(self.storage.numpy()).max)
             return -largest, largest
-        bits = int(self.storage.bitwidth)
+        bits = self.bits or int(self.storage.bitwidth)
         if not self.storage.is_signed():
             return 0.0, float(2**bits - 1)
         return float(-(2 ** (bits - 1)) + self.narrow_range), float(2 ** (bits - 1) - 1)
@@ -113,10 +142,12 @@ class QuantType:
         """The zero point of a symmetric type: 0, for unsigned integers half their range."""
         if self.codebook is not None or self.storage.is_signed():
             return 0
-        return int(2 ** (self.storage.bitwidth - 1))
+        return int(2 ** ((self.bits or self.storage.bitwidth) - 1))
 
     def __str__(self) -> str:
         flags = ("" if self.symmetric else ", asymmetric") + (", narrow" * self.narrow_range)
+        flags += "" if self.bits is None else f", bits={self.bits}"
+        flags += ", two-level" * self.two_level
         stored = self.storage.name.lower() if self.codebook is None else str(self.codebook)
         return f"quant<{stored}:{self.expressed.name.lower()}, {self.granularity}{flags}>"
 
@@ -127,11 +158,13 @@ class QuantType:
         Raises:
             OptionError: Says which part of the text is wrong, and what could stand there.
         """
-        match = re.fullmatch(r"quant<([^:,]+):(\w+), ([^,]+?)(, asymmetric)?(, narrow)?>", text)
+        pattern = r"quant<([^:,]+):(\w+), ([^,]+?)(, asymmetric)?(, narrow)?(?:, bits=(\d))?"
+        pattern += "(, two-level)?>"
+        match = re.fullmatch(pattern, text) if isinstance(text, str) else None
         if match is None:
             raise OptionError(
                 f"no quantized type: {text!r}; write quant<STORAGE:EXPRESSED, GRANULARITY>, with "
-                "', asymmetric' or ', narrow' before the '>'"
+                "', asymmetric', ', narrow', ', bits=3' or ', two-level' before the '>'"
             )
         try:
             stored, codebook = _STORAGE.get(match[1]), None
@@ -145,9 +178,25 @@ class QuantType:
                 symmetric=match[4] is None,
                 narrow_range=match[5] is not None,
                 codebook=codebook,
+                bits=None if match[6] is None else int(match[6]),
+                two_level=match[7] is not None,
             )
         except OptionError as error:
             raise OptionError(f"in {text!r}: {error}") from None
+
+
+def _in_groups_of_rows(type: QuantType) -> bool:
+    grouped = isinstance(type.granularity, PerGroup) and type.granularity.axis in (0, -2)
+    return grouped and type.symmetric and type.expressed is ir.DataType.FLOAT
+
+
+def _data_type_meant(kind: object) -> str:
+    """How to write what somebody wrote as a text, or a type of numpy."""
+    name = kind.lower() if isinstance(kind, str) else getattr(kind, "__name__", str(kind))
+    known = _STORAGE | _EXPRESSED
+    if name in known:
+        return f": write onnx_ir.DataType.{known[name].name}"
+    return f"{did_you_mean(name, known)}; there are {', '.join(known)}"
 
 
 def _is_signed(storage: ir.DataType) -> bool:
@@ -174,13 +223,15 @@ class QuantSpec:
     """An intent: this type, with scales known before the model runs or computed while it runs.
 
     Raises:
-        OptionError: The scale is neither static nor dynamic.
+        OptionError: The type is none, or the scale neither static nor dynamic.
     """
 
     type: QuantType
     scale: Literal["static", "dynamic"]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.type, QuantType):
+            raise OptionError(f"no type {self.type!r}: it is a QuantType")
         if self.scale not in ("static", "dynamic"):
             raise OptionError(f"no scale {self.scale!r}: it is static or dynamic")
 
@@ -194,7 +245,7 @@ class QuantSpec:
         Raises:
             OptionError: Says which part of the text is wrong, and what could stand there.
         """
-        scale, _, type = text.partition(" ")
+        scale, _, type = text.partition(" ") if isinstance(text, str) else (text, "", "")
         if scale not in ("static", "dynamic"):
             raise OptionError(f"in {text!r}: no scale {scale!r}: write static or dynamic first")
         return cls(QuantType.parse(type), scale)  # type: ignore[arg-type]

@@ -37,6 +37,7 @@ from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
 from qcompiler.passes.node_plans import NodePlanner, StayFloat
 from qcompiler.passes.node_rules import (
+    PRECISIONS,
     ROUNDINGS,
     NodeRule,
     NodeRules,
@@ -69,7 +70,8 @@ class AssignPrecision(ir.passes.InPlacePass):
 
         Attributes:
             keep_float: Node names, op types or patterns of either that stay float.
-            group_size: Weights per scale where a scheme has groups; by default its own choice.
+            group_size: Weights per scale where a scheme has groups, 0 for one scale per channel; by
+                default its own choice.
             products: Let MatMuls of two activations multiply 8 bits, with static scales.
             outputs: Round convolutions whose results leave the graph, too.
             rounding: How the weights of products are rounded: "nearest", "hqq", or, with samples,
@@ -87,7 +89,7 @@ class AssignPrecision(ir.passes.InPlacePass):
 
             Raises:
                 OptionError: Patterns that are no strings, a group size that is no power of two from
-                    16 to 256, or no such rounding.
+                    16 to 256 and not 0, or no such rounding.
             """
             if self.rounding not in ROUNDINGS:
                 hint = did_you_mean(str(self.rounding), ROUNDINGS)
@@ -120,7 +122,9 @@ class AssignPrecision(ir.passes.InPlacePass):
 
     @options.setter
     def options(self, options: Options) -> None:
-        grouped = self.scheme.group_sizes or any(rule.precision == "int4" for rule in self.rules)
+        grouped = self.scheme.group_sizes or any(
+            PRECISIONS.get(rule.precision or "") is ir.DataType.INT4 for rule in self.rules
+        )
         if options.group_size is not None and not grouped:
             raise OptionError(
                 f"group_size {options.group_size}: {self.scheme.name} weights have one scale per "
@@ -132,7 +136,7 @@ class AssignPrecision(ir.passes.InPlacePass):
     def group_sizes(self) -> tuple[int, ...]:
         """Elements per weight scale, in order of preference."""
         size = self.options.group_size
-        return (size,) if size else self.scheme.group_sizes
+        return self.scheme.group_sizes if size is None else (size,)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Plan every node of the graph and its subgraphs.
@@ -143,7 +147,7 @@ class AssignPrecision(ir.passes.InPlacePass):
         nodes = list(model.graph.all_nodes())
         self._patterns = self._known_patterns(nodes)
         self._asked = NodeRules(self.rules, nodes)
-        changed, is_quantized = False, any(node.op_type in _QUANTIZATION for node in nodes)
+        changed, is_quantized = False, any(map(_came_quantized, nodes))
         if is_quantized:
             self._check_nothing_asked()
         options = self.options
@@ -228,7 +232,7 @@ class AssignPrecision(ir.passes.InPlacePass):
             node.replace_input_with(1, turn.outputs[0])
             drop_if_unread(turned)
         elif not turn.outputs[0].uses() and turn.graph is not None:
-            turn.graph.remove(turn)
+            turn.graph.remove(turn, safe=True)
         return plan
 
     def _plan(
@@ -243,6 +247,12 @@ class AssignPrecision(ir.passes.InPlacePass):
         if asked is not None and asked.precision == "float":
             return _kept(node, "precision")
         return planner.plan(node, in_branch)
+
+
+def _came_quantized(node: ir.Node) -> bool:
+    """Whether a node says that whoever made the model quantized it; ORT's own ops say so too."""
+    not_lifted = node.domain == "com.microsoft" and decision_of(node).action == "qdq"
+    return node.op_type in _QUANTIZATION or not_lifted
 
 
 def _kept(node: ir.Node, why: str) -> StayFloat:

@@ -23,8 +23,8 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.decisions import add_note
-from qcompiler.ir.errors import CalibrationError, OptionError
-from qcompiler.ir.graph import constant, let_go
+from qcompiler.ir.errors import OptionError
+from qcompiler.ir.graph import constant
 from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constant
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.layer_cache import LayerCache
@@ -109,22 +109,15 @@ class AWQ(ir.passes.InPlacePass):
             ModelError: A weight holds NaN or Inf.
         """
         layers = layers_of(model.graph, "awq", "awq_gptq")
-        for layer in layers:
-            finite_weight(layer.nodes[0], layer.weight)
-            let_go(layer.weight)
         if not layers:
             return ir.passes.PassResult(model, False)
-        if self.runs.walk is None:
-            raise CalibrationError(
-                f"awq scales {layers[0].name} and {len(layers) - 1} more by what goes into them: "
-                "give samples with --calib DIR (calibration=...), or choose weights that need none"
-            )
+        walk = self.runs.walker_for(layers, "awq scales")
         sites = [
             _Site(data, readers, _absorber(data, readers))
             for data, readers in by_data(layers).items()
         ]
         # The model stays as it is while it runs: a factor changes what goes into later layers.
-        found = self._look(model, layers, sites, self.runs.walk)
+        found = self._look(model, layers, sites, walk)
         for site, facts in zip(sites, found, strict=True):
             _scale(model.graph, site, facts)
         power = {id(site.data): facts for site, facts in zip(sites, found, strict=True)}

@@ -7,8 +7,14 @@ not noise, which the layers below carry on (Nagel et al., Data-free quantization
 equalization and bias correction, 2019).  Inputs are the float model's own, so that each site is
 corrected for itself, and the mean is over what the convolution reads, padding included.
 
+No shift is judged by the samples that it was found on: with d_i the mean error of sample i and m_i
+the mean of the others', the shift is k mean(d), with k from 0 to 1 such that the correction k m_i
+leaves sample i the least error on average.  It is made where that takes a part of the node's error
+off (`least`).  One sample alone corrects nothing; each picture of a batch is one.
+
 The pass only plans: it finds the shift of each planned convolution on some samples, on the model as
-smoothing and equalization left it, and the pass that rounds the bias takes it off.
+smoothing and equalization left it, and the pass that rounds the bias takes it off.  MatMuls have no
+bias of their own, and their inputs are centred by the norms before them.
 """
 
 from __future__ import annotations
@@ -21,13 +27,13 @@ from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import add_note, bias_shift, plan_of, set_bias_shift
 from qcompiler.ir.errors import OptionError
-from qcompiler.passes.insert_qdq import Observer
-from qcompiler.passes.side_by_side import Comparison, Rows, Runner, own_errors, quantized_copy
+from qcompiler.passes.measuring_pass import MeasuringPass
+from qcompiler.passes.side_by_side import Comparison, Rows, own_errors, quantized_copy
 
 __all__ = ["BiasCorrection"]
 
 
-class BiasCorrection(ir.passes.InPlacePass):
+class BiasCorrection(MeasuringPass):
     """Find by how much the bias of each planned convolution is to change.
 
     Attributes:
@@ -41,7 +47,8 @@ class BiasCorrection(ir.passes.InPlacePass):
         """When to correct.
 
         Attributes:
-            least: The part of a node's squared error that its mean must make up.
+            least: The part of a node's squared error that a correction must take off samples that
+                it was not found on.
         """
 
         least: float = 0.05
@@ -55,14 +62,7 @@ class BiasCorrection(ir.passes.InPlacePass):
             if not 0 <= self.least <= 1:
                 raise OptionError(f"least must be a part from 0 to 1, not {self.least:g}")
 
-    def __init__(
-        self,
-        run: Runner | None = None,
-        observe: Observer | None = None,
-        options: Options | None = None,
-    ) -> None:
-        super().__init__()
-        self.run, self.observe, self.options = run, observe, options or self.Options()
+    options: Options
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Measure the shift of every planned convolution of the main graph.
@@ -84,25 +84,26 @@ class BiasCorrection(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, corrected > 0)
 
     def _correct(self, node: ir.Node, rows: Rows, means: Comparison) -> bool:
-        drift = _reliable(rows[means.drift])
-        share = np.square(drift).sum() / max(rows[means.noise].mean(axis=0).sum(), 1e-30)
+        drifts = np.asarray(rows[means.drift], np.float64)
+        if len(drifts) < 2:
+            return False
+        trust, gain = _held_out(drifts)
+        share = gain.sum() / max(float(rows[means.noise].mean(axis=0).sum()), 1e-30)
         if not share >= self.options.least:  # so that NaN is left alone
             return False
-        set_bias_shift(node, np.asarray(drift, np.float32))
+        set_bias_shift(node, np.asarray(trust * drifts.mean(axis=0), np.float32))
         add_note(node, f"bias corrected: {share:.0%} of its squared error")
         return True
 
 
-def _reliable(drifts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The mean over samples, [C] of [samples, C], less what may be chance.
+def _held_out(drifts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How much of the mean of `drifts`, [samples, C], a sample shares that was not part of it.
 
-    Of a mean m of n samples that vary by v, the part 1 - v / (n m^2) is what another sample is
-    expected to share (the positive part of James and Stein's estimator).
+    Returns:
+        [C], from 0 to 1, and by how much the squared error of such a sample falls for it, [C].
     """
-    mean: NDArray[np.float32] = drifts.mean(axis=0)
     count = len(drifts)
-    if count == 1:
-        return mean
-    chance = drifts.var(axis=0, ddof=1) / count
-    kept = np.maximum(0, 1 - chance / np.maximum(np.square(mean), 1e-30))
-    return np.asarray(mean * kept, np.float32)
+    others = (drifts.sum(axis=0) - drifts) / (count - 1)
+    shared, power = (others * drifts).mean(axis=0), np.square(others).mean(axis=0)
+    trust = np.clip(shared / np.maximum(power, 1e-30), 0, 1)
+    return trust, 2 * trust * shared - np.square(trust) * power

@@ -22,6 +22,7 @@ from qcompiler.ir.decisions import decide, drop_plan, leave_to_ort, left_to_ort,
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.region import Region
 from qcompiler.ir.sites import Candidate, Choice, Costs, Site
+from qcompiler.passes.insert_qdq import is_static, missing_samples
 from qcompiler.passes.integer_part import MARGIN, IntegerPart
 from qcompiler.passes.join_integers import links_of
 
@@ -47,6 +48,8 @@ class ChooseKernels(ir.passes.InPlacePass):
         shapes: Shapes of tensors that the graph itself leaves open.
         forced: Op types that stay float whatever they cost, with the reason.
         made: Choices made before, in the order of their nodes, to be made again.
+        observed: Whether there are samples for static ranges.  Asked for before anything is timed,
+            which takes longer than a user who forgot them would like to wait.
         choices: What was chosen, after the pass ran.
     """
 
@@ -58,10 +61,12 @@ class ChooseKernels(ir.passes.InPlacePass):
         shapes: Shapes,
         forced: Mapping[str, str] | None = None,
         made: Sequence[Choice] | None = None,
+        *,
+        observed: bool = True,
     ) -> None:
         super().__init__()
         self.costs, self.border, self.supports, self.shapes = costs, border, supports, shapes
-        self.forced, self.made = forced or {}, made
+        self.forced, self.made, self.observed = forced or {}, made, observed
         self.choices: list[Choice] = []
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -69,6 +74,7 @@ class ChooseKernels(ir.passes.InPlacePass):
 
         Raises:
             OptionError: Choices made before that are not this model's.
+            CalibrationError: Nodes that need static ranges, and no samples.
         """
         nodes = [node for node in model.graph.all_nodes() if _is_chosen(node)]
         self.choices = self._choose(model, nodes) if self.made is None else self._again(nodes)
@@ -105,6 +111,8 @@ class ChooseKernels(ir.passes.InPlacePass):
         shapes = self._shapes(model, list(dict.fromkeys([*data, *between])))
         sites = {node: self._site(node, _inputs(node, shapes)) for node in nodes}
         free = [node for node in nodes if node.op_type not in self.forced]
+        if not self.observed and any(map(is_static, free)):
+            raise missing_samples(free)
         costs = dict(zip(free, self.costs([sites[node] for node in free]), strict=True))
         convs = {n: (sites[n], c) for n, c in costs.items() if n.op_type == "Conv" and c}
         planned = [node for node in nodes if node.op_type == "Conv"]

@@ -35,8 +35,8 @@ from qcompiler.ir.graph import (
     only_consumer,
     unique_name,
 )
-from qcompiler.passes.insert_qdq import Observer
-from qcompiler.passes.side_by_side import Runner, channel_maxima, own_errors, quantized_copy
+from qcompiler.passes.measuring_pass import MeasuringPass
+from qcompiler.passes.side_by_side import channel_maxima, own_errors, quantized_copy
 
 __all__ = ["EqualizeLayers"]
 
@@ -71,7 +71,7 @@ class _Pair:
         return self.second.name or ""
 
 
-class EqualizeLayers(ir.passes.InPlacePass):
+class EqualizeLayers(MeasuringPass):
     """Move ranges of channels from a layer's result into the weights of the next.
 
     Attributes:
@@ -100,14 +100,7 @@ class EqualizeLayers(ir.passes.InPlacePass):
             if not self.gain >= 0:
                 raise OptionError(f"gain must be 0 dB or more, not {self.gain:g}")
 
-    def __init__(
-        self,
-        run: Runner | None = None,
-        observe: Observer | None = None,
-        options: Options | None = None,
-    ) -> None:
-        super().__init__()
-        self.run, self.observe, self.options = run, observe, options or self.Options()
+    options: Options
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Equalize every pair of layers of the main graph where that pays.
@@ -136,6 +129,7 @@ class EqualizeLayers(ir.passes.InPlacePass):
         for pair in filter(None, map(_pair, list(changed.graph))):
             _equalize(changed.graph, pair, factors[pair.name])
         before = self._errors(model, list(factors))
+        self.carry(model, changed)
         after = self._errors(changed, list(factors))
         count = 0
         for pair in pairs:
@@ -146,6 +140,7 @@ class EqualizeLayers(ir.passes.InPlacePass):
                     pair.second, f"input equalized with {pair.first.name}: {gain:.1f} dB better"
                 )
                 count += 1
+        self.carry(changed, model)
         return ir.passes.PassResult(model, count > 0)
 
     def _errors(self, model: ir.Model, names: Sequence[str]) -> dict[str, float]:

@@ -5,6 +5,7 @@
                           (an fp8 weight is Cast(w) * ws)
 3. MatMul, W4A8           the same with w int4 in groups    =>  QMatMulW4A8(q, s, w, ws)
 4. MatMul, W4A16          MatMul(x, DQ(w, ws))              =>  QMatMulW4A16(x, w, ws)
+                          ws of two levels, DQ(gs, cs)      =>  QMatMulW4S8…(…, w, gs, cs)
 5. MatMul, Gemm           with one scale: see `fold_matmul`
 6. Conv, Gather           see `fold_conv`, `fold_gather`
 7. Other constants        see `widen_constants`
@@ -31,7 +32,7 @@ from qcompiler.passes.fold_conv import try_fold_conv
 from qcompiler.passes.fold_gather import try_fold_gather
 from qcompiler.passes.fold_matmul import try_fold_matmul
 from qcompiler.passes.guard_scales import try_guard_scales
-from qcompiler.passes.left_to_ort import left_to_ort, moves_stored
+from qcompiler.passes.left_to_ort import FUSED_BY_ORT, left_to_ort, moves_stored
 from qcompiler.passes.widen_constants import try_widen_constant
 
 __all__ = ["FoldQDQ"]
@@ -50,15 +51,23 @@ _FAMILIES = {
     "Gather": try_fold_gather,
 }
 
+_LEFT = [("qdq", f"ORT's own {FUSED_BY_ORT[op]}") for op in ("MatMul", "Gemm")]
+
 _TOP = {ir.DataType.INT8: 127.0, ir.DataType.FLOAT8E4M3FN: 448.0}
 """The stored value that a token's largest magnitude is mapped to."""
 
 
 class FoldQDQ(ir.passes.InPlacePass):
-    """Replace the pairs around MatMul, Gemm, Conv and Gather by integer ops."""
+    """Replace the pairs around MatMul, Gemm, Conv and Gather by integer ops.
 
-    def __init__(self) -> None:
+    Attributes:
+        left: Why products that ORT makes one integer op of, with the Q of their result, are left to
+            it; None if they are not.
+    """
+
+    def __init__(self, left: str | None = None) -> None:
         super().__init__()
+        self.left = left
         self._quantized: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -86,27 +95,31 @@ class FoldQDQ(ir.passes.InPlacePass):
         """Fold one node; the reason, and nothing changed, if it cannot be."""
         if node.op_type == "MatMul" and self._try_fold_matmul(node):
             return None
+        if self.left is not None and left_to_ort(node) in _LEFT:
+            return self.left
         return _FAMILIES[node.op_type](graph, node)
 
     def _try_fold_matmul(self, node: ir.Node) -> bool:
         weight, pair = _matrix_weight(node.inputs[1]), _token_pair(node.inputs[0])
         if weight is None:
             return False
-        stored, scale, block = weight
+        stored, scales, block = weight
         assert stored.dtype is not None
         if pair is None:
             x = node.inputs[0]
             is_float = x is not None and x.dtype is ir.DataType.FLOAT and dequantize_of(x) is None
             if stored.dtype is not ir.DataType.INT4 or not block or not is_float:
                 return False
-            inputs, op = [x, stored, scale], "QMatMulW4A16"
+            inputs, op = [x, stored, *scales], "QMatMulW4A16"
         else:
             activation = pair.outputs[0].dtype
             assert activation is not None
             name = _MATMUL.get((activation, stored.dtype))
             if name is None or bool(block) != (name == "QMatMulW4A8"):
                 return False
-            inputs, op = [*self._quantize(pair), stored, scale], name
+            inputs, op = [*self._quantize(pair), stored, *scales], name
+        if len(scales) > 1:
+            op = op.replace("W4", "W4S8")
         attributes = {"block_size": block} if block else {}
         new = ir.node(op, inputs, attributes, domain=dialect.DOMAIN, version=dialect.VERSION)
         inherit(new, node)
@@ -176,8 +189,11 @@ def _insert_quantize(pair: ir.Node) -> tuple[ir.Value, ir.Value]:
     return q, s
 
 
-def _matrix_weight(value: ir.Value | None) -> tuple[ir.Value, ir.Value, int] | None:
-    """Stored values, scale and group size (0: per column) of a constant symmetric [K, N]."""
+def _matrix_weight(value: ir.Value | None) -> tuple[ir.Value, list[ir.Value], int] | None:
+    """Stored values, scale and group size (0: per column) of a constant symmetric [K, N].
+
+    A scale of two levels is two constants.
+    """
     node = value.producer() if value is not None else None
     if node is None or len(node.inputs) != 2:
         return None
@@ -196,12 +212,27 @@ def _matrix_weight(value: ir.Value | None) -> tuple[ir.Value, ir.Value, int] | N
         stored = widen.inputs[0]
     if stored is None or stored.const_value is None or len(stored.const_value.shape) != 2:
         return None
-    if scale is None or scale.const_value is None:
-        return None
     k, n = stored.const_value.shape.numpy()
     expected = (-(-k // block), n) if block else (n,)
-    fits = axis == (0 if block else 1) and scale.const_value.shape.numpy() == expected
-    return (stored, scale, block) if fits else None
+    scales = _levels(scale)
+    first = constant(scales[0]) if scales else None
+    fits = first is not None and first.shape == expected and axis == (0 if block else 1)
+    return (stored, scales, block) if fits else None
+
+
+def _levels(scale: ir.Value | None) -> list[ir.Value]:
+    """A constant scale, or the int8 [G, N] and the floats [N] that one is made of; else nothing."""
+    inner = dequantize_of(scale)
+    params = quant_params(inner)
+    if inner is None or params is None or len(inner.inputs) != 2:
+        return [scale] if scale is not None and scale.const_value is not None else []
+    per_column = params.type.granularity in (PerAxis(1), PerAxis(-1))
+    if params.type.storage is not ir.DataType.INT8 or not per_column:
+        return []
+    levels = [
+        value for value in inner.inputs if value is not None and value.const_value is not None
+    ]
+    return levels if len(levels) == 2 else []
 
 
 def _has_token_scale(quantize: ir.Node, depth: int) -> bool:

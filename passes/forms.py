@@ -5,6 +5,7 @@
     MatMul   int8 per channel             static uint8 per tensor     by a rule
     MatMul   int4 in groups along K       dynamic int8 per token      (W4A8)
     MatMul   int4 in groups along K       float                       (W4A16)
+    MatMul   int3, int2: as int4, with fewer steps
     MatMul   fp8 per channel              dynamic fp8 per token       where the target has fp8
     Conv     int8 per channel             static uint8 per tensor
 
@@ -18,7 +19,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from qcompiler.passes.node_rules import PRECISIONS, NodeRule
+from qcompiler.passes.node_rules import FEWER_BITS, PRECISIONS, NodeRule
 from qcompiler.targets.target import Scheme
 
 __all__ = ["Form", "form_of"]
@@ -44,11 +45,14 @@ class Form:
     Attributes:
         weight: Storage of its weights.
         activation: Scales of its activations: "dynamic", "static" or "float".
-        group_sizes: Weights per scale, in order of preference; empty for a scale per channel.
+        group_sizes: Weights per scale, in order of preference; of int4 weights 0 stands for a scale
+            per channel, of others nothing does.
         calibration: Where static ranges are cut off; None as for all.
         rounding: How the weights are rounded.
         requested: Whether a rule asked for this precision.
         symmetric: Whether weights have no zero point.
+        bits: Of weights that use fewer than their storage has.
+        two_level: Whether scales of groups are int8 times a float per channel.
     """
 
     weight: ir.DataType
@@ -58,6 +62,8 @@ class Form:
     rounding: str = "nearest"
     requested: bool = False
     symmetric: bool = True
+    bits: int | None = None
+    two_level: bool = False
 
 
 def form_of(
@@ -88,7 +94,7 @@ def form_of(
     usual = rounding if _misfit_of_rounding(op, weight) is None else "nearest"
     if asked is None:
         return Form(weight, activation, _groups(weight, group_sizes), rounding=usual)
-    sizes = (asked.group_size,) if asked.group_size else group_sizes
+    sizes = group_sizes if asked.group_size is None else (asked.group_size,)
     return Form(
         weight,
         activation,
@@ -97,6 +103,8 @@ def form_of(
         asked.rounding or usual,
         asked.precision is not None,
         asked.symmetric is not False,
+        FEWER_BITS.get(asked.precision or ""),
+        asked.scales == "int8",
     )
 
 
@@ -144,6 +152,8 @@ def _misfit(op: str, scheme: Scheme, asked: NodeRule) -> tuple[str, str] | None:
     unrounded = _misfit_of_rounding(op, weight)
     if asked.rounding not in (None, "nearest") and unrounded is not None:
         return "rounding", unrounded
+    if asked.scales == "int8" and (weight is not _INT4 or asked.symmetric is False):
+        return "scales", "only scales of int4 groups without zero points are stored in 8 bits"
     if asked.symmetric is False and (weight, activation) != (_INT4, "float"):
         return "symmetric", "only int4 weights under float activations may have zero points"
     return None

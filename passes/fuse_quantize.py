@@ -61,5 +61,5 @@ def _only_product(quantize: ir.Node) -> ir.Node | None:
     if product is None or product is not only_consumer(s) or product.graph is not quantize.graph:
         return None
     found = region_of(product) if product.domain == UNBOUND else None
-    fits = found is not None and found.anchor == "QMatMulW8A8"
+    fits = found is not None and found.anchor == "QMatMulW8A8" and found.flags == region.flags
     return product if fits and list(product.inputs[:2]) == [q, s] else None

@@ -29,7 +29,6 @@ import onnx_ir as ir
 from qcompiler.ir.arithmetic import broadcast_scale
 from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import CalibrationError, OptionError
-from qcompiler.ir.graph import let_go
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.layer_cache import LayerCache
@@ -43,7 +42,7 @@ from qcompiler.passes.rounded_weight import (
 from qcompiler.passes.second_moments import LayerRuns, Moments, Rows, Walk
 from qcompiler.passes.weight_grid import RANGES, rounded_on, weight_grid
 
-__all__ = ["GPTQ", "gptq"]
+__all__ = ["GPTQ", "gptq", "round_one"]
 
 _MOST_DAMPING = 1.0
 """Of the mean of H's diagonal: a matrix that is singular with so much on its diagonal holds
@@ -103,59 +102,55 @@ class GPTQ(ir.passes.InPlacePass):
             ModelError: A weight holds NaN or Inf.
         """
         layers = layers_of(model.graph, "gptq", "awq_gptq")
-        for layer in layers:
-            finite_weight(layer.nodes[0], layer.weight)
-            let_go(layer.weight)
-        if layers and self.runs.walk is None:
-            raise CalibrationError(
-                f"gptq rounds {layers[0].name} and {len(layers) - 1} more by what goes into them: "
-                "give samples with --calib DIR (calibration=...), or choose weights that need none"
-            )
-        if layers and self.runs.walk is not None:
-            groups, tell = by_data(layers), self.runs.progress()
-            with self.runs.walk(model, list(groups)) as walk:
-                cache = LayerCache("gptq", walk.digest, repr(self.options), layers)
-                for done, (layer, rounded, note) in enumerate(
-                    self._rounded(groups, walk, cache), 1
-                ):
-                    layer.replace(model.graph, rounded)
-                    for node in layer.nodes:
-                        add_note(node, note)
-                    tell(f"{layer.name}: {note}", done / len(layers))
+        if not layers:
+            return ir.passes.PassResult(model, False)
+        groups, tell = by_data(layers), self.runs.progress()
+        with self.runs.walker_for(layers, "gptq rounds")(model, list(groups)) as walk:
+            cache = LayerCache("gptq", walk.digest, repr(self.options), layers)
+            rounding = self._rounded(groups, walk, cache)
+            for done, (layer, rounded, note, kept) in enumerate(rounding, 1):
+                layer.replace(model.graph, rounded)
+                for node in layer.nodes:
+                    add_note(node, note)
+                again = "kept from an earlier run: " if kept else ""
+                tell(f"{layer.name}: {again}{note}", done / len(layers))
         FixNames()(model)
-        return ir.passes.PassResult(model, bool(layers))
+        return ir.passes.PassResult(model, True)
 
     def _rounded(
         self, groups: Mapping[ir.Value, Sequence[Layer]], walk: Walk, cache: LayerCache
-    ) -> Iterator[tuple[Layer, RoundedWeight, str]]:
-        """Each layer, rounded, and what to say of it; the model must be changed between them."""
+    ) -> Iterator[tuple[Layer, RoundedWeight, str, bool]]:
+        """Each layer, rounded, what to say of it, and whether it was there already.
+
+        The model must be changed between them.
+        """
         for data, layers in groups.items():
             kept = [cache.get(layer.name) for layer in layers]
             if all(arrays is not None for arrays in kept):
                 for layer, arrays in zip(layers, kept, strict=True):
                     assert arrays is not None
                     note = str(arrays["note"])
-                    yield layer, RoundedWeight.from_arrays(arrays, layer.type), note
+                    yield layer, RoundedWeight.from_arrays(arrays, layer.type), note, True
                 continue
             depth = finite_weight(layers[0].nodes[0], layers[0].weight).shape[0]
             moments = Moments.of(walk.rows(data), depth, data.name or "")
             for layer, (rounded, note) in zip(layers, self._round(layers, moments), strict=True):
                 cache.put(layer.name, rounded.to_arrays() | {"note": np.asarray(note)})
-                yield layer, rounded, note
+                yield layer, rounded, note, False
 
     def _round(self, layers: Sequence[Layer], moments: Moments) -> list[tuple[RoundedWeight, str]]:
         """Round the layers that read the same activations."""
         weights = [finite_weight(layer.nodes[0], layer.weight) for layer in layers]
-        work = partial(_round_one, moments=moments, options=self.options)
+        work = partial(round_one, moments=moments, options=self.options)
         return self.runs.map(work, weights, [layer.type for layer in layers])
 
 
-def _round_one(
+def round_one(
     weight: Rows, type: QuantType, moments: Moments, options: GPTQ.Options
 ) -> tuple[RoundedWeight, str]:
     """The better of both roundings, and how good they are."""
     rounded, damping = gptq(weight, moments.second, type, options)
-    nearest = rounded_on(weight, type, weight_grid(weight, type))
+    nearest = rounded_on(weight, type, weight_grid(weight, type, "max"))
     signal = moments.error(weight)
     error, before = (moments.error(weight - r.floats(type)) for r in (rounded, nearest))
     note = f"rounded by gptq to {_decibels(signal, error)} (to nearest {_decibels(signal, before)})"

@@ -27,6 +27,7 @@ from qcompiler.ir.arithmetic import as_scale, broadcast_scale, reduce_slices
 from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import let_go
+from qcompiler.ir.two_level import on_two_levels
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.rounded_weight import RoundedWeight, finite_weight, layers_of
@@ -124,6 +125,7 @@ def hqq(weight: Floats, type: QuantType, options: HQQ.Options) -> RoundedWeight:
         scale, zeros = _fit(target, stored, scale, zeros, type, total, count)
         stiffness *= 1.01
     scale, zeros = best
+    scale = on_two_levels(scale) if type.two_level else scale
     stored = np.clip(np.rint(weight / spread(scale)) + spread(zeros), *type.range)
     storage = type.storage.numpy()
     return RoundedWeight(

@@ -6,12 +6,13 @@
 2. What the model says wrongly gives way: inference then also starts from its inputs alone, and what
    it finds counts more.  ORT does the same, so such a model runs.
 3. What inference does not know stays as it was said: results of custom ops, names of dimensions.
+4. ORT's MatMulNBits, which ONNX does not know, is inferred as the MatMul of floats that it is.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import onnx
 import onnx_ir as ir
@@ -20,6 +21,8 @@ __all__ = ["SMALL", "InferShapes", "weights_as_inputs"]
 
 SMALL = 1024
 """Bytes up to which a tensor may be a shape, an axis or a scale, whose values matter."""
+_FLOAT = onnx.TensorProto.FLOAT
+_PRODUCT = "MatMulNBits"
 
 
 class InferShapes(ir.passes.InPlacePass):
@@ -29,6 +32,10 @@ class InferShapes(ir.passes.InPlacePass):
         """Infer in place; what cannot be inferred is no error."""
         with weights_as_inputs(model):
             proto = ir.to_proto(model)
+        if any(node.op_type == _PRODUCT for node in model.graph.all_nodes()):
+            inputs = proto.graph.input
+            kinds = {value.name: value.type.tensor_type.elem_type for value in inputs}
+            inputs.extend(_stand_in(proto.graph, kinds))
         try:
             inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
             return ir.passes.PassResult(model, _learn(model.graph, inferred.graph))
@@ -37,6 +44,22 @@ class InferShapes(ir.passes.InPlacePass):
             changed = _learn_leniently(model, proto)
             _forget(model.graph, proto.graph)
             return ir.passes.PassResult(model, _learn_leniently(model, proto) or changed)
+
+
+def _stand_in(graph: onnx.GraphProto, kinds: Mapping[str, int]) -> Iterator[onnx.ValueInfoProto]:
+    """Put a MatMul by an input of the main graph in the place of each MatMulNBits; the inputs."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _stand_in(attribute.g, kinds)
+        if node.op_type != _PRODUCT or node.domain != "com.microsoft":
+            continue
+        given = {attribute.name: attribute.i for attribute in node.attribute}
+        kind, sizes = kinds.get(node.input[2]), [given.get("K"), given.get("N")]
+        weight = f"{node.output[0]}_weight_of_few_bits"
+        yield onnx.helper.make_tensor_value_info(weight, kind or _FLOAT, sizes)
+        inputs = [node.input[0], weight]
+        node.CopyFrom(onnx.helper.make_node("MatMul", inputs, [node.output[0]], node.name))
 
 
 def _learn_leniently(model: ir.Model, proto: onnx.ModelProto) -> bool:

@@ -37,7 +37,7 @@ from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.static_pairs import insert_static
 from qcompiler.passes.static_sites import StaticSite, static_sites
 
-__all__ = ["InsertQDQ", "Observer"]
+__all__ = ["InsertQDQ", "Observer", "is_static", "missing_samples"]
 
 Observer = Callable[[ir.Model, Mapping[str, str | None]], Mapping[str, TensorStats]]
 """Runs the model on calibration samples and returns what it saw of the named tensors.
@@ -117,18 +117,26 @@ class InsertQDQ(ir.passes.InPlacePass):
         self, model: ir.Model, nodes: Sequence[ir.Node], names: Mapping[str, str | None]
     ) -> Mapping[str, TensorStats]:
         if self.observe is None:
-            static = [
-                node for node in nodes if (plan := plan_of(node))
-                if plan.activation is not None and plan.activation.scale == "static"
-            ]  # fmt: skip
-            named = ", ".join(label(node) for node in static[:3])
-            more = f" and {len(static) - 3} more" if len(static) > 3 else ""
-            raise CalibrationError(
-                f"static activation ranges are needed by {named}{more}: give samples with "
-                "--calib DIR (calibration=...), or keep them float with --keep-float "
-                f"{static[0].op_type if static else 'Conv'}"
-            )
+            raise missing_samples(nodes)
         return self.observe(model, names)
+
+
+def missing_samples(nodes: Sequence[ir.Node]) -> CalibrationError:
+    """What to say where static ranges are needed by some of `nodes`, and there are no samples."""
+    static = [node for node in nodes if is_static(node)]
+    named = ", ".join(label(node) for node in static[:3])
+    more = f" and {len(static) - 3} more" if len(static) > 3 else ""
+    return CalibrationError(
+        f"static activation ranges are needed by {named}{more}: give samples with "
+        "--calib DIR (calibration=...), or keep them float with --keep-float "
+        f"{static[0].op_type if static else 'Conv'}"
+    )
+
+
+def is_static(node: ir.Node) -> bool:
+    """Whether `node` is to read activations whose scales come from calibration."""
+    plan = plan_of(node)
+    return plan is not None and plan.activation is not None and plan.activation.scale == "static"
 
 
 _NOTHING = TensorStats(np.inf, -np.inf)

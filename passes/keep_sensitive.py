@@ -1,9 +1,10 @@
 """Let stay float what measurement says is sensitive.
 
 1. A node with static scales whose own error, on exact inputs, is above a bound.
-2. Of the others, the worst by that measure, until the outputs of the whole model, all that is
-   static quantized as planned, are good to a bound: as few as a search finds in some runs, between
-   none and all of them.
+2. Of the others, those that cost the outputs of the whole model most, until with all that is left
+   static quantized as planned the worst output is good to a bound.  What a node costs an output is
+   measured there, with that node or a few quantized alone (`sensitive_groups`): its own error says
+   little of that.
 
 Scales that are computed token by token fit every token: nothing with those is looked at, and no
 model without static scales is run.
@@ -24,9 +25,9 @@ import onnx_ir as ir
 
 from qcompiler.ir.decisions import add_note, decide, drop_plan, plan_of
 from qcompiler.ir.errors import OptionError
-from qcompiler.passes.insert_qdq import Observer
+from qcompiler.passes.measuring_pass import MeasuringPass
+from qcompiler.passes.sensitive_groups import sensitive_groups
 from qcompiler.passes.side_by_side import (
-    Runner,
     output_errors,
     own_errors,
     quantized_copy,
@@ -35,7 +36,7 @@ from qcompiler.passes.side_by_side import (
 __all__ = ["KeepSensitive"]
 
 
-class KeepSensitive(ir.passes.InPlacePass):
+class KeepSensitive(MeasuringPass):
     """Take back the plans that cost too much accuracy.
 
     Attributes:
@@ -53,12 +54,12 @@ class KeepSensitive(ir.passes.InPlacePass):
                 channels.
             outputs: The least SQNR in dB of the worst output, with all that is static quantized.
             runs: The most times that the whole model is run to get there; 0 leaves the outputs as
-                they are.
+                they are. With fewer more nodes stay float than would have to.
         """
 
         own: float = 10.0
         outputs: float = 20.0
-        runs: int = 6
+        runs: int = 40
 
         def __post_init__(self) -> None:
             """Check the values.
@@ -72,14 +73,7 @@ class KeepSensitive(ir.passes.InPlacePass):
             if self.runs < 0:
                 raise OptionError(f"runs must be 0 or more, not {self.runs}")
 
-    def __init__(
-        self,
-        run: Runner | None = None,
-        observe: Observer | None = None,
-        options: Options | None = None,
-    ) -> None:
-        super().__init__()
-        self.run, self.observe, self.options = run, observe, options or self.Options()
+    options: Options
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Measure, and decide.
@@ -96,9 +90,9 @@ class KeepSensitive(ir.passes.InPlacePass):
             if error < bound:
                 _keep(nodes[name], f"its own error is {error:.1f} dB, below {bound:g}")
         kept = sum(error < bound for error in errors.values())
-        left = [n for n in sorted(errors, key=errors.__getitem__) if _is_static(nodes[n])]
+        left = [name for name, node in nodes.items() if name in errors and _is_static(node)]
         if left and self.options.runs:
-            kept += self._reach(model, [nodes[name] for name in left], errors)
+            kept += self._reach(model, {name: nodes[name] for name in left})
         return ir.passes.PassResult(model, kept > 0)
 
     def _own(self, model: ir.Model, names: Sequence[str]) -> dict[str, float]:
@@ -110,36 +104,33 @@ class KeepSensitive(ir.passes.InPlacePass):
         errors = {name: means.by_channel(rows) for name, means in found.items()} if rows else {}
         return {name: error for name, error in errors.items() if not math.isnan(error)}
 
-    def _reach(self, model: ir.Model, nodes: Sequence[ir.Node], errors: Mapping[str, float]) -> int:
-        """Keep as many nodes as the outputs need, the first first, and say how many.
+    def _reach(self, model: ir.Model, nodes: Mapping[str, ir.Node]) -> int:
+        """Keep as few nodes as the outputs need, and say how many."""
+        bound, whole = self.options.outputs, list[float]()
 
-        Halves the logarithm of what is between too few and enough: a few are enough for most
-        models, and each run takes as long whatever it asks about.
-        """
-        bound, few, enough = self.options.outputs, -1, len(nodes)
-        reached = {enough: math.inf}
-        for run in range(self.options.runs):
-            if enough - few < 2:
-                break
-            count = 0 if run == 0 else min(max(few + 1, math.isqrt((few + 1) * enough)), enough - 1)
-            reached[count] = self._outputs(model, {node.name for node in nodes[:count]})
-            if math.isnan(reached[count]):
-                return 0
-            few, enough = (few, count) if reached[count] >= bound else (count, enough)
-        for node in nodes[:enough]:
-            _keep(
-                node,
-                f"its own error is {errors[node.name or '']:.1f} dB, and with all quantized the "
-                f"worst output is {reached[0]:.1f} dB, below {bound:g}",
-            )
-        return enough
+        def noise(names: Sequence[str]) -> float:
+            worst = self._outputs(model, set(names))
+            whole.append(worst)
+            return math.pow(10, -worst / 10)
 
-    def _outputs(self, model: ir.Model, left_out: set[str | None]) -> float:
-        """SQNR in dB of the worst output with these nodes float."""
+        found = sensitive_groups(list(nodes), noise, math.pow(10, -bound / 10), self.options.runs)
+        for group in found:
+            others = f" with {len(group.names) - 1} more" if len(group.names) > 1 else ""
+            alone = -10 * math.log10(group.noise)
+            for name in group.names:
+                _keep(
+                    nodes[name],
+                    f"quantized alone{others} it leaves the worst output {alone:.1f} dB, and all "
+                    f"together {whole[0]:.1f} dB, below {bound:g}",
+                )
+        return sum(len(group.names) for group in found)
+
+    def _outputs(self, model: ir.Model, names: set[str]) -> float:
+        """SQNR in dB of the worst output with only these nodes quantized."""
         assert self.run is not None
         planned = model.clone()
         for node in planned.graph.all_nodes():
-            if node.name in left_out or not _is_static(node):
+            if (node.name or "") not in names:
                 drop_plan(node)
         joined, found = output_errors(model, quantized_copy(planned, self.observe))
         rows = self.run(joined, [name for means in found for name in means.names])
@@ -148,8 +139,8 @@ class KeepSensitive(ir.passes.InPlacePass):
 
 def _keep(node: ir.Node, why: str) -> None:
     drop_plan(node)
-    add_note(node, f"kept float: {why}")  # what is decided later says so too
     decide(node, "float", f"kept float: {why}")
+    add_note(node, f"kept float: {why}")  # what is decided later says so too
 
 
 def _is_static(node: ir.Node) -> bool:

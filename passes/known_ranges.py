@@ -42,6 +42,16 @@ class KnownRanges:
             self._known |= {(name, missing[name]): stats for name, stats in seen.items()}
         return {name: self._known[name, method] for name, method in names.items()}
 
+    def carry(self, before: ir.Model, after: ir.Model) -> None:
+        """Let what is known of one model hold for another, too.
+
+        Args:
+            before: As it was when it was last asked about; nothing happens otherwise.
+            after: The same in other words: what has the same name in both has the same numbers.
+        """
+        if self._model is not None and _content(before.graph) == self._model:
+            self._model = _content(after.graph)
+
 
 def _content(graph: ir.Graph) -> list[object]:
     """What the tensors of a graph depend on; constants by identity, as copies share them."""

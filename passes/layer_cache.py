@@ -19,7 +19,7 @@ from qcompiler.targets.cache import KernelCache, content_key
 
 __all__ = ["LayerCache"]
 
-_VERSION = "1"
+_VERSION = "2"
 """To be counted up when a pass rounds differently."""
 
 

@@ -26,6 +26,13 @@ FUSED_BY_ORT = {
 }  # fmt: skip
 """The integer op that ORT 1.31 fuses each op between pairs to."""
 
+_FLOAT_INSIDE = {
+    "LSTM": "ORT's DynamicQuantizeLSTM rounds its activations too, and the state in each step",
+    "GRU": "ORT has none of integers, only LSTMs with rounded activations",
+    "RNN": "ORT has none of integers, only LSTMs with rounded activations",
+}
+"""Why ops whose weights others quantize compute in float."""
+
 _WEIGHTED = frozenset({"MatMul", "Gemm", "Conv"})
 """Whose other operands may be weights, with a scale per column or channel."""
 
@@ -38,7 +45,7 @@ MOVES = frozenset({
 _MOVES_8_BITS = frozenset({"MaxPool", "Resize", "DepthToSpace"})
 """Around which ORT 1.31 drops no pairs of 16 bits."""
 
-_MOVES_STORED = MOVES | {"Pad", "Concat"}
+_MOVES_STORED = MOVES | {"Pad", "Concat", "SpaceToDepth"}
 _QUANTIZES = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul"})
 _WIDENED = "moves what was dequantized"
 _8_BITS = (ir.DataType.INT8, ir.DataType.UINT8)
@@ -70,6 +77,8 @@ def left_to_ort(node: ir.Node) -> tuple[Action, str] | None:
         if node.op_type in _MOVES_8_BITS and before.type.storage not in _8_BITS:
             return "float", f"{_WIDENED}: ORT keeps pairs of {before.type.storage.name}"
         return "qdq", "moves what is stored: ORT drops the pairs around it"
+    if (why := _FLOAT_INSIDE.get(node.op_type)) is not None:
+        return "float", f"{why}: computes what was dequantized"
     if node.op_type not in FUSED_BY_ORT:
         return "float", f"no integer form of {node.op_type} in ORT: computes what was dequantized"
     if (found := _matmul_nbits(node, widened == data[1:])) is not None:

@@ -7,8 +7,9 @@
 Part of `lift_qoperators`.  ORT stores unsigned values, the first in the lowest bits of a byte, one
 row per column of the product, with a zero point in the middle of the range where none is given.
 Here they become two's complement in ONNX order, so that the middle is 0: int8 for 8 bits, int4 for
-4 and for 2 (int2 needs opset 25).  ORT makes MatMulNBits of such pairs again, but at accuracy_level
-4, with activations of 8 bits; where the level was another, a note says so.
+4 and for 2 (int2 needs opset 25).  ORT makes MatMulNBits of such pairs again, at accuracy_level 4,
+with activations of 8 bits: so a product of another level, which multiplies floats, stays as it is,
+unless `float_products` asks for it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,23 @@ from qcompiler.ir.graph import constant
 from qcompiler.ir.packing import PackedFormat, unpack
 from qcompiler.passes.lifting import Form, NotLiftedError
 
-__all__ = ["FEW_BITS"]
+__all__ = ["FEW_BITS", "multiplies_floats"]
 
 _INT8 = 4
 """The accuracy_level that ORT gives every MatMulNBits it makes of pairs: activations of 8 bits."""
+
+
+def multiplies_floats(node: ir.Node) -> str | None:
+    """Why pairs would not compute what a MatMulNBits does; None for others, and if they would."""
+    if (node.domain, node.op_type) != ("com.microsoft", "MatMulNBits"):
+        return None
+    level = node.attributes.get_int("accuracy_level", 0)
+    if level == _INT8:
+        return None
+    return (
+        f"at accuracy_level {level} it multiplies floats, and pairs would come back as one that "
+        "rounds activations to 8 bits (lift-qoperators{float_products=true} lifts it)"
+    )
 
 
 def _matmul_nbits(form: Form) -> ir.Value:

@@ -11,6 +11,8 @@ A dynamic scale stays a DynamicQuantizeLinear, whose three results a DequantizeL
 
 from __future__ import annotations
 
+import dataclasses
+
 import onnx_ir as ir
 from onnx_ir.passes import common
 
@@ -20,7 +22,7 @@ from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.passes.lift_attention import ATTENTION
 from qcompiler.passes.lift_elementwise import ELEMENTWISE
-from qcompiler.passes.lift_few_bits import FEW_BITS
+from qcompiler.passes.lift_few_bits import FEW_BITS, multiplies_floats
 from qcompiler.passes.lift_integer_products import INTEGER_PRODUCTS
 from qcompiler.passes.lift_products import PRODUCTS
 from qcompiler.passes.lifting import Form, NotLiftedError
@@ -40,11 +42,31 @@ _NO_FORM = {
 
 
 class LiftQOperators(ir.passes.InPlacePass):
-    """Bring operator-oriented quantization into QDQ form; say why where that is not possible."""
+    """Bring operator-oriented quantization into QDQ form; say why where that is not possible.
+
+    Attributes:
+        options: What else to lift.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        """What else to lift.
+
+        Attributes:
+            float_products: Lift each MatMulNBits that multiplies floats, too; where nothing of ours
+                computes it, ONNX Runtime then rounds its activations to 8 bits.
+        """
+
+        float_products: bool = False
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__()
+        self.options = options or self.Options()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lift every op that has a form."""
-        lifted = [node for node in list(model.graph.all_nodes()) if _try_lift(model.graph, node)]
+        nodes, floats = list(model.graph.all_nodes()), self.options.float_products
+        lifted = [node for node in nodes if _try_lift(model.graph, node, floats)]
         if lifted:
             share_pairs(model)
             ir.passes.Sequential(
@@ -58,9 +80,11 @@ class LiftQOperators(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(lifted))
 
 
-def _try_lift(graph: ir.Graph, node: ir.Node) -> bool:
-    if node.domain == "com.microsoft" and node.op_type in _NO_FORM:
-        decide(node, "qdq", f"ORT's own {node.op_type}, not lifted: {_NO_FORM[node.op_type]}")
+def _try_lift(graph: ir.Graph, node: ir.Node, float_products: bool) -> bool:
+    why = _NO_FORM.get(node.op_type) if node.domain == "com.microsoft" else None
+    why = why or (None if float_products else multiplies_floats(node))
+    if why is not None:
+        decide(node, "qdq", f"ORT's own {node.op_type}, not lifted: {why}")
         return False
     lift = _LIFTINGS.get((node.domain, node.op_type))
     if lift is None:

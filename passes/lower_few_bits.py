@@ -55,16 +55,16 @@ def _try_lower(graph: ir.Graph, node: ir.Node) -> bool:
     stored = None if dequantize is None else constant(dequantize.inputs[0])
     if params is None or data is None or stored is None or stored.ndim != 2:
         return False
-    bits, block = params.type.storage.bitwidth, _block(params)
+    bits, block = _bits(params, stored), _block(params)
     if block is None or bits not in (2, 4, 8) or params.scales is None or params.zeros is None:
         return False
     pair = _token_pair(data)
     k, n = stored.shape
     inputs = [
         data if pair is None else pair.inputs[0],
-        *_operands(graph, node, params, stored, block),
+        *_operands(graph, node, params, stored, bits, block),
     ]
-    attributes = {"K": k, "N": n, "bits": int(bits), "block_size": block}
+    attributes = {"K": k, "N": n, "bits": bits, "block_size": block}
     attributes |= {} if pair is None else {"accuracy_level": 4}
     new = ir.node("MatMulNBits", inputs, attributes, domain=_DOMAIN, version=1)
     inherit(new, node)
@@ -73,6 +73,15 @@ def _try_lower(graph: ir.Graph, node: ir.Node) -> bool:
         add_note(new, "its activations have no Q and DQ: ORT rounds them itself, per block")
     decide(new, "qdq", f"ORT's own MatMulNBits, {bits} bits in blocks of {block}")
     return True
+
+
+def _bits(params: QuantParams, stored: NDArray[Any]) -> int:
+    """Of a weight; int4 that holds no more than 2 bits, as int2 is stored here, has those."""
+    bits = int(params.type.storage.bitwidth)
+    if bits != 4 or not params.type.symmetric or not params.type.storage.is_signed():
+        return bits
+    values = stored.astype(np.int8)
+    return 2 if values.min() >= -2 and values.max() <= 1 else bits
 
 
 def _block(params: QuantParams) -> int | None:
@@ -95,10 +104,15 @@ def _token_pair(value: ir.Value) -> ir.Node | None:
 
 
 def _operands(
-    graph: ir.Graph, node: ir.Node, params: QuantParams, stored: NDArray[Any], block: int
+    graph: ir.Graph,
+    node: ir.Node,
+    params: QuantParams,
+    stored: NDArray[Any],
+    bits: int,
+    block: int,
 ) -> list[ir.Value | None]:
     """Weight, scales and zero points in ORT's layout."""
-    (k, n), bits = stored.shape, int(params.type.storage.bitwidth)
+    k, n = stored.shape
     blocks, offset = -(-k // block), 2 ** (bits - 1) * params.type.storage.is_signed()
     codes = np.zeros((n, blocks * block), np.int16)
     codes[:, :k] = stored.T.astype(np.int16)

@@ -21,7 +21,7 @@ from onnx_ir.passes import common
 from qcompiler.ir.decisions import decide, region_of
 from qcompiler.ir.dialect import OPS
 from qcompiler.ir.graph import constant, new_initializer
-from qcompiler.ir.region import ExtraKind, Region, Step
+from qcompiler.ir.region import HALF, ExtraKind, Region, Step
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.outlining import UNBOUND, RegionPass, drop_unused_functions, outline
 
@@ -150,6 +150,7 @@ def _operands(node: ir.Node, whole: Region) -> list[np.ndarray]:
     rows = []
     for step, has in zip(whole.steps, present, strict=True):
         if len(step.args) == 2:
-            neutral = np.full(region.size("N"), _NEUTRAL.get(step.op, 0.0), np.float32)
+            dtype = np.float16 if HALF in region.flags else np.float32
+            neutral = np.full(region.size("N"), _NEUTRAL.get(step.op, 0.0), dtype)
             rows.append(next(extras) if has else neutral)
     return [*weights, *rows]

@@ -40,11 +40,12 @@ __all__ = [
 ]
 
 MOVES = frozenset({
-    "Concat", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad", "Reshape", "Resize",
-    "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+    "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Pad",
+    "Reshape", "Resize", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose",
+    "Unsqueeze",
 })  # fmt: skip
 """Ops that only move data."""
-_BYTES_ONLY = frozenset({"Expand", "MaxPool", "Pad", "Resize"})
+_BYTES_ONLY = frozenset({"DepthToSpace", "Expand", "MaxPool", "Pad", "Resize", "SpaceToDepth"})
 """What ONNX Runtime moves as bytes, but not as 16-bit integers."""
 _BYTES = frozenset({ir.DataType.INT8, ir.DataType.UINT8})
 _WIDER = frozenset({ir.DataType.INT16, ir.DataType.UINT16, ir.DataType.INT32})

@@ -6,6 +6,7 @@ Part of `assign_precision`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -15,8 +16,8 @@ from qcompiler.ir.graph import constant, dequantize_of, rectified
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
 from qcompiler.passes.conv_pads import explicit_pads
 from qcompiler.passes.forms import Form, form_of
-from qcompiler.passes.lower_convolutions import no_convolution_of
-from qcompiler.passes.node_rules import PRECISIONS, NodeRules
+from qcompiler.passes.node_rules import FEWER_BITS, PRECISIONS, NodeRules
+from qcompiler.passes.sub_pixel import no_convolution_of
 from qcompiler.targets.target import Scheme
 
 __all__ = ["NodePlanner", "StayFloat"]
@@ -114,10 +115,16 @@ class NodePlanner:
             activation = self._static()
         if not form.group_sizes:
             return _node_plan(form, _per_channel(form.weight, axis=1), activation)
-        # Where none divides K, the last group is shorter: ONNX and ORT's MatMulNBits know that.
-        divisors = (size for size in form.group_sizes if depth % size == 0)
-        size = next(divisors, form.group_sizes[0])
-        stored = QuantType(form.weight, granularity=PerGroup(0, size), symmetric=form.symmetric)
+        size = _group_of(form.group_sizes, depth)
+        stored = QuantType(
+            form.weight,
+            granularity=PerGroup(0, size),
+            symmetric=form.symmetric,
+            bits=form.bits,
+            two_level=form.two_level,
+        )
+        if form.bits is not None:
+            add_note(node, f"weights of {form.bits} bits, stored in int4")
         return _node_plan(form, stored, activation)
 
     def _plan_product(self, node: ir.Node, in_branch: bool) -> OperandPlan | StayFloat:
@@ -139,7 +146,7 @@ class NodePlanner:
         storage = None if asked is None or asked.precision is None else PRECISIONS[asked.precision]
         if asked is None or storage is None:
             return StayFloat("a table stays float unless a rule of the recipe names its precision")
-        if storage.is_floating_point():
+        if storage.is_floating_point() or asked.precision in FEWER_BITS:
             return StayFloat("tables are int8, int4 or float", False)
         if table is None or table.ndim != 2 or table.dtype != np.float32 or 0 in table.shape:
             return StayFloat("only tables that are matrices of FLOAT are rounded", False)
@@ -151,7 +158,10 @@ class NodePlanner:
             if asked.group_size is not None:
                 self.rules.refuse(node, "group_size", "int8 tables have a scale per row")
             return NodePlan(_per_channel(storage, axis=0), None, requested=True)
-        sizes = (asked.group_size,) if asked.group_size else self.group_sizes or (32,)
+        if asked.group_size == 0:
+            self.rules.refuse(node, "group_size", "the scales of int4 tables are of groups")
+        sizes = (asked.group_size,) if asked.group_size else self.group_sizes
+        sizes = tuple(size for size in sizes if size) or (32,)
         size = next((size for size in sizes if table.shape[1] % size == 0), None)
         if size is None:
             return StayFloat(
@@ -189,6 +199,13 @@ class NodePlanner:
         return form_of(node.op_type, self.scheme, asked, self.group_sizes, self.rounding, refuse)
 
 
+def _group_of(sizes: Sequence[int], depth: int) -> int:
+    """The first that divides K, else the first: a last group may be shorter in ONNX and in ORT."""
+    size = next((size for size in sizes if size and depth % size == 0), sizes[0])
+    # A channel is a group of all its weights; groups of ORT's op are powers of two.
+    return size or max(16, 1 << (depth - 1).bit_length())
+
+
 def _node_plan(
     form: Form, weight: QuantType, activation: QuantSpec | None, output: QuantSpec | None = None
 ) -> NodePlan:
@@ -202,7 +219,7 @@ def _no_form(node: ir.Node) -> StayFloat | None:
     if weight.ndim < 3 or 0 in weight.shape:
         return StayFloat(f"its weight has shape {list(weight.shape)}: no kernel of a convolution")
     if node.op_type == "ConvTranspose":
-        why = no_convolution_of(node)
+        why = no_convolution_of(node, weight.shape)
         # Small parts of a network, on which nothing depends.
         return None if why is None else StayFloat(f"no integer form of ConvTranspose: {why}")
     if explicit_pads(node, weight.shape[2:]) is None:

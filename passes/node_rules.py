@@ -26,6 +26,7 @@ from qcompiler.ir.errors import OptionError, did_you_mean
 
 __all__ = [
     "ACTIVATIONS",
+    "FEWER_BITS",
     "GROUP_SIZES",
     "PRECISIONS",
     "ROUNDINGS",
@@ -43,9 +44,14 @@ PRECISIONS = {
     "float": None,
     "int8": ir.DataType.INT8,
     "int4": ir.DataType.INT4,
+    "int3": ir.DataType.INT4,
+    "int2": ir.DataType.INT4,
     "fp8": ir.DataType.FLOAT8E4M3FN,
 }
 """How weights may be stored, by the word of a recipe."""
+
+FEWER_BITS = {"int3": 3, "int2": 2}
+"""Of the bits that those are stored in: ONNX has no int3, and int2 only from opset 25."""
 
 ACTIVATIONS = ("dynamic", "static", "float")
 ROUNDINGS = ("nearest", "hqq", "awq", "gptq", "awq_gptq")
@@ -54,7 +60,15 @@ ROUNDINGS = ("nearest", "hqq", "awq", "gptq", "awq_gptq")
 GROUP_SIZES = (16, 32, 64, 128, 256)
 """ORT's MatMulNBits, which runs the bodies, takes powers of two from 16."""
 
-_WORDS = {"precision": tuple(PRECISIONS), "activation": ACTIVATIONS, "rounding": ROUNDINGS}
+SCALES = ("float", "int8")
+"""How the scales of groups may be stored: each a float, or int8 times a float per channel."""
+
+_WORDS = {
+    "precision": tuple(PRECISIONS),
+    "scales": SCALES,
+    "activation": ACTIVATIONS,
+    "rounding": ROUNDINGS,
+}
 _TEXTS = ("match", "op", "calibration", *_WORDS)
 
 
@@ -66,9 +80,11 @@ class NodeRule:
         match: The nodes' names, or torch's names of their modules: one of them, a shell pattern, or
             "re:" and a regular expression for all of a name.  By default any.
         op: Their op type, or a shell pattern.  By default any.
-        precision: How weights are stored: "float" (not quantized at all), "int8", "int4" or "fp8".
-        group_size: Weights per scale, of weights in groups.
+        precision: How weights are stored: "float" (not quantized at all), "int8", "int4", "fp8",
+            or "int3" and "int2", which are int4 with fewer steps.
+        group_size: Weights per scale, of weights in groups; 0 for one scale per channel.
         symmetric: False gives weights a zero point.
+        scales: How scales of groups are stored: "float", or "int8", times a float per channel.
         activation: Scales of activations: "dynamic" (per token, computed while the model runs),
             "static" (per tensor, from calibration), or "float" (not quantized).
         calibration: Where static ranges are cut off, as the recipe's own key says for all nodes.
@@ -81,6 +97,7 @@ class NodeRule:
     precision: str | None = None
     group_size: int | None = None
     symmetric: bool | None = None
+    scales: str | None = None
     activation: str | None = None
     calibration: str | None = None
     rounding: str | None = None
@@ -220,11 +237,13 @@ def check_group_size(size: Any) -> None:
     """Refuse a number of weights per scale that no op has.
 
     Raises:
-        OptionError: It is no power of two from 16 to 256.
+        OptionError: It is no power of two from 16 to 256, and not 0.
     """
-    if size is not None and (type(size) is not int or size not in GROUP_SIZES):
+    if size is not None and (type(size) is not int or size not in (0, *GROUP_SIZES)):
         *first, last = map(str, GROUP_SIZES)
-        raise OptionError(f"group_size {size!r}: must be {', '.join(first)} or {last}")
+        raise OptionError(
+            f"group_size {size!r}: must be {', '.join(first)} or {last}, or 0 for one per channel"
+        )
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -5,9 +5,10 @@
 3. Pairs lie next to the ops they are about, what only moves data moves integers
                                                             (`move_pairs`, `pull_quantize`)
 4. Q(DQ(q)) of one scale is q; of two it stays, and says that it requantizes
-5. A Relu or Clip that saturation does anyway is gone                        (`drop_clamps`)
-6. Activations have an explicit zero point and are uint8              (`unsigned_activations`)
-7. Equal Q and equal DQ of one value are one node, which all share    (`share_pairs`)
+5. A ConvTranspose between pairs is a convolution and a shuffle      (`lower_transposed_pairs`)
+6. A Relu or Clip that saturation does anyway is gone                        (`drop_clamps`)
+7. Activations have an explicit zero point and are uint8              (`unsigned_activations`)
+8. Equal Q and equal DQ of one value are one node, which all share    (`share_pairs`)
 
 All but 2 are exact; a Gemm of floats sums in another order than MatMul and Add do, which can move a
 tie between two steps.  What cannot be brought into this form stays as it is, and the node in the
@@ -23,6 +24,7 @@ from qcompiler.ir.decisions import decide
 from qcompiler.ir.graph import dequantize_of, replace_nodes
 from qcompiler.passes.drop_clamps import try_drop_clamp
 from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.lower_transposed_pairs import lower_transposed_pairs
 from qcompiler.passes.move_pairs import move_constant, push_dequantize, try_cancel
 from qcompiler.passes.pull_quantize import pull_quantize
 from qcompiler.passes.qdq_parameters import is_pair, spell_out, store_constant
@@ -43,7 +45,11 @@ class NormalizeQDQ(ir.passes.InPlacePass):
         if not any(is_pair(node, _Q) or is_pair(node, _DQ) for node in graph.all_nodes()):
             return ir.passes.PassResult(model, False)
         changed = _share(model)
-        for step in (_expand_gemms, _move, _spell_out, make_unsigned, _cancel):
+        changed |= _expand_gemms(graph) + _move(graph) > 0
+        if lower_transposed_pairs(model):
+            changed = True
+            _move(graph)
+        for step in (_spell_out, make_unsigned, _cancel):
             changed |= step(graph) > 0
         if changed:
             common.RemoveUnusedNodesPass()(model)

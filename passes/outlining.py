@@ -55,7 +55,7 @@ def outline(
         inherit(new, like)
     set_region(new, region)
     results = ["y"] * len(region.widths) if region.widths else region.outputs
-    dialect.type_results(new, region.anchor, results)
+    dialect.type_results(new, region.anchor, results, region.flags)
     return new
 
 

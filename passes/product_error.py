@@ -8,26 +8,27 @@ as they are planned, each weight as important as the others.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.arithmetic import dequantize, quantize, scale_and_zero_point, weight_scale
-from qcompiler.ir.decisions import NodePlan, plan_of
+from qcompiler.ir.decisions import NodePlan, add_note, plan_of
 from qcompiler.ir.graph import constant
 from qcompiler.ir.types import QuantType
+from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.match_norms import Norm, match_norm
 
 __all__ = [
     "Products",
     "Rows",
     "Sampler",
+    "exact_products",
     "is_norm",
-    "planned_products",
-    "reads_floats",
     "rounding_error",
+    "sampled_products",
 ]
 
 Rows = NDArray[np.float32]
@@ -65,8 +66,13 @@ class Products:
             parts.setdefault(plan, []).append(part)
         return {plan: np.concatenate(columns, axis=1) for plan, columns in parts.items()}
 
+    def note(self, text: str) -> None:
+        """Add to the reason of each product."""
+        for node in self.nodes:
+            add_note(node, text)
 
-def planned_products(model: ir.Model) -> list[Products]:
+
+def _planned_products(model: ir.Model) -> list[Products]:
     """The values of the main graph that planned MatMuls quantize, in order."""
     found: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph:
@@ -81,7 +87,38 @@ def planned_products(model: ir.Model) -> list[Products]:
     return [Products(value, nodes) for value, nodes in found.items()]
 
 
-def reads_floats(model: ir.Model) -> bool:
+def sampled_products(
+    model: ir.Model, sample: Sampler, what: str, *, made_up: bool, ranges: KnownRanges | None
+) -> Iterator[tuple[Products, Rows]]:
+    """The values that planned MatMuls quantize, and tokens of each, to be changed one by one.
+
+    Args:
+        model: May be changed between one and the next.
+        sample: Where tokens come from.
+        what: The change, as in the note on values of which there are no tokens; products that were
+            asked about for one change are not asked about again.
+        made_up: Whether nobody gave the tokens: of a model that reads floats, norms alone count.
+        ranges: Told of the changes, after which a tensor that kept its name has the same numbers.
+    """
+    before = model.clone() if ranges is not None else model
+    sites = [s for s in _planned_products(model) if any(what not in n.meta for n in s.nodes)]
+    names = [site.value.name or "" for site in sites]
+    tokens = sample(model, names) if sites else {}
+    norms_only = made_up and _reads_floats(model)
+    for name, site in zip(names, sites, strict=True):
+        if norms_only and not is_norm(site.value):
+            continue
+        if name in tokens:
+            yield site, tokens[name]
+        else:
+            site.note(f"{what}: no samples to run the model on")
+        for node in site.nodes:
+            node.meta[what] = True
+    if ranges is not None:
+        ranges.carry(before, model)
+
+
+def _reads_floats(model: ir.Model) -> bool:
     """Whether inputs made up for a model are numbers of no meaning, not indices."""
     return any(v.dtype is not None and v.dtype.is_floating_point() for v in model.graph.inputs)
 
@@ -98,15 +135,29 @@ def _fits(value: ir.Value, size: int) -> bool:
     return not isinstance(last, int) or last == size
 
 
-def rounding_error(tokens: Rows, weights: Mapping[NodePlan, Rows]) -> float:
-    """The error of the products of `tokens`, [tokens, K], by `weights`, as planned."""
+def exact_products(tokens: Rows, weights: Mapping[NodePlan, Rows]) -> dict[NodePlan, Rows]:
+    """What `rounding_error` compares with."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return {plan: tokens @ weight for plan, weight in weights.items()}
+
+
+def rounding_error(
+    tokens: Rows,
+    weights: Mapping[NodePlan, Rows],
+    exact: Mapping[NodePlan, Rows] | None = None,
+) -> float:
+    """The error of the products of `tokens`, [tokens, K], by `weights`, as planned.
+
+    `exact` is what they should be, where that is known.
+    """
     total = 0.0
+    exact = exact_products(tokens, weights) if exact is None else exact
     # Weights that are not finite are refused by the pass that rounds them.
     with np.errstate(over="ignore", invalid="ignore"):
         for plan, weight in weights.items():
             assert plan.activation is not None
             rounded = _rounded(tokens, plan.activation.type) @ _rounded(weight, plan.weight)
-            total += float(np.square(rounded - tokens @ weight).sum())
+            total += float(np.square(rounded - exact[plan]).sum())
     return total
 
 

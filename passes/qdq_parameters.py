@@ -40,7 +40,7 @@ MIDDLE = 128
 
 _WEIGHTS = frozenset({
     ("Conv", 1), ("ConvTranspose", 1), ("MatMul", 1), ("Gemm", 1), ("LayerNormalization", 1),
-    ("LSTM", 1), ("LSTM", 2), ("GRU", 1), ("GRU", 2),
+    ("LSTM", 1), ("LSTM", 2), ("GRU", 1), ("GRU", 2), ("RNN", 1), ("RNN", 2),
 })  # fmt: skip
 """Where a constant is a weight; elsewhere it is an operand like any activation."""
 

@@ -19,6 +19,7 @@ from qcompiler.ir.arithmetic import dequantize
 from qcompiler.ir.decisions import plan_of
 from qcompiler.ir.errors import ModelError
 from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer
+from qcompiler.ir.two_level import split_scale
 from qcompiler.ir.types import PerAxis, PerGroup, QuantType
 
 __all__ = [
@@ -146,9 +147,10 @@ def place_dequantize(
 ) -> ir.Node:
     """A new DequantizeLinear, at the front of the graph, of a rounded weight."""
     name = weight.name or "weight"
+    stored = rounded.stored
     inputs = [
-        new_initializer(graph, f"{name}_{type.storage.name.lower()}", rounded.stored, type.storage),
-        new_initializer(graph, f"{name}_scale", rounded.scale),
+        new_initializer(graph, f"{name}_{type.storage.name.lower()}", stored, type.storage),
+        _place_scale(graph, name, type, rounded),
     ]
     if rounded.zero_point is not None:
         zero = rounded.zero_point
@@ -160,8 +162,29 @@ def place_dequantize(
         case PerGroup(axis, group_size):
             attributes = {"axis": axis, "block_size": group_size}
     node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}_dequantize")
+    return _place(graph, node, f"{name}_dequantized", stored.shape)
+
+
+def _place_scale(graph: ir.Graph, name: str, type: QuantType, rounded: RoundedWeight) -> ir.Value:
+    """The scale that a DequantizeLinear reads: a constant, or another one's result."""
+    if not type.two_level:
+        return new_initializer(graph, f"{name}_scale", rounded.scale)
+    groups, column = split_scale(rounded.scale)
+    inputs = [
+        new_initializer(graph, f"{name}_scale_int8", groups),
+        new_initializer(graph, f"{name}_scale_of_column", column),
+    ]
+    node = ir.node("DequantizeLinear", inputs, {"axis": 1}, name=f"{name}_scale_dequantize")
+    return _place(graph, node, f"{name}_scale", groups.shape).outputs[0]
+
+
+def _place(graph: ir.Graph, node: ir.Node, name: str, shape: tuple[int, ...]) -> ir.Node:
+    """Put a node behind the others of constants, at the front of the graph."""
     output = node.outputs[0]
-    output.name, output.dtype = f"{name}_dequantized", ir.DataType.FLOAT
-    output.shape = ir.Shape(rounded.stored.shape)
-    graph.insert_before(graph[0], node)
+    output.name, output.dtype, output.shape = name, ir.DataType.FLOAT, ir.Shape(shape)
+    makers = [maker for value in node.inputs if value and (maker := value.producer())]
+    if makers:
+        graph.insert_after(makers[-1], node)
+    else:
+        graph.insert_before(graph[0], node)
     return node

@@ -12,7 +12,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -21,6 +21,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.errors import CalibrationError
+from qcompiler.ir.graph import let_go
+from qcompiler.passes.rounded_weight import Layer, finite_weight
 
 __all__ = ["LayerRuns", "Moments", "Walk", "Walker"]
 
@@ -82,6 +84,27 @@ class LayerRuns:
         if tell is None:
             return lambda text, share: None
         return lambda text, share: tell(text, share, time.perf_counter() - start)
+
+    def walker_for(self, layers: Sequence[Layer], does: str) -> Walker:
+        """What runs the model to see what goes into layers.
+
+        Args:
+            layers: At least one.
+            does: Who does what to them, for messages: "gptq rounds".
+
+        Raises:
+            CalibrationError: There are no samples.
+            ModelError: A weight holds NaN or Inf.
+        """
+        for layer in layers:
+            finite_weight(layer.nodes[0], layer.weight)
+            let_go(layer.weight)
+        if self.walk is None:
+            raise CalibrationError(
+                f"{does} {layers[0].name} and {len(layers) - 1} more by what goes into them: "
+                "give samples with --calib DIR (calibration=...), or choose weights that need none"
+            )
+        return self.walk
 
     def map(self, function: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
         """What the function makes of each, in order."""

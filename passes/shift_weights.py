@@ -6,7 +6,7 @@
 The numbers are the same.  On x86 processors without VNNI, ORT multiplies uint8 by int8 with an
 instruction that saturates (vpmaddubsw), also where it fuses a DequantizeLinear into an integer op;
 elsewhere both should take as long, as either is packed alike (not measured with VNNI).  Products of
-int8 activations are exact and stay.  Ops of ours see to it themselves (`ir/dialect.py`).
+int8 activations are exact and stay.  Ops of ours see to it themselves (`ir/dialect_ops.py`).
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ __all__ = [
 ]
 
 Runner = Callable[[ir.Model, Sequence[str]], Mapping[str, NDArray[np.float32]]]
-"""Runs a model as it is written, nothing fused, on some samples and returns the named tensors with
-a row per sample, [samples, K]; nothing where it could not be run."""
+"""Runs a model as it is written, nothing fused, on some samples and returns the named tensors, of
+two axes each, one sample's rows after the other's; nothing where it could not be run."""
 
 Rows = Mapping[str, NDArray[np.float32]]
 """What a `Runner` returns."""
@@ -42,7 +42,7 @@ _MARK = "@quantized"
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The names of what is known of one tensor, each [1, C] for C channels.
+    """The names of what is known of one tensor, each [N, C] for C channels of a batch of N.
 
     Attributes:
         noise: The mean squared difference.
@@ -95,7 +95,7 @@ def channel_maxima(model: ir.Model, values: Sequence[ir.Value]) -> tuple[ir.Mode
         values: What convolutions of its main graph read.
 
     Returns:
-        The model to run, and the names of the maxima, [1, C] each.
+        The model to run, and the names of the maxima, [N, C] each for a batch of N.
     """
     joined = _Joined(model, None, exact=True)
     maxima = []
@@ -192,17 +192,25 @@ class _Joined:
         )
 
     def reduced(self, op: str, value: ir.Value, channels: tuple[int, int] | None) -> str:
-        """The name of a tensor reduced to one row: of all it holds, or of (axis, rank)."""
-        axes = [] if channels is None else [i for i in range(channels[1]) if i != channels[0]]
-        total = self.append(op, [value, self._integers(axes)])
-        row = self.append("Reshape", [total, self._integers([1, -1 if axes else 1])])
-        return row.name or ""
+        """The name of a tensor reduced to one row, or for (axis, rank) to one for each picture."""
+        if channels is None:
+            total = self.append(op, [value, self._integers([])])
+            return self.append("Reshape", [total, self._integers([1, 1])]).name or ""
+        axis, rank = channels
+        axes = [index for index in range(rank) if index not in (0, axis)] if rank > 2 else [0]
+        keep = {"keepdims": int(rank == 2)}
+        return self.append(op, [value, self._integers(axes)], keep).name or ""
 
     def _integers(self, numbers: Sequence[int]) -> ir.Value:
         return new_initializer(self.model.graph, "numbers", np.asarray(numbers, np.int64))
 
-    def append(self, op: str, inputs: Sequence[ir.Value | None]) -> ir.Value:
-        node = ir.node(op, inputs)
+    def append(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, int] | None = None,
+    ) -> ir.Value:
+        node = ir.node(op, inputs, attributes)
         node.outputs[0].name = f"{op}_{len(self.model.graph)}{_MARK}"
         self.model.graph.append(node)
         return node.outputs[0]

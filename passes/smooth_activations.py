@@ -25,24 +25,24 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import new_initializer, place_after
 from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constant
 from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.product_error import (
     Products,
     Rows,
     Sampler,
+    exact_products,
     is_norm,
-    planned_products,
-    reads_floats,
     rounding_error,
+    sampled_products,
 )
 
 __all__ = ["SmoothActivations"]
 
-_SEEN = "qcompiler.smoothed"
+_NOT = "activations not smoothed"
 
 
 class SmoothActivations(ir.passes.InPlacePass):
@@ -55,6 +55,7 @@ class SmoothActivations(ir.passes.InPlacePass):
             their outliers come from their parameters, those of a GELU from what it is fed.
             (Whisper's encoder, smoothed by noise, lost 3 dB on other spectrograms.)  Nor is a Mul
             inserted: by random token ids those behind MiniLM's GELUs cost 1.1 dB on real text.
+        ranges: What is known of ranges, most of which hold after the change, too.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -86,27 +87,23 @@ class SmoothActivations(ir.passes.InPlacePass):
                     raise OptionError(f"{name} must be above 0, not {part:g}")
 
     def __init__(
-        self, sample: Sampler, options: Options | None = None, *, made_up: bool = False
+        self,
+        sample: Sampler,
+        options: Options | None = None,
+        *,
+        made_up: bool = False,
+        ranges: KnownRanges | None = None,
     ) -> None:
         super().__init__()
         self.sample, self.options, self.made_up = sample, options or self.Options(), made_up
+        self.ranges = ranges
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Smooth every value of the main graph where that pays."""
-        sites = [site for site in planned_products(model) if not _is_seen(site)]
-        names = [site.value.name or "" for site in sites]
-        tokens = self.sample(model, names) if sites else {}
         smoothed = 0
-        norms_only = self.made_up and reads_floats(model)
-        for name, site in zip(names, sites, strict=True):
-            if norms_only and not is_norm(site.value):
-                continue
-            if name in tokens:
-                smoothed += self._try_smooth(model.graph, site, tokens[name])
-            else:
-                _note(site, "activations not smoothed: no samples to run the model on")
-            for node in site.nodes:
-                node.meta[_SEEN] = True
+        sites = sampled_products(model, self.sample, _NOT, made_up=self.made_up, ranges=self.ranges)
+        for site, tokens in sites:
+            smoothed += self._try_smooth(model.graph, site, tokens)
         if smoothed:
             FixNames()(model)
         return ir.passes.PassResult(model, smoothed > 0)
@@ -122,7 +119,7 @@ class SmoothActivations(ir.passes.InPlacePass):
             if self.made_up or left >= self.options.worth_mul:
                 why = f"{absorber}, and a Mul is worth it below {self.options.worth_mul:g}"
                 why = f"{absorber}, and a Mul takes given samples" if self.made_up else why
-                _note(site, f"activations not smoothed, which would leave {rest}: {why}")
+                site.note(f"{_NOT}, which would leave {rest}: {why}")
                 return False
             rest += f"; by a Mul, because {absorber}"
         factors = _factors(tokens, alpha, absorber)
@@ -133,7 +130,7 @@ class SmoothActivations(ir.passes.InPlacePass):
         for weight in dict.fromkeys(node.inputs[1] for node in site.nodes):
             readers = [node for node in site.nodes if node.inputs[1] is weight]
             scale_constant(graph, readers, 1, factors[:, None])
-        _note(site, f"activations smoothed with alpha={alpha:g}, which leaves {rest}")
+        site.note(f"activations smoothed with alpha={alpha:g}, which leaves {rest}")
         return True
 
     def _best_alpha(
@@ -141,19 +138,17 @@ class SmoothActivations(ir.passes.InPlacePass):
     ) -> tuple[float, float]:
         """The alpha of the least error, and the part of the error that it leaves."""
         columns = site.weights()
-        before = rounding_error(tokens, columns)
+        # Powers of two change no bit of the products.
+        exact = exact_products(tokens, columns)
+        before = rounding_error(tokens, columns, exact)
         errors = {}
         for alpha in self.options.alpha:
             factors = _factors(tokens, alpha, absorber)
             weights = {plan: part * factors[:, None] for plan, part in columns.items()}
-            errors[alpha] = rounding_error(tokens / factors, weights)
+            errors[alpha] = rounding_error(tokens / factors, weights, exact)
         best = min(errors, key=errors.__getitem__)
         # Without an error, or one that is not finite, there is nothing to gain.
         return best, errors[best] / before if 0 < before < np.inf else 1.0
-
-
-def _is_seen(site: Products) -> bool:
-    return all(_SEEN in node.meta for node in site.nodes)
 
 
 def _absorber(site: Products) -> Absorber | str:
@@ -175,11 +170,6 @@ def _factors(tokens: Rows, alpha: float, absorber: Absorber | str) -> Rows:
     steps = np.rint(alpha * np.log2(np.maximum(largest / middle, 1.0)))
     factors = np.asarray(np.exp2(steps), np.float32)
     return absorber.tie(factors) if isinstance(absorber, Absorber) else factors
-
-
-def _note(site: Products, text: str) -> None:
-    for node in site.nodes:
-        add_note(node, text)
 
 
 def _insert_mul(graph: ir.Graph, site: Products, inverse: Rows) -> None:

@@ -24,23 +24,22 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.decisions import add_note, decide
+from qcompiler.ir.decisions import decide
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import constant, drop_if_unread, new_initializer, place_after
 from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.product_error import (
     Products,
     Rows,
     Sampler,
-    is_norm,
-    planned_products,
-    reads_floats,
     rounding_error,
+    sampled_products,
 )
 
 __all__ = ["SplitOutliers"]
 
-_SEEN = "qcompiler.split"
+_NOT = "outliers not split off"
 
 _NEARLY = 0.1
 """Channels that bring the error down by less than this part of it, all together, stay."""
@@ -53,6 +52,7 @@ class SplitOutliers(ir.passes.InPlacePass):
         sample: Where tokens come from.
         options: Which channels, and where that pays.
         made_up: Whether nobody gave the tokens, see `SmoothActivations`.
+        ranges: What is known of ranges, most of which hold after the change, too.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -90,28 +90,25 @@ class SplitOutliers(ir.passes.InPlacePass):
                 raise OptionError(f"worth must be above 0, not {self.worth:g}")
 
     def __init__(
-        self, sample: Sampler, options: Options | None = None, *, made_up: bool = False
+        self,
+        sample: Sampler,
+        options: Options | None = None,
+        *,
+        made_up: bool = False,
+        ranges: KnownRanges | None = None,
     ) -> None:
         super().__init__()
         self.sample, self.options, self.made_up = sample, options or self.Options(), made_up
+        self.ranges = ranges
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Split the products of every value of the main graph where that pays."""
         if self.options.when == "off":
             return ir.passes.PassResult(model, False)
-        sites = [site for site in planned_products(model) if _SEEN not in site.nodes[0].meta]
-        names = [site.value.name or "" for site in sites]
-        tokens = self.sample(model, names) if sites else {}
-        split, norms_only = 0, self.made_up and reads_floats(model)
-        for name, site in zip(names, sites, strict=True):
-            if norms_only and not is_norm(site.value):
-                continue
-            if name in tokens:
-                split += self._try_split(model.graph, site, tokens[name])
-            else:
-                _note(site, "outliers not split off: no samples to run the model on")
-            for node in site.nodes:
-                node.meta[_SEEN] = True
+        split = 0
+        sites = sampled_products(model, self.sample, _NOT, made_up=self.made_up, ranges=self.ranges)
+        for site, tokens in sites:
+            split += self._try_split(model.graph, site, tokens)
         if split:
             FixNames()(model)
         return ir.passes.PassResult(model, split > 0)
@@ -125,7 +122,7 @@ class SplitOutliers(ir.passes.InPlacePass):
             return False
         _split(graph, site, np.sort(order[:count]))
         many = f"{count} of {len(order)} channels multiplied in float"
-        _note(site, f"{many}, which leaves {left:.2g} of the error")
+        site.note(f"{many}, which leaves {left:.2g} of the error")
         return True
 
     def _count(
@@ -234,8 +231,3 @@ def _type(node: ir.Node, shape: ir.Shape | None, size: int) -> None:
     result = node.outputs[0]
     result.name, result.dtype = node.name, ir.DataType.FLOAT
     result.shape = None if shape is None else ir.Shape([*shape.dims[:-1], size])
-
-
-def _note(site: Products, text: str) -> None:
-    for node in site.nodes:
-        add_note(node, text)

@@ -16,9 +16,9 @@ from qcompiler.ir.arithmetic import (
     quantize,
     reduce_slices,
     scale_and_zero_point,
-    weight_scale,
 )
-from qcompiler.ir.clipped_scale import clipped_scale
+from qcompiler.ir.clipped_scale import clipped_scale, signed_scale
+from qcompiler.ir.two_level import on_two_levels
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.rounded_weight import RoundedWeight
 
@@ -48,8 +48,10 @@ def weight_grid(
     rows = None if importance is None else np.asarray(importance, np.float32)[:, None]
     if type.symmetric:
         if range == "max":
-            return weight_scale(weight, type), None
-        return clipped_scale(weight, type, rows, signed=True), None
+            scale = signed_scale(weight, type)
+        else:
+            scale = clipped_scale(weight, type, rows, signed=True)
+        return on_two_levels(scale) if type.two_level else scale, None
     if range == "max":
         return scale_and_zero_point(weight, type)
     return _narrowest(weight, type, np.ones((1, 1), np.float32) if rows is None else rows)

@@ -1,12 +1,14 @@
-"""Store constants as floats that ONNX Runtime would dequantize at every run.
+"""Keep ONNX Runtime from dequantizing constants at every run.
 
-    LayerNormalization(x, DQ(g), DQ(b))   =>   LayerNormalization(x, g', b')
+1. LayerNormalization(x, DQ(g), DQ(b))   =>   LayerNormalization(x, g', b')
+2. LSTM(x, DQ(w, s, z), DQ(r, t))        =>   LSTM(x, (Cast(w) - z) * s, Cast(r) * t)
 
 Exact.  ORT folds no DequantizeLinear of a constant, because it may become part of an integer op; an
 LSTM of int8 weights then takes 1.8 times as long as one of floats, a convolution of floats by int8
-weights 1.4 times, ConvTranspose 1.1 times.  Left as they are: what becomes part of an integer op,
-and matrices and tables, most of a model's bytes, which ORT mostly reads as they are stored.
-Part of `fold_qdq`.
+weights 1.4 times, ConvTranspose 1.1 times.  A Cast and a Mul it does fold, when it opens the model:
+so weights stay as small in the file as they came (2), and what is small anyway becomes floats (1).
+Left as they are: what becomes part of an integer op, and matrices and tables, most of a model's
+bytes, which ORT mostly reads as they are stored.  Part of `fold_qdq`.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.arithmetic import broadcast_scale
-from qcompiler.ir.decisions import add_note
-from qcompiler.ir.graph import constant, dequantize_of, new_initializer
-from qcompiler.ir.params import quant_params
+from qcompiler.ir.decisions import add_note, decide
+from qcompiler.ir.graph import constant, dequantize_of, new_initializer, replace_nodes
+from qcompiler.ir.params import QuantParams, quant_params
 from qcompiler.ir.types import PerGroup
 from qcompiler.passes.left_to_ort import MOVES, left_to_ort
 
@@ -26,6 +28,9 @@ __all__ = ["dequantized_constant", "try_widen_constant"]
 
 _MOST_OF_A_MODEL = frozenset({"MatMul", "Gather"})
 _ROUNDED = frozenset({"Conv", "ConvTranspose", "Gemm"})
+_WEIGHTED = _ROUNDED | {"LSTM", "GRU", "RNN", "Einsum"}
+_SMALL = 1024
+"""Elements up to which a constant may take four times the bytes."""
 _FUSED_WITH_A_CONSTANT = frozenset({"Add", "Sub", "Mul", "Div", "BatchNormalization"})
 _MOVED_OR_CLIPPED = MOVES | {"Relu", "Clip", "Pad", "Dropout", "Cast"}
 
@@ -55,7 +60,7 @@ def dequantized_constant(value: ir.Value | None) -> NDArray[np.float32] | None:
 
 
 def try_widen_constant(graph: ir.Graph, node: ir.Node) -> bool:
-    """Replace a DQ over a constant by its floats, if all that read it compute in float."""
+    """Replace a DQ over a constant by what ORT folds, if all that read it compute in float."""
     value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
     params = quant_params(node)
     if value is None or value.const_value is None or params is None:
@@ -69,12 +74,34 @@ def try_widen_constant(graph: ir.Graph, node: ir.Node) -> bool:
     floats = dequantized_constant(node.outputs[0])
     if floats is None:
         return False
-    widened = new_initializer(graph, f"{value.name}_float", floats)
-    ir.convenience.replace_all_uses_with(node.outputs[0], widened)
-    if not is_bias:
-        for reader in readers:
-            add_note(reader, "its constants are kept as floats, or ORT dequantized them every run")
+    if floats.size > _SMALL and not is_bias and all(r.op_type in _WEIGHTED for r in readers):
+        _store(graph, node, params)
+        note = f"its weights stay {value.dtype}, of which ORT makes floats once, not at every run"
+    else:
+        widened = new_initializer(graph, f"{value.name}_float", floats)
+        ir.convenience.replace_all_uses_with(node.outputs[0], widened)
+        note = "its constants are kept as floats, or ORT dequantized them every run"
+    for reader in [] if is_bias else readers:
+        add_note(reader, note)
     return True
+
+
+def _store(graph: ir.Graph, dequantize: ir.Node, params: QuantParams) -> None:
+    """Write a DQ as a Cast and a Mul, between them a Sub if there are zero points."""
+    stored = dequantize.inputs[0]
+    assert stored is not None and stored.const_value is not None
+    shape, granularity = tuple(stored.const_value.shape.numpy()), params.type.granularity
+    nodes = [ir.node("Cast", [stored], {"to": ir.DataType.FLOAT})]
+    for op, stem, array in (("Sub", "zeros", params.zeros), ("Mul", "scales", params.scales)):
+        if op == "Mul" or np.any(array):
+            floats = np.asarray(array).astype(np.float32)
+            operand = broadcast_scale(floats, shape, granularity)
+            second = new_initializer(graph, f"{stored.name}_{stem}", operand)
+            nodes.append(ir.node(op, [nodes[-1].outputs[0], second]))
+    for node in nodes:
+        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), stored.shape
+        decide(node, "qdq", "where integers become floats, once, when ORT opens the model")
+    replace_nodes([dequantize], nodes)
 
 
 def _reads_floats(reader: ir.Node, is_bias: bool) -> bool:

@@ -33,6 +33,9 @@ Runs = Iterable[tuple[str, Sample]]
 _TOKENS = 512
 """The most tokens of one tensor that `sample_tokens` returns."""
 
+_RUNS = 32
+"""The most samples that it runs, evenly spaced: 16 tokens of each say as much as 4 of 128."""
+
 _LARGEST_FOR_MADE_UP = 1 << 30
 """Bytes of weights: a larger model is only run where somebody gave samples to run it on, because
 that takes memory for all of it."""
@@ -144,9 +147,11 @@ def sample_tokens(
         CalibrationError: A bad sample, or a tensor that is NaN or Inf on one; names both.
     """
     if samples is not None:
+        step = -(-len(samples) // _RUNS)
         with Probe(model, names) as probe:
-            share = max(1, _TOKENS // len(samples))
-            return _some_rows(probe.run(lambda inputs: samples), share)
+            share = max(1, _TOKENS * step // len(samples))
+            some = probe.run(lambda inputs: itertools.islice(samples, 0, None, step))
+            return _some_rows(some, share)
     weights = [value.const_value for value in model.graph.initializers.values()]
     if sum(tensor.nbytes for tensor in weights if tensor is not None) > _LARGEST_FOR_MADE_UP:
         return {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -26,6 +26,7 @@ from qcompiler.samples import Samples
 from qcompiler.targets import catalog
 from qcompiler.targets.target import Target
 from qcompiler.timing.cost_model import border_cost
+from qcompiler.timing.exact_source import exact_source
 from qcompiler.timing.judge import Judge, runs_here
 from qcompiler.timing.observed_shapes import model_inputs
 from qcompiler.timing.record import Record
@@ -37,6 +38,11 @@ __all__ = ["Chooser", "Wishes"]
 _NOT_TIMED = (
     "the bundle was not timed against its model ({}): give --shapes NAME=1x128,… (shapes=...) or "
     "--calib DIR (calibration=...)"
+)
+_WRONG_SUMS = (
+    "the model is faster than the bundle, {}, because ONNX Runtime's sums of it saturate on this "
+    "processor, which has no VNNI: those of the bundle are exact; with exact ones the model takes "
+    "{:.3g} ms"
 )
 
 
@@ -124,8 +130,10 @@ class Chooser:
 
     def pipeline(self, recipe: Recipe, runs: ModelRuns) -> Pipeline:
         """The passes to run, with what is known so far; see `Pipeline.default`."""
-        self._choose = self._make_pass()
-        return Pipeline.default(self.target, recipe, runs, self._choose, self._unsupported)
+        self._choose = self._make_pass(observed=runs.observe is not None)
+        return Pipeline.default(
+            self.target, recipe, runs, self._choose, self._unsupported, self._lost
+        )
 
     def record(self) -> Record:
         """What was chosen when the last pipeline ran."""
@@ -138,18 +146,33 @@ class Chooser:
         """Whether `bundle` is to be made again, because it is slower than `model`."""
         if not self.may_retreat:
             return False
-        data = None if self.wishes.shapes is not None else self.samples
         try:
-            self._whole = tuple(time_whole(bundle, model, self.wishes.shapes, data))
+            self._whole = self._time(bundle, model)
         except QCompilerError as error:
             if self.wishes.shapes is not None:
                 raise
             self.notes = (_NOT_TIMED.format(str(error).splitlines()[0]),)
             return False
-        slower = [time for time in self._whole if time.speedup < 1]
-        if slower:
-            self._retreat(slower[0])
-        return bool(slower)
+        slower = _first_slower(self._whole)
+        if slower is None or self._wins_by_exact_sums(bundle, model, slower):
+            return False
+        self._retreat(slower)
+        return True
+
+    def _time(self, bundle: Path, model: Path) -> tuple[WholeTime, ...]:
+        data = None if self.wishes.shapes is not None else self.samples
+        return tuple(time_whole(bundle, model, self.wishes.shapes, data))
+
+    def _wins_by_exact_sums(self, bundle: Path, model: Path, slower: WholeTime) -> bool:
+        """Whether a model that is faster is so because its sums are wrong; if so, say so."""
+        with exact_source(model) as copy:
+            times = () if copy is None else self._time(bundle, copy)
+        if not times or _first_slower(times) is not None:
+            return False
+        exact = next(time for time in times if time.threads == slower.threads)
+        self.notes = (*self.notes, _WRONG_SUMS.format(_against(slower), exact.model))
+        self._whole = times
+        return True
 
     @property
     def may_retreat(self) -> bool:
@@ -161,19 +184,16 @@ class Chooser:
 
     def _retreat(self, time: WholeTime) -> None:
         """Quantize less: no convolution, and if there was none, nothing."""
-        plural = "s" if time.threads > 1 else ""
-        against = (f"{time.bundle:.3g} ms against {time.model:.3g} ms on {time.threads} "
-                   f"thread{plural}")  # fmt: skip
         integer = any(c.site.startswith("Conv") and c.candidate != "float"
                       for c in self._choose.choices)  # fmt: skip
         if integer:
-            self._forced = {"Conv": f"with int8 convolutions the whole is slower: {against}"}
+            self._forced = {"Conv": f"with int8 convolutions the whole is slower: {_against(time)}"}
         else:
-            self._lost = Preference(f"quantized, the whole is slower: {against}")
+            self._lost = Preference(f"quantized, the whole is slower: {_against(time)}")
             self._forced = {op: self._lost for op in ("Conv", "MatMul")} | self._forced
         self._whole = ()
 
-    def _make_pass(self) -> ChooseKernels:
+    def _make_pass(self, *, observed: bool = True) -> ChooseKernels:
         made = None if self._made is None else self._made.sites
         return ChooseKernels(
             self._judge.costs,
@@ -182,8 +202,19 @@ class Chooser:
             self._judge.shapes,
             self._forced,
             made,
+            observed=observed,
         )
 
     def _unsupported(self, region: Region) -> str | None:
         # What has no kernel lacks one, whether or not it would be wanted.
         return catalog.unsupported(self.target, region) or self._lost
+
+
+def _first_slower(times: Iterable[WholeTime]) -> WholeTime | None:
+    """The first number of threads with which a bundle is slower than its model."""
+    return next((time for time in times if time.speedup < 1), None)
+
+
+def _against(time: WholeTime) -> str:
+    plural = "s" if time.threads > 1 else ""
+    return f"{time.bundle:.3g} ms against {time.model:.3g} ms on {time.threads} thread{plural}"

@@ -13,6 +13,7 @@ from qcompiler.passes.bias_correction import BiasCorrection
 from qcompiler.passes.bind_kernels import BindKernels
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.choose_kernels import ChooseKernels
+from qcompiler.passes.convert_float16 import ConvertFloat16
 from qcompiler.passes.equalize_layers import EqualizeLayers
 from qcompiler.passes.fold_qdq import FoldQDQ
 from qcompiler.passes.fuse_attention import FuseAttention
@@ -49,6 +50,7 @@ OPTIONS_OF_RECIPE = {
     ("assign-precision", "group_size"): "group_size",
     ("assign-precision", "rounding"): "rounding",
     ("fuse-attention", "precision"): "attention",
+    ("convert-float16", "type"): "float",
 }
 """Options of passes that are keys of the recipe itself, and which."""
 
@@ -59,17 +61,21 @@ def default_steps(
     runs: ModelRuns,
     choose: ChooseKernels | None,
     supports: Callable[[Region], str | None],
+    left: str | None = None,
 ) -> list[Step]:
     """A new pass for each step; for the arguments see `Pipeline.default`."""
     precision = AssignPrecision.Options(
         recipe.keep_float, recipe.group_size, rounding=recipe.rounding
     )
     attention = FuseAttention.Options(recipe.attention)
+    # A scheme of float activations has an op for products of floats by few bits.
+    lifted = LiftQOperators.Options(float_products=target.scheme.activation is None)
+    floats = ConvertFloat16.Options(recipe.float or target.float_type)
     ranges = None if runs.observe is None else KnownRanges(runs.observe)
     chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
     return [
         Step("canonicalize", Canonicalize(), Stage.FLOAT),
-        Step("lift-qoperators", LiftQOperators(), Stage.FLOAT),
+        Step("lift-qoperators", LiftQOperators(lifted), Stage.FLOAT),
         Step("normalize-qdq", NormalizeQDQ(), Stage.FLOAT),
         Step("fuse-batchnorm", FuseBatchNorm(), Stage.FLOAT),
         Step("fuse-gelu", FuseGelu(), Stage.FLOAT),
@@ -85,13 +91,13 @@ def default_steps(
         Step("equalize-layers", EqualizeLayers(runs.run, ranges), Stage.FLOAT, "plans"),
         Step(
             "smooth-activations",
-            SmoothActivations(runs.sample, made_up=runs.made_up),
+            SmoothActivations(runs.sample, made_up=runs.made_up, ranges=ranges),
             Stage.FLOAT,
             "plans",
         ),
         Step(
             "split-outliers",
-            SplitOutliers(runs.sample, made_up=runs.made_up),
+            SplitOutliers(runs.sample, made_up=runs.made_up, ranges=ranges),
             Stage.FLOAT,
             "plans",
         ),
@@ -104,8 +110,9 @@ def default_steps(
         Step("gptq", GPTQ(runs.layers), Stage.QDQ, "plans"),
         Step("insert-qdq", InsertQDQ(ranges), Stage.QDQ, "plans"),
         Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
-        Step("fold-qdq", FoldQDQ(), Stage.QUANTIZED),
+        Step("fold-qdq", FoldQDQ(left), Stage.QUANTIZED),
         Step("shift-weights", ShiftWeights(), Stage.QUANTIZED),
+        Step("convert-float16", ConvertFloat16(runs.sample, floats), Stage.QUANTIZED, "target"),
         Step("fuse-regions", FuseRegions(supports), Stage.KERNEL, "target"),
         Step("fuse-norms", FuseNorms(supports), Stage.KERNEL, "target"),
         Step(

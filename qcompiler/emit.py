@@ -50,7 +50,9 @@ def build_kernels(
         clock.detail(line, min(next(steps) / (len(regions) + _GLUE_STEPS), 1.0))
 
     file = f"lib{domain.replace('.', '-')}-{target.machine}.so"
-    library = build_library(regions, domain, folder / file, cache=KernelCache(), progress=tell)
+    library = build_library(
+        regions, domain, folder / file, cache=KernelCache(), arch=target.arch, progress=tell
+    )
     return LibraryEntry(file, domain, target.machine, library.isa, library.minimum_glibc)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qcompiler.model_file import saving
 from qcompiler.passes.shift_weights import ShiftWeights
 
 __all__ = ["save_exact"]
@@ -25,7 +26,11 @@ def save_exact(model: ir.Model, path: Path) -> tuple[str, ...]:
 
     Returns:
         The optimizers of ONNX Runtime that a session of it does without.
+
+    Raises:
+        OptionError: The disk refuses the file.
     """
     shifted = ShiftWeights()(model).modified
-    ir.save(model, path, external_data=f"{path.name}.data")
+    with saving(path):
+        ir.save(model, path, external_data=f"{path.name}.data")
     return _FUSE_PAIRS if shifted else ()

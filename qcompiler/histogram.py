@@ -53,6 +53,9 @@ class Histogram:
 
     def _widen(self, low: float, high: float) -> None:
         """Make bins hold [low, high] too, in the narrowest width that does."""
+        last = self.first + BINS - 1
+        if self.first <= math.floor(low / self.width) and math.floor(high / self.width) <= last:
+            return
         held = np.flatnonzero(self.counts)
         if held.size:
             low = min(low, (self.first + int(held[0])) * self.width)

@@ -25,6 +25,7 @@ from qcompiler.pipeline import Pipeline
 from qcompiler.progress import Clock
 from qcompiler.recipe import Recipe
 from qcompiler.runtime import load, open_session
+from qcompiler.session_options import new_session_options
 from qcompiler.source import check_source, foreign_domains, inputs_with_defaults
 from qcompiler.step import Step, Watcher
 from qcompiler.targets.target import Target
@@ -144,8 +145,13 @@ class Job:
         Raises:
             ModelError: ONNX Runtime refuses it, or already the model that it was made from.
         """
+        options = new_session_options()
+        options.log_severity_level = 3  # of float16 ops that the CPU provider casts at each run
         try:
-            load(stage, providers=["CPUExecutionProvider"], native=self.target.arch == "x86")
+            load(
+                stage, providers=["CPUExecutionProvider"], native=self.target.arch == "x86",
+                session_options=options,
+            )  # fmt: skip
         except ModelError:
             with onnx_file(self.source) as file:
                 open_session(file)
@@ -179,6 +185,8 @@ class Job:
         if self.on_samples is not None and not self.on_samples.was_asked and not used:
             unused = "the calibration samples were not used: nothing here needs them for"
             notes = (f"{unused} {self.target.name}", *notes)
+        if self.for_ort and (self.recipe.float or self.target.float_type) == "fp16":
+            notes = ("--emit ort ends before convert-float16: floats stay in float32", *notes)
         if self.foreign:
             ops = ", ".join(self.foreign)
             notes = (f"not opened in ONNX Runtime: ops of {ops} need a library of theirs", *notes)
@@ -195,6 +203,7 @@ _READERS = {
     "rounding": "assign-precision",
     "calibration": "insert-qdq",
     "attention": "fuse-attention",
+    "float": "convert-float16",
     "shapes": "choose-kernels",
     "choices": "choose-kernels",
 }

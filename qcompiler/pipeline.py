@@ -26,6 +26,8 @@ from qcompiler.targets.target import Target
 
 __all__ = ["Pipeline", "Step", "Watcher"]
 
+_AN_ATTENTION = Region("Attention", (("D", 64),))
+
 
 class Pipeline:
     """An ordered list of passes that can be edited before it runs.
@@ -54,6 +56,7 @@ class Pipeline:
         runs: ModelRuns | None = None,
         choose: ChooseKernels | None = None,
         supports: Callable[[Region], str | None] | None = None,
+        left: str | None = None,
     ) -> Pipeline:
         """The passes of a target.
 
@@ -63,6 +66,7 @@ class Pipeline:
             runs: What passes learn by running the model: `ModelRuns.on(samples)`.
             choose: What decides where quantizing gains something; without it, everywhere.
             supports: Why there is to be no kernel for a region; by default the target's word.
+            left: Why integer products of the source are left to ONNX Runtime where it has them.
 
         Raises:
             OptionError: An unknown target, or a recipe that does not fit it.
@@ -74,12 +78,12 @@ class Pipeline:
         recipe = recipe or Recipe()
         goal = catalog.get_target(target) if isinstance(target, str) else target
         supports = supports or (lambda region: catalog.unsupported(goal, region))
-        if recipe.attention is not None and not catalog.built_isas(goal):
+        if recipe.attention is not None and catalog.unsupported(goal, _AN_ATTENTION) is not None:
             raise OptionError(
                 f"attention {recipe.attention!r}: {goal.name} has no kernel of attention; leave "
                 "it out"
             )
-        steps = default_steps(goal, recipe, runs or ModelRuns(), choose, supports)
+        steps = default_steps(goal, recipe, runs or ModelRuns(), choose, supports, left)
         pipeline = cls(steps, goal, recipe)
         if not recipe.smooth:
             pipeline.remove("smooth-activations")

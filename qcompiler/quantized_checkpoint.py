@@ -89,6 +89,10 @@ def take_over_weights(
     layers = [name.removesuffix(".qweight") for name in file if name.endswith(".qweight")]
     if not layers:
         raise ModelError(f"{file.name} holds no qweight: it is no checkpoint of GPTQ or AWQ")
+    for layer in names or {}:
+        if layer not in layers:
+            hint = did_you_mean(layer, layers) or f"; the first is {layers[0]!r}"
+            raise ModelError(f"{file.name} has no layer {layer!r}{hint}")
     less_one = _is_less_one(Path(checkpoint)) if zeros_less_one is None else zeros_less_one
     Canonicalize()(model)
     products = _products(model)

@@ -15,6 +15,7 @@ from qcompiler.bundle import MANIFEST, Manifest
 from qcompiler.clipping import Clipping
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.passes.convert_float16 import check_float_type
 from qcompiler.passes.fuse_attention import FuseAttention
 from qcompiler.passes.node_rules import NodeRule
 
@@ -28,11 +29,14 @@ class Recipe:
     Attributes:
         keep_float: Node names, op types, or shell patterns of either, that are not quantized,
             whatever rules say of them.
-        group_size: Weights per scale for int4 targets; by default the target's own choice.
+        group_size: Weights per scale for int4 targets, 0 for one scale per channel; by default the
+            target's own choice.
         attention: What attention may round the factors of both its products to, where kernels and
             the processor multiply those: "int8" (x86: AVX512-VNNI), good to 30 to 40 dB, "bfloat16"
             (AVX512-BF16), good to 45, or "float32".  By default int8 where queries, keys and values
             are results of int8 products, which are no better themselves.
+        float: What the part of a model that is not quantized computes in: "fp16" or "fp32"; by
+            default fp16 on CUDA, and fp32 elsewhere, see `passes/convert_float16.py`.
         smooth: Divide the outlying channels of activations before they are quantized, and multiply
             the weights that read them instead, see `passes/smooth_activations.py`.
         calibration: Where static ranges are cut off: "min-max", "moving-average", "percentile",
@@ -48,6 +52,7 @@ class Recipe:
     keep_float: tuple[str, ...] = ()
     group_size: int | None = None
     attention: str | None = None
+    float: str | None = None
     smooth: bool = True
     calibration: str = "mse"
     rounding: str = "nearest"
@@ -59,11 +64,14 @@ class Recipe:
 
         Raises:
             OptionError: Patterns that are no strings, a group size that is no power of two from 16
-                to 256, an attention that is none of the three, or rules or passes that are none.
+                to 256 and not 0, an attention that is none of the three, a float that is neither
+                of both, or rules or passes that are none.
         """
         AssignPrecision.Options(self.keep_float, self.group_size, rounding=self.rounding)
         FuseAttention.Options(self.attention)
         Clipping.parse(self.calibration)
+        if self.float is not None:
+            check_float_type(self.float)
         if not isinstance(self.smooth, bool):
             raise OptionError(f"smooth must be true or false, not {self.smooth!r}")
         object.__setattr__(self, "keep_float", tuple(self.keep_float))
@@ -126,6 +134,7 @@ class Recipe:
             "keep_float": list(self.keep_float),
             "group_size": self.group_size,
             "attention": self.attention,
+            "float": self.float,
             "smooth": self.smooth,
             "calibration": self.calibration,
             "rounding": self.rounding,

@@ -9,6 +9,8 @@ The same in plain ONNX Runtime:
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import platform
 import warnings
@@ -36,6 +38,8 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 Provider = str | tuple[str, dict[str, Any]]
 """An execution provider, alone or with its options, as ONNX Runtime takes them."""
+
+_CUDA = "CUDAExecutionProvider"
 
 _MOST_THREADS = 1024
 """More than any machine has cores; ORT would start as many as it is told."""
@@ -95,6 +99,8 @@ def load(
             _register(options, folder, manifest, manifest.library)
     if providers is None:
         providers = _default_providers(manifest.target, ort.get_available_providers())
+    if _CUDA in map(_name_of, providers):
+        _find_cuda(ort)
     return open_session(folder / MODEL, providers=providers, threads=threads, options=options)
 
 
@@ -216,6 +222,11 @@ def _register(options: Any, folder: Path, manifest: Manifest, library: LibraryEn
         problem = f"its kernels are for {library.machine}, this is {here}"
     elif not path.is_file():
         problem = f"{library.file} is missing"
+    elif manifest.target.startswith("cuda") and not _has_cuda():
+        problem = (
+            f"this onnxruntime has no {_CUDA}: pip uninstall onnxruntime, then pip install "
+            "'onnxruntime-gpu[cuda,cudnn]'"
+        )
     else:
         manifest.check_file(folder, library.file)
         try:
@@ -235,5 +246,17 @@ def _name_of(provider: object) -> str:
 
 
 def _default_providers(target: str, available: Sequence[str]) -> list[str]:
-    wanted = ["CUDAExecutionProvider"] if target.startswith("cuda") else []
+    wanted = [_CUDA] if target.startswith("cuda") else []
     return [*(p for p in wanted if p in available), "CPUExecutionProvider"]
+
+
+def _has_cuda() -> bool:
+    return _CUDA in import_onnxruntime().get_available_providers()
+
+
+def _find_cuda(ort: Any) -> None:
+    """Let ONNX Runtime find the CUDA libraries of wheels, which are not where the system looks."""
+    if hasattr(ort, "preload_dlls"):
+        # It prints what it does not find; if that is needed, opening the session says so.
+        with contextlib.redirect_stdout(io.StringIO()):
+            ort.preload_dlls()

@@ -14,7 +14,7 @@ from onnxscript import rewriter
 
 from qcompiler.ir.errors import OptionError, QCompilerError
 from qcompiler.ir.onnx_rules import onnx_problems
-from qcompiler.ir.stages import Stage, verify
+from qcompiler.ir.stages import Interface, Stage, verify
 
 __all__ = ["Rewrite", "Step", "Watcher", "as_pass", "check_watchers"]
 
@@ -60,6 +60,8 @@ class Step:
         """
         # What the source has wrong, ONNX Runtime may still run: it is not the pass that did it.
         known = {(rule, problem) for rule, _, problem in onnx_problems(model)}
+        changes = getattr(self.rewrite, "changes_interface", False)
+        interface = None if changes else Interface.of(model)
         try:
             with _uncollected():
                 result = self.rewrite(model)
@@ -70,7 +72,7 @@ class Step:
             if isinstance(error.__cause__, QCompilerError):
                 raise error.__cause__ from None
             raise ir.passes.PassError(f"{self.name}: {type(error).__name__}: {error}") from error
-        verify(result.model, stage or self.stage, after=self.name, known=known)
+        verify(result.model, stage or self.stage, self.name, known, interface)
         return result
 
 

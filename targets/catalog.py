@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.region import Region
-from qcompiler.targets import x86
+from qcompiler.targets.backend import Backend, backend_of
 from qcompiler.targets.target import Scheme, Target
 
 __all__ = ["TARGETS", "built_isas", "fingerprint", "get_target", "unsupported"]
@@ -33,9 +33,9 @@ TARGETS = {
         Target("x86-int4", "x86", _INT4_CPU, _X86, _CPU, "linux-x86_64"),
         Target("arm-int8", "arm", _INT8, _ARM, _CPU, "linux-aarch64"),
         Target("arm-int4", "arm", _INT4_CPU, _ARM, _CPU, "linux-aarch64"),
-        Target("cuda-int8", "cuda", _INT8, _SM, _CUDA, "linux-x86_64"),
-        Target("cuda-int4", "cuda", _INT4_CUDA, _SM, _CUDA, "linux-x86_64"),
-        Target("cuda-fp8", "cuda", _FP8, _SM[:2], _CUDA, "linux-x86_64"),
+        Target("cuda-int8", "cuda", _INT8, _SM, _CUDA, "linux-x86_64", "fp16"),
+        Target("cuda-int4", "cuda", _INT4_CUDA, _SM, _CUDA, "linux-x86_64", "fp16"),
+        Target("cuda-fp8", "cuda", _FP8, _SM[:2], _CUDA, "linux-x86_64", "fp16"),
     )
 }
 
@@ -57,20 +57,24 @@ def get_target(name: str) -> Target:
 
 def built_isas(target: Target) -> tuple[str, ...]:
     """The instruction sets that kernels of the target exist for, best first."""
-    return tuple(isa.name for isa in x86.ISAS) if _has_kernels(target) else ()
+    backend = _backend(target)
+    return () if backend is None else tuple(isa for isa in target.isa if isa in backend.all_isas)
 
 
 def unsupported(target: Target, region: Region) -> str | None:
     """Why the target has no kernel for a region, or None if it has one."""
-    if not _has_kernels(target):
-        return f"no {target.name} kernels yet"
-    return x86.supports(region)
+    backend = _backend(target)
+    return f"no {target.name} kernels yet" if backend is None else backend.supports(region)
 
 
 def fingerprint(target: Target) -> str:
     """Hash of everything that shapes the target's kernels; empty while it has none."""
-    return x86.fingerprint() if _has_kernels(target) else ""
+    backend = _backend(target)
+    return "" if backend is None else backend.fingerprint()
 
 
-def _has_kernels(target: Target) -> bool:
-    return target.arch == "x86" and target.scheme.name == "int8"
+def _backend(target: Target) -> Backend | None:
+    """What makes the target's kernels; None while it has none."""
+    if target.arch == "x86" and target.scheme.name != "int8":
+        return None
+    return backend_of(target.arch)

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Protocol
 
 from qcompiler.ir.errors import ToolchainError
-from qcompiler.targets.cache import KernelCache, content_key
 
-__all__ = ["CubinCompiler", "Nvcc", "Nvrtc", "compile_cubin", "find_cubin_compiler"]
+__all__ = ["CubinCompiler", "Nvcc", "Nvrtc", "find_cubin_compiler"]
 
 _PATIENCE = 600
 """Seconds that one file may take to compile."""
@@ -116,25 +115,6 @@ class Nvrtc:
             return _text(nvrtc, "CUBIN", program)
         finally:
             nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-def compile_cubin(
-    source: str, arch: str, compiler: CubinCompiler, cache: KernelCache, fingerprint: str = ""
-) -> bytes:
-    """A cubin, found again by everything it is made from.
-
-    Args:
-        source: The CUDA text.
-        arch: Such as "sm_80".
-        compiler: From `find_cubin_compiler`.
-        cache: Where cubins made before are.
-        fingerprint: What else it depends on.
-
-    Raises:
-        ToolchainError: The text does not compile.
-    """
-    key = content_key("cubin", compiler.name, *_FLAGS, arch, source, fingerprint)
-    return cache.get_or_make(key, lambda: compiler.compile(source, arch))
 
 
 def find_cubin_compiler() -> CubinCompiler:

@@ -42,6 +42,7 @@ class Target:
         isa: Variants a bundle may carry, best first; what is built today is in the library.
         provider: The ONNX Runtime execution provider its kernels run in.
         machine: The operating system and processor a native library would be linked for.
+        float_type: What the part of a model that is not quantized computes in: "fp16" or "fp32".
     """
 
     name: str
@@ -50,3 +51,4 @@ class Target:
     isa: tuple[str, ...]
     provider: str
     machine: str
+    float_type: str = "fp32"

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qcompiler.ir.errors import ToolchainError
@@ -33,6 +33,8 @@ _COMPILE_FLAGS = (
 )  # fmt: skip
 # No build id, no symbol table: the same inputs must give the same bytes.
 _LINK_FLAGS = ("-shared", "-fPIC", "-s", "-Wl,--build-id=none", "-Wl,--gc-sections")
+# Parts of the C library, before glibc 2.34; what is not used is not asked for.
+_LIBRARIES = ("-Wl,--as-needed", "-lm", "-ldl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,17 +48,28 @@ class Linker:
     def identity(self) -> str:
         """Everything about it that may change what it makes."""
         # Not the path of the program: the name says which it is and of what version.
-        return " ".join([self.name, *self.command[1:], *_COMPILE_FLAGS, *_LINK_FLAGS])
+        flags = [*_COMPILE_FLAGS, *_LINK_FLAGS, *_LIBRARIES]
+        return " ".join([self.name, *self.command[1:], *flags])
 
-    def compile(self, source: str, headers: dict[str, str], flags: Sequence[str] = ()) -> bytes:
-        """The object made from C text; `headers` maps the names it includes to their text."""
+    def compile(
+        self,
+        source: str,
+        headers: Mapping[str, str],
+        flags: Sequence[str] = (),
+        files: Mapping[str, bytes] | None = None,
+    ) -> bytes:
+        """The object made from C text; it includes `headers`, and its assembly `files`, by name."""
         with _workplace() as folder:
             for name, text in {**headers, "source.c": source}.items():
                 Path(folder, name).write_text(text)
+            for name, content in (files or {}).items():
+                Path(folder, name).write_bytes(content)
             self._run([*_COMPILE_FLAGS, *flags, "-c", "source.c", "-o", "source.o"], folder)
             return Path(folder, "source.o").read_bytes()
 
-    def link(self, objects: Sequence[bytes], exports: Sequence[str]) -> bytes:
+    def link(
+        self, objects: Sequence[bytes], exports: Sequence[str], flags: Sequence[str] = ()
+    ) -> bytes:
         """A shared library of which only the symbols `exports` can be seen."""
         with _workplace() as folder:
             names = [f"{i}.o" for i in range(len(objects))]
@@ -65,7 +78,8 @@ class Linker:
             visible = "".join(f"{symbol}; " for symbol in exports)
             Path(folder, "exports.map").write_text(f"{{ global: {visible}local: *; }};\n")
             script = "-Wl,--version-script=exports.map"
-            self._run([*_LINK_FLAGS, script, *names, "-o", "library.so"], folder)
+            files = [script, *names, *_LIBRARIES, "-o", "library.so"]
+            self._run([*_LINK_FLAGS, *flags, *files], folder)
             return Path(folder, "library.so").read_bytes()
 
     def _run(self, arguments: Sequence[str], folder: str) -> None:

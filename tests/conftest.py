@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from golden import model_of
 from hypothesis import settings
+from stand_in import NoCompiler, names_of_kernels
 
 import qcompiler
 from qcompiler.report import Report
@@ -26,6 +27,18 @@ def untimed() -> Iterator[None]:
     """Kernels are chosen by the cost model, except where a test is about timing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qcompiler.chooser.runs_here", lambda target: False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cubins_without_code() -> Iterator[None]:
+    """Bundles for GPUs get the names of their kernels; TVM and nvcc would take half a minute each.
+
+    What they make is tested by itself, in `test_cuda_kernels.py` and `test_cuda_library.py`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qcompiler.targets.cuda.backend.find_cubin_compiler", NoCompiler)
+        patch.setattr("qcompiler.targets.cuda.backend.CudaBackend.source", names_of_kernels)
         yield
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from qcompiler.cli.host import instruction_sets
 from qcompiler.ir.region import Region
-from qcompiler.targets import kernel_table, x86
-from qcompiler.targets.x86 import Isa
+from qcompiler.targets import x86
+from qcompiler.targets.x86 import Isa, table
 from qcompiler.targets.x86.families import FAMILIES
 
 
@@ -44,7 +44,7 @@ def compiled_for_here() -> Iterator[None]:
     isas = x86.isas_of
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(x86, "isas_of", isas_of)
-        patch.setattr(kernel_table, "isas_of", isas_of)
+        patch.setattr(table, "isas_of", isas_of)
         yield
 
 

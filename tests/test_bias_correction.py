@@ -62,6 +62,34 @@ def test_errors_without_a_mean_are_left_alone():
     assert "corrected" not in decision_of(model.graph[0]).why
 
 
+def test_what_the_other_samples_do_not_share_is_not_corrected():
+    """Each sample has a mean of its own, with either sign: the mean of four is chance."""
+    signs = np.float32([1, -1, 1, -1])
+    feeds = [{"x": s * (f["x"] + i)} for i, (s, f) in enumerate(zip(signs, FEEDS, strict=True))]
+    model = planned(CONV, WEIGHTS)
+    BiasCorrection(*facts(feeds))(model)
+    shift = bias_shift(model.graph[0])
+    held_out = [{"x": -f["x"]} for f in FEEDS] + FEEDS
+    before = [output_sqnr(planned(CONV, WEIGHTS), f, OBSERVE) for f in held_out]
+    if shift is not None:
+        assert np.mean([output_sqnr(model, f, OBSERVE) for f in held_out]) > np.mean(before) - 0.1
+
+
+def test_a_batch_counts_as_its_pictures_and_one_picture_as_nothing():
+    text = CONV.replace("float[1,32,6,6] x", "float[n,32,6,6] x").replace(
+        "float[1,8,6,6] y", "float[n,8,6,6] y"
+    )
+    batch = [{"x": np.concatenate([feed["x"] for feed in FEEDS])}]
+    model, alone = planned(text, WEIGHTS), planned(text, WEIGHTS)
+    assert BiasCorrection(*facts(batch))(model).modified
+    single = planned(text, WEIGHTS)
+    BiasCorrection(RUN, OBSERVE)(single)
+    np.testing.assert_allclose(
+        bias_shift(model.graph[0]), bias_shift(single.graph[0]), rtol=0.05, atol=0.01
+    )
+    assert not BiasCorrection(*facts(FEEDS[:1]))(alone).modified
+
+
 def test_a_shared_weight_has_a_shift_for_each_bias():
     text = CONV.replace(
         "y = Neg (c)", "n = Neg (x) e = Conv <pads = [1, 1, 1, 1]> (n, w, b) y = Sub (c, e)"

@@ -9,7 +9,7 @@ from golden import assert_step, model_of
 from test_assign_precision import PLAN
 
 from qcompiler.ir.decisions import decision_of, left_to_ort, plan_of
-from qcompiler.ir.errors import OptionError
+from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.ir.sites import Choice, Costs, Site
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.choose_kernels import ChooseKernels
@@ -252,6 +252,19 @@ def test_forced_ops_stay_float_with_the_reason():
     choose(model)
     assert decision_of(only(model)).why == "it was slower"
     assert plan_of(only(model)) is None
+
+
+def test_missing_samples_are_said_before_anything_is_timed():
+    def never(sites):
+        raise AssertionError("timed")
+
+    choose = choosing({})
+    choose.costs, choose.observed = never, False
+    with pytest.raises(CalibrationError, match=r"ranges are needed by .* --calib DIR"):
+        choose(planned(CHAIN, KERNELS))
+    choose = choosing({"float": 1.0, "ort": 2.0, "kernel": 3.0})
+    choose.observed = False
+    choose(planned(MATMUL, W))  # whose scales are dynamic
 
 
 def test_choices_are_made_again():

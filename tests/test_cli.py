@@ -33,7 +33,7 @@ def test_help_shows_options_and_verbs():
             assert word in result.stdout
 
 
-@pytest.mark.parametrize("verb", ["targets", "inspect", "bench", "compare", "pass"])
+@pytest.mark.parametrize("verb", ["targets", "inspect", "bench", "compare", "pass", "take-weights"])
 def test_help_of_a_verb(verb):
     result = qcompile(verb, "--help")
     assert result.exit_code == 0
@@ -49,7 +49,7 @@ def test_version():
     ("args", "message"),
     [
         (["inspct", "x"], "'inspct' is neither a file nor a verb; did you mean 'inspect'?"),
-        (["frobnicate"], "the verbs are targets, inspect, bench, compare, pass"),
+        (["frobnicate"], "the verbs are targets, inspect, bench, compare, pass, take-weights"),
         ([MODEL, "--targt", "x86-int8"], "No such option '--targt'"),
         (["bench", "b", "--agaisnt", "m"], "Did you mean '--against'?"),
         ([MODEL], "Missing option '--target'. Choose from: x86-int8, x86-int4, arm-int8"),
@@ -264,12 +264,14 @@ def test_compile_as_json():
 
 
 def test_compile_merges_recipe_and_options():
-    Path("r.toml").write_text('keep_float = ["Conv"]\ngroup_size = 32\n')
+    Path("r.toml").write_text('keep_float = ["Conv"]\ngroup_size = 32\nfloat = "fp16"\n')
     result = qcompile(MODEL, "--target", "cuda-int4", "--recipe", "r.toml", "--keep-float",
-                      "node_linear*", "--group-size", 64, "-o", "b", "-q")  # fmt: skip
+                      "node_linear*", "--group-size", 64, "--float", "fp32", "-o", "b",
+                      "-q")  # fmt: skip
     assert result.exit_code == 0, result.output
     recipe = json.loads(Path("b/manifest.json").read_text())["recipe"]
     assert (recipe["keep_float"], recipe["group_size"]) == (["Conv", "node_linear*"], 64)
+    assert recipe["float"] == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -278,6 +280,8 @@ def test_compile_merges_recipe_and_options():
         (["nope.onnx", "--target", "x86-int8"], 1, "no model: nope.onnx does not exist"),
         ([MODEL, "--target", "x86-int9"], 1, "unknown target 'x86-int9'; did you mean 'x86-int8'"),
         ([MODEL, "--target", "arm-int8"], 1, "give samples with --calib DIR"),
+        ([MODEL, *ARM, "--float", "half"], 1, "float must be fp16 or fp32, not 'half'; did you"),
+        ([MODEL, *ARM, "--float", ""], 1, "float must be fp16 or fp32, not ''"),
         ([MODEL, *ARM, "--shapes", "x=0"], 2, "'x=0' is not NAME=SIZExSIZE"),
         ([MODEL, *ARM, "--shapes", "x=1x2"], 1, "no input 'x'; the inputs are image"),
         ([MODEL, *ARM, "--shapes", "image=1x2"], 1, "image=1x2 does not fit, the model takes"),

@@ -66,6 +66,16 @@ def test_a_full_stderr_changes_nothing():
     assert b"Bundle" in done.stdout
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["--help"], ["targets", "--help"], ["targets"]])
+def test_a_full_stdout_is_named(words):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "qcompiler", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(rb"error: standard output\b.*: No space left on device\n", done.stderr)
+
+
 # Interrupts
 
 

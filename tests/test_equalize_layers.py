@@ -8,7 +8,9 @@ from golden import assert_rewrites, run, text_of
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.passes.equalize_layers import EqualizeLayers
+from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.options import configured
+from qcompiler.passes.side_by_side import quantized_copy
 
 RNG = np.random.default_rng(0)
 C = 16
@@ -147,3 +149,17 @@ def test_gain_is_what_a_pair_must_be_worth():
     assert not equalized(RELU, gain=60)[1]
     with pytest.raises(OptionError, match="equalize-layers: gain must be 0 dB or more, not -1"):
         configured(EqualizeLayers(), "equalize-layers", {"gain": ["-1"]})
+
+
+def test_what_holds_the_same_numbers_is_not_observed_again():
+    asked = []
+
+    def counted(model, names):
+        asked.append(set(names))
+        return OBSERVE(model, names)
+
+    model, ranges = planned(RELU, WEIGHTS), KnownRanges(counted)
+    assert EqualizeLayers(RUN, ranges)(model).modified
+    quantized_copy(model, ranges)
+    first, again = asked
+    assert again and all(name.endswith("_equalized") for name in again) and not first & again

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from qcompiler.ir.errors import (
 )
 from qcompiler.job import Job
 from qcompiler.model_file import save_model
+from qcompiler.probe import Probe
 
 RNG = np.random.default_rng(0)
 W = RNG.standard_normal((64, 8), dtype=np.float32)
@@ -321,6 +323,17 @@ def files_end_at(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_temporary_folder(conv, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = ir.load(conv)
+    with (
+        files_end_at(64),
+        pytest.raises(OptionError, match=rf"cannot write {tmp_path}/\S*onnx\S*: File too large"),
+        Probe(model, ["c"]),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(("size", "file"), [(4096, r"libqcompiler-\S*"), (2e5, None)])

@@ -282,3 +282,21 @@ def test_what_a_quantized_source_keeps_float_stays_float() -> None:
     *_, last = subject.graph
     assert plan_of(last) is None
     assert decision_of(last).why == "the source is quantized, and keeps this op float"
+
+
+@pytest.mark.parametrize(
+    ("result", "left"),
+    [
+        ("m = MatMul (d, f) r = QuantizeLinear (m, ys, yz) y = DequantizeLinear (r, ys, yz)", True),
+        ("y = MatMul (d, f)", False),  # pairs and then floats: ORT may take them for a float Gemm
+    ],
+)
+def test_products_that_are_to_be_left_to_ort(result: str, left: bool) -> None:
+    subject = model(f"{STATIC}{BY_COLUMN}{result}")
+    before = run(subject, X)[0]
+    assert FoldQDQ("slower here")(subject).modified != left
+    found = [node for node in subject.graph if node.op_type in ("MatMul", "QMatMulU8S8")]
+    assert [node.op_type for node in found] == ["MatMul" if left else "QMatMulU8S8"]
+    if left:
+        assert decision_of(found[0]).why == "slower here: ORT's own QLinearMatMul"
+    np.testing.assert_allclose(run(subject, X)[0], before, rtol=3e-6, atol=1e-4)

@@ -258,6 +258,16 @@ def test_layers_side_by_side_are_the_same():
     assert told[0][0].startswith("node_0: rounded by gptq to ")
 
 
+def test_it_is_said_what_was_kept_from_an_earlier_run():
+    def told(model):
+        lines = []
+        GPTQ(LayerRuns(WALK, tell=lambda text, *_: lines.append(text)))(model)
+        return ["kept from an earlier run: rounded by gptq" in line for line in lines]
+
+    assert told(planned()) == [False] * 4 and told(planned()) == [True] * 4
+    assert told(planned(weights=WEIGHTS | {"d": WEIGHTS["a"]})) == [False] * 4
+
+
 def test_another_model_or_samples_find_nothing_in_the_cache():
     def asked(model, walk):
         counts = []

@@ -52,6 +52,5 @@ def test_compiled_models_answer_as_their_source(dialect, tmp_path):
     (expected,) = run(model, {"x": feed}, plainly=True)
     report = qcompiler.compile(model, "arm-int8", tmp_path / "bundle", timing=False)
     (got,) = qcompiler.load(report.bundle).run(None, {"x": feed})
-    # ONNX Runtime computes weights of few bits with activations of 8.
-    assert sqnr(expected, got) > (25 if dialect == "few bits" else 60)
+    assert sqnr(expected, got) > 60
     assert not any(d.op.startswith(("QLinear", "MatMulInteger")) for d in report.decisions)

@@ -9,7 +9,7 @@ from calibrated import facts, output_sqnr, planned
 from golden import model_of, text_of
 
 import qcompiler
-from qcompiler.ir.decisions import decision_of, plan_of
+from qcompiler.ir.decisions import add_note, decide, decision_of, plan_of
 from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.passes.keep_sensitive import KeepSensitive
 from qcompiler.passes.known_ranges import KnownRanges
@@ -75,8 +75,8 @@ def test_the_outputs_decide_how_many_stay_float():
         counts.append(len(reasons))
         for reason in reasons.values():
             assert re.fullmatch(
-                r"kept float: its own error is \d+\.\d dB, and with all quantized the worst "
-                rf"output is \d+\.\d dB, below {bound:g}",
+                r"kept float: quantized alone it leaves the worst output \d+\.\d dB, and all "
+                rf"together \d+\.\d dB, below {bound:g}",
                 reason,
             )
         if counts[-1] < 3:
@@ -91,9 +91,56 @@ def test_runs_bound_the_search():
         asked.append(len(names))
         return RUN(model, names)
 
-    options = KeepSensitive.Options(outputs=200, runs=2)
-    KeepSensitive(counted, OBSERVE, options)(planned(CHAIN, CHAIN_WEIGHTS))
-    assert asked == [9, 3, 3]  # each node once, then the output twice
+    model = planned(CHAIN, CHAIN_WEIGHTS)
+    KeepSensitive(counted, OBSERVE, KeepSensitive.Options(outputs=200, runs=2))(model)
+    assert asked == [9, 3]  # each node once, then the output; two halves would be too much
+    why = decision_of(model.graph[0]).why
+    assert why.startswith("kept float: quantized alone with 2 more it leaves the worst output ")
+    asked.clear()
+    KeepSensitive(counted, OBSERVE, KeepSensitive.Options(outputs=200))(
+        planned(CHAIN, CHAIN_WEIGHTS)
+    )
+    assert asked == [9, *[3] * 5]  # all, one and two, and the two
+
+
+def test_a_note_is_no_reason_to_say_it_twice():
+    model = planned(TEXT, WEIGHTS)
+    head = model.graph[2]
+    add_note(head, "a note")
+    KeepSensitive(RUN, OBSERVE)(model)
+    why = decision_of(head).why
+    assert why.startswith("kept float: its own error is ") and why.endswith("; a note")
+    assert why.count("kept float") == 1
+    decide(head, "float", "something else")
+    assert decision_of(head).why.startswith("something else; a note; kept float: its own error")
+
+
+def test_what_costs_the_output_stays_float_not_what_errs_most_itself():
+    """One is good, but a small difference is all that is left of it; one is bad, but quiet."""
+    rng = np.random.default_rng(1)
+    weights = {
+        "one": np.eye(8, dtype=np.float32).reshape(8, 8, 1, 1),
+        "channel": np.int64([1]),
+        "quiet": np.float32(1e-4),
+    }
+    text = (
+        "g (float[1,8,8,8] x, float[1,8,8,8] p) => (float[1,8,8,8] z) "
+        "{ c = Conv (x, one) m = ReduceMean (c, channel) d = Sub (c, m) "
+        "b = Conv (p, one) t = Mul (b, quiet) z = Add (d, t) }"
+    )
+    shape, shared = (1, 8, 8, 8), 100 * rng.standard_normal((1, 1, 8, 8), dtype=np.float32)
+    feed = {
+        "x": shared + rng.standard_normal(shape, dtype=np.float32),
+        "p": rng.standard_normal(shape, dtype=np.float32) ** 7,
+    }
+
+    def kept(**options):
+        model = planned(text, weights)
+        KeepSensitive(*facts([feed]), KeepSensitive.Options(**options))(model)
+        return [node.name for node in model.graph if node.op_type == "Conv" and not plan_of(node)]
+
+    assert kept(own=30, outputs=-300) == ["node_3"]
+    assert kept(own=-300, outputs=20) == ["node_0"]
 
 
 def test_dynamic_products_answer_for_themselves_only():
@@ -123,6 +170,25 @@ def test_the_model_is_calibrated_once():
     weight.const_value = ir.tensor(weight.const_value.numpy() * 2, name="a")
     ranges(model, {"x": None})
     assert len(calls) == 2  # another model
+
+
+def test_ranges_are_carried_to_a_model_of_the_same_numbers():
+    calls = []
+
+    def counted(model, names):
+        calls.append(list(names))
+        return OBSERVE(model, names)
+
+    model = planned(CHAIN, CHAIN_WEIGHTS)
+    ranges = KnownRanges(counted)
+    first, other = ranges(model, {"x": None, "r": None}), model.clone()
+    weight = other.graph.initializers["a"]
+    weight.const_value = ir.tensor(weight.const_value.numpy().copy(), name="a")
+    ranges.carry(other, model)  # of which nothing is known
+    ranges.carry(model, other)
+    assert ranges(other, {"x": None, "r": None, "s": None}) | first and calls[1:] == [["s"]]
+    ranges(model, {"x": None})
+    assert len(calls) == 3
 
 
 def test_without_samples_nothing_changes():

@@ -30,8 +30,9 @@ from qcompiler.ir.region import Region
 from qcompiler.targets import x86
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.elf import glibc_version, undefined_symbols
-from qcompiler.targets.library import Library, build_library, check_self_contained
+from qcompiler.targets.library import Library, build_library
 from qcompiler.targets.toolchain import Linker, find_linker
+from qcompiler.targets.x86.backend import check_self_contained
 from qcompiler.targets.x86.isa import AVX2, AVX_VNNI, Isa
 
 KINDS = [

@@ -8,7 +8,12 @@ from golden import assert_rewrites, run
 
 from qcompiler.ir.decisions import decision_of
 from qcompiler.passes.fold_qdq import FoldQDQ
+from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.passes.lift_qoperators import LiftQOperators
+from qcompiler.pipeline import Pipeline
+from qcompiler.targets.catalog import get_target
+
+LIFT = LiftQOperators(LiftQOperators.Options(float_products=True))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -34,7 +39,7 @@ def test_matmul_nbits(bits, points, k):
     feeds = {"x": RNG.standard_normal((3, k)).astype(np.float32)}
     expected = run(model, feeds, plainly=True)[0]
     assert_rewrites(
-        LiftQOperators(),
+        LIFT,
         model,
         f"""inputs x
         v{last + 1} = DequantizeLinear {{'axis': '0', 'block_size': '{block}'}} ({operands})
@@ -45,22 +50,66 @@ def test_matmul_nbits(bits, points, k):
     np.testing.assert_allclose(run(model, feeds, plainly=True)[0], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("level", "said"), [("", "was 0"), (", accuracy_level = 1", "was 1"),
-                                             (", accuracy_level = 4", None)])  # fmt: skip
-def test_the_accuracy_that_a_product_had(level, said):
+def of_few_bits(level, after="", result="float[3,8] y"):
     weights = {
         "w": RNG.integers(0, 256, (8, 2, 8)).astype(np.uint8),
         "s": RNG.uniform(0.01, 0.1, (8, 2)).astype(np.float32),
+        "v": RNG.standard_normal((8, 8)).astype(np.float32),
     }
-    model = foreign(
-        "g (float[3,32] x) => (float[3,8] y) { y = com.microsoft.MatMulNBits "
-        f"<K = 32, N = 8, bits = 4, block_size = 16{level}> (x, w, s) }}",
+    out = "m" if after else "y"
+    return foreign(
+        f"g (float[n,32] x) => ({result}) {{ {out} = com.microsoft.MatMulNBits "
+        f"<K = 32, N = 8, bits = 4, block_size = 16{level}> (x, w, s) {after} }}",
         weights,
     )
-    LiftQOperators()(model)
+
+
+FEW = {"x": RNG.standard_normal((3, 32)).astype(np.float32)}
+
+
+@pytest.mark.parametrize("target", ["x86-int8", "x86-int4", "cuda-int8"])
+@pytest.mark.parametrize("level", ["", ", accuracy_level = 0", ", accuracy_level = 1"])
+def test_a_product_of_floats_answers_with_the_same_bits(level, target):
+    model = of_few_bits(level)
+    expected = run(model, FEW)[0]
+    model = Pipeline.default(get_target(target)).run(model)
+    np.testing.assert_array_equal(run(model, FEW)[0], expected)
+    (node,) = model.graph
+    assert node.op_type == "MatMulNBits" and decision_of(node).action == "qdq"
+    assert f"at accuracy_level {level[-1:] or 0} it multiplies floats" in decision_of(node).why
+
+
+@pytest.mark.parametrize(("level", "said"), [("", "was 0"), (", accuracy_level = 1", "was 1"),
+                                             (", accuracy_level = 4", None)])  # fmt: skip
+def test_the_accuracy_that_a_product_had(level, said):
+    model = of_few_bits(level)
+    assert LIFT(model).modified
     FoldQDQ()(model)
     why = decision_of(model.graph[-1]).why
     assert (f"accuracy_level {said}" in why) if said else ("accuracy_level" not in why)
+
+
+def test_a_scheme_of_float_activations_has_an_op_for_it():
+    model = Pipeline.default(get_target("cuda-int4")).run(of_few_bits(""))
+    assert [node.op_type.split("_")[0] for node in model.graph] == ["QMatMulW4A16"]
+
+
+def test_what_follows_a_product_that_stays_has_a_type():
+    model = of_few_bits("", "e = Exp (m) y = LayerNormalization (e, one)", "float[n,8] y")
+    for value in (node.outputs[0] for node in model.graph):
+        value.type = value.shape = None
+    InferShapes()(model)
+    product, exp, _ = model.graph
+    assert product.op_type == "MatMulNBits" and product.inputs[1].name == "w"
+    for node in (product, exp):
+        assert node.outputs[0].dtype is ir.DataType.FLOAT and node.outputs[0].shape == ["n", 8]
+
+
+def test_floats_beside_a_product_that_stays_are_kept():
+    model = Pipeline.default(get_target("x86-int8")).run(of_few_bits("", "y = MatMul (m, v)"))
+    product = model.graph[-1]
+    assert product.op_type == "MatMul"
+    assert decision_of(product).why == "the source is quantized, and keeps this op float"
 
 
 def test_a_branch_keeps_its_own():
@@ -75,7 +124,7 @@ def test_a_branch_keeps_its_own():
         f"{{ t = {call} n = Neg (t) }}> }}",
         weights,
     )
-    assert not LiftQOperators()(model).modified
+    assert not LIFT(model).modified
     feeds = {"x": RNG.standard_normal((3, 32)).astype(np.float32), "c": np.array(True)}
     assert run(model, feeds)[0].shape == (3, 8)
     reasons = [decision_of(node).why for node in model.graph.all_nodes()]
@@ -137,5 +186,5 @@ def test_zero_points_in_the_middle_are_none():
         "<K = 32, N = 8, bits = 4, block_size = 16> (x, w, s, zp) }",
         weights,
     )
-    LiftQOperators()(model)
+    LIFT(model)
     assert len(next(iter(model.graph)).inputs) == 2

@@ -163,10 +163,10 @@ NEAR_MISSES = {
         "f = Cast <to = 1> (i) t = Mul (s, ws) y = Mul (f, t) }",
     "g_idx permutes its groups": "g (float[2,32] x, uint8[4,2,8] w4, float[8] s4, int32[32] i) => "
         "(float[2,4] y) { y = com.microsoft.MatMulNBits <K = 32, N = 4, bits = 4, "
-        "block_size = 16> (x, w4, s4, , i) }",
+        "block_size = 16, accuracy_level = 4> (x, w4, s4, , i) }",
     "its weights are computed": "g (float[2,32] x, uint8[4,2,8] w4, float[8] s4) => "
         "(float[2,4] y) { y = com.microsoft.MatMulNBits <K = 32, N = 4, bits = 4, "
-        "block_size = 16> (x, w4, s4) }",
+        "block_size = 16, accuracy_level = 4> (x, w4, s4) }",
     "its layout is NHWC": "g (uint8[1,8,8,3] x) => (uint8[1,1,1,3] y) { y = "
         "com.microsoft.QLinearGlobalAveragePool <channels_last = 1> (x, xs, xz, ys, yz) }",
     "its last windows cover behind the padding": "g (uint8[1,3,8,8] x) => (uint8[1,3,5,5] y) { y = "

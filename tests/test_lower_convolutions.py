@@ -7,7 +7,8 @@ from golden import assert_rewrites, model_of, run
 from qcompiler.ir.decisions import plan_of
 from qcompiler.ir.types import PerAxis
 from qcompiler.passes.assign_precision import AssignPrecision
-from qcompiler.passes.lower_convolutions import LowerConvolutions, no_convolution_of
+from qcompiler.passes.lower_convolutions import LowerConvolutions
+from qcompiler.passes.sub_pixel import no_convolution_of
 from qcompiler.targets.catalog import TARGETS
 
 RNG = np.random.default_rng(0)
@@ -63,7 +64,7 @@ def test_a_transposed_convolution_is_one_and_a_shuffle(attributes, shape, ops, b
 ])  # fmt: skip
 def test_a_transposed_convolution_that_stays_says_why(attributes, shape, why):
     model = transposed(attributes, shape)
-    assert why in no_convolution_of(model.graph[0])
+    assert why in no_convolution_of(model.graph[0], shape)
     assert plan_of(model.graph[0]) is None
     assert not LowerConvolutions()(model).modified
 

@@ -24,6 +24,9 @@ RNG = np.random.default_rng(0)
 W = RNG.standard_normal((64, 8), dtype=np.float32)
 
 
+LIFT = LiftQOperators(LiftQOperators.Options(float_products=True))
+
+
 def stored_as(type, k, n=24):
     weight = RNG.standard_normal((k, n), dtype=np.float32)
     model = model_of(f"g (float[m,{k}] x) => (float[m,{n}] y) {{ y = MatMul (x, w) }}",
@@ -56,7 +59,7 @@ def test_values_are_the_same(bits, k, granularity, signed, symmetric):
     assert LowerFewBits()(model).modified and not LowerFewBits()(model).modified
     assert [node.op_type for node in model.graph] == ["MatMulNBits"]
     np.testing.assert_allclose(run(model, feeds)[0], expected, rtol=1e-4, atol=1e-4)
-    LiftQOperators()(model)
+    LIFT(model)
     np.testing.assert_array_equal(dequantized_constant(model.graph[-1].inputs[1]), floats)
 
 
@@ -64,7 +67,7 @@ def test_two_bits():
     model = stored_as(QuantType(ir.DataType.INT2, granularity=PerGroup(0, 32)), 64)
     floats = dequantized_constant(model.graph[1].inputs[1])
     LowerFewBits()(model)
-    LiftQOperators()(model)
+    LIFT(model)
     np.testing.assert_array_equal(dequantized_constant(model.graph[-1].inputs[1]), floats)
 
 

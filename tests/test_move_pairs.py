@@ -17,6 +17,7 @@ MOVES = {
     "Slice (d, first, third, axis1)": ("[2,3]", "Slice  (v4, v5, v6, v7)"),
     "Gather <axis = 1> (d, ids)": ("[2,2]", "Gather {'axis': '1'} (v4, v5)"),
     "Expand (d, wide)": ("[3,2,6]", "Expand  (v4, v5)"),
+    "Tile (d, halves)": ("[6,18]", "Tile  (v4, v5)"),
     "Concat <axis = 0> (d, d)": ("[4,6]", "Concat {'axis': '0'} (v4, v4)"),
 }  # fmt: skip
 
@@ -40,6 +41,8 @@ def test_a_move_of_dequantized_values_moves_integers(move):
 IMAGE_MOVES = {
     "MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (d)": "[1,2,8,8]",
     'Resize <mode = "nearest"> (d, , twice)': "[1,2,16,16]",
+    "SpaceToDepth <blocksize = 2> (d)": "[1,8,4,4]",
+    "DepthToSpace <blocksize = 1> (d)": "[1,2,8,8]",
     "Pad (d, pads)": "[1,2,10,10]",
     "Pad (d, pads, zf)": "[1,2,10,10]",
     'Pad <mode = "reflect"> (d, pads)': "[1,2,10,10]",

@@ -58,6 +58,26 @@ def store_its_result(node: ir.Node) -> None:
     node.outputs[0].dtype = ir.DataType.INT8
 
 
+def give_an_unknown_attribute(node: ir.Node) -> None:
+    node.attributes["trans_b"] = ir.AttrInt64("trans_b", 1)
+
+
+def give_another_kind(node: ir.Node) -> None:
+    node.op_type = "Softmax"
+    node.resize_inputs(1)
+    node.attributes["axis"] = ir.AttrFloat32("axis", 1.0)
+
+
+def leave_out_an_attribute(node: ir.Node) -> None:
+    node.op_type = "Concat"
+
+
+def misspell_an_attribute(node: ir.Node) -> None:
+    leave_out_an_attribute(node)
+    node.attributes["axes"] = ir.AttrInt64("axes", 0)
+    node.attributes["axis"] = ir.AttrInt64("axis", 0)
+
+
 def multiply_bools(node: ir.Node) -> None:
     for value in (*node.inputs, *node.outputs):
         assert value is not None
@@ -73,6 +93,10 @@ def multiply_bools(node: ir.Node) -> None:
         (take_a_dropped_op, "ai.onnx 21 has no Upsample"),
         (drop_an_operand, "MatMul with 1 operands .rule onnx-operands"),
         (add_an_operand, "MatMul with 3 operands .rule onnx-operands"),
+        (give_an_unknown_attribute, "MatMul has no attribute 'trans_b' .rule onnx-attributes"),
+        (misspell_an_attribute, "Concat has no attribute 'axes'; did you mean 'axis'. .rule onnx"),
+        (leave_out_an_attribute, "Concat without its attribute 'axis' .rule onnx-attributes"),
+        (give_another_kind, "Softmax whose 'axis' is FLOAT, not INT .rule onnx-attributes"),
         (store_its_result, "MatMul of FLOAT and INT8, whose T is one type .rule onnx-types"),
     ],
 )
@@ -89,7 +113,9 @@ def test_a_type_that_an_op_does_not_take() -> None:
     assert problems[:3] == ["MatMul of BOOL, which its T may not be"] * 3
 
 
-@pytest.mark.parametrize("what", [rename, drop_an_operand, store_its_result])
+@pytest.mark.parametrize(
+    "what", [rename, drop_an_operand, give_an_unknown_attribute, store_its_result]
+)
 def test_what_the_source_had_wrong_is_no_fault_of_a_pass(
     what: Callable[[ir.Node], None],
 ) -> None:

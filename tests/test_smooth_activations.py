@@ -8,7 +8,9 @@ import qcompiler
 from qcompiler.calibrate import sample_tokens
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.errors import CalibrationError
+from qcompiler.ir.types import TensorStats
 from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.pipeline import Pipeline
 from qcompiler.samples import Samples
@@ -241,3 +243,22 @@ def test_int8_products_become_more_exact(tmp_path, residual):
             noise[smooth, native] = sqnr(exact, outputs[0])
     assert noise[True, False] > noise[False, False] + 3
     assert noise[True, True] == pytest.approx(noise[True, False], abs=0.2)
+
+
+def test_ranges_that_are_known_hold_for_the_smoothed_model():
+    asked = []
+
+    def counted(model, names):
+        asked.append(set(names))
+        return {name: TensorStats(-1.0, 1.0) for name in names}
+
+    model, ranges = (
+        planned(f"{X} => ({OUT} o) {{ {NORM} o = MatMul (y, w) }}"),
+        KnownRanges(counted),
+    )
+    ranges(model, {"x": None, "y": None})
+    assert SmoothActivations(sample, ranges=ranges)(model).modified
+    changed = model.graph[-1].inputs[0].name
+    assert changed != "y"  # it holds other numbers
+    ranges(model, {"x": None, changed: None})
+    assert asked == [{"x", "y"}, {changed}]

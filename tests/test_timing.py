@@ -7,7 +7,9 @@ import json
 import shutil
 from pathlib import Path
 
+import golden
 import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from conftest import mlp
@@ -22,6 +24,7 @@ from qcompiler.report import Report
 from qcompiler.targets import x86
 from qcompiler.targets.cache import KernelCache
 from qcompiler.timing.cost_model import border_cost, estimate, model_error
+from qcompiler.timing.exact_source import exact_source, sums_saturate
 from qcompiler.timing.judge import Judge
 from qcompiler.timing.measure import Stopwatch, can_time
 from qcompiler.timing.observed_shapes import model_inputs, observed_shapes
@@ -272,17 +275,64 @@ def test_a_whole_that_is_slower_is_quantized_less(tmp_path, timed, whole, sample
         assert files(tmp_path / "again") == files(tmp_path / name)
 
 
-def imported():
+def imported(result="y = MatMul (d, f)"):
     weight = np.random.default_rng(2).integers(-60, 60, (64, 48)).astype(np.int8)
     return model_of(
         "g (float[n,64] x) => (float[n,48] y) { q = QuantizeLinear (x, s, z) "
-        "d = DequantizeLinear (q, s, z) f = DequantizeLinear (w, s) y = MatMul (d, f) }",
+        "d = DequantizeLinear (q, s, z) f = DequantizeLinear (w, s) " + result + " }",
         {"s": np.float32(0.02), "z": np.uint8(128), "w": weight},
     )
 
 
-def test_strict_accepts_that_nothing_is_gained(tmp_path, timed, whole):
+def test_a_model_that_is_faster_by_wrong_sums_is_timed_with_exact_ones(
+    tmp_path, timed, whole, monkeypatch
+):
+    monkeypatch.setattr("qcompiler.timing.exact_source.sums_saturate", lambda: True)
+    whole.extend([0.75, 1.0])
+    report = qcompiler.compile(imported(), "x86-int8", tmp_path / "a")
+    assert report.choices["lost"] is None and report.count("kernel") == 1
+    assert report.choices["whole"][0]["speedup"] == 1.0
+    assert "4 ms against 3 ms on 1 thread, because ONNX Runtime's sums" in report.notes[-1]
+    whole.extend([0.75, 0.9])
+    report = qcompiler.compile(imported(), "x86-int8", tmp_path / "b")
+    assert "the whole is slower: 4 ms against 3 ms on 1 thread" in report.choices["lost"]
+
+
+def test_an_exact_source_is_the_same_model(tmp_path, monkeypatch):
+    monkeypatch.setattr("qcompiler.timing.exact_source.sums_saturate", lambda: True)
+    file = tmp_path / "model.onnx"
+    ir.save(imported(), file)
+    feeds = {"x": np.linspace(-1, 1, 3 * 64, dtype=np.float32).reshape(3, 64)}
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    expected = ort.InferenceSession(file, options).run(None, feeds)[0]
+    with exact_source(file) as copy:
+        (weight,) = (v for v in ir.load(copy).graph.initializers.values() if v.shape.rank() == 2)
+        got = ort.InferenceSession(copy).run(None, feeds)[0]
+    assert weight.dtype is ir.DataType.UINT8 and not copy.exists()
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    ir.save(mlp(), file)
+    with exact_source(file) as copy:
+        assert copy is None
+
+
+def test_sums_saturate_without_vnni():
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+    if "avx2" not in flags:
+        pytest.skip("no x86 processor that says what it has")
+    assert sums_saturate() == (not {"avx512_vnni", "avx_vnni"} & {*flags})
+
+
+def test_where_sums_are_exact_nothing_is_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr("qcompiler.timing.exact_source.sums_saturate", lambda: False)
+    with exact_source(tmp_path / "not looked at.onnx") as copy:
+        assert copy is None
+
+
+def test_strict_accepts_that_nothing_is_gained(tmp_path, timed, whole, monkeypatch):
     """What was quantized already stays so, without kernels; that is no lack of them."""
+    monkeypatch.setattr("qcompiler.timing.exact_source.sums_saturate", lambda: False)
     whole.append(0.5)
     report = qcompiler.compile(imported(), "x86-int8", tmp_path / "a", strict=True)
     bodies = [decision for decision in report.decisions if decision.action == "body"]
@@ -292,6 +342,21 @@ def test_strict_accepts_that_nothing_is_gained(tmp_path, timed, whole):
         imported(), "x86-int8", tmp_path / "b", strict=True, choices=tmp_path / "a"
     )
     assert again.decisions == report.decisions
+
+
+def test_products_that_onnx_runtime_has_are_left_to_it(tmp_path, timed, whole, monkeypatch):
+    monkeypatch.setattr("qcompiler.timing.exact_source.sums_saturate", lambda: False)
+    whole.append(0.5)
+    between = "m = MatMul (d, f) r = QuantizeLinear (m, s, z) y = DequantizeLinear (r, s, z)"
+    report = qcompiler.compile(imported(between), "x86-int8", tmp_path / "a", strict=True)
+    (product,) = (decision for decision in report.decisions if decision.op == "MatMul")
+    assert product.action == "qdq"
+    assert "the whole is slower" in product.why and "QLinearMatMul" in product.why
+    feeds = {"x": np.linspace(-1, 1, 3 * 64, dtype=np.float32).reshape(3, 64)}
+    (got,) = qcompiler.load(report.bundle).run(None, feeds)
+    assert np.abs(got - golden.run(imported(between), feeds, plainly=True)[0]).max() < 1.5 * 0.02
+    qcompiler.compile(imported(between), "x86-int8", tmp_path / "b", choices=tmp_path / "a")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
 
 
 def test_strict_refuses_what_lacks_a_kernel_although_nothing_is_gained(

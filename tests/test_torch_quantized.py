@@ -382,3 +382,30 @@ def test_blocks_in_two_directions_have_no_onnx_form():
 
     with pytest.raises(ValueError, match=r"no ONNX form for blocks of \[2, 32\]"):
         grain_of([2, 32], ir.Value(shape=ir.Shape([4, 64])), None)
+
+
+def look_up(i, table, scale, zero):
+    floats = Q.dequantize_per_channel(table, scale, zero, 0, 0, 255, torch.uint8)
+    return torch.nn.functional.embedding(i, floats)
+
+
+@pytest.mark.parametrize(
+    ("zeros", "ops"),
+    [
+        (RNG.uniform(90, 140, 16), ["DequantizeLinear", "Gather", "Gather", "Sub"]),
+        # Of rows without a negative number: no uint8 is below 0.
+        (np.full(16, -20.0), ["DequantizeLinear", "Gather", "Gather", "Sub"]),
+        (RNG.integers(90, 140, 16), ["DequantizeLinear", "Gather"]),
+    ],
+)
+def test_zero_points_of_floats(zeros, ops):
+    """They are as torch has them; as integers they would be off by up to half a step."""
+    module = Of(look_up, table=RNG.integers(0, 256, (16, 8), np.uint8),
+                scale=SCALES.astype(np.float32), zero=zeros.astype(np.float32))  # fmt: skip
+    model, pairs = both(module, np.array([[3, 0, 15], [7, 7, 1]]), dynamic=False)
+    for got, expected in pairs:
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert [node.op_type for node in model.graph] == ops
+    (table,) = nodes(model, "DequantizeLinear")
+    assert table.inputs[0].dtype is ir.DataType.UINT8
+    assert (len(table.inputs) == 3) == (len(ops) == 2)

@@ -1,5 +1,6 @@
 """Quantized types: their ranges, what cannot be, and texts that parse back."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
+from qcompiler.ir.arithmetic import broadcast_scale, dequantize, quantize
 from qcompiler.ir.codebooks import CODEBOOKS, FP4, NF4, Codebook
 from qcompiler.ir.errors import OptionError
+from qcompiler.ir.granularity import parse_granularity
+from qcompiler.ir.packing import PackedFormat
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
 
 INT8, UINT8, INT4, UINT4 = (ir.DataType[name] for name in ("INT8", "UINT8", "INT4", "UINT4"))
@@ -49,7 +53,19 @@ def quant_types(draw):
         granularity,
         symmetric=name == "INT32" or draw(st.booleans()),
         narrow_range=signed and draw(st.booleans()),
+        bits=None if name == "INT2" else draw(st.sampled_from([None, 2, 3])),
     )
+
+
+@given(quant_types())
+def test_two_levels_are_of_groups_of_rows(type):
+    grouped = isinstance(type.granularity, PerGroup) and type.granularity.axis in (0, -2)
+    if type.symmetric and type.expressed is ir.DataType.FLOAT and grouped:
+        two = dataclasses.replace(type, two_level=True)
+        assert QuantType.parse(str(two)) == two != type
+        return
+    with pytest.raises(OptionError, match="only float scales of groups of rows, without zero"):
+        dataclasses.replace(type, two_level=True)
 
 
 @given(quant_types(), st.sampled_from(["static", "dynamic"]))
@@ -87,6 +103,7 @@ def test_the_text_form():
         ("quant<int8:float, row>", "no granularity 'row': write tensor, axis=1 or axis=0/32"),
         ("quant<int8:float, axis=0/0>", "group size 0: a group has 1 element or more"),
         ("quant<uint8:float, tensor, narrow>", "only signed integers have a narrow range"),
+        ("quant<int4:float, tensor, bits=5>", "5 bits: must be 2 or more, and fewer than INT4"),
         ("quant<nf4:float, tensor, asymmetric>", "a codebook has no zero point"),
         ("quant<mine[0.0 x]:float, tensor>", "could not convert string to float: 'x'"),
         ("quant<mine[1.0]:float, tensor>", "codebook 'mine' has 1 values, it needs 2 to 256"),
@@ -111,12 +128,46 @@ def test_a_wrong_spec_says_what_is_wrong():
         (lambda: QuantType(INT8, ir.DataType.DOUBLE), "cannot stand for DOUBLE, only for float"),
         (lambda: QuantType(UINT8, narrow_range=True), "only signed integers"),
         (lambda: QuantType(FP8, narrow_range=True), "only signed integers"),
+        (lambda: QuantType(INT4, bits=4), "4 bits: must be 2 or more, and fewer than INT4 has"),
+        (lambda: QuantType(FP8, bits=3), "only integers have fewer bits"),
         (lambda: QuantType(FP8, symmetric=False), "FLOAT8E4M3FN has no zero point in ONNX"),
         (lambda: QuantType(ir.DataType.INT32, symmetric=False), "INT32 has no zero point"),
         (lambda: QuantType(UINT4, symmetric=False, codebook=NF4), "a codebook has no zero point"),
         (lambda: QuantType(UINT8, codebook=NF4), "indices of nf4 are UINT4"),
         (lambda: PerGroup(0, 0), "group size 0"),
         (lambda: PerAxis(2).scale_shape((3, 4)), r"axis 2 of a tensor of shape \[3, 4\]"),
+        (lambda: QuantType("int8"), "storage 'int8' is no onnx_ir.DataType: write .*DataType.INT8"),
+        (
+            lambda: QuantType("imt8"),
+            "storage 'imt8' is no .*; did you mean 'int8'.; there are",
+        ),
+        (lambda: QuantType(np.uint8), "storage .*uint8.* write onnx_ir.DataType.UINT8"),
+        (lambda: QuantType(None), "storage None is no onnx_ir.DataType; there are int2"),
+        (lambda: QuantType(INT8, "float"), "expressed 'float' is no .*: write .*DataType.FLOAT$"),
+        (
+            lambda: QuantType(INT8, granularity="tensor"),
+            "granularity 'tensor' is no PerTensor",
+        ),
+        (lambda: QuantType(INT8, granularity=PerTensor), "granularity .*PerTensor.* is no PerTens"),
+        (lambda: QuantType(INT8, symmetric="no"), "symmetric 'no' is neither True nor False"),
+        (lambda: QuantType(INT8, narrow_range=1), "narrow_range 1 is neither True nor False"),
+        (lambda: QuantType(UINT4, codebook="nf4"), "codebook 'nf4' is no Codebook"),
+        (lambda: QuantType.parse(None), "no quantized type: None; write quant<"),
+        (lambda: QuantSpec("int8", "static"), "no type 'int8': it is a QuantType"),
+        (lambda: QuantSpec.parse(8), "no scale 8: write static or dynamic first"),
+        (lambda: PerAxis("1"), "axis '1': it is a whole number"),
+        (lambda: PerAxis(True), "axis True: it is a whole number"),
+        (lambda: PerAxis(1.0), "axis 1.0: it is a whole number"),
+        (lambda: PerGroup(None, 32), "axis None: it is a whole number"),
+        (lambda: PerGroup(0, 2.5), "group size 2.5: it is a whole number"),
+        (lambda: PerGroup(0, "32"), "group size '32': it is a whole number"),
+        (lambda: PackedFormat(bits=4.0), "no packing of 4.0 bits, only of 2 and 4"),
+        (lambda: PackedFormat(high_first="yes"), "high_first 'yes' is neither True nor False"),
+        (lambda: parse_granularity(0), "no granularity 0: write tensor"),
+        (lambda: Codebook(5, (0.0, 1.0)), "codebook 5: the name must be an identifier"),
+        (lambda: Codebook("a", 1.0), "codebook 'a': its values are no floats"),
+        (lambda: Codebook("a", (0.0, "x")), "codebook 'a': its values are no floats: .*'x'"),
+        (lambda: Codebook.parse(4), "no codebook 4; known are nf4, fp4"),
         (lambda: Codebook("a b", (0.0, 1.0)), "the name must be an identifier"),
         (lambda: Codebook("a", (0.0, float("nan"))), "holds nan, all values must be finite"),
         (lambda: Codebook("a", (0.0, -1.0)), "has no value above 0"),
@@ -135,6 +186,8 @@ def test_refuses_what_cannot_be(make, message):
         (QuantType(INT8, narrow_range=True), (-127, 127), 0),
         (QuantType(UINT8), (0, 255), 128),
         (QuantType(INT4), (-8, 7), 0),
+        (QuantType(INT4, bits=3), (-4, 3), 0),
+        (QuantType(UINT4, bits=2), (0, 3), 2),
         (QuantType(ir.DataType.UINT2), (0, 3), 2),
         (QuantType(ir.DataType.INT16), (-32768, 32767), 0),
         (QuantType(FP8), (-448, 448), 0),
@@ -146,6 +199,38 @@ def test_refuses_what_cannot_be(make, message):
 def test_ranges(type, range_, middle):
     assert type.range == range_
     assert type.middle == middle
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert PerGroup(np.int64(-1), np.int32(4)) == PerGroup(-1, 4)
+    assert repr(PerAxis(np.int64(1))) == "PerAxis(axis=1)"
+
+
+@pytest.mark.parametrize(
+    ("granularity", "shape", "message"),
+    [
+        (
+            PerTensor(),
+            (3,),
+            r"shape \[3\], per tensor of a tensor .* they have \[\]",
+        ),
+        (PerAxis(0), (10,), r"shape \[10\], per axis=0 of a tensor .* they have \[3\]"),
+        (PerGroup(1, 4), (3, 2), r"shape \[3, 2\], per axis=1/4 of a tensor .* they have \[3, 3\]"),
+        (PerGroup(1, 4), (1, 3), r"they have \[3, 3\]"),  # would broadcast
+        (PerGroup(1, 4), (3, 4), r"they have \[3, 3\]"),  # would be cut
+        (PerAxis(2), (3,), "axis 2 of a tensor of shape"),
+    ],
+)
+def test_scales_that_do_not_fit(granularity, shape, message):
+    type = QuantType(INT8, granularity=granularity)
+    scale = np.ones(shape, np.float32)
+    with pytest.raises(OptionError, match=message):
+        quantize(np.ones((3, 10), np.float32), scale, type)
+    with pytest.raises(OptionError, match=message):
+        dequantize(np.ones((3, 10), np.int8), scale, type)
+    if granularity != PerTensor():
+        with pytest.raises(OptionError, match=message):
+            broadcast_scale(np.zeros(shape, np.int8), (3, 10), granularity)
 
 
 def test_scale_shapes_round_up_to_whole_groups():

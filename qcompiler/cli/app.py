@@ -21,6 +21,7 @@ from qcompiler.cli.console import EXIT_INTERRUPTED, Terminal
 from qcompiler.cli.inspect import inspect_command
 from qcompiler.cli.passes import pass_command
 from qcompiler.cli.streams import noting_interrupts, prepare_streams
+from qcompiler.cli.take_weights import take_weights_command
 from qcompiler.cli.targets import targets_command
 from qcompiler.ir.errors import did_you_mean
 
@@ -122,14 +123,16 @@ application = Application(
     epilog="A file that is named like a verb is given with its folder: ./bench",
     commands=[
         compile_command, targets_command, inspect_command, bench_command, compare_command,
-        pass_command,
+        pass_command, take_weights_command,
     ],
     params=[
         click.Option(["--version"], is_flag=True, expose_value=False, is_eager=True,
                      callback=_print_version, help="Print the version."),
     ],
     panels=[
-        RichCommandPanel("Verbs", ["targets", "inspect", "bench", "compare", "pass"]),
+        RichCommandPanel(
+            "Verbs", ["targets", "inspect", "bench", "compare", "pass", "take-weights"]
+        ),
         RichOptionPanel("General", ["--version", "--help"]),
     ],
     context_settings={"help_option_names": list(_HELP), "rich_help_config": {"theme": "slim"}},

@@ -79,6 +79,12 @@ __all__ = ["compile_command"]
     help="How weights are rounded: nearest, hqq, awq, gptq, awq_gptq; see docs/weights.md.",
 )
 @click.option(
+    "--float",
+    "float_type",
+    metavar="fp16|fp32",
+    help="What is not quantized computes in; fp16 on CUDA, else fp32, if not given.",
+)
+@click.option(
     "--shapes",
     type=ShapesType(),
     metavar="NAME=1x128,…",
@@ -112,8 +118,8 @@ def compile_command(
     terminal: Terminal, model: Path, target: str, output: Path | None, calib: Path | None,
     preprocess: str | None, calib_method: str | None, recipe_file: Path | None,
     keep_float: tuple[str, ...], group_size: int | None, rounding: str | None,
-    shapes: Shapes | None, untimed: bool, choices: Path | None, emit: str, strict: bool,
-    quiet: bool, debugging: Debugging, as_json: bool,
+    float_type: str | None, shapes: Shapes | None, untimed: bool, choices: Path | None, emit: str,
+    strict: bool, quiet: bool, debugging: Debugging, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile a model into a bundle."""
     if calib is None and not (preprocess is None and calib_method is None):
@@ -127,7 +133,7 @@ def compile_command(
         from qcompiler.installed import check_onnxruntime
 
         check_onnxruntime()
-        recipe = _recipe(recipe_file, keep_float, group_size, calib_method, rounding)
+        recipe = _recipe(recipe_file, keep_float, group_size, calib_method, rounding, float_type)
         samples = None if calib is None else samples_of(calib, preprocess)
         report = qcompiler.compile(
             model, target, output, recipe=recipe, calibration=samples,
@@ -148,7 +154,7 @@ def compile_command(
 
 def _recipe(
     file: Path | None, keep_float: tuple[str, ...], group_size: int | None, method: str | None,
-    rounding: str | None,
+    rounding: str | None, float_type: str | None,
 ) -> Recipe:  # fmt: skip
     """The recipe of the file, with the options on top."""
     from qcompiler.recipe import Recipe
@@ -160,4 +166,5 @@ def _recipe(
         group_size=recipe.group_size if group_size is None else group_size,
         calibration=recipe.calibration if method is None else method,
         rounding=recipe.rounding if rounding is None else rounding,
+        float=recipe.float if float_type is None else float_type,
     )

@@ -78,7 +78,9 @@ class Terminal:
             # A full disk, no permission: the machine's matter, not a bug of ours.
             where = f"{error.filename}: " if error.filename else ""
             if not where and error.errno == errno.ENOSPC:
-                where = f"temporary files in {tempfile.gettempdir()}, or where TMPDIR says: "
+                # Click's help, and files of other libraries, do not say where they go.
+                where = (f"standard output, or temporary files in {tempfile.gettempdir()} "
+                         "or where TMPDIR says: ")  # fmt: skip
             self.error(f"{where}{error.strerror}")
         elif isinstance(error, MemoryError):
             self.error(f"out of memory ({error})" if str(error) else "out of memory")

@@ -63,6 +63,7 @@ def targets_command(terminal: Terminal, as_json: bool) -> None:
         "onnxruntime": version,
         "providers": list(providers),
         "linker": _linker(),
+        "cuda_compiler": _cuda_compiler(),
     }
     if as_json:
         terminal.json({"targets": [dataclasses.asdict(status) for status in found], "here": here})
@@ -83,20 +84,16 @@ def _status(target: Target, providers: tuple[str, ...]) -> TargetStatus:
 
 
 def _gpu_variants(target: Target) -> tuple[str, ...]:
-    """The target's variants that the GPU here runs; "sm_90a" runs on 9.0 alone."""
+    """The target's variants that the GPU here runs: "sm_80" runs on all 8.x, "sm_90a" on 9.0."""
     capability = gpu_capability()
     if capability is None:
         return ()
-    exact = f"sm_{capability[0]}{capability[1]}a"
+    major, minor = capability
     return tuple(
         isa
         for isa in target.isa
-        if isa == exact or (isa[-1] != "a" and _number(isa) <= 10 * capability[0] + capability[1])
+        if isa == f"sm_{major}{minor}a" or isa in [f"sm_{major}{i}" for i in range(minor + 1)]
     )
-
-
-def _number(isa: str) -> int:
-    return int(isa.removeprefix("sm_"))
 
 
 def _scheme(scheme: Scheme) -> tuple[str, str, str]:
@@ -140,6 +137,16 @@ def _linker() -> str | None:
         return None
 
 
+def _cuda_compiler() -> str | None:
+    from qcompiler.ir.errors import ToolchainError
+    from qcompiler.targets.cubin import find_cubin_compiler
+
+    try:
+        return find_cubin_compiler().name
+    except ToolchainError:
+        return None
+
+
 def _gpu() -> str | None:
     capability = gpu_capability()
     return None if capability is None else f"compute capability {capability[0]}.{capability[1]}"
@@ -162,6 +169,8 @@ def _print(terminal: Terminal, found: list[TargetStatus], here: dict[str, Any]) 
         ("GPU", here["gpu"] or "none"),
         ("ONNX Runtime", _onnxruntime_in_words(here)),
         ("Linker", here["linker"] or "none: pip install 'qcompiler[zig]', or set CC"),
+        ("CUDA compiler", here["cuda_compiler"] or "none: install CUDA, or pip install "
+         "'qcompiler[cuda]'"),
     ))  # fmt: skip
     if terminal.verbose:
         terminal.out.print("\nInstruction sets planned, best first", style="dim")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 import torch
 
+from qcompiler.from_torch.float_zero_points import float_zero_points
 from qcompiler.from_torch.integer_products import integer_products
 from qcompiler.from_torch.ops import translations
 from qcompiler.from_torch.pack import pack_constants
@@ -48,6 +49,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
     model: ir.Model = ir.from_proto(exported.model_proto)
     integer_products(model)
     pack_constants(model)
+    float_zero_points(model)
     unsigned_pairs(model)
     return model
 

@@ -10,6 +10,8 @@
 3. Scales per token or per group become blocks of the last axis; a token is one block.
 4. The zeros that a symmetric scheme computes are left out, and so is the zero point of int32: ORT
    takes int8 tokens without one as what they are.
+5. Zero points that are parameters of floats are subtracted behind the DequantizeLinear, times the
+   scale: see `float_zero_points`.
 
 torch multiplies by 1/s where ONNX divides by s.  The integers are equal, except that where x/s is a
 rounding tie, up to float32's precision, they may be 1 apart.
@@ -75,11 +77,15 @@ def dequantize(
         stored = _in_four_bits(stored, storage)
         storage = storage if stored.dtype != dtype else ir.DataType(dtype)
     scale = fit(as_float(scale), stored, grain)
-    operands = [stored, scale]
-    if zero is not None and not is_zeros(zero) and storage is not ir.DataType.INT32:
+    operands, offset = [stored, scale], None
+    if zero is not None and zero.producer() is None and zero.dtype.is_floating_point():
+        offset = op.Mul(fit(as_float(zero), stored, grain), scale)
+    elif zero is not None and not is_zeros(zero) and storage is not ir.DataType.INT32:
         operands.append(cast(fit(zero, stored, grain), storage))
     y = op.DequantizeLinear(*operands, **_attributes(grain))
     _mark(y, storage, low, high)
+    if offset is not None:
+        y = op.Sub(y, _spread(offset, stored, grain))
     kept = out_dtype in (None, -1, ir.DataType.FLOAT)
     return y if kept else op.Cast(y, to=out_dtype)
 
@@ -126,12 +132,24 @@ def _clip(
         ends = [op.Sub(end, as_float(zero)) for end in ends]
     bottom, top = (op.Mul(end, scale) for end in ends)
     if isinstance(grain, PerAxis):
-        apart = [-1 if i == grain.axis % len(x.shape) else 1 for i in range(len(x.shape))]
-        shape = constant(apart, ir.DataType.INT64)
-        bottom, top = op.Reshape(bottom, shape), op.Reshape(top, shape)
+        bottom, top = _spread(bottom, x, grain), _spread(top, x, grain)
         return op.Min(op.Max(x, bottom), top)
     if not isinstance(grain, PerGroup):
         return op.Clip(x, bottom, top)
     last = constant([-1], ir.DataType.INT64)
     bottom, top = op.Unsqueeze(bottom, last), op.Unsqueeze(top, last)
     return op.Reshape(op.Min(op.Max(grouped(x, grain), bottom), top), op.Shape(x))
+
+
+def _spread(value: Value, x: Value, grain: Granularity) -> Value:
+    """What has a number per tensor or per slice of `x`, in a shape that broadcasts against it.
+
+    Raises:
+        ValueError: There is a number per group.
+    """
+    if isinstance(grain, PerGroup):
+        raise ValueError("its zero points are floats, one per group")
+    if not isinstance(grain, PerAxis):
+        return value
+    apart = [-1 if i == grain.axis % len(x.shape) else 1 for i in range(len(x.shape))]
+    return op.Reshape(value, constant(apart, ir.DataType.INT64))

@@ -18,6 +18,7 @@ from qcompiler.targets.cuda.packing import Packing, packing
 
 __all__ = [
     "ARCHS",
+    "FAMILIES",
     "Launch",
     "Packing",
     "archs_of",
@@ -62,7 +63,7 @@ def fingerprint() -> str:
     """A hash of all that decides what a kernel does: our sources and the version of TVM."""
     targets = Path(__file__).resolve().parents[1]
     sources = [*targets.glob("*.py"), *targets.glob("cuda/*.py")]
-    sources += [targets.parent / "ir" / name for name in ("dialect.py", "region.py")]
+    sources += [*(targets.parent / "ir").glob("dialect*.py"), targets.parent / "ir" / "region.py"]
     parts: list[str | bytes] = [importlib.metadata.version("apache-tvm")]
     for path in sorted(sources):
         parts += [path.name, path.read_bytes()]

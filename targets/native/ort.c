@@ -105,9 +105,14 @@ OrtStatus *qc_row_count(const struct qc_op *op, const struct qc_shape *shape, co
 
 OrtStatus *qc_check_floats(const struct qc_op *op, const OrtValue *value, const char *input,
                            int64_t elements) {
+    return qc_check_elements(op, value, input, elements, sizeof(float));
+}
+
+OrtStatus *qc_check_elements(const struct qc_op *op, const OrtValue *value, const char *input,
+                             int64_t elements, size_t size) {
     size_t bytes;
     QC_TRY(QC_ORT(GetTensorSizeInBytes)(value, &bytes));
-    if (bytes == (size_t)elements * sizeof(float)) return NULL;
+    if (bytes == (size_t)elements * size) return NULL;
     struct qc_shape shape;
     char text[256];
     QC_TRY(qc_tensor_shape(op, value, &shape));

@@ -15,9 +15,11 @@
 /* The OrtCustomOp layout below; ONNX Runtime reads only the members this version had. */
 #define QC_ORT_CUSTOM_OP_VERSION 18
 
+typedef struct OrtAllocator OrtAllocator;
 typedef struct OrtCustomOpDomain OrtCustomOpDomain;
 typedef struct OrtKernelContext OrtKernelContext;
 typedef struct OrtKernelInfo OrtKernelInfo;
+typedef struct OrtMemoryInfo OrtMemoryInfo;
 typedef struct OrtSessionOptions OrtSessionOptions;
 typedef struct OrtShapeInferContext OrtShapeInferContext;
 typedef struct OrtStatus OrtStatus;
@@ -30,9 +32,10 @@ typedef struct OrtApiBase {
 } OrtApiBase;
 
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };                   /* OrtErrorCode */
-enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3 };               /* ONNXTensorElementDataType */
+enum { ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT8 = 3, ORT_FLOAT16 = 10, ORT_FLOAT8E4M3FN = 17,
+       ORT_INT4 = 22 };                                            /* ONNXTensorElementDataType */
 enum { ORT_INPUT_REQUIRED = 0 };                                   /* ...InputOutputCharacteristic */
-enum { ORT_MEMORY_DEFAULT = 0 };                                   /* OrtMemType */
+enum { ORT_MEMORY_CPU_INPUT = -2, ORT_MEMORY_DEFAULT = 0 };        /* OrtMemType */
 
 /* X(index in OrtApi, name, result, parameters...) */
 #define QC_ORT_API(X)                                                                              \
@@ -49,12 +52,20 @@ enum { ORT_MEMORY_DEFAULT = 0 };                                   /* OrtMemType
     X(63, GetSymbolicDimensions, OrtStatus *, const OrtTensorTypeAndShapeInfo *, const char **,    \
       size_t)                                                                                      \
     X(65, GetTensorTypeAndShape, OrtStatus *, const OrtValue *, OrtTensorTypeAndShapeInfo **)      \
+    X(72, MemoryInfoGetId, OrtStatus *, const OrtMemoryInfo *, int *)                              \
+    X(75, AllocatorAlloc, OrtStatus *, OrtAllocator *, size_t, void **)                            \
+    X(76, AllocatorFree, OrtStatus *, OrtAllocator *, void *)                                      \
+    X(77, AllocatorGetInfo, OrtStatus *, const OrtAllocator *, const OrtMemoryInfo **)             \
     X(90, KernelContext_GetInput, OrtStatus *, const OrtKernelContext *, size_t,                   \
       const OrtValue **)                                                                           \
     X(91, KernelContext_GetOutput, OrtStatus *, OrtKernelContext *, size_t, const int64_t *,       \
       size_t, OrtValue **)                                                                         \
     X(99, ReleaseTensorTypeAndShapeInfo, void, OrtTensorTypeAndShapeInfo *)                        \
+    X(125, GetAvailableProviders, OrtStatus *, char ***, int *)                                    \
+    X(126, ReleaseAvailableProviders, OrtStatus *, char **, int)                                   \
     X(130, AddSessionConfigEntry, OrtStatus *, OrtSessionOptions *, const char *, const char *)    \
+    X(132, ReleaseAllocator, void, OrtAllocator *)                                                 \
+    X(193, KernelContext_GetGPUComputeStream, OrtStatus *, const OrtKernelContext *, void **)      \
     X(237, HasSessionConfigEntry, OrtStatus *, const OrtSessionOptions *, const char *, int *)     \
     X(249, KernelInfoGetConstantInput_tensor, OrtStatus *, const OrtKernelInfo *, size_t, int *,   \
       const OrtValue **)                                                                           \
@@ -65,6 +76,9 @@ enum { ORT_MEMORY_DEFAULT = 0 };                                   /* OrtMemType
     X(271, SetSymbolicDimensions, OrtStatus *, OrtTensorTypeAndShapeInfo *, const char **, size_t) \
     X(274, KernelContext_ParallelFor, OrtStatus *, const OrtKernelContext *,                       \
       void (*)(void *, size_t), size_t, size_t, void *)                                            \
+    X(277, KernelContext_GetScratchBuffer, OrtStatus *, const OrtKernelContext *,                  \
+      const OrtMemoryInfo *, size_t, void **)                                                      \
+    X(278, KernelInfoGetAllocator, OrtStatus *, const OrtKernelInfo *, int, OrtAllocator **)       \
     X(318, GetTensorSizeInBytes, OrtStatus *, const OrtValue *, size_t *)
 
 /* Since API 24; used where ONNX Runtime has it, because it allocates nothing. */

@@ -14,10 +14,7 @@ static const struct qc_op *as_op(const OrtCustomOp *base) { return (const struct
 
 static const char *get_name(const OrtCustomOp *op) { return as_op(op)->spec->name; }
 
-static const char *get_provider(const OrtCustomOp *op) {
-    (void)op;
-    return NULL; /* the CPU */
-}
+static const char *get_provider(const OrtCustomOp *op) { return as_op(op)->anchor->provider; }
 
 static size_t get_input_count(const OrtCustomOp *op) {
     const struct qc_op_spec *spec = as_op(op)->spec;
@@ -26,7 +23,8 @@ static size_t get_input_count(const OrtCustomOp *op) {
 
 static int get_input_type(const OrtCustomOp *op, size_t index) {
     const struct qc_anchor *anchor = as_op(op)->spec->anchor;
-    return index < anchor->input_count ? anchor->input_types[index] : ORT_FLOAT;
+    if (index < anchor->input_count) return anchor->input_types[index];
+    return anchor->extra_type ? anchor->extra_type : ORT_FLOAT;
 }
 
 static size_t get_output_count(const OrtCustomOp *op) { return strlen(as_op(op)->spec->outputs); }
@@ -41,8 +39,9 @@ static int get_characteristic(const OrtCustomOp *op, size_t index) {
 }
 
 static int get_memory_type(const OrtCustomOp *op, size_t index) {
-    (void)op, (void)index;
-    return ORT_MEMORY_DEFAULT;
+    const struct qc_anchor *anchor = as_op(op)->anchor;
+    int on_host = index < anchor->input_count && anchor->host_inputs >> index & 1;
+    return on_host ? ORT_MEMORY_CPU_INPUT : ORT_MEMORY_DEFAULT;
 }
 
 static int get_one(const OrtCustomOp *op) {
@@ -53,7 +52,7 @@ static int get_one(const OrtCustomOp *op) {
 static OrtStatus *create_kernel(const OrtCustomOp *op, const void *api, const OrtKernelInfo *info,
                                 void **kernel) {
     (void)api;
-    return as_op(op)->spec->anchor->create(as_op(op), info, kernel);
+    return as_op(op)->anchor->create(as_op(op), info, kernel);
 }
 
 /* --- shape inference ------------------------------------------------------------------------- */
@@ -94,7 +93,7 @@ static OrtStatus *infer_shapes(const OrtCustomOp *base, OrtShapeInferContext *co
 
 /* --- registration ---------------------------------------------------------------------------- */
 
-static OrtCustomOp describe(const struct qc_op_spec *spec) {
+static OrtCustomOp describe(const struct qc_anchor *anchor) {
     return (OrtCustomOp){
         .version = QC_ORT_CUSTOM_OP_VERSION,
         .GetName = get_name,
@@ -103,7 +102,7 @@ static OrtCustomOp describe(const struct qc_op_spec *spec) {
         .GetInputTypeCount = get_input_count,
         .GetOutputType = get_output_type,
         .GetOutputTypeCount = get_output_count,
-        .KernelDestroy = spec->anchor->destroy,
+        .KernelDestroy = anchor->destroy,
         .GetInputCharacteristic = get_characteristic,
         .GetOutputCharacteristic = get_characteristic,
         .GetInputMemoryType = get_memory_type,
@@ -112,20 +111,16 @@ static OrtCustomOp describe(const struct qc_op_spec *spec) {
         .GetVariadicOutputMinArity = get_one,
         .GetVariadicOutputHomogeneity = get_one,
         .CreateKernelV2 = create_kernel,
-        .KernelComputeV2 = spec->anchor->compute,
+        .KernelComputeV2 = anchor->compute,
         .InferOutputShapeFn = infer_shapes,
         .GetStartVersion = get_one,
         .GetEndVersion = get_one,
     };
 }
 
-/* All there are, whether or not this library has kernels for them. */
-static const struct qc_isa *const ALL_ISA[] = {&qc_avx512_bf16, &qc_avx512_vnni, &qc_avx_vnni,
-                                               &qc_avx2, NULL};
-
 static const struct qc_isa *find_isa(const char *name) {
-    for (size_t i = 0; ALL_ISA[i]; i++)
-        if (strcmp(name, ALL_ISA[i]->name) == 0) return ALL_ISA[i];
+    for (size_t i = 0; qc_all_isa[i]; i++)
+        if (strcmp(name, qc_all_isa[i]->name) == 0) return qc_all_isa[i];
     return NULL;
 }
 
@@ -140,8 +135,11 @@ static int is_allowed(const struct qc_isa *isa, const char *only) {
 }
 
 static const struct qc_variant *choose_variant(const struct qc_op_spec *spec, const char *only) {
-    for (size_t i = 0; i < spec->variant_count; i++)
-        if (is_allowed(spec->variants[i].isa, only)) return &spec->variants[i];
+    for (size_t i = 0; i < spec->variant_count; i++) {
+        const struct qc_isa *isa = spec->variants[i].isa;
+        if (!is_allowed(isa, only)) continue;
+        if (!isa->fits || isa->fits(&spec->variants[i])) return &spec->variants[i];
+    }
     return NULL;
 }
 
@@ -149,9 +147,9 @@ static const struct qc_variant *choose_variant(const struct qc_op_spec *spec, co
 static OrtStatus *check_override(const char *only) {
     if (!*only || strcmp(only, "none") == 0 || find_isa(only)) return NULL;
     char known[256] = "none";
-    for (size_t i = 0; ALL_ISA[i]; i++) {
+    for (size_t i = 0; qc_all_isa[i]; i++) {
         strncat(known, ", ", sizeof known - strlen(known) - 1);
-        strncat(known, ALL_ISA[i]->name, sizeof known - strlen(known) - 1);
+        strncat(known, qc_all_isa[i]->name, sizeof known - strlen(known) - 1);
     }
     char message[512];
     snprintf(message, sizeof message, "QCOMPILER_ISA=%.64s is no instruction set of %s; it may be: %s",
@@ -164,20 +162,34 @@ static OrtStatus *check_override(const char *only) {
 struct registration {
     char only[64]; /* QCOMPILER_ISA as it was */
     OrtCustomOpDomain *domain; /* NULL if no op can run */
+    size_t count;
     struct qc_op ops[];
 };
 
+static OrtStatus *add(struct registration *made, const struct qc_op_spec *spec,
+                      const struct qc_variant *variant, const struct qc_anchor *anchor) {
+    struct qc_op *op = &made->ops[made->count++];
+    *op = (struct qc_op){describe(anchor), spec, variant, anchor};
+    if (!made->domain) QC_TRY(QC_ORT(CreateCustomOpDomain)(qc_domain, &made->domain));
+    return QC_ORT(CustomOpDomain_Add)(made->domain, &op->base);
+}
+
 static OrtStatus *build(const char *only, struct registration **result) {
-    struct registration *made = calloc(1, sizeof *made + qc_spec_count * sizeof *made->ops);
+    struct registration *made = calloc(1, sizeof *made + 2 * qc_spec_count * sizeof *made->ops);
+    size_t missing = 0;
     if (!made) return QC_ORT(CreateStatus)(ORT_FAIL, "out of memory for the op table");
     strncpy(made->only, only, sizeof made->only - 1);
     for (size_t i = 0; i < qc_spec_count; i++) {
-        const struct qc_variant *variant = choose_variant(&qc_specs[i], only);
+        const struct qc_op_spec *spec = &qc_specs[i];
+        const struct qc_variant *variant = choose_variant(spec, only);
+        missing += !variant;
         if (!variant) continue;
-        made->ops[i] = (struct qc_op){describe(&qc_specs[i]), &qc_specs[i], variant};
-        if (!made->domain) QC_TRY(QC_ORT(CreateCustomOpDomain)(qc_domain, &made->domain));
-        QC_TRY(QC_ORT(CustomOpDomain_Add)(made->domain, &made->ops[i].base));
+        QC_TRY(add(made, spec, variant, spec->anchor));
+        /* A name that is known has no body any more: a session on the CPU needs a kernel too. */
+        if (spec->anchor->twin && spec->anchor->provider)
+            QC_TRY(add(made, spec, variant, spec->anchor->twin));
     }
+    if (missing && !*only) qc_tell_missing(missing, qc_spec_count);
     *result = made;
     return NULL;
 }

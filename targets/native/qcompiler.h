@@ -1,11 +1,14 @@
 /* What the files of the library share: the generated table of ops (kernels.c), the anchors that run
- * them (quantize.c, norm.c, qmatmul.c), the instruction sets (x86.c) and access to ONNX Runtime. */
+ * them (quantize.c, norm.c, qmatmul.c; cuda.c, twins.c), what this machine can run (x86.c; cuda.c) and
+ * access to ONNX Runtime. */
 #ifndef QCOMPILER_H
 #define QCOMPILER_H
 
 #include "ort_abi.h"
 
 enum { QC_MAX_RANK = 16, QC_MAX_EXTRAS = 8, QC_MAX_PARTS = 8 };
+
+struct qc_variant;
 
 /* --- kernels: pure, serial, one range of the work per call ----------------------------------- */
 
@@ -51,12 +54,19 @@ struct qc_isa {
     const char *name;
     int (*is_available)(void);
     const struct qc_isa *includes; /* what a CPU that has it has too, for ops without kernels for it */
+    int (*fits)(const struct qc_variant *); /* whether it runs this kernel too; NULL: any */
     /* w [k, n] to panels of `vectors` * 16 columns; init[column] = -128 * sum_k w. */
     void (*pack_w8)(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
                     int32_t *init);
 };
 
 extern const struct qc_isa qc_avx512_bf16, qc_avx512_vnni, qc_avx_vnni, qc_avx2;
+extern const struct qc_isa qc_sm_90a, qc_sm_89, qc_sm_80;
+
+/* All that a library of this architecture may have kernels for, in order of preference; NULL ends. */
+extern const struct qc_isa *const qc_all_isa[];
+/* Says, once, why `missing` of `all` ops are not registered, where that would surprise. */
+void qc_tell_missing(size_t missing, size_t all);
 
 /* sums[row] = sum_k (q - z) of q [rows, k]; for processors that have any of the instruction sets. */
 void qc_sum_rows(const uint8_t *q, int64_t rows, int64_t k, uint8_t z, int32_t *sums);
@@ -70,6 +80,7 @@ struct qc_variant {
     void (*attention)(const struct qc_attention_args *);
     int tile_rows, tile_vectors;
     int block_rows; /* the most rows of one call of attention */
+    const struct qc_cuda_kernels *cuda;
 };
 
 /* --- ops: the generated table ---------------------------------------------------------------- */
@@ -79,9 +90,15 @@ struct qc_op;
 /* A family of ops that differ in sizes and epilogue. */
 struct qc_anchor {
     const int *input_types;
-    size_t input_count; /* without extra operands, which are float */
+    size_t input_count; /* without extra operands */
+    int extra_type; /* of those; 0: float */
     const int *output_types;
     size_t output_count;
+    const char *provider; /* NULL: the CPU */
+    unsigned host_inputs; /* bit i: input i lies in host memory whatever the provider */
+    const struct qc_anchor *twin; /* the same op on the CPU, where `provider` is another */
+    const uint8_t *arguments; /* of kernels for GPUs: which each input is, then each output */
+    int weight_bits;
     OrtStatus *(*create)(const struct qc_op *, const OrtKernelInfo *, void **kernel);
     OrtStatus *(*compute)(void *kernel, OrtKernelContext *);
     void (*destroy)(void *kernel);
@@ -99,13 +116,14 @@ extern const struct qc_anchor qc_layer_norm, qc_add_layer_norm, qc_rms_norm, qc_
 struct qc_op_spec {
     const char *name;
     const struct qc_anchor *anchor;
-    int64_t k, n, d;
+    int64_t k, n, d, g;
     const char *form;   /* the region's flags */
     const char *extras; /* a letter per extra operand: C per channel, T same shape as the result */
     const char *outputs; /* a digit per output: which of the anchor's it is */
     const int64_t *widths; /* columns of each result, ends with 0; empty for a single result */
     const struct qc_variant *variants; /* in order of preference */
     size_t variant_count;
+    float (*epilogue)(float anchor, const float *extras); /* of twins; NULL: none */
 };
 
 extern const char qc_domain[];
@@ -116,7 +134,8 @@ extern const size_t qc_spec_count;
 struct qc_op {
     OrtCustomOp base;
     const struct qc_op_spec *spec;
-    const struct qc_variant *variant;
+    const struct qc_variant *variant; /* of an op for a GPU the best of any; a session's may be another */
+    const struct qc_anchor *anchor; /* that of the spec, or its twin */
 };
 
 /* --- ONNX Runtime ---------------------------------------------------------------------------- */
@@ -162,6 +181,9 @@ size_t qc_output_index(const struct qc_op *op, size_t i);
 /* An error unless the input holds this many float32. */
 OrtStatus *qc_check_floats(const struct qc_op *op, const OrtValue *value, const char *input,
                            int64_t elements);
+/* The same for elements of `size` bytes. */
+OrtStatus *qc_check_elements(const struct qc_op *op, const OrtValue *value, const char *input,
+                             int64_t elements, size_t size);
 /* The number of rows: the product of all dimensions but the last, which must be k. */
 OrtStatus *qc_row_count(const struct qc_op *op, const struct qc_shape *shape, const char *input,
                         int64_t *rows);

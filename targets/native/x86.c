@@ -150,9 +150,33 @@ static void pack_quads(const int8_t *w, int64_t k, int64_t n, int vectors, int8_
     pack(w, k, n, vectors, 4, packed, init);
 }
 
-const struct qc_isa qc_avx2 = {"avx2", avx2_is_available, NULL, pack_pairs};
-const struct qc_isa qc_avx_vnni = {"avx-vnni", avx_vnni_is_available, &qc_avx2, pack_quads};
-const struct qc_isa qc_avx512_vnni = {"avx512-vnni", avx512_vnni_is_available, &qc_avx2,
-                                      pack_quads};
-const struct qc_isa qc_avx512_bf16 = {"avx512-bf16", avx512_bf16_is_available, &qc_avx512_vnni,
-                                      pack_quads};
+const struct qc_isa qc_avx2 = {
+    .name = "avx2",
+    .is_available = avx2_is_available,
+    .pack_w8 = pack_pairs,
+};
+const struct qc_isa qc_avx_vnni = {
+    .name = "avx-vnni",
+    .is_available = avx_vnni_is_available,
+    .includes = &qc_avx2,
+    .pack_w8 = pack_quads,
+};
+const struct qc_isa qc_avx512_vnni = {
+    .name = "avx512-vnni",
+    .is_available = avx512_vnni_is_available,
+    .includes = &qc_avx2,
+    .pack_w8 = pack_quads,
+};
+const struct qc_isa qc_avx512_bf16 = {
+    .name = "avx512-bf16",
+    .is_available = avx512_bf16_is_available,
+    .includes = &qc_avx512_vnni,
+    .pack_w8 = pack_quads,
+};
+
+const struct qc_isa *const qc_all_isa[] = {&qc_avx512_bf16, &qc_avx512_vnni, &qc_avx_vnni, &qc_avx2,
+                                           NULL};
+
+void qc_tell_missing(size_t missing, size_t all) {
+    (void)missing, (void)all; /* every CPU has ops that ONNX Runtime runs from their bodies */
+}

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qcompiler.ir.attention import BFLOAT16
-from qcompiler.ir.region import Region
+from qcompiler.ir.region import HALF, Region
 from qcompiler.targets.cache import content_key
 from qcompiler.targets.x86.families import FAMILIES, MAX_ELEMENTS
 from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
@@ -54,6 +54,8 @@ def supports(region: Region) -> str | None:
     family = FAMILIES.get(region.anchor)
     if family is None:
         return f"no kernel for {region.anchor}; there are {', '.join(FAMILIES)}"
+    if HALF in region.flags:
+        return "x86 kernels compute in float32"
     if tuple(name for name, _ in region.sizes) != family.sizes:
         return f"{region.anchor} takes the sizes {', '.join(family.sizes)}"
     if any(size < 1 for _, size in region.sizes):
@@ -100,7 +102,7 @@ def fingerprint() -> str:
     targets = Path(__file__).resolve().parents[1]
     sources = [*targets.glob("*.py"), *targets.glob("x86/*.py"), *targets.glob("native/*.[ch]")]
     # The dialect's constants are compiled into kernels, a region's name is an op's.
-    sources += [targets.parent / "ir" / name for name in ("dialect.py", "region.py")]
+    sources += [*(targets.parent / "ir").glob("dialect*.py"), targets.parent / "ir" / "region.py"]
     parts: list[str | bytes] = [importlib.metadata.version("apache-tvm")]
     for source in sorted(sources):
         parts += [source.name, source.read_bytes()]

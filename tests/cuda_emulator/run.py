@@ -96,6 +96,22 @@ class Emulated:
                 {name: every[name] for name in launch.combine_parameters if name != "rows"}, how,
             )  # fmt: skip
 
+    def kernel(
+        self,
+        symbol: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared: int,
+        arrays: Mapping[str, Array],
+        rows: int,
+    ) -> None:
+        """One launch, as it was asked for.
+
+        Raises:
+            EmulatorError: A thread misbehaved.
+        """
+        self._kernel(symbol, grid, threads, shared, arrays, _Way(rows, False, 0))
+
     def _kernel(
         self,
         symbol: str,

@@ -1,0 +1,115 @@
+"""Others who round weights to 4 bits and write an ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+from weight_cases import Feeds
+
+Write = Callable[[Path, Path, int], None]
+"""From a float file to a quantized one, with so many weights per scale."""
+
+ONNXSIM_GROUP = 32
+"""The only one that it has."""
+
+
+def of_onnxruntime(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
+    """What writes a quantized file for a model file and a group size, by name."""
+    from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+    from onnxruntime.quantization.calibrate import CalibrationDataReader
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._feeds = iter(calibration)
+
+        def get_next(self) -> Feeds | None:
+            return next(self._feeds, None)
+
+        def __iter__(self) -> Iterator[Feeds]:
+            return iter(calibration)
+
+        def __deepcopy__(self, memo: object) -> Reader:
+            return Reader()
+
+    def run(config: Any, source: Path, output: Path, group: int, **more: Any) -> None:
+        quantizer = nbits.MatMulNBitsQuantizer(
+            str(source),
+            block_size=group,
+            nodes_to_exclude=[head] if head else [],
+            algo_config=config,
+            **more,
+        )
+        quantizer.process()
+        # GPTQ does not look at nodes_to_exclude.
+        with_float_head(quantizer.model.model, source, head)
+        quantizer.model.save_model_to_file(str(output), use_external_data_format=True)
+
+    def default(symmetric: bool) -> Callable[[Path, Path, int], None]:
+        def write(source: Path, output: Path, group: int) -> None:
+            config = nbits.DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=symmetric)
+            run(config, source, output, group, is_symmetric=symmetric)
+
+        return write
+
+    def hqq(source: Path, output: Path, group: int) -> None:
+        run(nbits.HQQWeightOnlyQuantConfig(block_size=group), source, output, group)
+
+    def k_quant(source: Path, output: Path, group: int) -> None:
+        run(nbits.KQuantWeightOnlyQuantConfig(), source, output, group)
+
+    def gptq(source: Path, output: Path, group: int) -> None:
+        run(nbits.GPTQWeightOnlyQuantConfig(Reader(), block_size=group), source, output, group)
+
+    return {
+        "ORT RTN, asymmetric": default(False),
+        "ORT RTN, symmetric": default(True),
+        "ORT HQQ, float zero points": hqq,
+        "ORT k-quant": k_quant,
+        "ORT GPTQ": gptq,
+    }
+
+
+def of_onnxsim(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
+    """onnxsim's, of groups of 32: they spare no product, so that the head is put back."""
+    import onnxsim
+
+    def plain(source: Path) -> onnx.ModelProto:
+        return with_float_head(onnxsim.quantize_weight_only_int4(str(source)), source, head)
+
+    def write(model: onnx.ModelProto, output: Path) -> None:
+        onnx.save(model, output, save_as_external_data=True, location=f"{output.name}.data")
+
+    def nearest(source: Path, output: Path, _: int) -> None:
+        write(plain(source), output)
+
+    def gptq(source: Path, output: Path, _: int) -> None:
+        write(onnxsim.apply_gptq_cpp(str(source), plain(source), calibration), output)
+
+    def awq(source: Path, output: Path, _: int) -> None:
+        write(onnxsim.apply_awq_cpp(str(source), plain(source), calibration), output)
+
+    def hqq(source: Path, output: Path, _: int) -> None:
+        rounded = onnxsim.quantize_weight_only_int4_hqq(str(source))
+        write(with_float_head(rounded, source, head), output)
+
+    return {"onnxsim RTN": nearest, "onnxsim GPTQ": gptq, "onnxsim AWQ": awq, "onnxsim HQQ": hqq}
+
+
+def with_float_head(model: onnx.ModelProto, source: Path, head: str) -> onnx.ModelProto:
+    """The same model, with one product as it was."""
+    if not head:
+        return model
+    original = onnx.load(source)
+    (before,) = [node for node in original.graph.node if node.name == head]
+    (after,) = [node for node in model.graph.node if before.output[0] in node.output]
+    name = before.input[1]
+    if name not in {tensor.name for tensor in model.graph.initializer}:
+        (weight,) = [tensor for tensor in original.graph.initializer if tensor.name == name]
+        model.graph.initializer.append(weight)
+    data = after.input[0]
+    after.CopyFrom(before)
+    after.input[0] = data
+    return model

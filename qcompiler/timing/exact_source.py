@@ -1,0 +1,56 @@
+"""What a bundle is timed against where ONNX Runtime's sums of its source are wrong.
+
+Without VNNI its products of uint8 and int8 saturate: they are faster than any that are right.  No
+bundle can win against them, nor should it answer as they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.installed import import_onnxruntime
+from qcompiler.ir.graph import new_initializer
+from qcompiler.passes.shift_weights import ShiftWeights
+
+__all__ = ["exact_source", "sums_saturate"]
+
+
+@functools.cache
+def sums_saturate() -> bool:
+    """Whether ONNX Runtime's sums of products by int8 saturate on this processor."""
+    x = ir.val("x", ir.DataType.UINT8, [1, 4])
+    graph = ir.Graph([x], [], nodes=[], opset_imports={"": 13}, name="saturates")
+    weight = new_initializer(graph, "w", np.full((4, 1), 127, np.int8))
+    product = ir.node("MatMulInteger", [x, weight])
+    y = product.outputs[0]
+    y.name, y.dtype, y.shape = "y", ir.DataType.INT32, ir.Shape([1, 1])
+    graph.append(product)
+    graph.outputs.append(y)
+    model = ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString()
+    session = import_onnxruntime().InferenceSession(model, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {"x": np.full((1, 4), 255, np.uint8)})
+    return bool(result != 4 * 255 * 127)
+
+
+@contextlib.contextmanager
+def exact_source(model: Path) -> Iterator[Path | None]:
+    """A copy of `model` with exact sums, as fast as ONNX Runtime has them.
+
+    Yields:
+        The file, until the block ends; None if the sums of the model itself are exact here.
+    """
+    content = ir.load(model) if sums_saturate() else None
+    if content is None or not ShiftWeights()(content).modified:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / model.name
+        ir.save(content, copy, external_data=f"{copy.name}.data")
+        yield copy

@@ -1,0 +1,108 @@
+/* The CUDA driver, found when the library is registered, and the kernels it loads. */
+#ifndef CUDA_DRIVER_H
+#define CUDA_DRIVER_H
+
+#include "qcompiler.h"
+
+/* What a kernel takes, by number in the generated table; see targets/cuda/launch.py. */
+enum {
+    QC_X, QC_Q, QC_S, QC_W, QC_WS, QC_Y, QC_WORKSPACE, QC_ROWS, QC_EXTRA0,
+    QC_ARGUMENTS = QC_EXTRA0 + QC_MAX_EXTRAS,
+    QC_END = 255,
+};
+
+/* One kernel of a region and when it runs. */
+struct qc_launch {
+    const char *symbol;
+    int64_t max_rows; /* 0: any */
+    unsigned threads, shared_bytes, block_rows, block_columns, splits;
+    const uint8_t *arguments; /* QC_END ends */
+    const char *combine; /* NULL: none */
+    const uint8_t *combine_arguments;
+};
+
+/* A region's machine code for one architecture. */
+struct qc_cuda_kernels {
+    const unsigned char *cubin;
+    const struct qc_launch *launches; /* in order of max_rows */
+    size_t launch_count;
+};
+
+/* The CUDA of the compiler that made the cubins: 13000 is 13.0. */
+extern const int qc_cuda_version;
+
+/* How a region's weights lie in device memory; see targets/cuda/packing.py. */
+struct qc_packing {
+    int bits;
+    int64_t k, n, tile_depth, columns, depth, groups, given_groups;
+    size_t weight_bytes, scale_bytes;
+};
+
+/* The inputs w and ws of a product, which must be initializers of the right shapes. */
+OrtStatus *qc_constant_weights(const struct qc_op *op, const OrtKernelInfo *info, const void **w,
+                               const void **ws);
+struct qc_packing qc_packing_of(const struct qc_op_spec *spec, int bits);
+/* From w [k, n], int4 two to a byte. */
+void qc_pack_weights(const struct qc_packing *packing, const uint8_t *w, uint8_t *packed);
+/* From ws [given_groups, n] of float16 with 4 bits, else [n] of float32. */
+void qc_pack_scales(const struct qc_packing *packing, const void *ws, void *packed);
+
+/* --- the driver ------------------------------------------------------------------------------- */
+
+typedef unsigned long long qc_pointer; /* CUdeviceptr */
+typedef void *qc_function, *qc_module, *qc_context;
+
+/* X(name, symbol, parameters...); all return 0 or a CUresult. */
+#define QC_CUDA_DRIVER(X)                                                                          \
+    X(init, cuInit, unsigned)                                                                      \
+    X(version, cuDriverGetVersion, int *)                                                          \
+    X(error_name, cuGetErrorName, int, const char **)                                              \
+    X(error_text, cuGetErrorString, int, const char **)                                            \
+    X(device_count, cuDeviceGetCount, int *)                                                       \
+    X(device, cuDeviceGet, int *, int)                                                             \
+    X(device_name, cuDeviceGetName, char *, int, int)                                              \
+    X(device_attribute, cuDeviceGetAttribute, int *, int, int)                                     \
+    X(retain_context, cuDevicePrimaryCtxRetain, qc_context *, int)                                 \
+    X(current_context, cuCtxGetCurrent, qc_context *)                                              \
+    X(push_context, cuCtxPushCurrent_v2, qc_context)                                               \
+    X(pop_context, cuCtxPopCurrent_v2, qc_context *)                                               \
+    X(load_module, cuModuleLoadData, qc_module *, const void *)                                    \
+    X(find_function, cuModuleGetFunction, qc_function *, qc_module, const char *)                  \
+    X(set_attribute, cuFuncSetAttribute, qc_function, int, int)                                    \
+    X(launch, cuLaunchKernel, qc_function, unsigned, unsigned, unsigned, unsigned, unsigned,       \
+      unsigned, unsigned, void *, void **, void **)                                                \
+    X(allocate, cuMemAlloc_v2, qc_pointer *, size_t)                                               \
+    X(free, cuMemFree_v2, qc_pointer)                                                              \
+    X(upload, cuMemcpyHtoD_v2, qc_pointer, const void *, size_t)                                   \
+    X(free_memory, cuMemGetInfo_v2, size_t *, size_t *)
+
+#define QC_CUDA_MEMBER(name, symbol, ...) int (*name)(__VA_ARGS__);
+struct qc_driver {
+    QC_CUDA_DRIVER(QC_CUDA_MEMBER)
+};
+extern struct qc_driver qc_driver;
+
+struct qc_device {
+    int ordinal, major, minor, shared_bytes; /* shared memory that a block may ask for */
+    char name[64];
+    qc_context context; /* the one that ONNX Runtime uses too; NULL until a session does */
+    struct qc_loaded *loaded;
+};
+
+/* NULL where no such device can be used. */
+struct qc_device *qc_find_device(int ordinal);
+/* Whether the device runs the kernels of a variant. */
+int qc_device_runs(const struct qc_device *device, const struct qc_variant *variant);
+
+/* Makes the device's context current; to be undone by qc_leave, if that succeeds. */
+OrtStatus *qc_enter(const struct qc_op *op, struct qc_device *device);
+void qc_leave(void);
+/* The kernels of a variant on the device whose context is current; loaded once. */
+OrtStatus *qc_load(const struct qc_op *op, struct qc_device *device,
+                   const struct qc_variant *variant, qc_module *module);
+
+/* An error unless `result` is 0: "<op>: <message>: CUDA_ERROR_OUT_OF_MEMORY (out of memory)". */
+OrtStatus *qc_cuda_check(const struct qc_op *op, int result, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+
+#endif

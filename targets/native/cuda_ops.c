@@ -1,0 +1,382 @@
+/* The ops for NVIDIA GPUs.  A node's weights are packed on the host and uploaded when its session is
+ * made; a run looks up the kernel for its number of rows and launches it on the session's stream.
+ * Nothing waits for the device, and memory comes from the session's own, so that ONNX Runtime may
+ * capture a run as a CUDA graph. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "cuda_driver.h"
+
+enum { PLAIN_SHARED_BYTES = 48 * 1024, SHARED_BYTES_ATTRIBUTE = 8 }; /* CUfunction_attribute */
+enum { MAX_GRID_Y = 65535, ALIGNMENT = 16 };
+/* A kernel may count the elements of one call with int32. */
+static const int64_t MAX_CALL_ELEMENTS = INT32_MAX;
+
+#ifdef QC_ON_CPU /* tests run these ops in the only provider there is without a GPU */
+#define PROVIDER NULL
+#else
+#define PROVIDER "CUDAExecutionProvider"
+#endif
+
+struct functions {
+    qc_function kernel, combine;
+};
+
+/* A node of a session. */
+struct gpu_node {
+    const struct qc_op *op;
+    const struct qc_variant *variant;
+    struct qc_device *device;
+    OrtAllocator *allocator; /* of the session's memory on the device */
+    const OrtMemoryInfo *memory;
+    qc_pointer weights, scales; /* 0: none */
+    struct functions functions[]; /* one for each launch of the variant */
+};
+
+/* Some rows of a run. */
+struct gpu_call {
+    const struct gpu_node *node;
+    const struct qc_launch *launch;
+    struct functions functions;
+    void *stream;
+    char *pointers[QC_ARGUMENTS];
+    int32_t rows;
+};
+
+static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+/* --- making a node ---------------------------------------------------------------------------- */
+
+static OrtStatus *find_device(struct gpu_node *node, const OrtKernelInfo *info) {
+    int ordinal;
+    QC_TRY(QC_ORT(KernelInfoGetAllocator)(info, ORT_MEMORY_DEFAULT, &node->allocator));
+    QC_TRY(QC_ORT(AllocatorGetInfo)(node->allocator, &node->memory));
+    QC_TRY(QC_ORT(MemoryInfoGetId)(node->memory, &ordinal));
+    node->device = qc_find_device(ordinal);
+    return node->device ? NULL : qc_error(node->op, "there is no GPU %d", ordinal);
+}
+
+/* The first that runs there: those before the op's own run on no GPU of this machine. */
+static OrtStatus *choose_variant(struct gpu_node *node) {
+    const struct qc_op *op = node->op;
+    const struct qc_variant *end = op->spec->variants + op->spec->variant_count;
+    for (node->variant = op->variant; node->variant < end; node->variant++)
+        if (qc_device_runs(node->device, node->variant)) return NULL;
+    return qc_error(op,
+                    "there is no kernel for GPU %d (%s, compute capability %d.%d), only for another "
+                    "of this machine: choose that as device_id, or set QCOMPILER_ISA=none to run "
+                    "function bodies",
+                    node->device->ordinal, node->device->name, node->device->major,
+                    node->device->minor);
+}
+
+static OrtStatus *find_function(const struct gpu_node *node, qc_module module, const char *symbol,
+                                unsigned shared_bytes, qc_function *function) {
+    const struct qc_op *op = node->op;
+    QC_TRY(qc_cuda_check(op, qc_driver.find_function(function, module, symbol),
+                         "cannot find the kernel %s", symbol));
+    if (shared_bytes <= PLAIN_SHARED_BYTES) return NULL;
+    return qc_cuda_check(
+        op, qc_driver.set_attribute(*function, SHARED_BYTES_ATTRIBUTE, (int)shared_bytes),
+        "cannot give %s %u bytes of shared memory", symbol, shared_bytes);
+}
+
+static OrtStatus *find_functions(struct gpu_node *node) {
+    const struct qc_cuda_kernels *kernels = node->variant->cuda;
+    qc_module module;
+    QC_TRY(qc_load(node->op, node->device, node->variant, &module));
+    for (size_t i = 0; i < kernels->launch_count; i++) {
+        const struct qc_launch *launch = &kernels->launches[i];
+        struct functions *functions = &node->functions[i];
+        QC_TRY(find_function(node, module, launch->symbol, launch->shared_bytes,
+                             &functions->kernel));
+        if (launch->combine)
+            QC_TRY(find_function(node, module, launch->combine, 0, &functions->combine));
+    }
+    return NULL;
+}
+
+/* Memory of the node's own on the device, filled from the host's. */
+static OrtStatus *upload(const struct gpu_node *node, const char *what, const void *data,
+                         size_t bytes, qc_pointer *target) {
+    size_t free_bytes = 0, all_bytes = 0;
+    int result = qc_driver.allocate(target, bytes);
+    if (result) {
+        *target = 0;
+        qc_driver.free_memory(&free_bytes, &all_bytes);
+        return qc_cuda_check(node->op, result,
+                             "cannot allocate %zu bytes for %s on GPU %d, where %zu of %zu are free",
+                             bytes, what, node->device->ordinal, free_bytes, all_bytes);
+    }
+    return qc_cuda_check(node->op, qc_driver.upload(*target, data, bytes),
+                         "cannot copy %zu bytes of %s to GPU %d", bytes, what,
+                         node->device->ordinal);
+}
+
+static OrtStatus *upload_weights(struct gpu_node *node, const void *w, const void *ws) {
+    const struct qc_op *op = node->op;
+    const struct qc_packing packing = qc_packing_of(op->spec, op->spec->anchor->weight_bits);
+    const size_t most = packing.weight_bytes > packing.scale_bytes ? packing.weight_bytes
+                                                                   : packing.scale_bytes;
+    void *packed = malloc(most);
+    if (!packed) return qc_error(op, "out of memory for %zu bytes of packed weights", most);
+    qc_pack_weights(&packing, w, packed);
+    OrtStatus *status = upload(node, "weights", packed, packing.weight_bytes, &node->weights);
+    if (!status) {
+        qc_pack_scales(&packing, ws, packed);
+        status = upload(node, "scales", packed, packing.scale_bytes, &node->scales);
+    }
+    free(packed);
+    return status;
+}
+
+static OrtStatus *fill_node(struct gpu_node *node, const OrtKernelInfo *info) {
+    const void *w, *ws;
+    QC_TRY(find_functions(node));
+    if (!node->op->spec->anchor->weight_bits) return NULL;
+    QC_TRY(qc_constant_weights(node->op, info, &w, &ws));
+    return upload_weights(node, w, ws);
+}
+
+static void gpu_destroy(void *state) {
+    struct gpu_node *node = state;
+    /* At the end of a process the driver may be gone, and all memory with it. */
+    if ((node->weights || node->scales) && !qc_driver.push_context(node->device->context)) {
+        if (node->weights) qc_driver.free(node->weights);
+        if (node->scales) qc_driver.free(node->scales);
+        qc_leave();
+    }
+    if (node->allocator) QC_ORT(ReleaseAllocator)(node->allocator);
+    free(node);
+}
+
+static OrtStatus *gpu_create(const struct qc_op *op, const OrtKernelInfo *info, void **state) {
+    size_t most = 0;
+    for (size_t i = 0; i < op->spec->variant_count; i++)
+        if (op->spec->variants[i].cuda->launch_count > most)
+            most = op->spec->variants[i].cuda->launch_count;
+    struct gpu_node *node = calloc(1, sizeof *node + most * sizeof *node->functions);
+    if (!node) return qc_error(op, "out of memory for a node");
+    node->op = op;
+    OrtStatus *status = find_device(node, info);
+    if (!status) status = choose_variant(node);
+    if (!status) status = qc_enter(op, node->device);
+    if (!status) {
+        status = fill_node(node, info);
+        qc_leave();
+    }
+    if (status) gpu_destroy(node);
+    else *state = node;
+    return status;
+}
+
+/* --- a run ------------------------------------------------------------------------------------ */
+
+static int argument_of(const struct qc_op *op, size_t input) {
+    const struct qc_anchor *anchor = op->spec->anchor;
+    if (input < anchor->input_count) return anchor->arguments[input];
+    return QC_EXTRA0 + (int)(input - anchor->input_count);
+}
+
+/* Bytes from one row of an argument to the next; 0 for what all rows share. */
+static int64_t row_bytes(const struct qc_op *op, int argument) {
+    const struct qc_op_spec *spec = op->spec;
+    switch (argument) {
+    case QC_X: return spec->k * 2;
+    case QC_Q: return spec->k;
+    case QC_S: return 4;
+    case QC_Y: return spec->n * 2;
+    default: break;
+    }
+    return argument >= QC_EXTRA0 && spec->extras[argument - QC_EXTRA0] == 'T' ? spec->n * 2 : 0;
+}
+
+static OrtStatus *bind_input(struct gpu_call *call, OrtKernelContext *context, size_t index,
+                             int64_t *rows, struct qc_shape *shape) {
+    static const char *const NAMES[QC_ARGUMENTS] = {
+        "x", "q", "s", "w", "ws", "y", "workspace", "rows", "extra0", "extra1", "extra2", "extra3",
+        "extra4", "extra5", "extra6", "extra7"};
+    const struct qc_op *op = call->node->op;
+    const int argument = argument_of(op, index);
+    const OrtValue *value;
+    const void *data;
+    QC_TRY(qc_input(context, index, &value, &data));
+    if (index == 0) {
+        QC_TRY(qc_tensor_shape(op, value, shape));
+        QC_TRY(qc_row_count(op, shape, NAMES[argument], rows));
+    } else if (argument == QC_S) {
+        QC_TRY(qc_check_floats(op, value, "s", *rows));
+    } else {
+        int is_tensor = op->spec->extras[argument - QC_EXTRA0] == 'T';
+        QC_TRY(qc_check_elements(op, value, NAMES[argument],
+                                 (is_tensor ? *rows : 1) * op->spec->n, 2));
+    }
+    /* Kernels load 16 bytes at a time; a fault would end the process's use of the device. */
+    if (*rows && (uintptr_t)data % ALIGNMENT)
+        return qc_error(op, "input %s lies at %p; its address must be a multiple of %d",
+                        NAMES[argument], data, ALIGNMENT);
+    call->pointers[argument] = (char *)data;
+    return NULL;
+}
+
+static OrtStatus *bind(struct gpu_call *call, OrtKernelContext *context, int64_t *rows) {
+    const struct qc_op *op = call->node->op;
+    const struct qc_anchor *anchor = op->spec->anchor;
+    struct qc_shape shape;
+    call->pointers[QC_W] = (char *)(uintptr_t)call->node->weights;
+    call->pointers[QC_WS] = (char *)(uintptr_t)call->node->scales;
+    for (size_t i = 0; i < anchor->input_count + strlen(op->spec->extras); i++)
+        if (!(anchor->host_inputs >> i & 1)) QC_TRY(bind_input(call, context, i, rows, &shape));
+    for (size_t i = 0; op->spec->outputs[i]; i++) {
+        size_t output = qc_output_index(op, i);
+        struct qc_shape actual = shape;
+        actual.dims[shape.rank - 1] = anchor->last_dimension(op, output);
+        QC_TRY(qc_output(context, i, &actual,
+                         (void **)&call->pointers[anchor->arguments[anchor->input_count + output]]));
+    }
+    return QC_ORT(KernelContext_GetGPUComputeStream)(context, &call->stream);
+}
+
+static OrtStatus *launch(const struct gpu_call *call, qc_function function, const char *symbol,
+                         const uint8_t *arguments, const unsigned grid[3], unsigned shared_bytes) {
+    void *values[QC_ARGUMENTS];
+    for (size_t i = 0; arguments[i] != QC_END; i++)
+        values[i] = arguments[i] == QC_ROWS ? (void *)&call->rows
+                                            : (void *)&call->pointers[arguments[i]];
+    int result = qc_driver.launch(function, grid[0], grid[1], grid[2], call->launch->threads, 1, 1,
+                                  shared_bytes, call->stream, values, NULL);
+    return qc_cuda_check(call->node->op, result,
+                         "cannot launch %s for %d rows (grid %u x %u x %u, %u threads, %u bytes of "
+                         "shared memory)",
+                         symbol, call->rows, grid[0], grid[1], grid[2], call->launch->threads,
+                         shared_bytes);
+}
+
+static OrtStatus *launch_all(const struct gpu_call *call) {
+    const struct qc_launch *launch_ = call->launch;
+    const struct qc_op_spec *spec = call->node->op->spec;
+    const int64_t columns = spec->n ? spec->n : spec->k;
+    const unsigned grid[] = {(unsigned)ceil_div(columns, launch_->block_columns),
+                             (unsigned)ceil_div(call->rows, launch_->block_rows), launch_->splits};
+    QC_TRY(launch(call, call->functions.kernel, launch_->symbol, launch_->arguments, grid,
+                  launch_->shared_bytes));
+    if (!launch_->combine) return NULL;
+    const int64_t block = (int64_t)launch_->threads * 4;
+    const unsigned combine_grid[] = {(unsigned)ceil_div(call->rows * columns, block), 1, 1};
+    return launch(call, call->functions.combine, launch_->combine, launch_->combine_arguments,
+                  combine_grid, 0);
+}
+
+/* In the context of the session's device, which is current already but in the threads of others. */
+static OrtStatus *launch_on_device(const struct gpu_call *call) {
+    const struct gpu_node *node = call->node;
+    qc_context current = NULL;
+    QC_TRY(qc_cuda_check(node->op, qc_driver.current_context(&current), "cannot ask for the GPU"));
+    if (current == node->device->context) return launch_all(call);
+    QC_TRY(qc_enter(node->op, node->device));
+    OrtStatus *status = launch_all(call);
+    qc_leave();
+    return status;
+}
+
+static OrtStatus *allocate(const struct gpu_node *node, OrtKernelContext *context, size_t bytes,
+                           char **memory) {
+#ifdef QC_ON_CPU /* a CPU session has no stream for a scratch buffer to belong to */
+    (void)context;
+    return QC_ORT(AllocatorAlloc)(node->allocator, bytes, (void **)memory);
+#else
+    /* Belongs to the run's stream: given back right after the launch, it is not given to another
+     * stream before the kernel is done. */
+    return QC_ORT(KernelContext_GetScratchBuffer)(context, node->memory, bytes, (void **)memory);
+#endif
+}
+
+static OrtStatus *run_rows(struct gpu_call *call, OrtKernelContext *context) {
+    const struct gpu_node *node = call->node;
+    const struct qc_cuda_kernels *kernels = node->variant->cuda;
+    size_t i = 0;
+    while (i + 1 < kernels->launch_count && kernels->launches[i].max_rows &&
+           call->rows > kernels->launches[i].max_rows)
+        i++;
+    call->launch = &kernels->launches[i];
+    call->functions = node->functions[i];
+    if (!call->launch->combine) return launch_on_device(call);
+    const size_t bytes = (size_t)call->launch->splits * (size_t)call->rows *
+                         (size_t)node->op->spec->n * sizeof(float);
+    QC_TRY(allocate(node, context, bytes, &call->pointers[QC_WORKSPACE]));
+    OrtStatus *status = launch_on_device(call);
+    OrtStatus *freed = QC_ORT(AllocatorFree)(node->allocator, call->pointers[QC_WORKSPACE]);
+    return status ? status : freed;
+}
+
+/* As many rows as one call takes, a multiple of 16 so that all pointers stay aligned. */
+static int64_t most_rows(const struct gpu_node *node) {
+    const struct qc_op_spec *spec = node->op->spec;
+    const struct qc_cuda_kernels *kernels = node->variant->cuda;
+    const int64_t blocks = kernels->launches[kernels->launch_count - 1].block_rows;
+    const int64_t rows = min(MAX_CALL_ELEMENTS / max(spec->k, spec->n), MAX_GRID_Y * blocks);
+    return max(rows / ALIGNMENT * ALIGNMENT, 1);
+}
+
+static OrtStatus *gpu_compute(void *state, OrtKernelContext *context) {
+    struct gpu_call call = {.node = state};
+    const struct qc_op *op = call.node->op;
+    int64_t rows = 0;
+    QC_TRY(bind(&call, context, &rows));
+    const int64_t step = most_rows(call.node);
+    for (int64_t row = 0; row < rows; row += step) {
+        call.rows = (int32_t)min(step, rows - row);
+        QC_TRY(run_rows(&call, context));
+        for (int argument = 0; argument < QC_ARGUMENTS; argument++)
+            if (call.pointers[argument]) call.pointers[argument] += step * row_bytes(op, argument);
+    }
+    return NULL;
+}
+
+/* --- the anchors ------------------------------------------------------------------------------ */
+
+static int64_t product_columns(const struct qc_op *op, size_t output) {
+    (void)output;
+    return op->spec->n;
+}
+
+/* q has the shape of x, s one value per row. */
+static int64_t quantize_columns(const struct qc_op *op, size_t output) {
+    return output == 0 ? op->spec->k : 1;
+}
+
+extern const struct qc_anchor qc_twin_product, qc_twin_quantize;
+
+#define GPU_OPS                                                                                    \
+    .extra_type = ORT_FLOAT16, .provider = PROVIDER, .create = gpu_create,                         \
+    .compute = gpu_compute, .destroy = gpu_destroy
+
+#define PRODUCT(bits, inputs, ...)                                                                 \
+    {                                                                                              \
+        .input_types = (const int[]){__VA_ARGS__}, .input_count = inputs,                          \
+        .output_types = (const int[]){ORT_FLOAT16}, .output_count = 1,                             \
+        .host_inputs = 3u << (inputs - 2), .weight_bits = bits, .twin = &qc_twin_product,          \
+        .arguments = inputs == 3 ? X_W_WS_Y : Q_S_W_WS_Y, .last_dimension = product_columns,       \
+        GPU_OPS                                                                                    \
+    }
+
+#define QUANTIZE(type)                                                                             \
+    {                                                                                              \
+        .input_types = (const int[]){ORT_FLOAT16}, .input_count = 1,                               \
+        .output_types = (const int[]){type, ORT_FLOAT}, .output_count = 2,                         \
+        .arguments = (const uint8_t[]){QC_X, QC_Q, QC_S}, .twin = &qc_twin_quantize,               \
+        .last_dimension = quantize_columns, GPU_OPS                                                \
+    }
+
+static const uint8_t X_W_WS_Y[] = {QC_X, QC_W, QC_WS, QC_Y};
+static const uint8_t Q_S_W_WS_Y[] = {QC_Q, QC_S, QC_W, QC_WS, QC_Y};
+
+const struct qc_anchor qc_cuda_w4a16 = PRODUCT(4, 3, ORT_FLOAT16, ORT_INT4, ORT_FLOAT16);
+const struct qc_anchor qc_cuda_w8a8 =
+    PRODUCT(8, 4, ORT_UINT8, ORT_FLOAT, ORT_INT8, ORT_FLOAT);
+const struct qc_anchor qc_cuda_fp8 =
+    PRODUCT(8, 4, ORT_FLOAT8E4M3FN, ORT_FLOAT, ORT_FLOAT8E4M3FN, ORT_FLOAT);
+const struct qc_anchor qc_cuda_quantize = QUANTIZE(ORT_UINT8);
+const struct qc_anchor qc_cuda_quantize_fp8 = QUANTIZE(ORT_FLOAT8E4M3FN);

@@ -1,0 +1,102 @@
+/* Weights and their scales in the order that targets/cuda/packing.py describes: tiles of 16 columns,
+ * 16 bytes for each of 32 lanes, as the kernels' mma instructions take them. */
+#include <string.h>
+
+#include "cuda_driver.h"
+
+enum { TILE_COLUMNS = 16, TILE_BYTES = 512, COLUMN_MULTIPLE = 128, LANES = 32 };
+
+static int64_t padded(int64_t size, int64_t multiple) {
+    return (size + multiple - 1) / multiple * multiple;
+}
+
+OrtStatus *qc_constant_weights(const struct qc_op *op, const OrtKernelInfo *info, const void **w,
+                               const void **ws) {
+    const struct qc_op_spec *spec = op->spec;
+    const size_t last = spec->anchor->input_count - 1;
+    struct qc_shape w_shape = {2, {spec->k, spec->n}}, ws_shape = {1, {spec->n}};
+    if (spec->anchor->weight_bits == 4)
+        ws_shape = (struct qc_shape){2, {(spec->k + spec->g - 1) / spec->g, spec->n}};
+    QC_TRY(qc_constant_input(op, info, last - 1, "w", &w_shape, w));
+    return qc_constant_input(op, info, last, "ws", &ws_shape, ws);
+}
+
+struct qc_packing qc_packing_of(const struct qc_op_spec *spec, int bits) {
+    struct qc_packing packing = {
+        .bits = bits,
+        .k = spec->k,
+        .n = spec->n,
+        .tile_depth = bits == 4 ? 64 : 32,
+        .columns = padded(spec->n, COLUMN_MULTIPLE),
+        .depth = padded(spec->k, bits == 4 ? 64 : 128),
+        .groups = 1,
+        .given_groups = 1,
+    };
+    if (bits == 4) {
+        packing.groups = (packing.depth + spec->g - 1) / spec->g;
+        packing.given_groups = (spec->k + spec->g - 1) / spec->g;
+    }
+    packing.weight_bytes = (size_t)(packing.columns * packing.depth * bits / 8);
+    packing.scale_bytes = (size_t)(packing.groups * packing.columns * (bits == 4 ? 2 : 4));
+    return packing;
+}
+
+/* The 4 bits of w[row, column], plus 8; 0 is stored as 8 beyond the edges. */
+static uint32_t code(const struct qc_packing *packing, const uint8_t *w, int64_t row,
+                     int64_t column) {
+    if (row >= packing->k || column >= packing->n) return 8;
+    int64_t index = row * packing->n + column;
+    return (uint32_t)(w[index / 2] >> 4 * (index % 2) & 15) ^ 8;
+}
+
+static void pack_tile4(const struct qc_packing *packing, const uint8_t *w, int64_t row,
+                       int64_t column, uint8_t *tile) {
+    for (int lane = 0; lane < LANES; lane++)
+        for (int step = 0; step < 4; step++) {
+            uint32_t word = 0;
+            for (int place = 0; place < 8; place++) {
+                int half_column = place & 1, half_row = place >> 1 & 1, parity = place >> 2;
+                int64_t k = row + step * 16 + half_row * 8 + lane % 4 * 2 + parity;
+                word |= code(packing, w, k, column + half_column * 8 + lane / 4) << 4 * place;
+            }
+            for (int byte = 0; byte < 4; byte++)
+                tile[lane * 16 + step * 4 + byte] = (uint8_t)(word >> 8 * byte);
+        }
+}
+
+static void pack_tile8(const struct qc_packing *packing, const uint8_t *w, int64_t row,
+                       int64_t column, uint8_t *tile) {
+    for (int lane = 0; lane < LANES; lane++)
+        for (int byte = 0; byte < 16; byte++) {
+            int half_column = byte >> 2 & 1, half_row = byte >> 3;
+            int64_t k = row + half_row * 16 + lane % 4 * 4 + byte % 4;
+            int64_t n = column + half_column * 8 + lane / 4;
+            int is_inside = k < packing->k && n < packing->n;
+            tile[lane * 16 + byte] = is_inside ? w[k * packing->n + n] : 0;
+        }
+}
+
+void qc_pack_weights(const struct qc_packing *packing, const uint8_t *w, uint8_t *packed) {
+    const int64_t tiles_down = packing->depth / packing->tile_depth;
+    /* Along rows of w, in whose order it lies in memory, or in a file. */
+    for (int64_t down = 0; down < tiles_down; down++)
+        for (int64_t across = 0; across < packing->columns / TILE_COLUMNS; across++) {
+            uint8_t *tile = packed + (across * tiles_down + down) * TILE_BYTES;
+            int64_t row = down * packing->tile_depth, column = across * TILE_COLUMNS;
+            (packing->bits == 4 ? pack_tile4 : pack_tile8)(packing, w, row, column, tile);
+        }
+}
+
+void qc_pack_scales(const struct qc_packing *packing, const void *ws, void *packed) {
+    memset(packed, 0, packing->scale_bytes);
+    if (packing->bits != 4) {
+        memcpy(packed, ws, (size_t)packing->n * sizeof(float));
+        return;
+    }
+    const uint16_t *source = ws;
+    uint16_t *target = packed;
+    for (int64_t group = 0; group < packing->given_groups; group++)
+        for (int64_t n = 0; n < packing->n; n++)
+            target[((n / 16) * packing->groups + group) * 16 + n % 8 * 2 + n % 16 / 8] =
+                source[group * packing->n + n];
+}

@@ -1,0 +1,217 @@
+"""A machine with GPUs that are not there: the driver of `native/stand_in_cuda.c`.
+
+Launches are noted, and may run a Python function in the place of the kernel; the memory of the
+device is that of the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import functools
+import itertools
+import shutil
+import struct
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qcompiler.ir.region import Region
+from qcompiler.targets import cuda
+from qcompiler.targets.cuda.backend import CudaBackend
+from qcompiler.targets.toolchain import find_linker
+
+SOURCE = Path(__file__).resolve().parent / "native" / "stand_in_cuda.c"
+STAND_IN = "-DQC_STAND_IN"
+"""The driver is the one that the variable QC_STAND_IN names."""
+ON_CPU = "-DQC_ON_CPU"
+"""The ops are offered to the CPU provider, instead of their twins."""
+
+_numbers = itertools.count()
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    major: int = 9
+    minor: int = 0
+    name: str = "Stand-in"
+    shared_bytes: int = 227 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """What the driver was asked for; `arguments` are numbers, `rows` the last of them."""
+
+    symbol: str
+    grid: tuple[int, int, int]
+    threads: int
+    shared_bytes: int
+    shared_limit: int
+    stream: int | None
+    context: int
+    arguments: tuple[int, ...]
+
+
+class _Device(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char * 64),
+        ("major", ctypes.c_int),
+        ("minor", ctypes.c_int),
+        ("shared_bytes", ctypes.c_int),
+    )
+
+
+_Run = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_uint))
+
+
+class _Symbol(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char * 160), ("arguments", ctypes.c_int), ("run", _Run))
+
+
+class _Record(ctypes.Structure):
+    _fields_ = (
+        ("symbol", ctypes.c_char * 160),
+        ("grid", ctypes.c_uint * 3),
+        ("threads", ctypes.c_uint),
+        ("shared_bytes", ctypes.c_uint),
+        ("shared_limit", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+        ("arguments", ctypes.c_uint64 * 16),
+    )
+
+
+class Driver:
+    """One driver, loaded by a test and by the library that it registers."""
+
+    def __init__(self, path: Path, gpus: Sequence[Gpu]) -> None:
+        self.path, self._loaded = path, ctypes.CDLL(str(path))
+        self._kept: list[Any] = []
+        self.problems: list[Exception] = []
+        devices = (_Device * 4).in_dll(self._loaded, "stand_in_devices")
+        for device, gpu in zip(devices, gpus, strict=False):
+            device.name, device.shared_bytes = gpu.name.encode(), gpu.shared_bytes
+            device.major, device.minor = gpu.major, gpu.minor
+        self.set("device_count", len(gpus))
+
+    def set(self, name: str, value: int) -> None:
+        kind = ctypes.c_size_t if name in ("memory", "used") else ctypes.c_int
+        kind.in_dll(self._loaded, f"stand_in_{name}").value = value
+
+    def get(self, name: str) -> int:
+        kind = ctypes.c_size_t if name in ("memory", "used") else ctypes.c_int
+        return int(kind.in_dll(self._loaded, f"stand_in_{name}").value)
+
+    def let_fail(self, function: str, code: int) -> None:
+        (ctypes.c_char * 64).in_dll(self._loaded, "stand_in_failing").value = function.encode()
+        self.set("failing_code", code)
+
+    def know(self, symbol: str, arguments: int, run: Callable[..., None] | None = None) -> None:
+        """A kernel, how many arguments it takes, what it does with their values and the grid."""
+
+        def call(values: Any, grid: Any) -> None:
+            assert run is not None
+            kinds = [ctypes.c_uint64] * (arguments - 1) + [ctypes.c_int32]
+            given = [ctypes.cast(values[i], ctypes.POINTER(k))[0] for i, k in enumerate(kinds)]
+            try:
+                run(given, tuple(grid[:3]))
+            except Exception as error:  # it would be lost in C
+                self.problems.append(error)
+
+        symbols = (_Symbol * 64).in_dll(self._loaded, "stand_in_symbols")
+        callback = _Run(call) if run is not None else _Run()
+        self._kept.append(callback)
+        symbols[self.get("symbol_count")] = _Symbol(symbol.encode(), arguments, callback)
+        self.set("symbol_count", self.get("symbol_count") + 1)
+
+    def know_all(self, region: Region, arch: str) -> None:
+        """All kernels of a region, which do nothing."""
+        for launch in cuda.launches(region, arch):
+            self.know(launch.symbol, len(launch.parameters))
+            if launch.combine is not None:
+                self.know(launch.combine, len(launch.combine_parameters))
+
+    def launched(self) -> list[Launched]:
+        """The launches since this was asked last."""
+        records = (_Record * 256).in_dll(self._loaded, "stand_in_launches")
+        found = [
+            Launched(
+                record.symbol.decode(), tuple(record.grid), record.threads, record.shared_bytes,
+                record.shared_limit, record.stream, record.context, tuple(record.arguments),
+            )
+            for record in records[: self.get("launch_count")]
+        ]  # fmt: skip
+        self.set("launch_count", 0)
+        return found
+
+
+@functools.cache
+def _compiled(folder: Path, *flags: str) -> Path:
+    path = folder / f"stand_in_{next(_numbers)}.so"
+    command = [*find_linker().command, "-std=c11", "-shared", "-fPIC", *flags, str(SOURCE)]
+    subprocess.run([*command, "-o", str(path)], check=True, capture_output=True, text=True)
+    return path
+
+
+class Bench:
+    """Makes machines, each a driver and a library of its own: both remember what they saw."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, shared: Path) -> None:
+        self.folder, self._patch, self._shared = folder, patch, shared
+        self._drivers: list[Driver] = []
+
+    def driver(self, *gpus: Gpu, flags: tuple[str, ...] = ()) -> Driver:
+        """The driver that a library finds from now on."""
+        path = self.folder / f"libcuda_{next(_numbers)}.so"
+        shutil.copy(_compiled(self._shared, *flags), path)
+        self._patch.setenv("QC_STAND_IN", str(path))
+        self._drivers.append(Driver(path, gpus))
+        return self._drivers[-1]
+
+    def check(self) -> None:
+        """Raise what functions in the place of kernels raised."""
+        for driver in self._drivers:
+            for problem in driver.problems:
+                raise problem
+
+    def library(self, path: Path) -> Path:
+        """A copy of a library that has seen no driver yet."""
+        return Path(shutil.copy(path, self.folder / f"library_{next(_numbers)}.so"))
+
+
+class NoCompiler:
+    """Writes files in which the names of kernels can be found, and nothing that runs."""
+
+    name = "no compiler"
+    version = (13, 0)
+
+    def compile(self, source: str, arch: str) -> bytes:
+        """An ELF file whose one section is the source."""
+        content = source.encode()
+        header = struct.pack(
+            "<4s12xHHIQQQIHHHHHH", b"\x7fELF", 2, 190, 1, 0, 0, 64, 0, 64, 0, 0, 64, 1, 0
+        )
+        section = struct.pack("<IIQQQQIIQQ", 0, 1, 0, 0, 128, len(content), 0, 0, 1, 0)
+        return header + section + content
+
+
+class StandInBackend(CudaBackend):
+    """Kernels that are names alone (see `conftest.py`), for the driver of this file."""
+
+    def __init__(self, *flags: str) -> None:
+        super().__init__((STAND_IN, *flags), NoCompiler())
+
+
+def names_of_kernels(_: CudaBackend, region: Region, arch: str) -> str:
+    """In the place of `CudaBackend.source`: what `NoCompiler` compiles."""
+    return "\0" + "\0".join(_symbols(region, arch)) + "\0"
+
+
+def _symbols(region: Region, arch: str) -> Iterator[str]:
+    for launch in cuda.launches(region, arch):
+        yield launch.symbol
+        if launch.combine is not None:
+            yield launch.combine

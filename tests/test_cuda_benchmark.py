@@ -1,0 +1,173 @@
+"""`benchmarks/cuda.py` with a stand-in for the GPU: it finds what is wrong, and runs to its end."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from stand_in import Bench, Driver, Gpu, NoCompiler, names_of_kernels
+from test_cuda_library import emulate, memory
+
+from qcompiler.ir.region import Region
+from qcompiler.targets import cuda
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import cuda as benchmark
+import cuda_device
+
+H200 = Gpu()
+
+
+@pytest.fixture
+def bench(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Bench]:
+    monkeypatch.setattr(cuda, "source", lambda region, arch: names_of_kernels(None, region, arch))
+    monkeypatch.setattr(benchmark, "find_cubin_compiler", NoCompiler)
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
+    bench = Bench(tmp_path, monkeypatch, tmp_path_factory.mktemp("drivers"))
+    yield bench
+    bench.check()
+
+
+def emulate_quantize(driver: Driver, region: Region) -> None:
+    k, fp8 = region.size("K"), region.anchor == "QuantizeFp8"
+    for launch in cuda.launches(region, "sm_90a"):
+
+        def run(values: list[int], grid: Any, launch: cuda.Launch = launch) -> None:
+            given = dict(zip(launch.parameters, values, strict=True))
+            rows = given["rows"]
+            x = memory(given["x"], np.float16, rows, k).astype(np.float32)
+            s = np.abs(x).max(1, keepdims=True) / np.float32(448 if fp8 else 127)
+            memory(given["s"], np.float32, rows, 1)[:] = s
+            q = (x / s).astype(ml_dtypes.float8_e4m3fn) if fp8 else np.rint(x / s) + 128
+            memory(given["q"], ml_dtypes.float8_e4m3fn if fp8 else np.uint8, rows, k)[:] = q
+
+        driver.know(launch.symbol, len(launch.parameters), run)
+
+
+def emulate_all(driver: Driver, but: str = "") -> None:
+    for region in benchmark.regions_to_check(small=True):
+        if region.anchor.startswith("Quantize"):
+            emulate_quantize(driver, region)
+        elif region.name != but:
+            emulate(driver, region, "sm_90a")
+
+
+def on(driver: Driver) -> benchmark.Bench:
+    return benchmark.Bench(cuda_device.Device(str(driver.path)), "sm_90a", NoCompiler(), 1)
+
+
+def test_right_numbers(bench: Bench) -> None:
+    driver = bench.driver(H200)
+    emulate_all(driver)
+    found = on(driver).check(small=True)
+    assert len(found) > 40
+    assert {row["region"] for row in found} == {
+        region.name for region in benchmark.regions_to_check(small=True)
+    }
+    assert max(row["error"] for row in found) <= benchmark.TOLERANCE
+
+
+@pytest.mark.parametrize("fault", ["a hundredth", "a row too many", "a row too few"])
+def test_wrong_numbers(fault: str, bench: Bench) -> None:
+    driver, region = bench.driver(H200), benchmark.regions_to_check(small=True)[1]
+    emulate_all(driver, but=region.name)
+    n = region.size("N")
+    good: dict[str, Any] = {}
+
+    class Recorder:
+        def know(self, symbol: str, arguments: int, run: Any) -> None:
+            good[symbol] = arguments, run
+
+    def spoil(symbol: str, parameters: tuple[str, ...]) -> None:
+        def run(values: list[int], grid: Any) -> None:
+            good[symbol][1](values, grid)
+            given = dict(zip(parameters, values, strict=True))
+            if "y" not in given:
+                return
+            rows = given["rows"]
+            y = memory(given["y"], np.float16, rows + 1, n)
+            if fault == "a hundredth":
+                y[:rows] *= np.float16(1.01)
+            elif fault == "a row too many":
+                y[rows] = 0
+            else:
+                y[rows - 1] = np.nan
+
+        driver.know(symbol, good[symbol][0], run)
+
+    emulate(Recorder(), region, "sm_90a")  # type: ignore[arg-type]
+    for launch in cuda.launches(region, "sm_90a"):
+        spoil(launch.symbol, launch.parameters)
+        if launch.combine is not None:
+            spoil(launch.combine, launch.combine_parameters)
+    found = on(driver).check(small=True)
+    wrong = {row["region"] for row in found if not row["error"] <= benchmark.TOLERANCE}
+    assert wrong == {region.name}
+
+
+def test_times_and_the_file(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    driver = bench.driver(H200)
+    emulate_all(driver)
+    small = ((1024, 128),)
+    for name, value in (("W4_SHAPES", small), ("EIGHT_BIT_SIZES", (256,)), ("ROTATED", 1 << 18),
+                        ("COPIED", 1 << 12)):  # fmt: skip
+        monkeypatch.setattr(benchmark, name, value)
+    regions = benchmark.regions_to_check
+    monkeypatch.setattr(benchmark, "regions_to_check", lambda small: regions(True))
+    driver.know_all(benchmark.w4(1024, 128), "sm_90a")
+    for anchor in benchmark.EIGHT_BIT:
+        driver.know_all(benchmark.eight_bit(anchor, 256, 256), "sm_90a")
+    out = tmp_path / "cuda.json"
+    monkeypatch.setattr(
+        sys, "argv", ["cuda.py", "--json", str(out), "--driver", str(driver.path), "--seed", "3"]
+    )
+    monkeypatch.setattr(benchmark, "sanitize", lambda arguments: {"memcheck": "none"})
+    benchmark.main()
+    found = json.loads(out.read_text())
+    assert (found["device"], found["arch"], found["driver"]) == ("Stand-in", "sm_90a", "13.0")
+    assert found["compiler"] == "no compiler"
+    bandwidth, *rows = found["times"]
+    assert bandwidth["copy_bytes_per_second"] == pytest.approx(2 * 4096 / (1e-3 / 4))
+    assert [row["rows"] for row in rows] == [1, 16, 128, 512, 256, 256]
+    # The stand-in's graphs take a millisecond; one holds 16 calls, or one for each set of weights.
+    layout = cuda.packing(benchmark.w4(1024, 128))
+    sets = -(-(1 << 18) // (layout.weight_bytes + layout.scale_bytes))
+    assert rows[0]["microseconds"] == pytest.approx(1e3 / max(16, sets))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        ((), "benchmarks/cuda.py needs an NVIDIA GPU: cuInit: error"),
+        ((Gpu(7, 5, "T4"),), "T4 has compute capability 7.5, and there are kernels for sm_80"),
+    ],
+)
+def test_without_a_gpu_for_it(
+    gpus: tuple[Gpu, ...], message: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = bench.driver(*gpus)
+    monkeypatch.setattr(sys, "argv", ["cuda.py", "--driver", str(driver.path)])
+    with pytest.raises(SystemExit, match=message):
+        benchmark.main()
+
+
+def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["cuda.py", "--driver", "/nowhere/libcuda.so.1"])
+    with pytest.raises(SystemExit, match="needs an NVIDIA GPU: there is no NVIDIA driver"):
+        benchmark.main()
+
+
+def test_without_the_sanitizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)
+    assert benchmark.sanitize([]) == {"compute-sanitizer": "not installed"}
