@@ -39,8 +39,12 @@ REGIONS = [
     eight_bit("QMatMulW8A8", 1536, 133, **EPILOGUE),
     eight_bit("QMatMulFp8", 272, 136),
 ]
-# Only FP8 is multiplied in another way on another architecture.
-CASES = [(region, "sm_90a") for region in REGIONS] + [(REGIONS[-1], "sm_89")]
+# Tiles are multiplied by wgmma on sm_90a, by mma.sync elsewhere; e4m3 only from sm_89 on.
+CASES = [
+    *((region, "sm_90a") for region in REGIONS),
+    *((region, "sm_80") for region in REGIONS if region.extras),
+    (REGIONS[-1], "sm_89"),
+]
 
 
 @pytest.fixture(scope="module")
