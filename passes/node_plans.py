@@ -171,8 +171,9 @@ class NodePlanner:
 
     def _plan_conv(self, node: ir.Node, in_branch: bool) -> NodePlan | StayFloat:
         scheme = self.scheme
-        if scheme.conv_weight is None:
-            return StayFloat(f"{scheme.name} keeps convolutions float")
+        asked = self.rules.about(node)
+        if scheme.conv_weight is None and (asked is None or asked.precision is None):
+            return StayFloat(scheme.no_conv)
         if in_branch:
             return StayFloat(_UNSEEN, False)
         operands = [_no_weight(value) for value in node.inputs[1:] if value is not None]

@@ -99,8 +99,6 @@ def load(
             _register(options, folder, manifest, manifest.library)
     if providers is None:
         providers = _default_providers(manifest.target, ort.get_available_providers())
-    if _CUDA in map(_name_of, providers):
-        _find_cuda(ort)
     return open_session(folder / MODEL, providers=providers, threads=threads, options=options)
 
 
@@ -139,10 +137,12 @@ def open_session(
     if isinstance(providers, str):
         raise OptionError(f"providers is a sequence of names: give [{providers!r}]")
     require("providers", providers, Sequence, "a sequence of names")
-    for provider in providers or ():
-        name = _name_of(provider)
+    names = [_name_of(provider) for provider in providers or ()]
+    for name in names:
         if name not in available:
             raise OptionError(f"provider {name!r} is not in this ONNX Runtime: {available}")
+    if _CUDA in names:
+        _find_cuda(ort)
     try:
         return ort.InferenceSession(
             model, options, providers or ["CPUExecutionProvider"], disabled_optimizers=disabled

@@ -18,8 +18,24 @@ _INT8 = Scheme("int8", weight=ir.DataType.INT8, activation=ir.DataType.INT8)
 _INT4_CPU = Scheme(
     "int4", weight=ir.DataType.INT4, activation=ir.DataType.INT8, group_sizes=(32, 64, 128)
 )
-_INT4_CUDA = dataclasses.replace(_INT4_CPU, activation=None, group_sizes=(128, 64, 32))
-_FP8 = Scheme("fp8", weight=ir.DataType.FLOAT8E4M3FN, activation=ir.DataType.FLOAT8E4M3FN)
+_INT8_CUDA = dataclasses.replace(
+    _INT8,
+    conv_weight=None,
+    no_conv="no int8 convolution runs on a GPU yet: ONNX Runtime's would run on the CPU",
+)
+_INT4_CUDA = dataclasses.replace(
+    _INT8_CUDA,
+    name="int4",
+    weight=ir.DataType.INT4,
+    activation=None,
+    group_sizes=(128, 64, 32),
+)
+_FP8 = dataclasses.replace(
+    _INT8_CUDA,
+    name="fp8",
+    weight=ir.DataType.FLOAT8E4M3FN,
+    activation=ir.DataType.FLOAT8E4M3FN,
+)
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _X86 = ("avx512-vnni", "avx-vnni", "avx2")
@@ -33,7 +49,7 @@ TARGETS = {
         Target("x86-int4", "x86", _INT4_CPU, _X86, _CPU, "linux-x86_64"),
         Target("arm-int8", "arm", _INT8, _ARM, _CPU, "linux-aarch64"),
         Target("arm-int4", "arm", _INT4_CPU, _ARM, _CPU, "linux-aarch64"),
-        Target("cuda-int8", "cuda", _INT8, _SM, _CUDA, "linux-x86_64", "fp16"),
+        Target("cuda-int8", "cuda", _INT8_CUDA, _SM, _CUDA, "linux-x86_64", "fp16"),
         Target("cuda-int4", "cuda", _INT4_CUDA, _SM, _CUDA, "linux-x86_64", "fp16"),
         Target("cuda-fp8", "cuda", _FP8, _SM[:2], _CUDA, "linux-x86_64", "fp16"),
     )

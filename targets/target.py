@@ -21,6 +21,7 @@ class Scheme:
             one scale per output channel.
         conv_weight: Storage of convolution weights; None keeps convolutions float.
         conv_activation: Storage of convolution activations, per tensor and static.
+        no_conv: Why convolutions are kept float, unless a recipe asks for one.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Scheme:
     group_sizes: tuple[int, ...] = ()
     conv_weight: ir.DataType | None = ir.DataType.INT8
     conv_activation: ir.DataType = ir.DataType.UINT8
+    no_conv: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
