@@ -121,12 +121,14 @@ def test_in_the_pipeline_ops_of_ours_keep_float32_between_casts():
         """
     after = """
         inputs x
-        v2, v3 = qcompiler.Quantize {'block_size': '64'} (x)
-        v6 = qcompiler.QMatMulW8A8  (v2, v3, v4, v5)
-        v7 = Cast {'to': '10'} (v6)
-        v9 = Add  (v7, v8)
-        v10 = Tanh  (v9)
-        y = Cast {'to': '1'} (v10)
+        v2 = Cast {'to': '10'} (x)
+        v3 = Cast {'to': '1'} (v2)
+        v4, v5 = qcompiler.Quantize {'block_size': '64'} (v3)
+        v8 = qcompiler.QMatMulW8A8  (v4, v5, v6, v7)
+        v9 = Cast {'to': '10'} (v8)
+        v11 = Add  (v9, v10)
+        v12 = Tanh  (v11)
+        y = Cast {'to': '1'} (v12)
         outputs y
         """
     numbers = {"exact": False, "floor_db": FLOOR}
@@ -564,7 +566,66 @@ def test_an_operand_in_float32_ends_a_region_in_float16():
     steps = list(Pipeline.default("cuda-int8", supports=only_half))
     model = Pipeline(steps[: [s.name for s in steps].index("fuse-regions") + 1]).run(model)
     ops = [node.op_type for node in model.graph if node.op_type.startswith("QMatMul")]
-    assert ops == ["QMatMulW8A8"]  # read in float32, it has no region in float16
+    assert ops == ["QMatMulW8A8_K64_N64_f16"]
+
+
+RMS_NORM = (
+    "s = Pow (x, two) m = ReduceMean <keepdims = 1> (s, last) e = Add (m, tiny) r = Sqrt (e) "
+    "u = Div (x, r) n = Mul (u, gamma) "
+)
+BESIDE_FLOAT32 = {
+    "inputs and outputs": ("y = MatMul (x, w)", ["Quantize", "QMatMulW8A8"]),
+    "one node between": (
+        "p = MatMul (x, w) a = Relu (p) y = MatMul (a, v)",
+        ["Quantize", "QMatMulW8A8_Relu", "Quantize", "QMatMulW8A8"],
+    ),
+    "nothing between": (
+        "p = MatMul (x, w) y = MatMul (p, v)",
+        ["Quantize", "QMatMulW8A8", "Quantize", "QMatMulW8A8"],
+    ),
+    "a norm": (RMS_NORM + "p = MatMul (n, w) y = Tanh (p)", ["Quantize", "QMatMulW8A8_Tanh"]),
+    "read in both types": (
+        "p = MatMul (x, w) a = Atan (p) t = Tanh (p) y = Add (a, t)",
+        ["Quantize", "QMatMulW8A8"],
+    ),
+    "an output that is read": (
+        "y = MatMul (x, w) a = Atan (y) t = Tanh (y) z = Add (a, t)",
+        ["Quantize", "QMatMulW8A8"],
+    ),
+    "a branch": (
+        "c = Constant <value = bool {1}> () h = Tanh (x) y = If (c) <"
+        "then_branch = t () => (float[m,64] o) { o = MatMul (h, w) }, "
+        "else_branch = f () => (float[m,64] r) { r = Neg (h) }>",
+        ["Quantize", "QMatMulW8A8"],
+    ),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE_FLOAT32)
+def test_kernels_in_float16_beside_float32(beside):
+    body, wanted = BESIDE_FLOAT32[beside]
+    outputs = "float[m,64] y, float[m,64] z" if " z = " in body else "float[m,64] y"
+    model = named(f"g (float[m,64] x) => ({outputs}) {{ {body} }}", v=W[::-1].copy())
+    exact = Pipeline.default("cuda-int8", Recipe(float="fp32")).run(model.clone())
+    half = Pipeline.default("cuda-int8").run(model)
+    ops = [n.op_type for n in half.graph.all_nodes() if n.domain.startswith("qcompiler.")]
+    assert [op.replace("_K64", "").replace("_N64", "").replace("_f16", "") for op in ops] == wanted
+    assert all("_f16" in op for op in ops)
+    assert [(v.name, v.dtype) for v in half.graph.outputs] == [
+        (name, ir.DataType.FLOAT) for name in ("y", "z")[: len(half.graph.outputs)]
+    ]
+    results = [run(each, X, plainly=True) for each in (exact, half)]
+    assert all(sqnr(want, got) > 35 for want, got in zip(*results, strict=True))
+
+
+def test_what_leaves_the_range_beside_float32_has_no_kernel():
+    model = named("g (float[m,64] x) => (float[m,64] y) { p = MatMul (x, w) y = MatMul (p, v) }",
+                  w=W * 1e5, v=W * 1e-5)  # fmt: skip
+    steps = list(Pipeline.default("cuda-int8", runs=ModelRuns()))
+    model = Pipeline(steps[: [s.name for s in steps].index("fuse-regions") + 1]).run(model)
+    ops = [node.op_type for node in model.graph if node.domain.startswith("qcompiler")]
+    assert ops == ["Quantize_K64_f16", "QMatMulW8A8", "Quantize", "QMatMulW8A8_K64_N64_f16"]
+    assert "kernels for GPUs take floats of 16 bits; float32: its result reached" in why(model, "p")
 
 
 def test_kernels_of_floats_take_no_regions_in_float16():
