@@ -56,6 +56,10 @@ _UNSEEN = (
     "float16: nobody saw which values leave its range, because the model was not run; give samples "
     "(--calib)"
 )
+_UNSEEN_BODIES = (
+    "float16: bodies of If, Loop and Scan are not looked into; give --float fp32 if values in them "
+    "leave its range"
+)
 
 
 def check_float_type(given: object) -> None:
@@ -152,6 +156,8 @@ class ConvertFloat16(ir.passes.InPlacePass):
         found = {} if self.sample is None else magnitudes(model, inside, self.sample)
         if inside and not found:
             self.notes = (_UNSEEN,)
+        elif any(n not in kept and n.graph is not model.graph for n in nodes):
+            self.notes = (_UNSEEN_BODIES,)
         beyond = [v for v, reached in found.items() if reached * self.options.headroom > _LARGEST]
         for value in beyond:
             reached = found[value]
