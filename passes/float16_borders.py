@@ -66,6 +66,8 @@ def _round_operand(node: ir.Node, value: ir.Value, as_type: AsType) -> bool:
 
 def _round_result(node: ir.Node, value: ir.Value, as_type: AsType) -> bool:
     uses = list(value.uses())
+    if not uses and not value.is_graph_output():
+        return False
     if len(uses) == 1 and not value.is_graph_output() and _casts(uses[0].node, _WIDE, _HALF):
         return False
     half = as_type(value, _HALF)
@@ -80,7 +82,7 @@ def _round_result(node: ir.Node, value: ir.Value, as_type: AsType) -> bool:
             if output is value:
                 outputs[index] = wide
         value.name, wide.name = f"{value.name}_exact", value.name
-    return bool(uses) or wide.is_graph_output()
+    return True
 
 
 def _casts(node: ir.Node, source: ir.DataType, target: ir.DataType) -> bool:

@@ -634,6 +634,17 @@ def test_kernels_in_float16_beside_float32(beside):
     assert all(sqnr(want, got) > 35 for want, got in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("beside", BESIDE_FLOAT32)
+def test_casts_beside_float32_are_made_once(beside):
+    model = named(f"g (float[m,64] x) => (float[m,64] y) {{ {BESIDE_FLOAT32[beside][0]} }}", v=W)
+    steps = list(Pipeline.default("cuda-int8"))
+    after = [step.name for step in steps].index("convert-float16") + 1
+    model = Pipeline(steps[:after]).run(model)
+    printed = text_of(model)
+    assert not ConvertFloat16()(model).modified
+    assert text_of(model) == printed
+
+
 def test_what_leaves_the_range_beside_float32_has_no_kernel():
     model = named("g (float[m,64] x) => (float[m,64] y) { p = MatMul (x, w) y = MatMul (p, v) }",
                   w=W * 1e5, v=W * 1e-5)  # fmt: skip
