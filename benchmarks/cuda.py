@@ -47,6 +47,8 @@ TOLERANCE = 4e-3
 SAMPLED = 48
 """Rows and columns of large results that are compared."""
 
+NO_SANITIZER = "not installed"
+
 EIGHT_BIT = {"QMatMulW8A8": "Quantize", "QMatMulFp8": "QuantizeFp8"}
 
 
@@ -289,7 +291,7 @@ def sanitize(arguments: list[str]) -> dict[str, str]:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     program = shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
     if program is None:
-        return {"compute-sanitizer": "not installed"}
+        return {"compute-sanitizer": NO_SANITIZER}
     found = {}
     for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
         command = [program, "--tool", tool, sys.executable, __file__, "--small", *arguments]
@@ -298,6 +300,11 @@ def sanitize(arguments: list[str]) -> dict[str, str]:
         found[tool] = summary[-1] if summary else f"no summary, exit status {done.returncode}"
         print(f"  {tool}: {found[tool]}", file=sys.stderr)
     return found
+
+
+def is_bad(said: str) -> bool:
+    """Whether a checker found something, or did not run though it is installed."""
+    return said != NO_SANITIZER and not re.search(r"SUMMARY: 0 (errors|hazards)", said)
 
 
 def versions() -> dict[str, str]:
@@ -346,18 +353,25 @@ def main() -> None:
         sys.exit(f"{len(wrong)} of {len(checked)} results are wrong; not timed")
     if options.small:
         return
-    result = {
+    result: dict[str, Any] = {
         "device": device.name, "capability": device.capability, "arch": arch,
         "driver": device.driver_version, "compiler": compiler.name, "versions": versions(),
         "seed": options.seed, "numbers": checked,
-        "checkers": sanitize(["--seed", str(options.seed), "--driver", options.driver]),
-        "times": bench.times(), "peers": torch_peers() + ort_peers(),
     }  # fmt: skip
-    text = json.dumps(result, indent=1)
+    arguments = ["--seed", str(options.seed), "--driver", options.driver]
+    parts: dict[str, Callable[[], Any]] = {
+        "checkers": lambda: sanitize(arguments),
+        "times": bench.times,
+        "peers": lambda: torch_peers() + ort_peers(),
+    }
+    for name, make in parts.items():
+        result[name] = make()
+        if options.json is not None:  # what is there survives a part that fails
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.json is None:
-        print(text)
-    else:
-        options.json.write_text(text + "\n")
+        print(json.dumps(result, indent=1))
+    if found := [f"{tool}: {said}" for tool, said in result["checkers"].items() if is_bad(said)]:
+        sys.exit("; ".join(found))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ in float32 inside: that is what the `stash_type` of the first says, and what ONN
 of both do.
 
 Ops of ours keep float32 but for QMatMulW4A16, which is the same in either type; `fuse_regions` then
-takes the Casts around the others into their regions.
+takes the Casts around the others into their regions.  Those that GPUs have kernels of get Casts
+beside neighbours that stay in float32, too (`float16_borders`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from qcompiler.ir.decisions import add_note, decide
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, drop_if_unread, new_initializer, place_after
 from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.float16_borders import border_of, round_borders
 from qcompiler.passes.float16_ranges import magnitudes
 from qcompiler.passes.float16_rules import (
     BORDER,
@@ -53,6 +55,10 @@ _LARGEST = float(np.finfo(np.float16).max)
 _UNSEEN = (
     "float16: nobody saw which values leave its range, because the model was not run; give samples "
     "(--calib)"
+)
+_UNSEEN_BODIES = (
+    "float16: bodies of If, Loop and Scan are not looked into; give --float fp32 if values in them "
+    "leave its range"
 )
 
 
@@ -118,12 +124,14 @@ class ConvertFloat16(ir.passes.InPlacePass):
         changed, masked = clamp_masks(model)
         kept = kept_nodes(model)
         nodes = [node for node in model.graph.all_nodes() if touches_floats(node)]
-        self._keep_beyond(model, nodes, kept, masked)
+        beyond = self._keep_beyond(model, nodes, kept, masked)
         keep_between(nodes, kept)
         for node, reason in kept.items():
             if reason:
                 add_note(node, reason)
-        changed |= _Conversion(model, [n for n in nodes if n not in kept]).run(nodes)
+        conversion = _Conversion(model, [n for n in nodes if n not in kept])
+        changed |= conversion.run(nodes)
+        changed |= round_borders(nodes, beyond, conversion.as_type)
         if changed:
             common.RemoveUnusedNodesPass()(model)
             FixNames()(model)
@@ -132,8 +140,8 @@ class ConvertFloat16(ir.passes.InPlacePass):
 
     def _keep_beyond(
         self, model: ir.Model, nodes: Iterable[ir.Node], kept: Kept, masked: Container[ir.Value]
-    ) -> None:
-        """Keep what makes or reads values that leave the range when the model is run."""
+    ) -> set[ir.Value]:
+        """Keep what makes or reads values that leave the range when the model is run; those."""
         opset = model.graph.opset_imports[""]
         values: dict[ir.Value, None] = {}
         for node in nodes:
@@ -141,20 +149,32 @@ class ConvertFloat16(ir.passes.InPlacePass):
                 read = (node.inputs[index] for index in following_inputs(node, opset))
                 known = (v for v in read if v is not None and constant(v) is None)
                 values.update(dict.fromkeys([*known, *following_outputs(node, opset)]))
+            border = border_of(node)
+            if border is not None and border.dtype is _WIDE:
+                values[border] = None
         inside = [v for v in values if v.graph is model.graph and v not in masked]
         found = {} if self.sample is None else magnitudes(model, inside, self.sample)
         if inside and not found:
             self.notes = (_UNSEEN,)
-        for value, reached in found.items():
-            if reached * self.options.headroom <= _LARGEST:
-                continue
+        elif any(n not in kept and n.graph is not model.graph for n in nodes):
+            self.notes = (_UNSEEN_BODIES,)
+        beyond = [v for v, reached in found.items() if reached * self.options.headroom > _LARGEST]
+        for value in beyond:
+            reached = found[value]
             what = f"reached {reached:.3g} where the model was run, and float16 ends at 65504"
             maker = value.producer()
             if maker is not None:
-                kept.setdefault(maker, f"float32: its result {what}")
+                _keep(kept, maker, f"float32: its result {what}")
             for use in value.uses():
                 if not reads_any_type(use.node) or use.node.op_type == "Cast":
-                    kept.setdefault(use.node, f"float32: {value.name} {what}")
+                    _keep(kept, use.node, f"float32: {value.name} {what}")
+        return set(beyond)
+
+
+def _keep(kept: Kept, node: ir.Node, reason: str) -> None:
+    """Ops of ours, which stay in any case, say what keeps their kernel away."""
+    if node not in kept or (not kept[node] and border_of(node) is not None):
+        kept[node] = reason
 
 
 class _Conversion:
@@ -183,7 +203,7 @@ class _Conversion:
             for index, dtype in operands.items():
                 operand = node.inputs[index]
                 if operand is not None and operand.dtype is not dtype:
-                    node.replace_input_with(index, self._as(operand, dtype))
+                    node.replace_input_with(index, self.as_type(operand, dtype))
                     drop_if_unread(operand)
                     changed = True
         for graph, index, value in outputs:
@@ -206,7 +226,7 @@ class _Conversion:
             node.attributes["to"] = ir.AttrInt64("to", int(_HALF))
         return following_outputs(node, self.opset)
 
-    def _as(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    def as_type(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """The value in another type, cast once for all its readers."""
         key = (value, dtype)
         if key not in self.made:
@@ -225,7 +245,7 @@ class _Conversion:
 
     def _restore_output(self, graph: ir.Graph, index: int, value: ir.Value) -> None:
         """Let an output of a graph keep its name and type."""
-        wide = self._as(value, _WIDE)
+        wide = self.as_type(value, _WIDE)
         if graph is self.model.graph:
             value.name, wide.name = f"{value.name}_float16", value.name
         graph.outputs[index] = wide

@@ -6,7 +6,8 @@
 3. Means of squares, from x up to what is divided by them: squares leave the range where x does not.
 4. Constants beyond the range; below it, where all of one is, or any of a divisor.
 5. What the source itself widened from another type.
-6. What lies between float32 nodes alone: casts would be all that float16 brings it.
+6. What lies between float32 nodes alone: casts would be all that float16 brings it.  Ops of ours
+   count where no kernel takes the casts in.
 
 Part of `convert_float16`.
 """
@@ -14,7 +15,7 @@ Part of `convert_float16`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.graph import constant
-from qcompiler.passes.float16_types import HALF_OPS, following_inputs, reads_any_type
+from qcompiler.passes.float16_types import HALF_OPS, IN_HALF, following_inputs, reads_any_type
 from qcompiler.passes.match_norms import Norm, match_norm
 
 __all__ = ["BORDER", "MOVING", "Kept", "keep_between", "kept_nodes", "touches_floats"]
@@ -89,12 +90,20 @@ def kept_nodes(model: ir.Model) -> Kept:
 def keep_between(nodes: Iterable[ir.Node], kept: Kept) -> None:
     """Add the nodes all of whose floats come from nodes that stay, and go to such."""
     left = [node for node in nodes if node not in kept and not reads_any_type(node)]
-    while found := [node for node in left if _is_between(node, kept)]:
+    left = [node for node in left if not dialect.is_ours(node.domain)]
+    stay = {node for node in kept if not _takes_casts(node)}
+    while found := [node for node in left if _is_between(node, stay)]:
         kept.update(dict.fromkeys(found, ""))
-        left = [node for node in left if node not in kept]
+        stay.update(found)
+        left = [node for node in left if node not in stay]
 
 
-def _is_between(node: ir.Node, kept: Kept) -> bool:
+def _takes_casts(node: ir.Node) -> bool:
+    """Whether a kernel in float16 makes the Casts around an op a part of it."""
+    return node.domain == dialect.DOMAIN and node.op_type in IN_HALF
+
+
+def _is_between(node: ir.Node, kept: Container[ir.Node | None]) -> bool:
     floats = [v for v in node.inputs if v is not None and v.dtype is _F and v.const_value is None]
     if not floats or not all(value.producer() in kept for value in floats):
         return False

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompiler.ir import dialect
 
-__all__ = ["HALF_OPS", "following_inputs", "following_outputs", "reads_any_type"]
+__all__ = ["HALF_OPS", "IN_HALF", "following_inputs", "following_outputs", "reads_any_type"]
 
 HALF_OPS = frozenset({
     "Abs", "Add", "ArgMax", "ArgMin", "AveragePool", "BatchNormalization", "Cast", "Ceil", "Clip",
@@ -33,6 +33,9 @@ HALF_OPS = frozenset({
 })  # fmt: skip
 """Ops that ONNX Runtime's CUDA provider has float16 kernels of, by its list of kernels; the CPU
 provider runs each of them too, between casts where it has none."""
+
+IN_HALF = frozenset({"QMatMulFp8", "QMatMulW8A8", "Quantize", "QuantizeFp8"})
+"""Ops of ours that GPUs have kernels of whose floats are float16, and none of float32."""
 
 _STAY = {"Resize": (1,)}
 """Operands that the schema takes in float16, and ONNX Runtime only in float32: roi."""

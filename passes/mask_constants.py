@@ -1,12 +1,12 @@
 """Bring the constants of attention masks into the range of float16.
 
-    Softmax(scores + Where(seen, 0, -3.4e38))   =>   Softmax(scores + Where(seen, 0, -32752))
+    Softmax(scores + Where(seen, 0, -3.4e38))   =>   Softmax(scores + Where(seen, 0, -30000))
 
 A mask is a constant that goes nowhere but into a Softmax, through ops that move, choose or add, and
-is low enough to leave nothing of what it is added to.  It is at least half of float16's lowest
-number then, so that two masks may meet and a score be added: minus infinity would make NaN of a row
-that is masked throughout.  What is masked weighs 0 as before; such a row alone is another, weighed
-by its scores where all were equal.  Part of `convert_float16`.
+is low enough to leave nothing of what it is added to.  Twice what it becomes is still in float16's
+range, and so is a score below that, down to -5000: two masks may meet, and minus infinity would
+make NaN of a row that is masked throughout.  What is masked weighs 0 as before; such a row alone is
+another, weighed by its scores where all were equal.  Part of `convert_float16`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
 
 __all__ = ["MASKED", "clamp_masks"]
 
-MASKED = -32752.0
-"""What a mask is in float16."""
+MASKED = -30000.0
+"""What a mask is in float16, whose lowest number is -65504."""
 
 _LOW = -1000.0
 """Whatever is added to scores is a mask if it is below: e^-1000 is 0 in float32 as well."""

@@ -136,20 +136,23 @@ def find_cubin_compiler() -> CubinCompiler:
 
 
 def _find_nvcc() -> Nvcc | str:
-    """The newest-named nvcc, or why there is none."""
+    """The first nvcc found, or why it will not do."""
     home = os.environ.get("CUDA_HOME")
     places = (shutil.which("nvcc"), home and f"{home}/bin/nvcc", "/usr/local/cuda/bin/nvcc")
     path = next((place for place in places if place and os.access(place, os.X_OK)), None)
     if path is None:
         return "no nvcc on the PATH, in $CUDA_HOME or in /usr/local/cuda"
-    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    except OSError as error:
+        return f"{path} cannot be run ({error.strerror})"
     found = re.search(r"V(\d+)\.(\d+)\.\d+", done.stdout)
     if found is None:
         return f"{path} does not say which version it is"
     version = int(found[1]), int(found[2])
     if version < _OLDEST:
         return f"{path} is of CUDA {version[0]}.{version[1]}, 12.0 or newer is needed"
-    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+    if not shutil.which("g++"):
         return f"{path} needs a C++ compiler, and there is no g++"
     return Nvcc(path, version, found[0])
 

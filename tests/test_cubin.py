@@ -130,8 +130,20 @@ def test_nvcc_that_will_not_do(
         find_cubin_compiler()
 
 
+def test_nvcc_that_is_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvcc(tmp_path, "")
+    (tmp_path / "bin" / "nvcc").write_text("no program")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/bin:/usr/bin")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ToolchainError, match=r"nvcc cannot be run \(Exec format error\); no NVRTC"):
+        find_cubin_compiler()
+
+
 def test_nvcc_without_a_cxx_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nvcc(tmp_path, "V13.0.88")
+    clang = tmp_path / "bin" / "clang++"  # nvcc asks for g++ alone
+    clang.write_text("")
+    clang.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ToolchainError, match="needs a C.. compiler"):

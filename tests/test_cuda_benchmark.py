@@ -132,7 +132,8 @@ def test_times_and_the_file(
     monkeypatch.setattr(
         sys, "argv", ["cuda.py", "--json", str(out), "--driver", str(driver.path), "--seed", "3"]
     )
-    monkeypatch.setattr(benchmark, "sanitize", lambda arguments: {"memcheck": "none"})
+    clean = {"memcheck": "========= ERROR SUMMARY: 0 errors"}
+    monkeypatch.setattr(benchmark, "sanitize", lambda arguments: clean)
     benchmark.main()
     found = json.loads(out.read_text())
     assert (found["device"], found["arch"], found["driver"]) == ("Stand-in", "sm_90a", "13.0")
@@ -166,6 +167,21 @@ def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["cuda.py", "--driver", "/nowhere/libcuda.so.1"])
     with pytest.raises(SystemExit, match="needs an NVIDIA GPU: there is no NVIDIA driver"):
         benchmark.main()
+
+
+@pytest.mark.parametrize(
+    ("said", "bad"),
+    [
+        ("not installed", False),
+        ("ERROR SUMMARY: 0 errors", False),
+        ("RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", False),
+        ("ERROR SUMMARY: 10 errors", True),
+        ("RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", True),
+        ("no summary, exit status 1", True),
+    ],
+)
+def test_what_a_checker_says(said: str, bad: bool) -> None:
+    assert benchmark.is_bad(said) == bad
 
 
 def test_without_the_sanitizer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,8 @@ from qcompiler.targets.library import KernelCache, build_library
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("bundle") / f"m.{request.param}"
     report = qcompiler.compile(mlp(depth=128, width=192), request.param, output)
-    assert {d.action for d in report.decisions if d.op.startswith("QMatMul")} <= {"kernel"}
+    ours = [d for d in report.decisions if d.op.startswith(("QMatMul", "Quantize"))]
+    assert [d.action for d in ours] == ["kernel"] * (2 if request.param == "cuda-int4" else 4)
     return output
 
 

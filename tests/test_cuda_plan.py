@@ -73,6 +73,7 @@ def test_bytes_lie_where_the_layout_says():
         (w4(k=100), "K=100: rows are loaded 16 bytes at a time, 8 elements"),
         (w4(group=16), "groups of 16; known are 32, 64, 128"),
         (w4(n=1 << 23), "weights are more than 2\\^30"),
+        (w4(k=1 << 26, n=1), "67108864 x 1 weights are 4294967296 bytes when padded"),
         (w4(widths=(32, 32)), "several results"),
         (w4(steps=(Step("Erf", (0,)),)), "no vector form of Erf"),
         (w4(steps=(Step("Add", (0, -1)),)), "reads values that do not exist"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from qcompiler.ir.region import Region
+from qcompiler.targets.cuda.packing import packing
 from qcompiler.targets.epilogue import unsupported_step
 
 __all__ = ["FAMILIES", "Family", "unsupported"]
@@ -12,6 +13,8 @@ __all__ = ["FAMILIES", "Family", "unsupported"]
 MAX_EXTRAS = 8
 MAX_ELEMENTS = 1 << 30
 """Kernels index a row, and the packed weights, with int32."""
+MAX_PACKED_BYTES = 1 << 30
+"""The same of weights whose columns are padded, of which there may be one."""
 MAX_INT8_DEPTH = (1 << 31) // (128 * 128) - 1
 """The longest sum of int8 products that an int32 surely holds."""
 GROUP_SIZES = (32, 64, 128)
@@ -69,6 +72,8 @@ def _unsupported_product(region: Region) -> str | None:
     k, n = region.size("K"), region.size("N")
     if k * n > MAX_ELEMENTS:
         return f"{k} x {n} weights are more than 2^30"
+    if (packed := packing(region).weight_bytes) > MAX_PACKED_BYTES:
+        return f"{k} x {n} weights are {packed} bytes when padded; at most 2^30 are supported"
     if n > MAX_SPLIT_COLUMNS:
         return f"N={n}: at most {MAX_SPLIT_COLUMNS} columns are supported"
     if region.anchor == "QMatMulW8A8" and k > MAX_INT8_DEPTH:

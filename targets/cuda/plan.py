@@ -115,7 +115,7 @@ RESULT_PITCH = COLUMN_MULTIPLE + 4
 
 def shapes_of(region: Region) -> list[tuple[int | None, Shape]]:
     """The kernels of a product, each with the largest M it is for."""
-    # mma.sync of FP8 is made of float16 ones on sm_90, which takes too many registers for 128 rows.
+    # sm_90 keeps sums of FP8 twice (`warpgroup.py`), and has no registers for those of 128 rows.
     most_rows = 64 if region.anchor == "QMatMulFp8" else 128
     tiles = ((16, 16), (64, 64), (64, 256), (most_rows, None))
     shapes: list[tuple[int | None, Shape]] = [(STREAM_ROWS, _stream(region))]
