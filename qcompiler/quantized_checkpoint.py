@@ -28,7 +28,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import decide
-from qcompiler.ir.errors import ModelError, did_you_mean
+from qcompiler.ir.errors import ModelError, OptionError, did_you_mean
 from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer
 from qcompiler.ir.types import PerGroup, QuantType
 from qcompiler.passes.canonicalize import Canonicalize
@@ -83,7 +83,9 @@ def take_over_weights(
         The layers that were found, all that the checkpoint has.
 
     Raises:
-        ModelError: The file cannot be read, or a layer has no counterpart of its shape.
+        ModelError: The file cannot be read, or a layer has no counterpart of its shape, or that of
+            another layer.
+        OptionError: `zeros_less_one` of a checkpoint of AWQ, where it means nothing.
     """
     file = SafeTensors(checkpoint)
     layers = [name.removesuffix(".qweight") for name in file if name.endswith(".qweight")]
@@ -97,17 +99,30 @@ def take_over_weights(
     Canonicalize()(model)
     products = _products(model)
     orders: dict[tuple[ir.Value, bytes], ir.Value] = {}
-    scaled = False
+    taken: dict[ir.Node, str] = {}
+    methods = set()
     for layer in layers:
         node = _find(layer, (names or {}).get(layer), products, file.name)
+        if node in taken:
+            raise ModelError(
+                f"{file.name}: layers {taken[node]!r} and {layer!r} would both be {label(node)}; "
+                f"{_say_which(layer)}"
+            )
         weight = node.inputs[1]
         assert weight is not None and weight.const_value is not None
         k, n = weight.const_value.shape.numpy()
         method = _method(file, layer, k, n)
-        scaled |= method == "awq"
-        _replace(model.graph, node, weight, _unpack(file, layer, method, (k, n), less_one), orders)
-        decide(node, "qdq", f"weights of {method} as {Path(file.name).name} has them")
-    if scaled:
+        methods.add(method)
+        unpacked = _unpack(file, layer, method, (k, n), less_one)
+        for reader in _replace(model.graph, weight, unpacked, orders):
+            taken[reader] = layer
+            decide(reader, "qdq", f"weights of {method} as {Path(file.name).name} has them")
+    if methods == {"awq"} and zeros_less_one is not None:
+        raise OptionError(
+            f"zeros_less_one={zeros_less_one} (--zeros): {file.name} is of AWQ, whose zero points "
+            "are plain"
+        )
+    if "awq" in methods:
         _take_over_floats(model, file)
     FixNames()(model)
     return layers
@@ -120,8 +135,8 @@ def _is_less_one(path: Path) -> bool:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        config = content.get("quantization_config", content)
-        if config.get("checkpoint_format") is not None:
+        config = content.get("quantization_config", content) if isinstance(content, dict) else None
+        if isinstance(config, dict) and config.get("checkpoint_format") is not None:
             return bool(config["checkpoint_format"] != "gptq_v2")
     return True
 
@@ -160,20 +175,26 @@ def _find(layer: str, given: str | None, products: Mapping[str, ir.Node], file: 
     problem = "several" if ends else "no"
     raise ModelError(
         f"{file}: {problem} MatMul of the model {'have' if ends else 'has'} the name of layer "
-        f"{layer!r}{did_you_mean(wanted, products)}; say which with names={{{layer!r}: …}}"
+        f"{layer!r}{did_you_mean(wanted, products)}; {_say_which(layer)}"
     )
+
+
+def _say_which(layer: str) -> str:
+    return f"say which is meant with --name {layer}=NODE (names={{{layer!r}: …}})"
 
 
 def _method(file: SafeTensors, layer: str, k: int, n: int) -> Literal["gptq", "awq"]:
     """Along which axis it is packed."""
-    rows, columns = file[f"{layer}.qweight"].shape
-    if columns == n and rows < k:
-        return "gptq"
-    if rows == k and columns < n:
-        return "awq"
+    packed = file[f"{layer}.qweight"]
+    if packed.dtype == np.int32 and packed.ndim == 2:
+        rows, columns = packed.shape
+        if columns == n and rows < k:
+            return "gptq"
+        if rows == k and columns < n:
+            return "awq"
     raise ModelError(
-        f"{file.name}: {layer}.qweight is [{rows}, {columns}], which is no packed form of the "
-        f"model's [{k}, {n}]"
+        f"{file.name}: {layer}.qweight is {packed.dtype} {list(packed.shape)}, which is no packed "
+        f"form of the model's [{k}, {n}]"
     )
 
 
@@ -185,6 +206,10 @@ def _unpack(file: SafeTensors, layer: str, method: str, shape: tuple[int, int],
         raise ModelError(f"{file.name} has no {layer}.{missing[0]} beside its qweight")
     packed, zeros = file[f"{layer}.qweight"], file[f"{layer}.qzeros"]
     scales = file[f"{layer}.scales"].astype(np.float32)
+    if zeros.dtype != np.int32 or zeros.ndim != 2 or scales.ndim != 2 or not scales.size:
+        raise ModelError(f"{file.name}: qzeros and scales of {layer} are no packed tables")
+    if not np.isfinite(scales).all():
+        raise ModelError(f"{file.name}: scales of {layer} hold NaN or Inf")
     bits = packed.size * 32 // (k * n)
     if bits not in (2, 3, 4, 8) or packed.size * 32 != bits * k * n:
         raise ModelError(f"{file.name}: {layer} has {packed.size * 32 / (k * n):.3g} bits a weight")
@@ -220,27 +245,39 @@ def _awq_columns(words: NDArray[np.int32], bits: int) -> NDArray[np.int16]:
     return columns.reshape(len(words), -1)
 
 
-def _replace(graph: ir.Graph, node: ir.Node, weight: ir.Value, layer: _Layer,
-             orders: dict[tuple[ir.Value, bytes], ir.Value]) -> None:  # fmt: skip
-    """Let a product read the rounded weight, and its activations in the order of its groups."""
-    codes, order = layer.codes, np.argsort(layer.groups, kind="stable")
-    group = -(-len(codes) // len(layer.scales))
-    if not np.array_equal(layer.groups[order], np.arange(len(codes)) // group):
-        raise ModelError(f"{label(node)}: its groups are not all of {group} inputs")
-    if not np.array_equal(order, np.arange(len(codes))):
-        codes = codes[order]
-        node.replace_input_with(0, _ordered(graph, node, order, orders))
+def _replace(graph: ir.Graph, weight: ir.Value, layer: _Layer,
+             orders: dict[tuple[ir.Value, bytes], ir.Value]) -> list[ir.Node]:  # fmt: skip
+    """Let the products of a weight read it rounded, and activations in the order of its groups."""
+    nodes = [node for node, index in weight.uses() if node.op_type == "MatMul" and index == 1]
+    order, count = np.argsort(layer.groups, kind="stable"), len(layer.codes)
+    group = -(-count // len(layer.scales))
+    if not np.array_equal(layer.groups[order], np.arange(count) // group):
+        raise ModelError(f"{label(nodes[0])}: its groups are not all of {group} inputs")
+    if not np.array_equal(order, np.arange(count)):
+        for node in nodes:
+            node.replace_input_with(0, _ordered(graph, node, order, orders))
+    type, rounded = _rounded(layer, order, group, weight.dtype or ir.DataType.FLOAT)
+    floats = place_dequantize(graph, weight, type, rounded).outputs[0]
+    for node in nodes:
+        node.replace_input_with(1, floats)
+    drop_if_unread(weight)
+    return nodes
+
+
+def _rounded(
+    layer: _Layer, order: NDArray[np.int64], group: int, expressed: ir.DataType
+) -> tuple[QuantType, RoundedWeight]:
+    """The weight in two's complement, with scales of the type of the model's own."""
     storage = ir.DataType.INT8 if layer.bits == 8 else ir.DataType.INT4
     middle, integers = 2 ** (layer.bits - 1), storage.numpy()
     zeros = layer.zeros - middle
-    type = QuantType(storage, granularity=PerGroup(0, group), symmetric=not zeros.any())
+    type = QuantType(storage, expressed, PerGroup(0, group), symmetric=not zeros.any())
     rounded = RoundedWeight(
-        np.ascontiguousarray(codes - middle).astype(integers),
-        layer.scales,
+        np.ascontiguousarray(layer.codes[order] - middle).astype(integers),
+        layer.scales.astype(expressed.numpy()),
         zeros.astype(integers) if zeros.any() else None,
     )
-    node.replace_input_with(1, place_dequantize(graph, weight, type, rounded).outputs[0])
-    drop_if_unread(weight)
+    return type, rounded
 
 
 def _ordered(graph: ir.Graph, node: ir.Node, order: NDArray[np.int64],
