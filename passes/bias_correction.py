@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.decisions import add_note, bias_shift, plan_of, set_bias_shift
+from qcompiler.ir.decisions import bias_shift, plan_of, set_bias_shift
 from qcompiler.ir.errors import OptionError
 from qcompiler.passes.measuring_pass import MeasuringPass
 from qcompiler.passes.side_by_side import Comparison, Rows, own_errors, quantized_copy
@@ -91,8 +91,8 @@ class BiasCorrection(MeasuringPass):
         share = gain.sum() / max(float(rows[means.noise].mean(axis=0).sum()), 1e-30)
         if not share >= self.options.least:  # so that NaN is left alone
             return False
-        set_bias_shift(node, np.asarray(trust * drifts.mean(axis=0), np.float32))
-        add_note(node, f"bias corrected: {share:.0%} of its squared error")
+        shift = np.asarray(trust * drifts.mean(axis=0), np.float32)
+        set_bias_shift(node, shift, f"bias corrected: {share:.0%} of its squared error")
         return True
 
 
