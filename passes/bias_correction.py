@@ -13,8 +13,8 @@ leaves sample i the least error on average.  It is made where that takes a part 
 off (`least`).  One sample alone corrects nothing; each picture of a batch is one.
 
 The pass only plans: it finds the shift of each planned convolution on some samples, on the model as
-smoothing and equalization left it, and the pass that rounds the bias takes it off.  MatMuls have no
-bias of their own, and their inputs are centred by the norms before them.
+smoothing and equalization left it, and the pass that rounds the bias takes it off.  MatMuls, which
+have no bias of their own, are left alone.
 """
 
 from __future__ import annotations
