@@ -152,7 +152,9 @@ def drop_plan(node: ir.Node) -> None:
     """Take the plan back, of either kind: the node is not quantized after all."""
     node.meta.pop(_PLAN, None)
     node.meta.pop(_OPERANDS, None)
-    node.meta.pop(_BIAS_SHIFT, None)
+    _, note = node.meta.pop(_BIAS_SHIFT, (None, None))
+    if note is not None:
+        _take_back(node, note)
 
 
 def keep_float(node: ir.Node, why: str) -> None:
@@ -167,14 +169,15 @@ def is_kept_float(node: ir.Node) -> bool:
     return bool(node.meta.get(_KEPT))
 
 
-def set_bias_shift(node: ir.Node, shift: NDArray[np.float32]) -> None:
-    """Plan that rounding takes `shift`, [C], from the bias of `node`."""
-    node.meta[_BIAS_SHIFT] = shift
+def set_bias_shift(node: ir.Node, shift: NDArray[np.float32], note: str) -> None:
+    """Plan that rounding takes `shift`, [C], from the bias of `node`.  The note goes with it."""
+    node.meta[_BIAS_SHIFT] = shift, note
+    add_note(node, note)
 
 
 def bias_shift(node: ir.Node) -> NDArray[np.float32] | None:
     """What is to be taken from the bias of `node` when it is rounded, if anything."""
-    shift: NDArray[np.float32] | None = node.meta.get(_BIAS_SHIFT)
+    shift: NDArray[np.float32] | None = node.meta.get(_BIAS_SHIFT, (None,))[0]
     return shift
 
 
@@ -234,6 +237,14 @@ def add_note(node: ir.Node, text: str) -> None:
         return
     node.metadata_props[_NOTE] = text if earlier is None else f"{earlier}; {text}"
     decide(node, decision.action, decision.why, expected=decision.expected)
+
+
+def _take_back(node: ir.Node, text: str) -> None:
+    """Undo `add_note`."""
+    for key in (_NOTE, _WHY):
+        parts = node.metadata_props.pop(key, "").split("; ")
+        if kept := [part for part in parts if part not in (text, "")]:
+            node.metadata_props[key] = "; ".join(kept)
 
 
 def note_of(node: ir.Node) -> str | None:

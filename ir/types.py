@@ -94,9 +94,12 @@ class QuantType:
             return f"granularity {self.granularity!r} is no PerTensor, PerAxis or PerGroup"
         if not isinstance(self.codebook, Codebook | None):
             return f"codebook {self.codebook!r} is no Codebook"
-        flags = {"symmetric": self.symmetric, "narrow_range": self.narrow_range}
-        wrong = [(name, flag) for name, flag in flags.items() if not isinstance(flag, bool)]
-        return f"{wrong[0][0]} {wrong[0][1]!r} is neither True nor False" if wrong else None
+        if self.bits is not None and type(self.bits) is not int:
+            return f"bits {self.bits!r}: it is a whole number"
+        for name in ("symmetric", "narrow_range", "two_level"):
+            if not isinstance(flag := getattr(self, name), bool):
+                return f"{name} {flag!r} is neither True nor False"
+        return None
 
     def _problem(self) -> str | None:
         if self.storage not in _STORAGE.values():
@@ -158,7 +161,7 @@ class QuantType:
         Raises:
             OptionError: Says which part of the text is wrong, and what could stand there.
         """
-        pattern = r"quant<([^:,]+):(\w+), ([^,]+?)(, asymmetric)?(, narrow)?(?:, bits=(\d))?"
+        pattern = r"quant<([^:,]+):(\w+), ([^,]+?)(, asymmetric)?(, narrow)?(?:, bits=(\d+))?"
         pattern += "(, two-level)?>"
         match = re.fullmatch(pattern, text) if isinstance(text, str) else None
         if match is None:

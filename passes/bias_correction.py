@@ -13,8 +13,8 @@ leaves sample i the least error on average.  It is made where that takes a part 
 off (`least`).  One sample alone corrects nothing; each picture of a batch is one.
 
 The pass only plans: it finds the shift of each planned convolution on some samples, on the model as
-smoothing and equalization left it, and the pass that rounds the bias takes it off.  MatMuls have no
-bias of their own, and their inputs are centred by the norms before them.
+smoothing and equalization left it, and the pass that rounds the bias takes it off.  MatMuls, which
+have no bias of their own, are left alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.decisions import add_note, bias_shift, plan_of, set_bias_shift
+from qcompiler.ir.decisions import bias_shift, plan_of, set_bias_shift
 from qcompiler.ir.errors import OptionError
 from qcompiler.passes.measuring_pass import MeasuringPass
 from qcompiler.passes.side_by_side import Comparison, Rows, own_errors, quantized_copy
@@ -91,8 +91,8 @@ class BiasCorrection(MeasuringPass):
         share = gain.sum() / max(float(rows[means.noise].mean(axis=0).sum()), 1e-30)
         if not share >= self.options.least:  # so that NaN is left alone
             return False
-        set_bias_shift(node, np.asarray(trust * drifts.mean(axis=0), np.float32))
-        add_note(node, f"bias corrected: {share:.0%} of its squared error")
+        shift = np.asarray(trust * drifts.mean(axis=0), np.float32)
+        set_bias_shift(node, shift, f"bias corrected: {share:.0%} of its squared error")
         return True
 
 

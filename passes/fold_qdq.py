@@ -215,7 +215,7 @@ def _matrix_weight(value: ir.Value | None) -> tuple[ir.Value, list[ir.Value], in
     k, n = stored.const_value.shape.numpy()
     expected = (-(-k // block), n) if block else (n,)
     scales = _levels(scale)
-    first = constant(scales[0]) if scales else None
+    first = constant(scales[0]) if len(scales) == 1 or (scales and block) else None
     fits = first is not None and first.shape == expected and axis == (0 if block else 1)
     return (stored, scales, block) if fits else None
 

@@ -23,8 +23,9 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from qcompiler.ir.decisions import add_note, decide, drop_plan, plan_of
+from qcompiler.ir.decisions import add_note, decide, drop_plan
 from qcompiler.ir.errors import OptionError
+from qcompiler.passes.insert_qdq import is_static
 from qcompiler.passes.measuring_pass import MeasuringPass
 from qcompiler.passes.sensitive_groups import sensitive_groups
 from qcompiler.passes.side_by_side import (
@@ -34,6 +35,9 @@ from qcompiler.passes.side_by_side import (
 )
 
 __all__ = ["KeepSensitive"]
+
+_MOST = 1000
+"""dB: its power is still a float."""
 
 
 class KeepSensitive(MeasuringPass):
@@ -65,11 +69,15 @@ class KeepSensitive(MeasuringPass):
             """Check the values.
 
             Raises:
-                OptionError: Decibels that are no number, or fewer runs than none.
+                OptionError: Decibels that are no number or out of all bounds, or fewer runs than
+                    none.
             """
             for name in ("own", "outputs"):
-                if not math.isfinite(getattr(self, name)):
-                    raise OptionError(f"{name} must be a number of dB, not {getattr(self, name)}")
+                if not abs(getattr(self, name)) <= _MOST:
+                    raise OptionError(
+                        f"{name} must be a number of dB from -{_MOST} to {_MOST}, not "
+                        f"{getattr(self, name)}"
+                    )
             if self.runs < 0:
                 raise OptionError(f"runs must be 0 or more, not {self.runs}")
 
@@ -81,7 +89,7 @@ class KeepSensitive(MeasuringPass):
         Raises:
             CalibrationError: A static plan, and nothing to calibrate it with.
         """
-        nodes = {node.name or "": node for node in model.graph if _is_static(node)}
+        nodes = {node.name or "": node for node in model.graph if is_static(node)}
         if not nodes or self.run is None:
             return ir.passes.PassResult(model, False)
         errors = self._own(model, list(nodes))
@@ -90,7 +98,7 @@ class KeepSensitive(MeasuringPass):
             if error < bound:
                 _keep(nodes[name], f"its own error is {error:.1f} dB, below {bound:g}")
         kept = sum(error < bound for error in errors.values())
-        left = [name for name, node in nodes.items() if name in errors and _is_static(node)]
+        left = [name for name, node in nodes.items() if name in errors and is_static(node)]
         if left and self.options.runs:
             kept += self._reach(model, {name: nodes[name] for name in left})
         return ir.passes.PassResult(model, kept > 0)
@@ -116,7 +124,8 @@ class KeepSensitive(MeasuringPass):
         found = sensitive_groups(list(nodes), noise, math.pow(10, -bound / 10), self.options.runs)
         for group in found:
             others = f" with {len(group.names) - 1} more" if len(group.names) > 1 else ""
-            alone = -10 * math.log10(group.noise)
+            # Nothing was heard of some, but they may be left out with the others in the end.
+            alone = -10 * math.log10(group.noise) if group.noise else math.inf
             for name in group.names:
                 _keep(
                     nodes[name],
@@ -141,8 +150,3 @@ def _keep(node: ir.Node, why: str) -> None:
     drop_plan(node)
     decide(node, "float", f"kept float: {why}")
     add_note(node, f"kept float: {why}")  # what is decided later says so too
-
-
-def _is_static(node: ir.Node) -> bool:
-    plan = plan_of(node)
-    return plan is not None and plan.activation is not None and plan.activation.scale == "static"

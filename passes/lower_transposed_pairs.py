@@ -19,6 +19,7 @@ from qcompiler.ir.decisions import add_note
 from qcompiler.ir.graph import constant, dequantize_of, new_initializer, rectified, replace_nodes
 from qcompiler.ir.params import QuantParams, quant_params
 from qcompiler.ir.types import PerAxis, PerTensor
+from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.passes.sub_pixel import convolution_of, no_convolution_of, phases, phases_of
 from qcompiler.passes.widen_constants import dequantized_constant
@@ -36,6 +37,7 @@ def lower_transposed_pairs(model: ir.Model) -> int:
             if why is not None:
                 add_note(node, why)
     if count:
+        FixNames()(model)  # inference goes by names
         InferShapes()(model)
     return count
 

@@ -162,7 +162,7 @@ def place_dequantize(
         case PerGroup(axis, group_size):
             attributes = {"axis": axis, "block_size": group_size}
     node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}_dequantize")
-    return _place(graph, node, f"{name}_dequantized", stored.shape)
+    return _place(graph, node, f"{name}_dequantized", stored.shape, type.expressed)
 
 
 def _place_scale(graph: ir.Graph, name: str, type: QuantType, rounded: RoundedWeight) -> ir.Value:
@@ -175,13 +175,15 @@ def _place_scale(graph: ir.Graph, name: str, type: QuantType, rounded: RoundedWe
         new_initializer(graph, f"{name}_scale_of_column", column),
     ]
     node = ir.node("DequantizeLinear", inputs, {"axis": 1}, name=f"{name}_scale_dequantize")
-    return _place(graph, node, f"{name}_scale", groups.shape).outputs[0]
+    return _place(graph, node, f"{name}_scale", groups.shape, type.expressed).outputs[0]
 
 
-def _place(graph: ir.Graph, node: ir.Node, name: str, shape: tuple[int, ...]) -> ir.Node:
+def _place(
+    graph: ir.Graph, node: ir.Node, name: str, shape: tuple[int, ...], dtype: ir.DataType
+) -> ir.Node:
     """Put a node behind the others of constants, at the front of the graph."""
     output = node.outputs[0]
-    output.name, output.dtype, output.shape = name, ir.DataType.FLOAT, ir.Shape(shape)
+    output.name, output.dtype, output.shape = name, dtype, ir.Shape(shape)
     makers = [maker for value in node.inputs if value and (maker := value.producer())]
     if makers:
         graph.insert_after(makers[-1], node)

@@ -66,7 +66,10 @@ def sensitive_groups(
         if found <= allowed:
             return out
         # Together they make more noise than each alone: aim lower, by at least one group.
-        bound = min(bound * allowed / found, sum(group.noise for group in rest) * (1 - 1e-6))
+        heard = sum(group.noise for group in rest)
+        if not heard:
+            return groups
+        bound = min(bound * allowed / found, heard * (1 - 1e-6))
 
 
 def _out(groups: Sequence[Group], allowed: float) -> list[Group]:

@@ -5,7 +5,14 @@ import pytest
 from calibrated import facts, output_sqnr, planned
 from golden import model_of, run, text_of
 
-from qcompiler.ir.decisions import bias_shift, decision_of, drop_plan, set_bias_shift
+from qcompiler.ir.decisions import (
+    add_note,
+    bias_shift,
+    decide,
+    decision_of,
+    drop_plan,
+    set_bias_shift,
+)
 from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.passes.bias_correction import BiasCorrection
 from qcompiler.passes.equalize_layers import EqualizeLayers
@@ -118,9 +125,18 @@ def test_after_equalization_the_means_are_those_of_what_it_made():
 
 def test_a_plan_taken_back_takes_the_shift_along():
     model = model_of(CONV, WEIGHTS)
-    set_bias_shift(model.graph[0], np.ones(8, np.float32))
-    drop_plan(model.graph[0])
-    assert bias_shift(model.graph[0]) is None
+    (conv,) = (node for node in model.graph if node.op_type == "Conv")
+    decide(conv, "float", "planned")
+    add_note(conv, "a note")
+    set_bias_shift(conv, np.ones(8, np.float32), "bias corrected: 9%")
+    copy = model.clone()
+    assert decision_of(conv).why == "planned; a note; bias corrected: 9%"
+    drop_plan(conv)
+    assert bias_shift(conv) is None and decision_of(conv).why == "planned; a note"
+    decide(conv, "float", "kept float")
+    assert decision_of(conv).why == "kept float; a note"
+    (other,) = (node for node in copy.graph if node.op_type == "Conv")
+    assert bias_shift(other) is not None and "corrected" in decision_of(other).why
 
 
 def test_without_samples_nothing_changes():

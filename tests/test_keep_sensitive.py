@@ -1,5 +1,6 @@
 """keep-sensitive: what is dropped, in which order, and what the reason says."""
 
+import math
 import re
 
 import numpy as np
@@ -103,6 +104,19 @@ def test_runs_bound_the_search():
     assert asked == [9, *[3] * 5]  # all, one and two, and the two
 
 
+def test_nodes_that_only_together_make_noise(monkeypatch):
+    """The search ends with all left out, also those whose noise alone is 0."""
+
+    def outputs(self, model, names):
+        return math.inf if names in ({"node_0"}, {"node_2"}) else 5.0
+
+    monkeypatch.setattr(KeepSensitive, "_outputs", outputs)
+    _, reasons = kept(CHAIN, CHAIN_WEIGHTS)
+    assert list(reasons) == ["node_0", "node_2", "node_4"]
+    assert "quantized alone it leaves the worst output inf dB" in reasons["node_0"]
+    assert "quantized alone it leaves the worst output 5.0 dB" in reasons["node_4"]
+
+
 def test_a_note_is_no_reason_to_say_it_twice():
     model = planned(TEXT, WEIGHTS)
     head = model.graph[2]
@@ -201,6 +215,7 @@ def test_without_samples_nothing_changes():
     ("option", "value", "message"),
     [
         ("own", "x", "own takes a number, not 'x'"),
+        ("outputs", "-1e9", "outputs must be a number of dB from -1000 to 1000, not -1000000000.0"),
         ("runs", "-1", "runs must be 0 or more, not -1"),
         ("run", "1", "no option 'run'; did you mean 'runs'"),
     ],

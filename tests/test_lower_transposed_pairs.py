@@ -78,6 +78,14 @@ def test_it_becomes_an_integer_convolution(attributes, weight, operands):
         assert steps.max() < 1.5 and (steps > 0.5).mean() < 0.02
 
 
+def test_what_is_cut_has_its_own_shape():
+    model = between_pairs(f"{STRIDE}, pads = [1,1,1,1]", PER_CHANNEL, "d, f")
+    NormalizeQDQ()(model)
+    (conv,) = (node for node in model.graph if node.op_type == "Conv")
+    assert conv.outputs[0].shape == [1, 12, 6, 8]
+    assert model.graph.outputs[0].shape == run(model, FEEDS)[0].shape == (1, 3, 10, 14)
+
+
 def test_a_kernel_that_many_read_and_a_result_that_leaves():
     twice = "y = DequantizeLinear (r, ys, yz) c2 = ConvTranspose (d, f)"
     model = between_pairs(STRIDE, PER_CHANNEL, "d, f", twice)

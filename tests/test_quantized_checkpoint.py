@@ -9,7 +9,7 @@ from golden import model_of, run
 from terminal import fails, qcompile
 
 from qcompiler.ir.decisions import decision_of
-from qcompiler.ir.errors import ModelError
+from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.passes.widen_constants import dequantized_constant
 from qcompiler.quantized_checkpoint import take_over_weights
 from qcompiler.safetensors import SafeTensors
@@ -164,7 +164,7 @@ def test_what_does_not_fit(tmp_path):
     with pytest.raises(ModelError, match=f"has no {LAYER}.qzeros beside its qweight"):
         take_over_weights(model(), file)
     file, _ = gptq(tmp_path, 4, qweight=np.zeros((5, 7), np.int32))
-    with pytest.raises(ModelError, match=r"qweight is \[5, 7\], which is no packed form .*64, 32"):
+    with pytest.raises(ModelError, match=r"qweight is int32 \[5, 7\], which is no packed .*64, 32"):
         take_over_weights(model(), file)
     file, _ = gptq(tmp_path, 4, g_idx=np.zeros(K, np.int32))
     with pytest.raises(ModelError, match="up_proj.*: its groups are not all of 16 inputs"):
@@ -172,6 +172,71 @@ def test_what_does_not_fit(tmp_path):
     file, _ = gptq(tmp_path, 4, g_idx=np.zeros(3, np.int32))
     with pytest.raises(ModelError, match="scales, qzeros and g_idx of .* do not fit each other"):
         take_over_weights(model(), file)
+
+
+@pytest.mark.parametrize(("change", "why"), [
+    ({"qweight": np.zeros(8, np.int32)}, r"up_proj.qweight is int32 \[8\], which is no packed"),
+    ({"qweight": np.ones((8, N), np.float32)}, "up_proj.qweight is float32 .* no packed form"),
+    ({"scales": np.zeros((0, N), np.float16)}, "qzeros and scales of .* are no packed tables"),
+    ({"qzeros": np.ones(4, np.int32)}, "qzeros and scales of .* are no packed tables"),
+    ({"scales": np.full((K // GROUP, N), np.nan, np.float16)}, "scales of .* hold NaN or Inf"),
+])  # fmt: skip
+def test_damaged_parts_of_a_layer(tmp_path, change, why):
+    file, _ = gptq(tmp_path, 4, **change)
+    with pytest.raises(ModelError, match=why):
+        take_over_weights(model(), file)
+
+
+def test_two_layers_are_not_one_product(tmp_path):
+    file, _ = gptq(tmp_path, 4)
+    held = SafeTensors(file)
+    write(file, {f"{layer}.{part}": held[f"{LAYER}.{part}"]
+                 for layer in "ab" for part in ("qweight", "qzeros", "scales")})  # fmt: skip
+    made = model()
+    made.graph[0].name = "n"
+    with pytest.raises(ModelError, match="layers 'a' and 'b' would both be n; .*--name b=NODE"):
+        take_over_weights(made, file, {"a": "n", "b": "n"})
+
+
+def test_all_products_of_a_weight(tmp_path):
+    file, floats = gptq(tmp_path, 4, order=RNG.permutation(K))
+    made = model(
+        f"g (float[m,{K}] x) => (float[m,{N}] y, float[m,{N}] z) "
+        "{ y = MatMul (x, w) n = Neg (x) z = MatMul (n, w) }"
+    )
+    take_over_weights(made, file, {LAYER: "w"})
+    y, z = run(made, FEEDS, plainly=True)
+    np.testing.assert_allclose(y, FEEDS["x"] @ floats, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(y, -z)
+
+
+def test_a_model_in_float16(tmp_path):
+    file, floats = gptq(tmp_path, 4)
+    made = model_of(
+        f"g (float16[m,{K}] x) => (float16[m,{N}] y) {{ y = MatMul (x, w) }}",
+        {"w": W.astype(np.float16)},
+    )
+    take_over_weights(made, file, {LAYER: "w"})
+    x = FEEDS["x"].astype(np.float16)
+    y = run(made, {"x": x}, plainly=True)[0]
+    assert y.dtype == np.float16
+    np.testing.assert_allclose(y, x.astype(np.float32) @ floats, rtol=0.01, atol=0.05)
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"quantization_config": null}'])
+def test_a_configuration_that_says_nothing(tmp_path, content):
+    file, floats = gptq(tmp_path, 4)
+    (tmp_path / "config.json").write_text(content)
+    made = model()
+    take_over_weights(made, file)
+    (node,) = [node for node in made.graph if node.op_type == "MatMul"]
+    np.testing.assert_array_equal(dequantized_constant(node.inputs[1]), floats)
+
+
+def test_awq_has_no_zero_points_less_one(tmp_path):
+    file, _ = awq(tmp_path)
+    with pytest.raises(OptionError, match="zeros_less_one=False .--zeros.: .* is of AWQ"):
+        take_over_weights(model(), file, zeros_less_one=False)
 
 
 def test_a_layer_of_another_name(tmp_path):

@@ -69,3 +69,17 @@ def test_one_noisy_node_rather_than_many_quiet_ones():
 
     found = sensitive_groups(NAMES, noise, 0.003, 40)
     assert [name for group in found for name in group.names] == ["n1", "n2"]
+
+
+def test_groups_without_noise_that_make_some_together_are_asked_about_once():
+    noise = Noise()
+    noise.of = dict.fromkeys(NAMES, 0.0) | {"n0": 1.0}
+    asked = []
+
+    def together(names):
+        asked.append(tuple(names))
+        return noise(names) + (0.5 if {"n3", "n30"} <= set(names) else 0)
+
+    found = sensitive_groups(NAMES, together, 0.01, 40)
+    assert sorted(name for group in found for name in group.names) == sorted(NAMES)
+    assert len(asked) == len(set(asked))

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from golden import run
+from golden import model_of, run
 
 import qcompiler
 from qcompiler.frontend import load_model
@@ -409,3 +409,23 @@ def test_zero_points_of_floats(zeros, ops):
     (table,) = nodes(model, "DequantizeLinear")
     assert table.inputs[0].dtype is ir.DataType.UINT8
     assert (len(table.inputs) == 3) == (len(ops) == 2)
+
+
+@pytest.mark.parametrize(("shape", "stored"), [([4, 1], True), ([4], False), ([1, 4], False)])
+def test_what_is_subtracted_along_another_axis_is_no_zero_point(shape, stored):
+    from qcompiler.from_torch.float_zero_points import float_zero_points
+
+    constants = {
+        "w": RNG.integers(-8, 8, (4, 4)).astype(np.int8), "s": np.full(4, 0.5, np.float32),
+        "o": np.array([0, 0.5, 1, 1.5], np.float32).reshape(shape),
+    }  # fmt: skip
+    text = (
+        "g (float[1,4] x) => (float[4,4] y) "
+        "{ d = DequantizeLinear <axis = 0> (w, s) e = Sub (d, o) y = Add (e, x) }"
+    )
+    model = model_of(text, constants)
+    feeds = {"x": np.zeros((1, 4), np.float32)}
+    expected = run(model, feeds, plainly=True)
+    float_zero_points(model)
+    assert ("Sub" not in [node.op_type for node in model.graph]) == stored
+    np.testing.assert_array_equal(run(model, feeds, plainly=True), expected)

@@ -4,13 +4,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from golden import assert_rewrites, model_of, sqnr
+from golden import assert_rewrites, model_of, run, sqnr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 import qcompiler
 from qcompiler.ir.errors import OptionError
+from qcompiler.ir.graph import constant, new_initializer
 from qcompiler.ir.two_level import on_two_levels, split_scale
 from qcompiler.ir.types import PerGroup, QuantType
 from qcompiler.passes.assign_precision import AssignPrecision
@@ -19,6 +20,7 @@ from qcompiler.passes.hqq import HQQ, hqq
 from qcompiler.passes.node_rules import NodeRule
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.weight_grid import rounded_on, weight_grid
+from qcompiler.pipeline import Pipeline
 from qcompiler.targets.catalog import TARGETS
 
 K, N = 96, 24
@@ -136,3 +138,29 @@ def test_what_has_no_two_levels(rule, target, message):
         rewrite(model)
     with pytest.raises(OptionError, match="unknown scales 'int4'; did you mean 'int8'"):
         NodeRule(op="MatMul", scales="int4")
+
+
+def test_scales_per_column_have_no_op_of_two_levels():
+    model = model_of(TEXT, {"w": W})
+    for step in Pipeline.default("x86-int8"):
+        if step.name == "fold-qdq":
+            break
+        model = step.apply(model).model
+    (weight,) = (
+        node for node in model.graph
+        if node.op_type == "DequantizeLinear" and node.inputs[0].dtype is ir.DataType.INT8
+        and constant(node.inputs[0]) is not None
+    )  # fmt: skip
+    inputs = [
+        new_initializer(model.graph, "levels", RNG.integers(1, 128, N).astype(np.int8)),
+        new_initializer(model.graph, "steps", np.full(N, 1e-4, np.float32)),
+    ]
+    scale = ir.node("DequantizeLinear", inputs, {"axis": -1})
+    scale.outputs[0].name, scale.outputs[0].dtype = "scale", ir.DataType.FLOAT
+    scale.outputs[0].shape = ir.Shape([N])
+    model.graph.insert_before(model.graph[0], scale)
+    weight.replace_input_with(1, scale.outputs[0])
+    expected = run(model, FEEDS, plainly=True)[0]
+    FoldQDQ()(model)
+    assert not any(node.domain for node in model.graph)
+    np.testing.assert_array_equal(run(model, FEEDS, plainly=True)[0], expected)

@@ -150,6 +150,9 @@ def test_a_wrong_spec_says_what_is_wrong():
         ),
         (lambda: QuantType(INT8, granularity=PerTensor), "granularity .*PerTensor.* is no PerTens"),
         (lambda: QuantType(INT8, symmetric="no"), "symmetric 'no' is neither True nor False"),
+        (lambda: QuantType(INT4, bits="3"), "bits '3': it is a whole number"),
+        (lambda: QuantType(INT4, bits=True), "bits True: it is a whole number"),
+        (lambda: QuantType(INT4, two_level=1), "two_level 1 is neither True nor False"),
         (lambda: QuantType(INT8, narrow_range=1), "narrow_range 1 is neither True nor False"),
         (lambda: QuantType(UINT4, codebook="nf4"), "codebook 'nf4' is no Codebook"),
         (lambda: QuantType.parse(None), "no quantized type: None; write quant<"),
@@ -280,3 +283,8 @@ def test_a_codebook_of_numpy_floats_has_a_text_that_parses_back():
     assert Codebook.parse(str(book)) == book
     assert book == Codebook("c", [float(np.float32(0.1)), 1])
     assert hash(book) == hash(Codebook.parse(str(book)))
+
+
+def test_bits_of_two_digits_parse_back():
+    kind = QuantType(ir.DataType.INT16, bits=12)
+    assert QuantType.parse(str(kind)) == kind and kind.range == (-2048, 2047)

@@ -23,7 +23,8 @@ from qcompiler.ir.graph import (
     new_initializer,
     replace_nodes,
 )
-from qcompiler.ir.types import QuantType
+from qcompiler.ir.params import quant_params
+from qcompiler.ir.types import Granularity, PerAxis, PerTensor, QuantType
 
 __all__ = ["float_zero_points"]
 
@@ -41,7 +42,10 @@ def float_zero_points(model: ir.Model) -> None:
 
 def _try_store(graph: ir.Graph, node: ir.Node, dequantize: ir.Node, offsets: NDArray[Any]) -> bool:
     scales, stored = constant(dequantize.inputs[1]), dequantize.inputs[0]
-    if scales is None or scales.size != offsets.size or stored is None or stored.dtype is None:
+    params = quant_params(dequantize)
+    if scales is None or params is None or stored is None or stored.dtype is None:
+        return False
+    if not _is_spread(offsets, scales, stored, params.type.granularity):
         return False
     flat = offsets.reshape(scales.shape)
     zeros = np.rint(flat / scales)
@@ -59,6 +63,19 @@ def _try_store(graph: ir.Graph, node: ir.Node, dequantize: ir.Node, offsets: NDA
     if offset is not None:
         drop_if_unread(offset)
     return True
+
+
+def _is_spread(
+    offsets: NDArray[Any], scales: NDArray[Any], stored: ir.Value, granularity: Granularity
+) -> bool:
+    """Whether there are as many offsets as scales, and they are broadcast along the same axis."""
+    if isinstance(granularity, PerTensor):
+        return offsets.size == scales.size == 1
+    if not isinstance(granularity, PerAxis) or stored.shape is None:
+        return False
+    shape = [1] * len(stored.shape)
+    shape[granularity.axis] = scales.size
+    return offsets.shape == tuple(shape)
 
 
 def _look_up_rows(node: ir.Node, dequantize: ir.Node, offsets: NDArray[Any]) -> None:

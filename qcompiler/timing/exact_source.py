@@ -16,10 +16,13 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.installed import import_onnxruntime
-from qcompiler.ir.graph import new_initializer
+from qcompiler.ir.graph import constant, new_initializer
 from qcompiler.passes.shift_weights import ShiftWeights
 
 __all__ = ["exact_source", "sums_saturate"]
+
+_EXACT = 64
+"""2 x 255 x 64 is below 2**15."""
 
 
 @functools.cache
@@ -39,6 +42,17 @@ def sums_saturate() -> bool:
     return bool(result != 4 * 255 * 127)
 
 
+def _is_wide(model: ir.Model) -> bool:
+    """Whether it has int8 weights of which two products by 255 do not fit into 16 bits.
+
+    Some tools keep weights to 7 bits, for the sake of such processors.
+    """
+    operands = (value for node in model.graph.all_nodes() for value in node.inputs if value)
+    weights = {value for value in operands if value.dtype is ir.DataType.INT8}
+    arrays = (array for value in weights if (array := constant(value)) is not None)
+    return any(np.abs(array.astype(np.int16)).max(initial=0) > _EXACT for array in arrays)
+
+
 @contextlib.contextmanager
 def exact_source(model: Path) -> Iterator[Path | None]:
     """A copy of `model` with exact sums, as fast as ONNX Runtime has them.
@@ -47,7 +61,7 @@ def exact_source(model: Path) -> Iterator[Path | None]:
         The file, until the block ends; None if the sums of the model itself are exact here.
     """
     content = ir.load(model) if sums_saturate() else None
-    if content is None or not ShiftWeights()(content).modified:
+    if content is None or not _is_wide(content) or not ShiftWeights()(content).modified:
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
