@@ -67,12 +67,13 @@ class SmoothActivations(ir.passes.InPlacePass):
             worth: The error must fall below this part of what it was. The tokens may be made up,
                 and real ones have other outliers; where these matter (MiniLM) it falls to a half,
                 where not (Whisper) to 0.8.
-            worth_mul: The same where a Mul must be inserted, after anything but a norm.
+            worth_mul: The same where a Mul must be inserted, after anything but a norm. What is
+                large there is large in few tokens, whose error outweighs what others lose.
         """
 
         alpha: tuple[float, ...] = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0)
         worth: float = 0.75
-        worth_mul: float = 0.5
+        worth_mul: float = 0.05
 
         def __post_init__(self) -> None:
             """Check the values.

@@ -130,7 +130,7 @@ def test_says_why_nothing_takes_them(text, outputs, reason):
 
 
 def test_a_mul_is_inserted_where_that_is_worth_it():
-    model, _, changed = smoothed(GELU)
+    model, _, changed = smoothed(GELU, worth_mul=0.5)
     assert set(changed) == {"wd"}
     assert [node.op_type for node in model.graph] == ["MatMul", "Gelu", "Mul", "MatMul"]
     assert "; by a Mul, because no factor passes node_1 (Gelu)" in why(model)
