@@ -27,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 from contenders import Contender
 from quantizers import quantizers
@@ -58,7 +59,8 @@ def measure(
                 made[name] = quantizers(task)[name](task, folder)
                 spent = time.perf_counter() - start
                 session = made[name].open(threads)
-                outputs = [list(session.run(None, feeds)) for feeds in task.inputs]
+                # Copies: what OpenVINO returns is overwritten by its next run.
+                outputs = [[*map(np.array, session.run(None, feeds))] for feeds in task.inputs]
                 reference = reference or outputs
                 found[name] = task.judge(reference, outputs) | {"quantize_s": round(spent, 1)}
             except Exception as error:  # whatever a peer raises is its result
