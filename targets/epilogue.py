@@ -15,7 +15,10 @@ from typing import Any
 
 from qcompiler.ir.region import Region, Step
 
-__all__ = ["ELEMENTWISE", "apply_steps", "unsupported_step"]
+__all__ = ["ELEMENTWISE", "apply_steps", "unsupported_epilogue"]
+
+MAX_EXTRAS = 8
+"""Operands beside the product's; QC_MAX_EXTRAS of the C code."""
 
 Expr = Any
 Vectors = Any
@@ -80,7 +83,19 @@ def apply_steps(v: Vectors, region: Region, anchor: Expr, extras: Sequence[Expr]
     return values[-1].value
 
 
-def unsupported_step(step: Step) -> str | None:
+def unsupported_epilogue(region: Region) -> str | None:
+    """Why the steps of a region cannot be computed, or None."""
+    if len(region.extras) > MAX_EXTRAS:
+        return f"{len(region.extras)} extra operands; at most {MAX_EXTRAS} are supported"
+    for position, step in enumerate(region.steps):
+        if not all(-len(region.extras) <= arg <= position for arg in step.args):
+            return f"step {position} ({step.op}) reads values that do not exist: {step.args}"
+        if reason := _unsupported_step(step):
+            return reason
+    return None
+
+
+def _unsupported_step(step: Step) -> str | None:
     """Why `step` cannot be computed, or None when it can."""
     row = ELEMENTWISE.get(step.op)
     if row is None:

@@ -6,11 +6,10 @@ import dataclasses
 
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda.packing import packing
-from qcompiler.targets.epilogue import unsupported_step
+from qcompiler.targets.epilogue import unsupported_epilogue
 
 __all__ = ["FAMILIES", "Family", "unsupported"]
 
-MAX_EXTRAS = 8
 MAX_ELEMENTS = 1 << 30
 """Kernels index a row, and the packed weights, with int32."""
 MAX_PACKED_BYTES = 1 << 30
@@ -82,15 +81,4 @@ def _unsupported_product(region: Region) -> str | None:
         return f"groups of {region.size('G')}; known are {', '.join(map(str, GROUP_SIZES))}"
     if region.widths:
         return "products of several results are not written yet"
-    return _unsupported_epilogue(region)
-
-
-def _unsupported_epilogue(region: Region) -> str | None:
-    if len(region.extras) > MAX_EXTRAS:
-        return f"{len(region.extras)} extra operands; at most {MAX_EXTRAS} are supported"
-    for position, step in enumerate(region.steps):
-        if not all(-len(region.extras) <= arg <= position for arg in step.args):
-            return f"step {position} ({step.op}) reads values that do not exist: {step.args}"
-        if reason := unsupported_step(step):
-            return reason
-    return None
+    return unsupported_epilogue(region)

@@ -12,15 +12,14 @@ from typing import Any
 from qcompiler.ir.attention import INT8
 from qcompiler.ir.dialect import OPS
 from qcompiler.ir.region import Region
-from qcompiler.targets.epilogue import unsupported_step
+from qcompiler.targets.epilogue import unsupported_epilogue
 from qcompiler.targets.x86.attention_shape import MAX_DEPTH as MAX_HEAD
 from qcompiler.targets.x86.attention_shape import attention_shape, int8_attention_shape
 from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
 
-__all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "norm_operands", "unsupported_epilogue"]
+__all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "norm_operands"]
 
-MAX_EXTRAS = 8
 MAX_PARTS = 8
 MAX_ELEMENTS = 1 << 30
 """Kernels index a row, and the packed weights, with int32."""
@@ -150,18 +149,6 @@ def _unsupported_dynamic(region: Region) -> str | None:
     if k * n > MAX_CACHED_WEIGHTS:
         return f"{k} x {n} weights do not stay in a cache while few rows at a time are multiplied"
     return _unsupported_qmatmul(region)
-
-
-def unsupported_epilogue(region: Region) -> str | None:
-    """Why the steps of a region cannot be computed, or None."""
-    if len(region.extras) > MAX_EXTRAS:
-        return f"{len(region.extras)} extra operands; at most {MAX_EXTRAS} are supported"
-    for position, step in enumerate(region.steps):
-        if not all(-len(region.extras) <= arg <= position for arg in step.args):
-            return f"step {position} ({step.op}) reads values that do not exist: {step.args}"
-        if reason := unsupported_step(step):
-            return reason
-    return None
 
 
 def _quantize_parameters(region: Region) -> list[tuple[str, str]]:
