@@ -135,7 +135,7 @@ def per_channel(graph: ir.Graph, operand: ir.Value, region: Region) -> ir.Value:
     """A constant as one float per channel; a scalar is repeated."""
     width, array = region.size("N"), dequantized_constant(operand)
     assert array is not None
-    if array.shape == (width,) and constant(operand) is not None:
-        return operand
     dtype = np.float16 if HALF in region.flags else np.float32
+    if array.shape == (width,) and array.dtype == dtype and constant(operand) is not None:
+        return operand
     return new_initializer(graph, f"{operand.name}_per_channel", np.full(width, array, dtype))

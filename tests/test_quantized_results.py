@@ -110,6 +110,14 @@ def test_leaves_other_scales(quantize: str, changes: dict[str, Any]) -> None:
     ]  # fmt: skip
 
 
+def test_one_column() -> None:
+    """Whose zero point has the shape of one value per channel, but is no float."""
+    body = f"{STATIC}f = DequantizeLinear (w1, wone) p = MatMul (d, f) y = QuantizeLinear (p, t, z)"
+    changes = {"w1": np.ones((64, 1), np.int8), "t": F4([0.05]), "z": np.uint8([128])}
+    ops = fused(body, "g (float[3,64] x) => (uint8[3,1] y) ", **changes)
+    assert ops == ["QMatMulU8S8_K64_N1_QuantizeLinearCC"]
+
+
 def test_leaves_integers_with_a_sign() -> None:
     head = "g (float[3,64] x) => (int8[3,8] y) "
     body = f"{PRODUCT}y = QuantizeLinear (p, ys, signed)"
