@@ -38,8 +38,11 @@ class Case:
     score: Callable[[Path], dict[str, float]]
 
 
-def smollm2(text: Path, count: int, calibrate: int) -> Case:
-    """Perplexity of windows from the beginning of a text; windows of its end calibrate."""
+def smollm2(text: Path, count: int, calibrate: int, held_out: bool = False) -> Case:
+    """Perplexity of windows from the beginning of a text; windows of its end calibrate.
+
+    Held out are windows between: defaults were chosen by them, not by those that are reported.
+    """
     from transformers import AutoTokenizer
 
     source, gguf = models.smollm2_prefill()
@@ -52,11 +55,13 @@ def smollm2(text: Path, count: int, calibrate: int) -> Case:
         )
     feeds = [{"input_ids": piece, "attention_mask": np.ones_like(piece)} for piece in pieces]
 
+    scored = feeds[-64 - count : -64] if held_out else feeds[:count]
+
     def score(path: Path) -> dict[str, float]:
         session = open_float(path)
         losses = [
             cross_entropy(session.run(["logits"], f)[0][0, :-1], f["input_ids"][0, 1:])
-            for f in feeds[:count]
+            for f in scored
         ]
         return {"perplexity": float(np.exp(np.mean(losses)))}
 

@@ -25,7 +25,7 @@ import logging
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ from qcompiler.walk import walker
 GROUPS = (32, 64, 128, 0)
 """Weights per scale; 0: one scale per channel."""
 
-LLAMA_CPP = ("Q4_0", "Q4_K")
-"""Both have groups of 32."""
+LLAMA_CPP = ("Q4_0", "Q4_1", "Q4_K")
+"""All have groups of 32."""
 
 Score = Callable[[Path], dict[str, float]]
 
@@ -70,16 +70,53 @@ def planned(source: Path, head: str) -> ir.Model:
     return pipeline.run(load_model(source))
 
 
-def with_type(model: ir.Model, group: int, symmetric: bool, rounding: str) -> ir.Model:
+KINDS: dict[str, dict[str, bool]] = {
+    "int4": {},
+    "uint4 with zero points": {"symmetric": False},
+    "int4 with float zero points": {"offset": True},
+    "int4, int8 scales": {"two_level": True},
+    "int4, int8 scales and zero points": {"two_level": True, "offset": True},
+}
+"""How groups are stored, by the name in the table."""
+
+
+def type_of(group: int, kind: str, depth: int) -> QuantType:
+    """The type of a matrix of `depth` rows; a channel is a group of all of them."""
+    storage = ir.DataType.UINT4 if "uint4" in kind else ir.DataType.INT4
+    by_axis = not group and kind in ("int4", "uint4 with zero points")
+    granularity = PerAxis(1) if by_axis else PerGroup(0, group or depth)
+    return QuantType(storage, granularity=granularity, **KINDS[kind])
+
+
+def bits_of_kind(shapes: Sequence[tuple[int, int]], group: int, kind: str) -> float:
+    """Bits per weight of layers as they lie in a file for CPUs: scales are float32.
+
+    In float16, as CUDA's are, one of a group of 32 is half a bit less, two of them one.
+    """
+    two_level, values = "int8" in kind, 1 + KINDS[kind].get("offset", False)
+    bits = 0
+    for k, n in shapes:
+        groups = -(-k // group) if group else 1
+        bits += 4 * k * n + groups * n * values * (8 if two_level else 32)
+        bits += groups * n * 4 * ("uint4" in kind) + 32 * n * values * two_level
+    return bits / sum(k * n for k, n in shapes)
+
+
+def with_type(model: ir.Model, group: int, kind: str, rounding: str) -> ir.Model:
     """A copy whose layers are to be stored, and rounded, so."""
     copy = model.clone()
-    storage = ir.DataType.INT4 if symmetric else ir.DataType.UINT4
-    granularity = PerGroup(0, group) if group else PerAxis(1)
-    type = QuantType(storage, granularity=granularity, symmetric=symmetric)
     for old, new in zip(model.graph, copy.graph, strict=True):
         if plan_of(old) is not None:
+            type = type_of(group, kind, _shape(new)[0])
             set_plan(new, NodePlan(type, None, rounding=rounding.split(",")[0]))
     return copy
+
+
+def _shape(product: ir.Node) -> tuple[int, int]:
+    weight = product.inputs[1]
+    assert weight is not None and weight.const_value is not None
+    depth, width = weight.const_value.shape.numpy()
+    return depth, width
 
 
 def save_floats(model: ir.Model, path: Path) -> None:
@@ -112,13 +149,14 @@ def round_weights(model: ir.Model, rounding: str, runs: LayerRuns) -> None:
 def measure_ours(
     model: ir.Model,
     group: int,
-    symmetric: bool,
+    kind: str,
     rounding: str,
     runs: LayerRuns,
     score: Score,
 ) -> dict[str, Any]:
     """Scores, and what rounding took."""
-    copy = with_type(model, group, symmetric, rounding)
+    copy = with_type(model, group, kind, rounding)
+    shapes = [_shape(node) for node in model.graph if plan_of(node) is not None]
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     round_weights(copy, rounding, runs)
     after = resource.getrusage(resource.RUSAGE_SELF)
@@ -128,7 +166,8 @@ def measure_ours(
     }
     with tempfile.TemporaryDirectory() as folder:
         save_floats(copy, Path(folder) / "model.onnx")
-        return {**score(Path(folder) / "model.onnx"), **took}
+        bits = bits_of_kind(shapes, group, kind)
+        return {**score(Path(folder) / "model.onnx"), "bits": bits, **took}
 
 
 def measure_llama_cpp(model: ir.Model, kind: str, score: Score) -> dict[str, Any]:
@@ -165,7 +204,8 @@ def case_of(arguments: argparse.Namespace) -> Case:
     if arguments.model == "smollm2":
         if arguments.text is None:
             raise SystemExit("smollm2 wants --text")
-        return smollm2(arguments.text, arguments.count or 32, arguments.calibrate or 32)
+        counts = (arguments.count or 32, arguments.calibrate or 32)
+        return smollm2(arguments.text, *counts, held_out=arguments.held_out)
     if arguments.sts is None or arguments.train is None:
         raise SystemExit("minilm wants --sts and --train")
     count, calibrate = arguments.count or 1500, arguments.calibrate or 256
@@ -182,18 +222,20 @@ def main() -> None:
     parser.add_argument("--calibrate", type=int, help="windows or sentences to calibrate on")
     parser.add_argument("--group", type=int, action="append", help="0: per channel; default all")
     parser.add_argument("--only", action="append", help="contenders whose names begin so")
-    parser.add_argument("--symmetric", choices=["yes", "no", "both"], default="both")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="of groups; default all")
+    parser.add_argument("--held-out", action="store_true", help="score windows between those")
     parser.add_argument("--workers", type=int, default=1, help="layers rounded side by side")
     parser.add_argument("--json", type=Path, help="results are added to those that are there")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     case = case_of(arguments)
     facts = {"count": case.count, "calibrate": len(case.calibration)}
+    facts |= {"held_out": True} if arguments.held_out else {}
     models: dict[str, Any] = {}
     if arguments.json and arguments.json.exists():
         models = json.loads(arguments.json.read_text())
     results = models.setdefault(arguments.model, {"environment": environment(), **facts})
-    before = {key: results[key] for key in facts}
+    before = {key: results.get(key) for key in facts}
     if before != facts:
         raise SystemExit(f"{arguments.json} was measured with {before}, not with {facts}")
 
@@ -213,12 +255,11 @@ def main() -> None:
     if arguments.workers > 1:
         executor = concurrent.futures.ThreadPoolExecutor(arguments.workers)
         runs = dataclasses.replace(runs, executor=executor)
-    signs = {"yes": [True], "no": [False], "both": [True, False]}[arguments.symmetric]
     for group in arguments.group or GROUPS:
         for rounding in ROUNDINGS:
-            for symmetric in signs:
-                full = f"{rounding}, {'int4' if symmetric else 'uint4 with zero points'}"
-                asked = (model, group, symmetric, rounding, runs, case.score)
+            for kind in arguments.kind or KINDS:
+                full = f"{rounding}, {kind}"
+                asked = (model, group, kind, rounding, runs, case.score)
                 note(full, group, partial(measure_ours, *asked))
         writers = of_onnxruntime(case.calibration, case.head)
         if group == ONNXSIM_GROUP:

@@ -11,11 +11,9 @@ Bodies are written in the forms ORT fuses and avoid the ones it gets wrong:
 * a Slice after ReduceMax: ORT returns an empty batch unreduced, [0, K] instead of [0, 1];
 * Sum, not Add, before a LayerNormalization: ORT makes SkipLayerNormalization of that pair, which is
   8 times slower;
-* RMSNorm in the one spelling that ORT makes SimplifiedLayerNormalization of;
-* W4A8 widens its activations with Cast/Sub/Mul, because a DequantizeLinear there stops ORT from
-  turning the weight's into MatMulNBits (weights would be dequantized at every run);
-* scales of two levels are multiplied by Cast/Mul, too, which ORT folds when a session is made: a
-  DequantizeLinear it would not, and then makes no MatMulNBits.
+* RMSNorm in the one spelling that ORT makes SimplifiedLayerNormalization of.
+
+Those of products by weights of 4 bits are in `dialect_w4.py`.
 
 Regions also come in float16, by the flag `HALF`: the floats that a kernel would read and write in
 bulk are float16 then, and widened, so that all in between is computed as ever; scales that are
@@ -28,84 +26,16 @@ attribute something else.
 
 from __future__ import annotations
 
-import dataclasses
-import re
-from collections.abc import Callable, Sequence
-from typing import Literal
-
 import onnx_ir as ir
 
 from qcompiler.ir.attention import attention_body
-from qcompiler.ir.region import HALF
+from qcompiler.ir.dialect_op import DialectOp
+from qcompiler.ir.dialect_w4 import W4_OPS
 
 __all__ = ["OPS", "SMALLEST_MAGNITUDE", "DialectOp"]
 
 SMALLEST_MAGNITUDE = 1e-20
 """Floor of a token's largest magnitude: an all-zero token still needs a scale to divide by."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DialectOp:
-    """One op: its signature and, line by line, what it means.
-
-    Attributes:
-        name: Op type.
-        inputs: Names in order; the types ORT must see are in `types`.
-        outputs: Names in order.
-        body: ONNX text lines; `{attribute}` marks where an attribute goes, see above.
-        attributes: Attribute names the op takes.
-        types: Storage of each input and output that is not float32.
-        shapes: Sizes of inputs and outputs by name, `*` for any number of them: "* K", "K N",
-            "K/block_size N" (rounded up), "N?" for a list of N or one number for all of them.
-            Equal names are equal sizes.
-        stage: The first in which it may appear; "kernel" ones are regions only.
-        form: The body of a region with these flags, if flags select one.
-        wide: Floats that stay float32 in a region with the flag `HALF`: scales.
-        follows: Whether the body is the same in float16, so that the op itself may be given it.
-    """
-
-    name: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    body: str
-    attributes: tuple[str, ...] = ()
-    types: tuple[tuple[str, ir.DataType], ...] = ()
-    shapes: tuple[tuple[str, str], ...] = ()
-    stage: Literal["quantized", "kernel"] = "quantized"
-    form: Callable[[tuple[str, ...]], str] | None = None
-    wide: tuple[str, ...] = ()
-    follows: bool = False
-
-    def type_of(self, name: str, flags: Sequence[str] = ()) -> ir.DataType:
-        """The data type of an input or output, in a region with these flags."""
-        half = HALF in flags and name not in self.wide
-        return dict(self.types).get(name, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
-
-    def body_of(self, flags: tuple[str, ...]) -> str:
-        """The body of a region with these flags."""
-        body = self.body if self.form is None else self.form(flags)
-        return body if HALF not in flags or self.follows else _in_half(self, body)
-
-
-def _in_half(op: DialectOp, body: str) -> str:
-    """The lines of a body whose operands and results are float16, and nothing in between.
-
-    What is computed from a result is computed from it as it was rounded.
-    """
-    for name in dict.fromkeys((*op.inputs, *op.outputs, "extra0")):
-        floats = op.type_of(name, (HALF,)) is ir.DataType.FLOAT16
-        if not floats or not re.search(rf"\b{name}\b", body):
-            continue
-        body = re.sub(rf"\b{name}\b", f"{name}_wide", body)
-        made = re.search(rf"^ *{name}_wide = .*\n", body, re.MULTILINE)
-        if made is None:
-            body = f"\n    {name}_wide = Cast <to = 1> ({name})\n{body}"
-        else:
-            exact = made.group().replace(f"{name}_wide =", f"{name}_exact =")
-            rounded = f"    {name} = Cast <to = 10> ({name}_exact)\n"
-            rounded += f"    {name}_wide = Cast <to = 1> ({name})\n"
-            body = body.replace(made.group(), exact + rounded)
-    return body
 
 
 _SCALE_OF_TOKEN = """
@@ -141,8 +71,6 @@ _TOKENS = (("x", "* block_size"), ("q", "* block_size"), ("s", "* 1"))
 _ROWS = (("q", "* K"), ("s", "* 1"))
 _MATRIX = (("w", "K N"), ("ws", "N"), ("y", "* N"))
 _ONE_ROW = (("q", "* K"), ("s", "1?"), ("z", "1?"))
-_GROUPS = (("w", "K N"), ("ws", "K/block_size N"), ("y", "* N"))
-_TWO_LEVELS = (("w", "K N"), ("gs", "K/block_size N"), ("cs", "N"), ("y", "* N"))
 
 _QUANTIZE = DialectOp(
     name="Quantize",
@@ -222,63 +150,6 @@ _W8A8_DYNAMIC = DialectOp(
     wide=("ws",),
     stage="kernel",
     body=_QUANTIZE.body + _W8A8.body.replace("middle", "zero_point"),
-)
-
-_W4A8 = DialectOp(
-    name="QMatMulW4A8",
-    inputs=("q", "s", "w", "ws"),
-    outputs=("y",),
-    attributes=("block_size",),
-    types=(("q", ir.DataType.UINT8), ("w", ir.DataType.INT4)),
-    shapes=(*_ROWS, *_GROUPS),
-    wide=("s", "ws"),
-    body="""
-    real = Cast <to = 1> (q)
-    middle = Constant <value_float = 128.0> ()
-    centred = Sub (real, middle)
-    x = Mul (centred, s)
-    wide = DequantizeLinear <axis = 0, {block_size}> (w, ws)
-    y = MatMul (x, wide)
-""",
-)
-
-_W4A16 = DialectOp(
-    name="QMatMulW4A16",
-    inputs=("x", "w", "ws"),
-    outputs=("y",),
-    attributes=("block_size",),
-    types=(("w", ir.DataType.INT4),),
-    shapes=(("x", "* K"), *_GROUPS),
-    follows=True,
-    body="""
-    wide = DequantizeLinear <axis = 0, {block_size}> (w, ws)
-    y = MatMul (x, wide)
-""",
-)
-
-_TWO_LEVEL_SCALE = """
-    groups = Cast <to = 1> (gs)
-    ws = Mul (groups, cs)
-"""
-
-_W4S8A8 = DialectOp(
-    name="QMatMulW4S8A8",
-    inputs=("q", "s", "w", "gs", "cs"),
-    outputs=("y",),
-    attributes=("block_size",),
-    types=(("q", ir.DataType.UINT8), ("w", ir.DataType.INT4), ("gs", ir.DataType.INT8)),
-    shapes=(*_ROWS, *_TWO_LEVELS),
-    body=_TWO_LEVEL_SCALE + _W4A8.body,
-)
-
-_W4S8A16 = DialectOp(
-    name="QMatMulW4S8A16",
-    inputs=("x", "w", "gs", "cs"),
-    outputs=("y",),
-    attributes=("block_size",),
-    types=(("w", ir.DataType.INT4), ("gs", ir.DataType.INT8)),
-    shapes=(("x", "* K"), *_TWO_LEVELS),
-    body=_TWO_LEVEL_SCALE + _W4A16.body,
 )
 
 _FP8 = DialectOp(
@@ -394,7 +265,7 @@ _MASKED_ATTENTION = DialectOp(
     form=lambda flags: attention_body(flags, masked=True),
 )
 
-_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, _W4A8, _W4A16, _W4S8A8, _W4S8A16, _FP8)
+_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, *W4_OPS, _FP8)
 _ATTENTIONS = (_ATTENTION, _MASKED_ATTENTION)
 
 OPS = {op.name: op for op in (_QUANTIZE, _QUANTIZE_FP8, *_MATMULS, _CONV, *_NORMS, *_ATTENTIONS)}

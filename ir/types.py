@@ -9,6 +9,7 @@ back, `QuantType.parse(str(t)) == t`:
     quant<nf4:float, axis=1/64>                indices into a codebook
     quant<int4:float, axis=0/32, bits=3>       three bits, in the storage of four
     quant<int4:float, axis=0/32, two-level>    scales are int8 times a float per column
+    quant<int4:float, axis=0/32, offset>       a group has a float for what 0 stands for
     dynamic quant<int8:float, axis=-1/384>     per token, scale computed while the model runs
 """
 
@@ -51,7 +52,7 @@ _EXPRESSED = {
 
 @dataclasses.dataclass(frozen=True)
 class QuantType:
-    """What a quantized tensor is: `expressed = (stored - zero_point) * scale`.
+    """What a quantized tensor is: `expressed = (stored - zero_point) * scale + offset`.
 
     Attributes:
         storage: int2, int4, int8, int16, unsigned or not, int32 (biases), e4m3fn or e5m2.
@@ -64,6 +65,8 @@ class QuantType:
             int3, and int2 only from opset 25.
         two_level: Scales of groups of rows of a matrix are int8 times a float per column, see
             `ir/two_level.py`.
+        offset: Groups of rows of a matrix have a float beside the scale, which is what a stored 0
+            stands for, in place of a zero point; of two levels it has two as well.
 
     Raises:
         OptionError: The parts do not go together.
@@ -77,6 +80,7 @@ class QuantType:
     codebook: Codebook | None = None
     bits: int | None = None
     two_level: bool = False
+    offset: bool = False
 
     def __post_init__(self) -> None:
         if (mistake := self._mistake()) is not None:
@@ -96,7 +100,7 @@ class QuantType:
             return f"codebook {self.codebook!r} is no Codebook"
         if self.bits is not None and type(self.bits) is not int:
             return f"bits {self.bits!r}: it is a whole number"
-        for name in ("symmetric", "narrow_range", "two_level"):
+        for name in ("symmetric", "narrow_range", "two_level", "offset"):
             if not isinstance(flag := getattr(self, name), bool):
                 return f"{name} {flag!r} is neither True nor False"
         return None
@@ -116,6 +120,8 @@ class QuantType:
             return f"{self.bits} bits: must be 2 or more, and fewer than {self.storage} has"
         if self.two_level and not _in_groups_of_rows(self):
             return "only float scales of groups of rows, without zero points, have two levels"
+        if self.offset and (not _in_groups_of_rows(self) or self.codebook or self.is_float):
+            return "only integers in groups of rows, without zero points, have offsets"
         if not self.symmetric and self.codebook is not None:
             return "a codebook has no zero point, so it cannot be asymmetric"
         if not self.symmetric and (self.is_float or self.storage is ir.DataType.INT32):
@@ -150,7 +156,7 @@ class QuantType:
     def __str__(self) -> str:
         flags = ("" if self.symmetric else ", asymmetric") + (", narrow" * self.narrow_range)
         flags += "" if self.bits is None else f", bits={self.bits}"
-        flags += ", two-level" * self.two_level
+        flags += ", two-level" * self.two_level + ", offset" * self.offset
         stored = self.storage.name.lower() if self.codebook is None else str(self.codebook)
         return f"quant<{stored}:{self.expressed.name.lower()}, {self.granularity}{flags}>"
 
@@ -162,12 +168,12 @@ class QuantType:
             OptionError: Says which part of the text is wrong, and what could stand there.
         """
         pattern = r"quant<([^:,]+):(\w+), ([^,]+?)(, asymmetric)?(, narrow)?(?:, bits=(\d+))?"
-        pattern += "(, two-level)?>"
+        pattern += "(, two-level)?(, offset)?>"
         match = re.fullmatch(pattern, text) if isinstance(text, str) else None
         if match is None:
             raise OptionError(
                 f"no quantized type: {text!r}; write quant<STORAGE:EXPRESSED, GRANULARITY>, with "
-                "', asymmetric', ', narrow', ', bits=3' or ', two-level' before the '>'"
+                "', asymmetric', ', narrow', ', bits=3', ', two-level' or ', offset' before the '>'"
             )
         try:
             stored, codebook = _STORAGE.get(match[1]), None
@@ -183,6 +189,7 @@ class QuantType:
                 codebook=codebook,
                 bits=None if match[6] is None else int(match[6]),
                 two_level=match[7] is not None,
+                offset=match[8] is not None,
             )
         except OptionError as error:
             raise OptionError(f"in {text!r}: {error}") from None

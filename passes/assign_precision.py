@@ -35,13 +35,14 @@ from qcompiler.ir.decisions import (
 )
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer
+from qcompiler.passes.forms import Usual
 from qcompiler.passes.node_plans import NodePlanner, StayFloat
 from qcompiler.passes.node_rules import (
     PRECISIONS,
-    ROUNDINGS,
     NodeRule,
     NodeRules,
     check_group_size,
+    check_word,
     matches,
     names_of,
 )
@@ -76,6 +77,8 @@ class AssignPrecision(ir.passes.InPlacePass):
             outputs: Round convolutions whose results leave the graph, too.
             rounding: How the weights of products are rounded: "nearest", "hqq", or, with samples,
                 "awq", "gptq" or both, "awq_gptq".
+            zero_points: Of groups of int4 weights: "none", "integer" or "float"; by default the
+                scheme's own choice.
         """
 
         keep_float: tuple[str, ...] = ()
@@ -83,18 +86,18 @@ class AssignPrecision(ir.passes.InPlacePass):
         products: bool = False
         outputs: bool = False
         rounding: str = "nearest"
+        zero_points: str | None = None
 
         def __post_init__(self) -> None:
             """Check the values.
 
             Raises:
                 OptionError: Patterns that are no strings, a group size that is no power of two from
-                    16 to 256 and not 0, or no such rounding.
+                    16 to 256 and not 0, or no such rounding or zero points.
             """
-            if self.rounding not in ROUNDINGS:
-                hint = did_you_mean(str(self.rounding), ROUNDINGS)
-                hint = hint or f"; one of {', '.join(ROUNDINGS)}"
-                raise OptionError(f"unknown rounding {self.rounding!r}{hint}")
+            check_word("rounding", self.rounding)
+            if self.zero_points is not None:
+                check_word("zero_points", self.zero_points)
             keep = self.keep_float
             listed = isinstance(keep, Sequence) and not isinstance(keep, str)
             if not listed or not all(isinstance(pattern, str) for pattern in keep):
@@ -116,7 +119,8 @@ class AssignPrecision(ir.passes.InPlacePass):
         """What to do differently from the scheme.
 
         Raises:
-            OptionError: When set: a group size for a scheme whose weights have no groups.
+            OptionError: When set: a group size or zero points for a scheme whose weights have no
+            groups.
         """
         return self._options
 
@@ -129,6 +133,11 @@ class AssignPrecision(ir.passes.InPlacePass):
             raise OptionError(
                 f"group_size {options.group_size}: {self.scheme.name} weights have one scale per "
                 "channel; leave it out, or choose an int4 target"
+            )
+        if options.zero_points not in (None, "none") and not grouped:
+            raise OptionError(
+                f"zero_points {options.zero_points!r}: {self.scheme.name} weights have none; leave "
+                "it out, or choose an int4 target"
             )
         self._options = options
 
@@ -152,9 +161,16 @@ class AssignPrecision(ir.passes.InPlacePass):
             self._check_nothing_asked()
         options = self.options
         planner = NodePlanner(
-            self.scheme, self.group_sizes, options.rounding, options.products, options.outputs,
+            self.scheme,
+            Usual(
+                self.group_sizes,
+                options.rounding,
+                options.zero_points or self.scheme.zero_points,
+            ),
+            options.products,
+            options.outputs,
             self._asked,
-        )  # fmt: skip
+        )
         for node in nodes:
             plan = self._plan_tied(planner, model.graph, node)
             if isinstance(plan, NodePlan | OperandPlan) and is_quantized:

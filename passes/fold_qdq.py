@@ -5,7 +5,7 @@
                           (an fp8 weight is Cast(w) * ws)
 3. MatMul, W4A8           the same with w int4 in groups    =>  QMatMulW4A8(q, s, w, ws)
 4. MatMul, W4A16          MatMul(x, DQ(w, ws))              =>  QMatMulW4A16(x, w, ws)
-                          ws of two levels, DQ(gs, cs)      =>  QMatMulW4S8…(…, w, gs, cs)
+                          zero points, offsets, two levels: see `matrix_weights`
 5. MatMul, Gemm           with one scale: see `fold_matmul`
 6. Conv, Gather           see `fold_conv`, `fold_gather`
 7. Other constants        see `widen_constants`
@@ -25,21 +25,19 @@ from onnx_ir.passes import common
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decide, decision_of, inherit, plan_of
 from qcompiler.ir.graph import constant, dequantize_of, every_node, replace_nodes
-from qcompiler.ir.params import quant_params
-from qcompiler.ir.types import PerAxis, PerGroup
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.fold_conv import try_fold_conv
 from qcompiler.passes.fold_gather import try_fold_gather
 from qcompiler.passes.fold_matmul import try_fold_matmul
 from qcompiler.passes.guard_scales import try_guard_scales
 from qcompiler.passes.left_to_ort import FUSED_BY_ORT, left_to_ort, moves_stored
+from qcompiler.passes.matrix_weights import matrix_weight
 from qcompiler.passes.widen_constants import try_widen_constant
 
 __all__ = ["FoldQDQ"]
 
-_MATMUL = {
+_MATMUL: dict[tuple[ir.DataType | None, ...], str] = {
     (ir.DataType.INT8, ir.DataType.INT8): "QMatMulW8A8",
-    (ir.DataType.INT8, ir.DataType.INT4): "QMatMulW4A8",
     (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E4M3FN): "QMatMulFp8",
 }
 
@@ -100,28 +98,29 @@ class FoldQDQ(ir.passes.InPlacePass):
         return _FAMILIES[node.op_type](graph, node)
 
     def _try_fold_matmul(self, node: ir.Node) -> bool:
-        weight, pair = _matrix_weight(node.inputs[1]), _token_pair(node.inputs[0])
+        weight, pair = matrix_weight(node.inputs[1]), _token_pair(node.inputs[0])
         if weight is None:
             return False
-        stored, scales, block = weight
-        assert stored.dtype is not None
+        x, block, few_bits = node.inputs[0], weight.block, weight.op_of_few_bits
         if pair is None:
-            x = node.inputs[0]
             is_float = x is not None and x.dtype is ir.DataType.FLOAT and dequantize_of(x) is None
-            if stored.dtype is not ir.DataType.INT4 or not block or not is_float:
+            if few_bits is None or not is_float:
                 return False
-            inputs, op = [x, stored, *scales], "QMatMulW4A16"
+            data, op = [x], f"{few_bits}A16"
+        elif few_bits is not None:
+            if pair.outputs[0].dtype is not ir.DataType.INT8:
+                return False
+            data, op = [*self._quantize(pair)], f"{few_bits}A8"
         else:
-            activation = pair.outputs[0].dtype
-            assert activation is not None
-            name = _MATMUL.get((activation, stored.dtype))
-            if name is None or bool(block) != (name == "QMatMulW4A8"):
+            name = _MATMUL.get((pair.outputs[0].dtype, weight.stored.dtype))
+            if name is None or block or len(weight.operands) > 2:
                 return False
-            inputs, op = [*self._quantize(pair), stored, *scales], name
-        if len(scales) > 1:
-            op = op.replace("W4", "W4S8")
+            data, op = [*self._quantize(pair)], name
         attributes = {"block_size": block} if block else {}
-        new = ir.node(op, inputs, attributes, domain=dialect.DOMAIN, version=dialect.VERSION)
+        new = ir.node(
+            op, [*data, *weight.operands], attributes,
+            domain=dialect.DOMAIN, version=dialect.VERSION,
+        )  # fmt: skip
         inherit(new, node)
         replace_nodes([node], [new])
         dialect.type_results(new, op)
@@ -139,10 +138,7 @@ class FoldQDQ(ir.passes.InPlacePass):
 def _explain(node: ir.Node, reason: str) -> None:
     """Say who computes a node that was not folded, and why."""
     found, before = left_to_ort(node), decision_of(node)
-    plan = plan_of(node)
-    # Weights alone, with zero points: ORT has an op for them, and we have none.
-    folds = plan is not None and (plan.activation is not None or plan.weight.symmetric)
-    if reason and (folds or (before.action == "qdq" and found is None)):
+    if reason and (plan_of(node) is not None or (before.action == "qdq" and found is None)):
         why = "planned, but its surroundings did not let it be folded"
         decide(node, "float", f"{why}: {reason}", expected=False)
     elif found is not None and (before.action == "float" or reason):
@@ -187,52 +183,6 @@ def _insert_quantize(pair: ir.Node) -> tuple[ir.Value, ir.Value]:
     decide(new, "body", "folded, no kernel bound yet")
     pair.graph.insert_before(pair, new)
     return q, s
-
-
-def _matrix_weight(value: ir.Value | None) -> tuple[ir.Value, list[ir.Value], int] | None:
-    """Stored values, scale and group size (0: per column) of a constant symmetric [K, N].
-
-    A scale of two levels is two constants.
-    """
-    node = value.producer() if value is not None else None
-    if node is None or len(node.inputs) != 2:
-        return None
-    stored, scale, block, axis = node.inputs[0], node.inputs[1], 0, 1
-    params = quant_params(node)
-    if params is not None:
-        match params.type.granularity:
-            case PerAxis(axis):
-                axis %= 2
-            case PerGroup(axis, block):
-                axis %= 2
-    else:
-        widen = stored.producer() if stored is not None else None
-        if node.op_type != "Mul" or widen is None or widen.op_type != "Cast":
-            return None
-        stored = widen.inputs[0]
-    if stored is None or stored.const_value is None or len(stored.const_value.shape) != 2:
-        return None
-    k, n = stored.const_value.shape.numpy()
-    expected = (-(-k // block), n) if block else (n,)
-    scales = _levels(scale)
-    first = constant(scales[0]) if len(scales) == 1 or (scales and block) else None
-    fits = first is not None and first.shape == expected and axis == (0 if block else 1)
-    return (stored, scales, block) if fits else None
-
-
-def _levels(scale: ir.Value | None) -> list[ir.Value]:
-    """A constant scale, or the int8 [G, N] and the floats [N] that one is made of; else nothing."""
-    inner = dequantize_of(scale)
-    params = quant_params(inner)
-    if inner is None or params is None or len(inner.inputs) != 2:
-        return [scale] if scale is not None and scale.const_value is not None else []
-    per_column = params.type.granularity in (PerAxis(1), PerAxis(-1))
-    if params.type.storage is not ir.DataType.INT8 or not per_column:
-        return []
-    levels = [
-        value for value in inner.inputs if value is not None and value.const_value is not None
-    ]
-    return levels if len(levels) == 2 else []
 
 
 def _has_token_scale(quantize: ir.Node, depth: int) -> bool:

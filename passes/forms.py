@@ -5,7 +5,7 @@
     MatMul   int8 per channel             static uint8 per tensor     by a rule
     MatMul   int4 in groups along K       dynamic int8 per token      (W4A8)
     MatMul   int4 in groups along K       float                       (W4A16)
-    MatMul   int3, int2: as int4, with fewer steps
+    MatMul   int3, int2: as int4, with fewer steps; groups may have zero points
     MatMul   fp8 per channel              dynamic fp8 per token       where the target has fp8
     Conv     int8 per channel             static uint8 per tensor
 
@@ -22,7 +22,7 @@ import onnx_ir as ir
 from qcompiler.passes.node_rules import FEWER_BITS, PRECISIONS, NodeRule
 from qcompiler.targets.target import Scheme
 
-__all__ = ["Form", "form_of"]
+__all__ = ["Form", "Usual", "form_of"]
 
 _INT8, _INT4, _FP8 = ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN
 
@@ -50,7 +50,7 @@ class Form:
         calibration: Where static ranges are cut off; None as for all.
         rounding: How the weights are rounded.
         requested: Whether a rule asked for this precision.
-        symmetric: Whether weights have no zero point.
+        zero_points: Of weights in groups: "none", "integer" or "float".
         bits: Of weights that use fewer than their storage has.
         two_level: Whether scales of groups are int8 times a float per channel.
     """
@@ -61,17 +61,31 @@ class Form:
     calibration: str | None = None
     rounding: str = "nearest"
     requested: bool = False
-    symmetric: bool = True
+    zero_points: str = "none"
     bits: int | None = None
     two_level: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Usual:
+    """What the weights of products are where no rule says otherwise.
+
+    Attributes:
+        group_sizes: Weights per scale, in order of preference, of weights in groups.
+        rounding: How they are rounded.
+        zero_points: Of groups: "none", "integer" or "float".
+    """
+
+    group_sizes: tuple[int, ...] = ()
+    rounding: str = "nearest"
+    zero_points: str = "none"
 
 
 def form_of(
     op: str,
     scheme: Scheme,
     asked: NodeRule | None,
-    group_sizes: tuple[int, ...],
-    rounding: str,
+    usual: Usual,
     refuse: Callable[[str, str], None],
 ) -> Form:
     """The form of a node.
@@ -80,8 +94,7 @@ def form_of(
         op: "MatMul", "Conv" or "ConvTranspose".
         scheme: The target's number formats; of convolutions it has some.
         asked: What the recipe says of the node.
-        group_sizes: Weights per scale, in order of preference, of weights in groups.
-        rounding: How weights of products are rounded, if the rule says nothing of it.
+        usual: What it is, where the rule says nothing of it.
         refuse: Told each key of `asked` that cannot be, and why; it is then as if not asked for.
     """
     while asked is not None and (misfit := _misfit(op, scheme, asked)) is not None:
@@ -91,20 +104,24 @@ def form_of(
         del left[key]
         asked = NodeRule(**left) if left else None
     weight, activation = _storage(op, scheme, asked), _activation(op, scheme, asked)
-    usual = rounding if _misfit_of_rounding(op, weight) is None else "nearest"
+    rounding = usual.rounding if _misfit_of_rounding(op, weight) is None else "nearest"
+    groups = _groups(weight, usual.group_sizes)
+    zeros = usual.zero_points if groups else "none"
     if asked is None:
-        return Form(weight, activation, _groups(weight, group_sizes), rounding=usual)
-    sizes = group_sizes if asked.group_size is None else (asked.group_size,)
+        return Form(weight, activation, groups, rounding=rounding, zero_points=zeros)
+    two_level = asked.scales == "int8"
+    if two_level and zeros == "integer":
+        zeros = "none"  # ONNX has no scale of two levels beside zero points
     return Form(
         weight,
         activation,
-        _groups(weight, sizes),
+        groups if asked.group_size is None else _groups(weight, (asked.group_size,)),
         asked.calibration,
-        asked.rounding or usual,
+        asked.rounding or rounding,
         asked.precision is not None,
-        asked.symmetric is not False,
+        asked.zero_points or zeros,
         FEWER_BITS.get(asked.precision or ""),
-        asked.scales == "int8",
+        two_level,
     )
 
 
@@ -152,10 +169,11 @@ def _misfit(op: str, scheme: Scheme, asked: NodeRule) -> tuple[str, str] | None:
     unrounded = _misfit_of_rounding(op, weight)
     if asked.rounding not in (None, "nearest") and unrounded is not None:
         return "rounding", unrounded
-    if asked.scales == "int8" and (weight is not _INT4 or asked.symmetric is False):
-        return "scales", "only scales of int4 groups without zero points are stored in 8 bits"
-    if asked.symmetric is False and (weight, activation) != (_INT4, "float"):
-        return "symmetric", "only int4 weights under float activations may have zero points"
+    if asked.scales == "int8" and (weight is not _INT4 or asked.zero_points == "integer"):
+        why = "only scales of int4 groups without integer zero points are stored in 8 bits"
+        return "scales", why
+    if asked.zero_points in ("integer", "float") and weight is not _INT4:
+        return "zero_points", "only groups of int4 weights may have zero points"
     return None
 
 

@@ -180,11 +180,13 @@ def gptq(
     Raises:
         CalibrationError: The Hessian is singular with any damping.
     """
-    scale, zero = weight_grid(weight, type, options.range, np.diag(hessian))
-    scales = np.broadcast_to(broadcast_scale(scale, weight.shape, type.granularity), weight.shape)
-    zeros = np.full(scale.shape, type.middle) if zero is None else zero
-    zeros = zeros.astype(np.float32)
-    zeros = np.broadcast_to(broadcast_scale(zeros, weight.shape, type.granularity), weight.shape)
+    grid = weight_grid(weight, type, options.range, np.diag(hessian))
+    zeros = np.full(grid.scale.shape, type.middle) if grid.zero_point is None else grid.zero_point
+    offsets = np.zeros(grid.scale.shape, np.float32) if grid.offset is None else grid.offset
+    scales, zeros, offsets = (
+        np.broadcast_to(broadcast_scale(part, weight.shape, type.granularity), weight.shape)
+        for part in (grid.scale, zeros.astype(np.float32), offsets)
+    )
     order = np.arange(len(weight))
     if options.act_order:
         order = np.argsort(-np.diag(hessian), kind="stable")
@@ -196,16 +198,16 @@ def gptq(
         errors = np.empty((end - start, weight.shape[1]), np.float32)
         for row in range(start, end):
             at = order[row]
-            integers = np.rint(rest[row] / scales[at]) + zeros[at]
+            integers = np.rint((rest[row] - offsets[at]) / scales[at]) + zeros[at]
             np.clip(integers, *type.range, out=integers)
             stored[at] = integers
-            error = rest[row] - (integers - zeros[at]) * scales[at]
+            error = rest[row] - ((integers - zeros[at]) * scales[at] + offsets[at])
             error /= factor[row, row]
             errors[row - start] = error
             rest[row + 1 : end] -= factor[row, row + 1 : end, None] * error
         rest[end:] -= factor[start:end, end:].T @ errors
     storage = stored.astype(type.storage.numpy())
-    return RoundedWeight(storage, scale, zero), damping
+    return RoundedWeight(storage, grid.scale, grid.zero_point, grid.offset), damping
 
 
 def _inverse_factor(hessian: Rows, damping: float) -> tuple[Rows, float]:

@@ -1,6 +1,6 @@
 """Round weights by half-quadratic splitting, without data.
 
-    y = MatMul(x, W)   =>   y = MatMul(x, DQ(W_q, s))       or DQ(W_q, s, z)
+    y = MatMul(x, W)   =>   y = MatMul(x, DQ(W_q, s))       or DQ(W_q, s, z), DQ(W_q, s) + o
 
 Badri and Shaji, Half-Quadratic Quantization (2023): of a heavy-tailed weight the few large elements
 should not decide on the steps of all others.  So the error that is made small is the sum of
@@ -9,8 +9,9 @@ least squares, in turn:
 
     E = shrink(W - W')      W_q = round(W / s + z)      s, z = argmin |W - E - s (W_q - z)|^2
 
-The paper fits a zero point that is a float; ONNX has integer ones, so that here the scale is fitted
-too, and a slice keeps the best it was at.  What is compared is again the sum of |e|^p.
+The paper fits a zero point that is a float, by types with offsets o = -s z; ONNX has integer ones.
+So the scale is fitted too, and a slice keeps the best it was at.  What is compared is again the sum
+of |e|^p.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.rounded_weight import RoundedWeight, finite_weight, layers_of
 from qcompiler.passes.second_moments import LayerRuns
-from qcompiler.passes.weight_grid import weight_grid
+from qcompiler.passes.weight_grid import Grid, rounded_on, weight_grid
 
 __all__ = ["HQQ", "hqq"]
 
@@ -101,18 +102,18 @@ class HQQ(ir.passes.InPlacePass):
 
 def hqq(weight: Floats, type: QuantType, options: HQQ.Options) -> RoundedWeight:
     """Round one matrix, [K, N]."""
-    scale, zero = weight_grid(weight, type, options.range)
+    grid = weight_grid(weight, type, options.range)
     spread = partial(broadcast_scale, shape=weight.shape, granularity=type.granularity)
     # A negative scale is the scale of what the slice would be with its signs turned round.
-    signs = np.sign(scale)
-    weight, scale = weight * spread(signs), np.abs(scale)
+    signs, scale = np.sign(grid.scale), np.abs(grid.scale)
+    original, weight = weight, weight * spread(signs)
     total = partial(reduce_slices, np.add, granularity=type.granularity)
     count = total(np.ones_like(weight))
-    zeros = np.full(scale.shape, type.middle, np.float32) if zero is None else zero.astype("f4")
+    zeros = _zeros(grid, type)
     best, least, stiffness = (scale, zeros), np.full(scale.shape, np.inf, np.float32), 10.0
     for _ in range(options.steps + 1):
         step = spread(scale)
-        stored = np.clip(np.rint(weight / step) + spread(zeros), *type.range)
+        stored = _stored(weight / step, spread(zeros), type)
         # In steps: then the strength of the shrinking means the same for all slices.
         error = weight / step - (stored - spread(zeros))
         loss = total(np.abs(error) ** options.norm) * scale**options.norm
@@ -124,13 +125,30 @@ def hqq(weight: Floats, type: QuantType, options: HQQ.Options) -> RoundedWeight:
         target = np.asarray(weight - step * _shrink(error, stiffness, options.norm), np.float32)
         scale, zeros = _fit(target, stored, scale, zeros, type, total, count)
         stiffness *= 1.01
-    scale, zeros = best
-    scale = on_two_levels(scale) if type.two_level else scale
-    stored = np.clip(np.rint(weight / spread(scale)) + spread(zeros), *type.range)
-    storage = type.storage.numpy()
-    return RoundedWeight(
-        stored.astype(storage), scale * signs, None if type.symmetric else zeros.astype(storage)
-    )
+    return rounded_on(original, type, _grid(best[0], best[1], signs, type))
+
+
+def _zeros(grid: Grid, type: QuantType) -> Floats:
+    """The zero points to start from, which of types with offsets are no integers."""
+    if grid.offset is not None:
+        return np.asarray(-grid.offset / grid.scale, np.float32)
+    if grid.zero_point is None:
+        return np.full(grid.scale.shape, type.middle, np.float32)
+    return np.asarray(grid.zero_point.astype(np.float32))
+
+
+def _stored(steps: Floats, zeros: Floats, type: QuantType) -> Floats:
+    rounded = np.rint(steps + zeros) if type.offset else np.rint(steps) + zeros
+    return np.asarray(np.clip(rounded, *type.range))
+
+
+def _grid(scale: Floats, zeros: Floats, signs: Floats, type: QuantType) -> Grid:
+    offset = -scale * zeros
+    if type.two_level:
+        scale, offset = on_two_levels(scale), on_two_levels(offset, zero=True)
+    if type.offset:
+        return Grid(scale, None, offset)
+    return Grid(scale * signs, None if type.symmetric else zeros.astype(type.storage.numpy()))
 
 
 def _shrink(error: Floats, stiffness: float, norm: float) -> Floats:
@@ -144,12 +162,15 @@ def _shrink(error: Floats, stiffness: float, norm: float) -> Floats:
 def _fit(target: Floats, stored: Floats, scale: Floats, zeros: Floats, type: QuantType,
          total: Callable[[Floats], Floats], count: Floats) -> tuple[Floats, Floats]:  # fmt: skip
     """Scale and zero point of each slice by least squares, the zero point then an integer."""
-    if not type.symmetric:
+    if type.offset or not type.symmetric:
         mean_stored, mean = total(stored) / count, total(target) / count
         slope = total(target * stored) / count - mean * mean_stored
         spread = np.maximum(total(np.square(stored)) / count - np.square(mean_stored), 1e-12)
         slope = np.where(slope > 0, slope / spread, scale)
-        zeros = np.clip(np.rint(mean_stored - mean / slope), *type.range)
+        zeros = np.asarray(mean_stored - mean / slope, np.float32)
+        if type.offset:
+            return as_scale(np.asarray(slope, np.float32), type), zeros
+        zeros = np.clip(np.rint(zeros), *type.range)
     levels = stored - broadcast_scale(zeros, stored.shape, type.granularity)
     square = total(np.square(levels))
     fitted = total(levels * target) / np.maximum(square, 1e-12)

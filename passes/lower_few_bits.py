@@ -2,6 +2,7 @@
 
     MatMul(x, DQ(w[K, N], s, z))              =>   MatMulNBits(x, w'[N, blocks, bytes], s', z')
     MatMul(DQ(Q(x, sx), sx), DQ(w, s, z))     =>   the same, with accuracy_level 4
+    MatMul(x, DQ(w, s) + o)                   =>   the same, with float zero points -o / s
 
 The inverse of `lift_few_bits`: the same values, in ORT's layout, one row per column of the product,
 the first value in the lowest bits.  ORT would make this op of the first form itself; of the second
@@ -25,6 +26,7 @@ from qcompiler.ir.packing import PackedFormat, pack
 from qcompiler.ir.params import QuantParams, quant_params
 from qcompiler.ir.types import PerAxis, PerGroup
 from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.matrix_weights import split_offsets
 
 __all__ = ["LowerFewBits"]
 
@@ -50,7 +52,7 @@ class LowerFewBits(ir.passes.InPlacePass):
 
 
 def _try_lower(graph: ir.Graph, node: ir.Node) -> bool:
-    dequantize = dequantize_of(node.inputs[1])
+    dequantize, offsets = split_offsets(node.inputs[1])
     params, data = quant_params(dequantize), node.inputs[0]
     stored = None if dequantize is None else constant(dequantize.inputs[0])
     if params is None or data is None or stored is None or stored.ndim != 2:
@@ -62,7 +64,7 @@ def _try_lower(graph: ir.Graph, node: ir.Node) -> bool:
     k, n = stored.shape
     inputs = [
         data if pair is None else pair.inputs[0],
-        *_operands(graph, node, params, stored, bits, block),
+        *_operands(graph, node, params, stored, bits, block, offsets),
     ]
     attributes = {"K": k, "N": n, "bits": bits, "block_size": block}
     attributes |= {} if pair is None else {"accuracy_level": 4}
@@ -110,6 +112,7 @@ def _operands(
     stored: NDArray[Any],
     bits: int,
     block: int,
+    offsets: NDArray[np.float32] | None,
 ) -> list[ir.Value | None]:
     """Weight, scales and zero points in ORT's layout."""
     k, n = stored.shape
@@ -127,7 +130,10 @@ def _operands(
         new_initializer(graph, f"{name}_packed", packed),
         new_initializer(graph, f"{name}_scales", np.ascontiguousarray(scales.T)),
     ]
-    if (zeros != 2 ** (bits - 1)).any():
+    if offsets is not None:
+        points = np.asarray(zeros - offsets / scales, np.float32)
+        inputs.append(new_initializer(graph, f"{name}_zero_points", np.ascontiguousarray(points.T)))
+    elif (zeros != 2 ** (bits - 1)).any():
         inputs.append(new_initializer(graph, f"{name}_zero_points", _packed(zeros.T, bits)))
     return inputs
 

@@ -15,7 +15,7 @@ from qcompiler.ir.decisions import NodePlan, OperandPlan, add_note
 from qcompiler.ir.graph import constant, dequantize_of, rectified
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
 from qcompiler.passes.conv_pads import explicit_pads
-from qcompiler.passes.forms import Form, form_of
+from qcompiler.passes.forms import Form, Usual, form_of
 from qcompiler.passes.node_rules import FEWER_BITS, PRECISIONS, NodeRules
 from qcompiler.passes.sub_pixel import no_convolution_of
 from qcompiler.targets.target import Scheme
@@ -52,16 +52,14 @@ class NodePlanner:
 
     Attributes:
         scheme: The target's number formats.
-        group_sizes: Elements per weight scale, in order of preference.
-        rounding: How the weights of products are rounded, where no rule says otherwise.
+        usual: What the weights of products are, where no rule says otherwise.
         products: Whether MatMuls of two activations are planned.
         outputs: Whether convolutions whose results leave the graph are.
         rules: What a recipe says of single nodes.
     """
 
     scheme: Scheme
-    group_sizes: tuple[int, ...]
-    rounding: str
+    usual: Usual
     products: bool
     outputs: bool
     rules: NodeRules
@@ -119,9 +117,10 @@ class NodePlanner:
         stored = QuantType(
             form.weight,
             granularity=PerGroup(0, size),
-            symmetric=form.symmetric,
+            symmetric=form.zero_points != "integer",
             bits=form.bits,
             two_level=form.two_level,
+            offset=form.zero_points == "float",
         )
         if form.bits is not None:
             add_note(node, f"weights of {form.bits} bits, stored in int4")
@@ -160,7 +159,7 @@ class NodePlanner:
             return NodePlan(_per_channel(storage, axis=0), None, requested=True)
         if asked.group_size == 0:
             self.rules.refuse(node, "group_size", "the scales of int4 tables are of groups")
-        sizes = (asked.group_size,) if asked.group_size else self.group_sizes
+        sizes = (asked.group_size,) if asked.group_size else self.usual.group_sizes
         sizes = tuple(size for size in sizes if size) or (32,)
         size = next((size for size in sizes if table.shape[1] % size == 0), None)
         if size is None:
@@ -197,7 +196,7 @@ class NodePlanner:
             self.rules.refuse(node, key, why)
             add_note(node, f"{key} {getattr(asked, key)!r} of the recipe is not possible: {why}")
 
-        return form_of(node.op_type, self.scheme, asked, self.group_sizes, self.rounding, refuse)
+        return form_of(node.op_type, self.scheme, asked, self.usual, refuse)
 
 
 def _group_of(sizes: Sequence[int], depth: int) -> int:

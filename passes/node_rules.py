@@ -30,9 +30,11 @@ __all__ = [
     "GROUP_SIZES",
     "PRECISIONS",
     "ROUNDINGS",
+    "ZERO_POINTS",
     "NodeRule",
     "NodeRules",
     "check_group_size",
+    "check_word",
     "matches",
     "names_of",
 ]
@@ -54,6 +56,7 @@ FEWER_BITS = {"int3": 3, "int2": 2}
 """Of the bits that those are stored in: ONNX has no int3, and int2 only from opset 25."""
 
 ACTIVATIONS = ("dynamic", "static", "float")
+
 ROUNDINGS = ("nearest", "hqq", "awq", "gptq", "awq_gptq")
 """How weights may be rounded: by the pass of that name, or scaled by awq and rounded by gptq."""
 
@@ -63,8 +66,12 @@ GROUP_SIZES = (16, 32, 64, 128, 256)
 SCALES = ("float", "int8")
 """How the scales of groups may be stored: each a float, or int8 times a float per channel."""
 
+ZERO_POINTS = ("none", "integer", "float")
+"""Whether groups of int4 weights have zero points, and of what: float ones are offsets."""
+
 _WORDS = {
     "precision": tuple(PRECISIONS),
+    "zero_points": ZERO_POINTS,
     "scales": SCALES,
     "activation": ACTIVATIONS,
     "rounding": ROUNDINGS,
@@ -82,21 +89,21 @@ class NodeRule:
         op: Their op type, or a shell pattern.  By default any.
         precision: How weights are stored: "float" (not quantized at all), "int8", "int4", "fp8",
             or "int3" and "int2", which are int4 with fewer steps.
-        group_size: Weights per scale, of weights in groups; 0 for one scale per channel.
-        symmetric: False gives weights a zero point.
-        scales: How scales of groups are stored: "float", or "int8", times a float per channel.
+        group_size: Weights per scale, in groups; 0 for one scale per channel.
+        zero_points: "integer" or "float" ones let the groups of int4 weights lie off 0.
+        scales: How scales of groups are stored: "float", or "int8", times a float per channel; and
+            float zero points as well.
         activation: Scales of activations: "dynamic" (per token, computed while the model runs),
             "static" (per tensor, from calibration), or "float" (not quantized).
         calibration: Where static ranges are cut off, as the recipe's own key says for all nodes.
-        rounding: How the weights of products are rounded: "nearest", "hqq", or, with samples,
-            "awq", "gptq" or both, "awq_gptq".
+        rounding: How the weights of products are rounded: one of `ROUNDINGS`.
     """
 
     match: str | None = None
     op: str | None = None
     precision: str | None = None
     group_size: int | None = None
-    symmetric: bool | None = None
+    zero_points: str | None = None
     scales: str | None = None
     activation: str | None = None
     calibration: str | None = None
@@ -113,13 +120,9 @@ class NodeRule:
             value = getattr(self, key)
             if value is not None and (not isinstance(value, str) or not value):
                 raise OptionError(f"{key} must be a text, not {value!r}")
-        for key, words in _WORDS.items():
-            value = getattr(self, key)
-            if value is not None and value not in words:
-                hint = did_you_mean(value, words) or f"; one of {', '.join(words)}"
-                raise OptionError(f"unknown {key} {value!r}{hint}")
-        if self.symmetric is not None and not isinstance(self.symmetric, bool):
-            raise OptionError(f"symmetric must be true or false, not {self.symmetric!r}")
+        for key in _WORDS:
+            if (value := getattr(self, key)) is not None:
+                check_word(key, value)
         check_group_size(self.group_size)
         if self.match is not None and self.match.startswith("re:"):
             try:
@@ -244,6 +247,18 @@ def check_group_size(size: Any) -> None:
         raise OptionError(
             f"group_size {size!r}: must be {', '.join(first)} or {last}, or 0 for one per channel"
         )
+
+
+def check_word(key: str, value: Any) -> None:
+    """Refuse what is none of the words that a key takes.
+
+    Raises:
+        OptionError: Lists them.
+    """
+    words = _WORDS[key]
+    if value not in words:
+        hint = did_you_mean(str(value), words) or f"; one of {', '.join(words)}"
+        raise OptionError(f"unknown {key} {value!r}{hint}")
 
 
 def matches(name: str, pattern: str) -> bool:

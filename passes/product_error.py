@@ -20,6 +20,7 @@ from qcompiler.ir.graph import constant
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.match_norms import Norm, match_norm
+from qcompiler.passes.weight_grid import rounded_on, weight_grid
 
 __all__ = [
     "Products",
@@ -162,6 +163,8 @@ def rounding_error(
 
 
 def _rounded(values: Rows, type: QuantType) -> Rows:
+    if type.offset:
+        return rounded_on(values, type, weight_grid(values, type, "max")).floats(type)
     if type.symmetric:  # what is not finite then gives NaN, and no error here
         scale = weight_scale(values, type)
         return dequantize(quantize(values, scale, type), scale, type)

@@ -32,8 +32,8 @@ from qcompiler.ir.graph import (
 )
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.rounded_weight import RoundedWeight, finite_weight, place_dequantize
-from qcompiler.passes.weight_grid import RANGES, weight_grid
+from qcompiler.passes.rounded_weight import finite_weight, place_dequantize
+from qcompiler.passes.weight_grid import RANGES, rounded_on, weight_grid
 
 __all__ = ["RoundToNearest"]
 
@@ -152,11 +152,12 @@ def _round(
     array = finite_weight(node, weight)
     if type.is_float:
         return _widen(graph, weight.name or "weight", array, type)
-    scale, zero = weight_grid(array, type, range)
+    grid = weight_grid(array, type, range)
     if floor.any():
-        scale = np.maximum(scale, floor)
-    stored = np.ascontiguousarray(quantize(array, scale, type, zero))  # it may be a transposed view
-    return place_dequantize(graph, weight, type, RoundedWeight(stored, scale, zero))
+        grid = dataclasses.replace(grid, scale=np.maximum(grid.scale, floor))
+    rounded = rounded_on(array, type, grid)
+    stored = np.ascontiguousarray(rounded.stored)  # it may be a transposed view
+    return place_dequantize(graph, weight, type, dataclasses.replace(rounded, stored=stored))
 
 
 def _widen(graph: ir.Graph, name: str, array: NDArray[np.float32], type: QuantType) -> ir.Node:

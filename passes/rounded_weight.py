@@ -1,8 +1,10 @@
 """The graph edit that every pass makes which rounds weights, and which products it is made for.
 
     y = MatMul(x, W)   =>   y = MatMul(x, DQ(W_q, s))       or DQ(W_q, s, z)
+                                                            or DQ(W_q, s) + Gather(o, groups)
 
-A weight that other nodes read too keeps its float form for them.
+No zero point of ONNX lies between two integers, so offsets o [G, N] are added, the row of its group
+for each row of W.  A weight that other nodes read too keeps its float form for them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.arithmetic import dequantize
+from qcompiler.ir.arithmetic import broadcast_scale, dequantize
 from qcompiler.ir.decisions import plan_of
 from qcompiler.ir.errors import ModelError
 from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer
@@ -40,17 +42,21 @@ class RoundedWeight:
         stored: [K, N] of the storage type.
         scale: Of the expressed type, one per slice or group.
         zero_point: In the shape of the scale, of the storage type; None stands for the middle.
+        offset: In the shape of the scale, what a stored 0 stands for; None stands for 0.
     """
 
     stored: NDArray[Any]
     scale: NDArray[Any]
     zero_point: NDArray[Any] | None = None
+    offset: NDArray[Any] | None = None
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Arrays of types that numpy's own file format knows: it has none of 4 bits."""
         arrays = {"stored": self.stored.astype(np.int16), "scale": self.scale}
         if self.zero_point is not None:
             arrays["zero_point"] = self.zero_point.astype(np.int16)
+        if self.offset is not None:
+            arrays["offset"] = self.offset
         return arrays
 
     @classmethod
@@ -61,11 +67,15 @@ class RoundedWeight:
             arrays["stored"].astype(storage),
             arrays["scale"],
             None if zero is None else zero.astype(storage),
+            arrays.get("offset"),
         )
 
     def floats(self, type: QuantType) -> NDArray[np.float32]:
         """What its DequantizeLinear will compute."""
-        return np.asarray(dequantize(self.stored, self.scale, type, self.zero_point), np.float32)
+        floats = np.asarray(dequantize(self.stored, self.scale, type, self.zero_point), np.float32)
+        if self.offset is not None:
+            floats += broadcast_scale(self.offset, floats.shape, type.granularity)
+        return floats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +155,14 @@ def finite_weight(node: ir.Node, weight: ir.Value) -> NDArray[np.float32]:
 def place_dequantize(
     graph: ir.Graph, weight: ir.Value, type: QuantType, rounded: RoundedWeight
 ) -> ir.Node:
-    """A new DequantizeLinear, at the front of the graph, of a rounded weight."""
+    """What makes the floats of a rounded weight, at the front of the graph.
+
+    A DequantizeLinear; of a weight with offsets the Add behind it.
+    """
     name = weight.name or "weight"
     stored = rounded.stored
+    # First, because each goes to the front: an Add stands behind the last of what it reads.
+    offset = None if rounded.offset is None else _place_offset(graph, name, type, rounded)
     inputs = [
         new_initializer(graph, f"{name}_{type.storage.name.lower()}", stored, type.storage),
         _place_scale(graph, name, type, rounded),
@@ -162,7 +177,33 @@ def place_dequantize(
         case PerGroup(axis, group_size):
             attributes = {"axis": axis, "block_size": group_size}
     node = ir.node("DequantizeLinear", inputs, attributes, name=f"{name}_dequantize")
-    return _place(graph, node, f"{name}_dequantized", stored.shape, type.expressed)
+    _place(graph, node, f"{name}_dequantized", stored.shape, type.expressed)
+    if offset is None:
+        return node
+    add = ir.node("Add", [node.outputs[0], offset], name=f"{name}_add_offset")
+    return _place(graph, add, f"{name}_moved", stored.shape, type.expressed)
+
+
+def _place_offset(graph: ir.Graph, name: str, type: QuantType, rounded: RoundedWeight) -> ir.Value:
+    """The offset of each element, [K, N]: the row of its group; looked up as it is stored."""
+    assert rounded.offset is not None and isinstance(type.granularity, PerGroup)
+    shape = rounded.stored.shape
+    rows = np.arange(shape[0]) // type.granularity.group_size
+    offsets, column = rounded.offset, None
+    if type.two_level:
+        offsets, column = split_scale(offsets, zero=True)
+    inputs = [
+        new_initializer(graph, f"{name}_offset", offsets),
+        new_initializer(graph, f"{name}_group_of_row", rows),
+    ]
+    node = ir.node("Gather", inputs, {"axis": 0}, name=f"{name}_offset_of_row")
+    if column is None:
+        return _place(graph, node, f"{name}_offsets", shape, type.expressed).outputs[0]
+    _place(graph, node, f"{name}_offsets_int8", shape, ir.DataType.INT8)
+    floats = new_initializer(graph, f"{name}_offset_of_column", column)
+    widen = ir.node("DequantizeLinear", [node.outputs[0], floats], {"axis": 1},
+                    name=f"{name}_offset_dequantize")  # fmt: skip
+    return _place(graph, widen, f"{name}_offsets", shape, type.expressed).outputs[0]
 
 
 def _place_scale(graph: ir.Graph, name: str, type: QuantType, rounded: RoundedWeight) -> ir.Value:

@@ -1,11 +1,15 @@
-"""The scales and zero points that a weight is rounded by: of its whole range, or of a narrower one.
+"""The grid that a weight is rounded on: of its whole range, or of a narrower one.
 
-Symmetric types take theirs from `ir.clipped_scale`.  An asymmetric one tries parts of the range of
-each slice, and keeps the one of the least squared error, in which every element counts as much as
-the mean square of the input that multiplies it.
+Symmetric types take their scales from `ir.clipped_scale`.  Others try parts of the range of each
+slice, and keep the one of the least squared error, in which every element counts as much as the
+mean square of the input that multiplies it: with zero points the scale of least squares, with
+offsets (`offset_grid`) scale and offset.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +24,10 @@ from qcompiler.ir.arithmetic import (
 from qcompiler.ir.clipped_scale import clipped_scale, signed_scale
 from qcompiler.ir.two_level import on_two_levels
 from qcompiler.ir.types import QuantType
+from qcompiler.passes.offset_grid import fitted_offsets, whole_range
 from qcompiler.passes.rounded_weight import RoundedWeight
 
-__all__ = ["RANGES", "rounded_on", "weight_grid"]
+__all__ = ["RANGES", "Grid", "rounded_on", "weight_grid"]
 
 RANGES = ("max", "mse")
 """The whole range of each slice, or the part of it that rounds with the least squared error."""
@@ -34,10 +39,25 @@ _NEVER_0 = np.float32(1e-30)
 Floats = NDArray[np.float32]
 
 
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """How stored values are read, in ONNX shape.
+
+    Attributes:
+        scale: One per slice.
+        zero_point: The same, of the storage type; None for the middle.
+        offset: The same, what a stored 0 stands for; None for 0.
+    """
+
+    scale: Floats
+    zero_point: NDArray[Any] | None = None
+    offset: Floats | None = None
+
+
 def weight_grid(
     weight: Floats, type: QuantType, range: str = "mse", importance: Floats | None = None
-) -> tuple[Floats, NDArray[np.generic] | None]:
-    """Scales and zero points of a matrix, in ONNX shape; no zero points for a symmetric type.
+) -> Grid:
+    """The grid of a matrix.
 
     Args:
         weight: [K, N], finite.
@@ -46,25 +66,34 @@ def weight_grid(
         importance: [K], what a squared error of each row counts for; by default all the same.
     """
     rows = None if importance is None else np.asarray(importance, np.float32)[:, None]
+    if type.offset:
+        if range == "max":
+            scale, offset = whole_range(weight, type)
+        else:
+            scale, offset = fitted_offsets(weight, type, rows)
+        if type.two_level:
+            scale, offset = on_two_levels(scale), on_two_levels(offset, zero=True)
+        return Grid(scale, None, offset)
     if type.symmetric:
         if range == "max":
             scale = signed_scale(weight, type)
         else:
             scale = clipped_scale(weight, type, rows, signed=True)
-        return on_two_levels(scale) if type.two_level else scale, None
+        return Grid(on_two_levels(scale) if type.two_level else scale)
     if range == "max":
-        return scale_and_zero_point(weight, type)
+        return Grid(*scale_and_zero_point(weight, type))
     return _narrowest(weight, type, np.ones((1, 1), np.float32) if rows is None else rows)
 
 
-def rounded_on(
-    weight: Floats, type: QuantType, grid: tuple[Floats, NDArray[np.generic] | None]
-) -> RoundedWeight:
+def rounded_on(weight: Floats, type: QuantType, grid: Grid) -> RoundedWeight:
     """Each element at the nearest step of a grid."""
-    return RoundedWeight(quantize(weight, grid[0], type, grid[1]), *grid)
+    if grid.offset is not None:
+        weight = weight - broadcast_scale(grid.offset, weight.shape, type.granularity)
+    stored = quantize(weight, grid.scale, type, grid.zero_point)
+    return RoundedWeight(stored, grid.scale, grid.zero_point, grid.offset)
 
 
-def _narrowest(weight: Floats, type: QuantType, rows: Floats) -> tuple[Floats, NDArray[np.generic]]:
+def _narrowest(weight: Floats, type: QuantType, rows: Floats) -> Grid:
     """The zero point and the least squares scale of that part of each range that fits best."""
     lowest = reduce_slices(np.minimum, weight, type.granularity)
     highest = reduce_slices(np.maximum, weight, type.granularity)
@@ -85,4 +114,4 @@ def _narrowest(weight: Floats, type: QuantType, rows: Floats) -> tuple[Floats, N
         fitted = np.where(product > 0, product / np.maximum(square, _NEVER_0), scale)
         best_scale = np.where(better, fitted, best_scale)
         best_zero = np.where(better, zero, best_zero)
-    return as_scale(best_scale, type), best_zero.astype(type.storage.numpy())
+    return Grid(as_scale(best_scale, type), best_zero.astype(type.storage.numpy()))

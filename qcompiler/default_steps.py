@@ -49,6 +49,7 @@ OPTIONS_OF_RECIPE = {
     ("assign-precision", "keep_float"): "keep_float",
     ("assign-precision", "group_size"): "group_size",
     ("assign-precision", "rounding"): "rounding",
+    ("assign-precision", "zero_points"): "zero_points",
     ("fuse-attention", "precision"): "attention",
     ("convert-float16", "type"): "float",
 }
@@ -65,7 +66,10 @@ def default_steps(
 ) -> list[Step]:
     """A new pass for each step; for the arguments see `Pipeline.default`."""
     precision = AssignPrecision.Options(
-        recipe.keep_float, recipe.group_size, rounding=recipe.rounding
+        recipe.keep_float,
+        recipe.group_size,
+        rounding=recipe.rounding,
+        zero_points=recipe.zero_points,
     )
     attention = FuseAttention.Options(recipe.attention)
     # A scheme of float activations has an op for products of floats by few bits.

@@ -201,6 +201,7 @@ _READERS = {
     "group_size": "assign-precision",
     "nodes": "assign-precision",
     "rounding": "assign-precision",
+    "zero_points": "assign-precision",
     "calibration": "insert-qdq",
     "attention": "fuse-attention",
     "float": "convert-float16",

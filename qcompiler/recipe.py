@@ -44,6 +44,8 @@ class Recipe:
             `qcompiler/clipping.py`.
         rounding: How the weights of products are rounded: "nearest", "hqq", or, with samples,
             "awq", "gptq" or both, "awq_gptq".
+        zero_points: Of groups of int4 weights: "none", "integer" or "float"; by default the
+            target's own choice.
         nodes: Rules about single nodes, see `NodeRule`: later ones win, key by key.
         passes: Options of passes, by the pipeline's name of the pass and their own; docs/passes.md
             has them all.
@@ -56,6 +58,7 @@ class Recipe:
     smooth: bool = True
     calibration: str = "mse"
     rounding: str = "nearest"
+    zero_points: str | None = None
     nodes: tuple[NodeRule, ...] = ()
     passes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
 
@@ -67,7 +70,9 @@ class Recipe:
                 to 256 and not 0, an attention that is none of the three, a float that is neither
                 of both, or rules or passes that are none.
         """
-        AssignPrecision.Options(self.keep_float, self.group_size, rounding=self.rounding)
+        AssignPrecision.Options(
+            self.keep_float, self.group_size, rounding=self.rounding, zero_points=self.zero_points
+        )
         FuseAttention.Options(self.attention)
         Clipping.parse(self.calibration)
         if self.float is not None:
@@ -138,6 +143,7 @@ class Recipe:
             "smooth": self.smooth,
             "calibration": self.calibration,
             "rounding": self.rounding,
+            "zero_points": self.zero_points,
             "nodes": [rule.to_dict() for rule in self.nodes] or None,
             "passes": {name: _plain(options) for name, options in self.passes.items()} or None,
         }

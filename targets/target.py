@@ -19,6 +19,7 @@ class Scheme:
         activation: Storage of MatMul activations, per token and dynamic; None leaves them float.
         group_sizes: Elements along K that share a weight scale, in order of preference; empty for
             one scale per output channel.
+        zero_points: Of groups: "none", "integer" or "float".
         conv_weight: Storage of convolution weights; None keeps convolutions float.
         conv_activation: Storage of convolution activations, per tensor and static.
         no_conv: Why convolutions are kept float, unless a recipe asks for one.
@@ -28,6 +29,7 @@ class Scheme:
     weight: ir.DataType
     activation: ir.DataType | None
     group_sizes: tuple[int, ...] = ()
+    zero_points: str = "none"
     conv_weight: ir.DataType | None = ir.DataType.INT8
     conv_activation: ir.DataType = ir.DataType.UINT8
     no_conv: str = ""

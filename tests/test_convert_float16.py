@@ -164,12 +164,12 @@ def test_weights_in_groups_have_scales_in_float16_too():
         assert sqnr(run(exact, X, plainly=True)[0], run(model, X, plainly=plainly)[0]) > floor
 
 
-def test_weights_of_4_bits_with_zero_points_are_left_to_ort_in_float16():
+def test_weights_of_4_bits_with_zero_points_are_multiplied_in_float16():
     text = "g (float[m,64] x) => (float[m,64] y) { y = MatMul (x, w) }"
-    recipe = Recipe.from_dict({"nodes": [{"match": "*", "symmetric": False}]})
+    recipe = Recipe.from_dict({"nodes": [{"match": "*", "zero_points": "integer"}]})
     found = [Pipeline.default("cuda-int4", recipe=recipe).run(named(text))]
-    (dequantize,) = [n for n in found[0].graph if n.op_type == "DequantizeLinear"]
-    assert dequantize.outputs[0].dtype is ir.DataType.FLOAT16
+    (product,) = [n for n in found[0].graph if n.op_type == "QMatMulW4Z4A16"]
+    assert product.outputs[0].dtype is ir.DataType.FLOAT16
     found.append(Pipeline.default(
         "cuda-int4", recipe=Recipe.from_dict(recipe.to_dict() | {"float": "fp32"})
     ).run(named(text)))  # fmt: skip

@@ -179,7 +179,11 @@ def test_a_rule_that_later_ones_overrule_is_told_of():
         ({"activation": "float"}, "x86-int8", "multiply no int8 weights by float activations$"),
         ({"group_size": 32}, "x86-int8", "have a scale per channel; only int4 ones have groups"),
         ({"calibration": "mse"}, "x86-int8", "activations are dynamic, nothing of them is calibr"),
-        ({"symmetric": False}, "x86-int4", "only int4 weights under float activations may have z"),
+        (
+            {"precision": "int8", "zero_points": "integer"},
+            "x86-int4",
+            "only groups of int4 weights may have zero points",
+        ),
         ({"rounding": "gptq"}, "cuda-fp8", "only integers are rounded otherwise than to nearest"),
     ],
 )
@@ -214,7 +218,7 @@ def test_a_rule_may_ask_for_static_activations_of_products():
         ({"precision": "int4"}, "'one': convolutions are int8 or float"),
         ({"activation": "dynamic"}, "'one': convolutions have static activations"),
         ({"group_size": 32}, "'one': these weights have a scale per channel"),
-        ({"symmetric": False}, "'one': only int4 weights under float activat"),
+        ({"zero_points": "float"}, "'one': only groups of int4 weights may have zero points"),
     ],
 )
 def test_what_convolutions_cannot_be(rule, message):
@@ -248,7 +252,7 @@ def test_rules_about_a_model_that_is_quantized():
         ("[[nodes]]\nprecision = 'int5'", "unknown precision 'int5'; did you mean 'int"),
         ("[[nodes]]\nprecision = 8", "precision must be a text, not 8"),
         ("[[nodes]]\ngroup_size = 33", "group_size 33: must be 16, 32, 64, 128 or 256"),
-        ("[[nodes]]\nsymmetric = 1", "symmetric must be true or false, not 1"),
+        ("[[nodes]]\nzero_points = 1", "zero_points must be a text, not 1"),
         ("[[nodes]]\nactivation = 'statik'", "unknown activation 'statik'; did you mean 'static'"),
         (
             "[[nodes]]\nrounding = 'up'",
@@ -304,7 +308,7 @@ ODD = Recipe(
     keep_float=("a b", 'quo"te', "back\\slash"),
     calibration="percentile=99.9",
     nodes=(
-        {"match": "/a/\U0001f600\x7f\n[0]*", "precision": "int8", "symmetric": True},
+        {"match": "/a/\U0001f600\x7f\n[0]*", "precision": "int8", "zero_points": "none"},
         {"op": "MatMul", "group_size": 32},
     ),
     passes={"smooth-activations": {"alpha": [0.5, 1e-7], "worth": 1}, "a.b": {"c": "d"}},

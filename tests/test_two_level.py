@@ -127,8 +127,8 @@ def test_a_file_for_onnx_runtime_has_the_product_of_both(tmp_path):
 @pytest.mark.parametrize(
     ("rule", "target", "message"),
     [
-        ({"precision": "int8"}, "x86-int4", "only scales of int4 groups without zero points are"),
-        ({"symmetric": False}, "cuda-int4", "only scales of int4 groups without zero points are"),
+        ({"precision": "int8"}, "x86-int4", "only scales of int4 groups without integer zero"),
+        ({"zero_points": "integer"}, "cuda-int4", "only scales of int4 groups without integer"),
     ],
 )
 def test_what_has_no_two_levels(rule, target, message):

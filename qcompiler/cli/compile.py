@@ -79,6 +79,11 @@ __all__ = ["compile_command"]
     help="How weights are rounded: nearest, hqq, awq, gptq, awq_gptq; see docs/weights.md.",
 )
 @click.option(
+    "--zero-points",
+    metavar="none|integer|float",
+    help="What groups of int4 weights have beside a scale; see docs/weights.md.",
+)
+@click.option(
     "--float",
     "float_type",
     metavar="fp16|fp32",
@@ -118,6 +123,7 @@ def compile_command(
     terminal: Terminal, model: Path, target: str, output: Path | None, calib: Path | None,
     preprocess: str | None, calib_method: str | None, recipe_file: Path | None,
     keep_float: tuple[str, ...], group_size: int | None, rounding: str | None,
+    zero_points: str | None,
     float_type: str | None, shapes: Shapes | None, untimed: bool, choices: Path | None, emit: str,
     strict: bool, quiet: bool, debugging: Debugging, as_json: bool,
 ) -> None:  # fmt: skip
@@ -133,7 +139,9 @@ def compile_command(
         from qcompiler.installed import check_onnxruntime
 
         check_onnxruntime()
-        recipe = _recipe(recipe_file, keep_float, group_size, calib_method, rounding, float_type)
+        recipe = _recipe(
+            recipe_file, keep_float, group_size, calib_method, rounding, zero_points, float_type
+        )
         samples = None if calib is None else samples_of(calib, preprocess)
         report = qcompiler.compile(
             model, target, output, recipe=recipe, calibration=samples,
@@ -154,7 +162,7 @@ def compile_command(
 
 def _recipe(
     file: Path | None, keep_float: tuple[str, ...], group_size: int | None, method: str | None,
-    rounding: str | None, float_type: str | None,
+    rounding: str | None, zero_points: str | None, float_type: str | None,
 ) -> Recipe:  # fmt: skip
     """The recipe of the file, with the options on top."""
     from qcompiler.recipe import Recipe
@@ -166,5 +174,6 @@ def _recipe(
         group_size=recipe.group_size if group_size is None else group_size,
         calibration=recipe.calibration if method is None else method,
         rounding=recipe.rounding if rounding is None else rounding,
+        zero_points=recipe.zero_points if zero_points is None else zero_points,
         float=recipe.float if float_type is None else float_type,
     )
