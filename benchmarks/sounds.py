@@ -52,16 +52,22 @@ def can_speak() -> bool:
     return shutil.which("espeak-ng") is not None
 
 
-def transcribe(decoder: object, states: np.ndarray, vocabulary: list[bytes]) -> str:
-    """The likeliest text token by token, from an encoder's result [1, 1500, 384]."""
+def heard(decoder: object, states: np.ndarray, words: int) -> list[int]:
+    """The likeliest tokens one by one, from an encoder's result [1, 1500, 384]."""
     tokens = list(PROMPT)
     while len(tokens) < 100:
         feeds = {"tokens": np.array([tokens], np.int64), "enc": states}
-        logits = decoder.run(None, feeds)[0][0, -1, : len(vocabulary) + 1]  # type: ignore[attr-defined]
+        logits = decoder.run(None, feeds)[0][0, -1, : words + 1]  # type: ignore[attr-defined]
         best = int(np.argmax(logits))
         if best == END:
             break
         tokens.append(best)
+    return tokens
+
+
+def transcribe(decoder: object, states: np.ndarray, vocabulary: list[bytes]) -> str:
+    """The likeliest text."""
+    tokens = heard(decoder, states, len(vocabulary))
     return b"".join(vocabulary[token] for token in tokens[len(PROMPT) :]).decode(errors="replace")
 
 

@@ -11,6 +11,7 @@ import models
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+import sounds
 from minilm import encode, load_tokenizer, read_sts
 from whisper_smollm2 import cross_entropy
 
@@ -99,6 +100,42 @@ def minilm(sts: Path, train: Path, count: int, calibrate: int) -> Case:
         }
 
     return Case(source, "", calibration, len(rows), score)
+
+
+def whisper_decoder(sts: Path, count: int, calibrate: int) -> Case:
+    """Words in error of sentences that are spoken, and the SQNR of the logits against float ones.
+
+    The encoder is float; calibrated with sentences that are not scored, as the float decoder
+    writes them down.
+    """
+    texts = sounds.sentences(read_sts(sts), 10**6)[: calibrate + count]
+    encoder = ort.InferenceSession(models.whisper_encoder())
+    file, vocabulary = models.whisper_decoder()
+    states = [encoder.run(None, sounds.spoken(text))[0] for text in texts]
+    decoder = open_float(file)
+    feeds = [
+        {
+            "tokens": np.array([sounds.heard(decoder, state, len(vocabulary))], np.int64),
+            "enc": state,
+        }
+        for state in states
+    ]
+    scored = range(calibrate, len(texts))
+    reference = [decoder.run(None, feeds[i])[0] for i in scored]
+
+    def score(path: Path) -> dict[str, float]:
+        session, wrong, total, noise = open_float(path), 0, 0, 0.0
+        for i, exact in zip(scored, reference, strict=True):
+            noise += float(np.square(session.run(None, feeds[i])[0] - exact).sum())
+            text = sounds.transcribe(session, states[i], vocabulary)
+            said = sounds.plain_words(texts[i])
+            wrong += sounds.edits(said, sounds.plain_words(text))
+            total += len(said)
+        signal = sum(float(np.square(exact).sum()) for exact in reference)
+        sqnr = float(10 * np.log10(signal / max(noise, 1e-12)))
+        return {"wer": 100 * wrong / total, "words": total, "sqnr_db": sqnr}
+
+    return Case(file, _maker_of(file, "logits"), feeds[:calibrate], len(scored), score)
 
 
 def open_float(path: Path) -> ort.InferenceSession:

@@ -1,12 +1,14 @@
-"""4-bit weights of SmolLM2-135M or MiniLM-L6, rounded in several ways: scores, time and memory.
+"""4-bit weights of three models, rounded in several ways: scores, time and memory.
 
     pip install '.[cpu]' torch transformers accelerate gguf tokenizers scipy onnxsim
     python benchmarks/weights.py smollm2 --text wikitext2-valid.txt --json FILE
     python benchmarks/weights.py minilm --sts sts-dev.csv --train sts-train.csv --json FILE
+    python benchmarks/weights.py whisper --sts sts-dev.csv --json FILE
 
 SmolLM2 is scored by its perplexity on windows of 512 tokens from the beginning of WikiText-2's
 validation part (CC BY-SA 3.0), and calibrated with 32 windows of its end.  MiniLM is scored on the
-dev split of the STS benchmark, and calibrated with sentences of the training split.  The matrices
+dev split of the STS benchmark, and calibrated with sentences of the training split.  The decoder of
+Whisper tiny.en is scored on sentences of that split that espeak-ng says.  The matrices
 of all layers are rounded; embeddings, and the head that shares its table with one, stay float; so
 do activations, for every contender, so that nothing but the weights differs.  ONNX Runtime's
 quantizers, onnxsim's and llama.cpp's are the peers.
@@ -33,7 +35,7 @@ from typing import Any
 import onnx_ir as ir
 from llama_cpp import bits_of, rounded
 from timing import environment
-from weight_cases import Case, minilm, smollm2
+from weight_cases import Case, minilm, smollm2, whisper_decoder
 from weight_peers import ONNXSIM_GROUP, of_onnxruntime, of_onnxsim
 
 from qcompiler.frontend import load_model
@@ -206,6 +208,10 @@ def case_of(arguments: argparse.Namespace) -> Case:
             raise SystemExit("smollm2 wants --text")
         counts = (arguments.count or 32, arguments.calibrate or 32)
         return smollm2(arguments.text, *counts, held_out=arguments.held_out)
+    if arguments.model == "whisper":
+        if arguments.sts is None:
+            raise SystemExit("whisper wants --sts")
+        return whisper_decoder(arguments.sts, arguments.count or 40, arguments.calibrate or 16)
     if arguments.sts is None or arguments.train is None:
         raise SystemExit("minilm wants --sts and --train")
     count, calibrate = arguments.count or 1500, arguments.calibrate or 256
@@ -214,7 +220,7 @@ def case_of(arguments: argparse.Namespace) -> Case:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", choices=["smollm2", "minilm"])
+    parser.add_argument("model", choices=["smollm2", "minilm", "whisper"])
     parser.add_argument("--text", type=Path)
     parser.add_argument("--sts", type=Path)
     parser.add_argument("--train", type=Path)

@@ -97,7 +97,7 @@ def form_of(
         usual: What it is, where the rule says nothing of it.
         refuse: Told each key of `asked` that cannot be, and why; it is then as if not asked for.
     """
-    while asked is not None and (misfit := _misfit(op, scheme, asked)) is not None:
+    while asked is not None and (misfit := _misfit(op, scheme, asked, usual)) is not None:
         key, why = misfit
         refuse(key, why)
         left = asked.to_dict()
@@ -109,9 +109,6 @@ def form_of(
     zeros = usual.zero_points if groups else "none"
     if asked is None:
         return Form(weight, activation, groups, rounding=rounding, zero_points=zeros)
-    two_level = asked.scales == "int8"
-    if two_level and zeros == "integer":
-        zeros = "none"  # ONNX has no scale of two levels beside zero points
     return Form(
         weight,
         activation,
@@ -121,7 +118,7 @@ def form_of(
         asked.precision is not None,
         asked.zero_points or zeros,
         FEWER_BITS.get(asked.precision or ""),
-        two_level,
+        asked.scales == "int8",
     )
 
 
@@ -146,7 +143,7 @@ def _groups(weight: ir.DataType, sizes: tuple[int, ...]) -> tuple[int, ...]:
     return (sizes or _GROUPS) if weight is _INT4 else ()
 
 
-def _misfit(op: str, scheme: Scheme, asked: NodeRule) -> tuple[str, str] | None:
+def _misfit(op: str, scheme: Scheme, asked: NodeRule, usual: Usual) -> tuple[str, str] | None:
     """A key that cannot be, and why."""
     weight, activation = _storage(op, scheme, asked), _activation(op, scheme, asked)
     if op != "MatMul":
@@ -169,7 +166,8 @@ def _misfit(op: str, scheme: Scheme, asked: NodeRule) -> tuple[str, str] | None:
     unrounded = _misfit_of_rounding(op, weight)
     if asked.rounding not in (None, "nearest") and unrounded is not None:
         return "rounding", unrounded
-    if asked.scales == "int8" and (weight is not _INT4 or asked.zero_points == "integer"):
+    zeros = asked.zero_points or usual.zero_points
+    if asked.scales == "int8" and (weight is not _INT4 or zeros == "integer"):
         why = "only scales of int4 groups without integer zero points are stored in 8 bits"
         return "scales", why
     if asked.zero_points in ("integer", "float") and weight is not _INT4:

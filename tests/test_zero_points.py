@@ -268,6 +268,11 @@ def test_what_cannot_be(make, message):
         make()
 
 
+def test_scales_of_two_levels_have_no_integer_zero_points():
+    with pytest.raises(OptionError, match="scales 'int8' is possible for none.*without integer"):
+        planned("x86-int4", zero_points="integer", scales="int8")
+
+
 def test_a_rule_for_nodes_without_groups_is_refused():
     rules = [NodeRule(op="MatMul", precision="int8", activation="dynamic", zero_points="float")]
     with pytest.raises(OptionError, match="only groups of int4 weights may have zero points"):
