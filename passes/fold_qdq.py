@@ -5,7 +5,7 @@
                           (an fp8 weight is Cast(w) * ws)
 3. MatMul, W4A8           the same with w int4 in groups    =>  QMatMulW4A8(q, s, w, ws)
 4. MatMul, W4A16          MatMul(x, DQ(w, ws))              =>  QMatMulW4A16(x, w, ws)
-                          zero points, offsets, two levels: see `matrix_weights`
+                          zero points, two levels: see `matrix_weights`; offsets: `fold_offsets`
 5. MatMul, Gemm           with one scale: see `fold_matmul`
 6. Conv, Gather           see `fold_conv`, `fold_gather`
 7. Other constants        see `widen_constants`
@@ -18,6 +18,8 @@ says which.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -29,6 +31,7 @@ from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.fold_conv import try_fold_conv
 from qcompiler.passes.fold_gather import try_fold_gather
 from qcompiler.passes.fold_matmul import try_fold_matmul
+from qcompiler.passes.fold_offsets import add_offsets, insert_group_sums
 from qcompiler.passes.guard_scales import try_guard_scales
 from qcompiler.passes.left_to_ort import FUSED_BY_ORT, left_to_ort, moves_stored
 from qcompiler.passes.matrix_weights import matrix_weight
@@ -67,10 +70,11 @@ class FoldQDQ(ir.passes.InPlacePass):
         super().__init__()
         self.left = left
         self._quantized: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._sums: dict[tuple[object, ...], ir.Value] = {}
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fold every pair that has an integer form, and say of the others who computes them."""
-        self._quantized = {}
+        self._quantized, self._sums = {}, {}
         changed = 0
         reasons: dict[ir.Node, str] = {}
         for node in list(every_node(model.graph)):
@@ -102,30 +106,41 @@ class FoldQDQ(ir.passes.InPlacePass):
         if weight is None:
             return False
         x, block, few_bits = node.inputs[0], weight.block, weight.op_of_few_bits
+        data: tuple[ir.Value | None, ...]
         if pair is None:
             is_float = x is not None and x.dtype is ir.DataType.FLOAT and dequantize_of(x) is None
             if few_bits is None or not is_float:
                 return False
-            data, op = [x], f"{few_bits}A16"
+            data, op = (x,), f"{few_bits}A16"
         elif few_bits is not None:
             if pair.outputs[0].dtype is not ir.DataType.INT8:
                 return False
-            data, op = [*self._quantize(pair)], f"{few_bits}A8"
+            data, op = self._quantize(pair), f"{few_bits}A8"
         else:
             name = _MATMUL.get((pair.outputs[0].dtype, weight.stored.dtype))
-            if name is None or block or len(weight.operands) > 2:
+            if name is None or block or len(weight.operands) > 2 or weight.offsets:
                 return False
-            data, op = [*self._quantize(pair)], name
+            data, op = self._quantize(pair), name
         attributes = {"block_size": block} if block else {}
         new = ir.node(
             op, [*data, *weight.operands], attributes,
             domain=dialect.DOMAIN, version=dialect.VERSION,
         )  # fmt: skip
         inherit(new, node)
-        replace_nodes([node], [new])
+        added = []
+        if weight.offsets:
+            added = add_offsets(new, node, self._sums_of(data, block, node), weight.offsets)
+        replace_nodes([node], [new, *added])
         dialect.type_results(new, op)
         decide(new, "body", "folded, no kernel bound yet")
         return True
+
+    def _sums_of(self, data: Sequence[ir.Value | None], block: int, node: ir.Node) -> ir.Value:
+        """The sums of groups of activations, for all products in a graph that have offsets."""
+        key = (data[0], block, node.graph)
+        if key not in self._sums:
+            self._sums[key] = insert_group_sums(data, block, node)
+        return self._sums[key]
 
     def _quantize(self, pair: ir.Node) -> tuple[ir.Value, ir.Value]:
         """The (q, s) of a Quantize that equals the per-token `pair`, one for all its readers."""

@@ -43,6 +43,8 @@ _MOST_STEPS = 4
 
 _QUANTIZES = ("Quantize", "QuantizeFp8")
 
+_LEFT_TO_ORT = ("QConv", "GroupSumsA8", "GroupSumsA16")
+
 _ANCHORS = frozenset({
     *_QUANTIZES, "QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8", "QMatMulW4A8", "QMatMulW4A16",
     "QMatMulFp8",
@@ -60,7 +62,7 @@ class FuseRegions(RegionPass):
             if node.domain != dialect.DOMAIN or node.op_type not in dialect.OPS:
                 continue
             if node.op_type not in _ANCHORS:
-                if node.op_type != "QConv":
+                if node.op_type not in _LEFT_TO_ORT:
                     decide(node, "body", f"no kernel for {node.op_type} yet")
                 continue
             if (reason := left_to_ort(node)) is not None:

@@ -3,9 +3,9 @@
     DQ(w, ws)                                 =>   w, ws             int8 per column, int4 in groups
     Cast(w) * ws                              =>   w, ws             fp8
     DQ(w, ws, wz)                             =>   w, ws, wz         W4Z4: int4 in groups from here
-    DQ(w, ws) + Gather(wo, groups)            =>   w, ws, wo         W4O32
     DQ(w, DQ(gs, cs))                         =>   w, gs, cs         W4S8
-    … + DQ(Gather(go, groups), co)            =>   w, gs, cs, go, co W4S8O8
+    … + Gather(wo, groups)                    =>   the same, and offsets wo
+    … + DQ(Gather(go, groups), co)            =>   the same, and offsets go co
 
 `groups` are the numbers of the groups that rows lie in, as `rounded_weight` writes them.  Part of
 `fold_qdq`.
@@ -46,17 +46,15 @@ class MatrixWeight:
 
     @property
     def operands(self) -> tuple[ir.Value, ...]:
-        """What an op reads, in its order."""
-        return (self.stored, *self.scales, *self.zeros, *self.offsets)
+        """What an op reads, in its order; none reads offsets."""
+        return (self.stored, *self.scales, *self.zeros)
 
     @property
     def op_of_few_bits(self) -> str | None:
         """The name of the products by weights that are stored so, but for the activations."""
         if self.stored.dtype is not ir.DataType.INT4 or not self.block:
             return None
-        parts = [("S8", len(self.scales) == 2), ("Z4", bool(self.zeros))]
-        parts += [("O32", len(self.offsets) == 1), ("O8", len(self.offsets) == 2)]
-        return "QMatMulW4" + "".join(part for part, there in parts if there)
+        return "QMatMulW4" + "S8" * (len(self.scales) == 2) + "Z4" * bool(self.zeros)
 
 
 def matrix_weight(value: ir.Value | None) -> MatrixWeight | None:

@@ -7,6 +7,7 @@ import pytest
 from golden import assert_rewrites, model_of, run, sqnr
 
 import qcompiler
+from qcompiler.ir.decisions import region_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import constant
 from qcompiler.ir.two_level import on_two_levels, split_scale
@@ -22,6 +23,7 @@ from qcompiler.passes.offset_grid import fitted_offsets, whole_range
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.rounded_weight import RoundedWeight, place_dequantize
 from qcompiler.passes.weight_grid import rounded_on, weight_grid
+from qcompiler.pipeline import Pipeline
 from qcompiler.recipe import Recipe
 from qcompiler.targets.catalog import TARGETS
 
@@ -132,21 +134,22 @@ def test_gptq_and_hqq_know_them(kind, group):
     ("kind", "scales", "op"),
     [
         ("integer", None, "QMatMulW4Z4"),
-        ("float", None, "QMatMulW4O32"),
-        ("float", "int8", "QMatMulW4S8O8"),
+        ("float", None, "QMatMulW4"),
+        ("float", "int8", "QMatMulW4S8"),
     ],
 )
 @pytest.mark.parametrize("target", ["cuda-int4", "x86-int4"])
-def test_folds_to_one_op_that_equals_its_pairs(target, kind, scales, op):
+def test_folds_to_ops_that_equal_its_pairs(target, kind, scales, op):
     model = planned(target, zero_points=kind, scales=scales)
     InsertQDQ()(model)
     RoundToNearest()(model)
     before = run(model, FEEDS, plainly=True)[0]
     assert sqnr(FEEDS["x"] @ W, before) > 18
     assert FoldQDQ()(model).modified
-    *_, product = model.graph
-    assert product.op_type == op + ("A16" if target == "cuda-int4" else "A8")
-    assert {node.op_type for node in model.graph} <= {product.op_type, "Quantize"}
+    ops, a = {node.op_type for node in model.graph}, "A16" if target == "cuda-int4" else "A8"
+    moved = {f"GroupSums{a}", "MatMul", "Add"} if kind == "float" else set()
+    levels = {"Cast", "Mul"} if scales else set()
+    assert ops - {"Quantize"} == {op + a} | moved | levels
     assert sqnr(before, run(model, FEEDS, plainly=True)[0]) > 120
 
 
@@ -163,10 +166,41 @@ def test_float_zero_points_are_an_add_before_they_are_folded():
     model = assert_rewrites(RoundToNearest(), model, after, FEEDS, exact=False, floor_db=18)
     after = """
         inputs x
-        y = qcompiler.QMatMulW4O32A16 {'block_size': '32'} (x, v2, v3, v4)
+        v2 = qcompiler.GroupSumsA16 {'block_size': '32'} (x)
+        v5 = qcompiler.QMatMulW4A16 {'block_size': '32'} (x, v3, v4)
+        v7 = MatMul  (v2, v6)
+        y = Add  (v5, v7)
         outputs y
     """
     assert_rewrites(FoldQDQ(), model, after, FEEDS, exact=False, floor_db=30)
+
+
+@pytest.mark.parametrize("target", ["cuda-int4", "x86-int4"])
+def test_products_of_one_value_share_the_sums_of_its_groups(target):
+    text = TEXT.replace("y = MatMul (x, w)", "a = MatMul (x, w) b = MatMul (x, v) y = Add (a, b)")
+    model = planned(target, model_of(text, {"w": W, "v": W[::-1].copy()}))
+    InsertQDQ()(model)
+    RoundToNearest()(model)
+    before = run(model, FEEDS, plainly=True)[0]
+    FoldQDQ()(model)
+    ops = [node.op_type for node in model.graph]
+    assert sum(op.startswith("GroupSums") for op in ops) == 1 and ops.count("MatMul") == 2
+    assert sqnr(before, run(model, FEEDS, plainly=True)[0]) > 120
+
+
+def test_a_kernel_adds_the_offsets_in_float16():
+    depth = 128  # a multiple of 32, which the kernel for GPUs asks for
+    weight = {"w": RNG.standard_normal((depth, 64), dtype=np.float32) + np.float32(0.3)}
+    text = f"g (float[m,{depth}] x) => (float[m,64] y) {{ y = MatMul (x, w) }}"
+    x = {"x": RNG.standard_normal((9, depth), dtype=np.float32)}
+    recipes = [Recipe(zero_points="float", group_size=32, float=name) for name in ("fp32", "fp16")]
+    exact, half = (
+        Pipeline.default("cuda-int4", recipe).run(model_of(text, weight)) for recipe in recipes
+    )
+    (anchor,) = (region for node in half.graph if (region := region_of(node)) is not None)
+    assert anchor.anchor == "QMatMulW4A16" and [step.op for step in anchor.steps] == ["Add"]
+    results = [run(model, x, plainly=True)[0] for model in (exact, half)]
+    assert sqnr(*results) > 55 and sqnr(x["x"] @ weight["w"], results[1]) > 18
 
 
 @pytest.mark.parametrize("near_miss", ["groups", "axis", "shape", "computed"])
