@@ -5,6 +5,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from golden import assert_rewrites, model_of, run, sqnr
+from terminal import fails, qcompile
 
 import qcompiler
 from qcompiler.ir.decisions import region_of
@@ -270,6 +271,17 @@ def test_a_recipe_says_it_and_reads_it_back():
     assert 'zero_points = "float"' in recipe.to_toml()
     model = planned("x86-int4", zero_points="integer")
     assert str(model.graph[0].meta["qcompiler.plan"].weight).endswith("axis=0/32, asymmetric>")
+
+
+def test_on_the_command_line(tmp_path):
+    ir.save(model_of(TEXT, {"w": W}), tmp_path / "m.onnx")
+    given = (tmp_path / "m.onnx", "--target", "arm-int4", "-o", tmp_path / "b")
+    fails(1, "unknown zero_points 'flot'; did you mean 'float'?", *given, "--zero-points", "flot")
+    assert qcompile(*given, "--zero-points", "float", "-q").exit_code == 0
+    assert "GroupSumsA8" in qcompile("inspect", tmp_path / "b").stdout
+    assert 'zero_points = "float"' in qcompile("inspect", tmp_path / "b", "--recipe").stdout
+    given = (tmp_path / "m.onnx", "--target", "arm-int8", "-o", tmp_path / "c")
+    fails(1, "zero_points 'float': int8 weights have none", *given, "--zero-points", "float")
 
 
 def test_int8_offsets_keep_their_zeros():
