@@ -79,6 +79,8 @@ class AssignPrecision(ir.passes.InPlacePass):
                 "awq", "gptq" or both, "awq_gptq".
             zero_points: Of groups of int4 weights: "none", "integer" or "float"; by default the
                 scheme's own choice.
+            scales: Of groups, and their float zero points: "float", or "int8" times a float per
+                channel.
         """
 
         keep_float: tuple[str, ...] = ()
@@ -87,17 +89,25 @@ class AssignPrecision(ir.passes.InPlacePass):
         outputs: bool = False
         rounding: str = "nearest"
         zero_points: str | None = None
+        scales: str = "float"
 
         def __post_init__(self) -> None:
             """Check the values.
 
             Raises:
                 OptionError: Patterns that are no strings, a group size that is no power of two from
-                    16 to 256 and not 0, or no such rounding or zero points.
+                    16 to 256 and not 0, no such rounding, zero points or scales, or scales of
+                    8 bits beside integer zero points.
             """
             check_word("rounding", self.rounding)
+            check_word("scales", self.scales)
             if self.zero_points is not None:
                 check_word("zero_points", self.zero_points)
+            if (self.zero_points, self.scales) == ("integer", "int8"):
+                raise OptionError(
+                    'scales "int8" have no integer zero points beside them: choose zero_points '
+                    '"float", or scales "float"'
+                )
             keep = self.keep_float
             listed = isinstance(keep, Sequence) and not isinstance(keep, str)
             if not listed or not all(isinstance(pattern, str) for pattern in keep):
@@ -134,11 +144,12 @@ class AssignPrecision(ir.passes.InPlacePass):
                 f"group_size {options.group_size}: {self.scheme.name} weights have one scale per "
                 "channel; leave it out, or choose an int4 target"
             )
-        if options.zero_points not in (None, "none") and not grouped:
-            raise OptionError(
-                f"zero_points {options.zero_points!r}: {self.scheme.name} weights have none; leave "
-                "it out, or choose an int4 target"
-            )
+        for key, usual in (("zero_points", (None, "none")), ("scales", ("float",))):
+            if (value := getattr(options, key)) not in usual and not grouped:
+                raise OptionError(
+                    f"{key} {value!r}: {self.scheme.name} weights have no groups; leave it out, or "
+                    "choose an int4 target"
+                )
         self._options = options
 
     @property
@@ -166,6 +177,7 @@ class AssignPrecision(ir.passes.InPlacePass):
                 self.group_sizes,
                 options.rounding,
                 options.zero_points or self.scheme.zero_points,
+                options.scales,
             ),
             options.products,
             options.outputs,

@@ -74,11 +74,13 @@ class Usual:
         group_sizes: Weights per scale, in order of preference, of weights in groups.
         rounding: How they are rounded.
         zero_points: Of groups: "none", "integer" or "float".
+        scales: Of groups, and their float zero points: "float" or "int8".
     """
 
     group_sizes: tuple[int, ...] = ()
     rounding: str = "nearest"
     zero_points: str = "none"
+    scales: str = "float"
 
 
 def form_of(
@@ -107,8 +109,16 @@ def form_of(
     rounding = usual.rounding if _misfit_of_rounding(op, weight) is None else "nearest"
     groups = _groups(weight, usual.group_sizes)
     zeros = usual.zero_points if groups else "none"
+    two_level = bool(groups) and usual.scales == "int8"
     if asked is None:
-        return Form(weight, activation, groups, rounding=rounding, zero_points=zeros)
+        return Form(
+            weight,
+            activation,
+            groups,
+            rounding=rounding,
+            zero_points=zeros,
+            two_level=two_level,
+        )
     return Form(
         weight,
         activation,
@@ -118,7 +128,7 @@ def form_of(
         asked.precision is not None,
         asked.zero_points or zeros,
         FEWER_BITS.get(asked.precision or ""),
-        asked.scales == "int8",
+        two_level if asked.scales is None else asked.scales == "int8",
     )
 
 
@@ -167,6 +177,8 @@ def _misfit(op: str, scheme: Scheme, asked: NodeRule, usual: Usual) -> tuple[str
     if asked.rounding not in (None, "nearest") and unrounded is not None:
         return "rounding", unrounded
     zeros = asked.zero_points or usual.zero_points
+    if zeros == "integer" and asked.zero_points and usual.scales == "int8" and not asked.scales:
+        return "zero_points", "scales of 8 bits have no integer zero points beside them"
     if asked.scales == "int8" and (weight is not _INT4 or zeros == "integer"):
         why = "only scales of int4 groups without integer zero points are stored in 8 bits"
         return "scales", why

@@ -50,6 +50,7 @@ OPTIONS_OF_RECIPE = {
     ("assign-precision", "group_size"): "group_size",
     ("assign-precision", "rounding"): "rounding",
     ("assign-precision", "zero_points"): "zero_points",
+    ("assign-precision", "scales"): "scales",
     ("fuse-attention", "precision"): "attention",
     ("convert-float16", "type"): "float",
 }
@@ -70,6 +71,7 @@ def default_steps(
         recipe.group_size,
         rounding=recipe.rounding,
         zero_points=recipe.zero_points,
+        scales=recipe.scales,
     )
     attention = FuseAttention.Options(recipe.attention)
     # A scheme of float activations has an op for products of floats by few bits.

@@ -202,6 +202,7 @@ _READERS = {
     "nodes": "assign-precision",
     "rounding": "assign-precision",
     "zero_points": "assign-precision",
+    "scales": "assign-precision",
     "calibration": "insert-qdq",
     "attention": "fuse-attention",
     "float": "convert-float16",

@@ -46,6 +46,8 @@ class Recipe:
             "awq", "gptq" or both, "awq_gptq".
         zero_points: Of groups of int4 weights: "none", "integer" or "float"; by default the
             target's own choice.
+        scales: Of groups of int4 weights, and their float zero points: "float", or "int8" times a
+            float per channel.
         nodes: Rules about single nodes, see `NodeRule`: later ones win, key by key.
         passes: Options of passes, by the pipeline's name of the pass and their own; docs/passes.md
             has them all.
@@ -59,6 +61,7 @@ class Recipe:
     calibration: str = "mse"
     rounding: str = "nearest"
     zero_points: str | None = None
+    scales: str = "float"
     nodes: tuple[NodeRule, ...] = ()
     passes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
 
@@ -71,7 +74,11 @@ class Recipe:
                 of both, or rules or passes that are none.
         """
         AssignPrecision.Options(
-            self.keep_float, self.group_size, rounding=self.rounding, zero_points=self.zero_points
+            self.keep_float,
+            self.group_size,
+            rounding=self.rounding,
+            zero_points=self.zero_points,
+            scales=self.scales,
         )
         FuseAttention.Options(self.attention)
         Clipping.parse(self.calibration)
@@ -144,6 +151,7 @@ class Recipe:
             "calibration": self.calibration,
             "rounding": self.rounding,
             "zero_points": self.zero_points,
+            "scales": self.scales if self.scales != "float" else None,
             "nodes": [rule.to_dict() for rule in self.nodes] or None,
             "passes": {name: _plain(options) for name, options in self.passes.items()} or None,
         }

@@ -8,7 +8,7 @@ from golden import assert_rewrites, model_of, run, sqnr
 from terminal import fails, qcompile
 
 import qcompiler
-from qcompiler.ir.decisions import region_of
+from qcompiler.ir.decisions import plan_of, region_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import constant
 from qcompiler.ir.two_level import on_two_levels, split_scale
@@ -270,7 +270,7 @@ def test_a_recipe_says_it_and_reads_it_back():
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert 'zero_points = "float"' in recipe.to_toml()
     model = planned("x86-int4", zero_points="integer")
-    assert str(model.graph[0].meta["qcompiler.plan"].weight).endswith("axis=0/32, asymmetric>")
+    assert str(plan_of(model.graph[0]).weight).endswith("axis=0/32, asymmetric>")
 
 
 def test_on_the_command_line(tmp_path):
@@ -281,7 +281,7 @@ def test_on_the_command_line(tmp_path):
     assert "GroupSumsA8" in qcompile("inspect", tmp_path / "b").stdout
     assert 'zero_points = "float"' in qcompile("inspect", tmp_path / "b", "--recipe").stdout
     given = (tmp_path / "m.onnx", "--target", "arm-int8", "-o", tmp_path / "c")
-    fails(1, "zero_points 'float': int8 weights have none", *given, "--zero-points", "float")
+    fails(1, "zero_points 'float': int8 weights have no groups", *given, "--zero-points", "float")
 
 
 def test_int8_offsets_keep_their_zeros():
@@ -299,7 +299,7 @@ def test_int8_offsets_keep_their_zeros():
         (lambda: NodeRule(zero_points="flot"), "did you mean 'float'"),
         (
             lambda: planned("x86-int8", group_size=None),
-            "'float': int8 weights have none; leave it",
+            "'float': int8 weights have no groups",
         ),
         (lambda: type_of(symmetric=False), "only integers in groups of rows, without zero points"),
         (
@@ -317,6 +317,28 @@ def test_what_cannot_be(make, message):
 def test_scales_of_two_levels_have_no_integer_zero_points():
     with pytest.raises(OptionError, match="scales 'int8' is possible for none.*without integer"):
         planned("x86-int4", zero_points="integer", scales="int8")
+
+
+def test_a_recipe_may_ask_for_scales_of_two_levels_everywhere():
+    recipe = Recipe(zero_points="float", scales="int8")
+    assert Recipe.from_dict(recipe.to_dict()) == recipe and "scales" not in Recipe().to_dict()
+    for rules, ending in (
+        ([], "two-level, offset>"),
+        ([NodeRule(op="MatMul", scales="float")], "/32, offset>"),
+        ([NodeRule(op="MatMul", zero_points="none")], "two-level>"),
+    ):
+        model = model_of(TEXT, {"w": W})
+        options = AssignPrecision.Options(zero_points="float", scales="int8")
+        AssignPrecision(TARGETS["x86-int4"].scheme, options, rules)(model)
+        assert str(plan_of(model.graph[0]).weight).endswith(ending)
+    with pytest.raises(OptionError, match="have no integer zero points beside them"):
+        Recipe(zero_points="integer", scales="int8")
+    with pytest.raises(OptionError, match="scales 'int8': int8 weights have no groups"):
+        AssignPrecision(TARGETS["x86-int8"].scheme, AssignPrecision.Options(scales="int8"))
+    rules = [NodeRule(op="MatMul", zero_points="integer")]
+    rewrite = AssignPrecision(TARGETS["x86-int4"].scheme, options, rules)
+    with pytest.raises(OptionError, match="'integer' is possible for none.*scales of 8 bits"):
+        rewrite(model_of(TEXT, {"w": W}))
 
 
 def test_a_rule_for_nodes_without_groups_is_refused():
