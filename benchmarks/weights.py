@@ -72,12 +72,16 @@ def planned(source: Path, head: str) -> ir.Model:
     return pipeline.run(load_model(source))
 
 
-KINDS: dict[str, dict[str, bool]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "int4": {},
     "uint4 with zero points": {"symmetric": False},
     "int4 with float zero points": {"offset": True},
     "int4, int8 scales": {"two_level": True},
     "int4, int8 scales and zero points": {"two_level": True, "offset": True},
+    "int3": {"bits": 3},
+    "int3 with float zero points": {"bits": 3, "offset": True},
+    "int2": {"bits": 2},
+    "int2 with float zero points": {"bits": 2, "offset": True},
 }
 """How groups are stored, by the name in the table."""
 
@@ -85,7 +89,7 @@ KINDS: dict[str, dict[str, bool]] = {
 def type_of(group: int, kind: str, depth: int) -> QuantType:
     """The type of a matrix of `depth` rows; a channel is a group of all of them."""
     storage = ir.DataType.UINT4 if "uint4" in kind else ir.DataType.INT4
-    by_axis = not group and kind in ("int4", "uint4 with zero points")
+    by_axis = not group and not {"offset", "two_level"} & set(KINDS[kind])
     granularity = PerAxis(1) if by_axis else PerGroup(0, group or depth)
     return QuantType(storage, granularity=granularity, **KINDS[kind])
 
@@ -95,11 +99,12 @@ def bits_of_kind(shapes: Sequence[tuple[int, int]], group: int, kind: str) -> fl
 
     In float16, as CUDA's are, one of a group of 32 is half a bit less, two of them one.
     """
-    two_level, values = "int8" in kind, 1 + KINDS[kind].get("offset", False)
+    two_level, values = KINDS[kind].get("two_level", False), 1 + KINDS[kind].get("offset", False)
     bits = 0
     for k, n in shapes:
         groups = -(-k // group) if group else 1
-        bits += 4 * k * n + groups * n * values * (8 if two_level else 32)
+        bits += KINDS[kind].get("bits", 4) * k * n
+        bits += groups * n * values * (8 if two_level else 32)
         bits += groups * n * 4 * ("uint4" in kind) + 32 * n * values * two_level
     return bits / sum(k * n for k, n in shapes)
 

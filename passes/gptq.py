@@ -26,10 +26,9 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.ir.arithmetic import broadcast_scale
 from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import CalibrationError, OptionError
-from qcompiler.ir.types import QuantType
+from qcompiler.ir.types import PerGroup, QuantType
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.layer_cache import LayerCache
 from qcompiler.passes.rounded_weight import (
@@ -40,7 +39,7 @@ from qcompiler.passes.rounded_weight import (
     layers_of,
 )
 from qcompiler.passes.second_moments import LayerRuns, Moments, Rows, Walk
-from qcompiler.passes.weight_grid import RANGES, rounded_on, weight_grid
+from qcompiler.passes.weight_grid import RANGES, Grid, rounded_on, weight_grid
 
 __all__ = ["GPTQ", "gptq", "round_one"]
 
@@ -181,12 +180,8 @@ def gptq(
         CalibrationError: The Hessian is singular with any damping.
     """
     grid = weight_grid(weight, type, options.range, np.diag(hessian))
-    zeros = np.full(grid.scale.shape, type.middle) if grid.zero_point is None else grid.zero_point
-    offsets = np.zeros(grid.scale.shape, np.float32) if grid.offset is None else grid.offset
-    scales, zeros, offsets = (
-        np.broadcast_to(broadcast_scale(part, weight.shape, type.granularity), weight.shape)
-        for part in (grid.scale, zeros.astype(np.float32), offsets)
-    )
+    scales, zeros, offsets = _by_group(grid, type)
+    size = type.granularity.group_size if isinstance(type.granularity, PerGroup) else len(weight)
     order = np.arange(len(weight))
     if options.act_order:
         order = np.argsort(-np.diag(hessian), kind="stable")
@@ -197,10 +192,10 @@ def gptq(
         end = min(start + options.block, len(order))
         errors = np.empty((end - start, weight.shape[1]), np.float32)
         for row in range(start, end):
-            at = order[row]
+            at = order[row] // size
             integers = np.rint((rest[row] - offsets[at]) / scales[at]) + zeros[at]
             np.clip(integers, *type.range, out=integers)
-            stored[at] = integers
+            stored[order[row]] = integers
             error = rest[row] - ((integers - zeros[at]) * scales[at] + offsets[at])
             error /= factor[row, row]
             errors[row - start] = error
@@ -208,6 +203,13 @@ def gptq(
         rest[end:] -= factor[start:end, end:].T @ errors
     storage = stored.astype(type.storage.numpy())
     return RoundedWeight(storage, grid.scale, grid.zero_point, grid.offset), damping
+
+
+def _by_group(grid: Grid, type: QuantType) -> list[Rows]:
+    """Scales, zero points and offsets, [G, N], where there is one of a column [1, N]."""
+    zeros = np.full(grid.scale.shape, type.middle) if grid.zero_point is None else grid.zero_point
+    offsets = np.zeros(grid.scale.shape) if grid.offset is None else grid.offset
+    return [np.atleast_2d(part.astype(np.float32)) for part in (grid.scale, zeros, offsets)]
 
 
 def _inverse_factor(hessian: Rows, damping: float) -> tuple[Rows, float]:
