@@ -43,6 +43,7 @@ from qcompiler.passes.float16_rules import (
 from qcompiler.passes.float16_types import following_inputs, following_outputs, reads_any_type
 from qcompiler.passes.mask_constants import clamp_masks
 from qcompiler.passes.product_error import Sampler
+from qcompiler.passes.widen_floats import drop_idle_casts
 
 __all__ = ["FLOAT_TYPES", "ConvertFloat16", "check_float_type"]
 
@@ -132,6 +133,7 @@ class ConvertFloat16(ir.passes.InPlacePass):
         conversion = _Conversion(model, [n for n in nodes if n not in kept])
         changed |= conversion.run(nodes)
         changed |= round_borders(nodes, beyond, conversion.as_type)
+        changed |= drop_idle_casts(model)
         if changed:
             common.RemoveUnusedNodesPass()(model)
             FixNames()(model)

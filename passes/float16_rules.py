@@ -26,6 +26,7 @@ from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.graph import constant
 from qcompiler.passes.float16_types import HALF_OPS, IN_HALF, following_inputs, reads_any_type
 from qcompiler.passes.match_norms import Norm, match_norm
+from qcompiler.passes.widen_floats import SOURCE_BORDER
 
 __all__ = ["BORDER", "MOVING", "Kept", "keep_between", "kept_nodes", "touches_floats"]
 
@@ -303,7 +304,7 @@ def _widened(nodes: Sequence[ir.Node]) -> Kept:
             and source.dtype not in (_F, None)
             and source.dtype.is_floating_point()
             and source.producer() is not None
-            and decision_of(node).why != BORDER
+            and decision_of(node).why not in (BORDER, SOURCE_BORDER)
         )
         if starts or any(value in wide for value in node.inputs):
             kept[node] = "float32: the source widens it from " + (

@@ -38,6 +38,7 @@ from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.shift_weights import ShiftWeights
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.passes.split_outliers import SplitOutliers
+from qcompiler.passes.widen_floats import WidenFloats
 from qcompiler.recipe import Recipe
 from qcompiler.step import Step
 from qcompiler.targets import catalog
@@ -75,6 +76,7 @@ def default_steps(
     chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
     return [
         Step("canonicalize", Canonicalize(), Stage.FLOAT),
+        Step("widen-floats", WidenFloats(floats.type == "fp16"), Stage.FLOAT),
         Step("lift-qoperators", LiftQOperators(lifted), Stage.FLOAT),
         Step("normalize-qdq", NormalizeQDQ(), Stage.FLOAT),
         Step("fuse-batchnorm", FuseBatchNorm(), Stage.FLOAT),
