@@ -189,8 +189,9 @@ class _Widening:
 def _widened(kind: ir.TypeProtocol) -> ir.TypeProtocol:
     """The type with float32 for narrower floats, whatever is wrapped around it."""
     if isinstance(kind, ir.SequenceType | ir.OptionalType):
-        return type(kind)(_widened(kind.elem_type))  # type: ignore[arg-type]
-    return type(kind)(_WIDE) if kind.dtype in _NARROW else kind
+        return type(kind)(_widened(kind.elem_type))
+    narrow = isinstance(kind, ir.TensorType) and kind.dtype in _NARROW
+    return ir.TensorType(_WIDE) if narrow else kind
 
 
 def _widen_attributes(node: ir.Node) -> None:
