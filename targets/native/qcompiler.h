@@ -124,6 +124,7 @@ struct qc_op_spec {
     const struct qc_variant *variants; /* in order of preference */
     size_t variant_count;
     float (*epilogue)(float anchor, const float *extras); /* of twins; NULL: none */
+    float epsilon; /* the same, of norms */
 };
 
 extern const char qc_domain[];
