@@ -147,6 +147,19 @@ def test_it_is_the_body_of_its_function(region, emulated):
         assert (error <= (1 if name == "q" else 2.0**-9 * np.abs(wide) + 1e-4)).all(), name
 
 
+@pytest.mark.parametrize("anchor", ["Quantize", "QuantizeFp8"])
+def test_quantize_of_nan_is_its_body(anchor, tmp_path):
+    region = Region(anchor, (("K", 384),))
+    x = np.random.default_rng(0).standard_normal((3, 384)).astype("f2")
+    x[0, 5], x[1, 7] = np.nan, np.inf
+    q, s = run_body(region, {"x": x.astype(np.float32)}, outputs=2)
+    device = {"x": x, "q": np.zeros_like(q), "s": np.zeros((3, 1), np.float32)}
+    launch = cuda.launches(region, "sm_90a")[0]
+    Emulated(cuda.source(region, "sm_90a"), tmp_path).run(launch, 384, device, 3)
+    np.testing.assert_array_equal(device["s"], s)
+    np.testing.assert_array_equal(device["q"].view(np.uint8), q.view(np.uint8))
+
+
 def test_which_norms_have_no_kernel():
     for anchor in NORMS:
         assert cuda.supports(norm(anchor, 384, "y", "q", "s")) is None

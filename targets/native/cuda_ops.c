@@ -63,13 +63,16 @@ static OrtStatus *choose_variant(struct gpu_node *node) {
     const struct qc_op *op = node->op;
     const struct qc_variant *end = op->spec->variants + op->spec->variant_count;
     for (node->variant = op->variant; node->variant < end; node->variant++)
-        if (qc_device_runs(node->device, node->variant)) return NULL;
+        if (qc_is_allowed(node->variant->isa) && qc_device_runs(node->device, node->variant))
+            return NULL;
+    const char *only = getenv("QCOMPILER_ISA");
     return qc_error(op,
-                    "there is no kernel for GPU %d (%s, compute capability %d.%d), only for another "
-                    "of this machine: choose that as device_id, or set QCOMPILER_ISA=none to run "
-                    "function bodies",
+                    "there is no kernel for GPU %d (%s, compute capability %d.%d)%s%s, only for "
+                    "another of this machine: choose that as device_id, or set QCOMPILER_ISA=none "
+                    "to run function bodies",
                     node->device->ordinal, node->device->name, node->device->major,
-                    node->device->minor);
+                    node->device->minor, only && *only ? " under QCOMPILER_ISA=" : "",
+                    only ? only : "");
 }
 
 static OrtStatus *find_function(const struct gpu_node *node, qc_module module, const char *symbol,
