@@ -40,6 +40,7 @@ from qcompiler.passes.float16_rules import (
     kept_nodes,
     touches_floats,
 )
+from qcompiler.passes.float16_scales import note_small_scales
 from qcompiler.passes.float16_types import following_inputs, following_outputs, reads_any_type
 from qcompiler.passes.mask_constants import clamp_masks
 from qcompiler.passes.product_error import Sampler
@@ -130,6 +131,7 @@ class ConvertFloat16(ir.passes.InPlacePass):
         for node, reason in kept.items():
             if reason:
                 add_note(node, reason)
+        note_small_scales(node for node in nodes if node not in kept)
         conversion = _Conversion(model, [n for n in nodes if n not in kept])
         changed |= conversion.run(nodes)
         changed |= round_borders(nodes, beyond, conversion.as_type)
