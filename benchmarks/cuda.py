@@ -4,11 +4,12 @@ One command, in this order:
 
 1. numbers against float64, on random data that is new each time (`--seed` repeats a run), for rows
    around every border between kernels;
-2. the same, smaller, under the checkers of compute-sanitizer (memory, races, synchronisation),
-   where it is installed;
-3. times beside floors (bytes at the bandwidth of a copy measured here) and beside peers, as far as
+2. times beside floors (bytes at the bandwidth of a copy measured here) and beside peers, as far as
    they are installed: cuBLAS(Lt) for fp16, int8 and fp8 and torch's int4 product through torch,
-   MatMulNBits of ONNX Runtime's CUDA provider.
+   MatMulNBits of ONNX Runtime's CUDA provider;
+3. whole models in ONNX Runtime's CUDA provider, beside its float16 and its MatMulNBits;
+4. the numbers again, smaller, under the checkers of compute-sanitizer (memory, races,
+   synchronisation), where it is installed: last, because they may take minutes each.
 
 Weights rotate, more than any cache holds, and calls are replayed as a CUDA graph, ours and peers'.
 Needs a GPU of compute capability 8.0 to 9.0, its driver, and nvcc or the extra [cuda].
@@ -19,10 +20,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
-import re
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +28,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from cuda_checkers import is_bad, sanitize
 from cuda_device import Array, CudaError, Device, Kernels
+from cuda_models import whole_models
 from cuda_peers import EIGHT_BIT_SIZES, ROTATED, W4_ROWS, W4_SHAPES, ort_peers, torch_peers
 
 from qcompiler.ir.errors import ToolchainError
@@ -46,8 +45,6 @@ TOLERANCE = 4e-3
 """Of the largest result: float16 rounds results, and weights times their scales, by 2^-11."""
 SAMPLED = 48
 """Rows and columns of large results that are compared."""
-
-NO_SANITIZER = "not installed"
 
 EIGHT_BIT = {"QMatMulW8A8": "Quantize", "QMatMulFp8": "QuantizeFp8"}
 
@@ -283,30 +280,6 @@ class Bench:
         return [{"copy_bytes_per_second": bandwidth}, *found]
 
 
-# --- checkers ---------------------------------------------------------------------------------
-
-
-def sanitize(arguments: list[str]) -> dict[str, str]:
-    """What each of compute-sanitizer's tools says of the small checks."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    program = shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
-    if program is None:
-        return {"compute-sanitizer": NO_SANITIZER}
-    found = {}
-    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        command = [program, "--tool", tool, sys.executable, __file__, "--small", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", done.stdout + done.stderr)
-        found[tool] = summary[-1] if summary else f"no summary, exit status {done.returncode}"
-        print(f"  {tool}: {found[tool]}", file=sys.stderr)
-    return found
-
-
-def is_bad(said: str) -> bool:
-    """Whether a checker found something, or did not run though it is installed."""
-    return said != NO_SANITIZER and not re.search(r"SUMMARY: 0 (errors|hazards)", said)
-
-
 def versions() -> dict[str, str]:
     found = {}
     for name in ("apache-tvm", "torch", "onnxruntime-gpu", "onnxruntime", "torchao", "qcompiler"):
@@ -360,9 +333,10 @@ def main() -> None:
     }  # fmt: skip
     arguments = ["--seed", str(options.seed), "--driver", options.driver]
     parts: dict[str, Callable[[], Any]] = {
-        "checkers": lambda: sanitize(arguments),
         "times": bench.times,
         "peers": lambda: torch_peers() + ort_peers(),
+        "models": whole_models,
+        "checkers": lambda: sanitize(Path(__file__), arguments),
     }
     for name, make in parts.items():
         result[name] = make()
