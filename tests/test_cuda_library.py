@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,13 +213,6 @@ def open_session(library: Path, model: bytes, options: Any = None) -> ort.Infere
     options = options or new_session_options()
     options.log_severity_level = 4
     options.register_custom_ops_library(str(library))
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def open_plainly(model: bytes) -> ort.InferenceSession:
-    """Function bodies, as they are written."""
-    options = new_session_options()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
@@ -663,43 +653,6 @@ def test_each_gpu_gets_its_own_kernels(on_cpu: Path, bench: Bench) -> None:
     assert len(driver.launched()) == 1
 
 
-def test_isa_override_where_gpus_differ(
-    on_cpu: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Kernels that were ruled out run on no GPU of the machine, whichever is there too."""
-    bench.driver(A100, H200)
-    monkeypatch.setenv("QCOMPILER_ISA", "sm_90a")
-    message = r"there is no kernel for GPU 0 \(A100, .* 8.0\) under QCOMPILER_ISA=sm_90a"
-    with pytest.raises(Exception, match=f"{W4.name}: {message}"):
-        open_session(bench.library(on_cpu), model_of(W4, constants_of(W4)))
-
-
-_FORKS = """
-import os, pathlib, sys
-import onnxruntime as ort
-from stand_in import Driver, Gpu
-driver = Driver(pathlib.Path(os.environ["QC_STAND_IN"]), [Gpu()])
-ort.SessionOptions().register_custom_ops_library(sys.argv[1])
-child = os.fork()
-if child:
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-ort.SessionOptions().register_custom_ops_library(sys.argv[1])
-os._exit(0)  # ONNX Runtime's own threads, which it would wait for, are the parent's
-"""
-
-
-def test_a_child_of_a_fork_runs_bodies_and_says_so(on_cpu: Path, bench: Bench) -> None:
-    bench.driver(H200)
-    paths = f".{os.pathsep}{Path(__file__).parent}"
-    done = subprocess.run(
-        [sys.executable, "-c", _FORKS, str(bench.library(on_cpu))], capture_output=True, text=True,
-        check=False, timeout=60, env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("ops run as their function bodies") == 1
-    assert "forked from one that had opened the GPUs" in done.stderr
-
-
 # --- what goes wrong --------------------------------------------------------------------------
 
 
@@ -815,19 +768,6 @@ def test_twins_of_products(region: Region, rows: int, with_twins: Path, bench: B
     np.testing.assert_allclose(y, expected, rtol=2e-3, atol=1e-3 * np.abs(expected).max(initial=1))
     assert driver.get("allocations") == 0
     assert driver.launched() == []
-
-
-def test_twins_of_quantize_pass_over_nan(with_twins: Path, bench: Bench) -> None:
-    """A NaN and what infinity leaves are the lowest integer, as in the function's body."""
-    bench.driver(H200)
-    feed = feed_of(QUANTIZE, 3)
-    feed["x"][0, 5], feed["x"][1, 7] = np.nan, np.inf
-    run = open_session(bench.library(with_twins), model_of(QUANTIZE, {}))
-    q, s = (array.copy() for array in run_op(run, feed))
-    body = open_plainly(model_of(QUANTIZE, {}, body=True))
-    for got, wanted in zip((q, s), body.run(None, feed), strict=True):
-        np.testing.assert_array_equal(got, wanted)
-    assert (q[0, 5], q[1, 7], q[1, 6]) == (0, 0, 128)
 
 
 def test_twins_of_quantize(with_twins: Path, bench: Bench) -> None:
