@@ -16,6 +16,7 @@ from test_cuda_library import emulate, memory
 
 from qcompiler.ir.region import Region
 from qcompiler.targets import cuda
+from qcompiler.targets.cuda.norm_plan import NORMS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -23,6 +24,7 @@ import cuda as benchmark
 import cuda_checkers
 import cuda_device
 import cuda_models
+import cuda_norms
 from cuda_graphs import Sizes
 
 H200 = Gpu()
@@ -56,10 +58,50 @@ def emulate_quantize(driver: Driver, region: Region) -> None:
         driver.know(launch.symbol, len(launch.parameters), run)
 
 
+def emulate_norm(driver: Driver, region: Region, spoilt: str = "") -> None:
+    k, fp8 = region.size("K"), region.anchor.endswith("Fp8")
+    for launch in cuda.launches(region, "sm_90a"):
+
+        def run(values: list[int], grid: Any, launch: cuda.Launch = launch) -> None:
+            given = dict(zip(launch.parameters, values, strict=True))
+            rows = given.pop("rows")
+
+            def at(name: str, *shape: int, kind: Any = np.float16) -> Any:
+                return memory(given[name], kind, *shape)
+
+            if "a" in given:
+                at("x", rows, k)[:] = at("a", rows, k).astype("f4") + at("b", rows, k)
+            x = at("x", rows, k).astype(np.float64)
+            x -= x.mean(1, keepdims=True) if "beta" in given else 0
+            y = x / np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-5) * at("gamma", k)
+            at("y", rows, k)[:] = y + (at("beta", k) if "beta" in given else 0)
+            z = at("y", rows, k).astype("f4") * (at("extra0", k) if "extra0" in given else 1)
+            s = np.abs(z).max(1, keepdims=True) / np.float32(448 if fp8 else 127)
+            at("s", rows, 1, kind=np.float32)[:] = s
+            kind = ml_dtypes.float8_e4m3fn if fp8 else np.uint8
+            at("q", rows, k, kind=kind)[:] = (z / s).astype(kind) if fp8 else np.rint(z / s) + 128
+            if spoilt:
+                at(spoilt, rows, 1 if spoilt == "s" else k, kind={"s": np.float32, "q": kind}.get(
+                    spoilt, np.float16))[-1] = 3  # fmt: skip
+
+        driver.know(launch.symbol, len(launch.parameters), run)
+
+
+@pytest.mark.parametrize("spoilt", ["x", "y", "q", "s"])
+def test_wrong_norms(spoilt: str, bench: Bench) -> None:
+    driver, (region, *_) = bench.driver(H200), cuda_norms.norms_to_check()
+    emulate_norm(driver, region, spoilt)
+    kernels = on(driver).kernels(region)
+    rng = np.random.default_rng(0)
+    assert not cuda_norms.NormProblem(kernels, 5, rng).error(rng) <= benchmark.TOLERANCE
+
+
 def emulate_all(driver: Driver, but: str = "") -> None:
     for region in benchmark.regions_to_check(small=True):
         if region.anchor.startswith("Quantize"):
             emulate_quantize(driver, region)
+        elif region.anchor in NORMS:
+            emulate_norm(driver, region)
         elif region.name != but:
             emulate(driver, region, "sm_90a")
 

@@ -112,16 +112,16 @@ def test_twins_of_quantize_pass_over_nan(libraries, bench: Bench) -> None:
 def test_what_preload_prints_is_its_own(capsys) -> None:
     """ONNX Runtime prints what it does not find; other threads are not silenced for that."""
 
-    class Runtime:
-        found: list[str] = []
+    found = []
 
+    class Runtime:
         @staticmethod
         def preload_dlls(cuda: bool = True, *, directory: str = "here") -> None:
             print("Failed to load libcudnn.so.9")
-            Runtime.found.append(f"{cuda} {directory}")
+            found.append(f"{cuda} {directory}")
             sys.stdout.write("another thread's\n")
 
     _find_cuda(Runtime)
-    assert Runtime.found == ["True here"]
+    assert found == ["True here"]
     assert capsys.readouterr().out == "another thread's\n"
     _find_cuda(object())  # an older ONNX Runtime, which has none
