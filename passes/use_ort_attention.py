@@ -7,7 +7,13 @@ For GPUs: its CUDA provider takes FlashAttention or the like there, in float16 a
 scores are written to memory.  Its own fusion does not find attention between our products.  Keys
 and values are read as [batch, heads, tokens, D], as a cache holds them, or as
 [batch, tokens, heads * D], as a projection makes them; queries in the latter form.  A mask gets its
-full size, [., ., queries, keys].  `match_attention` says which spellings are found.
+full size, [., ., queries, keys].  Where rows that are masked throughout are to be zeros, whatever
+the op makes of them, they become that after it:
+
+    MatMul(Where(IsNaN(p), 0, p), V)
+        =>   Where(ReduceMax(mask) >= lowest, MultiHeadAttention(Q, K, V, mask), 0)
+
+`match_attention` says which spellings are found.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir.decisions import decide
-from qcompiler.ir.graph import new_initializer, replace_nodes
+from qcompiler.ir.graph import new_initializer, replace_nodes, same_dimension
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.match_attention import Attention, Mismatch, Operand, match_attention
 
@@ -67,15 +73,16 @@ def _heads(found: Attention) -> int:
     Raises:
         Mismatch: The op does not compute this attention.
     """
-    if found.guarded:
-        raise Mismatch("rows that are masked throughout are to be zeros")
-    counts = set()
+    counts, batches = set(), []
     for operand in found.operands:
         assert operand.value.shape is not None
         counts.add(operand.value.shape[2 if operand.tokens_first else 1])
+        batches.append(operand.value.shape[0])
     count = counts.pop()
     if counts or not isinstance(count, int):
         raise Mismatch("q, k and v do not have one known number of heads")
+    if not all(same_dimension(batches[0], batch) for batch in batches[1:]):
+        raise Mismatch("q, k and v are not known to be of one batch")
     _, key, value = found.operands
     if key.tokens_first != value.tokens_first:
         raise Mismatch("keys and values are in different orders")
@@ -88,7 +95,9 @@ class _Rewrite:
     def __init__(self, model: ir.Model, softmax: ir.Node, found: Attention, heads: int) -> None:
         self.graph, self.softmax, self.found = model.graph, softmax, found
         self.heads, self.stem = heads, softmax.name or "attention"
-        self.nodes: list[ir.Node] = []
+        dtype = found.result.dtype
+        assert dtype is not None
+        self.nodes, self.dtype = list[ir.Node](), dtype
 
     def run(self) -> None:
         """Put the op where the last node covered was."""
@@ -99,11 +108,14 @@ class _Rewrite:
         k, v = (self._in_rows(kv) if joined else kv.value for kv in (key, value))
         operands: list[ir.Value | None] = [q, k, v]
         if found.mask is not None:
-            operands += [None, None, self._full_mask(found.mask, q, k, 1 if joined else 2)]
+            mask = self._bounded(found.mask) if found.guarded else found.mask
+            operands += [None, None, self._full_mask(mask, q, k, 1 if joined else 2)]
         attributes: dict[str, Any] = {"num_heads": self.heads, "scale": float(found.scale)}
         result = self._op("MultiHeadAttention", operands, attributes, domain=_DOMAIN)
         attention = self.nodes[-1]
         result = self._op("Reshape", [result, self._sizes("heads", 0, 0, self.heads, found.depth)])
+        if found.mask is not None and found.guarded:
+            result = self._op("Where", [self._seen(found.mask), result, self._number("zero", 0)])
         if not found.tokens_first:
             result = self._op("Transpose", [result], {"perm": [0, 2, 1, 3]})
         attention.name = self.stem
@@ -135,6 +147,24 @@ class _Rewrite:
         sizes = self._op("Concat", [ones, queries, keys], {"axis": 0}, dtype=ir.DataType.INT64)
         return self._op("Expand", [mask, sizes])
 
+    def _bounded(self, mask: ir.Value) -> ir.Value:
+        """The mask without minus infinity, of which a row alone makes NaN."""
+        half = float(np.finfo(self.dtype.numpy()).min) / 2
+        return self._op("Max", [mask, self._number("least", half)])
+
+    def _seen(self, mask: ir.Value) -> ir.Value:
+        """Which queries see any key, [., queries, heads, 1]."""
+        last = self._sizes("last", -1)
+        most = self._op("ReduceMax", [mask, last], {"keepdims": 1})
+        most = self._op("Expand", [most, self._sizes("four", 1, 1, 1, 1)])
+        turned = self._op("Transpose", [most], {"perm": [0, 2, 1, 3]})
+        lowest = self._number("lowest", float(np.finfo(self.dtype.numpy()).min))
+        return self._op("GreaterOrEqual", [turned, lowest], dtype=ir.DataType.BOOL)
+
+    def _number(self, stem: str, value: float) -> ir.Value:
+        array = np.asarray(value, self.dtype.numpy())
+        return new_initializer(self.graph, f"{self.stem}_{stem}", array)
+
     def _sizes(self, stem: str, *sizes: int) -> ir.Value:
         return new_initializer(self.graph, f"{self.stem}_{stem}", np.asarray(sizes, np.int64))
 
@@ -150,9 +180,7 @@ class _Rewrite:
         count = len(self.nodes)
         node.name = f"{self.stem}_{op}_{count}"
         node.outputs[0].name = f"{self.stem}_{count}"
-        made = dtype or self.found.operands[0].value.dtype
-        assert made is not None
-        node.outputs[0].dtype = made
+        node.outputs[0].dtype = dtype or self.dtype
         self.nodes.append(node)
         return node.outputs[0]
 

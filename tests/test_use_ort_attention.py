@@ -100,6 +100,29 @@ def test_a_mask_gets_its_full_size(mask, cached):
     assert "Expand" in ops(model)
 
 
+@pytest.mark.parametrize("kind", ["float", "float16"])
+@pytest.mark.parametrize("mask", ["m,1,s,s", "1,4,s,s", "s,s"])
+def test_rows_that_are_masked_throughout_are_zeros(mask, kind):
+    sizes = {"m": 2, "1": 1, "4": HEADS, "s": 3}
+    given = feeds(np.float32 if kind == "float" else np.float16)
+    added = np.zeros([sizes[dim] for dim in mask.split(",")])
+    added[..., 0, 1] = added[..., 1, :] = -np.inf
+    given["mask"] = added.astype(given["q"].dtype)
+    model = replaced(text(kind, mask=mask, guarded=True), given)
+    (y,) = run(model, given, plainly=True)
+    assert not y[:, 1].any()
+    assert y[:, 0].any()
+    assert "Where" in ops(model)
+
+
+def test_a_guard_without_a_mask_has_nothing_to_do():
+    assert ops(replaced(text(guarded=True), feeds())) == [
+        "MultiHeadAttention",
+        "Reshape",
+        "Reshape",
+    ]
+
+
 def test_float16():
     replaced(text("float16", mask="m,1,1,s"), feeds(np.float16, mask=(2, 1, 1, 3)))
 
@@ -112,7 +135,8 @@ def test_a_result_with_heads_first_and_an_output_of_the_graph():
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (text(guarded=True), "rows that are masked throughout are to be zeros"),
+        (text().replace(f"float[{ROWS}] k", f"float[n,s,{HEADS * D}] k"),
+         "q, k and v are not known to be of one batch"),
         (text().replace("y = Reshape(ct, join)", "z = Reshape(ct, join) e = ReduceSum(w) "
                         "y = Add(z, e)"), "w is read elsewhere"),
     ],
