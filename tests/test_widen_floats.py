@@ -214,3 +214,13 @@ def test_samples_of_bfloat16_cannot_be_given(tmp_path):
         qcompiler.compile(
             model, "x86-int8", tmp_path / "b", calibration=tmp_path / "calib", timing=False
         )
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float16", HALF), ("bfloat16", BF)])
+def test_pieces_of_gelu_are_found_though_their_constants_are_rounded(name, dtype):
+    text = (f"g ({name}[m,4] x) => ({name}[m,4] y) {{ d = Div(x, r) e = Erf(d) s = Add(e, one) "
+            "t = Mul(x, s) y = Mul(t, half) }")  # fmt: skip
+    values = {"r": 2**0.5, "one": 1, "half": 0.5}
+    model = model_of(text, {key: np.asarray(value, dtype) for key, value in values.items()})
+    model = Pipeline.default("arm-int8").up_to(Stage.FLOAT).run(model)
+    assert "Gelu" in [node.op_type for node in model.graph]
