@@ -16,9 +16,11 @@ are as large as its rounding itself: how far ONNX Runtime is from that as it com
 and with its optimizers off, says how much that makes.  What matters then is that the bundle is as
 near to the FP32 model as its source.
 
+Times are those of the source as it comes, and once more with exact sums where its own saturate.
+
 `--data` holds a folder of samples for each file, called like it without `.onnx`; a quantized model
 without one is fed made-up inputs.  Files that exist in `--work` are not made again: compile first,
-and time when the machine is quiet.
+and time when the machine is quiet, some `--ways` at a time: rows of other models stay in the file.
 """
 
 from __future__ import annotations
@@ -154,23 +156,30 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
     ort.set_default_logger_severity(4)
-    rows = []
+    rows = kept(arguments.json)
     for source, data, original in sources(arguments):
         try:
             bundle = compiled(source, arguments.work / source.stem, data, not arguments.no_timing)
             if not arguments.compile_only:
-                rows.append(measure(source, bundle, data, original, arguments.seconds))
+                row = measure(source, bundle, data, original, arguments.seconds)
+                rows[source.stem] = row | {"chosen_by_timing": not arguments.no_timing}
         except Exception as error:
             # One model that cannot be had is no reason to measure no other.
             print(f"{source.stem}: {type(error).__name__}: {str(error)[:300]}", flush=True)
-            rows.append({"model": source.stem, "error": f"{type(error).__name__}: {error}"[:300]})
+            rows[source.stem] = {"error": f"{type(error).__name__}: {error}"[:300]}
         if arguments.json:
             result = environment() | {
                 "quantized_by": tools(),
                 "load": os.getloadavg(),
-                "rows": rows,
+                "rows": [{"model": model} | row for model, row in rows.items()],
             }
             arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def kept(file: Path | None) -> dict[str, dict[str, Any]]:
+    """The rows of an earlier run, by model."""
+    rows = json.loads(file.read_text())["rows"] if file is not None and file.exists() else []
+    return {row["model"]: row for row in rows}
 
 
 def sources(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path, Path | None]]:

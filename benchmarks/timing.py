@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 
 import onnxruntime as ort
 from contenders import Contender, Feeds
+from memory import run_watched
 
 FEWEST_ROUNDS = 7
 
@@ -81,13 +81,8 @@ def measure_compile(model: Path, folder: Path, calibration: Path | None = None) 
     command = [sys.executable, "-m", "qcompiler.cli", model, "--target", "x86-int8", "-q", *options]
     print()
     for name in ("cold", "warm"):
-        start = time.perf_counter()
-        run = [sys.executable, "-c", PEAK, *command, "-o", folder / name]
-        peak = subprocess.run(run, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-        entry = {
-            "seconds": time.perf_counter() - start,
-            "peak_mib": int(peak.stdout.split()[-1]) / 1024,
-        }
+        seconds, peak = run_watched([*command, "-o", folder / name], environment)
+        entry = {"seconds": seconds, "peak_mib": peak}
         result[name] = entry
         print(f"compile, {name} cache: {entry['seconds']:.1f} s, peak {entry['peak_mib']:.0f} MiB")
     return result

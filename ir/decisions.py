@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompiler.ir.graph import every_node
 from qcompiler.ir.region import Region
 from qcompiler.ir.types import QuantSpec, QuantType
 
@@ -273,4 +274,4 @@ def decision_of(node: ir.Node) -> Decision:
 
 def decisions(model: ir.Model) -> list[Decision]:
     """The decision of every node of the graph and its subgraphs, in order."""
-    return [decision_of(node) for node in model.graph.all_nodes()]
+    return [decision_of(node) for node in every_node(model.graph)]

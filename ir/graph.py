@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -16,6 +16,7 @@ __all__ = [
     "constant",
     "dequantize_of",
     "drop_if_unread",
+    "every_node",
     "label",
     "let_go",
     "new_initializer",
@@ -34,6 +35,23 @@ def constant(value: ir.Value | None) -> NDArray[Any] | None:
     if value is None or value.const_value is None or value.is_graph_input():
         return None
     return value.const_value.numpy()
+
+
+def every_node(graph: ir.Graph | ir.Function) -> Iterator[ir.Node]:
+    """The nodes of a graph in order, each before those of the graphs inside it.
+
+    As `all_nodes`, which takes several times as long.
+    """
+    for node in graph:
+        yield node
+        for attribute in node.attributes.values():
+            if attribute.is_ref():
+                continue
+            if attribute.type is ir.AttributeType.GRAPH:
+                yield from every_node(attribute.as_graph())
+            elif attribute.type is ir.AttributeType.GRAPHS:
+                for inner in attribute.as_graphs():
+                    yield from every_node(inner)
 
 
 def label(node: ir.Node) -> str:

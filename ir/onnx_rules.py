@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.ir.errors import did_you_mean
-from qcompiler.ir.graph import label
+from qcompiler.ir.graph import every_node, label
 
 __all__ = ["onnx_problems"]
 
@@ -55,7 +55,7 @@ def onnx_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
     The problem names no value: what a source had wrong already reads the same after every pass.
     """
     opset = model.graph.opset_imports.get("", 1)
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         if node.domain == "":
             given = tuple((a.name, a.type) for a in node.attributes.values())
             types = _types(node.inputs), _types(node.outputs)

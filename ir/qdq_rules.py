@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.granularity import PerGroup
-from qcompiler.ir.graph import constant, label
+from qcompiler.ir.graph import constant, every_node, label
 
 __all__ = ["qdq_problems"]
 
@@ -36,7 +36,7 @@ _NEWEST = max(_OPSET.values())
 def qdq_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
     """Rule, node and problem of every Q and DQ that breaks a rule."""
     opset = model.graph.opset_imports.get("", 1)
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
             continue
         if node.domain in ("", "com.microsoft"):

@@ -12,6 +12,8 @@ Products of one input that were merged are one region with several results:
     Region("QMatMulW8A8", (("K", 384), ("N", 1152)), ("channel",), (Step("Add", (0, -1)),),
            widths=(384, 384, 384))
 
+Integers may be steps, and the result: Q(y) by constants is ("QuantizeLinear", (i, scale, zero)).
+
 An anchor may have attributes, and a region may compute only some of its outputs:
 
     q, s = Quantize(LayerNormalization(x, gamma, beta))
@@ -25,10 +27,13 @@ import hashlib
 import json
 from typing import Any, Literal
 
-__all__ = ["HALF", "ExtraKind", "Region", "Step"]
+__all__ = ["HALF", "QUANTIZATION", "ExtraKind", "Region", "Step"]
 
 HALF = "f16"
 """The flag of a region whose floating operands and results are float16, see `dialect_ops.py`."""
+
+QUANTIZATION = ("QuantizeLinear", "DequantizeLinear")
+"""Steps that read, beside their value, a scale and a zero point, as floats, of each channel."""
 
 ExtraKind = Literal["channel", "tensor"]
 """How an extra operand meets the result: one value per output channel, or the same shape."""
@@ -71,6 +76,11 @@ class Region:
     def size(self, name: str) -> int:
         """The static size called `name` ("K", "N")."""
         return dict(self.sizes)[name]
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its results are uint8: its last step is QuantizeLinear."""
+        return bool(self.steps) and self.steps[-1].op == "QuantizeLinear"
 
     @property
     def name(self) -> str:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import region_of
-from qcompiler.ir.graph import label
+from qcompiler.ir.graph import every_node, label
 from qcompiler.ir.region import HALF
 
 __all__ = ["signature_problems"]
@@ -22,7 +22,7 @@ __all__ = ["signature_problems"]
 
 def signature_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
     """Rule, node and problem of every node of ours that does not fit its op's signature."""
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         function = model.functions.get(node.op_identifier())
         if function is None or not dialect.is_ours(node.domain):
             continue
@@ -37,11 +37,13 @@ def signature_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
             *zip(function.outputs, node.outputs, strict=False),
         ]
         operands = {str(formal.name): value for formal, value in named if value is not None}
-        flags = _flags(node, op, operands)
+        region, flags = region_of(node), _flags(node, op, operands)
         for name, value in operands.items():
-            if value.dtype not in (None, op.type_of(name, flags)):
-                wanted = op.type_of(name, flags).name
-                problem = f"{name} is {value.dtype}, {op.name} needs {wanted}"
+            wanted = op.type_of(name, flags)
+            if region is not None and value.producer() is node:
+                wanted = dialect.result_type(region, name)
+            if value.dtype not in (None, wanted):
+                problem = f"{name} is {value.dtype}, {op.name} needs {wanted.name}"
                 yield "operand-dtype", label(node), problem
         for problem in _misfits(node, op, operands):
             yield "operand-shape", label(node), problem

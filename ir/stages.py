@@ -24,7 +24,7 @@ import onnx_ir as ir
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import region_of
 from qcompiler.ir.errors import VerifyError
-from qcompiler.ir.graph import label
+from qcompiler.ir.graph import every_node, label
 from qcompiler.ir.onnx_rules import onnx_problems
 from qcompiler.ir.qdq_rules import qdq_problems
 from qcompiler.ir.signature_rules import signature_problems
@@ -184,7 +184,7 @@ def _may_be(said: ir.Shape, shape: ir.ShapeProtocol) -> bool:
 
 
 def _known_ops(model: ir.Model, stage: Stage) -> _Problems:
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         name = label(node)
         if node.domain not in model.graph.opset_imports:
             yield "imported-domains", name, f"domain {node.domain!r} is not imported"
@@ -204,7 +204,7 @@ def _known_ops(model: ir.Model, stage: Stage) -> _Problems:
 
 def _typed_outputs(model: ir.Model) -> _Problems:
     """ORT cannot infer through our ops when the library serves them: it needs value_info."""
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         for value in node.outputs if dialect.is_ours(node.domain) else ():
             if value.dtype is None:
                 problem = f"output {value.name!r} of {node.op_type} has no type"
@@ -219,7 +219,7 @@ def _functions(model: ir.Model) -> _Problems:
         if function.opset_imports.get("") != opset:
             problem = f"function opset differs from the model's {opset}"
             yield "function-opset", function.name, problem
-        for node in function.all_nodes():
+        for node in every_node(function):
             if node.domain != "":
                 used = f"{node.domain}::{node.op_type}"
                 problem = f"its body uses {used}; only ai.onnx may be used"

@@ -34,7 +34,7 @@ from qcompiler.ir.decisions import (
     set_plan,
 )
 from qcompiler.ir.errors import OptionError, did_you_mean
-from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
+from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer
 from qcompiler.passes.node_plans import NodePlanner, StayFloat
 from qcompiler.passes.node_rules import (
     PRECISIONS,
@@ -144,7 +144,7 @@ class AssignPrecision(ir.passes.InPlacePass):
         Raises:
             OptionError: A pattern or a rule that is about no node, or that no node can follow.
         """
-        nodes = list(model.graph.all_nodes())
+        nodes = list(every_node(model.graph))
         self._patterns = self._known_patterns(nodes)
         self._asked = NodeRules(self.rules, nodes)
         changed, is_quantized = False, any(map(_came_quantized, nodes))

@@ -13,6 +13,7 @@ import hashlib
 import onnx_ir as ir
 
 from qcompiler.ir.decisions import decide, decision_of, region_of
+from qcompiler.ir.graph import every_node
 from qcompiler.ir.region import Region
 from qcompiler.passes.outlining import UNBOUND
 
@@ -32,7 +33,7 @@ class BindKernels(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rename the domain of regions, of their functions and of the import."""
-        nodes = [node for node in model.graph.all_nodes() if node.domain == UNBOUND]
+        nodes = [node for node in every_node(model.graph) if node.domain == UNBOUND]
         if not nodes:
             return ir.passes.PassResult(model, False)
         functions = [f for key, f in list(model.functions.items()) if key[0] == UNBOUND]
@@ -63,7 +64,7 @@ def bound_domain(model: ir.Model) -> str | None:
 def bound_regions(model: ir.Model) -> list[Region]:
     """The distinct regions to build kernels for, by name."""
     found: dict[str, Region] = {}
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         region = region_of(node)
         if region is not None:
             assert found.setdefault(region.name, region) == region, f"two regions {region.name}"

@@ -18,7 +18,7 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 
 from qcompiler.ir.errors import ModelError
-from qcompiler.ir.graph import constant, new_initializer, replace_nodes
+from qcompiler.ir.graph import constant, every_node, new_initializer, replace_nodes
 from qcompiler.ir.qdq_rules import qdq_problems
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.infer_shapes import SMALL, InferShapes
@@ -71,7 +71,7 @@ class Canonicalize(ir.passes.InPlacePass):
 
 def _signature(model: ir.Model) -> tuple[object, ...]:
     """What this pass may change; shapes and names that were missing do not count."""
-    nodes = tuple((node.op_type, len(node.inputs)) for node in model.graph.all_nodes())
+    nodes = tuple((node.op_type, len(node.inputs)) for node in every_node(model.graph))
     return nodes, dict(model.graph.opset_imports), len(model.functions)
 
 
@@ -86,7 +86,7 @@ def _normalise(model: ir.Model) -> None:
     _lift_weights(model)
     if not _is_sorted(model.graph, set()):
         model.graph.sort()
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         # The model may come out of a bundle: its decisions were about other nodes.
         for key in [key for key in node.metadata_props if key.startswith("qcompiler.")]:
             del node.metadata_props[key]
@@ -113,7 +113,7 @@ def _align_functions(model: ir.Model) -> None:
             and theirs != opset
             and all(
                 _since(node.op_type, theirs) == _since(node.op_type, opset)
-                for node in function.all_nodes()
+                for node in every_node(function)
                 if node.domain == ""
             )
         ):
@@ -142,7 +142,7 @@ def _simplify(model: ir.Model) -> None:
     changed = False
     for _ in range(2):
         folded = _FoldConstants()(model).modified
-        _lift(model)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         expanded = _expand_gemms(model)
         changed = changed or folded or expanded
         if not (folded or expanded):
@@ -150,7 +150,7 @@ def _simplify(model: ir.Model) -> None:
     if not any(True for _ in model.graph.subgraphs()):
         # onnx_ir 1.1 fails on an Identity that hands an outer value out of an If branch.
         common.IdentityEliminationPass()(model)
-    if not any(_is_drawn(node) for node in model.graph.all_nodes()):
+    if not any(_is_drawn(node) for node in every_node(model.graph)):
         common.CommonSubexpressionEliminationPass()(model)
     ir.passes.Sequential(
         common.RemoveUnusedNodesPass(),
@@ -172,11 +172,6 @@ def _is_drawn(node: ir.Node) -> bool:
     if node.domain in ("", "ai.onnx.ml", "com.microsoft"):
         return node.op_type in ("Bernoulli", "Dropout")  # the others that draw, onnx_ir knows of
     return True
-
-
-def _lift(model: ir.Model) -> None:
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    common.RemoveUnusedNodesPass()(model)
 
 
 class _FoldConstants(optimizer.constant_folding.FoldConstantsPass):  # type: ignore[misc]
@@ -207,7 +202,7 @@ def _should_fold(node: ir.Node) -> bool | None:
 
 
 def _expand_gemms(model: ir.Model) -> bool:
-    nodes = list(model.graph.all_nodes())
+    nodes = list(every_node(model.graph))
     gemms = [node for node in nodes if node.op_type == "Gemm" and node.domain == ""]
     return any([_try_expand_gemm(model.graph, node) for node in gemms])
 

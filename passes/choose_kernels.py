@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from qcompiler.ir.decisions import decide, drop_plan, leave_to_ort, left_to_ort, plan_of
 from qcompiler.ir.errors import OptionError
+from qcompiler.ir.graph import every_node
 from qcompiler.ir.region import Region
 from qcompiler.ir.sites import Candidate, Choice, Costs, Site
 from qcompiler.passes.insert_qdq import is_static, missing_samples
@@ -76,7 +77,7 @@ class ChooseKernels(ir.passes.InPlacePass):
             OptionError: Choices made before that are not this model's.
             CalibrationError: Nodes that need static ranges, and no samples.
         """
-        nodes = [node for node in model.graph.all_nodes() if _is_chosen(node)]
+        nodes = [node for node in every_node(model.graph) if _is_chosen(node)]
         self.choices = self._choose(model, nodes) if self.made is None else self._again(nodes)
         changed = any(choice.candidate == "float" for choice in self.choices)
         for node, choice in zip(nodes, self.choices, strict=True):

@@ -29,7 +29,7 @@ from onnx_ir.passes import common
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import add_note, decide
 from qcompiler.ir.errors import OptionError, did_you_mean
-from qcompiler.ir.graph import constant, drop_if_unread, new_initializer, place_after
+from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer, place_after
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.float16_borders import border_of, round_borders
 from qcompiler.passes.float16_ranges import magnitudes
@@ -125,7 +125,7 @@ class ConvertFloat16(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, False)
         changed, masked = clamp_masks(model)
         kept = kept_nodes(model)
-        nodes = [node for node in model.graph.all_nodes() if touches_floats(node)]
+        nodes = [node for node in every_node(model.graph) if touches_floats(node)]
         beyond = self._keep_beyond(model, nodes, kept, masked)
         keep_between(nodes, kept)
         for node, reason in kept.items():

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decision_of
-from qcompiler.ir.graph import constant
+from qcompiler.ir.graph import constant, every_node
 from qcompiler.passes.float16_norms import norms_in_float32
 from qcompiler.passes.float16_scales import unfit_scales
 from qcompiler.passes.float16_types import HALF_OPS, IN_HALF, following_inputs, reads_any_type
@@ -71,7 +71,7 @@ def touches_floats(node: ir.Node) -> bool:
 
 def kept_nodes(model: ir.Model) -> Kept:
     """The nodes of all graphs that stay in float32, but for what values they reach."""
-    nodes = [node for node in model.graph.all_nodes() if touches_floats(node)]
+    nodes = [node for node in every_node(model.graph) if touches_floats(node)]
     opset = model.graph.opset_imports[""]
     kept: Kept = {}
     for node in nodes:

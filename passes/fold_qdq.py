@@ -24,7 +24,7 @@ from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decide, decision_of, inherit, plan_of
-from qcompiler.ir.graph import constant, dequantize_of, replace_nodes
+from qcompiler.ir.graph import constant, dequantize_of, every_node, replace_nodes
 from qcompiler.ir.params import quant_params
 from qcompiler.ir.types import PerAxis, PerGroup
 from qcompiler.passes.fix_names import FixNames
@@ -75,16 +75,16 @@ class FoldQDQ(ir.passes.InPlacePass):
         self._quantized = {}
         changed = 0
         reasons: dict[ir.Node, str] = {}
-        for node in list(model.graph.all_nodes()):
+        for node in list(every_node(model.graph)):
             if node.op_type in _FAMILIES and node.domain == "" and not moves_stored(node):
                 reason = self._try_fold(model.graph, node)
                 changed += reason is None
                 if reason is not None:
                     reasons[node] = reason
-        for node in list(model.graph.all_nodes()):
+        for node in list(every_node(model.graph)):
             _explain(node, reasons.get(node, ""))
-        changed += sum(try_guard_scales(model.graph, n) for n in list(model.graph.all_nodes()))
-        changed += sum(try_widen_constant(model.graph, n) for n in list(model.graph.all_nodes()))
+        changed += sum(try_guard_scales(model.graph, n) for n in list(every_node(model.graph)))
+        changed += sum(try_widen_constant(model.graph, n) for n in list(every_node(model.graph)))
         if changed:
             common.RemoveUnusedNodesPass()(model)
             FixNames()(model)

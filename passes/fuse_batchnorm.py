@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qcompiler.ir.graph import constant, new_initializer, only_consumer, replace_nodes
+from qcompiler.ir.graph import constant, every_node, new_initializer, only_consumer, replace_nodes
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.fuse_affine import channel_axis, try_fold_affine
 
@@ -29,7 +29,7 @@ class FuseBatchNorm(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fold in place; the Conv keeps its name."""
         folded = 0
-        while found := [node for node in model.graph.all_nodes() if _try(model.graph, node)]:
+        while found := [node for node in every_node(model.graph) if _try(model.graph, node)]:
             folded += len(found)
         if folded:
             common.RemoveUnusedNodesPass()(model)

@@ -15,7 +15,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.ir.graph import constant, only_consumer, replace_nodes
+from qcompiler.ir.graph import constant, every_node, only_consumer, replace_nodes
 
 __all__ = ["FuseGelu"]
 
@@ -29,7 +29,7 @@ class FuseGelu(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fuse every match."""
-        erfs = [node for node in model.graph.all_nodes() if node.op_type == "Erf"]
+        erfs = [node for node in every_node(model.graph) if node.op_type == "Erf"]
         fused = sum(_try_fuse(erf) for erf in erfs)
         return ir.passes.PassResult(model, fused > 0)
 

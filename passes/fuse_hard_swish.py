@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.ir.graph import constant, only_consumer, replace_nodes
+from qcompiler.ir.graph import constant, every_node, only_consumer, replace_nodes
 
 __all__ = ["FuseHardSwish"]
 
@@ -25,7 +25,7 @@ class FuseHardSwish(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fuse every match."""
         gates = [
-            node for node in model.graph.all_nodes() if node.op_type in ("Clip", "HardSigmoid")
+            node for node in every_node(model.graph) if node.op_type in ("Clip", "HardSigmoid")
         ]
         fused = sum(_try_fuse(gate) for gate in gates)
         return ir.passes.PassResult(model, fused > 0)

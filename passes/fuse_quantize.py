@@ -14,7 +14,7 @@ import dataclasses
 import onnx_ir as ir
 
 from qcompiler.ir.decisions import decide, decision_of, region_of
-from qcompiler.ir.graph import only_consumer
+from qcompiler.ir.graph import every_node, only_consumer
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.outlining import UNBOUND, RegionPass, drop_unused_functions, outline
 
@@ -26,7 +26,7 @@ class FuseQuantize(RegionPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Join every pair, in branches and loops too."""
-        joined = sum(self._join(model, node) for node in list(model.graph.all_nodes()))
+        joined = sum(self._join(model, node) for node in list(every_node(model.graph)))
         if joined:
             drop_unused_functions(model)
             FixNames()(model)

@@ -8,6 +8,12 @@ so that it always has one exit and no way leads back into it; if these are eleme
 operands are one value per channel or provably have the result's shape, and a kernel for the larger
 region exists.  The function's body is the region in standard ops, so the numbers do not change.
 
+Quantizing by constants is such a step, where a result is uint8 or was for a while; a region does
+not end in dequantizing:
+
+    q' = Q(DQ(Q(QMatMulU8S8(q, s, z, w, ws))) + b)
+        =>   q' = QMatMulU8S8_K384_N384_QuantizeLinearCC_DequantizeLinearCC_AddC_QuantizeLinearCC(…)
+
 Where the float part is in float16, a region is too, if a kernel exists, and takes in the Cast that
 stands between (see `convert_float16`):
 
@@ -18,29 +24,19 @@ stands between (see `convert_float16`):
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir import dialect
 from qcompiler.ir.analysis import GraphView
 from qcompiler.ir.decisions import decide, left_to_ort
-from qcompiler.ir.graph import (
-    constant,
-    new_initializer,
-    only_consumer,
-    replace_nodes,
-    same_shape,
-)
-from qcompiler.ir.region import HALF, ExtraKind, Region, Step
+from qcompiler.ir.graph import drop_if_unread, every_node, only_consumer, replace_nodes
+from qcompiler.ir.region import HALF, Region
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.outlining import RegionPass, outline
+from qcompiler.passes.region_growth import Growth, per_channel, try_extend
 
 __all__ = ["FuseRegions"]
-
-_DEFAULTS = frozenset({("Gelu", "approximate", "none")})
-"""Attributes written out with their default value name no other kernel."""
 
 _MOST_STEPS = 4
 """Nodes to look at before the ways join: HardSwish may come as Mul(x, Clip(Add(x, 3)) / 6)."""
@@ -53,22 +49,6 @@ _ANCHORS = frozenset({
 })  # fmt: skip
 
 
-@dataclasses.dataclass
-class _Growth:
-    """A region while it grows, with the graph objects it stands for."""
-
-    region: Region
-    inputs: list[ir.Value | None]
-    extras: list[ir.Value]
-    covered: list[ir.Node]
-
-    @property
-    def values(self) -> list[ir.Value]:
-        """The anchor's result and that of each step."""
-        results = [node.outputs[0] for node in self.covered]
-        return results[len(results) - len(self.region.steps) - 1 :]
-
-
 class FuseRegions(RegionPass):
     """Outline the regions that have a kernel; leave the others to their op's body."""
 
@@ -76,7 +56,7 @@ class FuseRegions(RegionPass):
         """Outline every supported region, in branches and loops too."""
         outlined = 0
         views: dict[ir.Graph | ir.Function, GraphView] = {}
-        for node in list(model.graph.all_nodes()):
+        for node in list(every_node(model.graph)):
             if node.domain != dialect.DOMAIN or node.op_type not in dialect.OPS:
                 continue
             if node.op_type not in _ANCHORS:
@@ -100,9 +80,9 @@ class FuseRegions(RegionPass):
             dialect.declare(model)
         return ir.passes.PassResult(model, outlined > 0)
 
-    def _start(self, node: ir.Node) -> _Growth | str:
+    def _start(self, node: ir.Node) -> Growth | str:
         """The region of an anchor alone, in float16 if it can be; why there is no kernel if not."""
-        exact = _Growth(Region(node.op_type, _sizes(node)), list(node.inputs), [], [node])
+        exact = Growth(Region(node.op_type, _sizes(node)), list(node.inputs), [], [node])
         half = _in_half(node, exact)
         reason = None if half is None else self.supports(half.region)
         if half is not None and reason is None:
@@ -111,33 +91,39 @@ class FuseRegions(RegionPass):
             return reason or ""  # it has no other form
         return self.supports(exact.region) or exact
 
-    def _grow(self, growth: _Growth, view: GraphView) -> _Growth:
+    def _grow(self, growth: Growth, view: GraphView) -> Growth:
+        best = growth
         while growth.region.anchor not in _QUANTIZES:
-            grown: _Growth | None = growth
+            grown: Growth | None = growth
             for reader in view.joined(growth.values[-1], _MOST_STEPS):
-                grown = _try_extend(grown, reader) if grown is not None else None
+                grown = try_extend(grown, reader) if grown is not None else None
             if grown is None or grown is growth or self.supports(grown.region) is not None:
                 break
             growth = grown
-        return growth
+            # A result of 8 bits is less to store and to read, and may be what ORT's ops take.
+            best = best if growth.was_dequantized else growth
+        return best
 
-    def _outline(self, model: ir.Model, growth: _Growth, view: GraphView) -> None:
+    def _outline(self, model: ir.Model, growth: Growth, view: GraphView) -> None:
         growth = self._grow(growth, view)
         anchor = growth.covered[0]
-        extras = [
-            value if kind == "tensor" else _per_channel(model.graph, value, growth.region)
-            for value, kind in zip(growth.extras, growth.region.extras, strict=True)
-        ]
-        new = outline(model, growth.region, [*growth.inputs, *extras], like=anchor)
+        # Each once: the scale of a Q is often that of the DQ behind it.
+        extras = {
+            value: value if kind == "tensor" else per_channel(model.graph, value, growth.region)
+            for value, kind in dict(zip(growth.extras, growth.region.extras, strict=True)).items()
+        }
+        operands = [*growth.inputs, *(extras[value] for value in growth.extras)]
+        new = outline(model, growth.region, operands, like=anchor)
         steps = " + ".join(step.op for step in growth.region.steps)
         decide(new, "body", f"fused with {steps}" if steps else "outlined")
-        widened = anchor.inputs[0]
+        read = [anchor.inputs[0], *growth.extras]
         replace_nodes(growth.covered, [new])
         view.replaced(growth.covered, new)
-        _drop_if_unread(widened)
+        for value in read:
+            _drop_if_unread(value)
 
 
-def _in_half(node: ir.Node, exact: _Growth) -> _Growth | None:
+def _in_half(node: ir.Node, exact: Growth) -> Growth | None:
     """The region of an anchor in float16, with the Cast beside it; None where it is not in that."""
     region = dataclasses.replace(exact.region, flags=(HALF,))
     if node.op_type in _QUANTIZES:
@@ -146,16 +132,16 @@ def _in_half(node: ir.Node, exact: _Growth) -> _Growth | None:
         source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
         if source is None or source.dtype is not ir.DataType.FLOAT16:
             return None
-        return _Growth(region, [source], [], [node])
+        return Growth(region, [source], [], [node])
     if dialect.OPS[node.op_type].follows:
         half = node.outputs[0].dtype is ir.DataType.FLOAT16
-        return _Growth(region, exact.inputs, [], [node]) if half else None
+        return Growth(region, exact.inputs, [], [node]) if half else None
     reader = only_consumer(node.outputs[0])
     if reader is None or reader.op_type != "Cast" or reader.graph is not node.graph:
         return None
     if reader.outputs[0].dtype is not ir.DataType.FLOAT16:
         return None
-    return _Growth(region, exact.inputs, [], [node, reader])
+    return Growth(region, exact.inputs, [], [node, reader])
 
 
 def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...]:
@@ -169,85 +155,14 @@ def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...]:
 
 
 def _drop_if_unread(value: ir.Value | None) -> None:
-    """Remove the Cast that makes `value`, which a region has taken in, if nothing else reads it."""
-    cast = value.producer() if value is not None else None
-    if cast is None or cast.op_type != "Cast" or cast.graph is None or value is None:
+    """Remove what makes `value`, which a region has taken in, if nothing else reads it."""
+    if value is None or value.uses() or value.is_graph_output():
         return
-    if not value.uses() and not value.is_graph_output():
-        cast.graph.remove(cast, safe=True)
-
-
-def _try_extend(growth: _Growth, reader: ir.Node) -> _Growth | None:
-    """The growth with `reader` as its next step, or None if it or its operands do not fit."""
-    values, region = growth.values, growth.region
-    result = values[-1]
-    if reader.domain != "" or reader.graph is not growth.covered[0].graph:
-        return None
-    if len(reader.outputs) != 1 or not same_shape(reader.outputs[0], result):
-        return None
-    if reader.op_type == "Cast":
-        return None  # between two types a region ends
-    args: list[int] = []
-    extras, kinds = list(growth.extras), list(region.extras)
-    operands, bounds = _bounds(reader)
-    if operands is None:
-        return None
-    for operand in operands:
-        if operand in values:
-            args.append(values.index(operand))
-            continue
-        kind = _extra_kind(operand, result, region)
-        if kind is None or operand is None:
-            return None
-        extras.append(operand)
-        kinds.append(kind)
-        args.append(-len(extras))
-    if reader.op_type in ("Add", "Mul"):
-        args.sort(reverse=True)
-    attributes = tuple(
-        (key, attribute.value)
-        for key, attribute in sorted(reader.attributes.items())
-        if (reader.op_type, key, attribute.value) not in _DEFAULTS
-    )
-    step = Step(reader.op_type, tuple(args), attributes + bounds)
-    grown = dataclasses.replace(region, extras=tuple(kinds), steps=(*region.steps, step))
-    return _Growth(grown, growth.inputs, extras, [*growth.covered, reader])
-
-
-def _bounds(
-    reader: ir.Node,
-) -> tuple[Sequence[ir.Value | None] | None, tuple[tuple[str, float], ...]]:
-    """The operands of a step, and the constant bounds of a Clip as attributes.
-
-    ONNX has them as inputs since opset 11; None for operands if they are not constant.
-    """
-    if reader.op_type != "Clip":
-        return reader.inputs, ()
-    found = []
-    for name, value in zip(("min", "max"), reader.inputs[1:], strict=False):
-        if value is not None:
-            array = constant(value)
-            if array is None or array.size != 1:
-                return None, ()
-            found.append((name, float(array.item())))
-    return reader.inputs[:1], tuple(found)
-
-
-def _extra_kind(operand: ir.Value | None, result: ir.Value, region: Region) -> ExtraKind | None:
-    dtype = ir.DataType.FLOAT16 if HALF in region.flags else ir.DataType.FLOAT
-    if operand is None or operand.dtype is not dtype:
-        return None
-    array = constant(operand)
-    if array is not None:
-        fits = array.size == 1 or array.shape == (region.size("N"),)
-        return "channel" if fits and array.ndim <= 1 else None
-    return "tensor" if same_shape(operand, result) else None
-
-
-def _per_channel(graph: ir.Graph, operand: ir.Value, region: Region) -> ir.Value:
-    """A constant as one value per channel; a scalar is repeated."""
-    width, array = region.size("N"), constant(operand)
-    assert array is not None
-    if array.shape == (width,):
-        return operand
-    return new_initializer(graph, f"{operand.name}_per_channel", np.full(width, array, array.dtype))
+    node = value.producer()
+    if node is None:
+        drop_if_unread(value)
+    elif node.op_type in ("Cast", "DequantizeLinear") and node.graph is not None:
+        sources = list(node.inputs)
+        node.graph.remove(node, safe=True)
+        for source in sources:
+            _drop_if_unread(source)

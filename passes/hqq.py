@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from qcompiler.ir.arithmetic import as_scale, broadcast_scale, reduce_slices
 from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import OptionError
-from qcompiler.ir.graph import let_go
+from qcompiler.ir.graph import every_node, let_go
 from qcompiler.ir.two_level import on_two_levels
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
@@ -87,7 +87,7 @@ class HQQ(ir.passes.InPlacePass):
         Raises:
             ModelError: A weight holds NaN or Inf.
         """
-        layers, tell = layers_of(model.graph.all_nodes(), "hqq"), self.runs.progress()
+        layers, tell = layers_of(every_node(model.graph), "hqq"), self.runs.progress()
         for done, layer in enumerate(layers, 1):
             weight = finite_weight(layer.nodes[0], layer.weight)
             layer.replace(model.graph, hqq(weight, layer.type, self.options))

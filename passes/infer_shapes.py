@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 import onnx
 import onnx_ir as ir
 
+from qcompiler.ir.graph import every_node
+
 __all__ = ["SMALL", "InferShapes", "weights_as_inputs"]
 
 SMALL = 1024
@@ -32,7 +34,7 @@ class InferShapes(ir.passes.InPlacePass):
         """Infer in place; what cannot be inferred is no error."""
         with weights_as_inputs(model):
             proto = ir.to_proto(model)
-        if any(node.op_type == _PRODUCT for node in model.graph.all_nodes()):
+        if any(node.op_type == _PRODUCT for node in every_node(model.graph)):
             inputs = proto.graph.input
             kinds = {value.name: value.type.tensor_type.elem_type for value in inputs}
             inputs.extend(_stand_in(proto.graph, kinds))

@@ -31,7 +31,14 @@ from numpy.typing import NDArray
 from qcompiler.ir.decisions import keep_float, operand_plan_of, plan_of
 from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
 from qcompiler.ir.errors import CalibrationError
-from qcompiler.ir.graph import dequantize_of, label, new_initializer, place_after, rectified
+from qcompiler.ir.graph import (
+    dequantize_of,
+    every_node,
+    label,
+    new_initializer,
+    place_after,
+    rectified,
+)
 from qcompiler.ir.types import PerGroup, QuantSpec, TensorStats
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.static_pairs import insert_static
@@ -67,7 +74,7 @@ class InsertQDQ(ir.passes.InPlacePass):
         Raises:
             CalibrationError: A static plan, and nothing to calibrate it with.
         """
-        nodes = list(model.graph.all_nodes())
+        nodes = list(every_node(model.graph))
         sites, stats = self._observed(model, nodes)
         dynamic = [
             (node, plan.activation)

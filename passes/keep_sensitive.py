@@ -25,6 +25,7 @@ import onnx_ir as ir
 
 from qcompiler.ir.decisions import add_note, decide, drop_plan
 from qcompiler.ir.errors import OptionError
+from qcompiler.ir.graph import every_node
 from qcompiler.passes.insert_qdq import is_static
 from qcompiler.passes.measuring_pass import MeasuringPass
 from qcompiler.passes.sensitive_groups import sensitive_groups
@@ -138,7 +139,7 @@ class KeepSensitive(MeasuringPass):
         """SQNR in dB of the worst output with only these nodes quantized."""
         assert self.run is not None
         planned = model.clone()
-        for node in planned.graph.all_nodes():
+        for node in every_node(planned.graph):
             if (node.name or "") not in names:
                 drop_plan(node)
         joined, found = output_errors(model, quantized_copy(planned, self.observe))

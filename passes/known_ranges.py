@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from qcompiler.ir.graph import every_node
 from qcompiler.ir.types import TensorStats
 from qcompiler.passes.insert_qdq import Observer
 
@@ -62,7 +63,7 @@ def _content(graph: ir.Graph) -> list[object]:
             [value.name for value in node.outputs],
             [(k, a.value) for k, a in node.attributes.items() if isinstance(a.value, _PLAIN)],
         )
-        for node in graph.all_nodes()
+        for node in every_node(graph)
     ]
     constants = [(name, _Same(value.const_value)) for name, value in graph.initializers.items()]
     return [*nodes, *constants]

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir.decisions import decide
-from qcompiler.ir.graph import replace_nodes
+from qcompiler.ir.graph import every_node, replace_nodes
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.passes.lift_attention import ATTENTION
@@ -65,7 +65,7 @@ class LiftQOperators(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Lift every op that has a form."""
-        nodes, floats = list(model.graph.all_nodes()), self.options.float_products
+        nodes, floats = list(every_node(model.graph)), self.options.float_products
         lifted = [node for node in nodes if _try_lift(model.graph, node, floats)]
         if lifted:
             share_pairs(model)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import NO_WEIGHTS, decide, inherit, plan_of, set_plan
-from qcompiler.ir.graph import constant, drop_if_unread, new_initializer, replace_nodes
+from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer, replace_nodes
 from qcompiler.ir.types import PerAxis
 from qcompiler.passes.conv_pads import explicit_pads
 from qcompiler.passes.fix_names import FixNames
@@ -32,7 +32,7 @@ class LowerConvolutions(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite in place; nothing if no convolution is planned."""
-        nodes = list(model.graph.all_nodes())
+        nodes = list(every_node(model.graph))
         planned = [node for node in nodes if node.op_type in ("Conv", "ConvTranspose")]
         planned = [node for node in planned if plan_of(node) is not None]
         changed = 0

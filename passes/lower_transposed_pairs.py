@@ -16,7 +16,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import add_note
-from qcompiler.ir.graph import constant, dequantize_of, new_initializer, rectified, replace_nodes
+from qcompiler.ir.graph import (
+    constant,
+    dequantize_of,
+    every_node,
+    new_initializer,
+    rectified,
+    replace_nodes,
+)
 from qcompiler.ir.params import QuantParams, quant_params
 from qcompiler.ir.types import PerAxis, PerTensor
 from qcompiler.passes.fix_names import FixNames
@@ -30,7 +37,7 @@ __all__ = ["lower_transposed_pairs"]
 def lower_transposed_pairs(model: ir.Model) -> int:
     """Lower every ConvTranspose between pairs that can be; the others say why not."""
     count = 0
-    for node in list(model.graph.all_nodes()):
+    for node in list(every_node(model.graph)):
         if node.op_type == "ConvTranspose" and node.domain == "" and _is_between_pairs(node):
             why = _try_lower(model.graph, node)
             count += why is None

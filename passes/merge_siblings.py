@@ -20,7 +20,7 @@ from onnx_ir.passes import common
 
 from qcompiler.ir.decisions import decide, region_of
 from qcompiler.ir.dialect import OPS
-from qcompiler.ir.graph import constant, new_initializer
+from qcompiler.ir.graph import constant, every_node, new_initializer
 from qcompiler.ir.region import HALF, ExtraKind, Region, Step
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.outlining import UNBOUND, RegionPass, drop_unused_functions, outline
@@ -38,7 +38,7 @@ class MergeSiblings(RegionPass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Merge siblings of every graph, branches and loops included."""
         merged = 0
-        for node in list(model.graph.all_nodes()):
+        for node in list(every_node(model.graph)):
             if node.graph is not None and _is_mergeable(node):
                 merged += self._merge(model, _siblings(node))
         if merged:
@@ -149,8 +149,7 @@ def _operands(node: ir.Node, whole: Region) -> list[np.ndarray]:
     assert present is not None and len(found) == len(constants)
     rows = []
     for step, has in zip(whole.steps, present, strict=True):
-        if len(step.args) == 2:
-            dtype = np.float16 if HALF in region.flags else np.float32
-            neutral = np.full(region.size("N"), _NEUTRAL.get(step.op, 0.0), dtype)
-            rows.append(next(extras) if has else neutral)
+        dtype = np.float16 if HALF in region.flags else np.float32
+        neutral = np.full(region.size("N"), _NEUTRAL.get(step.op, 0.0), dtype)
+        rows += [next(extras) if has else neutral for _ in step.args[1:]]
     return [*weights, *rows]

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir.decisions import decide
-from qcompiler.ir.graph import dequantize_of, replace_nodes
+from qcompiler.ir.graph import dequantize_of, every_node, replace_nodes
 from qcompiler.passes.drop_clamps import try_drop_clamp
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.lower_transposed_pairs import lower_transposed_pairs
@@ -42,7 +42,7 @@ class NormalizeQDQ(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Normalize in place."""
         graph = model.graph
-        if not any(is_pair(node, _Q) or is_pair(node, _DQ) for node in graph.all_nodes()):
+        if not any(is_pair(node, _Q) or is_pair(node, _DQ) for node in every_node(graph)):
             return ir.passes.PassResult(model, False)
         changed = _share(model)
         changed |= _expand_gemms(graph) + _move(graph) > 0
@@ -65,7 +65,7 @@ def _share(model: ir.Model) -> bool:
 
 
 def _expand_gemms(graph: ir.Graph) -> int:
-    return sum(_try_expand_gemm(node) for node in list(graph.all_nodes()))
+    return sum(_try_expand_gemm(node) for node in list(every_node(graph)))
 
 
 def _try_expand_gemm(gemm: ir.Node) -> bool:
@@ -113,7 +113,7 @@ def _move(graph: ir.Graph) -> int:
 
 def _move_once(graph: ir.Graph) -> int:
     count = 0
-    for node in list(graph.all_nodes()):
+    for node in list(every_node(graph)):
         count += node.graph is not None and (
             (is_pair(node, _Q) and store_constant(graph, node))
             or move_constant(graph, node)
@@ -121,7 +121,7 @@ def _move_once(graph: ir.Graph) -> int:
             or push_dequantize(graph, node)
             or try_cancel(node)
         )
-    waiting = [node for node in graph.all_nodes() if is_pair(node, _Q)]
+    waiting = [node for node in every_node(graph) if is_pair(node, _Q)]
     while waiting:
         moved = pull_quantize(waiting.pop())
         waiting += [node for node in moved if not store_constant(graph, node)]
@@ -130,10 +130,10 @@ def _move_once(graph: ir.Graph) -> int:
 
 
 def _spell_out(graph: ir.Graph) -> int:
-    nodes = [node for node in graph.all_nodes() if is_pair(node, _Q) or is_pair(node, _DQ)]
+    nodes = [node for node in every_node(graph) if is_pair(node, _Q) or is_pair(node, _DQ)]
     return sum(spell_out(graph, node) for node in nodes)
 
 
 def _cancel(graph: ir.Graph) -> int:
     """Pairs that became equal when both got one type."""
-    return sum(try_cancel(node) for node in list(graph.all_nodes()))
+    return sum(try_cancel(node) for node in list(every_node(graph)))

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import inherit, set_region
+from qcompiler.ir.graph import every_node
 from qcompiler.ir.region import Region
 
 __all__ = ["UNBOUND", "RegionPass", "drop_unused_functions", "outline"]
@@ -55,13 +56,14 @@ def outline(
         inherit(new, like)
     set_region(new, region)
     results = ["y"] * len(region.widths) if region.widths else region.outputs
-    dialect.type_results(new, region.anchor, results, region.flags)
+    for value, name in zip(new.outputs, results or dialect.OPS[region.anchor].outputs, strict=True):
+        value.dtype = dialect.result_type(region, name)
     return new
 
 
 def drop_unused_functions(model: ir.Model) -> None:
     """Remove the functions of regions that a larger region has taken in."""
-    used = {node.op_identifier() for node in model.graph.all_nodes()}
+    used = {node.op_identifier() for node in every_node(model.graph)}
     for identifier in [key for key in model.functions if key[0] == UNBOUND]:
         if identifier not in used:
             del model.functions[identifier]

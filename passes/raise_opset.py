@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnxscript import version_converter
 
 from qcompiler.ir.errors import ModelError
-from qcompiler.ir.graph import constant, new_initializer, replace_nodes
+from qcompiler.ir.graph import constant, every_node, new_initializer, replace_nodes
 from qcompiler.passes.infer_shapes import weights_as_inputs
 
 __all__ = ["RaiseOpset"]
@@ -63,7 +63,7 @@ class RaiseOpset(ir.passes.InPlacePass):
 
 
 def _nodes(model: ir.Model, op: str, domain: str = "") -> list[ir.Node]:
-    nodes = model.graph.all_nodes()
+    nodes = every_node(model.graph)
     return [node for node in nodes if node.op_type == op and node.domain == domain]
 
 

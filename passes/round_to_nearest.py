@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 from qcompiler.ir.arithmetic import quantize, weight_scale
 from qcompiler.ir.decisions import NodePlan, bias_shift, plan_of
 from qcompiler.ir.errors import OptionError, did_you_mean
-from qcompiler.ir.graph import constant, dequantize_of, drop_if_unread, let_go, new_initializer
+from qcompiler.ir.graph import (
+    constant,
+    dequantize_of,
+    drop_if_unread,
+    every_node,
+    let_go,
+    new_initializer,
+)
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.rounded_weight import RoundedWeight, finite_weight, place_dequantize
@@ -77,7 +84,7 @@ class RoundToNearest(ir.passes.InPlacePass):
         rounded: dict[tuple[ir.Value, QuantType, bytes], ir.Node] = {}
         planned = [
             (node, plan)
-            for node in model.graph.all_nodes()
+            for node in every_node(model.graph)
             if (plan := plan_of(node)) and constant(node.inputs[1]) is not None
         ]
         for node, plan in planned:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import decide, decision_of
-from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
+from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.qdq_parameters import shifted
 
@@ -48,7 +48,7 @@ class ShiftWeights(ir.passes.InPlacePass):
         """Shift in place; a weight that several nodes read is stored once."""
         known: dict[ir.Value, ir.Value] = {}
         changed = False
-        for node in list(model.graph.all_nodes()):
+        for node in list(every_node(model.graph)):
             for weight, zero in _WEIGHTS.get((node.domain, node.op_type), ()):
                 changed |= _try_shift(model.graph, node, weight, zero, known)
         for value in known:

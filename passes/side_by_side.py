@@ -16,7 +16,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import plan_of, set_plan
-from qcompiler.ir.graph import constant, new_initializer, rectified
+from qcompiler.ir.graph import constant, every_node, new_initializer, rectified
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
 from qcompiler.passes.round_to_nearest import RoundToNearest
 
@@ -79,7 +79,7 @@ def quantized_copy(model: ir.Model, observe: Observer | None) -> ir.Model:
         CalibrationError: A static plan, and nothing to calibrate it with.
     """
     copy = model.clone()
-    for node in copy.graph.all_nodes():
+    for node in every_node(copy.graph):
         if (plan := plan_of(node)) is not None:
             set_plan(node, dataclasses.replace(plan, rounding="nearest"))
     InsertQDQ(observe)(copy)
@@ -157,7 +157,7 @@ class _Joined:
             if node.op_type == "QuantizeLinear" and node.inputs[0] is not None
         }
         shared = self.left if exact else inputs
-        for node in copy.all_nodes():
+        for node in every_node(copy):
             for index, value in enumerate(node.inputs):
                 if value is not None and value.const_value is None and value.name in shared:
                     node.replace_input_with(index, shared[value.name])

@@ -111,8 +111,11 @@ class SmoothActivations(ir.passes.InPlacePass):
 
     def _try_smooth(self, graph: ir.Graph, site: Products, tokens: Rows) -> bool:
         """Smooth one value if that is worth it; notes what was done, or why not where it could."""
+        spread = _spread(tokens)
+        if not _factors(spread, max(self.options.alpha)).max(initial=1) > 1:
+            return False  # nothing is outlying
         absorber = _absorber(site)
-        alpha, left = self._best_alpha(tokens, site, absorber)
+        alpha, left = self._best_alpha(tokens, spread, site, absorber)
         rest = f"{left:.2g} of the error"
         if left >= self.options.worth:
             return False
@@ -123,7 +126,7 @@ class SmoothActivations(ir.passes.InPlacePass):
                 site.note(f"{_NOT}, which would leave {rest}: {why}")
                 return False
             rest += f"; by a Mul, because {absorber}"
-        factors = _factors(tokens, alpha, absorber)
+        factors = _tied(_factors(spread, alpha), absorber)
         if isinstance(absorber, str):
             _insert_mul(graph, site, np.reciprocal(factors))
         else:
@@ -135,16 +138,22 @@ class SmoothActivations(ir.passes.InPlacePass):
         return True
 
     def _best_alpha(
-        self, tokens: Rows, site: Products, absorber: Absorber | str
+        self, tokens: Rows, spread: Rows, site: Products, absorber: Absorber | str
     ) -> tuple[float, float]:
         """The alpha of the least error, and the part of the error that it leaves."""
         columns = site.weights()
         # Powers of two change no bit of the products.
         exact = exact_products(tokens, columns)
         before = rounding_error(tokens, columns, exact)
-        errors = {}
+        errors: dict[float, float] = {}
+        tried: dict[bytes, float] = {}
         for alpha in self.options.alpha:
-            factors = _factors(tokens, alpha, absorber)
+            factors = _tied(_factors(spread, alpha), absorber)
+            # Of a short range of powers of two several are often the same.
+            same = tried.setdefault(factors.tobytes(), alpha)
+            if same != alpha:
+                errors[alpha] = errors[same]
+                continue
             weights = {plan: part * factors[:, None] for plan, part in columns.items()}
             errors[alpha] = rounding_error(tokens / factors, weights, exact)
         best = min(errors, key=errors.__getitem__)
@@ -162,14 +171,19 @@ def _absorber(site: Products) -> Absorber | str:
     return absorber_of(value)
 
 
-def _factors(tokens: Rows, alpha: float, absorber: Absorber | str) -> Rows:
-    """T: how much smaller each channel becomes, [K]."""
+def _spread(tokens: Rows) -> Rows:
+    """How many times as large as that of the median channel each one's maximum is, as log2, [K]."""
     largest = np.abs(tokens).max(axis=0)
     middle = np.median(largest)
-    if not middle:
-        return np.ones_like(largest)
-    steps = np.rint(alpha * np.log2(np.maximum(largest / middle, 1.0)))
-    factors = np.asarray(np.exp2(steps), np.float32)
+    return np.log2(np.maximum(largest / middle, 1.0)) if middle else np.zeros_like(largest)
+
+
+def _factors(spread: Rows, alpha: float) -> Rows:
+    """T: how much smaller each channel becomes, [K]."""
+    return np.asarray(np.exp2(np.rint(alpha * spread)), np.float32)
+
+
+def _tied(factors: Rows, absorber: Absorber | str) -> Rows:
     return absorber.tie(factors) if isinstance(absorber, Absorber) else factors
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
+from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer
 from qcompiler.passes.move_pairs import MOVES, data_of, interpolates
 from qcompiler.passes.qdq_parameters import is_pair, is_per_tensor, is_weight, shifted, zero_of
 
@@ -39,7 +39,7 @@ def make_unsigned(graph: ir.Graph) -> int:
     seen: set[ir.Value] = set()
     zeros: dict[int, ir.Value] = {}
     changed = 0
-    for node in list(graph.all_nodes()):
+    for node in list(every_node(graph)):
         stored = _stored(node)
         if stored is None or stored in seen or stored.dtype is not ir.DataType.INT8:
             continue

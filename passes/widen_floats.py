@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir.decisions import decide
-from qcompiler.ir.graph import constant, drop_if_unread, new_initializer, place_after
+from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer, place_after
 from qcompiler.passes.fix_names import FixNames
 
 __all__ = ["SOURCE_BORDER", "WidenFloats", "drop_idle_casts"]
@@ -59,7 +59,7 @@ class WidenFloats(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Widen in place."""
         self.notes = ()
-        nodes = list(model.graph.all_nodes())
+        nodes = list(every_node(model.graph))
         narrow = {v.dtype for v in _values(model) if v.dtype in _NARROW}
         computing = [node for node in nodes if _computes_narrow(node)]
         if not computing:
@@ -215,7 +215,7 @@ def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
 def drop_idle_casts(model: ir.Model) -> bool:
     """Drop Casts from a float type to itself; whether there was one."""
     dropped = False
-    for node in list(model.graph.all_nodes()):
+    for node in list(every_node(model.graph)):
         if node.op_type != "Cast" or node.domain != "":
             continue
         source, result = node.inputs[0], node.outputs[0]

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qcompiler.ir.region import Region, Step
+from qcompiler.ir.region import QUANTIZATION, Region, Step
 
 __all__ = ["ELEMENTWISE", "apply_steps", "unsupported_epilogue"]
 
@@ -23,7 +23,7 @@ MAX_EXTRAS = 8
 Expr = Any
 Vectors = Any
 """An object with vector operations: broadcast, maximum, minimum, Register, absolute, gelu_tail,
-sigmoid."""
+sigmoid; nearest and quotient where results may be integers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,11 @@ def _gelu(v: Vectors, x: Expr, approximate: str = "none") -> Expr:
     return v.maximum(x, v.broadcast(0.0)) - v.gelu_tail(v.absolute(x), approximate)
 
 
+def _quantize(v: Vectors, x: Expr, scale: Expr, zero: Expr) -> Expr:
+    """The integer as a float, like all values between steps."""
+    return _clip(v, v.nearest(v.quotient(x, scale)) + zero, 0.0, 255.0)
+
+
 ELEMENTWISE: dict[str, Elementwise] = {
     "Add": Elementwise(2, lambda v, a, b: a + b),
     "Sub": Elementwise(2, lambda v, a, b: a - b),
@@ -67,6 +72,8 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "HardSigmoid": Elementwise(1, _hard_sigmoid),
     "HardSwish": Elementwise(1, lambda v, x: x * _hard_sigmoid(v, x, 1 / 6, 0.5)),
     "Sigmoid": Elementwise(1, lambda v, x: v.sigmoid(x)),
+    "QuantizeLinear": Elementwise(3, _quantize),
+    "DequantizeLinear": Elementwise(3, lambda v, q, scale, zero: (q - zero) * scale),
     "Tanh": Elementwise(1, lambda v, x: v.broadcast(2.0) * v.sigmoid(x + x) - v.broadcast(1.0)),
 }
 
@@ -90,9 +97,24 @@ def unsupported_epilogue(region: Region) -> str | None:
     for position, step in enumerate(region.steps):
         if not all(-len(region.extras) <= arg <= position for arg in step.args):
             return f"step {position} ({step.op}) reads values that do not exist: {step.args}"
-        if reason := _unsupported_step(step):
+        if reason := _unsupported_step(step) or _mistyped_step(region, step):
             return reason
     return None
+
+
+def _mistyped_step(region: Region, step: Step) -> str | None:
+    """Why `step` cannot read what its operands are, or None when it can."""
+    for operand, arg in enumerate(step.args):
+        is_stored = arg > 0 and region.steps[arg - 1].op == "QuantizeLinear"
+        if is_stored != (step.op == "DequantizeLinear" and operand == 0):
+            return f"{step.op} reads {'integers' if is_stored else 'floats'}"
+        if step.op in QUANTIZATION and operand and not (arg < 0 and _is_channel(region, arg)):
+            return f"{step.op} takes its scale and zero point from operands, one per channel"
+    return None
+
+
+def _is_channel(region: Region, arg: int) -> bool:
+    return region.extras[-1 - arg] == "channel"
 
 
 def _unsupported_step(step: Step) -> str | None:

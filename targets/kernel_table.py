@@ -61,6 +61,7 @@ def op_spec(region: Region, anchor: str, variants: int, **more: str) -> str:
         "form": f'"{"_".join(region.flags)}"',
         "extras": '"' + "".join("C" if k == "channel" else "T" for k in region.extras) + '"',
         "outputs": '"' + "".join(map(str, outputs)) + '"',
+        "result_type": "ORT_UINT8" if region.is_quantized else "0",
         "widths": "(const int64_t[]){" + ", ".join(map(str, [*widths, 0])) + "}",
         "variants": f"variants_{region.name}",
         "variant_count": str(variants),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from instruction_sets import compiled_for_here, each_isa, offer
 
 from qcompiler.ir import dialect
-from qcompiler.ir.region import Region, Step
+from qcompiler.ir.region import QUANTIZATION, Region, Step
 from qcompiler.session_options import new_session_options
 from qcompiler.targets.epilogue import ELEMENTWISE
 from qcompiler.targets.library import KernelCache, build_library
@@ -31,6 +31,14 @@ def matmul(k, n, extras=(), *steps):
     return Region("QMatMulW8A8", (("K", k), ("N", n)), extras, steps)
 
 
+def stored(k, n, *more, anchor="QMatMulW8A8"):
+    """A region that quantizes its result by constants, dequantizes it, and goes on with `more`."""
+    steps = (Step("QuantizeLinear", (0, -1, -2)), Step("DequantizeLinear", (1, -1, -2)), *more)
+    steps = steps if more else steps[:1]
+    extras = ("channel",) * -min(arg for step in steps for arg in step.args)
+    return Region(anchor, (("K", k), ("N", n)), extras, steps)
+
+
 def one_step(name):
     """A region that ends in the op `name`, with an operand of each kind where it takes two."""
     if ELEMENTWISE[name].arity == 1:
@@ -42,7 +50,7 @@ def one_step(name):
 
 
 # Clip's bounds are inputs in ONNX, so no body can be written for a Clip with attributes.
-STEPS = [name for name in ELEMENTWISE if name != "Clip"]
+STEPS = [name for name in ELEMENTWISE if name not in ("Clip", *QUANTIZATION)]
 QUANTIZES = [Region("Quantize", (("K", k),)) for k in (1, 3, 16, 63, 64, 100, 384)]
 MATMULS = [
     matmul(1, 1),
@@ -64,6 +72,16 @@ PER_TENSOR = [
     for anchor in ("QMatMulU8S8", "QMatMulU8U8")
     for region in (*MATMULS[:4], MATMULS[7], MATMULS[-1], matmul(5, 4200))
 ]
+AGAIN = (Step("Add", (2, -3)), Step("QuantizeLinear", (3, -4, -5)))
+STORED = [
+    stored(k, n, *more, anchor=anchor)
+    for anchor in ("QMatMulU8S8", "QMatMulU8U8")
+    for k, n, more in [(1, 1, ()), (3, 5, AGAIN), (64, 48, ()), (65, 49, AGAIN), (384, 193, AGAIN)]
+]
+RELU = (Step("Relu", (2,)), Step("QuantizeLinear", (3, -3, -4)))
+STORED += [stored(24, 40, *RELU, anchor="QMatMulU8S8")]
+STORED += [dataclasses.replace(stored(63, 192), anchor="QMatMulU8S8", widths=(48, 96, 48))]
+STORED += [dataclasses.replace(stored(20, 96, *AGAIN), anchor="QMatMulU8U8", widths=(48, 48))]
 DYNAMIC = [
     dataclasses.replace(region, anchor="DynamicQMatMulW8A8")
     for region in (MATMULS[0], MATMULS[2], MATMULS[3], MATMULS[7], MATMULS[-1], matmul(4096, 17))
@@ -73,7 +91,7 @@ DYNAMIC = [
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("library") / "kernels.so"
-    regions = [*QUANTIZES, *MATMULS, *PER_TENSOR, *DYNAMIC]
+    regions = [*QUANTIZES, *MATMULS, *PER_TENSOR, *STORED, *DYNAMIC]
     with compiled_for_here():
         build_library(regions, DOMAIN, path, cache=KernelCache())
     return path
@@ -93,6 +111,9 @@ def weights(region: Region) -> dict[str, np.ndarray]:
     for index, kind in enumerate(region.extras):
         if kind == "channel":
             constants[f"extra{index}"] = rng.standard_normal(n).astype(np.float32)
+    for _, scale, zero in (step.args for step in region.steps if step.op in QUANTIZATION):
+        constants[f"extra{-1 - scale}"] = rng.uniform(0.02, 0.03, n).astype(np.float32)
+        constants[f"extra{-1 - zero}"] = rng.choice([0, 100, 128, 255], n).astype(np.float32)
     return constants
 
 
@@ -119,6 +140,9 @@ def model_of(region: Region, rank: int) -> bytes:
     results = [value(name) for name in op.outputs]
     if region.widths:
         results = [value(f"y{i}") for i in range(len(region.widths))]
+    for result in results if region.is_quantized else []:
+        result.dtype = ir.DataType.UINT8
+    if region.widths:
         for result, width in zip(results, region.widths, strict=True):
             result.shape = ir.Shape([*result.shape[:-1], width])
     node = ir.Node(DOMAIN, region.name, operands, outputs=results)
@@ -235,6 +259,64 @@ def test_matmul_with_one_scale(library, isa, shape, region, zero, seed):
             assert native.shape == want.shape
             assert np.array_equal(native, want) or sqnr(want, native) >= 60
             np.testing.assert_allclose(native, want, rtol=1e-4, atol=1e-4)
+
+
+@each_isa("QMatMulU8S8")
+@settings(deadline=None, max_examples=60)
+@example([1], STORED[3], 255, 0).via("one row")
+@example([0], STORED[3], 3, 0).via("an empty batch")
+@example([9], STORED[4], 0, 0).via("just over a tile")
+@example([300], STORED[4], 128, 0).via("several blocks of rows")
+@example([300], STORED[-1], 77, 0).via("several results")
+@given(leading, st.sampled_from(STORED), st.sampled_from([0, 1, 128, 255]),
+       st.integers(0, 2**32 - 1))  # fmt: skip
+def test_matmul_with_integers_as_result(library, isa, shape, region, zero, seed):
+    """Equal integers: kernel and body round the same floats, and ties to even."""
+    rng = np.random.default_rng(seed)
+    feeds = {
+        "q": rng.integers(0, 256, [*shape, region.size("K")]).astype(np.uint8),
+        "s": np.array(rng.uniform(0.01, 0.02), np.float32),
+        "z": np.array(zero, np.uint8),
+    }
+    expected = session(region, len(shape) + 1, 1).run(None, feeds)
+    for threads in (1, 2):
+        natives = session(region, len(shape) + 1, threads, library, isa).run(None, feeds)
+        for native, want in zip(natives, expected, strict=True):
+            assert native.dtype == want.dtype == np.uint8
+            np.testing.assert_array_equal(native, want)
+
+
+@each_isa("QMatMulW8A8")
+def test_integers_as_result_of_scales_per_token(tmp_path, isa):
+    """The body multiplies by one scale after the other, the kernel by both: ties may differ."""
+    region, path, rng = stored(65, 49), tmp_path / "kernels.so", np.random.default_rng(5)
+    build_library([region], DOMAIN, path, cache=KernelCache())
+    feeds = {
+        "q": rng.integers(0, 256, (200, 65)).astype(np.uint8),
+        "s": rng.uniform(0.01, 0.02, (200, 1)).astype(np.float32),
+    }
+    (want,) = session(region, 2, 1).run(None, feeds)
+    (native,) = session(region, 2, 2, path, isa).run(None, feeds)
+    difference = np.abs(native.astype(int) - want)
+    assert difference.max() <= 1
+    assert (difference != 0).mean() < 1e-3
+
+
+@each_isa("QMatMulU8S8")
+def test_ties_and_large_numbers_are_rounded_as_onnx_does(tmp_path, isa):
+    """As a division of float32, ties to even, and beyond what int32 holds."""
+    region = Region("QMatMulU8S8", (("K", 4), ("N", 16)), ("tensor", "channel", "channel"),
+                    (Step("Add", (0, -1)), Step("QuantizeLinear", (1, -2, -3))))  # fmt: skip
+    path = tmp_path / "kernels.so"
+    build_library([region], DOMAIN, path, cache=KernelCache())
+    scale, zero = (weights(region)[f"extra{i}"] for i in (1, 2))
+    feeds = {
+        "q": np.zeros((6, 4), np.uint8), "s": np.array(1, "f4"), "z": np.array(0, "u1"),
+        "extra0": np.outer([0.5, 1.5, -2.5, 3e9, -1e30, 1e30], scale).astype(np.float32),
+    }  # fmt: skip
+    (native,) = session(region, 2, 1, path, isa).run(None, feeds)
+    quotient = np.rint(feeds["extra0"] / scale)
+    np.testing.assert_array_equal(native, np.clip(quotient + zero, 0, 255).astype(np.uint8))
 
 
 @each_isa("QMatMulU8S8")

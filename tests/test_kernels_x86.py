@@ -282,6 +282,14 @@ def test_one_scale_and_zero_points(
         (product(4, 4, (), Step("Add", (0,))), "takes 2 operands, not 1"),
         (product(4, 4, (), Step("Add", (0, -1))), "values that do not exist"),
         (product(4, 4, (), Step("Relu", (1,))), "values that do not exist"),
+        (product(4, 4, ("channel",) * 2, Step("DequantizeLinear", (0, -1, -2))), "reads floats"),
+        (
+            product(
+                4, 4, ("channel",) * 2, Step("QuantizeLinear", (0, -1, -2)), Step("Relu", (1,))
+            ),
+            "Relu reads integers",
+        ),
+        (product(4, 4, ("tensor",) * 2, Step("QuantizeLinear", (0, -1, -2))), "one per channel"),
         (product(4, 4, (), Step("Relu", (0,), (("alpha", 1.0),))), "no attribute alpha"),
         (product(4, 4, (), Step("Gelu", (0,), (("approximate", "x"),))), "known are none, tanh"),
     ],

@@ -1,9 +1,12 @@
 """The int8 product that torchao writes out, back as the DequantizeLinear it stands for.
 
-    Mul(Mul(Cast(MatMulInteger(uint8(q + 128), w) - 128 sum(w)), s), t)
-        =>  MatMul(DequantizeLinear(q, s), DequantizeLinear(w, t))
+1. Mul(Mul(Cast(MatMulInteger(uint8(q + 128), w) - 128 sum(w)), s), t)
+       =>  MatMul(DequantizeLinear(q, s), DequantizeLinear(w, t))
+2. Mul(Mul(Cast(MatMulInteger(Reshape(q, [-1, K]), w)), Reshape(s, [-1, 1])), t)
+       =>  Reshape(MatMul(DequantizeLinear(q, s), DequantizeLinear(w, t)), [-1, N])
 
-torchao adds 128 for the u8 x s8 instructions of x86 and takes it back with the sums of the columns.
+In 1 torchao adds 128 for the u8 x s8 instructions of x86 and takes it back with the sums of the
+columns; in 2 (Int8DynamicActivationInt8WeightConfig) tokens of all batches are made one matrix.
 `q` holds int8 tokens with scales `s` [..., 1]; `w` is an int8 constant [K, N] with scales `t` [N].
 torchao's int8 weight beside float activations, Mul(MatMul(x, Cast(w)), t), stays as it is: ORT 1.31
 would quantize the activations of MatMul(x, DequantizeLinear(w, t)) as well.
@@ -45,9 +48,43 @@ class _Product(RewriteRuleClassBase):  # type: ignore[misc]
         return op.MatMul(tokens, op.DequantizeLinear(w, t, axis=1))
 
 
+class _PlainProduct(RewriteRuleClassBase):  # type: ignore[misc]
+    def pattern(self, op: Any, tokens: Any, w: Any, scales: Any, t: Any) -> Any:
+        sums = op.MatMulInteger(tokens, w)
+        return op.Mul(op.Mul(op.Cast(sums, to=ir.DataType.FLOAT), scales), t)
+
+    def check(self, context: Any, tokens: Any, w: Any, scales: Any, t: Any) -> Any:
+        q, s = _before_reshape(tokens), _before_reshape(scales)
+        if not _is_matrix(w) or not _is_vector(t):
+            return MatchResult().fail("no int8 matrix with a scale per column")
+        if q.dtype is not ir.DataType.INT8 or s.dtype is not ir.DataType.FLOAT:
+            return MatchResult().fail("not int8 tokens with scales of float32")
+        if q.shape is None or s.shape is None or len(q.shape) != len(s.shape):
+            return MatchResult().fail("the shape of tokens or scales is not known")
+        if q.shape[-1] != w.shape[0] or s.shape[-1] != 1:
+            return MatchResult().fail("the scales are not per token")
+        if any(a != b for a, b in zip(q.shape[:-1], s.shape[:-1], strict=True)):
+            return MatchResult().fail("tokens do not have a scale each")
+        return MatchResult()
+
+    def rewrite(self, op: Any, tokens: Any, w: Any, scales: Any, t: Any) -> Any:
+        q, s = _before_reshape(tokens), _before_reshape(scales)
+        depth, width = w.shape
+        wide = op.DequantizeLinear(q, s, axis=-1, block_size=depth)
+        product = op.MatMul(wide, op.DequantizeLinear(w, t, axis=1))
+        return op.Reshape(product, op.Constant(value_ints=[-1, width]))
+
+
 def integer_products(model: ir.Model) -> None:
-    """Rewrite every product of that form, in place."""
-    rewriter.rewrite(model, [_Product.rule()])
+    """Rewrite every product of those forms, in place."""
+    rewriter.rewrite(model, [_Product.rule(), _PlainProduct.rule()])
+
+
+def _before_reshape(value: ir.Value) -> ir.Value:
+    """What was made a matrix of the same rows."""
+    reshape = _made_by("Reshape", value)
+    source = reshape.inputs[0] if reshape is not None else None
+    return value if source is None else source
 
 
 def _holds(value: ir.Value | None, number: int) -> bool:

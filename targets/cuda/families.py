@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from qcompiler.ir.region import Region
+from qcompiler.ir.region import QUANTIZATION, Region
 from qcompiler.targets.cuda.norm_plan import NORMS, unsupported_norm
 from qcompiler.targets.cuda.packing import packing
 from qcompiler.targets.epilogue import unsupported_epilogue
@@ -85,4 +85,6 @@ def _unsupported_product(region: Region) -> str | None:
         return f"groups of {region.size('G')}; known are {', '.join(map(str, GROUP_SIZES))}"
     if region.widths:
         return "products of several results are not written yet"
+    if any(step.op in QUANTIZATION for step in region.steps):
+        return "results that are quantized by constants are not written yet"
     return unsupported_epilogue(region)

@@ -124,6 +124,11 @@ size_t qc_output_index(const struct qc_op *op, size_t i) {
     return (size_t)(op->spec->outputs[i] - '0');
 }
 
+int qc_output_type(const struct qc_op *op, size_t i) {
+    const int type = op->spec->result_type;
+    return type ? type : op->spec->anchor->output_types[qc_output_index(op, i)];
+}
+
 OrtStatus *qc_parallel(OrtKernelContext *context, void (*task)(void *, size_t), size_t count,
                        void *argument) {
     if (count == 1) {

@@ -31,7 +31,7 @@ static int get_input_type(const OrtCustomOp *op, size_t index) {
 static size_t get_output_count(const OrtCustomOp *op) { return strlen(as_op(op)->spec->outputs); }
 
 static int get_output_type(const OrtCustomOp *op, size_t index) {
-    return as_op(op)->spec->anchor->output_types[qc_output_index(as_op(op), index)];
+    return qc_output_type(as_op(op), index);
 }
 
 static int get_characteristic(const OrtCustomOp *op, size_t index) {
@@ -87,7 +87,7 @@ static OrtStatus *infer_shapes(const OrtCustomOp *base, OrtShapeInferContext *co
     for (size_t i = 0; op->spec->outputs[i]; i++) {
         size_t output = qc_output_index(op, i);
         shape.dims[shape.rank - 1] = anchor->last_dimension(op, output);
-        QC_TRY(set_output(context, i, anchor->output_types[output], &shape, symbols));
+        QC_TRY(set_output(context, i, qc_output_type(op, i), &shape, symbols));
     }
     return NULL;
 }

@@ -36,7 +36,7 @@ struct qc_qmatmul_args {
     const float *ws;
     const int32_t *row_sums, *wz; /* U8U8: sum_k (q - z) per row; zero points of w less 128 */
     const float *extra[QC_MAX_EXTRAS];
-    float *y;
+    void *y; /* float or uint8_t, as the op's results are */
     int32_t rows, panel_begin, panel_end;
     int32_t y_columns, y_first; /* of the result that `y` is: its width, its first column */
 };
@@ -122,6 +122,7 @@ struct qc_op_spec {
     const char *form;   /* the region's flags */
     const char *extras; /* a letter per extra operand: C per channel, T same shape as the result */
     const char *outputs; /* a digit per output: which of the anchor's it is */
+    int result_type; /* of every output; 0: the anchor's */
     const int64_t *widths; /* columns of each result, ends with 0; empty for a single result */
     const struct qc_variant *variants; /* in order of preference */
     size_t variant_count;
@@ -179,6 +180,8 @@ OrtStatus *qc_constant_input(const struct qc_op *op, const OrtKernelInfo *info, 
                              const char *name, const struct qc_shape *expected, const void **data);
 OrtStatus *qc_output(OrtKernelContext *context, size_t index, const struct qc_shape *shape,
                      void **data);
+/* The type of output `i` of the op. */
+int qc_output_type(const struct qc_op *op, size_t i);
 /* Which of the anchor's outputs is output `i` of the op. */
 size_t qc_output_index(const struct qc_op *op, size_t i);
 /* An error unless the input holds this many float32. */

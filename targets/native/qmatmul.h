@@ -20,7 +20,7 @@ struct qmatmul_run {
     const struct qmatmul *kernel;
     struct qc_qmatmul_args args; /* of the whole; y, rows and panels are set per task */
     const float *x; /* to be quantized; NULL if q and s are inputs */
-    float *y[QC_MAX_PARTS];
+    char *y[QC_MAX_PARTS];
     int64_t rows, block_rows, panel_groups;
 };
 
@@ -39,6 +39,11 @@ static inline int has_shifted_weights(const struct qc_op *op) {
 
 static inline int has_zero_point(const struct qc_op *op) {
     return op->spec->anchor == &qc_qmatmul_u8s8 || has_shifted_weights(op);
+}
+
+/* Bytes of an element of the results. */
+static inline int64_t result_size(const struct qc_op *op) {
+    return qc_output_type(op, 0) == ORT_UINT8 ? 1 : sizeof(float);
 }
 
 /* Columns of result `part`. */

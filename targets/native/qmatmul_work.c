@@ -18,7 +18,7 @@ static void run_panels(const struct qmatmul_run *run, struct qc_qmatmul_args *ar
         int64_t columns = width(op, part);
         args->panel_begin = (int32_t)max(begin, first / panel_columns);
         args->panel_end = (int32_t)min(end, ceil_div(first + columns, panel_columns));
-        args->y = run->y[part] + row * columns;
+        args->y = run->y[part] + row * columns * result_size(op);
         args->y_columns = (int32_t)columns;
         args->y_first = (int32_t)first;
         if (args->panel_begin < args->panel_end) op->variant->qmatmul(args);

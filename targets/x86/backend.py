@@ -10,6 +10,7 @@ from qcompiler.targets import x86
 from qcompiler.targets.backend import Workshop
 from qcompiler.targets.cache import content_key
 from qcompiler.targets.elf import undefined_symbols
+from qcompiler.targets.processes import in_processes
 from qcompiler.targets.x86.table import x86_table
 
 __all__ = ["X86Backend", "check_self_contained"]
@@ -51,24 +52,28 @@ class X86Backend:
 
     def objects(self, regions: Sequence[Region], domain: str, workshop: Workshop) -> list[bytes]:
         """The objects of the kernels and of their table."""
-        kernels = [
-            _kernel_object(region, isa, workshop)
+        wanted = [
+            (region, isa)
             for region in regions
             if x86.has_own_kernel(region)
             for isa in x86.isas_of(region)
         ]
+        kernels = _kernel_objects(wanted, workshop)
         return [*kernels, workshop.compiled("kernels.c", x86_table(regions, domain))]
 
 
-def _kernel_object(region: Region, isa: x86.Isa, workshop: Workshop) -> bytes:
-    def make() -> bytes:
-        workshop.tell(f"compile {region.name} for {isa.name}")
-        content = x86.compile_region(region, isa)
+def _kernel_objects(wanted: Sequence[tuple[Region, x86.Isa]], workshop: Workshop) -> list[bytes]:
+    """The kernels, those that were not compiled before by several processes."""
+    keys = [content_key("kernel", x86.fingerprint(), repr(isa), repr(r)) for r, isa in wanted]
+    found = {key: content for key in keys if (content := workshop.cache.get(key)) is not None}
+    jobs = {key: job for key, job in zip(keys, wanted, strict=True) if key not in found}
+    compiled = in_processes(x86.compile_region, list(jobs.values()))
+    for (key, (region, isa)), content in zip(jobs.items(), compiled, strict=True):
+        workshop.tell(f"compiled {region.name} for {isa.name}")
         check_self_contained(region.name, content)
-        return content
-
-    key = content_key("kernel", x86.fingerprint(), repr(isa), repr(region))
-    return workshop.cache.get_or_make(key, make)
+        workshop.cache.put(key, content)
+        found[key] = content
+    return [found[key] for key in keys]
 
 
 def check_self_contained(name: str, content: bytes) -> None:

@@ -191,7 +191,7 @@ def _qmatmul_parameters(region: Region) -> list[tuple[str, str]]:
             else ()
         ),
         *(("const float *", f"a->extra[{i}]") for i in range(len(region.extras))),
-        ("float *", "a->y"),
+        ("uint8_t *" if region.is_quantized else "float *", "a->y"),
         ("int32_t", "a->rows"),
         ("int32_t", "a->panel_begin"),
         ("int32_t", "a->panel_end"),

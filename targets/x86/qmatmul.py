@@ -180,11 +180,11 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
     after `ws` what zero points of the weights, less 128, are multiplied by to be subtracted, and
     those: `const int32_t *row_sums, const int32_t *wz`.  A region of several results stores those
     of one per call, in `y`, and takes that one's width and first column, `int32_t y_columns,
-    int32_t y_first`, at the end.
+    int32_t y_first`, at the end.  Where the last step quantizes, `y` is `uint8_t *`.
     """
     k, n, unit = region.size("K"), region.size("N"), unit_of(isa)
     per_tensor, shifted = region.anchor != "QMatMulW8A8", region.anchor == "QMatMulU8U8"
-    extra_count = len(region.extras)
+    extra_count, y_type = len(region.extras), "uint8" if region.is_quantized else "float32"
     extra_parameters = [Parameter(f"extra{i}", "float32") for i in range(extra_count)]
 
     def body(q: Expr, s: Expr, weights: Expr, init: Expr, ws: Expr, *rest: Expr) -> None:
@@ -206,7 +206,9 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
                     for extra, kind in zip(extras, region.extras, strict=True)
                 ]
                 result = apply_steps(unit, region, anchor, values)
-                store_lanes(y, result, row * y_columns + (column - y_first), count)
+                if region.is_quantized:
+                    result = tir.cast("uint8x16", unit.round_to_int32(result))
+                store_lanes(y, result, row * y_columns + (column - y_first), count, y_type)
 
         Loops(k, n, isa, Operands(q, weights, init, rows, begin, end), finish).emit()
 
@@ -219,7 +221,7 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
             Parameter("ws", "float32"),
             *(Parameter(name, "int32") for name in ("row_sums", "wz") if shifted),
             *extra_parameters,
-            Parameter("y", "float32"),
+            Parameter("y", y_type),
             *_RANGE,
             *(_PART if region.widths else ()),
         ],

@@ -28,6 +28,7 @@ __all__ = [
     "horner",
     "load_lanes",
     "maxima_of",
+    "nearest",
     "offset_by_128",
     "polynomial",
     "store_lanes",
@@ -155,6 +156,11 @@ def first_lanes(value: Expr, count: int) -> Expr:
     return tir.select(tir.lanes(0) < tir.broadcast(count), value, tir.broadcast(0.0))
 
 
+def nearest(value: Expr) -> Expr:
+    """The nearest whole number, ties to even."""
+    return tir.intrinsic("float32x16", "llvm.rint.v16f32", value)
+
+
 def fma(a: Expr, b: Expr, c: Expr) -> Expr:
     """A * b + c, rounded once."""
     return tir.intrinsic("float32x16", "llvm.fma.v16f32", a, b, c)
@@ -179,6 +185,7 @@ class VectorUnit(ABC):
     broadcast = staticmethod(broadcast)
     maximum = staticmethod(maximum)
     minimum = staticmethod(minimum)
+    nearest = staticmethod(nearest)
 
     depth = 4
     """Rows of K whose products `dot_product_u8s8` adds in each lane."""
@@ -231,6 +238,16 @@ class VectorUnit(ABC):
         error = fma(value * estimate.value, estimate.value, tir.broadcast(-1.0))
         return fma(half.value, error, estimate.value)
 
+    def quotient(self, value: Expr, divisor: Expr) -> Expr:
+        """`value` / `divisor`, correctly rounded (see `quantize.py`); NaN from 2^128 on.
+
+        Takes a division of the divisor alone, which LLVM does once for all rows of a tile.
+        """
+        inverse = Register("float32", tir.broadcast(1.0) / divisor)
+        near = Register("float32", value * inverse.value)
+        error = fma(near.value, tir.broadcast(0.0) - divisor, value)
+        return fma(error, inverse.value, near.value)
+
     def reciprocal(self, value: Expr) -> Expr:
         """1 / value to 2 ulp: an estimate and one Newton step, a fifth of a division."""
         estimate = Register("float32", self.reciprocal_estimate(value))
@@ -270,6 +287,6 @@ class VectorUnit(ABC):
     def _exp2(self, value: Expr) -> Expr:
         bounded = tir.maximum(tir.minimum(value, tir.broadcast(126.0)), tir.broadcast(-126.0))
         power = Register("float32", bounded)
-        whole = Register("float32", tir.intrinsic("float32x16", "llvm.rint.v16f32", power.value))
+        whole = Register("float32", nearest(power.value))
         fraction = Register("float32", power.value - whole.value)
         return self.times_power_of_two(polynomial(fraction.value, _EXP2), whole.value)

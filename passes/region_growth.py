@@ -1,0 +1,141 @@
+"""What a region of `fuse_regions` grows by: the node that reads its result, as one more step.
+
+y = Add(p, DQ(b))                   =>   Step("Add", (i, -j)), b as floats of each channel
+y = QuantizeLinear(p, scale, zero)  =>   Step("QuantizeLinear", (i, -j, -k)), both likewise
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.ir.graph import constant, dequantize_of, new_initializer, same_shape
+from qcompiler.ir.region import HALF, QUANTIZATION, ExtraKind, Region, Step
+from qcompiler.passes.widen_constants import dequantized_constant
+
+__all__ = ["Growth", "per_channel", "try_extend"]
+
+_DEFAULTS = frozenset({("Gelu", "approximate", "none")})
+"""Attributes written out with their default value name no other kernel."""
+
+_SCALES = (2.0**-100, 2.0**100)
+"""Of which kernels can take the reciprocal, and divide by that."""
+
+
+@dataclasses.dataclass
+class Growth:
+    """A region while it grows, with the graph objects it stands for."""
+
+    region: Region
+    inputs: list[ir.Value | None]
+    extras: list[ir.Value]
+    covered: list[ir.Node]
+
+    @property
+    def was_dequantized(self) -> bool:
+        """Whether the last step is a DequantizeLinear."""
+        return bool(self.region.steps) and self.region.steps[-1].op == "DequantizeLinear"
+
+    @property
+    def values(self) -> list[ir.Value]:
+        """The anchor's result and that of each step."""
+        results = [node.outputs[0] for node in self.covered]
+        return results[len(results) - len(self.region.steps) - 1 :]
+
+
+def try_extend(growth: Growth, reader: ir.Node) -> Growth | None:
+    """The growth with `reader` as its next step, or None if it or its operands do not fit."""
+    values, region = growth.values, growth.region
+    result = values[-1]
+    if reader.domain != "" or reader.graph is not growth.covered[0].graph:
+        return None
+    if len(reader.outputs) != 1 or not same_shape(reader.outputs[0], result):
+        return None
+    if reader.op_type == "Cast":
+        return None  # between two types a region ends
+    if reader.op_type in QUANTIZATION and not _is_by_constants(reader, region):
+        return None
+    args: list[int] = []
+    extras, kinds = list(growth.extras), list(region.extras)
+    operands, bounds = _bounds(reader)
+    if operands is None:
+        return None
+    for operand in operands:
+        if operand in values:
+            args.append(values.index(operand))
+            continue
+        kind = _extra_kind(operand, result, region)
+        if kind is None or operand is None:
+            return None
+        if kind == "tensor" and growth.was_dequantized and dequantize_of(operand) is not None:
+            return None  # ORT's integer forms, such as QLinearAdd, read 8 bits
+        extras.append(operand)
+        kinds.append(kind)
+        args.append(-len(extras))
+    if reader.op_type in ("Add", "Mul"):
+        args.sort(reverse=True)
+    attributes = tuple(
+        (key, attribute.value)
+        for key, attribute in sorted(reader.attributes.items())
+        if reader.op_type not in QUANTIZATION
+        and (reader.op_type, key, attribute.value) not in _DEFAULTS
+    )
+    step = Step(reader.op_type, tuple(args), attributes + bounds)
+    grown = dataclasses.replace(region, extras=tuple(kinds), steps=(*region.steps, step))
+    return Growth(grown, growth.inputs, extras, [*growth.covered, reader])
+
+
+def _bounds(
+    reader: ir.Node,
+) -> tuple[Sequence[ir.Value | None] | None, tuple[tuple[str, float], ...]]:
+    """The operands of a step, and the constant bounds of a Clip as attributes.
+
+    ONNX has them as inputs since opset 11; None for operands if they are not constant.
+    """
+    if reader.op_type != "Clip":
+        return reader.inputs, ()
+    found = []
+    for name, value in zip(("min", "max"), reader.inputs[1:], strict=False):
+        if value is not None:
+            array = constant(value)
+            if array is None or array.size != 1:
+                return None, ()
+            found.append((name, float(array.item())))
+    return reader.inputs[:1], tuple(found)
+
+
+def _extra_kind(operand: ir.Value | None, result: ir.Value, region: Region) -> ExtraKind | None:
+    dtype = ir.DataType.FLOAT16 if HALF in region.flags else ir.DataType.FLOAT
+    if operand is None or operand.dtype not in (dtype, ir.DataType.UINT8):
+        return None
+    array = dequantized_constant(operand)
+    if array is not None:
+        fits = array.size == 1 or array.shape == (region.size("N"),)
+        return "channel" if fits and array.ndim <= 1 else None
+    fits = operand.dtype is dtype and same_shape(operand, result)
+    return "tensor" if fits else None
+
+
+def _is_by_constants(node: ir.Node, region: Region) -> bool:
+    """Whether a Q or DQ of uint8 has one scale and zero point, of which a kernel makes floats."""
+    stored = node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
+    if HALF in region.flags or len(node.inputs) < 3 or stored is None:
+        return False
+    scale, zero = (constant(value) for value in node.inputs[1:])
+    if scale is None or zero is None or stored.dtype is not ir.DataType.UINT8:
+        return False
+    low, high = _SCALES
+    return scale.size == zero.size == 1 and bool(low <= scale.item() <= high)
+
+
+def per_channel(graph: ir.Graph, operand: ir.Value, region: Region) -> ir.Value:
+    """A constant as one float per channel; a scalar is repeated."""
+    width, array = region.size("N"), dequantized_constant(operand)
+    assert array is not None
+    dtype = np.float16 if HALF in region.flags else np.float32
+    if array.shape == (width,) and array.dtype == dtype and constant(operand) is not None:
+        return operand
+    return new_initializer(graph, f"{operand.name}_per_channel", np.full(width, array, dtype))
