@@ -61,6 +61,13 @@ _TOKEN_TO_INT8 = (
 """
 )
 
+_TOKEN_TO_FP8 = (
+    _SCALE_OF_TOKEN.replace("{top}", "448.0")
+    + """
+    q = QuantizeLinear <axis = -1, {block_size}, output_dtype = 17> ({x}, s)
+"""
+)
+
 _SHIFTED = """
     middle = Constant <value = uint8 {128}> ()
     bytes = Cast <to = 2> (w)
@@ -91,10 +98,7 @@ _QUANTIZE_FP8 = DialectOp(
     types=(("q", ir.DataType.FLOAT8E4M3FN),),
     shapes=_TOKENS,
     wide=("s",),
-    body=_SCALE_OF_TOKEN.replace("{top}", "448.0").replace("{x}", "x")
-    + """
-    q = QuantizeLinear <axis = -1, {block_size}, output_dtype = 17> (x, s)
-""",
+    body=_TOKEN_TO_FP8.replace("{x}", "x"),
 )
 
 _W8A8 = DialectOp(
@@ -212,20 +216,22 @@ _RMS_NORM = """
 """
 
 
-def _norm(name: str, body: str, parameters: tuple[str, ...], residual: bool) -> DialectOp:
+def _norm(name: str, body: str, parameters: tuple[str, ...]) -> DialectOp:
     """A norm of `x`, or of `x = a + b`, and the `Quantize` of its result.
 
     With the flag "smoothed" what is quantized is the product with one extra operand per channel.
     """
+    residual, is_fp8 = name.startswith("Add"), name.endswith("Fp8")
+    quantized = _TOKEN_TO_FP8 if is_fp8 else _TOKEN_TO_INT8
     body = ("    x = Sum (a, b)" if residual else "") + body
-    smoothed = f"{body}    z = Mul (y, extra0)\n" + _TOKEN_TO_INT8.replace("{x}", "z")
-    plain = body + _TOKEN_TO_INT8.replace("{x}", "y")
+    smoothed = f"{body}    z = Mul (y, extra0)\n" + quantized.replace("{x}", "z")
+    plain = body + quantized.replace("{x}", "y")
     return DialectOp(
         name=name,
         inputs=(*(("a", "b") if residual else ("x",)), *parameters),
         outputs=(*(("x",) if residual else ()), "y", "q", "s"),
         attributes=("epsilon", "block_size"),
-        types=(("q", ir.DataType.UINT8),),
+        types=(("q", ir.DataType.FLOAT8E4M3FN if is_fp8 else ir.DataType.UINT8),),
         shapes=(
             *((name, "* block_size") for name in ("x", "y", "q")),
             *((name, "block_size") for name in parameters),
@@ -238,11 +244,14 @@ def _norm(name: str, body: str, parameters: tuple[str, ...], residual: bool) -> 
     )
 
 
-_NORMS = (
-    _norm("LayerNorm", _LAYER_NORM, ("gamma", "beta"), residual=False),
-    _norm("AddLayerNorm", _LAYER_NORM, ("gamma", "beta"), residual=True),
-    _norm("RMSNorm", _RMS_NORM, ("gamma",), residual=False),
-    _norm("AddRMSNorm", _RMS_NORM, ("gamma",), residual=True),
+_NORMS = tuple(
+    _norm(f"{residual}{name}{kind}", body, parameters)
+    for kind in ("", "Fp8")
+    for name, body, parameters in (
+        ("LayerNorm", _LAYER_NORM, ("gamma", "beta")),
+        ("RMSNorm", _RMS_NORM, ("gamma",)),
+    )
+    for residual in ("", "Add")
 )
 
 _ATTENTION = DialectOp(

@@ -40,9 +40,11 @@ from qcompiler.passes.float16_rules import (
     kept_nodes,
     touches_floats,
 )
+from qcompiler.passes.float16_scales import note_small_scales
 from qcompiler.passes.float16_types import following_inputs, following_outputs, reads_any_type
 from qcompiler.passes.mask_constants import clamp_masks
 from qcompiler.passes.product_error import Sampler
+from qcompiler.passes.widen_floats import drop_idle_casts
 
 __all__ = ["FLOAT_TYPES", "ConvertFloat16", "check_float_type"]
 
@@ -129,9 +131,11 @@ class ConvertFloat16(ir.passes.InPlacePass):
         for node, reason in kept.items():
             if reason:
                 add_note(node, reason)
+        note_small_scales(node for node in nodes if node not in kept)
         conversion = _Conversion(model, [n for n in nodes if n not in kept])
         changed |= conversion.run(nodes)
         changed |= round_borders(nodes, beyond, conversion.as_type)
+        changed |= drop_idle_casts(model)
         if changed:
             common.RemoveUnusedNodesPass()(model)
             FixNames()(model)

@@ -4,7 +4,8 @@
 2. Numbers that count: what is computed from integers, as positions are, until something else joins
    in; what integers are made of; angles.  Float16 is exact up to 2048, and 1000.5 is 1000.
 3. Means of squares, from x up to what is divided by them: squares leave the range where x does not.
-4. Constants beyond the range; below it, where all of one is, or any of a divisor.
+4. Constants beyond the range; below it, where all of one is, or any of a divisor, or a column of
+   scales loses too much.
 5. What the source itself widened from another type.
 6. What lies between float32 nodes alone: casts would be all that float16 brings it.  Ops of ours
    count where no kernel takes the casts in.
@@ -15,7 +16,7 @@ Part of `convert_float16`.
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -24,8 +25,10 @@ from numpy.typing import NDArray
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.graph import constant, every_node
+from qcompiler.passes.float16_norms import norms_in_float32
+from qcompiler.passes.float16_scales import unfit_scales
 from qcompiler.passes.float16_types import HALF_OPS, IN_HALF, following_inputs, reads_any_type
-from qcompiler.passes.match_norms import Norm, match_norm
+from qcompiler.passes.widen_floats import SOURCE_BORDER
 
 __all__ = ["BORDER", "MOVING", "Kept", "keep_between", "kept_nodes", "touches_floats"]
 
@@ -53,10 +56,6 @@ _ARITHMETIC = MOVING | {
     "Reciprocal", "Round", "Sign", "Sqrt", "Sub", "Where",
 }  # fmt: skip
 _ANGLES = ("Sin", "Cos")
-_TO_ROOT = frozenset({
-    "Add", "Clip", "Div", "Expand", "Max", "Mul", "Pow", "Reciprocal", "Reshape", "Sqrt",
-    "Unsqueeze",
-})  # fmt: skip
 _COUNTERS = frozenset({
     ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64,
     ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64,
@@ -77,11 +76,18 @@ def kept_nodes(model: ir.Model) -> Kept:
     kept: Kept = {}
     for node in nodes:
         reason = _without_kernel(node)
+        if reason is None and dialect.is_ours(node.domain):
+            reason = unfit_scales(node)
         if reason is None and not reads_any_type(node):
             reason = _unfit_constant(node, opset)
         if reason is not None:
             kept[node] = reason
-    for group in (_counting(nodes), _making_integers(nodes), _norms(nodes), _widened(nodes)):
+    for group in (
+        _counting(nodes),
+        _making_integers(nodes),
+        norms_in_float32(nodes),
+        _widened(nodes),
+    ):
         for node, reason in group.items():
             kept.setdefault(node, reason)
     return kept
@@ -238,58 +244,6 @@ def _is_fixed(value: ir.Value | None) -> bool:
     return constant(value) is not None
 
 
-def _norms(nodes: Sequence[ir.Node]) -> Kept:
-    """Case 3."""
-    kept: Kept = {}
-    for node in nodes:
-        norm = match_norm(node)
-        if isinstance(norm, Norm) and len(norm.nodes) > 1:
-            kept.update(dict.fromkeys(norm.nodes, "float32: a part of RMSNorm"))
-        elif (pieces := _mean_of_squares(node)) is not None:
-            pieces += list(_up_to_division(node))
-            kept.update(dict.fromkeys(pieces, f"float32: {node.op_type} of squares"))
-    return kept
-
-
-def _mean_of_squares(node: ir.Node) -> list[ir.Node] | None:
-    """The nodes that make the squares `node` sums, and it; None if it sums none."""
-    if node.domain != "":
-        return None
-    if node.op_type in ("ReduceL2", "ReduceSumSquare"):
-        return [node]
-    if node.op_type not in ("ReduceMean", "ReduceSum"):
-        return None
-    square = _maker(node, 0)
-    if square is None or square.domain != "" or len(square.inputs) != 2:
-        return None
-    power = constant(square.inputs[1])
-    is_pow = square.op_type == "Pow" and power is not None and power.size == 1 and power == 2
-    if not is_pow and not (square.op_type == "Mul" and square.inputs[0] is square.inputs[1]):
-        return None
-    pieces = [square, node]
-    centred = _maker(square, 0)
-    if centred is not None and centred.op_type == "Sub":
-        mean = _maker(centred, 1)
-        if mean is not None and mean.op_type == "ReduceMean":
-            pieces += [mean, centred]
-    return pieces
-
-
-def _up_to_division(node: ir.Node) -> Iterator[ir.Node]:
-    """What makes a root of the sum, and multiplies or divides by it."""
-    found, seen = [node.outputs[0]], {node}
-    for value in found:
-        for reader in dict.fromkeys(use.node for use in value.uses()):
-            if reader.domain != "" or reader.op_type not in _TO_ROOT or reader in seen:
-                continue
-            seen.add(reader)
-            others = [v for v in reader.inputs if v is not None and v is not value]
-            joins = any(v.dtype is _F and not _is_fixed(v) for v in others)
-            yield reader
-            if not joins:
-                found.append(reader.outputs[0])
-
-
 def _widened(nodes: Sequence[ir.Node]) -> Kept:
     """Case 5: from a Cast to float32 of what was computed in another float type."""
     kept: Kept = {}
@@ -303,7 +257,7 @@ def _widened(nodes: Sequence[ir.Node]) -> Kept:
             and source.dtype not in (_F, None)
             and source.dtype.is_floating_point()
             and source.producer() is not None
-            and decision_of(node).why != BORDER
+            and decision_of(node).why not in (BORDER, SOURCE_BORDER)
         )
         if starts or any(value in wide for value in node.inputs):
             kept[node] = "float32: the source widens it from " + (

@@ -21,7 +21,7 @@ from qcompiler.ir.attention import PRECISIONS
 from qcompiler.ir.decisions import decide, decision_of, region_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import new_initializer, replace_nodes
-from qcompiler.ir.region import Region
+from qcompiler.ir.region import HALF, Region
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.match_attention import Attention, Mismatch, match_attention
 from qcompiler.passes.outlining import RegionPass, outline
@@ -93,7 +93,8 @@ class FuseAttention(RegionPass):
         if precision is None:
             quantized = all(_is_quantized(operand.value) for operand in found.operands)
             precision = "int8" if quantized else "float32"
-        flags = (*found.flags, *PRECISIONS[precision])
+        half = found.operands[0].value.dtype is ir.DataType.FLOAT16
+        flags = (*found.flags, *PRECISIONS[precision], *((HALF,) if half else ()))
         region = Region(anchor, (("D", found.depth),), flags=flags)
         if (missing := self.supports(region)) is not None:
             decide(softmax, "float", missing)

@@ -20,6 +20,10 @@ from qcompiler.ir.graph import constant, every_node, only_consumer, replace_node
 __all__ = ["FuseGelu"]
 
 
+_ROUNDED = 2e-4
+"""So far from their numbers the constants of a model in float16 are."""
+
+
 class FuseGelu(ir.passes.InPlacePass):
     """Replace an erf-form GELU by `Gelu` (opset 20)."""
 
@@ -108,5 +112,5 @@ def _is_scalar(value: ir.Value | None, number: float) -> bool:
     return (
         array is not None
         and array.ndim == 0
-        and bool(np.isclose(np.asarray(array, np.float64).item(), number, rtol=1e-4))
+        and bool(np.isclose(np.asarray(array, np.float64).item(), number, rtol=_ROUNDED))
     )

@@ -4,7 +4,13 @@
         =>   x, y, q, s = AddLayerNorm_K384(a, b, gamma, beta)
 
 with those of the four outputs that are read elsewhere; RMSNorm likewise (see `match_norms`).  What
-is quantized may be y times one factor per channel (see `smooth_activations`).  Runs after
+is quantized may be y times one factor per channel (see `smooth_activations`).  A norm in float16 is
+a region in float16, and so is one in float32 between Casts from it and to it (`half_norms`):
+
+    y = Cast <to = FLOAT16> (RMSNorm(Cast <to = FLOAT> (x), gamma))
+        =>   y = RMSNorm_K576_f16(x, gamma)
+
+Runs after
 `fuse_regions`, so that a residual that an epilogue takes, where adding it moves no bytes, is gone
 by then, and what is left to absorb is an Add of its own.
 """
@@ -12,14 +18,16 @@ by then, and what is left to absorb is an Add of its own.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.decisions import decide, region_of
 from qcompiler.ir.graph import constant, new_initializer, only_consumer, same_shape
-from qcompiler.ir.region import Region
+from qcompiler.ir.region import HALF, Region
 from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.half_norms import between_casts
 from qcompiler.passes.match_norms import Norm, match_norm
 from qcompiler.passes.outlining import RegionPass, drop_unused_functions, outline
 
@@ -35,7 +43,7 @@ class FuseNorms(RegionPass):
         for node in list(model.graph):
             norm = match_norm(node)
             if isinstance(norm, Norm):
-                reason = self._outline(model, norm)
+                reason = self._outline(model, between_casts(norm) or norm)
                 outlined += reason is None
             else:
                 reason = norm
@@ -113,7 +121,7 @@ def _quantize(norm: Norm) -> tuple[ir.Node | None, ir.Node | None]:
 
 def _quantizes(node: ir.Node, norm: Norm) -> bool:
     region = region_of(node)
-    quantizes = isinstance(region, Region) and region.anchor == "Quantize"
+    quantizes = isinstance(region, Region) and region.anchor in ("Quantize", "QuantizeFp8")
     if not quantizes or node.graph is not norm.nodes[-1].graph:
         return False
     assert isinstance(region, Region)
@@ -126,8 +134,13 @@ def _smoothing(node: ir.Node, norm: Norm) -> ir.Value | None:
         return None
     factor = next((value for value in node.inputs if value is not norm.result), None)
     array = constant(factor)
-    fits = array is not None and array.shape == (norm.depth,) and array.dtype == np.float32
+    fits = array is not None and array.shape == (norm.depth,) and array.dtype == _dtype(norm)
     return factor if fits else None
+
+
+def _dtype(norm: Norm) -> np.dtype[Any]:
+    """What is read and made."""
+    return np.dtype(np.float16 if norm.x.dtype is ir.DataType.FLOAT16 else np.float32)
 
 
 def _is_read(value: ir.Value, inside: list[ir.Node]) -> bool:
@@ -136,24 +149,29 @@ def _is_read(value: ir.Value, inside: list[ir.Node]) -> bool:
 
 
 def _region(found: _Found) -> Region:
-    norm = found.norm
+    norm, quantize = found.norm, region_of(found.quantize) if found.quantize else None
+    to_fp8 = isinstance(quantize, Region) and quantize.anchor == "QuantizeFp8"
+    half = (HALF,) if norm.x.dtype is ir.DataType.FLOAT16 else ()
     return Region(
-        ("Add" if found.add else "") + norm.op,
+        ("Add" if found.add else "") + norm.op + ("Fp8" if to_fp8 else ""),
         (("K", norm.depth),),
         extras=("channel",) if found.smooth else (),
         outputs=tuple(found.results),
         attributes=(("epsilon", norm.epsilon),),
-        flags=("smoothed",) if found.smooth else (),
+        flags=(*half, *(("smoothed",) if found.smooth else ())),
     )
 
 
 def _replace(model: ir.Model, found: _Found) -> None:
     """Put a call of the region where the first of its nodes stands: all it reads is there."""
     norm, results, graph = found.norm, list(found.results.values()), model.graph
-    operands = [*(found.add.inputs if found.add else (norm.x,)), norm.gamma]
-    if norm.op == "LayerNorm":
-        zeros = np.zeros(norm.depth, np.float32)
-        operands.append(norm.beta or new_initializer(graph, f"{norm.gamma.name}_zeros", zeros))
+    operands = list(found.add.inputs if found.add else (norm.x,))
+    operands.append(_parameter(graph, norm.gamma, norm))
+    if norm.op == "LayerNorm" and norm.beta is not None:
+        operands.append(_parameter(graph, norm.beta, norm))
+    elif norm.op == "LayerNorm":
+        zeros = np.zeros(norm.depth, _dtype(norm))
+        operands.append(new_initializer(graph, f"{norm.gamma.name}_zeros", zeros))
     if found.smooth:
         operands.append(_smoothing(found.smooth, norm))
     new = outline(model, _region(found), operands, like=norm.nodes[-1])
@@ -162,3 +180,12 @@ def _replace(model: ir.Model, found: _Found) -> None:
     decide(new, "body", f"fused with {' and '.join(fused)}" if fused else "outlined")
     old = found.nodes
     ir.convenience.replace_nodes_and_values(graph, old[0], old, [new], results, list(new.outputs))
+
+
+def _parameter(graph: ir.Graph, value: ir.Value, norm: Norm) -> ir.Value:
+    """A constant in the type of what is read; one in float32 is rounded."""
+    array = constant(value)
+    assert array is not None
+    if array.dtype == _dtype(norm):
+        return value
+    return new_initializer(graph, f"{value.name}_float16", array.astype(_dtype(norm)))

@@ -107,8 +107,8 @@ def match_attention(softmax: ir.Node) -> Attention:
 def _require(value: ir.Value | None) -> ir.Value:
     if value is None:
         raise Mismatch("an operand is missing")
-    if value.dtype is not ir.DataType.FLOAT:
-        raise Mismatch(f"{value.name} is {value.dtype}, not FLOAT")
+    if value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
+        raise Mismatch(f"{value.name} is {value.dtype}, not FLOAT or FLOAT16")
     return value
 
 

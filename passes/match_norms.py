@@ -11,6 +11,7 @@ or `Mul(x, Div(1, r))`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -71,17 +72,19 @@ def _match_op(node: ir.Node) -> Norm | str:
         return "normalizes more than the last axis"
     if any(value.uses() or value.is_graph_output() for value in node.outputs[1:]):
         return "its mean or deviation is read"
-    if reason := _unfit(x, gamma, beta):
+    if reason := _unfit(x, gamma, beta, types=(ir.DataType.FLOAT, ir.DataType.FLOAT16)):
         return reason
     op = "LayerNorm" if node.op_type == "LayerNormalization" else "RMSNorm"
     epsilon = float(np.float32(node.attributes.get_float("epsilon", 1e-5)))
     return Norm(op, x, gamma, beta, epsilon, [node])
 
 
-def _unfit(x: ir.Value, *parameters: ir.Value | None) -> str:
+def _unfit(
+    x: ir.Value, *parameters: ir.Value | None, types: Sequence[ir.DataType] = (ir.DataType.FLOAT,)
+) -> str:
     """Why there is no kernel for these operands, or "" if there may be one."""
     depth = x.shape[-1] if x.shape is not None and len(x.shape) else None
-    if x.dtype is not ir.DataType.FLOAT:
+    if x.dtype not in types:
         return f"{x.dtype} is normalized in float"
     if not isinstance(depth, int):
         return "the length of its last axis is not known"
@@ -91,8 +94,8 @@ def _unfit(x: ir.Value, *parameters: ir.Value | None) -> str:
         array = constant(parameter)
         if array is None:
             return f"{parameter.name} is no constant"
-        if array.shape != (depth,) or array.dtype != np.float32:
-            return f"{parameter.name} is not one float32 per channel"
+        if array.shape != (depth,) or parameter.dtype is not x.dtype:
+            return f"{parameter.name} is not one {x.dtype} per channel"
     return ""
 
 

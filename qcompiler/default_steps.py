@@ -38,6 +38,8 @@ from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.shift_weights import ShiftWeights
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.passes.split_outliers import SplitOutliers
+from qcompiler.passes.use_ort_attention import UseOrtAttention
+from qcompiler.passes.widen_floats import WidenFloats
 from qcompiler.recipe import Recipe
 from qcompiler.step import Step
 from qcompiler.targets import catalog
@@ -81,6 +83,7 @@ def default_steps(
     chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
     return [
         Step("canonicalize", Canonicalize(), Stage.FLOAT),
+        Step("widen-floats", WidenFloats(floats.type == "fp16"), Stage.FLOAT),
         Step("lift-qoperators", LiftQOperators(lifted), Stage.FLOAT),
         Step("normalize-qdq", NormalizeQDQ(), Stage.FLOAT),
         Step("fuse-batchnorm", FuseBatchNorm(), Stage.FLOAT),
@@ -121,6 +124,12 @@ def default_steps(
         Step("convert-float16", ConvertFloat16(runs.sample, floats), Stage.QUANTIZED, "target"),
         Step("fuse-regions", FuseRegions(supports), Stage.KERNEL, "target"),
         Step("fuse-norms", FuseNorms(supports), Stage.KERNEL, "target"),
+        Step(
+            "use-ort-attention",
+            UseOrtAttention(target.arch == "cuda"),
+            Stage.KERNEL,
+            "target",
+        ),
         Step(
             "fuse-attention",
             FuseAttention(supports, attention),

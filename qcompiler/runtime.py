@@ -9,10 +9,9 @@ The same in plain ONNX Runtime:
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import platform
+import types
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -256,7 +255,14 @@ def _has_cuda() -> bool:
 
 def _find_cuda(ort: Any) -> None:
     """Let ONNX Runtime find the CUDA libraries of wheels, which are not where the system looks."""
-    if hasattr(ort, "preload_dlls"):
-        # It prints what it does not find; if that is needed, opening the session says so.
-        with contextlib.redirect_stdout(io.StringIO()):
-            ort.preload_dlls()
+    preload = getattr(ort, "preload_dlls", None)
+    if preload is None:
+        return
+    # It prints what it does not find; if that is needed, opening the session says so.  It gets a
+    # print of its own: to redirect stdout would silence the other threads, too.
+    silent = types.FunctionType(
+        preload.__code__, {**preload.__globals__, "print": lambda *_, **__: None},
+        preload.__name__, preload.__defaults__, preload.__closure__,
+    )  # fmt: skip
+    silent.__kwdefaults__ = preload.__kwdefaults__
+    silent()

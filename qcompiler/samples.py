@@ -154,6 +154,11 @@ def check_sample(name: str, sample: Sample, inputs: Sequence[Any]) -> Sample:
                 f"{name} has no array for input {expected.name!r}, only {sorted(sample)}; save it "
                 f"with np.savez(file, {_keyword(expected.name)})"
             )
+        if expected.type == "tensor(bfloat16)":
+            raise CalibrationError(
+                f"{name}: input {expected.name!r} is bfloat16, which no .npz holds: export the "
+                "model with float16 or float32 inputs, or leave the samples out"
+            )
         wanted = _numpy_dtype(expected.type)
         if wanted is not None and array.dtype != wanted:
             raise CalibrationError(

@@ -120,7 +120,7 @@ class Nvrtc:
 def find_cubin_compiler() -> CubinCompiler:
     """The compiler to make cubins with.
 
-    nvcc on the PATH, of $CUDA_HOME or in /usr/local/cuda, if it is new enough and there is a C++
+    nvcc of $CUDA_HOME, on the PATH or in /usr/local/cuda, if it is new enough and there is a C++
     compiler for it; else NVRTC, if its wheels are installed.
 
     Raises:
@@ -138,10 +138,11 @@ def find_cubin_compiler() -> CubinCompiler:
 def _find_nvcc() -> Nvcc | str:
     """The first nvcc found, or why it will not do."""
     home = os.environ.get("CUDA_HOME")
-    places = (shutil.which("nvcc"), home and f"{home}/bin/nvcc", "/usr/local/cuda/bin/nvcc")
+    # Who sets CUDA_HOME means it; a PATH often has whatever came with the system.
+    places = (home and f"{home}/bin/nvcc", shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc")
     path = next((place for place in places if place and os.access(place, os.X_OK)), None)
     if path is None:
-        return "no nvcc on the PATH, in $CUDA_HOME or in /usr/local/cuda"
+        return "no nvcc in $CUDA_HOME, on the PATH or in /usr/local/cuda"
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     except OSError as error:

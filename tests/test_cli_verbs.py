@@ -248,7 +248,7 @@ def test_pass_keeps_external_data_complete():
         ([], 2, "give PASSES IN.onnx OUT.onnx, or --list"),
         (["canonicalize", MODEL], 2, "give PASSES IN.onnx OUT.onnx, or --list"),
         (["fold-qdf", MODEL, "o.onnx"], 1, "no pass 'fold-qdf'; did you mean 'fold-qdq'?"),
-        (["zzz", MODEL, "o.onnx"], 1, "no pass 'zzz'; one of canonicalize, lift-"),
+        (["zzz", MODEL, "o.onnx"], 1, "no pass 'zzz'; one of canonicalize, widen-"),
         (["fuse-regions", MODEL, "o.onnx"], 1, "depends on the target: add --target TARGET"),
         (["insert-qdq", MODEL, "o.onnx"], 1, "needs the plans of assign-precision"),
         (["canonicalize", MODEL, MODEL], 1, "is the input; name another file"),

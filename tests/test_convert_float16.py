@@ -1,11 +1,13 @@
 """convert-float16: what becomes float16, what stays, and that the numbers are good to its bits."""
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
 from golden import ORT_HEAD, assert_rewrites, assert_step, model_of, run, sqnr, text_of
 
 import qcompiler
+from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decision_of, decisions
 from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.ir.region import HALF
@@ -335,6 +337,27 @@ def test_layer_normalization_keeps_its_epsilon_and_sums_in_float32():
     )
     model = converted(text, {"x": X["x"] * np.asarray([[3000], [1], [1e-2]], np.float32)}, floor=60)
     assert types(model)["y"] == "FLOAT16"
+
+
+@pytest.mark.parametrize(("low", "half"), [("group", True), ("column", False), (None, True)])
+def test_scales_of_groups_below_the_range(low, half):
+    """Small ones beside larger ones are noted; a column of nothing else stays in float32."""
+    scales = np.full((2, 16), 0.01, np.float32)
+    scales[{"group": (0, slice(3)), "column": (slice(2), 3)}.get(low, (0, 0))] = (
+        0.01 if low is None else 3.3e-6
+    )
+    model = named(
+        "g (float[m,64] x) => (float[m,16] y) "
+        "{ y = qcompiler.QMatMulW4A16 <block_size = 32> (x, iw, scales) }",
+        iw=RNG.integers(-8, 8, (64, 16)).astype(ml_dtypes.int4), scales=scales,
+    )  # fmt: skip
+    dialect.type_results(model.graph[0], "QMatMulW4A16")
+    ConvertFloat16()(model)
+    (product,) = [node for node in model.graph if node.domain]
+    assert (product.inputs[2].dtype is ir.DataType.FLOAT16) == half
+    said = "its scales are as small as 3.3e-06, of which float16 has fewer bits"
+    assert (said in decision_of(product).why) == (low is not None)
+    assert ("float32: its scales" in decision_of(product).why) == (not half)
 
 
 def test_constants_out_of_range_keep_their_node():
@@ -667,11 +690,15 @@ def test_kernels_of_floats_take_no_regions_in_float16():
         assert sqnr(want, got) > 35
 
 
-def test_norms_and_attention_are_not_fused_in_float16():
+def test_norms_are_fused_in_float16():
     model = named(LAYERS, **MORE)
-    model = Pipeline.default("cuda-int8", supports=lambda region: None).run(model)
-    (norm,) = [node for node in model.graph if node.op_type == "LayerNormalization"]
-    assert decision_of(norm).why == "FLOAT16 is normalized in float"
+    supports = {True: None, False: "not in float16"}
+    model = Pipeline.default(
+        "cuda-int8", supports=lambda region: supports[HALF in region.flags]
+    ).run(model)  # fmt: skip
+    ops = [node.op_type for node in model.graph]
+    assert any(op.startswith("LayerNorm_K64_f16") for op in ops)
+    assert "LayerNormalization" not in ops
 
 
 def test_the_default_is_the_targets_and_the_recipe_has_the_last_word(tmp_path):

@@ -130,6 +130,18 @@ def test_nvcc_that_will_not_do(
         find_cubin_compiler()
 
 
+def test_cuda_home_goes_before_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("home", "path"):
+        (tmp_path / name).mkdir()
+        fake_nvcc(tmp_path / name, "V13.0.88")
+    monkeypatch.setenv("CUDA_HOME", f"{tmp_path}/home")
+    monkeypatch.setenv("PATH", f"{tmp_path}/path/bin:/bin:/usr/bin")
+    monkeypatch.setattr(cubin.shutil, "which", lambda name: f"{tmp_path}/path/bin/{name}")
+    found = find_cubin_compiler()
+    assert isinstance(found, Nvcc)
+    assert found.path == f"{tmp_path}/home/bin/nvcc"
+
+
 def test_nvcc_that_is_no_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nvcc(tmp_path, "")
     (tmp_path / "bin" / "nvcc").write_text("no program")

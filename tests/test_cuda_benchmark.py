@@ -16,11 +16,16 @@ from test_cuda_library import emulate, memory
 
 from qcompiler.ir.region import Region
 from qcompiler.targets import cuda
+from qcompiler.targets.cuda.norm_plan import NORMS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import cuda as benchmark
+import cuda_checkers
 import cuda_device
+import cuda_models
+import cuda_norms
+from cuda_graphs import Sizes
 
 H200 = Gpu()
 
@@ -53,10 +58,50 @@ def emulate_quantize(driver: Driver, region: Region) -> None:
         driver.know(launch.symbol, len(launch.parameters), run)
 
 
+def emulate_norm(driver: Driver, region: Region, spoilt: str = "") -> None:
+    k, fp8 = region.size("K"), region.anchor.endswith("Fp8")
+    for launch in cuda.launches(region, "sm_90a"):
+
+        def run(values: list[int], grid: Any, launch: cuda.Launch = launch) -> None:
+            given = dict(zip(launch.parameters, values, strict=True))
+            rows = given.pop("rows")
+
+            def at(name: str, *shape: int, kind: Any = np.float16) -> Any:
+                return memory(given[name], kind, *shape)
+
+            if "a" in given:
+                at("x", rows, k)[:] = at("a", rows, k).astype("f4") + at("b", rows, k)
+            x = at("x", rows, k).astype(np.float64)
+            x -= x.mean(1, keepdims=True) if "beta" in given else 0
+            y = x / np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-5) * at("gamma", k)
+            at("y", rows, k)[:] = y + (at("beta", k) if "beta" in given else 0)
+            z = at("y", rows, k).astype("f4") * (at("extra0", k) if "extra0" in given else 1)
+            s = np.abs(z).max(1, keepdims=True) / np.float32(448 if fp8 else 127)
+            at("s", rows, 1, kind=np.float32)[:] = s
+            kind = ml_dtypes.float8_e4m3fn if fp8 else np.uint8
+            at("q", rows, k, kind=kind)[:] = (z / s).astype(kind) if fp8 else np.rint(z / s) + 128
+            if spoilt:
+                at(spoilt, rows, 1 if spoilt == "s" else k, kind={"s": np.float32, "q": kind}.get(
+                    spoilt, np.float16))[-1] = 3  # fmt: skip
+
+        driver.know(launch.symbol, len(launch.parameters), run)
+
+
+@pytest.mark.parametrize("spoilt", ["x", "y", "q", "s"])
+def test_wrong_norms(spoilt: str, bench: Bench) -> None:
+    driver, (region, *_) = bench.driver(H200), cuda_norms.norms_to_check()
+    emulate_norm(driver, region, spoilt)
+    kernels = on(driver).kernels(region)
+    rng = np.random.default_rng(0)
+    assert not cuda_norms.NormProblem(kernels, 5, rng).error(rng) <= benchmark.TOLERANCE
+
+
 def emulate_all(driver: Driver, but: str = "") -> None:
     for region in benchmark.regions_to_check(small=True):
         if region.anchor.startswith("Quantize"):
             emulate_quantize(driver, region)
+        elif region.anchor in NORMS:
+            emulate_norm(driver, region)
         elif region.name != but:
             emulate(driver, region, "sm_90a")
 
@@ -133,11 +178,14 @@ def test_times_and_the_file(
         sys, "argv", ["cuda.py", "--json", str(out), "--driver", str(driver.path), "--seed", "3"]
     )
     clean = {"memcheck": "========= ERROR SUMMARY: 0 errors"}
-    monkeypatch.setattr(benchmark, "sanitize", lambda arguments: clean)
+    monkeypatch.setattr(benchmark, "sanitize", lambda script, arguments: clean)
+    models = [{"model": "m", "contender": "c", "milliseconds": 1.0}]
+    monkeypatch.setattr(benchmark, "whole_models", lambda: models)
     benchmark.main()
     found = json.loads(out.read_text())
     assert (found["device"], found["arch"], found["driver"]) == ("Stand-in", "sm_90a", "13.0")
     assert found["compiler"] == "no compiler"
+    assert found["models"] == models
     bandwidth, *rows = found["times"]
     assert bandwidth["copy_bytes_per_second"] == pytest.approx(2 * 4096 / (1e-3 / 4))
     assert [row["rows"] for row in rows] == [1, 16, 128, 512, 256, 256]
@@ -178,6 +226,7 @@ def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ERROR SUMMARY: 10 errors", True),
         ("RACECHECK SUMMARY: 2 hazards displayed (2 errors, 0 warnings)", True),
         ("no summary, exit status 1", True),
+        ("stopped after 180 s", False),
     ],
 )
 def test_what_a_checker_says(said: str, bad: bool) -> None:
@@ -185,5 +234,34 @@ def test_what_a_checker_says(said: str, bad: bool) -> None:
 
 
 def test_without_the_sanitizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark.shutil, "which", lambda name: None)
-    assert benchmark.sanitize([]) == {"compute-sanitizer": "not installed"}
+    monkeypatch.setattr(cuda_checkers.shutil, "which", lambda name: None)
+    assert cuda_checkers.sanitize(Path("x.py"), []) == {"compute-sanitizer": "not installed"}
+
+
+def test_a_checker_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(cuda_checkers.shutil, "which", lambda name: str(program))
+    monkeypatch.setattr(cuda_checkers, "PATIENCE", 0.2)
+    found = cuda_checkers.sanitize(Path("x.py"), [])
+    assert set(found.values()) == {"stopped after 0.2 s"}
+
+
+def test_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each form of each, small and on the CPU: that it is built, converted, compiled and run."""
+    small = {
+        "decode": (cuda_models.decoder, Sizes("d", 1, 64, 4, 2, 128, 100), {"past": 3}),
+        "encode": (cuda_models.encoder, Sizes("e", 1, 64, 2, 2, 128, 100),
+                   {"batch": 2, "tokens": 5}),
+    }  # fmt: skip
+    monkeypatch.setattr(cuda_models, "CASES", small)
+    monkeypatch.setattr(cuda_models, "RUNS", 2)
+    rows = cuda_models.whole_models("CPUExecutionProvider", ("arm-int8", "nothing"))
+    assert [row["model"] for row in rows] == ["decode"] * 5 + ["encode"] * 5
+    for row in rows:
+        if row["contender"] == "nothing":
+            assert "unknown target 'nothing'" in row["problem"]
+        else:
+            assert row["milliseconds"] > 0, row
+    assert cuda_models.whole_models("NoneExecutionProvider") == []

@@ -38,6 +38,21 @@ REGIONS = {
     Region("QMatMulFp8", SIZES): ("sm_89", "sm_90a"),
     Region("Quantize", (("K", 4096),)): ("sm_80",),
     Region("QuantizeFp8", (("K", 4096),)): ("sm_89",),
+    Region(
+        "AddLayerNorm",
+        (("K", 4096),),
+        ("channel",),
+        outputs=("x", "y", "q", "s"),
+        attributes=(("epsilon", 1e-5),),
+        flags=("f16", "smoothed"),
+    ): ("sm_80", "sm_90a"),
+    Region(
+        "AddRMSNormFp8",
+        (("K", 576),),
+        outputs=("x", "q", "s"),
+        attributes=(("epsilon", 1e-5),),
+        flags=("f16",),
+    ): ("sm_89",),
 }
 ALL = [(region, arch) for region, archs in REGIONS.items() for arch in archs]
 PRODUCTS = [(region, arch) for region, arch in ALL if "N" in dict(region.sizes)]

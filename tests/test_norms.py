@@ -252,7 +252,7 @@ def test_pieces_that_others_read_stay(result):
         ),
         (
             f"{A} => ({Y}) {{ y = LayerNormalization (a, one) }}",
-            "one is not one float32 per channel",
+            "one is not one FLOAT per channel",
         ),
         (
             f"g (float[m,{K}] a, float[{K}] b) => (float[m,{K}] y) "

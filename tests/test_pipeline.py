@@ -332,7 +332,7 @@ def test_a_pass_without_a_name_is_called_as_its_class():
     names = [step.name for step in passes]
     assert names[names.index("fold-qdq") - 1 :][:3] == ["halve", "fold-qdq", "round-qdq-twice"]
     assert "fuse-gelu" not in names
-    assert repr(passes).startswith("Pipeline(canonicalize, lift-qoperators, ")
+    assert repr(passes).startswith("Pipeline(canonicalize, widen-floats, ")
     with pytest.raises(OptionError, match="rules have no name of their own: give one before them"):
         passes.insert_after("fold-qdq", RULE)
     with pytest.raises(OptionError, match="has a pass 'halve'"):
@@ -483,7 +483,8 @@ def test_numerics_of_the_default_passes(samples):
     Pipeline.default("arm-int8").run(mlp(), watchers=[numerics])
     changes = {change.step: change for change in numerics.changes}
     assert [step for step, change in changes.items() if change.rounds] == [
-        "round-tables", "awq", "hqq", "gptq", "insert-qdq", "round-to-nearest", "convert-float16",
+        "widen-floats", "round-tables", "awq", "hqq", "gptq", "insert-qdq", "round-to-nearest",
+        "convert-float16",
     ]  # fmt: skip
     assert not changes["convert-float16"].changed
     assert not changes["fuse-gelu"].changed

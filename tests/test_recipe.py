@@ -274,7 +274,7 @@ def test_bad_tables(tmp_path, text, message):
     ("passes", "message"),
     [
         ({"smooth-activation": {}}, "no pass 'smooth-activation'; did you mean 'smooth-activatio"),
-        ({"x": {}}, "passes: no pass 'x'; one of canonicalize, lift-qop"),
+        ({"x": {}}, "passes: no pass 'x'; one of canonicalize, widen-fl"),
         ({"smooth-activations": {"alfa": [0.5]}}, "no option 'alfa'; did you mean 'alpha'"),
         ({"smooth-activations": {"alpha": ["half"]}}, "alpha takes a number, not 'half'"),
         ({"smooth-activations": {"worth": True}}, "worth takes a number, not True"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from qcompiler.ir.region import QUANTIZATION, Region
+from qcompiler.targets.cuda.norm_plan import NORMS, unsupported_norm
 from qcompiler.targets.cuda.packing import packing
 from qcompiler.targets.epilogue import unsupported_epilogue
 
@@ -45,6 +46,7 @@ FAMILIES = {
     "QMatMulFp8": Family(("K", "N"), _WITH_FP8, 16),
     "Quantize": Family(("K",), _ALL, 8),
     "QuantizeFp8": Family(("K",), _WITH_FP8, 8),
+    **{norm: Family(("K",), _WITH_FP8 if norm.endswith("Fp8") else _ALL, 8) for norm in NORMS},
 }
 
 
@@ -64,6 +66,8 @@ def unsupported(region: Region) -> str | None:
         return f"K={k}: rows are loaded 16 bytes at a time, {family.row_multiple} elements"
     if "N" in family.sizes:
         return _unsupported_product(region)
+    if region.anchor in NORMS:
+        return unsupported_norm(region)
     return f"{region.anchor} takes no epilogue" if region.extras or region.steps else None
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda import device
 from qcompiler.targets.cuda.finish import combine_kernel
+from qcompiler.targets.cuda.norm import norm_kernel
+from qcompiler.targets.cuda.norm_plan import NORMS
 from qcompiler.targets.cuda.plan import Stream, launches, shapes_of
 from qcompiler.targets.cuda.products import product_of
 from qcompiler.targets.cuda.quantize import quantize_kernel
@@ -26,8 +28,9 @@ def kernels(region: Region, arch: str) -> dict[str, Any]:
     """The TIR of the kernels of a region, by the symbols they get."""
     found: dict[str, Any] = {}
     if "N" not in dict(region.sizes):
+        make = norm_kernel if region.anchor in NORMS else quantize_kernel
         return {
-            launch.symbol: quantize_kernel(region, launch.threads, launch.block_rows)
+            launch.symbol: make(region, launch.threads, launch.block_rows)
             for launch in launches(region)
         }
     by_warpgroup = arch == "sm_90a"

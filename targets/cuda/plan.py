@@ -16,6 +16,7 @@ import dataclasses
 
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda.launch import Launch
+from qcompiler.targets.cuda.norm_plan import NORMS, norm_launches
 from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, packing
 
 __all__ = [
@@ -145,6 +146,8 @@ def _tile(region: Region, rows: int, max_rows: int | None) -> Tile:
 
 def launches(region: Region) -> tuple[Launch, ...]:
     """The kernels of a region in order of the rows they take."""
+    if region.anchor in NORMS:
+        return norm_launches(region)
     if "N" not in dict(region.sizes):
         return _quantize_launches(region)
     return tuple(_launch(region, max_rows, shape) for max_rows, shape in shapes_of(region))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda import Launch, archs_of, launches
+from qcompiler.targets.cuda.norm_plan import NORMS
 from qcompiler.targets.cuda.twin import epilogue_function, epilogue_name
 from qcompiler.targets.kernel_table import kernel_table, members, op_spec
 
 __all__ = ["cubin_name", "cuda_table"]
+
+_WORD = re.compile(r"RMS|[A-Z][a-z0-9]+")
 
 _ANCHORS = {
     "QMatMulW4A16": "qc_cuda_w4a16",
@@ -18,6 +22,7 @@ _ANCHORS = {
     "QMatMulFp8": "qc_cuda_fp8",
     "Quantize": "qc_cuda_quantize",
     "QuantizeFp8": "qc_cuda_quantize_fp8",
+    **{norm: f"qc_cuda_{'_'.join(_WORD.findall(norm)).lower()}" for norm in NORMS},
 }
 """The `struct qc_anchor` of each op, in native/cuda_ops.c."""
 
@@ -66,7 +71,8 @@ def _embedded(name: str, content: bytes) -> str:
 def _op(region: Region) -> str:
     epilogue = epilogue_name(region) or "NULL"
     anchor = _ANCHORS[region.anchor]
-    return op_spec(region, anchor, len(archs_of(region)), epilogue=epilogue)
+    more = {name: f"{value!r}f" for name, value in region.attributes}
+    return op_spec(region, anchor, len(archs_of(region)), epilogue=epilogue, **more)
 
 
 def _variants(region: Region) -> str:

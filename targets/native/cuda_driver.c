@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "cuda_driver.h"
 
@@ -18,7 +19,7 @@ enum { OLDEST_MAJOR = 8 };
 
 struct qc_driver qc_driver;
 
-/* What was found; never changes once it is there. */
+/* What was found; never changes once it is there, but in a child of a fork. */
 static struct {
     int count;
     struct qc_device *devices;
@@ -123,14 +124,20 @@ static int has_provider(const char *provider) {
                 provider);
 }
 
+/* Once in each process: what a process opened, a child that is forked from it cannot use. */
 static void find_devices(void) {
-    static int was_tried;
+    static pid_t process;
     lock();
-    if (!was_tried) {
+    if (!process) {
         const char *provider = qc_specs[0].anchor->provider;
-        was_tried = 1;
         if ((!provider || has_provider(provider)) && open_driver() && check_driver()) list_devices();
+    } else if (process != getpid() && found.count) {
+        found.count = 0;
+        fail("this process was forked from one that had opened the GPUs, which CUDA does not "
+             "survive: start it by multiprocessing.get_context('spawn'), or fork before a session is "
+             "made");
     }
+    process = getpid();
     unlock();
 }
 

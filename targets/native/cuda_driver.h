@@ -6,7 +6,8 @@
 
 /* What a kernel takes, by number in the generated table; see targets/cuda/launch.py. */
 enum {
-    QC_X, QC_Q, QC_S, QC_W, QC_WS, QC_Y, QC_WORKSPACE, QC_ROWS, QC_EXTRA0,
+    QC_X, QC_Q, QC_S, QC_W, QC_WS, QC_Y, QC_WORKSPACE, QC_ROWS, QC_A, QC_B, QC_GAMMA, QC_BETA,
+    QC_EXTRA0,
     QC_ARGUMENTS = QC_EXTRA0 + QC_MAX_EXTRAS,
     QC_END = 255,
 };
@@ -28,6 +29,11 @@ struct qc_cuda_kernels {
     size_t launch_count;
 };
 
+/* Columns of what an op makes. */
+static inline int64_t qc_columns(const struct qc_op_spec *spec) {
+    return spec->n ? spec->n : spec->k;
+}
+
 /* The CUDA of the compiler that made the cubins: 13000 is 13.0. */
 extern const int qc_cuda_version;
 
@@ -46,6 +52,10 @@ struct qc_packing qc_packing_of(const struct qc_op_spec *spec, int bits);
 void qc_pack_weights(const struct qc_packing *packing, const uint8_t *w, uint8_t *packed);
 /* From ws [given_groups, n] of float16 with 4 bits, else [n] of float32. */
 void qc_pack_scales(const struct qc_packing *packing, const void *ws, void *packed);
+
+/* Of a twin, which keeps nothing per node. */
+OrtStatus *qc_twin_create(const struct qc_op *op, const OrtKernelInfo *info, void **kernel);
+void qc_twin_destroy(void *kernel);
 
 /* --- the driver ------------------------------------------------------------------------------- */
 

@@ -63,13 +63,16 @@ static OrtStatus *choose_variant(struct gpu_node *node) {
     const struct qc_op *op = node->op;
     const struct qc_variant *end = op->spec->variants + op->spec->variant_count;
     for (node->variant = op->variant; node->variant < end; node->variant++)
-        if (qc_device_runs(node->device, node->variant)) return NULL;
+        if (qc_is_allowed(node->variant->isa) && qc_device_runs(node->device, node->variant))
+            return NULL;
+    const char *only = getenv("QCOMPILER_ISA");
     return qc_error(op,
-                    "there is no kernel for GPU %d (%s, compute capability %d.%d), only for another "
-                    "of this machine: choose that as device_id, or set QCOMPILER_ISA=none to run "
-                    "function bodies",
+                    "there is no kernel for GPU %d (%s, compute capability %d.%d)%s%s, only for "
+                    "another of this machine: choose that as device_id, or set QCOMPILER_ISA=none "
+                    "to run function bodies",
                     node->device->ordinal, node->device->name, node->device->major,
-                    node->device->minor);
+                    node->device->minor, only && *only ? " under QCOMPILER_ISA=" : "",
+                    only ? only : "");
 }
 
 static OrtStatus *find_function(const struct gpu_node *node, qc_module module, const char *symbol,
@@ -184,10 +187,12 @@ static int argument_of(const struct qc_op *op, size_t input) {
 static int64_t row_bytes(const struct qc_op *op, int argument) {
     const struct qc_op_spec *spec = op->spec;
     switch (argument) {
-    case QC_X: return spec->k * 2;
+    case QC_X:
+    case QC_A:
+    case QC_B: return spec->k * 2;
     case QC_Q: return spec->k;
     case QC_S: return 4;
-    case QC_Y: return spec->n * 2;
+    case QC_Y: return qc_columns(spec) * 2;
     default: break;
     }
     return argument >= QC_EXTRA0 && spec->extras[argument - QC_EXTRA0] == 'T' ? spec->n * 2 : 0;
@@ -196,8 +201,8 @@ static int64_t row_bytes(const struct qc_op *op, int argument) {
 static OrtStatus *bind_input(struct gpu_call *call, OrtKernelContext *context, size_t index,
                              int64_t *rows, struct qc_shape *shape) {
     static const char *const NAMES[QC_ARGUMENTS] = {
-        "x", "q", "s", "w", "ws", "y", "workspace", "rows", "extra0", "extra1", "extra2", "extra3",
-        "extra4", "extra5", "extra6", "extra7"};
+        "x", "q", "s", "w", "ws", "y", "workspace", "rows", "a", "b", "gamma", "beta", "extra0",
+        "extra1", "extra2", "extra3", "extra4", "extra5", "extra6", "extra7"};
     const struct qc_op *op = call->node->op;
     const int argument = argument_of(op, index);
     const OrtValue *value;
@@ -209,9 +214,11 @@ static OrtStatus *bind_input(struct gpu_call *call, OrtKernelContext *context, s
     } else if (argument == QC_S) {
         QC_TRY(qc_check_floats(op, value, "s", *rows));
     } else {
-        int is_tensor = op->spec->extras[argument - QC_EXTRA0] == 'T';
+        const int is_extra = argument >= QC_EXTRA0;
+        const int is_tensor = is_extra ? op->spec->extras[argument - QC_EXTRA0] == 'T'
+                                       : argument == QC_B;
         QC_TRY(qc_check_elements(op, value, NAMES[argument],
-                                 (is_tensor ? *rows : 1) * op->spec->n, 2));
+                                 (is_tensor ? *rows : 1) * qc_columns(op->spec), 2));
     }
     /* Kernels load 16 bytes at a time; a fault would end the process's use of the device. */
     if (*rows && (uintptr_t)data % ALIGNMENT)
@@ -257,7 +264,7 @@ static OrtStatus *launch(const struct gpu_call *call, qc_function function, cons
 static OrtStatus *launch_all(const struct gpu_call *call) {
     const struct qc_launch *launch_ = call->launch;
     const struct qc_op_spec *spec = call->node->op->spec;
-    const int64_t columns = spec->n ? spec->n : spec->k;
+    const int64_t columns = qc_columns(spec);
     const unsigned grid[] = {(unsigned)ceil_div(columns, launch_->block_columns),
                              (unsigned)ceil_div(call->rows, launch_->block_rows), launch_->splits};
     QC_TRY(launch(call, call->functions.kernel, launch_->symbol, launch_->arguments, grid,
@@ -347,7 +354,12 @@ static int64_t quantize_columns(const struct qc_op *op, size_t output) {
     return output == 0 ? op->spec->k : 1;
 }
 
-extern const struct qc_anchor qc_twin_product, qc_twin_quantize;
+/* s, the last output of a norm, has one value per row. */
+static int64_t norm_columns(const struct qc_op *op, size_t output) {
+    return output + 1 == op->spec->anchor->output_count ? 1 : op->spec->k;
+}
+
+extern const struct qc_anchor qc_twin_product, qc_twin_quantize, qc_twin_norm;
 
 #define GPU_OPS                                                                                    \
     .extra_type = ORT_FLOAT16, .provider = PROVIDER, .create = gpu_create,                         \
@@ -370,6 +382,15 @@ extern const struct qc_anchor qc_twin_product, qc_twin_quantize;
         .last_dimension = quantize_columns, GPU_OPS                                                \
     }
 
+#define NORM(inputs, outputs, type, ...)                                                           \
+    {                                                                                              \
+        .input_types = HALVES, .input_count = inputs, .output_count = outputs,                     \
+        .output_types = (const int[]){ORT_FLOAT16, ORT_FLOAT16, type, ORT_FLOAT} + 4 - outputs,    \
+        .arguments = (const uint8_t[]){__VA_ARGS__, QC_Y, QC_Q, QC_S}, .twin = &qc_twin_norm,      \
+        .last_dimension = norm_columns, GPU_OPS                                                    \
+    }
+
+static const int HALVES[] = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16};
 static const uint8_t X_W_WS_Y[] = {QC_X, QC_W, QC_WS, QC_Y};
 static const uint8_t Q_S_W_WS_Y[] = {QC_Q, QC_S, QC_W, QC_WS, QC_Y};
 
@@ -380,3 +401,15 @@ const struct qc_anchor qc_cuda_fp8 =
     PRODUCT(8, 4, ORT_FLOAT8E4M3FN, ORT_FLOAT, ORT_FLOAT8E4M3FN, ORT_FLOAT);
 const struct qc_anchor qc_cuda_quantize = QUANTIZE(ORT_UINT8);
 const struct qc_anchor qc_cuda_quantize_fp8 = QUANTIZE(ORT_FLOAT8E4M3FN);
+
+#define NORMS(suffix, type)                                                                        \
+    const struct qc_anchor qc_cuda_layer_norm##suffix =                                            \
+        NORM(3, 3, type, QC_X, QC_GAMMA, QC_BETA);                                                 \
+    const struct qc_anchor qc_cuda_add_layer_norm##suffix =                                        \
+        NORM(4, 4, type, QC_A, QC_B, QC_GAMMA, QC_BETA, QC_X);                                     \
+    const struct qc_anchor qc_cuda_rms_norm##suffix = NORM(2, 3, type, QC_X, QC_GAMMA);            \
+    const struct qc_anchor qc_cuda_add_rms_norm##suffix =                                          \
+        NORM(3, 4, type, QC_A, QC_B, QC_GAMMA, QC_X);
+
+NORMS(, ORT_UINT8)
+NORMS(_fp8, ORT_FLOAT8E4M3FN)

@@ -54,4 +54,11 @@ static inline uint8_t qc_to_e4m3(float value) {
     return sign | (uint8_t)((bits >> 20) - (120 << 3));
 }
 
+/* What Quantize stores of x / s: rounded, with zero point 128, or e4m3.  A NaN is 0 there, as in
+ * ONNX Runtime: its comparisons with the lowest integer fail. */
+static inline uint8_t qc_quantized(float quotient, int is_fp8) {
+    if (is_fp8) return qc_to_e4m3(quotient);
+    return (uint8_t)fminf(fmaxf(rintf(quotient) + 128, 0), 255);
+}
+
 #endif

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "qcompiler.h"
 
@@ -134,6 +135,11 @@ static int is_allowed(const struct qc_isa *isa, const char *only) {
     return named != NULL;
 }
 
+int qc_is_allowed(const struct qc_isa *isa) {
+    const char *only = getenv("QCOMPILER_ISA");
+    return is_allowed(isa, only ? only : "");
+}
+
 static const struct qc_variant *choose_variant(const struct qc_op_spec *spec, const char *only) {
     for (size_t i = 0; i < spec->variant_count; i++) {
         const struct qc_isa *isa = spec->variants[i].isa;
@@ -161,6 +167,7 @@ static OrtStatus *check_override(const char *only) {
  * may outlive the options they came with. */
 struct registration {
     char only[64]; /* QCOMPILER_ISA as it was */
+    pid_t process; /* after a fork the devices may be of no use */
     OrtCustomOpDomain *domain; /* NULL if no op can run */
     size_t count;
     struct qc_op ops[];
@@ -179,6 +186,7 @@ static OrtStatus *build(const char *only, struct registration **result) {
     size_t missing = 0;
     if (!made) return QC_ORT(CreateStatus)(ORT_FAIL, "out of memory for the op table");
     strncpy(made->only, only, sizeof made->only - 1);
+    made->process = getpid();
     for (size_t i = 0; i < qc_spec_count; i++) {
         const struct qc_op_spec *spec = &qc_specs[i];
         const struct qc_variant *variant = choose_variant(spec, only);
@@ -198,7 +206,8 @@ static OrtStatus *build(const char *only, struct registration **result) {
 static OrtStatus *find_or_build(const char *only, struct registration **result) {
     static _Atomic(struct registration *) latest;
     *result = atomic_load(&latest);
-    if (*result && strcmp((*result)->only, only) == 0) return NULL;
+    if (*result && strcmp((*result)->only, only) == 0 && (*result)->process == getpid())
+        return NULL;
     QC_TRY(build(only, result));
     atomic_store(&latest, *result);
     return NULL;

@@ -65,6 +65,8 @@ extern const struct qc_isa qc_sm_90a, qc_sm_89, qc_sm_80;
 
 /* All that a library of this architecture may have kernels for, in order of preference; NULL ends. */
 extern const struct qc_isa *const qc_all_isa[];
+/* Whether this machine has it and QCOMPILER_ISA allows it. */
+int qc_is_allowed(const struct qc_isa *isa);
 /* Says, once, why `missing` of `all` ops are not registered, where that would surprise. */
 void qc_tell_missing(size_t missing, size_t all);
 
@@ -125,6 +127,7 @@ struct qc_op_spec {
     const struct qc_variant *variants; /* in order of preference */
     size_t variant_count;
     float (*epilogue)(float anchor, const float *extras); /* of twins; NULL: none */
+    float epsilon; /* the same, of norms */
 };
 
 extern const char qc_domain[];

@@ -132,11 +132,7 @@ static void quantize_task(void *argument, size_t row) {
     float largest = 1e-20f;
     for (int64_t i = 0; i < k; i++) largest = fmaxf(largest, fabsf(qc_from_half(x[i])));
     const float scale = largest / (is_fp8 ? 448.0f : 127.0f);
-    for (int64_t i = 0; i < k; i++) {
-        float quotient = qc_from_half(x[i]) / scale;
-        q[i] = is_fp8 ? qc_to_e4m3(quotient)
-                      : (uint8_t)fminf(fmaxf(rintf(quotient) + 128, 0), 255);
-    }
+    for (int64_t i = 0; i < k; i++) q[i] = qc_quantized(qc_from_half(x[i]) / scale, is_fp8);
     run->s[row] = scale;
 }
 
@@ -154,15 +150,15 @@ static OrtStatus *quantize_compute(void *kernel, OrtKernelContext *context) {
     return rows ? qc_parallel(context, quantize_task, (size_t)rows, &run) : NULL;
 }
 
-static OrtStatus *twin_create(const struct qc_op *op, const OrtKernelInfo *info, void **kernel) {
+OrtStatus *qc_twin_create(const struct qc_op *op, const OrtKernelInfo *info, void **kernel) {
     const void *w, *ws;
     *kernel = (void *)op; /* nothing to keep per node */
     return op->spec->anchor->weight_bits ? qc_constant_weights(op, info, &w, &ws) : NULL;
 }
 
-static void twin_destroy(void *kernel) { (void)kernel; }
+void qc_twin_destroy(void *kernel) { (void)kernel; }
 
 const struct qc_anchor qc_twin_product = {
-    .create = twin_create, .compute = product_compute, .destroy = twin_destroy};
+    .create = qc_twin_create, .compute = product_compute, .destroy = qc_twin_destroy};
 const struct qc_anchor qc_twin_quantize = {
-    .create = twin_create, .compute = quantize_compute, .destroy = twin_destroy};
+    .create = qc_twin_create, .compute = quantize_compute, .destroy = qc_twin_destroy};

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,9 @@ class _Way:
 class Emulated:
     """The kernels of a CUDA source, to be run on the CPU."""
 
-    def __init__(self, source: str, folder: Path) -> None:
+    def __init__(self, source: str, folder: Path, results: Collection[str] = ()) -> None:
+        """Compile; `results` are the parameters that kernels write, where these are several."""
+        self._results = frozenset(results)
         self._folder, self._program = folder, folder / "kernels"
         (folder / "kernels.cpp").write_text(translate(source))
         flags = ["-std=c++17", "-O1", "-w", "-fno-strict-aliasing", f"-I{_HERE}"]
@@ -125,6 +127,7 @@ class Emulated:
         paths = {name: self._folder / f"{name}.bin" for name in arrays}
         written = arrays.keys() & ({"q", "s"} if "y" not in arrays else {"y"})
         written |= arrays.keys() & {"workspace"} if "y" not in arrays else set()
+        written = self._results or written
         for name, array in arrays.items():
             paths[name].write_bytes(array.tobytes())
             words.append(f"{'=' if name in written else ''}{name}:{paths[name]}")
