@@ -7,7 +7,6 @@ import pytest
 from golden import run, sqnr
 
 from qcompiler.frontend import load_model
-from qcompiler.ir.errors import ModelError
 from qcompiler.pipeline import Pipeline
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
@@ -53,7 +52,8 @@ CONFIGS = {
         ("int8 weights", "x86-int8", "DynamicQMatMulW8A8", 45),
         ("int8 weights in groups", "x86-int8", "MatMul", 45),
         # torch multiplies by 1 / s, and so rounds some ties to the other side.
-        ("int8 tokens", "x86-int8", "DynamicQMatMulW8A8", 55),
+        # Its scale is absmax / 127.5, which no op of ours computes: pairs around a float product.
+        ("int8 tokens", "x86-int8", "MatMul", 55),
         ("int4 weights", "x86-int4", "QMatMulW4A16", 45),
         ("int4 weights", "cuda-int4", "QMatMulW4A16", 45),
         ("int4 weights, int8 tokens", "x86-int8", "MatMul", 100),
@@ -73,12 +73,3 @@ def test_a_quantized_module(name, target, op, floor):
     got = run(compiled, {compiled.graph.inputs[0].name: x.numpy()})[0]
     assert sqnr(module(x).detach().numpy(), got) > floor
     assert np.isfinite(got).all()
-
-
-def test_weights_that_onnx_has_no_type_for():
-    config = quantization.IntxWeightOnlyConfig(
-        weight_dtype=torch.int3, granularity=quantization.PerGroup(32)
-    )
-    program, *_ = exported(config)
-    with pytest.raises(ModelError, match="3"):
-        load_model(program)
