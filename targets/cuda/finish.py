@@ -32,6 +32,7 @@ from qcompiler.targets.cuda.device import (
     when,
     wide,
 )
+from qcompiler.targets.cuda.plan import results_of
 from qcompiler.targets.epilogue import apply_steps
 
 __all__ = ["Finish", "combine_kernel", "pointers_of"]
@@ -84,7 +85,8 @@ def pointers_of(region: Region, split: bool) -> dict[str, str]:
     """Parameters of the end of a kernel, by name."""
     if split:
         return {"workspace": "float32"}
-    return {**{f"extra{i}": "float16" for i in range(len(region.extras))}, "y": "float16"}
+    extras = (f"extra{i}" for i in range(len(region.extras)))
+    return dict.fromkeys((*extras, *results_of(region)), "float16")
 
 
 class Finish:
@@ -94,11 +96,13 @@ class Finish:
         self, region: Region, arrays: Mapping[str, Expr], rows: Expr, split: Expr | None = None
     ) -> None:
         self._region, self._arrays, self._rows, self._split = region, arrays, rows, split
-        self._n = region.size("N")
+        self._n, self._results = region.size("N"), results_of(region)
+        # Whether four columns from a multiple of four on are always of one result.
+        self._has_quads = all(width % 4 == 0 for _, width in self._results.values())
 
     def quad(self, row: Expr, column: Expr, values: Expr) -> None:
         """Store `values`, four registers, at four columns, those of them that exist."""
-        if self._n % 4 == 0:
+        if self._has_quads:
             with when((row < self._rows) & (column < self._n)):
                 self._store(row, column, [values[i] for i in range(4)])
             return
@@ -128,7 +132,17 @@ class Finish:
             apply_steps(Scalars(), self._region, value, [operand[i] for operand in operands])
             for i, value in enumerate(values)
         ]
-        _write_halves(self._arrays["y"], results, place)
+        self._write(row, column, [let(value) for value in results])
+
+    def _write(self, row: Expr, column: Expr, values: Sequence[Expr]) -> None:
+        """Each result takes those of its own columns."""
+        for name, (first, width) in self._results.items():
+            here = self._arrays[name], values, wide(row) * width + wide(column - first)
+            if len(self._results) == 1:
+                _write_halves(*here)
+                continue
+            with when((column >= first) & (column < first + width)):
+                _write_halves(*here)
 
     def _scaled(self, row: Expr, column: Expr, sums: Sequence[Expr]) -> list[Expr]:
         # Only kernels that multiply 8 bits have `s`: others, and `combine`, get what is scaled.
