@@ -70,7 +70,7 @@ def operands_of(region: Region, rows: int, seed: int = 0) -> Operands:
         magnitude = (np.abs(real) * device["s"]) @ (np.abs(w.astype(np.float32)) * ws)
     device |= {
         "w": np.frombuffer(pack(w, region), np.uint8),
-        "ws": np.frombuffer(pack_scales(ws, region, wz), np.uint8),
+        "ws": np.frombuffer(pack_scales(ws, region, wz, w), np.uint8),
     }
     for name, (_, width) in results_of(region).items():
         device[name] = np.full((rows, width), np.nan, np.float16)

@@ -63,8 +63,8 @@ OF_ROLES = {
     21: ("no wait for a free place", rf"({_WAIT})", 0, r"if (!FAULT(21)) \1"),
     22: ("no wait for a chunk", rf"({_WAIT})", 1, r"if (!FAULT(22)) \1"),
     23: ("the wrong phase of free", r" >> 2\) \^ 1\)", 0, " >> 2) ^ (FAULT(23) ? 0 : 1))"),
-    24: ("the wrong phase of full", r"(\w+ & 7\) >> 2)\)", 1, r"\1 ^ (FAULT(24) ? 1 : 0))"),
-    25: ("a place is never free", rf"({_ARRIVE})", 3, r"if (!FAULT(25)) \1"),
+    24: ("the wrong phase of full", r"(\(\w+ & 7\) >> 2\))\);", 0, r"\1 ^ FAULT(24));"),
+    25: ("a place is never free", rf"({_ARRIVE})", 1, r"if (!FAULT(25)) \1"),
     26: ("full before it is there", r"(\w+_cp_async_wait_group_\w+\(\);)", 0,
          r"if (!FAULT(26)) \1"),
     27: ("no fence of the producer", r"(\w+_fence_proxy_\w+\(\);)", 0, r"if (!FAULT(27)) \1"),
@@ -74,7 +74,7 @@ OF_ROLES = {
     31: ("no wait for results", r"(\w+_bar_sync_count_\w+\()", 1, r"if (!FAULT(31)) \1"),
 }  # fmt: skip
 SEEN_AS |= {
-    21: "no barrier between|numbers",
+    21: "waits forever|no barrier between|numbers",
     22: "no barrier between|numbers",
     23: "waits forever|no barrier between|numbers",
     24: "waits forever|no barrier between|numbers",

@@ -137,7 +137,7 @@ def test_what_is_uploaded(region: Region, on_cpu: Path, bench: Bench) -> None:
     wz = constants["wz"].astype(np.int8) if "wz" in constants else None
     assert memory(given["w"], np.uint8, layout.weight_bytes).tobytes() == pack(raw, region)
     scales = memory(given["ws"], np.uint8, layout.scale_bytes).tobytes()
-    assert scales == pack_scales(constants["ws"], region, wz)
+    assert scales == pack_scales(constants["ws"], region, wz, constants["w"])
     del run
     assert (driver.get("used"), driver.get("allocations")) == (0, 0)
 

@@ -60,7 +60,7 @@ def test_zero_points_lie_where_the_layout_says():
     for g, n in np.ndindex(7, 136):
         record, place = records[n // 16 * layout.groups + g], n % 8 * 2 + n % 16 // 8
         assert record[:32].view("<f2")[place] == ws[g, n]
-        assert record[32 + place] == (wz[g, n] + 8) * 16 ** (n % 16 // 8)
+        assert record[32 + place] == (int(wz[g, n]) + 8) * 16 ** (n % 16 // 8)
 
 
 def test_one_group_is_one_whatever_the_padding():

@@ -14,8 +14,8 @@ MAX_ELEMENTS = 1 << 30
 """Kernels index a row, and the packed weights, with int32."""
 MAX_PACKED_BYTES = 1 << 30
 """The same of weights whose columns are padded, of which there may be one."""
-MAX_INT8_DEPTH = (1 << 31) // (128 * 128) - 1
-"""The longest sum of int8 products that an int32 surely holds."""
+MAX_INT8_DEPTH = (1 << 31) // (255 * 128) - 1
+"""The longest sum of products of uint8 and int8 that an int32 surely holds."""
 MAX_SPLIT_COLUMNS = 1 << 22
 """256 rows of so many columns are counted in an int32."""
 

@@ -3,6 +3,8 @@
     y[row, column] = steps(sum * s[row] * ws[column], extras)       or, of one split of K,
     workspace[split, row, column] = sum * s[row] * ws[column]
 
+Sums of W8A8 are those of uint8 with zero point 128: 128 times the sum of a column's weights, which
+lies behind the scales, is taken from them, of splits from the first.
 float32 throughout, rounded to float16 once.
 """
 
@@ -32,6 +34,7 @@ from qcompiler.targets.cuda.device import (
     when,
     wide,
 )
+from qcompiler.targets.cuda.packing import packing
 from qcompiler.targets.cuda.plan import results_of
 from qcompiler.targets.epilogue import apply_steps
 
@@ -150,10 +153,23 @@ class Finish:
             return [cast("float32", value) for value in sums]
         by_token = let(self._arrays["s"][row])
         scales = _read_floats(self._arrays["ws"], column, len(sums))
+        if self._region.anchor == "QMatMulW8A8":
+            sums = self._centred(column, sums)
         return [
             cast("float32", value) * by_token * scale
             for value, scale in zip(sums, scales, strict=True)
         ]
+
+    def _centred(self, column: Expr, sums: Sequence[Expr]) -> list[Expr]:
+        columns = packing(self._region).columns
+        offsets = _read_floats(self._arrays["ws"], column + columns, len(sums))
+        result = []
+        for value, offset in zip(sums, offsets, strict=True):
+            bits = reinterpret("int32", offset)
+            if self._split is not None:
+                bits = bits * cast("int32", self._split == 0)
+            result.append(value - bits)
+        return result
 
 
 def _read_floats(array: Expr, index: Expr, count: int) -> list[Expr]:

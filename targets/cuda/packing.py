@@ -27,7 +27,8 @@ second is shifted to where its codes will be:
 
     byte 32 + (n % 8) * 2 + n % 16 / 8 of the record   is  (wz[g, n] + 8) * 16 ** (n % 16 / 8)
 
-Scales of W8A8 and Fp8, ws [N], are float32 in order.  Padding is zero (4 bits: w = 0, code 8).
+Scales of W8A8 and Fp8, ws [N], are float32 in order.  Behind those of W8A8 is, as int32, 128 times
+the sum of each column of w.  Padding is zero (4 bits: w = 0, code 8).
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def packing(region: Region) -> Packing:
     bits = 4 if region.anchor in FOUR_BITS else 8
     columns, depth = _padded(n, COLUMN_MULTIPLE), _padded(k, 64 if bits == 4 else 128)
     groups = -(-depth // region.size("G")) if bits == 4 and region.size("G") < k else 1
-    size = 4 if bits == 8 else 3 if region.anchor == "QMatMulW4Z4A16" else 2
+    # Of scales, with zero points or sums.
+    size = {"QMatMulW4A16": 2, "QMatMulW4Z4A16": 3, "QMatMulW8A8": 8}.get(region.anchor, 4)
     return Packing(
         bits=bits,
         tile_depth=64 if bits == 4 else 32,
@@ -122,17 +124,29 @@ def pack(w: Array, region: Region) -> bytes:
     return np.asarray(blocks.sum((-3, -2, -1), dtype=np.uint32)).astype("<u4").tobytes()
 
 
-def pack_scales(ws: Array, region: Region, wz: Array | None = None) -> bytes:
-    """The bytes of "ws": from float16 [ceil(K / G), N] and zero points, or float32 [N]."""
+def pack_scales(
+    ws: Array, region: Region, wz: Array | None = None, w: Array | None = None
+) -> bytes:
+    """The bytes of "ws".
+
+    Args:
+        ws: float16 [ceil(K / G), N], or float32 [N].
+        region: Says the sizes and the kind.
+        wz: Zero points [ceil(K / G), N] of W4Z4A16.
+        w: The weights [K, N] of W8A8.
+    """
     layout = packing(region)
     if layout.bits == 8:
-        return np.pad(ws.astype("<f4"), (0, layout.columns - ws.size)).tobytes()
+        parts = [ws.astype("<f4").view(np.uint32)]
+        if region.anchor == "QMatMulW8A8":
+            assert w is not None
+            parts.append((128 * w.sum(0, dtype=np.int32)).astype("<i4").view(np.uint32))
+        return b"".join(np.pad(part, (0, layout.columns - ws.size)).tobytes() for part in parts)
     parts = [_records(ws, layout, "<f2")]
     if wz is not None:
-        zeros = _records(wz.view(np.uint8) + 8 & 15, layout, "u1").reshape(
-            *parts[0].shape[:2], 8, 2
-        ) << np.uint8([0, 4])
-        parts.append(zeros.reshape(*parts[0].shape[:2], -1))
+        zeros = _records(wz.view(np.uint8) + 8 & 15, layout, "u1")
+        zeros[..., 1::2] *= 16
+        parts.append(zeros)
     return np.concatenate(parts, axis=-1).tobytes()
 
 

@@ -41,7 +41,6 @@ class Product(ABC):
         register: The type of an accumulator.
         group_mma: The end of the name of the `wgmma` for this kind.
         group_scales: The constants it takes last: signs, and that rows of tokens are along K.
-        nothing: A word of activations that counts as zeros.
         is_rough: Whether the instruction keeps too few bits of a sum for all of K: tensor cores are
             said to add FP8 with 14 (DeepSeek-V3 Technical Report, 2024, 3.3.2), 50 dB at K = 4096.
             Those of a chunk are added up as float32.
@@ -53,7 +52,6 @@ class Product(ABC):
     group_mma: str
     group_scales: tuple[int, ...]
     register: str = "float32"
-    nothing: int = 0
     is_rough: bool = False
 
     @abstractmethod
@@ -129,17 +127,6 @@ class EightBit(Product):
         return list(words[4 * step : 4 * step + 4])
 
 
-class W8A8(EightBit):
-    """Activations come as uint8 with zero point 128: with the top bit flipped, int8."""
-
-    def operand(self, words: Sequence[Expr]) -> list[Expr]:
-        """Flip it."""
-        flipped = registers("uint32", 2)
-        for i, word in enumerate(words):
-            store(flipped, word ^ _word(0x80808080), i)
-        return [flipped[0], flipped[1]]
-
-
 class Fp8AsHalf(EightBit):
     """FP8 widened to float16, exactly, for sm_90, whose `mma.sync` has no FP8.
 
@@ -192,9 +179,10 @@ _FOUR_BITS = FourBits(
 )
 _PRODUCTS: dict[str, Product] = {
     **dict.fromkeys(FOUR_BITS, _FOUR_BITS),
-    "QMatMulW8A8": W8A8(
-        "q", 4, f"{_MMA}k32.row.col.s32.s8.s8.s32", group_mma="k32.s32.s8.s8", group_scales=(),
-        register="uint32", nothing=0x80808080,
+    # Activations are uint8 with zero point 128: see `Finish`.
+    "QMatMulW8A8": EightBit(
+        "q", 4, f"{_MMA}k32.row.col.s32.s8.u8.s32", group_mma="k32.s32.s8.u8", group_scales=(),
+        register="uint32",
     ),
     "QMatMulFp8": EightBit(
         "q", 4, f"{_MMA}k32.row.col{_E4M3}.f32", group_mma=f"k32{_E4M3}", group_scales=(1, 1),

@@ -4,7 +4,7 @@ A block has three warpgroups.  The first copies chunks of K into a ring of stage
 The two others have 64 columns each and all tokens of the tile, and while one makes weights into
 operands, the tensor cores have the other's products.  Every stage has two mbarriers:
 
-    producer   wait until `empty`; ask for chunk c; chunk c - ahead is there: arrive at its `full`
+    producer   wait until `empty`; ask for chunk c; wait for chunk c - ahead: arrive at its `full`
     consumers  wait until `full`; multiply; arrive at `empty`
 
 A stage is used again and again; the n-th use waits for `full` of parity n % 2, and for `empty` of
@@ -42,7 +42,7 @@ from qcompiler.targets.cuda.plan import TILE_THREADS, Roles, chunks_of, shared_b
 from qcompiler.targets.cuda.products import Product
 from qcompiler.targets.cuda.stages import Stages
 from qcompiler.targets.cuda.tile import finish_rows, pointers_of_tile
-from qcompiler.targets.cuda.warpgroup import WarpgroupSums, make_visible
+from qcompiler.targets.cuda.warpgroup import WarpgroupSums
 
 __all__ = ["roles_kernel"]
 
@@ -69,7 +69,7 @@ def roles_kernel(region: Region, shape: Roles, product: Product) -> Any:
         with when(place.thread < TILE_THREADS):
             emit("setmaxnreg.dec.sync.aligned.u32", _PRODUCER_REGISTERS)
             stages = Stages(region, shape, product, arrays, rows, own, memory)
-            _produce(stages, ring, product, chunks_of(region), place.lane)
+            _produce(stages, ring, chunks_of(region), place.lane)
         with when(place.thread >= TILE_THREADS):
             emit("setmaxnreg.inc.sync.aligned.u32", _CONSUMER_REGISTERS)
             group = let(place.thread // TILE_THREADS - 1)
@@ -148,26 +148,18 @@ def _arrive(pointer: Expr, lane: Expr) -> None:
         emit("mbarrier.arrive.release.cta.shared::cta.b64", pointer, constant(1, "uint32"))
 
 
-def _produce(stages: Stages, ring: _Ring, product: Product, chunks: int, lane: Expr) -> None:
-    # One stage fewer than there are, less one that consumers still read.
-    ahead = min(ring.stages - 2, chunks)
-
-    def deliver(chunk: Expr, pending: int) -> None:
-        emit("cp.async.wait_group", pending)
-        make_visible(stages, chunk % ring.stages, product)
-        ring.arrive_full(chunk, lane)
-
-    for chunk in range(ahead):
-        stages.ask(constant(chunk), constant(chunk))
+def _produce(stages: Stages, ring: _Ring, chunks: int, lane: Expr) -> None:
+    # So many chunks are under way while consumers have two stages to themselves.
+    ahead = ring.stages - 2
+    with loop(0, chunks + ahead) as turn:
+        with when(turn < chunks):
+            ring.wait_empty(turn)
+            stages.ask(turn, turn % ring.stages)
         emit("cp.async.commit_group")
-    with loop(0, chunks - ahead) as turn:
-        chunk = let(turn + ahead)
-        ring.wait_empty(chunk)
-        stages.ask(chunk, chunk % ring.stages)
-        emit("cp.async.commit_group")
-        deliver(turn, ahead)
-    for left in range(ahead, 0, -1):
-        deliver(constant(chunks - left), left - 1)
+        with when(turn >= ahead):
+            emit("cp.async.wait_group", ahead)
+            emit("fence.proxy.async.shared::cta")
+            ring.arrive_full(turn - ahead, lane)
 
 
 def _consume(sums: WarpgroupSums, ring: _Ring, lane: Expr, chunks: int) -> None:

@@ -28,9 +28,9 @@ def is_aligned(row_bytes: int, size: int) -> bool:
 
 
 def load_word(
-    words: Expr, index: Expr, array: Expr, row: Expr, offset: Expr, row_bytes: int, empty: int = 0
+    words: Expr, index: Expr, array: Expr, row: Expr, offset: Expr, row_bytes: int
 ) -> None:
-    """`words[index]` becomes 4 bytes of a row, from byte `offset` on; `empty` is what has no byte.
+    """`words[index]` becomes 4 bytes of a row, from byte `offset` on.
 
     Args:
         words: Registers.
@@ -39,11 +39,10 @@ def load_word(
         row: Which of them.
         offset: A multiple of 4.
         row_bytes: From one row to the next.
-        empty: A word.
     """
     unit = math.gcd(4, row_bytes)
     start = wide(row) * row_bytes + wide(offset)
-    store(words, constant(empty, "uint32"), index)
+    store(words, constant(0, "uint32"), index)
     if unit == 4:
         with when(offset < row_bytes):
             emit("ld.global.nc.u32", words[index], array.ptr_to([start]))

@@ -23,7 +23,6 @@ from qcompiler.targets.cuda.device import (
     loop,
     minimum,
     registers,
-    store,
     when,
     wide,
 )
@@ -82,13 +81,15 @@ class Stages:
         if not is_aligned(self._row_bytes, PART):
             self._bring_activations(array, chunk, start)
             return
+        if isinstance(self._shape, Roles):
+            self._ask_rows(array, chunk, start)
+            return
         for turn in range(self._shape.rows * 8 // TILE_THREADS):
             part = turn * TILE_THREADS + self._place.thread
-            row, index = part // 8, part % 8
             # A row that does not exist is another one: its results are not stored.
-            source_row = minimum(self._place.y * self._shape.rows + row, self._rows - 1)
-            offset = let(chunk * CHUNK_BYTES + index * PART)
-            source = array.ptr_to([wide(source_row) * self._row_bytes + wide(offset)])
+            row = minimum(self._place.y * self._shape.rows + part // 8, self._rows - 1)
+            offset = let(chunk * CHUNK_BYTES + part % 8 * PART)
+            source = array.ptr_to([wide(row) * self._row_bytes + wide(offset)])
             target = self._own_part(start, turn)
             if self._row_bytes % CHUNK_BYTES == 0:
                 emit("cp.async.cg.shared.global", target, source, PART)
@@ -96,6 +97,21 @@ class Stages:
             # Zeros where the row has ended.
             existing = cast("uint32", offset < self._row_bytes) * constant(PART, "uint32")
             emit("cp.async.cg.shared.global", target, source, PART, existing)
+
+    def _ask_rows(self, array: Expr, chunk: Expr, start: Expr) -> None:
+        """The same with one address instead of one per row, for threads with few registers."""
+        own_row = let(self._place.y * self._shape.rows + self._place.thread // 8)
+        offset = let(chunk * CHUNK_BYTES + self._place.thread % 8 * PART)
+        own_start = let(wide(own_row) * self._row_bytes + wide(offset))
+        for turn in range(self._shape.rows * 8 // TILE_THREADS):
+            further = turn * TILE_THREADS // 8
+            # Zeros where a row has ended, or is none: nothing is read there.
+            exists = own_row + further < self._rows
+            if self._row_bytes % CHUNK_BYTES:
+                exists = exists & (offset < self._row_bytes)
+            size = cast("uint32", exists) * constant(PART, "uint32")
+            source = array.ptr_to([own_start + further * self._row_bytes])
+            emit("cp.async.cg.shared.global", self._own_part(start, turn), source, PART, size)
 
     def _bring_activations(self, array: Expr, chunk: Expr, start: Expr) -> None:
         """The same, at once; a barrier follows before they are multiplied."""
@@ -113,16 +129,6 @@ class Stages:
         part = turn * TILE_THREADS + self._place.thread
         row, index = part // 8, part % 8
         return self._memory.ptr_to([start + row * CHUNK_BYTES + (index ^ (row % 8)) * PART])
-
-    def flip_own_parts(self, stage: Expr, mask: int) -> None:
-        """Exclusive-or each word of activations that this thread asked for, and that is there."""
-        start, words = let(stage * self._bytes), registers("uint32", 4)
-        of_part = [words[i] for i in range(4)]
-        for turn in range(self._shape.rows * 8 // TILE_THREADS):
-            emit("ld.shared.v4.u32", *of_part, self._own_part(start, turn))
-            for i in range(4):
-                store(words, words[i] ^ constant(mask, "uint32"), i)
-            emit("st.shared.v4.u32", self._own_part(start, turn), *of_part)
 
     def _ask_weights(self, chunk: Expr, start: Expr) -> None:
         per_row = self._product.tiles * TILE_BYTES

@@ -192,13 +192,12 @@ class _Sums:
             offset = let(chunk * CHUNK_BYTES + half * _STEP_BYTES // 2 + lane % 4 * 4)
             if not is_aligned(self._row_bytes, 4):
                 token = minimum(lane // 4, self._rows - 1)  # its products are not stored
-                empty = self._product.nothing
-                load_word(tokens, index + half, array, token, offset, self._row_bytes, empty)
+                load_word(tokens, index + half, array, token, offset, self._row_bytes)
                 continue
             exists = lane // 4 < self._rows
             if not self._whole:
                 exists = exists & (offset < self._row_bytes)
-            store(tokens, constant(self._product.nothing, "uint32"), index + half)
+            store(tokens, constant(0, "uint32"), index + half)
             with when(exists):
                 source = array.ptr_to([lane // 4 * self._row_bytes + offset])
                 emit("ld.global.nc.u32", tokens[index + half], source)

@@ -20,7 +20,6 @@ from qcompiler.targets.cuda.device import (
     Expr,
     Place,
     barrier,
-    cast,
     ceildiv,
     constant,
     emit,
@@ -75,7 +74,7 @@ def tile_kernel(region: Region, shape: Tile, product: Product, sums_type: type[S
             emit("cp.async.commit_group")
         with loop(0, end - begin) as turn:
             emit("cp.async.wait_group", shape.stages - 2)
-            sums.prepare(stages, turn % shape.stages)
+            sums.prepare()
             barrier()
             with when(begin + turn + (shape.stages - 1) < end):
                 asked = begin + turn + (shape.stages - 1)
@@ -132,8 +131,8 @@ class Sums:
         self.totals = registers(self._product.register, count)
         self._product.clear(self.totals, count)
 
-    def prepare(self, stages: Stages, stage: Expr) -> None:
-        """What each thread does with what it asked for, once it is there."""
+    def prepare(self) -> None:
+        """What each thread does when what it asked for is there."""
 
     def tile_row(self, side: int) -> Expr:
         """Which of the block's eight tiles of 16 columns a warp has on a side."""
@@ -235,22 +234,21 @@ def finish_rows(
     threads: int = TILE_THREADS, wait: Callable[[], None] = barrier,
 ) -> None:  # fmt: skip
     """Lay the sums out in rows and store them; `wait` is for all of the `threads` that do so."""
-    results = view(memory, "float32", rows * RESULT_PITCH)
     totals = sums.totals
     dtype = "float32" if totals.dtype == "float32" else "int32"
+    results = view(memory, dtype, rows * RESULT_PITCH)
     for side in range(sums.sides):
         with unrolled(rows // 8) as tokens:
             for i in range(4):
                 column = sums.tile_row(side) * 16 + i // 2 * 8 + place.lane // 4
                 token = tokens * 8 + place.lane % 4 * 2 + i % 2
                 total = totals[4 * (side * (rows // 8) + tokens) + i]
-                value = cast("float32", reinterpret(dtype, total))
-                store(results, value, token * RESULT_PITCH + column)
+                store(results, reinterpret(dtype, total), token * RESULT_PITCH + column)
     wait()
-    values = registers("float32", 4)
+    values = registers(dtype, 4)
     with loop(0, rows * COLUMN_MULTIPLE // 4 // threads) as turn:
         quad = let(turn * threads + place.thread)
         row, column = let(quad // 32), let(quad % 32 * 4)
-        loaded = vector(results, row * RESULT_PITCH + column, "float32", 4)
+        loaded = vector(results, row * RESULT_PITCH + column, dtype, 4)
         store_vector(values, loaded, constant(0), 4)
         finish.quad(place.y * rows + row, place.x * COLUMN_MULTIPLE + column, values)

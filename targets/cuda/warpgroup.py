@@ -25,23 +25,15 @@ from qcompiler.targets.cuda.device import (
 )
 from qcompiler.targets.cuda.plan import CHUNK_BYTES, Roles, Tile
 from qcompiler.targets.cuda.products import STEPS, Product
-from qcompiler.targets.cuda.stages import Stages
 from qcompiler.targets.cuda.tile import Sums
 
-__all__ = ["WarpgroupSums", "make_visible"]
+__all__ = ["WarpgroupSums"]
 
 _SWIZZLE_128 = 1 << 62
 _EIGHT_ROWS = CHUNK_BYTES * 8 // 16 << 32
 """From eight rows to the next, in units of 16 bytes."""
 _UNUSED = 1 << 16
 """What a swizzled operand says for the distance that it has no use for."""
-
-
-def make_visible(stages: Stages, stage: Expr, product: Product) -> None:
-    """Make the activations that a thread brought what is multiplied, and let `wgmma` see them."""
-    if product.nothing:
-        stages.flip_own_parts(stage, product.nothing)
-    emit("fence.proxy.async.shared::cta")
 
 
 class WarpgroupSums(Sums):
@@ -60,9 +52,9 @@ class WarpgroupSums(Sums):
         """Each warp has a quarter of each side's 64 columns."""
         return side * 4 + self._place.warp
 
-    def prepare(self, stages: Stages, stage: Expr) -> None:
-        """Make activations what is multiplied, and let `wgmma` see them."""
-        make_visible(stages, stage, self._product)
+    def prepare(self) -> None:
+        """Let `wgmma` see what this thread brought."""
+        emit("fence.proxy.async.shared::cta")
 
     def add_chunk(self, stage: Expr) -> None:
         """Add the products of a chunk in shared memory."""

@@ -36,6 +36,7 @@ extern const int qc_cuda_version;
 struct qc_packing {
     int bits;
     int has_zeros; /* of groups of 4 bits */
+    int has_sums; /* of columns of 8 bits, because activations are not centred */
     int64_t k, n, tile_depth, columns, depth, groups, given_groups, record_bytes;
     size_t weight_bytes, scale_bytes;
 };

@@ -36,10 +36,12 @@ OrtStatus *qc_constant_weights(const struct qc_op *op, const OrtKernelInfo *info
 
 struct qc_packing qc_packing_of(const struct qc_op_spec *spec) {
     const int bits = spec->anchor->weight_bits, has_zeros = qc_has_zeros(spec->anchor);
-    const int64_t size = bits == 8 ? 4 : has_zeros ? 3 : 2;
+    const int has_sums = spec->anchor->input_types[0] == ORT_UINT8;
+    const int64_t size = has_sums ? 8 : bits == 8 ? 4 : has_zeros ? 3 : 2;
     struct qc_packing packing = {
         .bits = bits,
         .has_zeros = has_zeros,
+        .has_sums = has_sums,
         .k = spec->k,
         .n = spec->n,
         .tile_depth = bits == 4 ? 64 : 32,
@@ -109,11 +111,20 @@ void qc_pack_weights(const struct qc_packing *packing, const struct qc_weights *
         }
 }
 
+/* sums[column] = 128 * sum_k w */
+static void add_columns(const struct qc_packing *packing, const int8_t *w, int32_t *sums) {
+    for (int64_t k = 0; k < packing->k; k++)
+        for (int64_t n = 0; n < packing->n; n++)
+            sums[n] += 128 * w[k * packing->n + n];
+}
+
 void qc_pack_scales(const struct qc_packing *packing, const struct qc_weights *weights,
                     uint8_t *packed) {
     memset(packed, 0, packing->scale_bytes);
     if (packing->bits != 4) {
         memcpy(packed, weights->ws, (size_t)packing->n * sizeof(float));
+        if (packing->has_sums)
+            add_columns(packing, (const int8_t *)weights->w, (int32_t *)packed + packing->columns);
         return;
     }
     const uint16_t *scales = weights->ws;

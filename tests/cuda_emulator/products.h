@@ -6,10 +6,12 @@
 
 namespace emulator {
 
-template <Kind kind> float element(uint32_t word, int index) {
+// The weights of int8 are signed, the tokens are not.
+template <Kind kind> float element(uint32_t word, int index, bool is_token) {
     if (kind == Kind::half) return from_half(uint16_t(word >> 16 * index));
     const uint8_t byte = uint8_t(word >> 8 * index);
-    return kind == Kind::int8 ? float(int8_t(byte)) : from_e4m3(byte);
+    if (kind == Kind::e4m3) return from_e4m3(byte);
+    return is_token ? float(byte) : float(int8_t(byte));
 }
 
 // A sum as tensor cores are said to keep it: of e4m3 14 bits, counted from the largest of what is
@@ -47,10 +49,10 @@ void multiply(Sum *const (&results)[4], const uint32_t (&a)[4], const uint32_t (
                 for (int i = 0; i < per_word; ++i) {
                     const int k = lane % 4 * per_word + i;
                     left[lane / 4 + word % 2 * 8][k + word / 2 * depth / 2] =
-                        element<kind>(slots[lane]->a[word], i);
+                        element<kind>(slots[lane]->a[word], i, false);
                     if (word < 2)
                         right[lane / 4][k + word * depth / 2] =
-                            element<kind>(slots[lane]->b[word], i);
+                            element<kind>(slots[lane]->b[word], i, true);
                 }
         for (int lane = 0; lane < warp_size; ++lane)
             for (int i = 0; i < 4; ++i) {
@@ -109,7 +111,7 @@ template <Kind kind> void read_tokens(const GroupProduct &product, float (*token
                 fail("wgmma reads shared byte " + std::to_string(address) +
                      ", which no fence.proxy.async lets it see");
             for (int i = 0; i < per_word; ++i)
-                tokens[row][word * per_word + i] = element<kind>(value, i);
+                tokens[row][word * per_word + i] = element<kind>(value, i, true);
         }
 }
 
@@ -122,7 +124,7 @@ template <Kind kind, class Sum> void finish_product(GroupProduct *const *shares)
             for (int i = 0; i < per_word; ++i)
                 left[thread / 32 * 16 + thread % 32 / 4 + word % 2 * 8]
                     [thread % 4 * per_word + i + word / 2 * depth / 2] =
-                        element<kind>(shares[thread]->weights[word], i);
+                        element<kind>(shares[thread]->weights[word], i, false);
     for (int thread = 0; thread < 128; ++thread)
         for (int i = 0; i < shares[0]->tokens / 2; ++i) {
             const float *x = left[thread / 32 * 16 + thread % 32 / 4 + i % 4 / 2 * 8];

@@ -48,7 +48,7 @@ _RULES = (
         )
         for shape, kind, sums in (
             (r"m16n8k16\.row\.col\.f32\.f16\.f16\.f32", "half", "float"),
-            (r"m16n8k32\.row\.col\.s32\.s8\.s8\.s32", "int8", "uint32_t"),
+            (r"m16n8k32\.row\.col\.s32\.s8\.u8\.s32", "int8", "uint32_t"),
             (r"m16n8k32\.row\.col\.f32\.e4m3\.e4m3\.f32", "e4m3", "float"),
         )
     ),
@@ -76,11 +76,11 @@ _RULES = (
 
 _GROUP = re.compile(
     r"\{ \.reg \.pred ps0; setp\.ne\.b32 ps0, %\d+, 0; wgmma\.mma_async\.sync\.aligned\."
-    r"m64n(\d+)k\d+\.(f32\.f16\.f16|s32\.s8\.s8|f32\.e4m3\.e4m3) .*"
+    r"m64n(\d+)k\d+\.(f32\.f16\.f16|s32\.s8\.u8|f32\.e4m3\.e4m3) .*"
 )
 _KINDS = {
     "f32.f16.f16": "Kind::half, float",
-    "s32.s8.s8": "Kind::int8, uint32_t",
+    "s32.s8.u8": "Kind::int8, uint32_t",
     "f32.e4m3.e4m3": "Kind::e4m3, float",
 }
 

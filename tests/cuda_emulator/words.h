@@ -49,6 +49,7 @@ struct half {
 };
 struct half4 { half x, y, z, w; };
 struct float4 { float x, y, z, w; };
+struct int4 { int x, y, z, w; };
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline half4 make_half4(half x, half y, half z, half w) { return {x, y, z, w}; }
 
