@@ -127,6 +127,12 @@ def test_launches_cover_all_rows_and_fit_every_device(region):
             assert launch.max_rows / launch.block_rows < 65536
 
 
+def test_roles_are_for_rows_that_fill_the_device():
+    for n, tiles_until in ((28672, 256), (4096, 5 * 256)):
+        *_, before, last = cuda.launches(w4(8192, n), "sm_90a")
+        assert (last.threads, last.block_rows, before.max_rows) == (384, 256, tiles_until)
+
+
 def test_every_split_has_work():
     for k in range(64, 8192, 64):
         region = w4(k, 256)

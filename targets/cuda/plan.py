@@ -8,8 +8,8 @@ activations: one mma takes 32, a *chunk* is 128, which four of them share.
               straight into the registers of the lane that multiplies it.
     above     `Tile`: 128 columns times 16 to 128 rows, through shared memory.  Where the blocks
               would not fill the device, K is split between several.
-    M > 256   on sm_90a `Roles`: 128 columns times 128 or 256 rows; some threads bring the chunks
-              that others multiply.
+    far above, where such large blocks fill the device, on sm_90a `Roles`: 128 columns times 128 or
+              256 rows; some threads bring the chunks that others multiply.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ STREAM_COLUMNS = 16
 TILE_THREADS = 128
 _WARP = 32
 
-_WANTED_BLOCKS = 264
-"""Two for each of the 132 multiprocessors of an H100; an A100 has 108, an L40S 142."""
+_MULTIPROCESSORS = 132
+"""Of an H100; an A100 has 108, an L40S 142."""
+_WANTED_BLOCKS = 2 * _MULTIPROCESSORS
 _FEWEST_CHUNKS = 4
 """Of K per split: below, filling the pipeline is most of a block's time."""
 _MOST_SHARED = 99 << 10
@@ -160,7 +161,9 @@ def shapes_of(region: Region, arch: str) -> list[tuple[int | None, Shape]]:
     shapes: list[tuple[int | None, Shape]] = [(STREAM_ROWS, _stream(region))]
     shapes += [(most, _tile(region, rows, most)) for rows, most in tiles]
     if arch == "sm_90a":
-        shapes[-1] = None, _roles(region)
+        roles = _roles(region)
+        fills = roles.rows * -(-_MULTIPROCESSORS // -(-region.size("N") // COLUMN_MULTIPLE))
+        shapes[-1:] = [(fills, shapes[-1][1])] * (fills > 256) + [(None, roles)]
     following = [shape for _, shape in shapes[1:]] + [None]
     return [entry for entry, after in zip(shapes, following, strict=True) if entry[1] != after]
 
