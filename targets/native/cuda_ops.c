@@ -207,7 +207,7 @@ static int64_t quantize_columns(const struct qc_op *op, size_t output) {
 extern const struct qc_anchor qc_twin_product, qc_twin_quantize;
 
 #define GPU_OPS                                                                                    \
-    .extra_type = ORT_FLOAT16, .provider = PROVIDER,   .create = qc_gpu_create,                         \
+    .extra_type = ORT_FLOAT16, .provider = PROVIDER, .create = qc_gpu_create,                      \
     .compute = gpu_compute, .destroy = qc_gpu_destroy
 
 #define PRODUCT(bits, arguments_, inputs, on_host, ...)                                            \
