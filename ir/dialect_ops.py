@@ -260,6 +260,20 @@ _W4A16 = DialectOp(
 """,
 )
 
+_W4Z4A16 = DialectOp(
+    name="QMatMulW4Z4A16",
+    inputs=("x", "w", "ws", "wz"),
+    outputs=("y",),
+    attributes=("block_size",),
+    types=(("w", ir.DataType.INT4), ("wz", ir.DataType.INT4)),
+    shapes=(("x", "* K"), *_GROUPS, ("wz", "K/block_size N")),
+    follows=True,
+    body="""
+    wide = DequantizeLinear <axis = 0, {block_size}> (w, ws, wz)
+    y = MatMul (x, wide)
+""",
+)
+
 _TWO_LEVEL_SCALE = """
     groups = Cast <to = 1> (gs)
     ws = Mul (groups, cs)
@@ -403,7 +417,7 @@ _MASKED_ATTENTION = DialectOp(
     form=lambda flags: attention_body(flags, masked=True),
 )
 
-_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, _W4A8, _W4A16, _W4S8A8, _W4S8A16, _FP8)
+_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, _W4A8, _W4A16, _W4Z4A16, _W4S8A8, _W4S8A16, _FP8)
 _ATTENTIONS = (_ATTENTION, _MASKED_ATTENTION)
 
 OPS = {op.name: op for op in (_QUANTIZE, _QUANTIZE_FP8, *_MATMULS, _CONV, *_NORMS, *_ATTENTIONS)}

@@ -45,7 +45,7 @@ _QUANTIZES = ("Quantize", "QuantizeFp8")
 
 _ANCHORS = frozenset({
     *_QUANTIZES, "QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8", "QMatMulW4A8", "QMatMulW4A16",
-    "QMatMulFp8",
+    "QMatMulW4Z4A16", "QMatMulFp8",
 })  # fmt: skip
 
 
