@@ -181,7 +181,7 @@ class Kernels:
         raw = w.view(np.uint8) if w.dtype.kind == "V" else w
         return {
             "w": self.device.upload(pack(raw, self.region)),
-            "ws": self.device.upload(pack_scales(ws, self.region)),
+            "ws": self.device.upload(pack_scales(ws, self.region, w=raw)),
         }
 
     def run(self, given: dict[str, int], rows: int) -> None:

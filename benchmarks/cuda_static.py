@@ -1,10 +1,11 @@
 """What the CUDA kernels would cost, without a GPU: python benchmarks/cuda_static.py [--json].
 
 For each kernel: registers, blocks per multiprocessor and warps of all it holds, as ptxas compiled
-it; bytes that must come from memory; the instructions of a block's code; and floors, the time that
-the memory and the tensor cores of the device need at least.  `busy` is the part of the device's
-multiprocessors that the grid gives a block to, in its last wave or only one.  Times are arithmetic,
-not measured: a floor is what a kernel cannot beat, and says nothing of how near it comes.
+it; bytes that must come from memory, and those that all blocks bring to shared memory; instructions
+of a block's code; and floors, the time that memory and tensor cores of the device need at least.
+`busy` is the part of the device's multiprocessors that the grid gives a block to, in its last wave
+or only one.  Times are arithmetic, not measured: a floor is what no kernel can beat, and says
+nothing of how near it comes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ DEVICES = {
     "sm_90a": Device("H200", 132, 4.3e12, {"float16": 989e12, "int8": 1979e12, "fp8": 1979e12}),
 }
 MULTIPLIES = {"QMatMulW4A16": "float16", "QMatMulW8A8": "int8", "QMatMulFp8": "fp8"}
-TENSOR = ("HMMA", "IMMA", "QMMA")
+TENSOR = ("HMMA", "IMMA", "QMMA", "HGMMA", "IGMMA", "QGMMA")
 
 
 def regions() -> list[Region]:
@@ -67,6 +68,16 @@ def bytes_moved(region: Region, rows: int, launch: cuda.Launch) -> int:
     activations = rows * k * (2 if region.anchor == "QMatMulW4A16" else 1)
     partial = 2 * 4 * launch.splits * rows * n if launch.combine else 0
     return layout.weight_bytes + layout.scale_bytes + activations + 2 * rows * n + partial
+
+
+def bytes_brought(region: Region, rows: int, launch: cuda.Launch) -> int:
+    """What all blocks bring into shared memory or registers, most of it from the L2 cache."""
+    columns = cuda.packing(region).columns if launch.block_columns > 16 else region.size("N")
+    blocks = columns // launch.block_columns * -(-rows // launch.block_rows)
+    layout = cuda.packing(region)
+    weights = (layout.weight_bytes + layout.scale_bytes) // (layout.columns // launch.block_columns)
+    element = 2 if "G" in dict(region.sizes) else 1
+    return blocks * (weights + launch.block_rows * region.size("K") * element)
 
 
 def row_of(region: Region, arch: str, rows: int, codes: dict[str, KernelCode]) -> dict[str, Any]:
@@ -90,6 +101,7 @@ def row_of(region: Region, arch: str, rows: int, codes: dict[str, KernelCode]) -
         "blocks": blocks, "waves": round(blocks / at_once, 2),
         "busy": round(min(1.0, blocks / device.multiprocessors), 2),
         "bytes": moved, "bytes_per_output": round(moved / (rows * n), 1),
+        "bytes_brought": bytes_brought(region, rows, launch),
         "instructions": sum(code.instructions.values()),
         "tensor_instructions": code.count(*TENSOR),
         "memory_floor_us": round(moved / device.bandwidth * 1e6, 2),
@@ -110,8 +122,8 @@ def main() -> None:
             codes = compile_kernels(cuda.source(region, arch), arch, nvcc, cuobjdump)
             table += [row_of(region, arch, rows, codes) for rows in ROWS]
     shown = ("anchor", "device", "rows", "n", "k", "kernel", "registers",
-             "blocks_per_multiprocessor", "waves", "busy", "bytes_per_output", "memory_floor_us",
-             "tensor_floor_us")  # fmt: skip
+             "blocks_per_multiprocessor", "waves", "busy", "bytes_per_output", "bytes_brought",
+             "instructions", "memory_floor_us", "tensor_floor_us")  # fmt: skip
     print(" | ".join(shown), flush=True)
     for row in table:
         print(" | ".join(str(row[name]) for name in shown))

@@ -47,7 +47,7 @@ _LEFT_TO_ORT = ("QConv", "GroupSumsA8", "GroupSumsA16")
 
 _ANCHORS = frozenset({
     *_QUANTIZES, "QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8", "QMatMulW4A8", "QMatMulW4A16",
-    "QMatMulFp8",
+    "QMatMulW4Z4A16", "QMatMulFp8",
 })  # fmt: skip
 
 

@@ -29,7 +29,9 @@ __all__ = ["MergeSiblings"]
 
 _NEUTRAL = {"Add": 0.0, "Mul": 1.0}
 
-_MERGEABLE = ("QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8")
+_MERGEABLE = frozenset({
+    "QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8", "QMatMulW4A16", "QMatMulW4Z4A16", "QMatMulFp8",
+})  # fmt: skip
 
 
 class MergeSiblings(RegionPass):
@@ -53,7 +55,9 @@ class MergeSiblings(RegionPass):
         if len(nodes) < 2 or steps is None:
             return False
         widths = tuple(region.size("N") for region in regions)
-        sizes = (("K", regions[0].size("K")), ("N", sum(widths)))
+        sizes = tuple(
+            (name, sum(widths) if name == "N" else size) for name, size in regions[0].sizes
+        )
         channel: ExtraKind = "channel"
         extras = (channel,) * sum(len(step.args) - 1 for step in steps)
         whole = dataclasses.replace(
@@ -85,7 +89,7 @@ def _is_mergeable(node: ir.Node) -> bool:
 
 def _siblings(node: ir.Node) -> list[ir.Node]:
     """The mergeable nodes of the same graph with the same activations, in order."""
-    q, anchor, shared = node.inputs[0], _region(node).anchor, node.inputs[: _weight(node)]
+    q, form, shared = node.inputs[0], _form(_region(node)), node.inputs[: _weight(node)]
     assert q is not None and node.graph is not None
     found = {use.node for use in q.uses() if use.node.graph is node.graph}
     return [
@@ -93,8 +97,14 @@ def _siblings(node: ir.Node) -> list[ir.Node]:
         for other in node.graph
         if other in found
         and _is_mergeable(other)
-        and (_region(other).anchor, other.inputs[: _weight(other)]) == (anchor, shared)
+        and (_form(_region(other)), other.inputs[: _weight(other)]) == (form, shared)
     ]
+
+
+def _form(region: Region) -> Region:
+    """What siblings have in common: all but their columns and what is done with these."""
+    sizes = tuple((name, size) for name, size in region.sizes if name != "N")
+    return Region(region.anchor, sizes, flags=region.flags)
 
 
 def _weight(node: ir.Node) -> int:

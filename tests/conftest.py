@@ -5,12 +5,15 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from cuda_library import DOMAIN, REGIONS
 from golden import model_of
 from hypothesis import settings
-from stand_in import NoCompiler, names_of_kernels
+from stand_in import ON_CPU, Bench, NoCompiler, StandInBackend, names_of_kernels
 
 import qcompiler
 from qcompiler.report import Report
+from qcompiler.targets.cache import KernelCache
+from qcompiler.targets.library import build_library
 
 # The same examples at every run, so that a failure is the change's;
 # HYPOTHESIS_PROFILE=explore looks for new ones.
@@ -40,6 +43,41 @@ def cubins_without_code() -> Iterator[None]:
         patch.setattr("qcompiler.targets.cuda.backend.find_cubin_compiler", NoCompiler)
         patch.setattr("qcompiler.targets.cuda.backend.CudaBackend.source", names_of_kernels)
         yield
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory) -> KernelCache:
+    return KernelCache(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def on_cpu(tmp_path_factory, kernel_cache) -> Path:
+    """A library for GPUs whose ops run in the CPU provider."""
+    path = tmp_path_factory.mktemp("library") / "on_cpu.so"
+    build_library(REGIONS, DOMAIN, path, cache=kernel_cache, arch=StandInBackend(ON_CPU))
+    return path
+
+
+@pytest.fixture(scope="session")
+def with_twins(tmp_path_factory, kernel_cache) -> Path:
+    """A library for GPUs as it is shipped, but for the driver: on the CPU the twins run."""
+    path = tmp_path_factory.mktemp("library") / "with_twins.so"
+    build_library(REGIONS, DOMAIN, path, cache=kernel_cache, arch=StandInBackend())
+    return path
+
+
+@pytest.fixture(scope="session")
+def drivers(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("drivers")
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch, drivers) -> Iterator[Bench]:
+    """A machine with GPUs that are not there, see `stand_in.py`."""
+    monkeypatch.delenv("QCOMPILER_ISA", raising=False)
+    bench = Bench(tmp_path, monkeypatch, drivers)
+    yield bench
+    bench.check()
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from qcompiler.ir import dialect
 from qcompiler.ir.region import Region
-from qcompiler.targets.cuda.packing import pack, pack_scales
+from qcompiler.targets.cuda.packing import FOUR_BITS, pack, pack_scales
+from qcompiler.targets.cuda.plan import results_of
 
 Array = NDArray[Any]
 DOMAIN = "qcompiler.test"
@@ -46,12 +47,19 @@ def operands_of(region: Region, rows: int, seed: int = 0) -> Operands:
     # Of several magnitudes, so that a wrong row, scale or group shows.
     x = rng.standard_normal((rows, k)) * np.exp(rng.standard_normal((rows, 1)))
     device: dict[str, Array] = {}
-    if region.anchor == "QMatMulW4A16":
+    wz = None
+    if region.anchor in FOUR_BITS:
+        groups, has_zeros = -(-k // region.size("G")), region.anchor == "QMatMulW4Z4A16"
         w = rng.integers(-8, 8, (k, n)).astype(np.int8)
-        ws = (rng.random((-(-k // region.size("G")), n)) * 0.02 + 0.002).astype(np.float16)
+        ws = (rng.random((groups, n)) * 0.02 + 0.002).astype(np.float16)
         device["x"] = x.astype(np.float16)
         body = {"x": device["x"].astype(np.float32), "w": w.astype(ml_dtypes.int4)}
-        wide = np.repeat(ws.astype(np.float32), region.size("G"), 0)[:k] * w
+        centred = w
+        if has_zeros:
+            wz = rng.integers(-8, 8, (groups, n)).astype(np.int8)
+            body["wz"] = wz.astype(ml_dtypes.int4)
+            centred = w - np.repeat(wz, region.size("G"), 0)[:k]
+        wide = np.repeat(ws.astype(np.float32), region.size("G"), 0)[:k] * centred
         magnitude = np.abs(body["x"]) @ np.abs(wide)
     else:
         w, q = _eight_bits(region, rng, x)
@@ -62,9 +70,10 @@ def operands_of(region: Region, rows: int, seed: int = 0) -> Operands:
         magnitude = (np.abs(real) * device["s"]) @ (np.abs(w.astype(np.float32)) * ws)
     device |= {
         "w": np.frombuffer(pack(w, region), np.uint8),
-        "ws": np.frombuffer(pack_scales(ws, region), np.uint8),
-        "y": np.full((rows, n), np.nan, np.float16),
+        "ws": np.frombuffer(pack_scales(ws, region, wz, w), np.uint8),
     }
+    for name, (_, width) in results_of(region).items():
+        device[name] = np.full((rows, width), np.nan, np.float16)
     body["ws"] = ws.astype(np.float32)
     for i, kind in enumerate(region.extras):
         shape = (n,) if kind == "channel" else (rows, n)
@@ -93,9 +102,9 @@ def run_body(region: Region, inputs: dict[str, Array], outputs: int = 1) -> list
                      shape=ir.Shape(tensor.shape))
         )  # fmt: skip
     op = dialect.OPS[region.anchor]
+    names = op.outputs[:outputs] if not region.widths else op.outputs * len(region.widths)
     results = [
-        ir.Value(name=f"r{i}", type=ir.TensorType(op.type_of(name)))
-        for i, name in enumerate(op.outputs[:outputs])
+        ir.Value(name=f"r{i}", type=ir.TensorType(op.type_of(name))) for i, name in enumerate(names)
     ]
     node = ir.Node(DOMAIN, region.name, values, outputs=results)
     graph = ir.Graph([], results, nodes=[node], initializers=values,

@@ -11,8 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from cuda_library import emulate, memory
 from stand_in import Bench, Driver, Gpu, NoCompiler, names_of_kernels
-from test_cuda_library import emulate, memory
 
 from qcompiler.ir.region import Region
 from qcompiler.targets import cuda

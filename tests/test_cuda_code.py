@@ -56,7 +56,7 @@ REGIONS = {
 }
 ALL = [(region, arch) for region, archs in REGIONS.items() for arch in archs]
 PRODUCTS = [(region, arch) for region, arch in ALL if "N" in dict(region.sizes)]
-PLANNED_BLOCKS = {"stream": 3, "tile": 1}
+PLANNED_BLOCKS = {"stream": 3, "tile": 1, "roles": 1}
 """Per multiprocessor, at the least."""
 
 
@@ -92,12 +92,12 @@ def test_as_many_blocks_fit_as_planned(region, arch):
 def test_tensor_cores_multiply(region, arch):
     # sm_90 has none for mma.sync of FP8: a few rows are widened to float16.
     fp8 = "HMMA.16816.F32" if arch == "sm_90a" else "QMMA.16832.F32.E4M3.E4M3"
-    of_warp = {"QMatMulW4A16": "HMMA.16816.F32", "QMatMulW8A8": "IMMA.16832.S8.S8"}
+    of_warp = {"QMatMulW4A16": "HMMA.16816.F32", "QMatMulW8A8": "IMMA.16832.S8.U8"}
     of_group = {"QMatMulW4A16": "HGMMA", "QMatMulW8A8": "IGMMA", "QMatMulFp8": "QGMMA"}
     kernels = code(region, arch)
     for launch in cuda.launches(region, arch):
         meant = of_warp.get(region.anchor, fp8)
-        if arch == "sm_90a" and "_tile" in launch.symbol:
+        if arch == "sm_90a" and "_stream" not in launch.symbol:
             meant = of_group[region.anchor]
         assert kernels[launch.symbol].count(meant), launch.symbol
 
@@ -123,10 +123,20 @@ def test_weights_come_16_bytes_at_a_time(region, arch):
 def test_making_operands_is_less_than_multiplying(region, arch):
     """What is not the product itself, in the kernel for many rows, per instruction of it."""
     kernel = code(region, arch)[cuda.launches(region, arch)[-1].symbol]
-    # wgmma counts as the mma.sync that it takes the place of, one per 8 tokens.
-    rows = cuda.launches(region, arch)[-1].block_rows
+    # wgmma counts as the mma.sync that it takes the place of, one per 8 of at most 128 tokens.
+    rows = min(128, cuda.launches(region, arch)[-1].block_rows)
     products = kernel.count("HMMA", "IMMA", "QMMA")
     products += kernel.count("HGMMA", "IGMMA", "QGMMA") * rows // 8
     others = kernel.count("LOP3", "HMUL2", "HFMA2", "HADD2", "PRMT", "F2FP", "LDS", "LDSM")
     assert products >= 64
     assert others < 2.5 * products
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize(("region", "arch"), PRODUCTS, ids=names(PRODUCTS))
+def test_threads_with_roles_have_mbarriers_and_their_own_registers(region, arch):
+    last = cuda.launches(region, arch)[-1]
+    kernel = code(region, arch)[last.symbol]
+    assert (arch == "sm_90a") == ("_roles" in last.symbol)
+    assert kernel.count("USETMAXREG") == (2 if arch == "sm_90a" else 0)
+    assert (kernel.count("SYNCS") > 0) == (arch == "sm_90a")

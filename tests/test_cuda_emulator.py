@@ -17,7 +17,7 @@ from qcompiler.targets import cuda
 pytestmark = needs_compiler
 
 REGION = w4a16(832, 136, 64)
-ROWS = 13
+ROWS, MANY = 13, 300
 
 # What is planted by the number of the fault: a pattern in the source, which of its places, and what
 # takes its place.  The kernel is that of 16 rows.
@@ -57,7 +57,41 @@ OF_WARPGROUP = {
     ),
 }
 SEEN_AS |= {11: "no fence.proxy.async lets it see", 12: "numbers", 13: "numbers|wgmma"}
-FAULTS = {"sm_80": PLANTED, "sm_90a": OF_WARPGROUP}
+_WAIT = r"\w+_mbarrier_wait\("
+_ARRIVE = r"\w+_mbarrier_arrive_\w+\("
+OF_ROLES = {
+    21: ("no wait for a free place", rf"({_WAIT})", 0, r"if (!FAULT(21)) \1"),
+    22: ("no wait for a chunk", rf"({_WAIT})", 1, r"if (!FAULT(22)) \1"),
+    23: ("the wrong phase of free", r" >> 2\) \^ 1\)", 0, " >> 2) ^ (FAULT(23) ? 0 : 1))"),
+    24: ("the wrong phase of full", r"(\(\w+ & 7\) >> 2\))\);", 0, r"\1 ^ FAULT(24));"),
+    25: ("a place is never free", rf"({_ARRIVE})", 1, r"if (!FAULT(25)) \1"),
+    26: ("full before it is there", r"(\w+_cp_async_wait_group_\w+\(\);)", 0,
+         r"if (!FAULT(26)) \1"),
+    27: ("no fence of the producer", r"(\w+_fence_proxy_\w+\(\);)", 0, r"if (!FAULT(27)) \1"),
+    28: ("free while multiplied", r"(\w+_wgmma_wait_group_\w+\(\);)", 0, r"if (!FAULT(28)) \1"),
+    29: ("a warp that is not whole", r"(\w+_bar_warp_sync_\w+\()", 0, r"if (!FAULT(29)) \1"),
+    30: ("results over chunks", r"(\w+_bar_sync_count_\w+\()", 0, r"if (!FAULT(30)) \1"),
+    31: ("no wait for results", r"(\w+_bar_sync_count_\w+\()", 1, r"if (!FAULT(31)) \1"),
+}  # fmt: skip
+SEEN_AS |= {
+    21: "waits forever|no barrier between|numbers",
+    22: "no barrier between|numbers",
+    23: "waits forever|no barrier between|numbers",
+    24: "waits forever|no barrier between|numbers",
+    25: "waits forever",
+    26: "no barrier between|numbers|lets it see",
+    27: "lets it see",
+    28: "numbers|no barrier between",
+    29: "no barrier between",
+    30: "numbers|no barrier between",
+    31: "numbers",
+}
+# By architecture and number of rows, which choose the kernel; MANY that for any number.
+FAULTS = {("sm_80", ROWS): PLANTED, ("sm_90a", ROWS): OF_WARPGROUP, ("sm_90a", MANY): OF_ROLES}
+
+
+def launch_of(arch: str, rows: int) -> cuda.Launch:
+    return cuda.launches(REGION, arch)[-1] if rows == MANY else launch_for(REGION, rows, arch)
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +99,11 @@ def planted(tmp_path_factory):
     """The kernels of REGION with all faults, none of which happens unless asked for."""
 
     @functools.cache
-    def make(arch: str) -> Emulated:
+    def make(arch: str, rows: int = ROWS) -> Emulated:
         source = cuda.source(REGION, arch)
-        start = source.index("{", source.rindex(launch_for(REGION, ROWS).symbol + "("))
+        start = source.index("{", source.rindex(launch_of(arch, rows).symbol + "("))
         head, body = source[:start], source[start:]
-        for what, pattern, place, replacement in FAULTS[arch].values():
+        for what, pattern, place, replacement in FAULTS[arch, rows].values():
             places = list(re.finditer(pattern, body))
             assert len(places) > place, f"{what}: the source has no {pattern}"
             found = places[place]
@@ -79,12 +113,12 @@ def planted(tmp_path_factory):
     return make
 
 
-def seen(planted: Emulated, launch: cuda.Launch, fault: int) -> str:
+def seen(planted: Emulated, launch: cuda.Launch, fault: int, rows: int = ROWS) -> str:
     """What the emulator or the comparison says; empty if all is well."""
     for backwards in (False, True):
-        operands = operands_of(REGION, ROWS)
+        operands = operands_of(REGION, rows)
         try:
-            planted.run(launch, REGION.size("N"), operands.device, ROWS, backwards, fault)
+            planted.run(launch, REGION.size("N"), operands.device, rows, backwards, fault)
             compare(REGION, operands)
         except EmulatorError as error:
             return str(error)
@@ -93,21 +127,22 @@ def seen(planted: Emulated, launch: cuda.Launch, fault: int) -> str:
     return ""
 
 
-@pytest.mark.parametrize("arch", FAULTS)
-def test_nothing_is_seen_where_nothing_is_wrong(arch, planted):
-    assert seen(planted(arch), launch_for(REGION, ROWS), 0) == ""
+@pytest.mark.parametrize(("arch", "rows"), FAULTS)
+def test_nothing_is_seen_where_nothing_is_wrong(arch, rows, planted):
+    assert seen(planted(arch, rows), launch_of(arch, rows), 0, rows) == ""
 
 
 @pytest.mark.parametrize(
-    ("arch", "fault"),
+    ("arch", "rows", "fault"),
     [
-        pytest.param(arch, number, id=faults[number][0].replace(" ", "-"))
-        for arch, faults in FAULTS.items()
+        pytest.param(arch, rows, number, id=faults[number][0].replace(" ", "-"))
+        for (arch, rows), faults in FAULTS.items()
         for number in faults
     ],
 )
-def test_a_planted_fault_is_seen(arch, fault, planted):
-    assert re.search(SEEN_AS[fault], seen(planted(arch), launch_for(REGION, ROWS), fault))
+def test_a_planted_fault_is_seen(arch, rows, fault, planted):
+    found = seen(planted(arch, rows), launch_of(arch, rows), fault, rows)
+    assert re.search(SEEN_AS[fault], found)
 
 
 def test_too_little_shared_memory_is_seen(planted):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cuda_emulator import Emulated, needs_compiler
@@ -12,14 +13,21 @@ from cuda_operands import Operands, operands_of, run_body
 
 from qcompiler.ir.region import Region, Step
 from qcompiler.targets import cuda
+from qcompiler.targets.cuda.packing import FOUR_BITS
+from qcompiler.targets.cuda.plan import results_of
 
 pytestmark = needs_compiler
 
+FP8 = ml_dtypes.float8_e4m3fn
 ROWS = (1, 7, 8, 9, 17, 65)
 
 
 def w4a16(k: int, n: int, group: int, **more) -> Region:
     return Region("QMatMulW4A16", (("K", k), ("N", n), ("G", group)), **more)
+
+
+def w4z4a16(k: int, n: int, group: int, **more) -> Region:
+    return Region("QMatMulW4Z4A16", (("K", k), ("N", n), ("G", group)), **more)
 
 
 def eight_bit(anchor: str, k: int, n: int, **more) -> Region:
@@ -38,12 +46,21 @@ REGIONS = [
     eight_bit("QMatMulW8A8", 208, 40),
     eight_bit("QMatMulW8A8", 1536, 133, **EPILOGUE),
     eight_bit("QMatMulFp8", 272, 136),
+    # Zero points, small and large groups, rows that begin anywhere, and several results.
+    w4z4a16(328, 40, 16),
+    w4z4a16(2048, 136, 256, **EPILOGUE),
+    w4z4a16(100, 33, 128),
+    w4a16(333, 40, 64),
+    w4a16(576, 136, 192, widths=(64, 40, 32)),
+    eight_bit("QMatMulW8A8", 1100, 40, widths=(7, 33)),
+    eight_bit("QMatMulFp8", 267, 40),
 ]
 # Tiles are multiplied by wgmma on sm_90a, by mma.sync elsewhere; e4m3 only from sm_89 on.
 CASES = [
     *((region, "sm_90a") for region in REGIONS),
     *((region, "sm_80") for region in REGIONS if region.extras),
-    (REGIONS[-1], "sm_89"),
+    *((region, "sm_80") for region in (REGIONS[7], REGIONS[10], REGIONS[12])),
+    *((region, "sm_89") for region in REGIONS if region.anchor == "QMatMulFp8"),
 ]
 
 
@@ -57,16 +74,18 @@ def emulated(tmp_path_factory):
     return make
 
 
-def launch_for(region: Region, rows: int) -> cuda.Launch:
-    launches = cuda.launches(region, "sm_90a")
+def launch_for(region: Region, rows: int, arch: str = "sm_90a") -> cuda.Launch:
+    launches = cuda.launches(region, arch)
     return next(one for one in launches if one.max_rows is None or rows <= one.max_rows)
 
 
 def compare(region: Region, operands: Operands) -> None:
     """Within the roundings of float16: of the result, and of each weight times its scale."""
-    (expected,) = run_body(region, operands.body)
-    error = np.abs(operands.device["y"].astype(np.float64) - expected)
-    weights = 2.0**-11 if region.anchor == "QMatMulW4A16" else 2.0**-20
+    expected = np.concatenate(run_body(region, operands.body), axis=-1)
+    results = [operands.device[name] for name in results_of(region)]
+    error = np.abs(np.concatenate(results, axis=-1).astype(np.float64) - expected)
+    # Those, or what tensor cores keep of sums of FP8 while they add up a chunk.
+    weights = 2.0**-11 if region.anchor in (*FOUR_BITS, "QMatMulFp8") else 2.0**-20
     bound = 2.0**-10 * np.abs(expected) + weights * operands.magnitude + 1e-6
     assert (error <= bound).all(), (error / bound).max()
 
@@ -74,13 +93,48 @@ def compare(region: Region, operands: Operands) -> None:
 @pytest.mark.parametrize(("region", "arch"), CASES, ids=[f"{r.name}-{a}" for r, a in CASES])
 @pytest.mark.parametrize("rows", ROWS)
 def test_a_product_is_its_body(region, arch, rows, emulated):
-    launch = launch_for(region, rows)
+    launch = launch_for(region, rows, arch)
     operands = operands_of(region, rows)
     for backwards in (False, True):
-        operands.device["y"][...] = np.nan
+        for name in results_of(region):
+            operands.device[name][...] = np.nan
         program = emulated(region, arch)
         program.run(launch, region.size("N"), operands.device, rows, backwards)
         compare(region, operands)
+
+
+OF_ROLES = [
+    w4a16(1024, 130, 128, **EPILOGUE),
+    w4z4a16(100, 33, 128),
+    eight_bit("QMatMulW8A8", 1536, 133, **EPILOGUE),
+    eight_bit("QMatMulFp8", 1008, 136),
+]
+
+
+@pytest.mark.parametrize("region", OF_ROLES, ids=lambda region: region.name)
+def test_very_many_rows_are_their_body(region, emulated):
+    launch = cuda.launches(region, "sm_90a")[-1]
+    assert "_roles" in launch.symbol
+    operands = operands_of(region, 261)
+    for backwards in (False, True):
+        operands.device["y"][...] = np.nan
+        emulated(region).run(launch, region.size("N"), operands.device, 261, backwards)
+        compare(region, operands)
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a"])
+@pytest.mark.parametrize("rows", [4, 20])
+def test_long_sums_of_fp8_keep_their_bits(arch, rows, emulated):
+    """All of one sign: what the tensor cores cut off would add up, to 1% at K = 8192."""
+    region = eight_bit("QMatMulFp8", 8192, 16)
+    operands = operands_of(region, rows)
+    for device, body in (("q", "q"), ("w", "w")):
+        operands.device[device] = operands.device[device].view(np.uint8) & 127
+        operands.body[body] = (operands.body[body].view(np.uint8) & 127).view(FP8)
+    operands.device["q"] = operands.body["q"]
+    operands.body["s"][...] = operands.device["s"][...] = 2.0**-12
+    emulated(region, arch).run(launch_for(region, rows, arch), 16, operands.device, rows)
+    compare(region, operands)
 
 
 @pytest.mark.parametrize("anchor", ["Quantize", "QuantizeFp8"])

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from cuda_emulator import Emulated, needs_compiler
+from cuda_library import memory, open_session, run_op
 from stand_in import ON_CPU, Bench, Gpu, StandInBackend
-from test_cuda_library import memory, open_session, run_op
 from test_cuda_norms import body_of, norm, operands
 
 from qcompiler.ir import dialect

@@ -50,6 +50,24 @@ def test_scales_of_int4_lie_where_the_layout_says():
         assert packed[(n // 16 * layout.groups + g) * 16 + n % 8 * 2 + n % 16 // 8] == ws[g, n]
 
 
+def test_zero_points_lie_where_the_layout_says():
+    region = Region("QMatMulW4Z4A16", W4.sizes)
+    rng = np.random.default_rng(0)
+    ws, wz = rng.random((7, 136)).astype(np.float16), rng.integers(-8, 8, (7, 136)).astype(np.int8)
+    layout = cuda.packing(region)
+    records = np.frombuffer(pack_scales(ws, region, wz), np.uint8).reshape(-1, 48)
+    assert (layout.record_bytes, records.size) == (48, layout.scale_bytes)
+    for g, n in np.ndindex(7, 136):
+        record, place = records[n // 16 * layout.groups + g], n % 8 * 2 + n % 16 // 8
+        assert record[:32].view("<f2")[place] == ws[g, n]
+        assert record[32 + place] == (int(wz[g, n]) + 8) * 16 ** (n % 16 // 8)
+
+
+def test_one_group_is_one_whatever_the_padding():
+    for k, group in ((100, 100), (20, 32), (16, 16)):
+        assert cuda.packing(w4(k, group=group)).groups == 1
+
+
 def test_bytes_lie_where_the_layout_says():
     rng = np.random.default_rng(0)
     w = rng.integers(-128, 128, (208, 40)).astype(np.int8)
@@ -70,16 +88,15 @@ def test_bytes_lie_where_the_layout_says():
         (Region("QMatMulW4A16", (("K", 64), ("N", 64))), "takes the sizes K, N, G"),
         (w4(k=0), "is not positive"),
         (w4(k=1 << 31), "more than 2\\^30"),
-        (w4(k=100), "K=100: rows are loaded 16 bytes at a time, 8 elements"),
-        (w4(group=16), "groups of 16; known are 32, 64, 128"),
+        (w4(group=24), "groups of 24; known are 16, 32 and multiples of 64"),
         (w4(n=1 << 23), "weights are more than 2\\^30"),
         (w4(k=1 << 26, n=1), "67108864 x 1 weights are 4294967296 bytes when padded"),
-        (w4(widths=(32, 32)), "several results"),
+        (w4(widths=(8,) * 8 + (0,)), "9 results; at most 8 are supported"),
         (w4(steps=(Step("Erf", (0,)),)), "no vector form of Erf"),
         (w4(steps=(Step("Add", (0, -1)),)), "reads values that do not exist"),
         (w4(extras=("channel",) * 9), "9 extra operands; at most 8"),
-        (Region("QMatMulW8A8", (("K", 200), ("N", 64))), "16 elements"),
         (Region("QMatMulW8A8", (("K", 1 << 18), ("N", 64))), "an int32 sum"),
+        (Region("Quantize", (("K", 100),)), "K=100: rows are loaded 16 bytes at a time, 8 element"),
         (Region("Quantize", (("K", 64),), steps=(Step("Relu", (0,)),)), "takes no epilogue"),
     ],
 )
@@ -91,6 +108,8 @@ def test_what_has_no_kernel_says_why(region, reason):
 
 @pytest.mark.parametrize("region", [w4(), w4(4096, 4096), w4(576, 1536, 32), w4(8192, 28672), W8,
                                     Region("QMatMulFp8", (("K", 4096), ("N", 4096))),
+                                    w4(333, group=16), w4(4096, 4096, 192), w4(100, group=100),
+                                    w4(256, 96, widths=(32, 64)),
                                     Region("Quantize", (("K", 4096),))],
                          ids=lambda region: region.name)  # fmt: skip
 def test_launches_cover_all_rows_and_fit_every_device(region):
@@ -100,12 +119,18 @@ def test_launches_cover_all_rows_and_fit_every_device(region):
     assert limits[-1] is None
     assert limits[:-1] == sorted({limit for limit in limits[:-1] if limit is not None})
     for launch in launches:
-        assert launch.shared_bytes <= 99 << 10
+        assert launch.shared_bytes <= (227 if "_roles" in launch.symbol else 99) << 10
         assert launch.threads % 32 == 0
         assert (launch.combine is None) == (launch.splits == 1)
         assert launch.parameters[-1] == "rows"
         if launch.max_rows is not None:
             assert launch.max_rows / launch.block_rows < 65536
+
+
+def test_roles_are_for_rows_that_fill_the_device():
+    for n, tiles_until in ((28672, 256), (4096, 5 * 256)):
+        *_, before, last = cuda.launches(w4(8192, n), "sm_90a")
+        assert (last.threads, last.block_rows, before.max_rows) == (384, 256, tiles_until)
 
 
 def test_every_split_has_work():

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
-from stand_in import ON_CPU, Bench, StandInBackend
-from test_cuda_library import (
+from cuda_library import (
     A100,
     H200,
     constants_of,
@@ -21,6 +20,7 @@ from test_cuda_library import (
     open_session,
     run_op,
 )
+from stand_in import ON_CPU, Bench, StandInBackend
 
 from qcompiler.runtime import _find_cuda
 from qcompiler.session_options import new_session_options

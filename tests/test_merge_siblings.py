@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -10,6 +11,7 @@ from test_regions import everything, folded
 
 from qcompiler.ir.decisions import decisions
 from qcompiler.ir.stages import Stage, verify
+from qcompiler.passes.fold_qdq import FoldQDQ
 from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.passes.merge_siblings import MergeSiblings
 
@@ -61,6 +63,31 @@ def test_fills_a_missing_bias_or_factor_with_one_that_changes_nothing():
         "q = MatMul (x, c) k = MatMul (x, d) r = Add (k, u) }"
     )
     assert ops == ["Quantize_K64", "QMatMulW8A8_K64_N32_AddC_MulC_8x16x8"]
+
+
+@pytest.mark.parametrize("group", [16, 32])
+def test_merges_products_of_floats_where_groups_are_the_same(group):
+    rng = np.random.default_rng(2)
+    codes = {
+        name: rng.integers(-8, 8, (64, n)).astype(ml_dtypes.int4)
+        for name, n in (("a", 8), ("c", 16))
+    }
+    scales = {
+        "s": rng.random((4, 8), np.float32),
+        "t": rng.random((64 // group, 16), np.float32),
+    }
+    model = model_of(
+        TWO + "{ f = DequantizeLinear <axis = 0, block_size = 16> (a, s) p = MatMul (x, f) "
+        f"h = DequantizeLinear <axis = 0, block_size = {group}> (c, t) q = MatMul (x, h) }}",
+        codes | scales,
+    )
+    FoldQDQ()(model)
+    FuseRegions(everything)(model)
+    ops = rewritten(model, MergeSiblings(everything))
+    if group == 16:
+        assert ops == ["QMatMulW4A16_K64_N24_G16_8x16"]
+    else:
+        assert ops == ["QMatMulW4A16_K64_N8_G16", "QMatMulW4A16_K64_N16_G32"]
 
 
 def test_says_which_products_it_merged():

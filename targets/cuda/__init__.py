@@ -44,9 +44,9 @@ def supports(region: Region) -> str | None:
 
 
 def launches(region: Region, arch: str) -> tuple[Launch, ...]:
-    """The kernels of `region`, in order of the rows they take; the same on every architecture."""
+    """The kernels of `region`, in order of the rows they take."""
     assert arch in archs_of(region), f"{region.anchor} has no kernel for {arch}"
-    return plan.launches(region)
+    return plan.launches(region, arch)
 
 
 def source(region: Region, arch: str) -> str:

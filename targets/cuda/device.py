@@ -25,6 +25,7 @@ __all__ = [
     "Expr",
     "Place",
     "barrier",
+    "barrier_of",
     "cast",
     "ceildiv",
     "constant",
@@ -48,6 +49,8 @@ __all__ = [
     "unrolled",
     "vector",
     "view",
+    "wait_phase",
+    "warp_barrier",
     "when",
     "wide",
 ]
@@ -110,6 +113,21 @@ def emit(instruction: str, *operands: Expr) -> None:
 def barrier() -> None:
     """Wait for all threads of the block."""
     script.evaluate(script.cuda.cta_sync())
+
+
+def barrier_of(threads: int) -> None:
+    """Wait for some threads of the block, always the same."""
+    emit("bar.sync", 1, threads)
+
+
+def warp_barrier() -> None:
+    """Wait for the other threads of the warp; they then see what each other did."""
+    emit("bar.warp.sync", constant(0xFFFFFFFF, "uint32"))
+
+
+def wait_phase(pointer: Expr, parity: Expr) -> None:
+    """Wait until the phase of an mbarrier that has this parity is over."""
+    script.evaluate(script.cuda.mbarrier_wait(pointer, parity))
 
 
 def real(value: float) -> Expr:

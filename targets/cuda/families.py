@@ -6,7 +6,7 @@ import dataclasses
 
 from qcompiler.ir.region import QUANTIZATION, Region
 from qcompiler.targets.cuda.norm_plan import NORMS, unsupported_norm
-from qcompiler.targets.cuda.packing import packing
+from qcompiler.targets.cuda.packing import FOUR_BITS, packing
 from qcompiler.targets.epilogue import unsupported_epilogue
 
 __all__ = ["FAMILIES", "Family", "unsupported"]
@@ -15,11 +15,13 @@ MAX_ELEMENTS = 1 << 30
 """Kernels index a row, and the packed weights, with int32."""
 MAX_PACKED_BYTES = 1 << 30
 """The same of weights whose columns are padded, of which there may be one."""
-MAX_INT8_DEPTH = (1 << 31) // (128 * 128) - 1
-"""The longest sum of int8 products that an int32 surely holds."""
-GROUP_SIZES = (32, 64, 128)
+MAX_INT8_DEPTH = (1 << 31) // (255 * 128) - 1
+"""The longest sum of products of uint8 and int8 that an int32 surely holds."""
 MAX_SPLIT_COLUMNS = 1 << 22
 """256 rows of so many columns are counted in an int32."""
+
+MAX_PARTS = 8
+"""`QC_MAX_PARTS` in `native/qcompiler.h`."""
 
 _ALL = ("sm_80", "sm_89", "sm_90a")
 _WITH_FP8 = ("sm_89", "sm_90a")
@@ -32,18 +34,19 @@ class Family:
     Attributes:
         sizes: Names of a region's sizes, in order.
         archs: The architectures that can run them.
-        row_multiple: Elements in 16 bytes of a row of activations, the least that is loaded.
+        row_multiple: Of K.
     """
 
     sizes: tuple[str, ...]
     archs: tuple[str, ...]
-    row_multiple: int
+    row_multiple: int = 1
 
 
 FAMILIES = {
-    "QMatMulW4A16": Family(("K", "N", "G"), _ALL, 8),
-    "QMatMulW8A8": Family(("K", "N"), _ALL, 16),
-    "QMatMulFp8": Family(("K", "N"), _WITH_FP8, 16),
+    "QMatMulW4A16": Family(("K", "N", "G"), _ALL),
+    "QMatMulW4Z4A16": Family(("K", "N", "G"), _ALL),
+    "QMatMulW8A8": Family(("K", "N"), _ALL),
+    "QMatMulFp8": Family(("K", "N"), _WITH_FP8),
     "Quantize": Family(("K",), _ALL, 8),
     "QuantizeFp8": Family(("K",), _WITH_FP8, 8),
     **{norm: Family(("K",), _WITH_FP8 if norm.endswith("Fp8") else _ALL, 8) for norm in NORMS},
@@ -71,6 +74,11 @@ def unsupported(region: Region) -> str | None:
     return f"{region.anchor} takes no epilogue" if region.extras or region.steps else None
 
 
+def _is_known_group(group: int, k: int) -> bool:
+    """Whether a step of 16, or a chunk of 64, lies within one group."""
+    return group in (16, 32) or group % 64 == 0 or group >= k
+
+
 def _unsupported_product(region: Region) -> str | None:
     k, n = region.size("K"), region.size("N")
     if k * n > MAX_ELEMENTS:
@@ -81,10 +89,10 @@ def _unsupported_product(region: Region) -> str | None:
         return f"N={n}: at most {MAX_SPLIT_COLUMNS} columns are supported"
     if region.anchor == "QMatMulW8A8" and k > MAX_INT8_DEPTH:
         return f"K={k}: an int32 sum of more than {MAX_INT8_DEPTH} products may overflow"
-    if region.anchor == "QMatMulW4A16" and region.size("G") not in GROUP_SIZES:
-        return f"groups of {region.size('G')}; known are {', '.join(map(str, GROUP_SIZES))}"
-    if region.widths:
-        return "products of several results are not written yet"
+    if region.anchor in FOUR_BITS and not _is_known_group(region.size("G"), k):
+        return f"groups of {region.size('G')}; known are 16, 32 and multiples of 64"
+    if len(region.widths) > MAX_PARTS:
+        return f"{len(region.widths)} results; at most {MAX_PARTS} are supported"
     if any(step.op in QUANTIZATION for step in region.steps):
         return "results that are quantized by constants are not written yet"
     return unsupported_epilogue(region)

@@ -3,6 +3,8 @@
     y[row, column] = steps(sum * s[row] * ws[column], extras)       or, of one split of K,
     workspace[split, row, column] = sum * s[row] * ws[column]
 
+Sums of W8A8 are those of uint8 with zero point 128: 128 times the sum of a column's weights, which
+lies behind the scales, is taken from them, of splits from the first.
 float32 throughout, rounded to float16 once.
 """
 
@@ -32,6 +34,8 @@ from qcompiler.targets.cuda.device import (
     when,
     wide,
 )
+from qcompiler.targets.cuda.packing import packing
+from qcompiler.targets.cuda.plan import results_of
 from qcompiler.targets.epilogue import apply_steps
 
 __all__ = ["Finish", "combine_kernel", "pointers_of"]
@@ -84,7 +88,8 @@ def pointers_of(region: Region, split: bool) -> dict[str, str]:
     """Parameters of the end of a kernel, by name."""
     if split:
         return {"workspace": "float32"}
-    return {**{f"extra{i}": "float16" for i in range(len(region.extras))}, "y": "float16"}
+    extras = (f"extra{i}" for i in range(len(region.extras)))
+    return dict.fromkeys((*extras, *results_of(region)), "float16")
 
 
 class Finish:
@@ -94,11 +99,13 @@ class Finish:
         self, region: Region, arrays: Mapping[str, Expr], rows: Expr, split: Expr | None = None
     ) -> None:
         self._region, self._arrays, self._rows, self._split = region, arrays, rows, split
-        self._n = region.size("N")
+        self._n, self._results = region.size("N"), results_of(region)
+        # Whether four columns from a multiple of four on are always of one result.
+        self._has_quads = all(width % 4 == 0 for _, width in self._results.values())
 
     def quad(self, row: Expr, column: Expr, values: Expr) -> None:
         """Store `values`, four registers, at four columns, those of them that exist."""
-        if self._n % 4 == 0:
+        if self._has_quads:
             with when((row < self._rows) & (column < self._n)):
                 self._store(row, column, [values[i] for i in range(4)])
             return
@@ -128,7 +135,17 @@ class Finish:
             apply_steps(Scalars(), self._region, value, [operand[i] for operand in operands])
             for i, value in enumerate(values)
         ]
-        _write_halves(self._arrays["y"], results, place)
+        self._write(row, column, [let(value) for value in results])
+
+    def _write(self, row: Expr, column: Expr, values: Sequence[Expr]) -> None:
+        """Each result takes those of its own columns."""
+        for name, (first, width) in self._results.items():
+            here = self._arrays[name], values, wide(row) * width + wide(column - first)
+            if len(self._results) == 1:
+                _write_halves(*here)
+                continue
+            with when((column >= first) & (column < first + width)):
+                _write_halves(*here)
 
     def _scaled(self, row: Expr, column: Expr, sums: Sequence[Expr]) -> list[Expr]:
         # Only kernels that multiply 8 bits have `s`: others, and `combine`, get what is scaled.
@@ -136,10 +153,23 @@ class Finish:
             return [cast("float32", value) for value in sums]
         by_token = let(self._arrays["s"][row])
         scales = _read_floats(self._arrays["ws"], column, len(sums))
+        if self._region.anchor == "QMatMulW8A8":
+            sums = self._centred(column, sums)
         return [
             cast("float32", value) * by_token * scale
             for value, scale in zip(sums, scales, strict=True)
         ]
+
+    def _centred(self, column: Expr, sums: Sequence[Expr]) -> list[Expr]:
+        columns = packing(self._region).columns
+        offsets = _read_floats(self._arrays["ws"], column + columns, len(sums))
+        result = []
+        for value, offset in zip(sums, offsets, strict=True):
+            bits = reinterpret("int32", offset)
+            if self._split is not None:
+                bits = bits * cast("int32", self._split == 0)
+            result.append(value - bits)
+        return result
 
 
 def _read_floats(array: Expr, index: Expr, count: int) -> list[Expr]:

@@ -10,9 +10,10 @@ from qcompiler.targets.cuda import device
 from qcompiler.targets.cuda.finish import combine_kernel
 from qcompiler.targets.cuda.norm import norm_kernel
 from qcompiler.targets.cuda.norm_plan import NORMS
-from qcompiler.targets.cuda.plan import Stream, launches, shapes_of
+from qcompiler.targets.cuda.plan import Roles, Stream, launches, shapes_of
 from qcompiler.targets.cuda.products import product_of
 from qcompiler.targets.cuda.quantize import quantize_kernel
+from qcompiler.targets.cuda.roles import roles_kernel
 from qcompiler.targets.cuda.stream import stream_kernel
 from qcompiler.targets.cuda.tile import Sums, tile_kernel
 from qcompiler.targets.cuda.warpgroup import WarpgroupSums
@@ -31,15 +32,18 @@ def kernels(region: Region, arch: str) -> dict[str, Any]:
         make = norm_kernel if region.anchor in NORMS else quantize_kernel
         return {
             launch.symbol: make(region, launch.threads, launch.block_rows)
-            for launch in launches(region)
+            for launch in launches(region, arch)
         }
     by_warpgroup = arch == "sm_90a"
     sums = WarpgroupSums if by_warpgroup else Sums
-    for launch, (_, shape) in zip(launches(region), shapes_of(region), strict=True):
+    for launch, (_, shape) in zip(launches(region, arch), shapes_of(region, arch), strict=True):
         if isinstance(shape, Stream):
             found[launch.symbol] = stream_kernel(region, shape, product_of(region, arch))
             continue
         product = product_of(region, arch, by_warpgroup)
+        if isinstance(shape, Roles):
+            found[launch.symbol] = roles_kernel(region, shape, product)
+            continue
         found[launch.symbol] = tile_kernel(region, shape, product, sums)
         if launch.combine is not None:
             found[launch.combine] = combine_kernel(region, shape.splits, launch.threads)
@@ -51,7 +55,7 @@ def source_of(region: Region, arch: str) -> str:
     functions = kernels(region, arch).items()
     text = device.source({name.removesuffix(_SUFFIX): body for name, body in functions}, arch)
     found = {name: _names(parameters) for name, parameters in _SIGNATURE.findall(text)}
-    assert found == _expected(region), f"TVM changed the parameters: {found}"
+    assert found == _expected(region, arch), f"TVM changed the parameters: {found}"
     return text
 
 
@@ -59,10 +63,10 @@ def _names(parameters: str) -> tuple[str, ...]:
     return tuple(p.split()[-1].removesuffix("_ptr") for p in parameters.split(","))
 
 
-def _expected(region: Region) -> dict[str, tuple[str, ...]]:
-    expected = {launch.symbol: launch.parameters for launch in launches(region)}
+def _expected(region: Region, arch: str) -> dict[str, tuple[str, ...]]:
+    expected = {launch.symbol: launch.parameters for launch in launches(region, arch)}
     return expected | {
         launch.combine: launch.combine_parameters
-        for launch in launches(region)
+        for launch in launches(region, arch)
         if launch.combine is not None
     }

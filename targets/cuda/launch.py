@@ -19,7 +19,7 @@ Arguments, all pointers to device memory at multiples of 16 bytes but `rows`, an
     w           packed weights, see `packing.py`
     ws          packed scales of weights, see `packing.py`: float16 (W4A16) or float32 (W8A8, Fp8)
     extra<i>    float16: [N] of kind "channel", [M, N] of kind "tensor"
-    y           float16 [M, N]
+    y           float16 [M, N]; of a region with widths y0, y1, ...: float16 [M, width]
     workspace   float32 [splits, M, N]
     rows        M
 

@@ -16,12 +16,19 @@ contiguous.  With all divisions rounded down:
                tile * 512 + lane * 16 + (c / 8 + 2 * (d / 16)) * 4 + d % 4,
                                                            lane = (c % 8) * 4 + d % 16 / 4
 
-Scales of W4A16, ws [ceil(K / G), N], are float16 pairs of the two columns that a lane holds; there
-are `groups` of them, ceil(padded_depth / G):
+Scales of W4A16, ws [ceil(K / G), N], are float16 pairs of the two columns that a lane holds.  A
+record of 32 bytes has those of a tile's columns, and there are `groups` records per 16 columns,
+ceil(padded_depth / G), or 1 where G >= K:
 
-    element ((n / 16) * groups + g) * 16 + (n % 8) * 2 + n % 16 / 8   is  ws[g, n]
+    float16 (n % 8) * 2 + n % 16 / 8 of record (n / 16) * groups + g   is  ws[g, n]
 
-and those of W8A8 and Fp8, ws [N], are float32 in order.  Padding is zero (int4: w = 0, code 8).
+Zero points of W4Z4A16 lie behind the scales, so that its records have 48 bytes.  Of a pair the
+second is shifted to where its codes will be:
+
+    byte 32 + (n % 8) * 2 + n % 16 / 8 of the record   is  (wz[g, n] + 8) * 16 ** (n % 16 / 8)
+
+Scales of W8A8 and Fp8, ws [N], are float32 in order.  Behind those of W8A8 is, as int32, 128 times
+the sum of each column of w.  Padding is zero (4 bits: w = 0, code 8).
 """
 
 from __future__ import annotations
@@ -34,12 +41,17 @@ from numpy.typing import NDArray
 
 from qcompiler.ir.region import Region
 
-__all__ = ["Packing", "pack", "pack_scales", "packing"]
+__all__ = ["FOUR_BITS", "Packing", "pack", "pack_scales", "packing"]
 
 Array = NDArray[Any]
 
+FOUR_BITS = frozenset({"QMatMulW4A16", "QMatMulW4Z4A16"})
+"""Products of float16 with weights of 4 bits in groups."""
+
 TILE_COLUMNS = 16
 TILE_BYTES = 512
+SCALES_BYTES = 32
+"""Of a record, before zero points."""
 COLUMN_MULTIPLE = 128
 
 
@@ -53,6 +65,7 @@ class Packing:
         columns: N, padded.
         depth: K, padded.
         groups: Scales per column, of padded depth.
+        record_bytes: Of a group's scales of 16 columns, with zero points if there are any.
         weight_bytes: Size of "w".
         scale_bytes: Size of "ws".
     """
@@ -62,6 +75,7 @@ class Packing:
     columns: int
     depth: int
     groups: int
+    record_bytes: int
     weight_bytes: int
     scale_bytes: int
 
@@ -69,18 +83,20 @@ class Packing:
 def packing(region: Region) -> Packing:
     """The packing of the weights of a product."""
     k, n = region.size("K"), region.size("N")
-    bits = 4 if region.anchor == "QMatMulW4A16" else 8
+    bits = 4 if region.anchor in FOUR_BITS else 8
     columns, depth = _padded(n, COLUMN_MULTIPLE), _padded(k, 64 if bits == 4 else 128)
-    groups = -(-depth // region.size("G")) if bits == 4 else 1
-    scale_size = 2 if bits == 4 else 4
+    groups = -(-depth // region.size("G")) if bits == 4 and region.size("G") < k else 1
+    # Of scales, with zero points or sums.
+    size = {"QMatMulW4A16": 2, "QMatMulW4Z4A16": 3, "QMatMulW8A8": 8}.get(region.anchor, 4)
     return Packing(
         bits=bits,
         tile_depth=64 if bits == 4 else 32,
         columns=columns,
         depth=depth,
         groups=groups,
+        record_bytes=TILE_COLUMNS * size,
         weight_bytes=columns * depth * bits // 8,
-        scale_bytes=groups * columns * scale_size,
+        scale_bytes=groups * columns * size,
     )
 
 
@@ -108,14 +124,38 @@ def pack(w: Array, region: Region) -> bytes:
     return np.asarray(blocks.sum((-3, -2, -1), dtype=np.uint32)).astype("<u4").tobytes()
 
 
-def pack_scales(ws: Array, region: Region) -> bytes:
-    """The bytes of "ws": from float16 [ceil(K / G), N], or float32 [N]."""
+def pack_scales(
+    ws: Array, region: Region, wz: Array | None = None, w: Array | None = None
+) -> bytes:
+    """The bytes of "ws".
+
+    Args:
+        ws: float16 [ceil(K / G), N], or float32 [N].
+        region: Says the sizes and the kind.
+        wz: Zero points [ceil(K / G), N] of W4Z4A16.
+        w: The weights [K, N] of W8A8.
+    """
     layout = packing(region)
     if layout.bits == 8:
-        return np.pad(ws.astype("<f4"), (0, layout.columns - ws.size)).tobytes()
-    padded = np.zeros((layout.groups, layout.columns), "<f2")
-    padded[: ws.shape[0], : ws.shape[1]] = ws
-    return padded.reshape(layout.groups, -1, 2, 8).transpose(1, 0, 3, 2).tobytes()
+        parts = [ws.astype("<f4").view(np.uint32)]
+        if region.anchor == "QMatMulW8A8":
+            assert w is not None
+            parts.append((128 * w.sum(0, dtype=np.int32)).astype("<i4").view(np.uint32))
+        return b"".join(np.pad(part, (0, layout.columns - ws.size)).tobytes() for part in parts)
+    parts = [_records(ws, layout, "<f2")]
+    if wz is not None:
+        zeros = _records(wz.view(np.uint8) + 8 & 15, layout, "u1")
+        zeros[..., 1::2] *= 16
+        parts.append(zeros)
+    return np.concatenate(parts, axis=-1).tobytes()
+
+
+def _records(values: Array, layout: Packing, dtype: str) -> Array:
+    """Bytes [tile of columns, group, byte] of one value per group and column, [groups, N]."""
+    padded = np.zeros((layout.groups, layout.columns), dtype)
+    padded[: values.shape[0], : values.shape[1]] = values
+    pairs = padded.reshape(layout.groups, -1, 2, 8).transpose(1, 0, 3, 2)
+    return np.ascontiguousarray(pairs).reshape(*pairs.shape[:2], 16).view(np.uint8)
 
 
 def _padded(size: int, multiple: int) -> int:

@@ -8,16 +8,19 @@ activations: one mma takes 32, a *chunk* is 128, which four of them share.
               straight into the registers of the lane that multiplies it.
     above     `Tile`: 128 columns times 16 to 128 rows, through shared memory.  Where the blocks
               would not fill the device, K is split between several.
+    far above, where such large blocks fill the device, on sm_90a `Roles`: 128 columns times 128 or
+              256 rows; some threads bring the chunks that others multiply.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda.launch import Launch
 from qcompiler.targets.cuda.norm_plan import NORMS, norm_launches
-from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, packing
+from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, FOUR_BITS, TILE_COLUMNS, packing
 
 __all__ = [
     "CHUNK_BYTES",
@@ -25,11 +28,14 @@ __all__ = [
     "STREAM_COLUMNS",
     "STREAM_ROWS",
     "TILE_THREADS",
+    "Roles",
     "Stream",
     "Tile",
     "activation_bytes",
     "chunks_of",
+    "groups_of_chunk",
     "launches",
+    "results_of",
     "shapes_of",
     "shared_bytes",
     "stage_bytes",
@@ -41,12 +47,15 @@ STREAM_COLUMNS = 16
 TILE_THREADS = 128
 _WARP = 32
 
-_WANTED_BLOCKS = 264
-"""Two for each of the 132 multiprocessors of an H100; an A100 has 108, an L40S 142."""
+_MULTIPROCESSORS = 132
+"""Of an H100; an A100 has 108, an L40S 142."""
+_WANTED_BLOCKS = 2 * _MULTIPROCESSORS
 _FEWEST_CHUNKS = 4
 """Of K per split: below, filling the pipeline is most of a block's time."""
 _MOST_SHARED = 99 << 10
 """Bytes of shared memory that a block may have on sm_89; the others have more."""
+_MOST_SHARED_SM90 = 226 << 10
+"""And on sm_90, less the barriers of `Roles`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +86,34 @@ class Tile:
     splits: int = 1
 
 
-Shape = Stream | Tile
+@dataclasses.dataclass(frozen=True)
+class Roles:
+    """A kernel for very many rows, whose threads have different roles (`roles.py`).
+
+    Attributes:
+        rows: Of a block's tile.
+        stages: Chunks in shared memory.
+    """
+
+    rows: int
+    stages: int
+    splits: int = 1
+
+
+Shape = Stream | Tile | Roles
 
 
 def activation_bytes(region: Region) -> int:
     """Bytes of an element of the operand that is not weights."""
-    return 2 if region.anchor == "QMatMulW4A16" else 1
+    return 2 if region.anchor in FOUR_BITS else 1
+
+
+def results_of(region: Region) -> dict[str, tuple[int, int]]:
+    """The first column and the width of each result of a product, by the parameter it is."""
+    if not region.widths:
+        return {"y": (0, region.size("N"))}
+    firsts = itertools.accumulate(region.widths, initial=0)
+    return {f"y{i}": each for i, each in enumerate(zip(firsts, region.widths, strict=False))}
 
 
 def chunks_of(region: Region) -> int:
@@ -96,10 +127,17 @@ def stage_bytes(region: Region, rows: int) -> int:
     A multiple of 1024, where the swizzle of `wgmma` begins anew.
     """
     layout = packing(region)
+    weights = COLUMN_MULTIPLE * CHUNK_BYTES // activation_bytes(region) * layout.bits // 8
+    records = COLUMN_MULTIPLE // TILE_COLUMNS * groups_of_chunk(region) * layout.record_bytes
+    return -(-(rows * CHUNK_BYTES + weights + records) // 1024) * 1024
+
+
+def groups_of_chunk(region: Region) -> int:
+    """Groups of weights that a chunk of K meets; 0 where weights have none."""
+    if region.anchor not in FOUR_BITS:
+        return 0
     depth = CHUNK_BYTES // activation_bytes(region)
-    weights = COLUMN_MULTIPLE * depth * layout.bits // 8
-    scales = COLUMN_MULTIPLE * 2 * max(1, depth // region.size("G")) if layout.bits == 4 else 0
-    return -(-(rows * CHUNK_BYTES + weights + scales) // 1024) * 1024
+    return max(1, depth // region.size("G")) if packing(region).groups > 1 else 1
 
 
 def shared_bytes(region: Region, shape: Shape) -> int:
@@ -107,6 +145,8 @@ def shared_bytes(region: Region, shape: Shape) -> int:
     if isinstance(shape, Stream):
         return shape.warps * STREAM_COLUMNS * STREAM_ROWS * 4
     results = shape.rows * RESULT_PITCH * 4
+    if isinstance(shape, Roles):
+        return max(shape.stages * stage_bytes(region, shape.rows), results) + 16 * shape.stages
     return max(shape.stages * stage_bytes(region, shape.rows), results)
 
 
@@ -114,21 +154,29 @@ RESULT_PITCH = COLUMN_MULTIPLE + 4
 """Floats from one row of results in shared memory to the next: 4 more, for other banks."""
 
 
-def shapes_of(region: Region) -> list[tuple[int | None, Shape]]:
+def shapes_of(region: Region, arch: str) -> list[tuple[int | None, Shape]]:
     """The kernels of a product, each with the largest M it is for."""
     # sm_90 keeps sums of FP8 twice (`warpgroup.py`), and has no registers for those of 128 rows.
     most_rows = 64 if region.anchor == "QMatMulFp8" else 128
     tiles = ((16, 16), (64, 64), (64, 256), (most_rows, None))
     shapes: list[tuple[int | None, Shape]] = [(STREAM_ROWS, _stream(region))]
     shapes += [(most, _tile(region, rows, most)) for rows, most in tiles]
+    if arch == "sm_90a":
+        roles = _roles(region)
+        fills = roles.rows * -(-_MULTIPROCESSORS // -(-region.size("N") // COLUMN_MULTIPLE))
+        shapes[-1:] = [(fills, shapes[-1][1])] * (fills > 256) + [(None, roles)]
     following = [shape for _, shape in shapes[1:]] + [None]
     return [entry for entry, after in zip(shapes, following, strict=True) if entry[1] != after]
 
 
 def _stream(region: Region) -> Stream:
     chunks = chunks_of(region)
-    most = 4 if region.anchor == "QMatMulW4A16" else 2
+    most = 4 if region.anchor in FOUR_BITS else 2
     batch = most if chunks >= 8 * most else most // 2
+    if region.anchor in FOUR_BITS and region.size("G") < region.size("K"):
+        # A batch is of whole groups, or a part of one.
+        while (depth := 64 * batch) % region.size("G") and region.size("G") % depth:
+            batch //= 2
     return Stream(warps=min(8, -(-chunks // batch)), batch=batch)
 
 
@@ -144,24 +192,30 @@ def _tile(region: Region, rows: int, max_rows: int | None) -> Tile:
     return Tile(rows, stages, -(-chunks // per_split))
 
 
-def launches(region: Region) -> tuple[Launch, ...]:
+def _roles(region: Region) -> Roles:
+    # Sums of FP8 are kept twice (`warpgroup.py`).
+    rows = 128 if region.anchor == "QMatMulFp8" else 256
+    return Roles(rows, min(4, _MOST_SHARED_SM90 // stage_bytes(region, rows)))
+
+
+def launches(region: Region, arch: str) -> tuple[Launch, ...]:
     """The kernels of a region in order of the rows they take."""
     if region.anchor in NORMS:
         return norm_launches(region)
     if "N" not in dict(region.sizes):
         return _quantize_launches(region)
-    return tuple(_launch(region, max_rows, shape) for max_rows, shape in shapes_of(region))
+    return tuple(_launch(region, max_rows, shape) for max_rows, shape in shapes_of(region, arch))
 
 
 def _launch(region: Region, max_rows: int | None, shape: Shape) -> Launch:
-    of_anchor = ("x", "w", "ws") if region.anchor == "QMatMulW4A16" else ("q", "s", "w", "ws")
-    end = (*(f"extra{i}" for i in range(len(region.extras))), "y")
+    of_anchor = ("x", "w", "ws") if region.anchor in FOUR_BITS else ("q", "s", "w", "ws")
+    end = (*(f"extra{i}" for i in range(len(region.extras))), *results_of(region))
     is_stream, splits = isinstance(shape, Stream), 1 if isinstance(shape, Stream) else shape.splits
     combines = splits > 1
     return Launch(
         symbol=_symbol(region, shape),
         max_rows=max_rows,
-        threads=shape.warps * _WARP if isinstance(shape, Stream) else TILE_THREADS,
+        threads=_threads(shape),
         shared_bytes=shared_bytes(region, shape),
         block_rows=STREAM_ROWS if isinstance(shape, Stream) else shape.rows,
         block_columns=STREAM_COLUMNS if is_stream else COLUMN_MULTIPLE,
@@ -172,9 +226,17 @@ def _launch(region: Region, max_rows: int | None, shape: Shape) -> Launch:
     )
 
 
+def _threads(shape: Shape) -> int:
+    if isinstance(shape, Stream):
+        return shape.warps * _WARP
+    return TILE_THREADS * 3 if isinstance(shape, Roles) else TILE_THREADS
+
+
 def _symbol(region: Region, shape: Shape) -> str:
     if isinstance(shape, Stream):
         return f"{region.name}_stream_kernel"
+    if isinstance(shape, Roles):
+        return f"{region.name}_roles{shape.rows}_kernel"
     return f"{region.name}_tile{shape.rows}x{shape.splits}_kernel"
 
 

@@ -12,9 +12,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from qcompiler.ir.region import Region
-from qcompiler.targets.cuda.device import Expr, cast, constant, emit, registers, store, unrolled
+from qcompiler.targets.cuda.device import (
+    Expr,
+    cast,
+    constant,
+    emit,
+    let,
+    registers,
+    store,
+    unrolled,
+)
+from qcompiler.targets.cuda.packing import FOUR_BITS
 
-__all__ = ["STEPS", "Product", "product_of"]
+__all__ = ["STEPS", "Product", "offsets_of", "product_of"]
 
 STEPS = 4
 """Of 32 bytes, in a chunk of K."""
@@ -31,7 +41,9 @@ class Product(ABC):
         register: The type of an accumulator.
         group_mma: The end of the name of the `wgmma` for this kind.
         group_scales: The constants it takes last: signs, and that rows of tokens are along K.
-        nothing: A word of activations that counts as zeros.
+        is_rough: Whether the instruction keeps too few bits of a sum for all of K: tensor cores are
+            said to add FP8 with 14 (DeepSeek-V3 Technical Report, 2024, 3.3.2), 50 dB at K = 4096.
+            Those of a chunk are added up as float32.
     """
 
     activation: str
@@ -40,11 +52,16 @@ class Product(ABC):
     group_mma: str
     group_scales: tuple[int, ...]
     register: str = "float32"
-    nothing: int = 0
+    is_rough: bool = False
 
     @abstractmethod
-    def fragment(self, words: Sequence[Expr], step: int) -> list[Expr]:
-        """The weights of a step, from the words of a chunk, four per tile."""
+    def fragment(
+        self, words: Sequence[Expr], step: int, offsets: Sequence[Expr] = ()
+    ) -> list[Expr]:
+        """The weights of a step, from the words of a chunk, four per tile.
+
+        `offsets` are those of weights with zero points, of `offsets_of` a group of two columns.
+        """
 
     def operand(self, words: Sequence[Expr]) -> list[Expr]:
         """The two words of activations that a lane holds of 8 tokens, as they are multiplied."""
@@ -73,15 +90,18 @@ class Product(ABC):
             store(totals, constant(0, self.register), i)
 
 
-class W4A16(Product):
+class FourBits(Product):
     """Codes 0 to 15 become float16 by being put into the mantissa of 1024: 1024 + code.
 
     The upper of two codes in a byte is 16 times as much there: one fma makes up for it.  (Kim et
-    al., "Who Says Elephants Can't Run", 2022.)
+    al., "Who Says Elephants Can't Run", 2022.)  Zero points become float16 in the same way.
     """
 
-    def fragment(self, words: Sequence[Expr], step: int) -> list[Expr]:
-        """Numbers from -8 to 7, exactly."""
+    def fragment(
+        self, words: Sequence[Expr], step: int, offsets: Sequence[Expr] = ()
+    ) -> list[Expr]:
+        """Numbers from -15 to 15, exactly."""
+        lower, upper = offsets or (_word(0x64086408), _word(0xD480D480))
         result, shifted = registers("uint32", 4), registers("uint32", 1)
         store(shifted, words[step] >> _word(8), 0)
         for register in range(4):
@@ -90,30 +110,21 @@ class W4A16(Product):
             # (word & mask) | 1024 in both halves
             emit("lop3.b32", result[register], word, mask, _word(0x64006400), 0xEA)
             if register % 2 == 0:
-                emit("sub.f16x2", result[register], result[register], _word(0x64086408))
+                emit("sub.f16x2", result[register], result[register], lower)
             else:
-                sixteenth, offset = _word(0x2C002C00), _word(0xD480D480)
-                emit("fma.rn.f16x2", result[register], result[register], sixteenth, offset)
+                sixteenth = _word(0x2C002C00)
+                emit("fma.rn.f16x2", result[register], result[register], sixteenth, upper)
         return [result[i] for i in range(4)]
 
 
 class EightBit(Product):
     """Weights are multiplied as they are stored."""
 
-    def fragment(self, words: Sequence[Expr], step: int) -> list[Expr]:
+    def fragment(
+        self, words: Sequence[Expr], step: int, offsets: Sequence[Expr] = ()
+    ) -> list[Expr]:
         """The words of the tile that the step is."""
         return list(words[4 * step : 4 * step + 4])
-
-
-class W8A8(EightBit):
-    """Activations come as uint8 with zero point 128: with the top bit flipped, int8."""
-
-    def operand(self, words: Sequence[Expr]) -> list[Expr]:
-        """Flip it."""
-        flipped = registers("uint32", 2)
-        for i, word in enumerate(words):
-            store(flipped, word ^ _word(0x80808080), i)
-        return [flipped[0], flipped[1]]
 
 
 class Fp8AsHalf(EightBit):
@@ -123,7 +134,9 @@ class Fp8AsHalf(EightBit):
     two of a word's four bytes make one operand of 16 rows, the upper two another.
     """
 
-    def fragment(self, words: Sequence[Expr], step: int) -> list[Expr]:
+    def fragment(
+        self, words: Sequence[Expr], step: int, offsets: Sequence[Expr] = ()
+    ) -> list[Expr]:
         """Two fragments."""
         return self.operand(super().fragment(words, step))
 
@@ -144,22 +157,36 @@ class Fp8AsHalf(EightBit):
         super().multiply(totals, first, weights[4:], tokens[2:])
 
 
+def offsets_of(offsets: Expr, index: int, pair: Expr) -> None:
+    """Two words, from `index` on, of the zero points of two columns as `packing.py` stores them.
+
+    1024 + z in both halves, what a code of the first column is taken from; then -(64 + z), of the
+    second, whose code is added as 64 + code.
+    """
+    zeros = let(cast("uint32", pair))
+    emit("prmt.b32", offsets[index], zeros, _word(0x64646464), _word(0x4040))
+    emit("prmt.b32", offsets[index + 1], zeros, _word(0xD4D4D4D4), _word(0x4141))
+
+
 def _word(value: int) -> Expr:
     return constant(value, "uint32")
 
 
 _MMA = "mma.sync.aligned.m16n8"
 _F16, _E4M3 = ".f32.f16.f16", ".f32.e4m3.e4m3"
+_FOUR_BITS = FourBits(
+    "x", 1, f"{_MMA}k16.row.col{_F16}.f32", group_mma=f"k16{_F16}", group_scales=(1, 1, 0)
+)
 _PRODUCTS: dict[str, Product] = {
-    "QMatMulW4A16": W4A16(
-        "x", 1, f"{_MMA}k16.row.col{_F16}.f32", group_mma=f"k16{_F16}", group_scales=(1, 1, 0)
-    ),
-    "QMatMulW8A8": W8A8(
-        "q", 4, f"{_MMA}k32.row.col.s32.s8.s8.s32", group_mma="k32.s32.s8.s8", group_scales=(),
-        register="uint32", nothing=0x80808080,
+    **dict.fromkeys(FOUR_BITS, _FOUR_BITS),
+    # Activations are uint8 with zero point 128: see `Finish`.
+    "QMatMulW8A8": EightBit(
+        "q", 4, f"{_MMA}k32.row.col.s32.s8.u8.s32", group_mma="k32.s32.s8.u8", group_scales=(),
+        register="uint32",
     ),
     "QMatMulFp8": EightBit(
-        "q", 4, f"{_MMA}k32.row.col{_E4M3}.f32", group_mma=f"k32{_E4M3}", group_scales=(1, 1)
+        "q", 4, f"{_MMA}k32.row.col{_E4M3}.f32", group_mma=f"k32{_E4M3}", group_scales=(1, 1),
+        is_rough=True,
     ),
 }  # fmt: skip
 _FP8_AS_HALF = Fp8AsHalf(

@@ -31,7 +31,7 @@ from qcompiler.targets.cuda.device import (
     when,
 )
 from qcompiler.targets.cuda.finish import Finish, pointers_of
-from qcompiler.targets.cuda.packing import TILE_BYTES, packing
+from qcompiler.targets.cuda.packing import SCALES_BYTES, TILE_BYTES, packing
 from qcompiler.targets.cuda.plan import (
     CHUNK_BYTES,
     STREAM_COLUMNS,
@@ -40,7 +40,8 @@ from qcompiler.targets.cuda.plan import (
     activation_bytes,
     chunks_of,
 )
-from qcompiler.targets.cuda.products import STEPS, Product
+from qcompiler.targets.cuda.products import STEPS, Product, offsets_of
+from qcompiler.targets.cuda.rows import is_aligned, load_word
 
 __all__ = ["stream_kernel"]
 
@@ -86,7 +87,13 @@ class _Sums:
         self._row_bytes = region.size("K") * activation_bytes(region)
         self._layout = packing(region)
         self.chunks = chunks_of(region)
-        self._groups_per_chunk = 64 / region.size("G") if self._layout.bits == 4 else 0
+        # Steps that share a group's scales: at most a batch, even of larger groups.
+        self._steps_of_group = 0
+        self._group = None
+        if self._layout.bits == 4:
+            steps = STEPS * shape.batch
+            self._group = region.size("G") if self._layout.groups > 1 else None
+            self._steps_of_group = min(steps, (self._group or steps * 16) // 16)
         # Whether all chunks that warps get exist, and are whole.
         self._whole = self.chunks % (shape.batch * shape.warps) == 0
         self._whole &= self._row_bytes % CHUNK_BYTES == 0
@@ -100,30 +107,44 @@ class _Sums:
         for chunk in range(batch):
             for tile in range(product.tiles):
                 self._load_tile(words, chunk * product.tiles + tile, first, chunk, tile)
-        scales = self._load_scales(first)
+        scales, offsets = self._load_scales(first)
         tokens = registers("uint32", 2 * STEPS * batch)
         for chunk in range(batch):
             self._load_tokens(tokens, 2 * STEPS * chunk, first + chunk)
         for step in range(batch * STEPS):
             start = 4 * product.tiles * (step // STEPS)
             of_chunk = [words[start + i] for i in range(4 * product.tiles)]
-            self._add_step(
-                step, of_chunk, product.operand([tokens[2 * step], tokens[2 * step + 1]]), scales
-            )
+            operand = product.operand([tokens[2 * step], tokens[2 * step + 1]])
+            if not self._steps_of_group:
+                fragment = product.fragment(of_chunk, step % STEPS)
+                self._add_plain(step % STEPS, fragment, operand)
+                continue
+            group, in_group = divmod(step, self._steps_of_group)
+            of_group = offsets[2 * group : 2 * group + 2]
+            fragment = product.fragment(of_chunk, step % STEPS, of_group)
+            self._add_scaled(in_group, fragment, operand, scales[group])
 
-    def _add_step(self, step: int, words: list[Expr], tokens: list[Expr], scales: Expr) -> None:
-        product = self._product
-        fragment = product.fragment(words, step % STEPS)
-        if scales is None:
-            product.multiply(self.totals, 0, fragment, tokens)
+    def _add_plain(self, step: int, weights: list[Expr], tokens: list[Expr]) -> None:
+        """Add the product of a step, rough sums with the last of a chunk."""
+        if not self._product.is_rough:
+            self._product.multiply(self.totals, 0, weights, tokens)
             return
-        per_group = int(STEPS / self._groups_per_chunk)
-        if step % per_group == 0:
+        if step == 0:
+            self._of_chunk = registers(self._product.register, 4)
+            self._product.clear(self._of_chunk, 4)
+        self._product.multiply(self._of_chunk, 0, weights, tokens)
+        if step + 1 == STEPS:
+            for i in range(4):
+                store(self.totals, self.totals[i] + self._of_chunk[i], i)
+
+    def _add_scaled(self, step: int, weights: list[Expr], tokens: list[Expr], pair: Expr) -> None:
+        """Add the product of one of a group's steps; the last scales their sum."""
+        if step == 0:
             self._of_group = registers("float32", 4)
-            product.clear(self._of_group, 4)
-        product.multiply(self._of_group, 0, fragment, tokens)
-        if (step + 1) % per_group == 0:
-            halves = [half_of(scales[step // per_group], half) for half in range(2)]
+            self._product.clear(self._of_group, 4)
+        self._product.multiply(self._of_group, 0, weights, tokens)
+        if step + 1 == self._steps_of_group:
+            halves = [half_of(pair, half) for half in range(2)]
             for i in range(4):
                 scaled = self._of_group[i] * halves[i // 2]
                 store(self.totals, self.totals[i] + scaled, i)
@@ -140,29 +161,43 @@ class _Sums:
             self._arrays["w"].ptr_to([start + place.lane * 16]),
         )
 
-    def _load_scales(self, first: Expr) -> Expr:
-        """Per group of a batch, the scales of the lane's two columns as one word."""
-        if not self._groups_per_chunk:
-            return None
-        count = int(self._shape.batch * self._groups_per_chunk)
-        scales = registers("uint32", count)
-        base = let(first * STEPS // int(STEPS / self._groups_per_chunk))
+    def _load_scales(self, first: Expr) -> tuple[Expr, list[Expr]]:
+        """Per group of a batch, the scales of the lane's two columns as one word, and offsets."""
+        if not self._steps_of_group:
+            return None, []
+        count = STEPS * self._shape.batch // self._steps_of_group
+        scales, pairs = registers("uint32", count), registers("uint16", count)
+        record, pair = self._layout.record_bytes, self._place.lane // 4
+        has_offsets = record > SCALES_BYTES
+        base = let(first * 64 // self._group) if self._group is not None else 0
         for i in range(count):
             group = base + i if self._whole else minimum(base + i, self._layout.groups - 1)
-            start = (self._place.x * self._layout.groups + group) * 32
-            source = self._arrays["ws"].ptr_to([start + self._place.lane // 4 * 4])
-            emit("ld.global.nc.u32", scales[i], source)
-        return scales
+            start = let((self._place.x * self._layout.groups + group) * record)
+            array = self._arrays["ws"]
+            emit("ld.global.nc.u32", scales[i], array.ptr_to([start + pair * 4]))
+            if has_offsets:
+                zeros = array.ptr_to([start + SCALES_BYTES + pair * 2])
+                emit("ld.global.nc.u16", pairs[i], zeros)
+        if not has_offsets:
+            return scales, []
+        offsets = registers("uint32", 2 * count)
+        for i in range(count):
+            offsets_of(offsets, 2 * i, pairs[i])
+        return scales, [offsets[i] for i in range(2 * count)]
 
     def _load_tokens(self, tokens: Expr, index: int, chunk: Expr) -> None:
         lane = self._place.lane
         array = self._arrays[self._product.activation]
         for half in range(2 * STEPS):
             offset = let(chunk * CHUNK_BYTES + half * _STEP_BYTES // 2 + lane % 4 * 4)
+            if not is_aligned(self._row_bytes, 4):
+                token = minimum(lane // 4, self._rows - 1)  # its products are not stored
+                load_word(tokens, index + half, array, token, offset, self._row_bytes)
+                continue
             exists = lane // 4 < self._rows
             if not self._whole:
                 exists = exists & (offset < self._row_bytes)
-            store(tokens, constant(self._product.nothing, "uint32"), index + half)
+            store(tokens, constant(0, "uint32"), index + half)
             with when(exists):
                 source = array.ptr_to([lane // 4 * self._row_bytes + offset])
                 emit("ld.global.nc.u32", tokens[index + half], source)

@@ -18,6 +18,7 @@ _WORD = re.compile(r"RMS|[A-Z][a-z0-9]+")
 
 _ANCHORS = {
     "QMatMulW4A16": "qc_cuda_w4a16",
+    "QMatMulW4Z4A16": "qc_cuda_w4z4a16",
     "QMatMulW8A8": "qc_cuda_w8a8",
     "QMatMulFp8": "qc_cuda_fp8",
     "Quantize": "qc_cuda_quantize",
@@ -122,10 +123,9 @@ def _launch(launch: Launch) -> str:
 
 
 def _arguments(parameters: Iterable[str]) -> str:
+    # "extra3" is the fourth of its kind, and so is "y3"; "y" alone is another.
     codes = [
-        f"QC_EXTRA0 + {name.removeprefix('extra')}"
-        if name.startswith("extra")
-        else f"QC_{name.upper()}"
+        f"QC_{name[:-1].upper()}0 + {name[-1]}" if name[-1].isdigit() else f"QC_{name.upper()}"
         for name in parameters
     ]
     return f"(const uint8_t[]){{{', '.join([*codes, 'QC_END'])}}}"

@@ -9,6 +9,8 @@ other blocks of the multiprocessor do.
 
 from __future__ import annotations
 
+import itertools
+
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda.device import (
     Expr,
@@ -21,9 +23,8 @@ from qcompiler.targets.cuda.device import (
     store,
     unrolled,
 )
-from qcompiler.targets.cuda.plan import CHUNK_BYTES, Tile
+from qcompiler.targets.cuda.plan import CHUNK_BYTES, Roles, Tile
 from qcompiler.targets.cuda.products import STEPS, Product
-from qcompiler.targets.cuda.stages import Stages
 from qcompiler.targets.cuda.tile import Sums
 
 __all__ = ["WarpgroupSums"]
@@ -39,20 +40,20 @@ class WarpgroupSums(Sums):
     """What a warpgroup adds up: twice 64 columns times all tokens of the tile."""
 
     def __init__(
-        self, region: Region, shape: Tile, product: Product, place: Place, memory: Expr
+        self, region: Region, shape: Tile | Roles, product: Product, place: Place, memory: Expr
     ) -> None:
         super().__init__(region, shape, product, place, memory)
-        self._of_side = shape.rows // 2
-        self._is_fp8 = region.anchor == "QMatMulFp8"
+        # One wgmma takes 64 columns and some of the tokens.
+        self._tokens_at_once = min(128, shape.rows)
+        self._parts = shape.rows // self._tokens_at_once
+        self._of_part = self._tokens_at_once // 2
 
     def tile_row(self, side: int) -> Expr:
         """Each warp has a quarter of each side's 64 columns."""
         return side * 4 + self._place.warp
 
-    def prepare(self, stages: Stages, stage: Expr) -> None:
-        """Make activations what is multiplied, and let `wgmma` see them."""
-        if self._product.nothing:
-            stages.flip_own_parts(stage, self._product.nothing)
+    def prepare(self) -> None:
+        """Let `wgmma` see what this thread brought."""
         emit("fence.proxy.async.shared::cta")
 
     def add_chunk(self, stage: Expr) -> None:
@@ -60,24 +61,28 @@ class WarpgroupSums(Sums):
         start = let(stage * self._bytes)
         words, scales = self._load_weights(let(start + self._shape.rows * CHUNK_BYTES))
         fragments = [
-            [self._fragment(words, side, step, scales) for side in range(2)]
+            [self._fragment(words, side, step, scales) for side in range(self.sides)]
             for step in range(STEPS)
         ]
         totals = self.totals
-        if self._is_fp8:
-            # FP8 sums are said to keep 14 bits inside wgmma: only those of a chunk are left to it.
-            totals = registers("float32", 2 * self._of_side)
+        is_rough = self._product.is_rough
+        if is_rough:
+            totals = registers("float32", self.sides * self._parts * self._of_part)
         emit("wgmma.fence.sync.aligned")
-        for step, of_step in enumerate(fragments):
-            tokens = self._descriptor(start + step * (CHUNK_BYTES // STEPS))
-            for side, fragment in enumerate(of_step):
-                sums = [totals[side * self._of_side + i] for i in range(self._of_side)]
-                adds = not (self._is_fp8 and step == 0)
-                self._product.multiply_group(self._shape.rows, sums, fragment, tokens, adds)
+        for step, part in itertools.product(range(STEPS), range(self._parts)):
+            first_row = part * self._tokens_at_once
+            tokens = self._descriptor(
+                start + first_row * CHUNK_BYTES + step * (CHUNK_BYTES // STEPS)
+            )
+            for side, fragment in enumerate(fragments[step]):
+                first = (side * self._parts + part) * self._of_part
+                sums = [totals[first + i] for i in range(self._of_part)]
+                adds = not (is_rough and step == 0)
+                self._product.multiply_group(self._tokens_at_once, sums, fragment, tokens, adds)
         emit("wgmma.commit_group.sync.aligned")
         emit("wgmma.wait_group.sync.aligned", 0)
-        if self._is_fp8:
-            with unrolled(2 * self._of_side) as i:
+        if is_rough:
+            with unrolled(self.sides * self._parts * self._of_part) as i:
                 store(self.totals, self.totals[i] + totals[i], i)
 
     def _descriptor(self, start: Expr) -> Expr:

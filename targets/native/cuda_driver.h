@@ -8,7 +8,8 @@
 enum {
     QC_X, QC_Q, QC_S, QC_W, QC_WS, QC_Y, QC_WORKSPACE, QC_ROWS, QC_A, QC_B, QC_GAMMA, QC_BETA,
     QC_EXTRA0,
-    QC_ARGUMENTS = QC_EXTRA0 + QC_MAX_EXTRAS,
+    QC_Y0 = QC_EXTRA0 + QC_MAX_EXTRAS, /* the first of several results */
+    QC_ARGUMENTS = QC_Y0 + QC_MAX_PARTS,
     QC_END = 255,
 };
 
@@ -40,18 +41,30 @@ extern const int qc_cuda_version;
 /* How a region's weights lie in device memory; see targets/cuda/packing.py. */
 struct qc_packing {
     int bits;
-    int64_t k, n, tile_depth, columns, depth, groups, given_groups;
+    int has_zeros; /* of groups of 4 bits */
+    int has_sums; /* of columns of 8 bits, because activations are not centred */
+    int64_t k, n, tile_depth, columns, depth, groups, given_groups, record_bytes;
     size_t weight_bytes, scale_bytes;
 };
 
-/* The inputs w and ws of a product, which must be initializers of the right shapes. */
-OrtStatus *qc_constant_weights(const struct qc_op *op, const OrtKernelInfo *info, const void **w,
-                               const void **ws);
-struct qc_packing qc_packing_of(const struct qc_op_spec *spec, int bits);
-/* From w [k, n], int4 two to a byte. */
-void qc_pack_weights(const struct qc_packing *packing, const uint8_t *w, uint8_t *packed);
-/* From ws [given_groups, n] of float16 with 4 bits, else [n] of float32. */
-void qc_pack_scales(const struct qc_packing *packing, const void *ws, void *packed);
+/* The constants of a product on the host. */
+struct qc_weights {
+    const uint8_t *w; /* [k, n], 4 bits two to a byte */
+    const void *ws; /* [given_groups, n] of float16 with 4 bits, else [n] of float32 */
+    const uint8_t *wz; /* [given_groups, n], two to a byte; NULL: none */
+};
+
+/* Which input w is, the first of those that are on the host; ws and wz follow. */
+size_t qc_weight_input(const struct qc_anchor *anchor);
+int qc_has_zeros(const struct qc_anchor *anchor);
+/* The inputs w, ws and wz, which must be initializers of the right shapes. */
+OrtStatus *qc_constant_weights(const struct qc_op *op, const OrtKernelInfo *info,
+                               struct qc_weights *weights);
+struct qc_packing qc_packing_of(const struct qc_op_spec *spec);
+void qc_pack_weights(const struct qc_packing *packing, const struct qc_weights *weights,
+                     uint8_t *packed);
+void qc_pack_scales(const struct qc_packing *packing, const struct qc_weights *weights,
+                    uint8_t *packed);
 
 /* Of a twin, which keeps nothing per node. */
 OrtStatus *qc_twin_create(const struct qc_op *op, const OrtKernelInfo *info, void **kernel);

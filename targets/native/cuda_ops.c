@@ -1,13 +1,11 @@
-/* The ops for NVIDIA GPUs.  A node's weights are packed on the host and uploaded when its session is
- * made; a run looks up the kernel for its number of rows and launches it on the session's stream.
+/* The ops for NVIDIA GPUs.  A run looks up the kernel for its number of rows and launches it on the
+ * session's stream.
  * Nothing waits for the device, and memory comes from the session's own, so that ONNX Runtime may
  * capture a run as a CUDA graph. */
-#include <stdlib.h>
 #include <string.h>
 
-#include "cuda_driver.h"
+#include "cuda_node.h"
 
-enum { PLAIN_SHARED_BYTES = 48 * 1024, SHARED_BYTES_ATTRIBUTE = 8 }; /* CUfunction_attribute */
 enum { MAX_GRID_Y = 65535, ALIGNMENT = 16 };
 /* A kernel may count the elements of one call with int32. */
 static const int64_t MAX_CALL_ELEMENTS = INT32_MAX;
@@ -18,26 +16,11 @@ static const int64_t MAX_CALL_ELEMENTS = INT32_MAX;
 #define PROVIDER "CUDAExecutionProvider"
 #endif
 
-struct functions {
-    qc_function kernel, combine;
-};
-
-/* A node of a session. */
-struct gpu_node {
-    const struct qc_op *op;
-    const struct qc_variant *variant;
-    struct qc_device *device;
-    OrtAllocator *allocator; /* of the session's memory on the device */
-    const OrtMemoryInfo *memory;
-    qc_pointer weights, scales; /* 0: none */
-    struct functions functions[]; /* one for each launch of the variant */
-};
-
 /* Some rows of a run. */
 struct gpu_call {
-    const struct gpu_node *node;
+    const struct qc_gpu_node *node;
     const struct qc_launch *launch;
-    struct functions functions;
+    struct qc_functions functions;
     void *stream;
     char *pointers[QC_ARGUMENTS];
     int32_t rows;
@@ -46,136 +29,6 @@ struct gpu_call {
 static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-/* --- making a node ---------------------------------------------------------------------------- */
-
-static OrtStatus *find_device(struct gpu_node *node, const OrtKernelInfo *info) {
-    int ordinal;
-    QC_TRY(QC_ORT(KernelInfoGetAllocator)(info, ORT_MEMORY_DEFAULT, &node->allocator));
-    QC_TRY(QC_ORT(AllocatorGetInfo)(node->allocator, &node->memory));
-    QC_TRY(QC_ORT(MemoryInfoGetId)(node->memory, &ordinal));
-    node->device = qc_find_device(ordinal);
-    return node->device ? NULL : qc_error(node->op, "there is no GPU %d", ordinal);
-}
-
-/* The first that runs there: those before the op's own run on no GPU of this machine. */
-static OrtStatus *choose_variant(struct gpu_node *node) {
-    const struct qc_op *op = node->op;
-    const struct qc_variant *end = op->spec->variants + op->spec->variant_count;
-    for (node->variant = op->variant; node->variant < end; node->variant++)
-        if (qc_is_allowed(node->variant->isa) && qc_device_runs(node->device, node->variant))
-            return NULL;
-    const char *only = getenv("QCOMPILER_ISA");
-    return qc_error(op,
-                    "there is no kernel for GPU %d (%s, compute capability %d.%d)%s%s, only for "
-                    "another of this machine: choose that as device_id, or set QCOMPILER_ISA=none "
-                    "to run function bodies",
-                    node->device->ordinal, node->device->name, node->device->major,
-                    node->device->minor, only && *only ? " under QCOMPILER_ISA=" : "",
-                    only ? only : "");
-}
-
-static OrtStatus *find_function(const struct gpu_node *node, qc_module module, const char *symbol,
-                                unsigned shared_bytes, qc_function *function) {
-    const struct qc_op *op = node->op;
-    QC_TRY(qc_cuda_check(op, qc_driver.find_function(function, module, symbol),
-                         "cannot find the kernel %s", symbol));
-    if (shared_bytes <= PLAIN_SHARED_BYTES) return NULL;
-    return qc_cuda_check(
-        op, qc_driver.set_attribute(*function, SHARED_BYTES_ATTRIBUTE, (int)shared_bytes),
-        "cannot give %s %u bytes of shared memory", symbol, shared_bytes);
-}
-
-static OrtStatus *find_functions(struct gpu_node *node) {
-    const struct qc_cuda_kernels *kernels = node->variant->cuda;
-    qc_module module;
-    QC_TRY(qc_load(node->op, node->device, node->variant, &module));
-    for (size_t i = 0; i < kernels->launch_count; i++) {
-        const struct qc_launch *launch = &kernels->launches[i];
-        struct functions *functions = &node->functions[i];
-        QC_TRY(find_function(node, module, launch->symbol, launch->shared_bytes,
-                             &functions->kernel));
-        if (launch->combine)
-            QC_TRY(find_function(node, module, launch->combine, 0, &functions->combine));
-    }
-    return NULL;
-}
-
-/* Memory of the node's own on the device, filled from the host's. */
-static OrtStatus *upload(const struct gpu_node *node, const char *what, const void *data,
-                         size_t bytes, qc_pointer *target) {
-    size_t free_bytes = 0, all_bytes = 0;
-    int result = qc_driver.allocate(target, bytes);
-    if (result) {
-        *target = 0;
-        qc_driver.free_memory(&free_bytes, &all_bytes);
-        return qc_cuda_check(node->op, result,
-                             "cannot allocate %zu bytes for %s on GPU %d, where %zu of %zu are free",
-                             bytes, what, node->device->ordinal, free_bytes, all_bytes);
-    }
-    return qc_cuda_check(node->op, qc_driver.upload(*target, data, bytes),
-                         "cannot copy %zu bytes of %s to GPU %d", bytes, what,
-                         node->device->ordinal);
-}
-
-static OrtStatus *upload_weights(struct gpu_node *node, const void *w, const void *ws) {
-    const struct qc_op *op = node->op;
-    const struct qc_packing packing = qc_packing_of(op->spec, op->spec->anchor->weight_bits);
-    const size_t most = packing.weight_bytes > packing.scale_bytes ? packing.weight_bytes
-                                                                   : packing.scale_bytes;
-    void *packed = malloc(most);
-    if (!packed) return qc_error(op, "out of memory for %zu bytes of packed weights", most);
-    qc_pack_weights(&packing, w, packed);
-    OrtStatus *status = upload(node, "weights", packed, packing.weight_bytes, &node->weights);
-    if (!status) {
-        qc_pack_scales(&packing, ws, packed);
-        status = upload(node, "scales", packed, packing.scale_bytes, &node->scales);
-    }
-    free(packed);
-    return status;
-}
-
-static OrtStatus *fill_node(struct gpu_node *node, const OrtKernelInfo *info) {
-    const void *w, *ws;
-    QC_TRY(find_functions(node));
-    if (!node->op->spec->anchor->weight_bits) return NULL;
-    QC_TRY(qc_constant_weights(node->op, info, &w, &ws));
-    return upload_weights(node, w, ws);
-}
-
-static void gpu_destroy(void *state) {
-    struct gpu_node *node = state;
-    /* At the end of a process the driver may be gone, and all memory with it. */
-    if ((node->weights || node->scales) && !qc_driver.push_context(node->device->context)) {
-        if (node->weights) qc_driver.free(node->weights);
-        if (node->scales) qc_driver.free(node->scales);
-        qc_leave();
-    }
-    if (node->allocator) QC_ORT(ReleaseAllocator)(node->allocator);
-    free(node);
-}
-
-static OrtStatus *gpu_create(const struct qc_op *op, const OrtKernelInfo *info, void **state) {
-    size_t most = 0;
-    for (size_t i = 0; i < op->spec->variant_count; i++)
-        if (op->spec->variants[i].cuda->launch_count > most)
-            most = op->spec->variants[i].cuda->launch_count;
-    struct gpu_node *node = calloc(1, sizeof *node + most * sizeof *node->functions);
-    if (!node) return qc_error(op, "out of memory for a node");
-    node->op = op;
-    OrtStatus *status = find_device(node, info);
-    if (!status) status = choose_variant(node);
-    if (!status) status = qc_enter(op, node->device);
-    if (!status) {
-        status = fill_node(node, info);
-        qc_leave();
-    }
-    if (status) gpu_destroy(node);
-    else *state = node;
-    return status;
-}
-
-/* --- a run ------------------------------------------------------------------------------------ */
 
 static int argument_of(const struct qc_op *op, size_t input) {
     const struct qc_anchor *anchor = op->spec->anchor;
@@ -195,6 +48,7 @@ static int64_t row_bytes(const struct qc_op *op, int argument) {
     case QC_Y: return qc_columns(spec) * 2;
     default: break;
     }
+    if (argument >= QC_Y0) return spec->widths[argument - QC_Y0] * 2;
     return argument >= QC_EXTRA0 && spec->extras[argument - QC_EXTRA0] == 'T' ? spec->n * 2 : 0;
 }
 
@@ -240,8 +94,9 @@ static OrtStatus *bind(struct gpu_call *call, OrtKernelContext *context, int64_t
         size_t output = qc_output_index(op, i);
         struct qc_shape actual = shape;
         actual.dims[shape.rank - 1] = anchor->last_dimension(op, output);
-        QC_TRY(qc_output(context, i, &actual,
-                         (void **)&call->pointers[anchor->arguments[anchor->input_count + output]]));
+        const int argument =
+            op->spec->widths[0] ? QC_Y0 + (int)i : anchor->arguments[anchor->input_count + output];
+        QC_TRY(qc_output(context, i, &actual, (void **)&call->pointers[argument]));
     }
     return QC_ORT(KernelContext_GetGPUComputeStream)(context, &call->stream);
 }
@@ -278,7 +133,7 @@ static OrtStatus *launch_all(const struct gpu_call *call) {
 
 /* In the context of the session's device, which is current already but in the threads of others. */
 static OrtStatus *launch_on_device(const struct gpu_call *call) {
-    const struct gpu_node *node = call->node;
+    const struct qc_gpu_node *node = call->node;
     qc_context current = NULL;
     QC_TRY(qc_cuda_check(node->op, qc_driver.current_context(&current), "cannot ask for the GPU"));
     if (current == node->device->context) return launch_all(call);
@@ -288,7 +143,7 @@ static OrtStatus *launch_on_device(const struct gpu_call *call) {
     return status;
 }
 
-static OrtStatus *allocate(const struct gpu_node *node, OrtKernelContext *context, size_t bytes,
+static OrtStatus *allocate(const struct qc_gpu_node *node, OrtKernelContext *context, size_t bytes,
                            char **memory) {
 #ifdef QC_ON_CPU /* a CPU session has no stream for a scratch buffer to belong to */
     (void)context;
@@ -301,7 +156,7 @@ static OrtStatus *allocate(const struct gpu_node *node, OrtKernelContext *contex
 }
 
 static OrtStatus *run_rows(struct gpu_call *call, OrtKernelContext *context) {
-    const struct gpu_node *node = call->node;
+    const struct qc_gpu_node *node = call->node;
     const struct qc_cuda_kernels *kernels = node->variant->cuda;
     size_t i = 0;
     while (i + 1 < kernels->launch_count && kernels->launches[i].max_rows &&
@@ -319,7 +174,7 @@ static OrtStatus *run_rows(struct gpu_call *call, OrtKernelContext *context) {
 }
 
 /* As many rows as one call takes, a multiple of 16 so that all pointers stay aligned. */
-static int64_t most_rows(const struct gpu_node *node) {
+static int64_t most_rows(const struct qc_gpu_node *node) {
     const struct qc_op_spec *spec = node->op->spec;
     const struct qc_cuda_kernels *kernels = node->variant->cuda;
     const int64_t blocks = kernels->launches[kernels->launch_count - 1].block_rows;
@@ -345,8 +200,7 @@ static OrtStatus *gpu_compute(void *state, OrtKernelContext *context) {
 /* --- the anchors ------------------------------------------------------------------------------ */
 
 static int64_t product_columns(const struct qc_op *op, size_t output) {
-    (void)output;
-    return op->spec->n;
+    return op->spec->widths[0] ? op->spec->widths[output] : op->spec->n;
 }
 
 /* q has the shape of x, s one value per row. */
@@ -362,16 +216,14 @@ static int64_t norm_columns(const struct qc_op *op, size_t output) {
 extern const struct qc_anchor qc_twin_product, qc_twin_quantize, qc_twin_norm;
 
 #define GPU_OPS                                                                                    \
-    .extra_type = ORT_FLOAT16, .provider = PROVIDER, .create = gpu_create,                         \
-    .compute = gpu_compute, .destroy = gpu_destroy
+    .extra_type = ORT_FLOAT16, .provider = PROVIDER, .create = qc_gpu_create,                      \
+    .compute = gpu_compute, .destroy = qc_gpu_destroy
 
-#define PRODUCT(bits, inputs, ...)                                                                 \
+#define PRODUCT(bits, arguments_, inputs, on_host, ...)                                            \
     {                                                                                              \
-        .input_types = (const int[]){__VA_ARGS__}, .input_count = inputs,                          \
-        .output_types = (const int[]){ORT_FLOAT16}, .output_count = 1,                             \
-        .host_inputs = 3u << (inputs - 2), .weight_bits = bits, .twin = &qc_twin_product,          \
-        .arguments = inputs == 3 ? X_W_WS_Y : Q_S_W_WS_Y, .last_dimension = product_columns,       \
-        GPU_OPS                                                                                    \
+        .input_types = (const int[]){__VA_ARGS__}, .input_count = inputs, .output_types = HALVES,  \
+        .output_count = 1, .host_inputs = on_host, .weight_bits = bits, .twin = &qc_twin_product,  \
+        .arguments = arguments_, .last_dimension = product_columns, GPU_OPS                        \
     }
 
 #define QUANTIZE(type)                                                                             \
@@ -390,15 +242,20 @@ extern const struct qc_anchor qc_twin_product, qc_twin_quantize, qc_twin_norm;
         .last_dimension = norm_columns, GPU_OPS                                                    \
     }
 
-static const int HALVES[] = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16};
 static const uint8_t X_W_WS_Y[] = {QC_X, QC_W, QC_WS, QC_Y};
+static const uint8_t X_W_WS_WZ_Y[] = {QC_X, QC_W, QC_WS, QC_WS, QC_Y}; /* wz is packed into ws */
 static const uint8_t Q_S_W_WS_Y[] = {QC_Q, QC_S, QC_W, QC_WS, QC_Y};
+static const int HALVES[QC_MAX_PARTS] = {ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16,
+                                         ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16, ORT_FLOAT16};
 
-const struct qc_anchor qc_cuda_w4a16 = PRODUCT(4, 3, ORT_FLOAT16, ORT_INT4, ORT_FLOAT16);
+const struct qc_anchor qc_cuda_w4a16 =
+    PRODUCT(4, X_W_WS_Y, 3, 6, ORT_FLOAT16, ORT_INT4, ORT_FLOAT16);
+const struct qc_anchor qc_cuda_w4z4a16 =
+    PRODUCT(4, X_W_WS_WZ_Y, 4, 14, ORT_FLOAT16, ORT_INT4, ORT_FLOAT16, ORT_INT4);
 const struct qc_anchor qc_cuda_w8a8 =
-    PRODUCT(8, 4, ORT_UINT8, ORT_FLOAT, ORT_INT8, ORT_FLOAT);
+    PRODUCT(8, Q_S_W_WS_Y, 4, 12, ORT_UINT8, ORT_FLOAT, ORT_INT8, ORT_FLOAT);
 const struct qc_anchor qc_cuda_fp8 =
-    PRODUCT(8, 4, ORT_FLOAT8E4M3FN, ORT_FLOAT, ORT_FLOAT8E4M3FN, ORT_FLOAT);
+    PRODUCT(8, Q_S_W_WS_Y, 4, 12, ORT_FLOAT8E4M3FN, ORT_FLOAT, ORT_FLOAT8E4M3FN, ORT_FLOAT);
 const struct qc_anchor qc_cuda_quantize = QUANTIZE(ORT_UINT8);
 const struct qc_anchor qc_cuda_quantize_fp8 = QUANTIZE(ORT_FLOAT8E4M3FN);
 

@@ -10,20 +10,38 @@ static int64_t padded(int64_t size, int64_t multiple) {
     return (size + multiple - 1) / multiple * multiple;
 }
 
-OrtStatus *qc_constant_weights(const struct qc_op *op, const OrtKernelInfo *info, const void **w,
-                               const void **ws) {
+size_t qc_weight_input(const struct qc_anchor *anchor) {
+    size_t input = 0;
+    while (!(anchor->host_inputs >> input & 1)) input++;
+    return input;
+}
+
+int qc_has_zeros(const struct qc_anchor *anchor) {
+    return anchor->input_count > qc_weight_input(anchor) + 2;
+}
+
+OrtStatus *qc_constant_weights(const struct qc_op *op, const OrtKernelInfo *info,
+                               struct qc_weights *weights) {
     const struct qc_op_spec *spec = op->spec;
-    const size_t last = spec->anchor->input_count - 1;
+    const size_t first = qc_weight_input(spec->anchor);
     struct qc_shape w_shape = {2, {spec->k, spec->n}}, ws_shape = {1, {spec->n}};
     if (spec->anchor->weight_bits == 4)
         ws_shape = (struct qc_shape){2, {(spec->k + spec->g - 1) / spec->g, spec->n}};
-    QC_TRY(qc_constant_input(op, info, last - 1, "w", &w_shape, w));
-    return qc_constant_input(op, info, last, "ws", &ws_shape, ws);
+    QC_TRY(qc_constant_input(op, info, first, "w", &w_shape, (const void **)&weights->w));
+    QC_TRY(qc_constant_input(op, info, first + 1, "ws", &ws_shape, &weights->ws));
+    weights->wz = NULL;
+    if (!qc_has_zeros(spec->anchor)) return NULL;
+    return qc_constant_input(op, info, first + 2, "wz", &ws_shape, (const void **)&weights->wz);
 }
 
-struct qc_packing qc_packing_of(const struct qc_op_spec *spec, int bits) {
+struct qc_packing qc_packing_of(const struct qc_op_spec *spec) {
+    const int bits = spec->anchor->weight_bits, has_zeros = qc_has_zeros(spec->anchor);
+    const int has_sums = spec->anchor->input_types[0] == ORT_UINT8;
+    const int64_t size = has_sums ? 8 : bits == 8 ? 4 : has_zeros ? 3 : 2;
     struct qc_packing packing = {
         .bits = bits,
+        .has_zeros = has_zeros,
+        .has_sums = has_sums,
         .k = spec->k,
         .n = spec->n,
         .tile_depth = bits == 4 ? 64 : 32,
@@ -31,22 +49,27 @@ struct qc_packing qc_packing_of(const struct qc_op_spec *spec, int bits) {
         .depth = padded(spec->k, bits == 4 ? 64 : 128),
         .groups = 1,
         .given_groups = 1,
+        .record_bytes = TILE_COLUMNS * size,
     };
     if (bits == 4) {
-        packing.groups = (packing.depth + spec->g - 1) / spec->g;
+        if (spec->g < spec->k) packing.groups = (packing.depth + spec->g - 1) / spec->g;
         packing.given_groups = (spec->k + spec->g - 1) / spec->g;
     }
     packing.weight_bytes = (size_t)(packing.columns * packing.depth * bits / 8);
-    packing.scale_bytes = (size_t)(packing.groups * packing.columns * (bits == 4 ? 2 : 4));
+    packing.scale_bytes = (size_t)(packing.groups * packing.columns * size);
     return packing;
 }
 
-/* The 4 bits of w[row, column], plus 8; 0 is stored as 8 beyond the edges. */
+/* The 4 bits of an int4, plus 8. */
+static uint32_t four_bits(const uint8_t *values, int64_t index) {
+    return (uint32_t)(values[index / 2] >> 4 * (index % 2) & 15) ^ 8;
+}
+
+/* Those of w[row, column]; 0 is stored as 8 beyond the edges. */
 static uint32_t code(const struct qc_packing *packing, const uint8_t *w, int64_t row,
                      int64_t column) {
     if (row >= packing->k || column >= packing->n) return 8;
-    int64_t index = row * packing->n + column;
-    return (uint32_t)(w[index / 2] >> 4 * (index % 2) & 15) ^ 8;
+    return four_bits(w, row * packing->n + column);
 }
 
 static void pack_tile4(const struct qc_packing *packing, const uint8_t *w, int64_t row,
@@ -76,27 +99,43 @@ static void pack_tile8(const struct qc_packing *packing, const uint8_t *w, int64
         }
 }
 
-void qc_pack_weights(const struct qc_packing *packing, const uint8_t *w, uint8_t *packed) {
+void qc_pack_weights(const struct qc_packing *packing, const struct qc_weights *weights,
+                     uint8_t *packed) {
     const int64_t tiles_down = packing->depth / packing->tile_depth;
     /* Along rows of w, in whose order it lies in memory, or in a file. */
     for (int64_t down = 0; down < tiles_down; down++)
         for (int64_t across = 0; across < packing->columns / TILE_COLUMNS; across++) {
             uint8_t *tile = packed + (across * tiles_down + down) * TILE_BYTES;
             int64_t row = down * packing->tile_depth, column = across * TILE_COLUMNS;
-            (packing->bits == 4 ? pack_tile4 : pack_tile8)(packing, w, row, column, tile);
+            (packing->bits == 4 ? pack_tile4 : pack_tile8)(packing, weights->w, row, column, tile);
         }
 }
 
-void qc_pack_scales(const struct qc_packing *packing, const void *ws, void *packed) {
+/* sums[column] = 128 * sum_k w */
+static void add_columns(const struct qc_packing *packing, const int8_t *w, int32_t *sums) {
+    for (int64_t k = 0; k < packing->k; k++)
+        for (int64_t n = 0; n < packing->n; n++)
+            sums[n] += 128 * w[k * packing->n + n];
+}
+
+void qc_pack_scales(const struct qc_packing *packing, const struct qc_weights *weights,
+                    uint8_t *packed) {
     memset(packed, 0, packing->scale_bytes);
     if (packing->bits != 4) {
-        memcpy(packed, ws, (size_t)packing->n * sizeof(float));
+        memcpy(packed, weights->ws, (size_t)packing->n * sizeof(float));
+        if (packing->has_sums)
+            add_columns(packing, (const int8_t *)weights->w, (int32_t *)packed + packing->columns);
         return;
     }
-    const uint16_t *source = ws;
-    uint16_t *target = packed;
+    const uint16_t *scales = weights->ws;
     for (int64_t group = 0; group < packing->given_groups; group++)
-        for (int64_t n = 0; n < packing->n; n++)
-            target[((n / 16) * packing->groups + group) * 16 + n % 8 * 2 + n % 16 / 8] =
-                source[group * packing->n + n];
+        for (int64_t n = 0; n < packing->n; n++) {
+            const int64_t tile = n / TILE_COLUMNS, place = n % 8 * 2 + n % TILE_COLUMNS / 8;
+            uint8_t *record = packed + (tile * packing->groups + group) * packing->record_bytes;
+            const int64_t index = group * packing->n + n;
+            memcpy(record + place * 2, &scales[index], 2);
+            if (packing->has_zeros)
+                record[TILE_COLUMNS * 2 + place] =
+                    (uint8_t)(four_bits(weights->wz, index) << 4 * (place & 1));
+        }
 }

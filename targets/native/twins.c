@@ -11,10 +11,11 @@ enum { BLOCK_ROWS = 16, BLOCK_COLUMNS = 64 };
 
 struct twin_run {
     const struct qc_op *op;
-    const void *a, *w, *ws; /* a: x or q */
+    const void *a; /* x or q */
+    struct qc_weights weights;
     const float *s;
     const uint16_t *extra[QC_MAX_EXTRAS];
-    uint16_t *y;
+    uint16_t *y[QC_MAX_PARTS];
     int64_t rows, column_blocks;
 };
 
@@ -36,11 +37,13 @@ static float number(int type, const void *data, int64_t index) {
 /* Row k of the weights, from column n on. */
 static void widen(const struct twin_run *run, int64_t k, int64_t n, int64_t count, double *weights) {
     const struct qc_op_spec *spec = run->op->spec;
-    const int type = spec->anchor->input_types[spec->anchor->input_count - 2];
+    const int type = spec->anchor->input_types[qc_weight_input(spec->anchor)];
     for (int64_t i = 0; i < count; i++) {
-        float weight = number(type, run->w, k * spec->n + n + i);
+        float weight = number(type, run->weights.w, k * spec->n + n + i);
         if (spec->g) {
-            float scale = number(ORT_FLOAT16, run->ws, k / spec->g * spec->n + n + i);
+            const int64_t group = k / spec->g * spec->n + n + i;
+            float scale = number(ORT_FLOAT16, run->weights.ws, group);
+            if (run->weights.wz) weight -= number(ORT_INT4, run->weights.wz, group);
             weight = qc_from_half(qc_to_half(weight * scale)); /* as DequantizeLinear does */
         }
         weights[i] = weight;
@@ -50,11 +53,18 @@ static void widen(const struct twin_run *run, int64_t k, int64_t n, int64_t coun
 static uint16_t finish(const struct twin_run *run, int64_t row, int64_t column, double sum) {
     const struct qc_op_spec *spec = run->op->spec;
     float value = (float)sum, extras[QC_MAX_EXTRAS];
-    if (!spec->g) value = value * run->s[row] * ((const float *)run->ws)[column];
+    if (!spec->g) value = value * run->s[row] * ((const float *)run->weights.ws)[column];
     for (size_t i = 0; spec->extras[i]; i++)
         extras[i] = qc_from_half(
             run->extra[i][(spec->extras[i] == 'T' ? row * spec->n : 0) + column]);
     return qc_to_half(spec->epilogue ? spec->epilogue(value, extras) : value);
+}
+
+static void store(const struct twin_run *run, int64_t row, int64_t column, uint16_t value) {
+    const int64_t *widths = run->op->spec->widths;
+    size_t part = 0;
+    for (; widths[0] && column >= widths[part]; part++) column -= widths[part];
+    run->y[part][row * (widths[0] ? widths[part] : run->op->spec->n) + column] = value;
 }
 
 static void product_task(void *argument, size_t index) {
@@ -74,7 +84,7 @@ static void product_task(void *argument, size_t index) {
     }
     for (int64_t i = 0; i < rows; i++)
         for (int64_t j = 0; j < columns; j++)
-            run->y[(row + i) * spec->n + column + j] = finish(run, row + i, column + j, sums[i][j]);
+            store(run, row + i, column + j, finish(run, row + i, column + j, sums[i][j]));
 }
 
 static OrtStatus *bind_extras(struct twin_run *run, OrtKernelContext *context) {
@@ -92,22 +102,26 @@ static OrtStatus *bind_extras(struct twin_run *run, OrtKernelContext *context) {
 
 static OrtStatus *product_compute(void *kernel, OrtKernelContext *context) {
     const struct qc_op *op = kernel;
-    const size_t last = op->spec->anchor->input_count - 1;
+    const size_t w = qc_weight_input(op->spec->anchor);
     struct twin_run run = {.op = op};
     struct qc_shape shape;
     const OrtValue *value;
     QC_TRY(qc_input(context, 0, &value, &run.a));
     QC_TRY(qc_tensor_shape(op, value, &shape));
-    QC_TRY(qc_row_count(op, &shape, last == 2 ? "x" : "q", &run.rows));
-    if (last == 3) {
+    QC_TRY(qc_row_count(op, &shape, w == 1 ? "x" : "q", &run.rows));
+    if (w == 2) {
         QC_TRY(qc_input(context, 1, &value, (const void **)&run.s));
         QC_TRY(qc_check_floats(op, value, "s", run.rows));
     }
-    QC_TRY(qc_input(context, last - 1, &value, &run.w));
-    QC_TRY(qc_input(context, last, &value, &run.ws));
+    QC_TRY(qc_input(context, w, &value, (const void **)&run.weights.w));
+    QC_TRY(qc_input(context, w + 1, &value, &run.weights.ws));
+    if (qc_has_zeros(op->spec->anchor))
+        QC_TRY(qc_input(context, w + 2, &value, (const void **)&run.weights.wz));
     QC_TRY(bind_extras(&run, context));
-    shape.dims[shape.rank - 1] = op->spec->n;
-    QC_TRY(qc_output(context, 0, &shape, (void **)&run.y));
+    for (size_t i = 0; op->spec->outputs[i]; i++) {
+        shape.dims[shape.rank - 1] = op->spec->widths[0] ? op->spec->widths[i] : op->spec->n;
+        QC_TRY(qc_output(context, i, &shape, (void **)&run.y[i]));
+    }
     if (run.rows == 0) return NULL;
     run.column_blocks = ceil_div(op->spec->n, BLOCK_COLUMNS);
     return qc_parallel(context, product_task,
@@ -151,9 +165,9 @@ static OrtStatus *quantize_compute(void *kernel, OrtKernelContext *context) {
 }
 
 OrtStatus *qc_twin_create(const struct qc_op *op, const OrtKernelInfo *info, void **kernel) {
-    const void *w, *ws;
+    struct qc_weights weights;
     *kernel = (void *)op; /* nothing to keep per node */
-    return op->spec->anchor->weight_bits ? qc_constant_weights(op, info, &w, &ws) : NULL;
+    return op->spec->anchor->weight_bits ? qc_constant_weights(op, info, &weights) : NULL;
 }
 
 void qc_twin_destroy(void *kernel) { (void)kernel; }

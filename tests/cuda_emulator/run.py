@@ -125,9 +125,8 @@ class Emulated:
     ) -> None:
         words = [symbol, *map(str, (*grid, threads, shared, int(how.backwards)))]
         paths = {name: self._folder / f"{name}.bin" for name in arrays}
-        written = arrays.keys() & ({"q", "s"} if "y" not in arrays else {"y"})
-        written |= arrays.keys() & {"workspace"} if "y" not in arrays else set()
-        written = self._results or written
+        results = self._results or {name for name in arrays if name.startswith("y")}
+        written = results or arrays.keys() & {"q", "s", "workspace"}
         for name, array in arrays.items():
             paths[name].write_bytes(array.tobytes())
             words.append(f"{'=' if name in written else ''}{name}:{paths[name]}")

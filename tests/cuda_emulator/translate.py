@@ -14,6 +14,8 @@ _SHARED = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 _KERNEL = re.compile(
     r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) *(?=\{)'
 )
+_WAIT = re.compile(r'asm volatile\(\n.*?mbarrier\.try_wait\.parity.*?"memory"\);', re.DOTALL)
+"""TVM's own loop around it."""
 _ASM = re.compile(r"asm volatile\((.*)\);$", re.MULTILINE)
 _OPERAND = re.compile(r'"[^"]*"\(([^()]*)\)')
 
@@ -28,6 +30,9 @@ _RULES = (
     (r"ld\.shared\.u32 .*", "load_shared({{&%0}}, %1)"),
     (r"ld\.global\.[\w.:]*v2\.u32 .*", "load_global({{&%0, &%1}}, %2)"),
     (r"ld\.global\.[\w.:]*u32 %0.*", "load_global({{&%0}}, %1)"),
+    (r"ld\.global\.nc\.u16 .*", "load_narrow<uint16_t>(&%0, %1)"),
+    (r"ld\.global\.nc\.u8 .*", "load_narrow<uint8_t>(&%0, %1)"),
+    (r"ld\.shared\.u16 .*", "load_shared_pair(&%0, %1)"),
     (r"st\.global\.v2\.u32 .*", "store_global(%0, {{%1, %2}})"),
     (r"st\.global\.v4\.u32 .*", "store_global(%0, {{%1, %2, %3, %4}})"),
     (r"cvt\.rn\.f16x2\.f32 .*", "%0 = to_half(%2) | uint32_t(to_half(%1)) << 16"),
@@ -43,7 +48,7 @@ _RULES = (
         )
         for shape, kind, sums in (
             (r"m16n8k16\.row\.col\.f32\.f16\.f16\.f32", "half", "float"),
-            (r"m16n8k32\.row\.col\.s32\.s8\.s8\.s32", "int8", "uint32_t"),
+            (r"m16n8k32\.row\.col\.s32\.s8\.u8\.s32", "int8", "uint32_t"),
             (r"m16n8k32\.row\.col\.f32\.e4m3\.e4m3\.f32", "e4m3", "float"),
         )
     ),
@@ -52,6 +57,13 @@ _RULES = (
     (r"wgmma\.wait_group\.sync\.aligned (?P<n>\d+);", "wait_products({n})"),
     (r"fence\.proxy\.async\.shared::cta;", "fence_async()"),
     (r"st\.shared\.v4\.u32 .*", "store_shared(%0, {{%1, %2, %3, %4}})"),
+    (r"mbarrier\.init\.shared::cta\.b64 .*", "begin_phases(%0, %1)"),
+    (r"mbarrier\.arrive\.release\.cta\.shared::cta\.b64 .*", "arrive(%0, %1)"),
+    # The barrier of the block follows.
+    (r"fence\.mbarrier_init\.release\.cluster;", "(void)0"),
+    (r"bar\.sync .*", "synchronize(%0, %1)"),
+    (r"bar\.warp\.sync .*", "synchronize_warp(%0)"),
+    (r"setmaxnreg\.(inc|dec)\.sync\.aligned\.u32 \d+;", "(void)0"),
     (r"lop3\.b32 %0, %1, %2, %3, (?P<n>\d+);", "%0 = lookup3(%1, %2, %3, {n})"),
     (r"prmt\.b32 .*", "%0 = permute(%1, %2, %3)"),
     (r"sub\.f16x2 .*", "%0 = subtract_halves(%1, %2)"),
@@ -64,11 +76,11 @@ _RULES = (
 
 _GROUP = re.compile(
     r"\{ \.reg \.pred ps0; setp\.ne\.b32 ps0, %\d+, 0; wgmma\.mma_async\.sync\.aligned\."
-    r"m64n(\d+)k\d+\.(f32\.f16\.f16|s32\.s8\.s8|f32\.e4m3\.e4m3) .*"
+    r"m64n(\d+)k\d+\.(f32\.f16\.f16|s32\.s8\.u8|f32\.e4m3\.e4m3) .*"
 )
 _KINDS = {
     "f32.f16.f16": "Kind::half, float",
-    "s32.s8.s8": "Kind::int8, uint32_t",
+    "s32.s8.u8": "Kind::int8, uint32_t",
     "f32.e4m3.e4m3": "Kind::e4m3, float",
 }
 
@@ -76,6 +88,7 @@ _KINDS = {
 def translate(source: str) -> str:
     """The C++ program: its `main` runs one kernel, see `emulator.h`."""
     functions = source[source.index(_FIRST_FUNCTION) :]
+    functions = _WAIT.sub("wait_phase(barrier_addr_int, phase);", functions)
     functions = _ASM.sub(lambda match: _call(match[1]), functions)
     functions = _SHARED.sub(r"\1 *\2 = (\1 *)emulator::shared_begin;", functions)
     kernels = [(match[1], match[2]) for match in _KERNEL.finditer(functions)]
