@@ -9,17 +9,22 @@
 #include <time.h>
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
-#define AVX2 __attribute__((target("avx2")))
+#define AVX2 __attribute__((target("avx2,fma")))
 
 typedef void (*accumulate)(const uint8_t *, const int8_t *, const int32_t *, int32_t *, int32_t,
                            int32_t, int32_t);
+/* Of rows that are split: counts, groups and values of what they lack follow `init`. */
+typedef void (*accumulate_split)(const uint8_t *, const int8_t *, const int32_t *, const int32_t *,
+                                 const int32_t *, const int32_t *, int32_t *, int32_t, int32_t,
+                                 int32_t);
 
 struct work {
     void (*run)(const struct work *, int thread, int threads);
-    accumulate kernel;
+    void *kernel;
     const uint8_t *q;
     const int8_t *weights; /* also the memory that `stream` reads */
     const int32_t *init;
+    const int32_t *counts; /* all 0: nothing is lacking; NULL: rows are not split */
     int32_t *y;
     int32_t rows, panels;
     int64_t amount; /* peak: iterations; stream: bytes */
@@ -63,7 +68,7 @@ AVX2 static void peak_avx2(const struct work *work, int thread, int threads) {
     for (int i = 0; i < 12; i++) sum[i] = _mm256_setzero_si256();
     for (int64_t n = 0; n < work->amount; n++) {
 #define STEP(i)                                                                                    \
-    __asm__ volatile("vpmaddwd %2, %2, %1\n\tvpaddd %1, %0, %0"                                    \
+    __asm__ volatile("vpmaddubsw %2, %2, %1\n\tvpmaddwd %2, %1, %1\n\tvpaddd %1, %0, %0"          \
                      : "+x"(sum[i]), "=&x"(product)                                                \
                      : "x"(ones));
         TWELVE
@@ -71,12 +76,23 @@ AVX2 static void peak_avx2(const struct work *work, int thread, int threads) {
     }
 }
 
-AVX512 static void float_peak(const struct work *work, int thread, int threads) {
+AVX512 static void float_peak_zmm(const struct work *work, int thread, int threads) {
     (void)thread, (void)threads;
     __m512 sum[12], ones = _mm512_set1_ps(1);
     for (int i = 0; i < 12; i++) sum[i] = _mm512_setzero_ps();
     for (int64_t n = 0; n < work->amount; n++) {
 #define STEP(i) __asm__ volatile("vfmadd231ps %1, %1, %0" : "+v"(sum[i]) : "v"(ones));
+        TWELVE
+#undef STEP
+    }
+}
+
+AVX2 static void float_peak_ymm(const struct work *work, int thread, int threads) {
+    (void)thread, (void)threads;
+    __m256 sum[12], ones = _mm256_set1_ps(1);
+    for (int i = 0; i < 12; i++) sum[i] = _mm256_setzero_ps();
+    for (int64_t n = 0; n < work->amount; n++) {
+#define STEP(i) __asm__ volatile("vfmadd231ps %1, %1, %0" : "+x"(sum[i]) : "x"(ones));
         TWELVE
 #undef STEP
     }
@@ -95,8 +111,14 @@ AVX2 static void stream(const struct work *work, int thread, int threads) {
 }
 
 static void loop(const struct work *work, int thread, int threads) {
-    work->kernel(work->q, work->weights, work->init, work->y, work->rows,
-                 work->panels * thread / threads, work->panels * (thread + 1) / threads);
+    const int32_t begin = work->panels * thread / threads;
+    const int32_t end = work->panels * (thread + 1) / threads, *none = work->counts;
+    if (none)
+        ((accumulate_split)work->kernel)(work->q, work->weights, work->init, none, none, none,
+                                         work->y, work->rows, begin, end);
+    else
+        ((accumulate)work->kernel)(work->q, work->weights, work->init, work->y, work->rows, begin,
+                                   end);
 }
 
 struct crew {
@@ -130,19 +152,16 @@ static void measure(const struct work *work, int threads, int repeats, double *s
     if (threads == 2) pthread_join(other, NULL);
 }
 
-#define MEASURE_PEAK(isa)                                                                          \
-    __attribute__((visibility("default"))) void measure_peak_##isa(int64_t iterations, int threads, \
-                                                                   int repeats, double *seconds) { \
-        measure(&(struct work){.run = peak_##isa, .amount = iterations}, threads, repeats, seconds); \
+#define MEASURE_PEAK(peak)                                                                         \
+    __attribute__((visibility("default"))) void measure_##peak(int64_t iterations, int threads,    \
+                                                               int repeats, double *seconds) {     \
+        measure(&(struct work){.run = peak, .amount = iterations}, threads, repeats, seconds);     \
     }
-MEASURE_PEAK(avx512_vnni)
-MEASURE_PEAK(avx_vnni)
-MEASURE_PEAK(avx2)
-
-__attribute__((visibility("default"))) void measure_float_peak(int64_t iterations, int threads,
-                                                               int repeats, double *seconds) {
-    measure(&(struct work){.run = float_peak, .amount = iterations}, threads, repeats, seconds);
-}
+MEASURE_PEAK(peak_avx512_vnni)
+MEASURE_PEAK(peak_avx_vnni)
+MEASURE_PEAK(peak_avx2)
+MEASURE_PEAK(float_peak_zmm)
+MEASURE_PEAK(float_peak_ymm)
 
 __attribute__((visibility("default"))) void measure_stream(const int8_t *memory, int64_t bytes,
                                                            int threads, int repeats,
@@ -152,8 +171,9 @@ __attribute__((visibility("default"))) void measure_stream(const int8_t *memory,
 }
 
 __attribute__((visibility("default"))) void measure_loop(
-    accumulate kernel, const uint8_t *q, const int8_t *weights, const int32_t *init, int32_t *y,
-    int32_t rows, int32_t panels, int threads, int repeats, double *seconds) {
-    struct work work = {loop, kernel, q, weights, init, y, rows, panels, 0};
+    void *kernel, const uint8_t *q, const int8_t *weights, const int32_t *init,
+    const int32_t *counts, int32_t *y, int32_t rows, int32_t panels, int threads, int repeats,
+    double *seconds) {
+    struct work work = {loop, kernel, q, weights, init, counts, y, rows, panels, 0};
     measure(&work, threads, repeats, seconds);
 }

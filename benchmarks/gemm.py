@@ -1,8 +1,8 @@
 """How near the int8 kernels come to the machine: python benchmarks/gemm.py [--json] [--isa avx2].
 
-Peak is vpdpbusd on registers, or vpmaddwd and vpaddd for AVX2; stream is reading memory once; both
-are measured here, on as many threads.  `loop` is the kernel storing its int32 sums, `op` is
-Quantize and QMatMul + bias as ONNX Runtime runs them, in one node where a model would have one.
+Peak is vpdpbusd on registers, or vpmaddubsw, vpmaddwd and vpaddd for AVX2; stream is reading memory
+once; both are measured here, on as many threads.  `loop` is the kernel storing its int32 sums, `op`
+is Quantize and QMatMul + bias as ONNX Runtime runs them, in one node where a model would have one.
 Everything is measured in turn, several times over; figures are the best and the median, in
 microseconds.
 """
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from limits import Machine, Samples, aligned, pointer
+from limits import Machine, Samples, aligned, best_isa, pointer
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.ir.region import Region, Step
@@ -32,6 +32,7 @@ from qcompiler.targets import tir
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.library import build_library
 from qcompiler.targets.x86 import ISAS, Isa, supports
+from qcompiler.targets.x86.families import splits_rows
 from qcompiler.targets.x86.qmatmul import accumulator_function
 from qcompiler.targets.x86.tile import tile_shape
 
@@ -66,9 +67,11 @@ class Loops(Machine):
         # The values do not matter for the time, only where they lie.
         q, y = aligned(np.ones((m, k), np.uint8)), aligned(np.zeros((m, n), np.int32))
         weights = aligned(np.ones((panels * columns, k), np.int8))
-        init = aligned(np.zeros(panels * columns, np.int32))
+        init = aligned(np.zeros(max(panels * columns, m), np.int32))
+        # Rows that are split, and lack nothing.
+        counts = init if splits_rows("QMatMulW8A8", self.isa) else None
         kernel = getattr(self._library, f"loop_{m}_{n}_{k}")
-        arrays = [pointer(array) for array in (q, weights, init, y)]
+        arrays = [None if a is None else pointer(a) for a in (q, weights, init, counts, y)]
 
         def run() -> Samples:
             keep_alive = q, weights, init, y
@@ -221,7 +224,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--rounds", type=int, default=5, help="times everything is measured")
     names = [isa.name for isa in ISAS]
-    parser.add_argument("--isa", choices=names, default=names[0], help="default: %(default)s")
+    parser.add_argument(
+        "--isa", choices=names, default=best_isa().name, help="default: %(default)s"
+    )
     arguments = parser.parse_args()
     os.environ["QCOMPILER_ISA"] = arguments.isa
     samples = measure(arguments.rounds, ISAS[names.index(arguments.isa)])

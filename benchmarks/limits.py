@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.cli.host import instruction_sets
 from qcompiler.targets.toolchain import find_linker
 from qcompiler.targets.x86 import ISAS, Isa
 
@@ -21,8 +22,11 @@ STREAM_BYTES = 256 << 20
 CHAINS = 12
 """Independent accumulators of gemm.c's peak loops."""
 
-INT8_OPERATIONS = {"avx512-vnni": 128, "avx-vnni": 64, "avx2": 32}
+INT8_OPERATIONS = {"avx512-vnni": 128, "avx-vnni": 64, "avx2": 64}
 """Multiplications and additions of one step of such a chain."""
+
+FLOAT_OPERATIONS = {"zmm": 32, "ymm": 16}
+"""The same of float32, by register."""
 
 Samples = list[float]
 
@@ -41,20 +45,27 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
+def best_isa() -> Isa:
+    """The best instruction set of this processor that kernels are compiled for."""
+    return next(isa for isa in ISAS if isa.name in instruction_sets())
+
+
 class Machine:
     """gemm.c, linked with what a benchmark adds to it."""
 
     def __init__(
         self,
         folder: Path,
-        isa: Isa = ISAS[0],
+        isa: Isa | None = None,
         objects: Sequence[bytes] = (),
         names: Sequence[str] = (),
     ) -> None:
-        self.isa, linker = isa, find_linker()
-        self._int8_peak = f"measure_peak_{isa.name.replace('-', '_')}"
+        self.isa, linker = isa or best_isa(), find_linker()
+        self._registers = "ymm" if self.isa.vectors < ISAS[0].vectors else "zmm"
+        self._int8_peak = f"measure_peak_{self.isa.name.replace('-', '_')}"
+        self._float_peak = f"measure_float_peak_{self._registers}"
         source = Path(__file__).with_name("gemm.c").read_text()
-        exports = [self._int8_peak, "measure_float_peak", "measure_stream", "measure_loop", *names]
+        exports = [self._int8_peak, self._float_peak, "measure_stream", "measure_loop", *names]
         path = folder / "gemm.so"
         path.write_bytes(linker.link([linker.compile(source, {}), *objects], exports))
         self._library = ctypes.CDLL(str(path))
@@ -66,7 +77,7 @@ class Machine:
 
     def float_peak(self, threads: int) -> Samples:
         """Seconds per float32 operation."""
-        return self._peak("measure_float_peak", 32, threads)
+        return self._peak(self._float_peak, FLOAT_OPERATIONS[self._registers], threads)
 
     def stream(self, threads: int) -> Samples:
         """Seconds per byte."""

@@ -5,9 +5,10 @@ node is where its costliest part is.  "between nodes" is what a run takes beyond
 the runtime itself; nodes take longer when profiled, so that it may fall below zero.
 
 The floor is what the arithmetic and the weights would take at measured limits: int8 multiply-adds
-of everything with weights at the rate of vpdpbusd, those of attention at that of float32 FMA, and
-each weight once, as one byte, from memory.  Nothing overlaps in it; norms, softmax, quantization
-and embeddings count as nothing.  Who rounds attention to bfloat16 or int8 may go below it.
+of everything with weights at the rate of vpdpbusd (of vpmaddubsw without VNNI), those of attention
+at that of float32 FMA, and each weight once, as one byte, from memory.  Nothing overlaps in it;
+norms, softmax, quantization and embeddings count as nothing.  Who rounds attention to bfloat16 or
+int8 may go below it.
 """
 
 from __future__ import annotations

@@ -61,16 +61,54 @@ def pointer(array: Array) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def pack(w: Array, isa: Isa) -> tuple[Array, Array]:
+def pack(w: Array, isa: Isa, anchor: str = "QMatMulW8A8") -> tuple[Array, Array]:
     """What the library's packing makes of w [K, N]: panels and `init`."""
-    from qcompiler.targets.x86.units import unit_of
+    from qcompiler.targets.x86.units import multiplier_of
 
-    (k, n), shape, depth = w.shape, tile_shape(w.shape[1], isa), unit_of(isa).depth
+    unit = multiplier_of(anchor, isa)
+    (k, n), shape, depth = w.shape, tile_shape(w.shape[1], isa), unit.depth
     groups, panels = -(-k // depth), -(-n // shape.columns)
     padded = np.zeros((groups * depth, panels * shape.columns), np.int8)
     padded[:k, :n] = w
     blocks = padded.reshape(groups, depth, panels, shape.vectors, 16).transpose(2, 0, 3, 4, 1)
-    return np.ascontiguousarray(blocks), -128 * padded.sum(0, dtype=np.int32)
+    packed = np.ascontiguousarray(blocks)
+    if unit.splits:
+        packed = (packed.view(np.uint8) ^ 0x80).view(np.int8)
+    return packed, -128 * padded.sum(0, dtype=np.int32)
+
+
+def split_rows(q: Array, isa: Isa) -> tuple[Array, Array, Array, Array, Array]:
+    """Rows q [M, K] as a kernel that splits them reads them: rows, starts, and what they lack."""
+    (m, k), most = q.shape, tile_shape(1, isa).rows
+    groups, tiles = -(-k // 4), -(-m // most)
+    a = np.zeros((m, 4 * groups), np.int32)
+    a[:, :k] = q.astype(np.int32) - 128
+    sums = a.reshape(m, groups, 2, 2).sum(-1)
+    excess = np.zeros((m, groups, 4), np.int32)
+    excess[..., ::2] = sums - np.clip(sums, -128, 128)
+    lacking = excess.astype(np.int8).view(np.int32).reshape(m, groups)
+    counts = np.zeros(tiles, np.int32)
+    numbers, values = np.zeros((tiles, groups), np.int32), np.zeros((tiles, groups, most), np.int32)
+    height = -(-m // tiles)
+    for tile in range(tiles):
+        first = min(tile * height, m - height)
+        rows = lacking[first : first + height]
+        found = np.flatnonzero(rows.any(axis=0))
+        counts[tile], numbers[tile, : found.size] = found.size, found
+        values[tile, :, :height] = rows.T
+    split = (a - excess.reshape(a.shape)).astype(np.int8).view(np.uint8)
+    return split, -128 * a.sum(1, dtype=np.int32), counts, numbers, values
+
+
+def operands(q: Array, w: Array, isa: Isa) -> tuple[Array, list[Array]]:
+    """The activations and the operands from the weights on of a product of W8A8."""
+    from qcompiler.targets.x86.families import splits_rows
+
+    weights, init = pack(w, isa)
+    if not splits_rows("QMatMulW8A8", isa):
+        return q, [weights, init]
+    split, starts, *excess = split_rows(q, isa)
+    return split, [weights, starts, *excess]
 
 
 def quantize(x: Array) -> tuple[Array, Array]:

@@ -12,13 +12,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from instruction_sets import each_raw_isa
-from raw_kernels import Array, Guarded, accumulate, load, pack, pointer, quantize
+from raw_kernels import Array, Guarded, accumulate, load, operands, pack, pointer, quantize
 from scipy import special
 
 from qcompiler.ir.region import Region, Step
 from qcompiler.targets import toolchain, x86
 from qcompiler.targets.toolchain import find_linker
 from qcompiler.targets.x86 import ISAS, Isa
+from qcompiler.targets.x86.families import splits_rows
 from qcompiler.targets.x86.tile import tile_shape
 
 NATIVE = Path(toolchain.__file__).resolve().parent / "native"
@@ -44,12 +45,12 @@ def run_product(isa: Isa, region: Region, q: Array, s: Array, w: Array, ws: Arra
 
     kernel = load({"f": qmatmul_function(region, isa)}, folder, isa).f
     guarded = Guarded()
-    weights, init = (guarded(part) for part in pack(w, isa))
-    padded = guarded(np.zeros(init.shape, np.float32))
+    rows, (weights, *rest) = operands(q, w, isa)
+    padded = np.zeros(weights.shape[0] * tile_shape(w.shape[1], isa).columns, np.float32)
     padded[: ws.size] = ws
     y = guarded(np.full((q.shape[0], w.shape[1]), np.nan, np.float32))
-    operands = [guarded(q), guarded(s), weights, init, padded, *map(guarded, extras), y]
-    kernel(*map(pointer, operands), q.shape[0], *(panels or (0, weights.shape[0])))
+    arrays = [*map(guarded, (rows, s, weights, *rest, padded, *extras)), y]
+    kernel(*map(pointer, arrays), q.shape[0], *(panels or (0, weights.shape[0])))
     return y.copy()
 
 
@@ -66,11 +67,12 @@ def test_sums_are_exact(isa: Isa, k: int, n: int, seed: int, tmp_path: Path) -> 
     rng, guarded, shape = np.random.default_rng(seed), Guarded(), tile_shape(n, isa)
     kernel = load({"f": accumulator_function(k, n, isa)}, tmp_path, isa).f
     w = int8(rng, k, n)
-    weights, init = (guarded(part) for part in pack(w, isa))
     for m in range(1, 2 * shape.rows + 2):
-        q = guarded(rng.integers(0, 256, (m, k)).astype(np.uint8))
+        q = rng.integers(0, 256, (m, k)).astype(np.uint8)
         y = guarded(np.full((m, n), -1, np.int32))
-        kernel(*map(pointer, (q, weights, init, y)), m, 0, weights.shape[0])
+        rows, (weights, *rest) = operands(q, w, isa)
+        arrays = [*map(guarded, (rows, weights, *rest)), y]
+        kernel(*map(pointer, arrays), m, 0, weights.shape[0])
         np.testing.assert_array_equal(y, accumulate(q, w))
 
 
@@ -83,19 +85,21 @@ def test_sums_of_extreme_values_are_exact(isa: Isa, k: int, tmp_path: Path) -> N
     n, guarded = 48, Guarded()
     kernel = load({"f": accumulator_function(k, n, isa)}, tmp_path, isa).f
     for activation, weight in ((255, -128), (255, 127), (0, -128)):
-        q = guarded(np.full((3, k), activation, np.uint8))
-        w, y = np.full((k, n), weight, np.int8), guarded(np.zeros((3, n), np.int32))
-        weights, init = (guarded(part) for part in pack(w, isa))
-        kernel(*map(pointer, (q, weights, init, y)), 3, 0, weights.shape[0])
+        q, w = np.full((3, k), activation, np.uint8), np.full((k, n), weight, np.int8)
+        y = guarded(np.zeros((3, n), np.int32))
+        rows, (weights, *rest) = operands(q, w, isa)
+        arrays = [*map(guarded, (rows, weights, *rest)), y]
+        kernel(*map(pointer, arrays), 3, 0, weights.shape[0])
         np.testing.assert_array_equal(y, (activation - 128) * weight * k)
 
 
 PACK = """
-#define EXPORT(isa)                                                                                \
-    __attribute__((visibility("default"))) void pack_##isa(                                        \
+#define EXPORT(name, pack)                                                                         \
+    __attribute__((visibility("default"))) void pack_##name(                                       \
         const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed, int32_t *init) {       \
-        isa.pack_w8(w, k, n, vectors, packed, init);                                               \
+        pack(w, k, n, vectors, packed, init);                                                      \
     }
+EXPORT(split, qc_pack_split)
 """
 
 
@@ -104,28 +108,29 @@ def packer(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The library's own packing, which is private to x86.c."""
     headers = {path.name: path.read_text() for path in NATIVE.glob("*.h")}
     source = (NATIVE / "x86.c").read_text() + PACK
-    source += "\n".join(f"EXPORT({isa.c_name})" for isa in ISAS)
+    source += "\n".join(f"EXPORT({isa.c_name}, {isa.c_name}.pack_w8)" for isa in ISAS)
     path = tmp_path_factory.mktemp("packer") / "pack.so"
     linker = find_linker()
-    path.write_bytes(
-        linker.link([linker.compile(source, headers)], [f"pack_{isa.c_name}" for isa in ISAS])
-    )
+    exports = [*(f"pack_{isa.c_name}" for isa in ISAS), "pack_split"]
+    path.write_bytes(linker.link([linker.compile(source, headers)], exports))
     return ctypes.CDLL(str(path))
 
 
 @each_raw_isa("QMatMulW8A8")
+@pytest.mark.parametrize("anchor", ["QMatMulW8A8", "QMatMulU8S8"])
 @few
 @given(k=sizes, n=sizes)
 @example(k=1, n=1)
 @example(k=129, n=129)
-def test_packing(isa: Isa, k: int, n: int, packer: ctypes.CDLL) -> None:
+def test_packing(isa: Isa, anchor: str, k: int, n: int, packer: ctypes.CDLL) -> None:
     guarded = Guarded()
     w = guarded(int8(np.random.default_rng(k), k, n))
     w[:, 0] = -128
-    expected = pack(w, isa)
+    expected = pack(w, isa, anchor)
     packed, init = (guarded(np.full_like(part, 77)) for part in expected)
     sizes = ctypes.c_int64(k), ctypes.c_int64(n)
-    pack_w8 = getattr(packer, f"pack_{isa.c_name}")
+    name = "split" if splits_rows(anchor, isa) else isa.c_name
+    pack_w8 = getattr(packer, f"pack_{name}")
     pack_w8(pointer(w), *sizes, tile_shape(n, isa).vectors, pointer(packed), pointer(init))
     np.testing.assert_array_equal(packed, expected[0])
     np.testing.assert_array_equal(init, expected[1])
@@ -251,17 +256,17 @@ def test_one_scale_and_zero_points(
     rng, guarded, zero = np.random.default_rng(n), Guarded(), 201
     q, w = rng.integers(0, 256, (m, k)).astype(np.uint8), int8(rng, k, n)
     wz = rng.integers(-128, 128, n) if anchor == "QMatMulU8U8" else np.zeros(n, np.int64)
-    weights, init = (guarded(part) for part in pack(w, isa))
+    weights, init = (guarded(part) for part in pack(w, isa, anchor))
     init[:] = init // 128 * zero
     ones, zeros = np.zeros(init.shape, np.float32), np.zeros(init.shape, np.int32)
     ones[:n], zeros[:n] = 1, wz
     rows = q.astype(np.int32).sum(1, dtype=np.int32) - k * zero
     y = guarded(np.full((m, n), np.nan, np.float32))
-    operands = [guarded(q), guarded(np.ones(1, np.float32)), weights, init, guarded(ones)]
-    operands += [guarded(rows), guarded(zeros)] if anchor == "QMatMulU8U8" else []
+    arrays = [guarded(q), guarded(np.ones(1, np.float32)), weights, init, guarded(ones)]
+    arrays += [guarded(rows), guarded(zeros)] if anchor == "QMatMulU8U8" else []
     region = Region(anchor, (("K", k), ("N", n)))
     kernel = load({"f": qmatmul_function(region, isa)}, tmp_path, isa).f
-    kernel(*map(pointer, [*operands, y]), m, 0, weights.shape[0])
+    kernel(*map(pointer, [*arrays, y]), m, 0, weights.shape[0])
     np.testing.assert_array_equal(y, (q.astype(np.int64) - zero) @ (w - wz))
 
 

@@ -28,12 +28,18 @@ struct qc_norm_args {
     int32_t rows;
 };
 
+/* What activations that were split lack, by tile: see x86/activations.py. */
+struct qc_excess {
+    const int32_t *counts, *groups, *values;
+};
+
 struct qc_qmatmul_args {
     const uint8_t *q;
     const float *s;
     const int8_t *weights;
     const int32_t *init;
     const float *ws;
+    struct qc_excess excess;
     const int32_t *row_sums, *wz; /* U8U8: sum_k (q - z) per row; zero points of w less 128 */
     const float *extra[QC_MAX_EXTRAS];
     void *y; /* float or uint8_t, as the op's results are */
@@ -70,6 +76,9 @@ int qc_is_allowed(const struct qc_isa *isa);
 /* Says, once, why `missing` of `all` ops are not registered, where that would surprise. */
 void qc_tell_missing(size_t missing, size_t all);
 
+/* The same for kernels that split rows: w + 128 as uint8. */
+void qc_pack_split(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed, int32_t *init);
+
 /* sums[row] = sum_k (q - z) of q [rows, k]; for processors that have any of the instruction sets. */
 void qc_sum_rows(const uint8_t *q, int64_t rows, int64_t k, uint8_t z, int32_t *sums);
 
@@ -81,6 +90,7 @@ struct qc_variant {
     void (*qmatmul)(const struct qc_qmatmul_args *);
     void (*attention)(const struct qc_attention_args *);
     int tile_rows, tile_vectors;
+    int splits_rows; /* whether it reads activations as split_rows.c makes them */
     int block_rows; /* the most rows of one call of attention */
     const struct qc_cuda_kernels *cuda;
 };

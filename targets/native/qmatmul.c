@@ -151,8 +151,9 @@ static void *allocate(size_t bytes) {
 
 static void pack(struct qmatmul *kernel, const int8_t *w) {
     const struct qc_op *op = kernel->op;
-    op->variant->isa->pack_w8(w, op->spec->k, op->spec->n, op->variant->tile_vectors,
-                              kernel->weights, kernel->init);
+    const struct qc_variant *variant = op->variant;
+    (variant->splits_rows ? qc_pack_split : variant->isa->pack_w8)(
+        w, op->spec->k, op->spec->n, variant->tile_vectors, kernel->weights, kernel->init);
 }
 
 /* uint8 weights less 128, and their zero points too. */

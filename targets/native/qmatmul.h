@@ -16,18 +16,32 @@ struct qmatmul {
     int32_t *wz; /* less 128, U8U8 only */
 };
 
+/* Activations as a kernel that `splits_rows` reads them, see split_rows.c. */
+struct split_rows {
+    const uint8_t *q;
+    int64_t rows, k, block_rows, tile_rows;
+    int64_t block_tiles, tiles, tasks; /* planned */
+    int8_t *split;
+    int32_t *starts, *counts, *groups, *values;
+};
+
 struct qmatmul_run {
     const struct qmatmul *kernel;
     struct qc_qmatmul_args args; /* of the whole; y, rows and panels are set per task */
     const float *x; /* to be quantized; NULL if q and s are inputs */
     char *y[QC_MAX_PARTS];
     int64_t rows, block_rows, panel_groups;
+    struct split_rows split;
 };
 
 struct quantized {
     uint8_t q[QUANTIZED_BYTES] __attribute__((aligned(64)));
     float s[QUANTIZED_ROWS];
 };
+
+/* What `qc_plan_split` asks for at most for rows that were quantized at once: they and a third, as
+ * tiles overlap, of what they lack; groups of K that are not whole; an index for every third row. */
+enum { SPLIT_BYTES = 3 * QUANTIZED_BYTES };
 
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -54,6 +68,14 @@ static inline int64_t width(const struct qc_op *op, size_t part) {
 /* Quantizes rows of x, for args to read. */
 void qc_quantize_rows(const struct qc_op *op, const float *x, int64_t rows, struct quantized *memory,
                       struct qc_qmatmul_args *args);
+
+/* The memory that splitting rows takes; they come in blocks, each multiplied by calls of its own. */
+size_t qc_plan_split(struct split_rows *split);
+void qc_place_split(struct split_rows *split, char *memory);
+/* Splits them, on this thread for want of a context. */
+OrtStatus *qc_split(struct split_rows *split, OrtKernelContext *context);
+/* Lets args read the block from `row` on. */
+void qc_read_split(const struct split_rows *split, int64_t row, struct qc_qmatmul_args *args);
 
 /* Cuts the work into blocks of rows times groups of panels, and runs it. */
 OrtStatus *qc_run_qmatmul(struct qmatmul_run *run, OrtKernelContext *context);

@@ -1,4 +1,6 @@
 /* The work of a product: blocks of rows times groups of panels of columns, one task each. */
+#include <stdlib.h>
+
 #include "qmatmul.h"
 
 /* What one core does per nanosecond: multiply-adds, weight bytes from memory, results stored. */
@@ -33,13 +35,34 @@ void qc_quantize_rows(const struct qc_op *op, const float *x, int64_t rows, stru
     args->s = memory->s;
 }
 
+static struct split_rows rows_to_split(const struct qmatmul_run *run, const uint8_t *q, int64_t rows,
+                                       int64_t block_rows) {
+    const struct qc_op *op = run->kernel->op;
+    return (struct split_rows){.q = q, .rows = rows, .k = op->spec->k, .block_rows = block_rows,
+                               .tile_rows = op->variant->tile_rows};
+}
+
+/* All panels of rows that were just quantized. */
+static void split_and_run(const struct qmatmul_run *run, struct qc_qmatmul_args *args, int64_t row) {
+    char memory[SPLIT_BYTES] __attribute__((aligned(64)));
+    struct split_rows split = rows_to_split(run, args->q, args->rows, args->rows);
+    qc_plan_split(&split);
+    qc_place_split(&split, memory);
+    (void)qc_split(&split, NULL);
+    qc_read_split(&split, 0, args);
+    run_panels(run, args, row, 0, run->kernel->panels);
+}
+
 /* The rows of a task, which it quantizes first. */
 static void quantize_and_run(const struct qmatmul_run *run, struct qc_qmatmul_args *args,
                              int64_t row) {
     const struct qc_op *op = run->kernel->op;
     struct quantized memory;
     qc_quantize_rows(op, run->x + row * op->spec->k, args->rows, &memory, args);
-    run_panels(run, args, row, 0, run->kernel->panels);
+    if (op->variant->splits_rows)
+        split_and_run(run, args, row);
+    else
+        run_panels(run, args, row, 0, run->kernel->panels);
 }
 
 static void qmatmul_task(void *argument, size_t index) {
@@ -58,7 +81,10 @@ static void qmatmul_task(void *argument, size_t index) {
         quantize_and_run(run, &args, row);
         return;
     }
-    args.q += row * spec->k;
+    if (run->split.split)
+        qc_read_split(&run->split, row, &args);
+    else
+        args.q += row * spec->k;
     if (!has_zero_point(kernel->op)) args.s += row;
     if (args.row_sums) args.row_sums += row;
     run_panels(run, &args, row, kernel->panels * group / run->panel_groups,
@@ -110,5 +136,16 @@ static int64_t split(struct qmatmul_run *run) {
 }
 
 OrtStatus *qc_run_qmatmul(struct qmatmul_run *run, OrtKernelContext *context) {
-    return qc_parallel(context, qmatmul_task, (size_t)split(run), run);
+    const struct qc_op *op = run->kernel->op;
+    const size_t tasks = (size_t)split(run);
+    if (run->x || !op->variant->splits_rows) return qc_parallel(context, qmatmul_task, tasks, run);
+    run->split = rows_to_split(run, run->args.q, run->rows, run->block_rows);
+    const size_t bytes = qc_plan_split(&run->split);
+    char *memory = malloc(bytes);
+    if (!memory) return qc_error(op, "out of memory for %zu bytes of activations", bytes);
+    qc_place_split(&run->split, memory);
+    OrtStatus *status = qc_split(&run->split, context);
+    if (!status) status = qc_parallel(context, qmatmul_task, tasks, run);
+    free(memory);
+    return status;
 }

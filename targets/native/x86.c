@@ -150,6 +150,14 @@ static void pack_quads(const int8_t *w, int64_t k, int64_t n, int vectors, int8_
     pack(w, k, n, vectors, 4, packed, init);
 }
 
+void qc_pack_split(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
+                   int32_t *init) {
+    const int64_t columns = (n + 16 * vectors - 1) / (16 * vectors) * 16 * vectors;
+    const int64_t bytes = (k + 3) / 4 * 4 * columns;
+    pack(w, k, n, vectors, 4, packed, init);
+    for (int64_t i = 0; i < bytes; i++) packed[i] = (int8_t)(packed[i] ^ 0x80);
+}
+
 const struct qc_isa qc_avx2 = {
     .name = "avx2",
     .is_available = avx2_is_available,

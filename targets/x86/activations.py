@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Register
 
-__all__ = ["ByteRows", "Emit", "WidenedRows"]
+__all__ = ["ByteRows", "Emit", "Excess", "SplitRows", "WidenedRows"]
 
 Emit = Callable[[Expr, Sequence[Expr]], None]
 """Emits the code for one group of elements: (its number; its bits, of each row)."""
@@ -24,7 +25,7 @@ class ByteRows:
     def __init__(self, q: Expr, k: int, rows: int) -> None:
         self._q, self._k = q, k
 
-    def for_groups(self, first_row: Expr, rows: int, emit: Emit) -> None:
+    def for_groups(self, tile: Expr, first_row: Expr, rows: int, emit: Emit) -> None:
         """Call `emit` for each four elements of K."""
         whole, rest = divmod(self._k, _QUAD)
 
@@ -45,6 +46,44 @@ class ByteRows:
         return sum(others, first)
 
 
+@dataclasses.dataclass(frozen=True)
+class Excess:
+    """What `SplitRows` lack, by tile: [tile][group] arrays of which few elements are set.
+
+    Attributes:
+        counts: How many groups of a tile lack something, [tile].
+        groups: Which, [tile][ceil(K/4)].
+        values: What is lacking, four int8 of each row, [tile][ceil(K/4)][rows of a tile].
+    """
+
+    counts: Expr
+    groups: Expr
+    values: Expr
+
+
+class SplitRows:
+    """Rows of int8, four elements at a time, in pairs that vpmaddubsw does not saturate.
+
+    Two products of a uint8 and such a pair fit an int16 if the pair adds up to at most 128 either
+    way.  From the few pairs beyond, native/split_rows.c takes what is too much, to be multiplied
+    once more with the same weights.  Rows are whole groups long, with zeros at the end.
+    """
+
+    def __init__(self, q: Expr, k: int, rows: int, excess: Excess) -> None:
+        self._q, self._groups, self._most, self._excess = q, -(-k // _QUAD), rows, excess
+
+    def for_groups(self, tile: Expr, first_row: Expr, rows: int, emit: Emit) -> None:
+        """Call `emit` for each four elements of K, and again for those that lack something."""
+        with tir.loop(0, self._groups) as quad:
+            starts = [((first_row + i) * self._groups + quad) * _QUAD for i in range(rows)]
+            emit(quad, [tir.reinterpret("int32", self._q.vload([i], "uint8x4")) for i in starts])
+        excess = self._excess
+        with tir.loop(0, excess.counts[tile]) as index:
+            group = Register("int32", excess.groups[tile * self._groups + index], 1)
+            start = Register("int32", (tile * self._groups + group.value) * self._most, 1)
+            emit(group.value, [excess.values[start.value + i] for i in range(rows)])
+
+
 class WidenedRows:
     """Rows as uint16, two elements at a time, for vpmaddwd.
 
@@ -58,7 +97,7 @@ class WidenedRows:
         self._chunk = min(_CHUNK, -(-k // LANES) * LANES)
         self._wide = tir.scratch("uint16", rows * self._chunk)
 
-    def for_groups(self, first_row: Expr, rows: int, emit: Emit) -> None:
+    def for_groups(self, tile: Expr, first_row: Expr, rows: int, emit: Emit) -> None:
         """Call `emit` for each two elements of K."""
         with tir.loop(0, -(-self._k // self._chunk)) as chunk:
             first = Register("int32", chunk * self._chunk, 1)

@@ -23,9 +23,10 @@ from qcompiler.targets.x86.vector import VectorUnit, fma, load_lanes, transpose
 
 __all__ = ["Attention", "attention_function"]
 
-_TILES = {32: ((TILE_ROWS, 4, 1), 2), 8: ((4, 1), 1)}
+_TILES = {32: ((TILE_ROWS, 4, 1), 2), 8: ((6, 4, 2, 1), 1)}
 """By the vectors that the registers hold: rows of a tile, and its vectors.  8 by 2 zmm keep both
-multiply-add units busy and fit the registers, as do 4 by 1 pairs of ymm."""
+multiply-add units busy and fit the registers, as do 6 by 1 pairs of ymm.  No tile reaches past the
+rows that `pack_queries` fills: a multiple of 8 is 0, 2 or 4 more than one of 6."""
 
 _POINTERS = ("q", "k", "v", "mask", "y")
 _INTEGERS = ("q_stride", "k_stride", "v_stride", "y_stride", "mask_row_stride", "mask_step", "rows",

@@ -9,7 +9,7 @@ from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Register
 from qcompiler.targets.x86.vector import EXP2_OF_FRACTION, VectorUnit, absolute, polynomial
 
-__all__ = ["Avx2", "AvxVnni"]
+__all__ = ["Avx2", "Avx2Split", "AvxVnni"]
 
 _MANTISSA_BITS = 23
 
@@ -72,6 +72,25 @@ class Avx2(VectorUnit):
         return self.times_power_of_two(series, whole.value)
 
 
+class Avx2Split(Avx2):
+    """AVX2, for activations of int8 that come in pairs of at most 128.
+
+    Half again as fast as widened: three instructions for 32 products, of which two are
+    multiplications, instead of four, and a byte for each operand instead of two.
+    """
+
+    depth = 4
+    widens = False
+    splits = True
+
+    def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
+        """`total` plus four products per lane (vpmaddubsw, vpmaddwd by 1, vpaddd)."""
+        everywhere = tir.reinterpret("int8x64", tir.broadcast(activations))
+        pairs = _by_halves("int16", "llvm.x86.avx2.pmadd.ub.sw", weights, everywhere, width=16)
+        ones = tir.broadcast(tir.constant(1, "int16"), 2 * LANES)
+        return total + _by_halves("int32", "llvm.x86.avx2.pmadd.wd", pairs, ones)
+
+
 class AvxVnni(Avx2):
     """AVX2 and AVX-VNNI, which is vpdpbusd for ymm."""
 
@@ -85,13 +104,13 @@ class AvxVnni(Avx2):
         return _by_halves("int32", "llvm.x86.avx512.vpdpbusd.256", total, everywhere, weights)
 
 
-def _by_halves(dtype: str, name: str, *operands: Expr) -> Expr:
-    """An intrinsic on ymm, applied to both halves; its results have 8 lanes of `dtype`."""
+def _by_halves(dtype: str, name: str, *operands: Expr, width: int = LANES // 2) -> Expr:
+    """An intrinsic on ymm, applied to both halves; its results have `width` lanes of `dtype`."""
     halves = [_halves(operand, operand.ty.dtype.lanes) for operand in operands]
     low, high = (
-        tir.intrinsic(f"{dtype}x{LANES // 2}", name, *some) for some in zip(*halves, strict=True)
+        tir.intrinsic(f"{dtype}x{width}", name, *some) for some in zip(*halves, strict=True)
     )
-    return tir.shuffle(low, range(LANES), high)
+    return tir.shuffle(low, range(2 * width), high)
 
 
 def _halves(value: Expr, count: int) -> tuple[Expr, Expr]:

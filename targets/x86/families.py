@@ -18,7 +18,7 @@ from qcompiler.targets.x86.attention_shape import attention_shape, int8_attentio
 from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
 
-__all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "norm_operands"]
+__all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "norm_operands", "splits_rows"]
 
 MAX_PARTS = 8
 MAX_ELEMENTS = 1 << 30
@@ -60,7 +60,7 @@ class Family:
     sizes: tuple[str, ...]
     anchor: str
     member: str
-    parameters: Callable[[Region], list[tuple[str, str]]]
+    parameters: Callable[[Region, Isa], list[tuple[str, str]]]
     unsupported: Callable[[Region], str | None]
     generate: Callable[[Region, Isa], Any] | None
     constants: Callable[[Region, Isa], dict[str, int]] = lambda region, isa: {}
@@ -151,7 +151,7 @@ def _unsupported_dynamic(region: Region) -> str | None:
     return _unsupported_qmatmul(region)
 
 
-def _quantize_parameters(region: Region) -> list[tuple[str, str]]:
+def _quantize_parameters(region: Region, isa: Isa) -> list[tuple[str, str]]:
     return [
         ("const float *", "a->x"),
         ("uint8_t *", "a->q"),
@@ -172,18 +172,23 @@ def _norm_inputs(region: Region) -> list[str]:
     return [*OPS[region.anchor].inputs, *(["smoothing"] if region.flags else [])]
 
 
-def _norm_parameters(region: Region) -> list[tuple[str, str]]:
+def _norm_parameters(region: Region, isa: Isa) -> list[tuple[str, str]]:
     inputs = [("const float *", f"a->{name}") for name in _norm_inputs(region)]
     outputs = [("uint8_t *" if name == "q" else "float *", f"a->{name}") for name in region.outputs]
     return [*inputs, *outputs, ("int32_t", "a->rows")]
 
 
-def _qmatmul_parameters(region: Region) -> list[tuple[str, str]]:
+def _qmatmul_parameters(region: Region, isa: Isa) -> list[tuple[str, str]]:
     return [
         ("const uint8_t *", "a->q"),
         ("const float *", "a->s"),
         ("const int8_t *", "a->weights"),
         ("const int32_t *", "a->init"),
+        *(
+            ("const int32_t *", f"a->excess.{name}")
+            for name in ("counts", "groups", "values")
+            if splits_rows(region.anchor, isa)
+        ),
         ("const float *", "a->ws"),
         *(
             (("const int32_t *", "a->row_sums"), ("const int32_t *", "a->wz"))
@@ -199,7 +204,7 @@ def _qmatmul_parameters(region: Region) -> list[tuple[str, str]]:
     ]
 
 
-def _attention_parameters(region: Region) -> list[tuple[str, str]]:
+def _attention_parameters(region: Region, isa: Isa) -> list[tuple[str, str]]:
     inputs = [("const float *", f"a->{name}") for name in ("q", "k", "v", "mask")]
     numbers = ("q_stride", "k_stride", "v_stride", "y_stride", "mask_row_stride", "mask_step",
                "rows", "keys", "zero_empty")  # fmt: skip
@@ -218,7 +223,16 @@ def _multiplies_int8(region: Region, isa: Isa) -> bool:
 
 def _qmatmul_constants(region: Region, isa: Isa) -> dict[str, int]:
     tile = tile_shape(region.size("N"), isa)
-    return {"tile_rows": tile.rows, "tile_vectors": tile.vectors}
+    splits = {"splits_rows": 1} if splits_rows(region.anchor, isa) else {}
+    return {"tile_rows": tile.rows, "tile_vectors": tile.vectors} | splits
+
+
+def splits_rows(anchor: str, isa: Isa) -> bool:
+    """Whether a product reads its activations as `SplitRows`.
+
+    With a zero point of their own they may be too far from zero for that.
+    """
+    return isa == AVX2 and anchor in ("QMatMulW8A8", "DynamicQMatMulW8A8")
 
 
 def _qmatmul(anchor: str) -> Family:

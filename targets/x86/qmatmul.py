@@ -6,6 +6,9 @@ The weights lie as [panel][ceil(K/D)][NR * 16 * D]: for each D rows of K, each l
 its D int8 side by side, as the vector unit multiplies them (vpdpbusd: D = 4).  `init` holds
 -z * sum_k w, so the zero point of the activations, 128 or known at run time, costs nothing.  A tile
 is MR rows by one panel, its accumulators in registers.
+
+Where rows are split, weights are uint8, 128 more, activations int8, and `init` holds for each row
+-128 * sum_k (q - z).
 """
 
 from __future__ import annotations
@@ -18,11 +21,11 @@ from qcompiler.ir.region import Region
 from qcompiler.targets import tir
 from qcompiler.targets.epilogue import apply_steps
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
-from qcompiler.targets.x86.activations import ByteRows, WidenedRows
+from qcompiler.targets.x86.activations import ByteRows, Excess, SplitRows, WidenedRows
 from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
-from qcompiler.targets.x86.units import unit_of
-from qcompiler.targets.x86.vector import load_lanes, store_lanes
+from qcompiler.targets.x86.units import multiplier_of
+from qcompiler.targets.x86.vector import VectorUnit, load_lanes, store_lanes
 
 __all__ = ["accumulator_function", "qmatmul_function"]
 
@@ -40,21 +43,30 @@ class Operands:
     rows: Expr
     panel_begin: Expr
     panel_end: Expr
+    excess: Excess | None = None
+    """Of rows that are split."""
 
 
 class Loops:
     """Emits the loops over panels, tiles and K for one shape; `finish` turns sums into y."""
 
-    def __init__(self, k: int, n: int, isa: Isa, operands: Operands, finish: Finish) -> None:
-        self._unit = unit_of(isa)
-        self._k, self._depth = k, self._unit.depth
+    def __init__(
+        self, k: int, n: int, unit: VectorUnit, isa: Isa, operands: Operands, finish: Finish
+    ) -> None:
+        self._unit = unit
+        self._k, self._depth = k, unit.depth
         self._groups = -(-k // self._depth)
         self._shape = tile_shape(n, isa)
         self._operands = operands
         self._finish = finish
         self._whole_panels, self._edge_columns = divmod(n, self._shape.columns)
-        rows = WidenedRows if self._unit.widens else ByteRows
-        self._activations = rows(operands.q, k, self._shape.rows)
+        self._activations = self._rows()
+
+    def _rows(self) -> ByteRows | WidenedRows | SplitRows:
+        operands, most = self._operands, self._shape.rows
+        if operands.excess is not None:
+            return SplitRows(operands.q, self._k, most, operands.excess)
+        return (WidenedRows if self._unit.widens else ByteRows)(operands.q, self._k, most)
 
     def emit(self) -> None:
         """Everything: panels [panel_begin, panel_end) of all rows."""
@@ -85,13 +97,14 @@ class Loops:
             first = Register("int32", tir.minimum(index * height.value, rows - height.value), 1)
             for exact in range(1, most):
                 with tir.when(height.value == exact):
-                    _spill(self._accumulate([panel], first.value, exact, vectors, part), spilled)
+                    tile = self._accumulate([panel], index, first.value, exact, vectors, part)
+                    _spill(tile, spilled)
             # One copy of the epilogue for all those heights, and for the full height one that takes
             # the sums from registers: spilling them costs 4% at K = 384.
             with tir.when(height.value < most), tir.loop(0, height.value) as i:
                 self._finish(_spilled(spilled, i, vectors), first.value + i, first_column, columns)
             with tir.when(height.value == most):
-                tile = self._accumulate([panel], first.value, most, vectors, part)
+                tile = self._accumulate([panel], index, first.value, most, vectors, part)
                 for i, sums in enumerate(tile):
                     self._finish(_values(sums), first.value + i, first_column, columns)
 
@@ -101,13 +114,14 @@ class Loops:
         with tir.loop(0, pairs) as index:
             panels = [begin + index, begin + pairs + index]
             for panel, sums in zip(
-                panels, self._accumulate(panels, row, 1, shape.vectors), strict=True
+                panels, self._accumulate(panels, row, row, 1, shape.vectors), strict=True
             ):
                 self._finish(_values(sums), row, panel * shape.columns, shape.columns)
 
     def _accumulate(
         self,
         panels: Sequence[Expr],
+        tile: Expr,
         first_row: Expr,
         height: int,
         vectors: int,
@@ -119,9 +133,9 @@ class Loops:
         after, in the order of its memory: any other keeps the hardware from reading ahead.
         """
         sums = [
-            [Register("int32", self._init(panel, j)) for j in range(vectors)]
+            [Register("int32", self._init(panel, first_row + i, j)) for j in range(vectors)]
             for panel in panels
-            for _ in range(height)
+            for i in range(height)
         ]
 
         def step(group: Expr, activations: Sequence[Expr]) -> None:
@@ -136,10 +150,12 @@ class Loops:
                     for total, weight in zip(row, weights, strict=True):
                         total.set(self._unit.dot_product_u8s8(total.value, several, weight))
 
-        self._activations.for_groups(first_row, height, step)
+        self._activations.for_groups(tile, first_row, height, step)
         return sums
 
-    def _init(self, panel: Expr, vector: int) -> Expr:
+    def _init(self, panel: Expr, row: Expr, vector: int) -> Expr:
+        if self._unit.splits:
+            return tir.broadcast(self._operands.init[row])
         start = panel * self._shape.columns + vector * LANES
         return load_lanes(self._operands.init, start, LANES, "int32")
 
@@ -180,14 +196,17 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
     after `ws` what zero points of the weights, less 128, are multiplied by to be subtracted, and
     those: `const int32_t *row_sums, const int32_t *wz`.  A region of several results stores those
     of one per call, in `y`, and takes that one's width and first column, `int32_t y_columns,
-    int32_t y_first`, at the end.  Where the last step quantizes, `y` is `uint8_t *`.
+    int32_t y_first`, at the end.  Where the last step quantizes, `y` is `uint8_t *`.  The arrays of
+    `Excess` follow `init` where rows are split.
     """
-    k, n, unit = region.size("K"), region.size("N"), unit_of(isa)
+    k, n, unit = region.size("K"), region.size("N"), multiplier_of(region.anchor, isa)
     per_tensor, shifted = region.anchor != "QMatMulW8A8", region.anchor == "QMatMulU8U8"
     extra_count, y_type = len(region.extras), "uint8" if region.is_quantized else "float32"
     extra_parameters = [Parameter(f"extra{i}", "float32") for i in range(extra_count)]
 
-    def body(q: Expr, s: Expr, weights: Expr, init: Expr, ws: Expr, *rest: Expr) -> None:
+    def body(q: Expr, s: Expr, weights: Expr, init: Expr, *rest: Expr) -> None:
+        excess, rest = (Excess(*rest[:3]), rest[3:]) if unit.splits else (None, rest)
+        ws, rest = rest[0], rest[1:]
         (row_sums, wz), rest = (rest[:2], rest[2:]) if shifted else ((None, None), rest)
         extras, (y, rows, begin, end, *part) = rest[:extra_count], rest[extra_count:]
         y_columns, y_first = part or (n, 0)
@@ -210,7 +229,8 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
                     result = tir.cast("uint8x16", unit.round_to_int32(result))
                 store_lanes(y, result, row * y_columns + (column - y_first), count, y_type)
 
-        Loops(k, n, isa, Operands(q, weights, init, rows, begin, end), finish).emit()
+        operands = Operands(q, weights, init, rows, begin, end, excess)
+        Loops(k, n, unit, isa, operands, finish).emit()
 
     return tir.function(
         [
@@ -218,6 +238,7 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
             Parameter("s", "float32"),
             Parameter("weights", "int8"),
             Parameter("init", "int32"),
+            *(_EXCESS if unit.splits else ()),
             Parameter("ws", "float32"),
             *(Parameter(name, "int32") for name in ("row_sums", "wz") if shifted),
             *extra_parameters,
@@ -229,27 +250,34 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
     )
 
 
-def accumulator_function(k: int, n: int, isa: Isa = AVX512_VNNI) -> Any:
+def accumulator_function(
+    k: int, n: int, isa: Isa = AVX512_VNNI, anchor: str = "QMatMulW8A8"
+) -> Any:
     """The same loops with the int32 sums as result, for tests and for timing the loops alone.
 
     `void f(const uint8_t *q, const int8_t *weights, const int32_t *init, int32_t *y, int32_t rows,
-    int32_t panel_begin, int32_t panel_end)`
+    int32_t panel_begin, int32_t panel_end)`, with the arrays of `Excess` after `init` where rows
+    are split.
     """
+    unit = multiplier_of(anchor, isa)
 
-    def body(
-        q: Expr, weights: Expr, init: Expr, y: Expr, rows: Expr, begin: Expr, end: Expr
-    ) -> None:
+    def body(q: Expr, weights: Expr, init: Expr, *rest: Expr) -> None:
+        *lacking, y, rows, begin, end = rest
+        excess = Excess(*lacking) if unit.splits else None
+
         def finish(sums: Sequence[Expr], row: Expr, first_column: Expr, columns: int) -> None:
             for index, total in enumerate(sums):
                 start = row * n + first_column + index * LANES
                 store_lanes(y, total, start, min(LANES, columns - index * LANES), "int32")
 
-        Loops(k, n, isa, Operands(q, weights, init, rows, begin, end), finish).emit()
+        operands = Operands(q, weights, init, rows, begin, end, excess)
+        Loops(k, n, unit, isa, operands, finish).emit()
 
     pointers = [
         Parameter("q", "uint8"),
         Parameter("weights", "int8"),
         Parameter("init", "int32"),
+        *(_EXCESS if unit.splits else ()),
         Parameter("y", "int32"),
     ]
     return tir.function([*pointers, *_RANGE], body)
@@ -258,5 +286,7 @@ def accumulator_function(k: int, n: int, isa: Isa = AVX512_VNNI) -> Any:
 _RANGE = tuple(
     Parameter(name, "int32", is_pointer=False) for name in ("rows", "panel_begin", "panel_end")
 )
+
+_EXCESS = tuple(Parameter(field.name, "int32") for field in dataclasses.fields(Excess))
 
 _PART = tuple(Parameter(name, "int32", is_pointer=False) for name in ("y_columns", "y_first"))

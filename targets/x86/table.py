@@ -34,7 +34,7 @@ def _variants(region: Region) -> str:
 def _wrapper(region: Region, isa: Isa) -> str:
     """From the arguments' struct to the kernel's parameters."""
     family, symbol = FAMILIES[region.anchor], kernel_symbol(region, isa)
-    parameters = family.parameters(region)
+    parameters = family.parameters(region, isa)
     types = ", ".join(c_type for c_type, _ in parameters)
     values = ", ".join(value for _, value in parameters)
     return (

@@ -191,6 +191,8 @@ class VectorUnit(ABC):
     """Rows of K whose products `dot_product_u8s8` adds in each lane."""
     widens = False
     """Whether it takes activations as int16, not uint8."""
+    splits = False
+    """Whether it takes activations as `SplitRows`, and weights as uint8, 128 more."""
 
     @abstractmethod
     def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
