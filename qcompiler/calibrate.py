@@ -79,15 +79,25 @@ def observe(
             _look(label, tensors, summaries, seen)
             if progress is not None:
                 progress(done, total)
+    ranges = _ranges(seen, samples)
+    cache.keep(key, ranges)
+    return {name: TensorStats(*ends) for name, ends in ranges.items()}
+
+
+def _ranges(seen: Mapping[str, Observed], samples: Samples) -> dict[str, tuple[float, float]]:
+    """Of all tensors that held a value.
+
+    Raises:
+        CalibrationError: None did.
+    """
     ranges = {name: o.range() for name, o in seen.items() if o.low <= o.high}
-    if names and not ranges:
-        first = next(iter(names))
+    if seen and not ranges:
+        first = next(iter(seen))
         raise CalibrationError(
             f"the samples are empty: tensor {first!r} never held a value in {samples.name}; give "
             "some that have at least one row"
         )
-    cache.keep(key, ranges)
-    return {name: TensorStats(*ends) for name, ends in ranges.items()}
+    return ranges
 
 
 def _clippings(

@@ -100,3 +100,12 @@ def test_a_compilation_with_nothing_but_empty_samples(tmp_path):
     empty = np.zeros((0, 2, 8, 8), np.float32)
     with pytest.raises(CalibrationError, match="the samples are empty"):
         qcompiler.compile(model, "arm-int8", tmp_path / "out", calibration=lambda: [empty])
+
+
+def test_a_model_that_takes_texts_beside_floats(tmp_path, monkeypatch):
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
+    text = (
+        "g (string[n] t, float[n] x) => (string[n] u, float[n] y) { u = Identity (t) y = Neg (x) }"
+    )
+    sample = {"t": np.array(["a", "b"]), "x": np.float32([1, 2])}
+    assert ends(observe(model_of(text, {}), ["y"], Samples(lambda: [sample])))["y"] == (-2, 0)
