@@ -11,8 +11,9 @@ pictures (ResNet50 wants things of ImageNet), of which every second one by name 
 espeak-ng.  Models come from package registries, see `models.py`.
 
 Figures of accuracy do not depend on how busy the machine is; `--seconds` times sessions, too, in
-turn, which wants a quiet one.  Results are written after each contender; what is measured again
-replaces its figures in the file, whose others stay; `--only` and `--without` choose contenders.
+turn, which wants a quiet one; what ours and ONNX Runtime's quantizers made is found again in
+`--work`.  Results are written after each contender; what is measured again replaces its figures in
+the file, whose others stay; `--only` and `--without` choose contenders.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ PACKAGES = ("nncf", "openvino", "onnxsim")
 
 
 def measure(
-    task: Task, wanted: list[str], threads: int, seconds: float, keep: Callable[[Figures], None]
+    task: Task, wanted: list[str], arguments: argparse.Namespace, keep: Callable[[Figures], None]
 ) -> None:
     """Find the figures of everybody wanted, by name; of one who fails, why.
 
@@ -52,13 +53,13 @@ def measure(
     print(f"\n{task.name}: {len(task.calibration)} samples to calibrate, {len(task.inputs)} judged")
     with tempfile.TemporaryDirectory() as scratch:
         for name in wanted:
-            folder = Path(scratch) / name
-            folder.mkdir()
+            folder = (arguments.work or Path(scratch)) / task.name / name
+            folder.mkdir(parents=True, exist_ok=True)
             start = time.perf_counter()
             try:
                 made[name] = quantizers(task)[name](task, folder)
                 spent = time.perf_counter() - start
-                session = made[name].open(threads)
+                session = made[name].open(arguments.threads)
                 # Copies: what OpenVINO returns is overwritten by its next run.
                 outputs = [[*map(np.array, session.run(None, feeds))] for feeds in task.inputs]
                 reference = reference or outputs
@@ -68,12 +69,21 @@ def measure(
                 found[name] = {"fails": f"{type(error).__name__}: {str(error)[:300]}"}
             print(f"  {name:28}{in_words(found[name])}", flush=True)
             keep(found)
-        if seconds:
-            sessions = {name: contender.open(threads) for name, contender in made.items()}
-            for name, times in interleave(sessions, task.inputs[0], seconds).items():
-                found[name]["ms"] = times
-                print(f"  {name:28}{times['median']:9.2f} ms  min {times['min']:8.2f}")
+        if arguments.seconds:
+            take_times(task, made, arguments, found)
             keep(found)
+
+
+def take_times(
+    task: Task, made: dict[str, Contender], arguments: argparse.Namespace, found: Figures
+) -> None:
+    """Put what a run takes into the figures."""
+    for threads in (1, arguments.threads):
+        sessions = {name: contender.open(threads) for name, contender in made.items()}
+        times = interleave(sessions, task.inputs[0], arguments.seconds)
+        for name, ms in times.items():
+            found[name].setdefault("ms", {})[f"{threads} threads"] = ms
+            print(f"  {name:28}{threads} threads {ms['median']:9.2f} ms  min {ms['min']:8.2f}")
 
 
 def in_words(figures: dict[str, Any]) -> str:
@@ -117,6 +127,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1, help="judge by every N-th input alone")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=0.0, help="also time it, so long per task")
+    parser.add_argument("--work", type=Path, help="a folder for quantized models, to use again")
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.tasks if name not in TASKS]:
@@ -139,7 +150,7 @@ def main() -> None:
             if arguments.json:
                 write(arguments.json, task, found, arguments.photos)
 
-        measure(task, wanted, arguments.threads, arguments.seconds, keep)
+        measure(task, wanted, arguments, keep)
 
 
 if __name__ == "__main__":

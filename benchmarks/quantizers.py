@@ -4,7 +4,8 @@ Ours is what `qcompile --target x86-int8 --calib DATA` gives, but for the timing
 by measured time would make figures of accuracy depend on the machine.
 
 On processors without VNNI, ONNX Runtime's sums of uint8 by int8 products saturate; its remedy, the
-session option `session.x64quantprecision`, is on for all of its models.
+session option `session.x64quantprecision`, is on for all of its models but those that are called
+saturating.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from tasks import Task
 import qcompiler
 from qcompiler.passes.node_rules import NodeRule
 
-EXACT = ("session.x64quantprecision", "1")
+OURS, ORT_STATIC, STATIC = "qcompiler", "ORT static", "static.onnx"
+EXACT = "session.x64quantprecision"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,15 +42,31 @@ class InOrt:
     """A model that somebody else quantized, in ONNX Runtime."""
 
     path: Path
+    exact: bool = True
 
     def open(self, threads: int) -> ort.InferenceSession:
         """A session."""
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.add_session_config_entry(*EXACT)
-        options.log_severity_level = 3
-        return ort.InferenceSession(self.path, options)
+        return ort.InferenceSession(self.path, _options(threads, self.exact))
+
+
+@dataclasses.dataclass(frozen=True)
+class Saturating:
+    """A bundle whose convolutions saturate, as a model does in ONNX Runtime by default."""
+
+    path: Path
+
+    def open(self, threads: int) -> ort.InferenceSession:
+        """A session."""
+        return qcompiler.load(self.path, session_options=_options(threads, exact=False))
+
+
+def _options(threads: int, exact: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry(EXACT, str(int(exact)))
+    options.log_severity_level = 3
+    return options
 
 
 class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -73,11 +91,18 @@ def float32(task: Task, folder: Path) -> Contender:
 
 def ours(task: Task, folder: Path, recipe: qcompiler.Recipe | None = None) -> Contender:
     """`qcompile --target x86-int8 --calib` with nothing else said."""
-    made = qcompiler.compile(
-        task.model, "x86-int8", folder / "bundle", calibration=lambda: task.calibration,
-        recipe=recipe, timing=False,
-    )  # fmt: skip
-    return Bundle(made.bundle)
+    if not (bundle := folder / "bundle").exists():
+        qcompiler.compile(
+            task.model, "x86-int8", bundle, calibration=lambda: task.calibration,
+            recipe=recipe, timing=False,
+        )  # fmt: skip
+    return Bundle(bundle)
+
+
+def ours_saturating(task: Task, folder: Path) -> Contender:
+    """The bundle that `ours` made, if it did."""
+    ours(task, folder.parent / OURS)
+    return Saturating(folder.parent / OURS / "bundle")
 
 
 def our_static(task: Task, folder: Path) -> Contender:
@@ -103,7 +128,9 @@ def ort_static(
     task: Task, folder: Path, method: CalibrationMethod = CalibrationMethod.MinMax
 ) -> Contender:
     """QDQ, uint8 activations, int8 weights per channel, after quant_pre_process."""
-    prepared, output = _prepared(task, folder), folder / "static.onnx"
+    if (output := folder / STATIC).exists():
+        return InOrt(output)
+    prepared = _prepared(task, folder)
     quantize_static(
         prepared, output, Reader(task.calibration), QuantFormat.QDQ, per_channel=True,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=method,
@@ -111,9 +138,17 @@ def ort_static(
     return InOrt(output)
 
 
+def ort_static_saturating(task: Task, folder: Path) -> Contender:
+    """The model that `ort_static` made, if it did."""
+    made = folder.parent / ORT_STATIC
+    made.mkdir(exist_ok=True)
+    ort_static(task, made)
+    return InOrt(made / STATIC, exact=False)
+
+
 def ort_static_products(task: Task, folder: Path) -> Contender:
     """The same, but for MatMuls alone: what transformers are advised to."""
-    prepared, output = _prepared(task, folder), folder / "static.onnx"
+    prepared, output = _prepared(task, folder), folder / STATIC
     quantize_static(
         prepared, output, Reader(task.calibration), QuantFormat.QDQ, per_channel=True,
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
@@ -199,8 +234,10 @@ def onnxsim_static(task: Task, folder: Path) -> Contender:
 
 COMMON: dict[str, Quantizer] = {
     "ORT FP32": float32,
-    "qcompiler": ours,
-    "ORT static": ort_static,
+    OURS: ours,
+    f"{OURS}, saturating": ours_saturating,
+    ORT_STATIC: ort_static,
+    f"{ORT_STATIC}, saturating": ort_static_saturating,
     "NNCF in ORT": nncf_onnx,
     "NNCF in OpenVINO": nncf_openvino,
     "onnxsim static": onnxsim_static,

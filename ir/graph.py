@@ -12,6 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 __all__ = [
+    "added_bias",
     "clamps_after",
     "constant",
     "dequantize_of",
@@ -74,6 +75,16 @@ def only_consumer(value: ir.Value) -> ir.Node | None:
     if len(readers) != 1 or value.is_graph_output():
         return None
     return readers.pop()
+
+
+def added_bias(product: ir.Node) -> tuple[ir.Node, int] | None:
+    """The Add of a constant per column that alone reads a product, and which input that is."""
+    add = only_consumer(product.outputs[0])
+    if add is None or add.op_type != "Add":
+        return None
+    index = 1 if add.inputs[0] is product.outputs[0] else 0
+    bias = constant(add.inputs[index])
+    return None if bias is None or bias.ndim != 1 else (add, index)
 
 
 def same_shape(a: ir.Value, b: ir.Value) -> bool:

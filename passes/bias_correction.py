@@ -1,6 +1,7 @@
 """Take from a bias what rounding adds to its channel on average.
 
     y' = Conv(DQ(Q(x)), W_q, b)   =>   Conv(DQ(Q(x)), W_q, b - E[y' - y])        y = Conv(x, W, b)
+    y' = MatMul(DQ(Q(x)), W_q) + b   =>   MatMul(DQ(Q(x)), W_q) + (b - E[y' - y])
 
 Rounded weights of inputs that are not centred around 0 add (W_q - W) E[x] to every result: a shift,
 not noise, which the layers below carry on (Nagel et al., Data-free quantization through weight
@@ -12,9 +13,10 @@ the mean of the others', the shift is k mean(d), with k from 0 to 1 such that th
 leaves sample i the least error on average.  It is made where that takes a part of the node's error
 off (`least`).  One sample alone corrects nothing; each picture of a batch is one.
 
-The pass only plans: it finds the shift of each planned convolution on some samples, on the model as
-smoothing and equalization left it, and the pass that rounds the bias takes it off.  MatMuls, which
-have no bias of their own, are left alone.
+The pass only plans: it finds the shift of each planned node on some samples, on the model as
+smoothing and equalization left it, and the pass that rounds the weight takes it off the bias.  Of
+MatMuls those are looked at that have static scales, weights rounded to nearest and an Add of a
+constant behind them: others have no bias, or need no samples, for which no model is run.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import bias_shift, plan_of, set_bias_shift
 from qcompiler.ir.errors import OptionError
+from qcompiler.ir.graph import added_bias
+from qcompiler.passes.insert_qdq import is_static
 from qcompiler.passes.measuring_pass import MeasuringPass
 from qcompiler.passes.side_by_side import Comparison, Rows, own_errors, quantized_copy
 
@@ -34,7 +38,7 @@ __all__ = ["BiasCorrection"]
 
 
 class BiasCorrection(MeasuringPass):
-    """Find by how much the bias of each planned convolution is to change.
+    """Find by how much the bias of each planned Conv or MatMul is to change.
 
     Attributes:
         run: Runs the model on samples; without it nothing is corrected.
@@ -65,7 +69,7 @@ class BiasCorrection(MeasuringPass):
     options: Options
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Measure the shift of every planned convolution of the main graph.
+        """Measure the shift of every planned node of the main graph that has a bias.
 
         Raises:
             CalibrationError: A static plan, and nothing to calibrate it with.
@@ -73,7 +77,7 @@ class BiasCorrection(MeasuringPass):
         nodes = {
             node.name or "": node
             for node in model.graph
-            if node.op_type == "Conv" and plan_of(node) and bias_shift(node) is None
+            if _has_bias(node) and bias_shift(node) is None
         }
         if not nodes or self.run is None:
             return ir.passes.PassResult(model, False)
@@ -94,6 +98,15 @@ class BiasCorrection(MeasuringPass):
         shift = np.asarray(trust * drifts.mean(axis=0), np.float32)
         set_bias_shift(node, shift, f"bias corrected: {share:.0%} of its squared error")
         return True
+
+
+def _has_bias(node: ir.Node) -> bool:
+    """Whether a node is planned whose bias can change."""
+    plan = plan_of(node)
+    if plan is None or node.op_type == "Conv":
+        return plan is not None
+    nearest = plan.rounding == "nearest" and plan.output is None
+    return nearest and is_static(node) and added_bias(node) is not None
 
 
 def _held_out(drifts: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -19,17 +19,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
 from qcompiler.ir.decisions import add_note, decide, drop_plan
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import every_node
-from qcompiler.passes.insert_qdq import is_static
+from qcompiler.passes.insert_qdq import Observer, is_static
 from qcompiler.passes.measuring_pass import MeasuringPass
+from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.passes.sensitive_groups import sensitive_groups
 from qcompiler.passes.side_by_side import (
+    Runner,
     output_errors,
     own_errors,
     quantized_copy,
@@ -48,6 +50,7 @@ class KeepSensitive(MeasuringPass):
         run: Runs the model on samples; without it nothing is measured, and nothing changes.
         observe: Where static ranges come from.
         options: What is too much.
+        progress: Starts a clock, see `LayerRuns`: what hears of each run of the search.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,16 @@ class KeepSensitive(MeasuringPass):
 
     options: Options
 
+    def __init__(
+        self,
+        run: Runner | None = None,
+        observe: Observer | None = None,
+        options: Options | None = None,
+        progress: Callable[[], Callable[[str, float], None]] | None = None,
+    ) -> None:
+        super().__init__(run, observe, options)
+        self.progress = progress or LayerRuns().progress
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Measure, and decide.
 
@@ -115,14 +128,17 @@ class KeepSensitive(MeasuringPass):
 
     def _reach(self, model: ir.Model, nodes: Mapping[str, ir.Node]) -> int:
         """Keep as few nodes as the outputs need, and say how many."""
-        bound, whole = self.options.outputs, list[float]()
+        bound, most, whole = self.options.outputs, self.options.runs, list[float]()
+        tell = self.progress()
 
         def noise(names: Sequence[str]) -> float:
             worst = self._outputs(model, set(names))
             whole.append(worst)
+            layers = f"{len(names)} layer{'s' * (len(names) > 1)} quantized: {worst:.1f} dB"
+            tell(f"run {len(whole)} of at most {most}, {layers}", len(whole) / most)
             return math.pow(10, -worst / 10)
 
-        found = sensitive_groups(list(nodes), noise, math.pow(10, -bound / 10), self.options.runs)
+        found = sensitive_groups(list(nodes), noise, math.pow(10, -bound / 10), most)
         for group in found:
             others = f" with {len(group.names) - 1} more" if len(group.names) > 1 else ""
             # Nothing was heard of some, but they may be left out with the others in the end.

@@ -23,6 +23,7 @@ from qcompiler.ir.arithmetic import quantize, weight_scale
 from qcompiler.ir.decisions import NodePlan, bias_shift, plan_of
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import (
+    added_bias,
     constant,
     dequantize_of,
     drop_if_unread,
@@ -103,6 +104,8 @@ class RoundToNearest(ir.passes.InPlacePass):
             node.replace_input_with(1, rounded[key].outputs[0])
             if node.op_type == "Conv":
                 _round_bias(model.graph, node, rounded[key])
+            else:
+                _shift_bias(model.graph, node)
             drop_if_unread(weight)
         FixNames()(model)
         return ir.passes.PassResult(model, bool(planned))
@@ -193,6 +196,19 @@ def _round_bias(graph: ir.Graph, conv: ir.Node, weight: ir.Node) -> None:
     widened = ir.node("DequantizeLinear", inputs, {"axis": 0}, name=f"{name}_dequantize")
     conv.resize_inputs(3)
     conv.replace_input_with(2, _place(graph, widened, name, stored.shape).outputs[0])
+
+
+def _shift_bias(graph: ir.Graph, product: ir.Node) -> None:
+    """Take the shift that a product's plan says from what is added to it."""
+    shift, added = bias_shift(product), added_bias(product)
+    if shift is None or added is None:
+        return
+    add, index = added
+    old = add.inputs[index]
+    assert old is not None
+    shifted = np.asarray(constant(old), np.float32) - shift
+    add.replace_input_with(index, new_initializer(graph, f"{product.name}_bias", shifted))
+    drop_if_unread(old)
 
 
 def _bias(conv: ir.Node) -> NDArray[Any] | None:

@@ -1,7 +1,8 @@
 """Calibration: run the float model on samples and remember what its tensors held.
 
-One sample is in memory at a time, and only the tensors that a target needs are computed and looked
-at.  Ranges that were found once are found again by the hash of the model and of all samples.
+One sample is in memory at a time, and only the tensors that a target needs are computed; what
+leaves the graph is a summary of each (`summaries`).  Ranges that were found once are found again by
+the hash of the model and of all samples.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qcompiler.ir.types import TensorStats
 from qcompiler.probe import Probe
 from qcompiler.random_inputs import random_feed
 from qcompiler.samples import Sample, Samples
+from qcompiler.summaries import Summary, summarized
 from qcompiler.targets.cache import KernelCache, content_key
 
 __all__ = ["observe", "run_exactly", "sample_tokens"]
@@ -64,7 +66,9 @@ def observe(
     """
     clippings, total = _clippings(names, clipping or Clipping()), len(samples)
     version = import_onnxruntime().__version__
-    with Probe(model, list(names)) as probe:
+    counted = [name for name in names if clippings[name].counts]
+    wider, summaries = summarized(model, list(names), counted, total)
+    with Probe(wider, [part for s in summaries.values() for part in s.names]) as probe:
         cache = KernelCache()
         methods = json.dumps({name: str(clippings[name]) for name in sorted(clippings)})
         key = content_key("ranges", probe.digest, samples.digest, methods, version)
@@ -72,18 +76,28 @@ def observe(
             return {name: TensorStats(*ends) for name, ends in json.loads(known).items()}
         seen = {name: Observed(clippings[name]) for name in names}
         for done, (label, tensors) in enumerate(probe.run(lambda inputs: samples), 1):
-            _look(label, tensors, seen)
+            _look(label, tensors, summaries, seen)
             if progress is not None:
                 progress(done, total)
+    ranges = _ranges(seen, samples)
+    cache.keep(key, ranges)
+    return {name: TensorStats(*ends) for name, ends in ranges.items()}
+
+
+def _ranges(seen: Mapping[str, Observed], samples: Samples) -> dict[str, tuple[float, float]]:
+    """Of all tensors that held a value.
+
+    Raises:
+        CalibrationError: None did.
+    """
     ranges = {name: o.range() for name, o in seen.items() if o.low <= o.high}
-    if names and not ranges:
-        first = next(iter(names))
+    if seen and not ranges:
+        first = next(iter(seen))
         raise CalibrationError(
             f"the samples are empty: tensor {first!r} never held a value in {samples.name}; give "
             "some that have at least one row"
         )
-    cache.keep(key, ranges)
-    return {name: TensorStats(*ends) for name, ends in ranges.items()}
+    return ranges
 
 
 def _clippings(
@@ -93,10 +107,12 @@ def _clippings(
     return {name: Clipping.parse(text) if text else usual for name, text in asked.items()}
 
 
-def _look(label: str, tensors: Sample, seen: Mapping[str, Observed]) -> None:
-    for name, array in tensors.items():
+def _look(
+    label: str, tensors: Sample, of: Mapping[str, Summary], seen: Mapping[str, Observed]
+) -> None:
+    for name, summary in of.items():
         try:
-            seen[name].add(array)
+            seen[name].add(summary.values(tensors), summary.ends(tensors))
         except ValueError as error:
             raise _not_finite(label, name) from error
 
@@ -120,11 +136,21 @@ def run_exactly(
     """
     step = -(-len(samples) // most)
     rows: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
+
+    def drawn(inputs: Sequence[Any]) -> Iterator[tuple[str, Sample]]:
+        for label, sample in itertools.islice(samples, 0, None, step):
+            if any(array.size for array in sample.values()):  # of none there is no mean
+                yield label, sample
+
     with Probe(model, names) as probe:
-        runs = probe.run(lambda inputs: itertools.islice(samples, 0, None, step), optimized=False)
-        for _, tensors in runs:
+        for _, tensors in probe.run(drawn, optimized=False):
             for name, array in tensors.items():
                 rows[name].append(array)
+    if not all(rows.values()):
+        raise CalibrationError(
+            f"the samples are empty: those of {samples.name} that were run hold no values; give "
+            "some that have at least one row"
+        )
     return {name: np.concatenate(parts) for name, parts in rows.items()}
 
 

@@ -14,6 +14,7 @@ sigma            so many standard deviations around the mean
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,10 +31,6 @@ Range = tuple[float, float]
 
 _CANDIDATES = np.linspace(1.0, 0.05, 77)
 """Shares of the whole range that the searches try."""
-
-_COUNTED = 1 << 15
-"""Values of one tensor that one sample adds to its histogram: more take longer than the model
-does.  The least and the greatest value are always of all of them."""
 
 
 class Observed:
@@ -53,15 +50,21 @@ class Observed:
         self.histogram = Histogram()
         self._clipping = clipping
 
-    def add(self, values: NDArray[Any]) -> None:
+    def add(self, values: NDArray[Any], ends: Range | None = None) -> None:
         """Look at the tensor of one sample; an empty one tells nothing.
+
+        Args:
+            values: All of them or, where the ends are given, those that the histogram counts.
+            ends: The least and the greatest of all.
 
         Raises:
             ValueError: NaN or infinity among the values.
         """
-        if not values.size:
+        if ends is None:
+            ends = (float(values.min()), float(values.max())) if values.size else (1.0, 0.0)
+        low, high = ends
+        if low > high:
             return
-        low, high = float(values.min()), float(values.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ValueError("NaN or Inf among the values")
         first = math.isinf(self.low)
@@ -69,9 +72,8 @@ class Observed:
         keep = 0.0 if first else self._clipping.momentum
         self.mean_low = low if first else keep * self.mean_low + (1 - keep) * low
         self.mean_high = high if first else keep * self.mean_high + (1 - keep) * high
-        if METHODS[self._clipping.method].counts:
-            flat = values.reshape(-1)
-            self.histogram.add(flat[:: -(-flat.size // _COUNTED)])
+        if self._clipping.counts:
+            self.histogram.add(values)
 
     def range(self, levels: int = 256) -> Range:
         """The range to divide into `levels` steps; within what was seen, and it holds 0."""
@@ -107,6 +109,7 @@ def _mse(seen: Observed, amount: float, levels: int) -> Range:
     held = np.flatnonzero(seen.histogram.counts)
     values, counts = seen.histogram.centers[held], seen.histogram.counts[held]
 
+    @functools.cache  # an end that is 0 has one candidate, and the second round often none
     def error(low: float, high: float) -> float:
         step, zero = _grid(low, high, levels)
         missed = np.rint(values / step)  # in place from here on: it runs some hundred times
@@ -231,6 +234,11 @@ class Clipping:
             raise OptionError(
                 f"calibration {self.method}={self.amount:g}: must be above {method.least:g}{top}"
             )
+
+    @property
+    def counts(self) -> bool:
+        """Whether the method reads a histogram."""
+        return METHODS[self.method].counts
 
     @property
     def momentum(self) -> float:

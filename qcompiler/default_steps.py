@@ -111,7 +111,12 @@ def default_steps(
             "plans",
         ),
         Step("bias-correction", BiasCorrection(runs.run, ranges), Stage.FLOAT, "plans"),
-        Step("keep-sensitive", KeepSensitive(runs.run, ranges), Stage.FLOAT, "plans"),
+        Step(
+            "keep-sensitive",
+            KeepSensitive(runs.run, ranges, progress=runs.layers.progress),
+            Stage.FLOAT,
+            "plans",
+        ),
         Step("join-integers", JoinIntegers(), Stage.FLOAT, "plans"),
         Step("round-tables", RoundTables(), Stage.QDQ, "plans"),
         Step("awq", AWQ(runs.layers), Stage.QDQ, "plans"),

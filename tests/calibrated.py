@@ -12,6 +12,7 @@ from golden import Feeds, model_of, run, sqnr
 from qcompiler.calibrate import observe, run_exactly
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.insert_qdq import Observer
+from qcompiler.passes.node_rules import NodeRule
 from qcompiler.passes.side_by_side import Runner, quantized_copy
 from qcompiler.samples import Samples
 from qcompiler.targets.catalog import TARGETS
@@ -19,12 +20,17 @@ from qcompiler.targets.catalog import TARGETS
 __all__ = ["facts", "output_sqnr", "planned"]
 
 
-def planned(text: str, weights: Mapping[str, Any], target: str = "x86-int8") -> ir.Model:
+def planned(
+    text: str,
+    weights: Mapping[str, Any],
+    target: str = "x86-int8",
+    rules: Sequence[NodeRule] = (),
+) -> ir.Model:
     """A model with the plans of a target; its nodes are node_0, node_1, ..."""
     model = model_of(text, weights)
     for index, node in enumerate(model.graph):
         node.name = f"node_{index}"
-    AssignPrecision(TARGETS[target].scheme)(model)
+    AssignPrecision(TARGETS[target].scheme, rules=tuple(rules))(model)
     return model
 
 

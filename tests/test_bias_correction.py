@@ -16,6 +16,7 @@ from qcompiler.ir.decisions import (
 from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.passes.bias_correction import BiasCorrection
 from qcompiler.passes.equalize_layers import EqualizeLayers
+from qcompiler.passes.node_rules import NodeRule
 from qcompiler.passes.options import configured
 from qcompiler.passes.side_by_side import quantized_copy
 
@@ -60,6 +61,52 @@ def test_takes_the_shift_from_the_bias(text):
     assert drift(model) < 0.25 < 0.5 < shift
     assert "; bias corrected: " in decision_of(model.graph[0]).why
     assert not BiasCorrection(RUN, OBSERVE)(model).modified
+
+
+LINEAR = "g (float[n,6,32] x) => (float[n,6,8] y) { c = MatMul (x, w) y = Add (c, b) }"
+MATRIX = {"w": WEIGHTS["w"][:, :, 0, 0].T.copy(), "b": WEIGHTS["b"]}
+TOKENS = [{"x": 20 + RNG.standard_normal((1, 6, 32), dtype=np.float32)} for _ in range(4)]
+STATIC = NodeRule(op="MatMul", activation="static")
+
+
+def linear(text=LINEAR, rule=STATIC):
+    return planned(text, MATRIX, rules=[rule])
+
+
+@pytest.mark.parametrize("text", [LINEAR, LINEAR.replace("(c, b)", "(b, c)")])
+def test_takes_the_shift_from_what_is_added_to_a_product(text):
+    run_, observe_ = facts(TOKENS)
+    fresh = {"x": 20 + RNG.standard_normal((1, 6, 32), dtype=np.float32)}
+    model = linear(text)
+    printed, before = text_of(model), output_sqnr(model, fresh, observe_)
+    assert BiasCorrection(run_, observe_)(model).modified
+    assert text_of(model) == printed
+    assert output_sqnr(model, fresh, observe_) > before + 3
+    assert "; bias corrected: " in decision_of(model.graph[0]).why
+    assert not BiasCorrection(run_, observe_)(model).modified
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        (LINEAR, NodeRule(op="MatMul", activation="dynamic")),
+        (LINEAR.replace("Add (c, b)", "Neg (c)"), STATIC),
+        (LINEAR.replace("Add (c, b)", "Add (c, c)"), STATIC),
+        (LINEAR.replace("=> (float[n,6,8] y)", "=> (float[n,6,8] y, float[n,6,8] c)"), STATIC),
+    ],
+)
+def test_a_product_without_a_bias_of_its_own_is_left_alone(text, rule):
+    assert not BiasCorrection(*facts(TOKENS))(linear(text, rule)).modified
+
+
+def test_a_bias_that_two_products_add_has_a_shift_for_each():
+    text = LINEAR.replace("y = Add (c, b)", "a = Add (c, b) n = Neg (x) d = MatMul (n, w) "
+                          "e = Add (d, b) y = Sub (a, e)")  # fmt: skip
+    run_, observe_ = facts(TOKENS)
+    model = linear(text)
+    before = output_sqnr(model, TOKENS[0], observe_)
+    assert BiasCorrection(run_, observe_)(model).modified
+    assert output_sqnr(model, TOKENS[0], observe_) > before + 3
 
 
 def test_errors_without_a_mean_are_left_alone():

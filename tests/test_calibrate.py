@@ -7,7 +7,7 @@ from golden import model_of
 
 import qcompiler
 from qcompiler.bundle import Manifest
-from qcompiler.calibrate import observe
+from qcompiler.calibrate import observe, run_exactly
 from qcompiler.clipping import Clipping
 from qcompiler.ir.errors import CalibrationError
 from qcompiler.probe import Probe
@@ -82,3 +82,30 @@ def test_a_tensor_that_is_not_finite(tmp_path, monkeypatch):
     with pytest.raises(CalibrationError, match=r"sample 3 of .*: tensor 'e' becomes NaN or Inf"):
         observe(MODEL, ["e"], Samples(lambda: batches(4, bad=2)))
     assert not list(tmp_path.rglob("*"))
+
+
+def test_samples_without_rows_are_passed_over_where_means_are_taken(tmp_path):
+    text = "g (float[n,4] x) => (float[n,1] y) { y = ReduceMean <keepdims = 1> (x, axes) }"
+    model = model_of(text, {"axes": np.array([1])})
+    full, empty = np.ones((1, 4), np.float32), np.ones((0, 4), np.float32)
+    rows = run_exactly(model, ["y"], Samples(lambda: [empty, full, empty]))
+    np.testing.assert_array_equal(rows["y"], [[1]])
+    with pytest.raises(CalibrationError, match="the samples are empty: those of .* that were run"):
+        run_exactly(model, ["y"], Samples(lambda: [empty, empty]))
+
+
+def test_a_compilation_with_nothing_but_empty_samples(tmp_path):
+    text = "g (float[n,2,8,8] x) => (float[n,4,6,6] y) { c = Conv (x, w) y = Neg (c) }"
+    model = model_of(text, {"w": RNG.standard_normal((4, 2, 3, 3), dtype=np.float32)})
+    empty = np.zeros((0, 2, 8, 8), np.float32)
+    with pytest.raises(CalibrationError, match="the samples are empty"):
+        qcompiler.compile(model, "arm-int8", tmp_path / "out", calibration=lambda: [empty])
+
+
+def test_a_model_that_takes_texts_beside_floats(tmp_path, monkeypatch):
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
+    text = (
+        "g (string[n] t, float[n] x) => (string[n] u, float[n] y) { u = Identity (t) y = Neg (x) }"
+    )
+    sample = {"t": np.array(["a", "b"]), "x": np.float32([1, 2])}
+    assert ends(observe(model_of(text, {}), ["y"], Samples(lambda: [sample])))["y"] == (-2, 0)

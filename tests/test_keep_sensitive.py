@@ -98,10 +98,12 @@ def test_runs_bound_the_search():
     why = decision_of(model.graph[0]).why
     assert why.startswith("kept float: quantized alone with 2 more it leaves the worst output ")
     asked.clear()
-    KeepSensitive(counted, OBSERVE, KeepSensitive.Options(outputs=200))(
-        planned(CHAIN, CHAIN_WEIGHTS)
-    )
+    heard = []
+    options, told = KeepSensitive.Options(outputs=200), lambda *what: heard.append(what)
+    KeepSensitive(counted, OBSERVE, options, lambda: told)(planned(CHAIN, CHAIN_WEIGHTS))
     assert asked == [9, *[3] * 5]  # all, one and two, and the two
+    assert [share for _, share in heard] == [run / 40 for run in range(1, 6)]
+    assert re.fullmatch(r"run 1 of at most 40, 3 layers quantized: \d+\.\d dB", heard[0][0])
 
 
 def test_nodes_that_only_together_make_noise(monkeypatch):

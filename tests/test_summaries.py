@@ -1,0 +1,89 @@
+"""Summaries: inside the graph they say of a tensor what calibration would see of it outside."""
+
+import numpy as np
+import pytest
+from golden import model_of
+
+from qcompiler.calibrate import observe
+from qcompiler.clipping import METHODS, Clipping, Observed
+from qcompiler.ir.errors import CalibrationError
+from qcompiler.probe import Probe
+from qcompiler.samples import Samples
+from qcompiler.summaries import summarized
+
+RNG = np.random.default_rng(0)
+SHAPES = {
+    "float[n,c,h,w]": (2, 3, 5, 7),
+    "float[1,4,14,14]": (1, 4, 14, 14),
+    "float[n,t,c]": (2, 9, 4),
+    "float[n,k]": (3, 8),
+    "float[k]": (6,),
+    "float": (),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_ranges_are_known(tmp_path, monkeypatch):
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
+
+
+def negated(kind):
+    return model_of(f"g ({kind} x) => ({kind} y) {{ m = Neg (x) y = Neg (m) }}", {})
+
+
+def observed(kind, samples, method="mse", names=("x", "m", "y")):
+    found = observe(negated(kind), names, Samples(lambda: samples), clipping=Clipping(method))
+    return {name: (stats.minimum, stats.maximum) for name, stats in found.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_the_same_range_as_of_the_whole_tensor(kind, method):
+    samples = [RNG.standard_normal(SHAPES[kind]).astype(np.float32) for _ in range(3)]
+    for name, sign in (("x", 1), ("m", -1)):
+        whole = Observed(Clipping(method))
+        for sample in samples:
+            whole.add(sign * sample)
+        assert observed(kind, samples, method)[name] == whole.range()
+
+
+def test_ends_are_of_all_values_however_few_are_counted():
+    image = np.zeros((1, 4, 300, 300), np.float32)
+    image[0, 1, 17, 33], image[0, 3, 299, 298] = -5, 7
+    assert observed("float[1,4,300,300]", [image] * 200, "min-max")["x"] == (-5, 7)
+
+
+def test_values_that_count_come_from_all_columns():
+    # 28 x 28 pixels and 512 channels by steps of 49 would be 16 pixels.
+    model, found = summarized(negated("float[1,512,28,28]"), ["x"], ["x"], 128)
+    columns = np.broadcast_to(np.arange(28, dtype=np.float32), (1, 512, 28, 28))
+    with Probe(model, [found["x"].some]) as probe:
+        ((_, tensors),) = probe.run(lambda inputs: [("one", {"x": columns.copy()})])
+        seen = np.bincount(found["x"].values(tensors).astype(int), minlength=28)
+    assert seen.sum() == 4093
+    assert seen.min() > 0.9 * seen.max()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 1, 2599, 2600])
+def test_one_value_that_is_not_finite(value, place):
+    text = "g (float[n,c,h,w] x) => (float[n,c,h,w] y) { m = Mul (x, f) y = Neg (m) }"
+    factors = np.ones(2601, np.float32)
+    factors[place] = value
+    model = model_of(text, {"f": factors.reshape(1, 1, 51, 51)})
+    with pytest.raises(CalibrationError, match="sample 1 of .*tensor 'm' becomes NaN or Inf"):
+        observe(model, ["m"], Samples(lambda: [np.ones((1, 2, 51, 51), np.float32)]))
+
+
+def test_a_sum_may_overflow():
+    large = np.full((1, 2, 4, 4), 3e38, np.float32)
+    assert observed("float[n,c,h,w]", [large], "min-max")["x"] == (0, np.float32(3e38))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 7), (1, 3, 0, 7), (1, 0, 5, 7)])
+def test_an_empty_sample_tells_nothing(shape):
+    full, empty = np.ones((1, 3, 5, 7), np.float32), np.zeros(shape, np.float32)
+    for method in ("mse", "min-max"):
+        assert observed("float[n,c,h,w]", [empty, full], method)["m"] == (-1, 0)
+    with pytest.raises(CalibrationError, match="the samples are empty: tensor 'x'"):
+        observed("float[n,c,h,w]", [empty])
