@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import starmap
 from typing import Any, TypeVar
 
@@ -18,22 +20,26 @@ _MOST = 8
 _REST = 30
 """Seconds after which idle processes end; a library that is timed comes before the bundle's."""
 
+_IMPORTED_BY = os.getpid()
+
 T = TypeVar("T")
 
 
-def in_processes(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]]) -> Iterator[T]:
+def in_processes(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]]) -> Generator[T, None, None]:
     """`function(*job)` for each of `jobs`, in order.
+
+    To be closed by who does not take all of the results: that ends the work.
 
     Args:
         function: One that a new process can import.
-        jobs: Its arguments, and they and the result can be pickled.
+        jobs: The arguments of each call; they and the results can be pickled.
 
     Raises:
         ToolchainError: A process ended before its work.
         Exception: What `function` raises.
     """
     workers = min(available_cores(), len(jobs), _MOST)
-    if workers < 2:
+    if workers < 2 or not _may_start():
         yield from starmap(function, jobs)
         return
     # The standard library's processes import the user's script again, and run it if it is not
@@ -45,7 +51,8 @@ def in_processes(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]]) ->
         workers, timeout=_REST, initializer=_begin, reuse=True, kill_workers=True
     )
     try:
-        yield from executor.map(function, *zip(*jobs, strict=True))
+        for future in [executor.submit(function, *job) for job in jobs]:
+            yield future.result()
     except TerminatedWorkerError as error:
         raise ToolchainError(
             "a process that compiles kernels was killed; is there enough memory? "
@@ -54,6 +61,15 @@ def in_processes(function: Callable[..., T], jobs: Sequence[tuple[Any, ...]]) ->
     except BaseException:
         executor.shutdown(wait=False, kill_workers=True)
         raise
+
+
+def _may_start() -> bool:
+    """Whether this process may have others.
+
+    Daemons, as those of multiprocessing.Pool, may not; and a child that was forked has its parent's
+    executor without the thread that hands out work, and would wait for ever.
+    """
+    return os.getpid() == _IMPORTED_BY and not multiprocessing.current_process().daemon
 
 
 def _begin() -> None:

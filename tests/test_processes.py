@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -24,13 +25,24 @@ def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_results_come_in_order_from_other_processes() -> None:
     assert list(in_processes(abs, [(-one,) for (one,) in SEVERAL])) == list(range(9))
-    assert set(in_processes(os.getpid, [()] * 4)).isdisjoint({os.getpid()})
+    others = list(in_processes(os.getpid, [()] * 4))
+    assert len(others) == 4
+    assert os.getpid() not in others
 
 
 def test_one_core_or_one_job_stays_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(in_processes(os.getpid, [()])) == [os.getpid()]
     assert list(in_processes(os.getpid, [])) == []
     monkeypatch.setattr(processes, "available_cores", lambda: 1)
+    assert list(in_processes(os.getpid, [()] * 3)) == [os.getpid()] * 3
+
+
+def test_a_daemon_and_a_child_of_a_fork_have_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "_IMPORTED_BY", os.getppid())
+    assert list(in_processes(os.getpid, [()] * 3)) == [os.getpid()] * 3
+    monkeypatch.undo()
+    monkeypatch.setattr(processes, "available_cores", lambda: 2)
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
     assert list(in_processes(os.getpid, [()] * 3)) == [os.getpid()] * 3
 
 

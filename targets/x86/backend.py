@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 
 from qcompiler.ir.errors import ToolchainError
 from qcompiler.ir.region import Region
@@ -67,12 +68,12 @@ def _kernel_objects(wanted: Sequence[tuple[Region, x86.Isa]], workshop: Workshop
     keys = [content_key("kernel", x86.fingerprint(), repr(isa), repr(r)) for r, isa in wanted]
     found = {key: content for key in keys if (content := workshop.cache.get(key)) is not None}
     jobs = {key: job for key, job in zip(keys, wanted, strict=True) if key not in found}
-    compiled = in_processes(x86.compile_region, list(jobs.values()))
-    for (key, (region, isa)), content in zip(jobs.items(), compiled, strict=True):
-        workshop.tell(f"compiled {region.name} for {isa.name}")
-        check_self_contained(region.name, content)
-        workshop.cache.put(key, content)
-        found[key] = content
+    with closing(in_processes(x86.compile_region, list(jobs.values()))) as compiled:
+        for (key, (region, isa)), content in zip(jobs.items(), compiled, strict=True):
+            workshop.tell(f"compiled {region.name} for {isa.name}")
+            check_self_contained(region.name, content)
+            workshop.cache.put(key, content)
+            found[key] = content
     return [found[key] for key in keys]
 
 
