@@ -57,7 +57,9 @@ def _gelu(v: Vectors, x: Expr, approximate: str = "none") -> Expr:
 
 def _quantize(v: Vectors, x: Expr, scale: Expr, zero: Expr) -> Expr:
     """The integer as a float, like all values between steps."""
-    return _clip(v, v.nearest(v.quotient(x, scale)) + zero, 0.0, 255.0)
+    # No quotient of infinity is known; this one saturates too.  In this order a NaN stays one.
+    bounded = v.minimum(scale * v.broadcast(512.0), x)
+    return _clip(v, v.nearest(v.quotient(bounded, scale)) + zero, 0.0, 255.0)
 
 
 ELEMENTWISE: dict[str, Elementwise] = {
