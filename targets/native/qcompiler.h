@@ -37,9 +37,9 @@ struct qc_qmatmul_args {
     const uint8_t *q;
     const float *s;
     const int8_t *weights;
-    const int32_t *init;
+    const int32_t *init; /* where sums start: of each column, or row where rows are split */
     const float *ws;
-    struct qc_excess excess;
+    struct qc_excess excess; /* where rows are split */
     const int32_t *row_sums, *wz; /* U8U8: sum_k (q - z) per row; zero points of w less 128 */
     const float *extra[QC_MAX_EXTRAS];
     void *y; /* float or uint8_t, as the op's results are */
@@ -76,7 +76,7 @@ int qc_is_allowed(const struct qc_isa *isa);
 /* Says, once, why `missing` of `all` ops are not registered, where that would surprise. */
 void qc_tell_missing(size_t missing, size_t all);
 
-/* The same for kernels that split rows: w + 128 as uint8. */
+/* The pack_w8 of kernels that split rows: w + 128 as uint8. */
 void qc_pack_split(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed, int32_t *init);
 
 /* sums[row] = sum_k (q - z) of q [rows, k]; for processors that have any of the instruction sets. */

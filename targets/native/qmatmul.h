@@ -11,7 +11,7 @@ struct qmatmul {
     const struct qc_op *op;
     int64_t panels;
     int8_t *weights; /* this and the next three in one allocation */
-    int32_t *init; /* for zero point 128 */
+    int32_t *init; /* for zero point 128; not read where rows are split */
     float *ws;
     int32_t *wz; /* less 128, U8U8 only */
 };
@@ -39,8 +39,8 @@ struct quantized {
     float s[QUANTIZED_ROWS];
 };
 
-/* What `qc_plan_split` asks for at most for rows that were quantized at once: they and a third, as
- * tiles overlap, of what they lack; groups of K that are not whole; an index for every third row. */
+/* More than `qc_plan_split` asks for of rows that are quantized at once, in tiles of 2 rows or more:
+ * for them, for as much of what they lack, and for the groups that lack something. */
 enum { SPLIT_BYTES = 3 * QUANTIZED_BYTES };
 
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }

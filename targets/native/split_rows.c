@@ -6,7 +6,6 @@
  * 40 to 2000 of a transformer's is such a one.  Weights are uint8, 128 more than they are, so that sums
  * start at -128 times those of a row. */
 #include <immintrin.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "qmatmul.h"
@@ -103,9 +102,13 @@ static void split_tile(const struct split_rows *split, int64_t index) {
     const struct cut tiles = cut(rows, tile_rows);
     const int64_t begin = index % split->block_tiles * tiles.height;
     const int64_t first = min(begin, rows - tiles.height);
-    struct lacking lacking = {tile_rows, split->counts + index, split->groups + index * groups,
-                              split->values + index * groups * tile_rows, {0}};
+    struct lacking lacking;
+    lacking.tile_rows = tile_rows;
+    lacking.count = split->counts + index;
+    lacking.groups = split->groups + index * groups;
+    lacking.values = split->values + index * groups * tile_rows;
     *lacking.count = 0;
+    memset(lacking.seen, 0, (size_t)ceil_div(groups, 8)); /* 4 KiB would take longer than a row */
     for (int64_t i = 0; i < tiles.height; i++) {
         int64_t row = block + first + i;
         int8_t *target = first + i < begin ? NULL : split->split + row * groups * QUAD;
