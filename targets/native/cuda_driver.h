@@ -97,6 +97,7 @@ typedef void *qc_function, *qc_module, *qc_context;
     X(allocate, cuMemAlloc_v2, qc_pointer *, size_t)                                               \
     X(free, cuMemFree_v2, qc_pointer)                                                              \
     X(upload, cuMemcpyHtoD_v2, qc_pointer, const void *, size_t)                                   \
+    X(wait, cuStreamSynchronize, void *)                                                           \
     X(free_memory, cuMemGetInfo_v2, size_t *, size_t *)
 
 #define QC_CUDA_MEMBER(name, symbol, ...) int (*name)(__VA_ARGS__);

@@ -69,8 +69,11 @@ static OrtStatus *upload(const struct qc_gpu_node *node, const char *what, const
                              "cannot allocate %zu bytes for %s on GPU %d, where %zu of %zu are free",
                              bytes, what, node->device->ordinal, free_bytes, all_bytes);
     }
-    return qc_cuda_check(node->op, qc_driver.upload(*target, data, bytes),
-                         "cannot copy %zu bytes of %s to GPU %d", bytes, what,
+    result = qc_driver.upload(*target, data, bytes);
+    /* It returns when the host's memory was read.  Streams of ONNX Runtime do not wait for the default
+     * one, where the rest of the copy may still be under way. */
+    if (!result) result = qc_driver.wait(NULL);
+    return qc_cuda_check(node->op, result, "cannot copy %zu bytes of %s to GPU %d", bytes, what,
                          node->device->ordinal);
 }
 

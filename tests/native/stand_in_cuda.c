@@ -266,7 +266,10 @@ int cuStreamCreate(void **stream, unsigned flags) {
     return OK;
 }
 
-int cuStreamSynchronize(void *stream) { return stream == (void *)0x5000 ? OK : INVALID_VALUE; }
+static int check_stream(void *stream) { return stream == (void *)0x5000 ? OK : INVALID_VALUE; }
+
+/* The library waits for the default stream. */
+int cuStreamSynchronize(void *stream) { return stream ? check_stream(stream) : OK; }
 
 int cuMemcpyDtoH_v2(void *target, uint64_t source, size_t bytes) {
     memcpy(target, (void *)(uintptr_t)source, bytes);
@@ -275,18 +278,18 @@ int cuMemcpyDtoH_v2(void *target, uint64_t source, size_t bytes) {
 
 int cuMemcpyDtoDAsync_v2(uint64_t target, uint64_t source, size_t bytes, void *stream) {
     memcpy((void *)(uintptr_t)target, (void *)(uintptr_t)source, bytes);
-    return cuStreamSynchronize(stream);
+    return check_stream(stream);
 }
 
 /* Work is done where it is captured; a graph holds none. */
 int cuStreamBeginCapture_v2(void *stream, int mode) {
     (void)mode;
-    return cuStreamSynchronize(stream);
+    return check_stream(stream);
 }
 
 int cuStreamEndCapture(void *stream, void **graph) {
     *graph = (void *)0x6000;
-    return cuStreamSynchronize(stream);
+    return check_stream(stream);
 }
 
 int cuGraphInstantiateWithFlags(void **ready, void *graph, unsigned long long flags) {
@@ -295,7 +298,7 @@ int cuGraphInstantiateWithFlags(void **ready, void *graph, unsigned long long fl
 }
 
 int cuGraphLaunch(void *ready, void *stream) {
-    return ready == (void *)0x7000 ? cuStreamSynchronize(stream) : INVALID_VALUE;
+    return ready == (void *)0x7000 ? check_stream(stream) : INVALID_VALUE;
 }
 
 int cuEventCreate(void **event, unsigned flags) {
@@ -305,7 +308,7 @@ int cuEventCreate(void **event, unsigned flags) {
 }
 
 int cuEventRecord(void *event, void *stream) {
-    return event == (void *)0x8000 ? cuStreamSynchronize(stream) : INVALID_VALUE;
+    return event == (void *)0x8000 ? check_stream(stream) : INVALID_VALUE;
 }
 
 int cuEventElapsedTime(float *milliseconds, void *begin, void *end) {
