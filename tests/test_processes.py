@@ -37,13 +37,17 @@ def test_one_core_or_one_job_stays_in_this_process(monkeypatch: pytest.MonkeyPat
     assert list(in_processes(os.getpid, [()] * 3)) == [os.getpid()] * 3
 
 
-def test_a_daemon_and_a_child_of_a_fork_have_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_IMPORTED_BY", os.getppid())
-    assert list(in_processes(os.getpid, [()] * 3)) == [os.getpid()] * 3
-    monkeypatch.undo()
-    monkeypatch.setattr(processes, "available_cores", lambda: 2)
+def test_a_daemon_has_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
     assert list(in_processes(os.getpid, [()] * 3)) == [os.getpid()] * 3
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_child_of_a_fork_has_processes_of_its_own() -> None:
+    list(in_processes(abs, [(-1,), (-2,)]))
+    if (child := os.fork()) == 0:
+        os._exit(list(in_processes(abs, [(-1,), (-2,)])) != [1, 2])
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_what_the_function_raises_is_raised_here_and_the_next_work_is_done() -> None:
