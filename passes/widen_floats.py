@@ -36,7 +36,10 @@ _TAKE_ANY = frozenset({
 })  # fmt: skip
 """Ops of com.microsoft that are lifted, in float32 only."""
 
-_TYPES = ("dtype", "output_dtype", "precision", "softmax_precision", "stash_type", "to")
+_TYPES = (
+    "dtype", "output_datatype", "output_dtype", "precision", "softmax_precision", "stash_type",
+    "to",
+)  # fmt: skip
 """Attributes that name the type of a result, or of what is summed."""
 
 
@@ -130,7 +133,7 @@ class _Widening:
         made = [v for node in nodes if _keeps_type(node) for v in node.outputs]
         borders = dict.fromkeys(v for v in [*graph.inputs, *made] if v.dtype in _NARROW)
         results = {index: v.dtype for index, v in enumerate(graph.outputs) if v.dtype in _NARROW}
-        wide = {border: self._cast_after(border) for border in borders if border.uses()}
+        wide = {border: self._cast_after(border) for border in borders if self._is_read(border)}
         for value in list(_values(self.model)):
             if value not in borders:
                 self._widen(value)
@@ -145,6 +148,11 @@ class _Widening:
         for index, dtype in results.items():
             self._restore(index, dtype)
 
+    def _is_read(self, border: ir.Value) -> bool:
+        """By a node, or as what a branch makes."""
+        made = border.is_graph_output() and border.graph is not self.model.graph
+        return made or bool(border.uses())
+
     def _cast_after(self, border: ir.Value) -> ir.Value:
         """The value widened, for all that reads it."""
         uses = list(border.uses())
@@ -152,6 +160,12 @@ class _Widening:
         place_after(border, [cast])
         for node, index in uses:
             node.replace_input_with(index, cast.outputs[0])
+        if border.graph is not self.model.graph and border.graph is not None:
+            # What a branch makes has the type of what its If or Loop makes.
+            outputs = border.graph.outputs
+            for index, output in enumerate(outputs):
+                if output is border:
+                    outputs[index] = cast.outputs[0]
         return cast.outputs[0]
 
     def _widen(self, value: ir.Value) -> None:

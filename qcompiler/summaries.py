@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.graph import new_initializer
+from qcompiler.ir.graph import new_initializer, same_dimension
 from qcompiler.samples import Sample
 
 __all__ = ["Summary", "summarized"]
@@ -119,7 +119,8 @@ class _Writer:
     def _positions_in(self, value: ir.Value) -> ir.Value:
         """Where in the row of a tensor the values are that count; computed once for each shape."""
         shape = value.shape
-        known = shape is not None and not any(shape.is_unknown_dim(i) for i in range(len(shape)))
+        # Some exporters call every size that they do not know "?".
+        known = shape is not None and all(same_dimension(size, size) for size in shape)
         key = str(shape) if known else value
         if key not in self._positions:
             size = self._append("Size", [value])

@@ -61,6 +61,8 @@ class _PlainProduct(RewriteRuleClassBase):  # type: ignore[misc]
             return MatchResult().fail("not int8 tokens with scales of float32")
         if q.shape is None or s.shape is None or len(q.shape) != len(s.shape):
             return MatchResult().fail("the shape of tokens or scales is not known")
+        if q is tokens and len(q.shape) != 2:
+            return MatchResult().fail("the result is no matrix")
         if q.shape[-1] != w.shape[0] or s.shape[-1] != 1:
             return MatchResult().fail("the scales are not per token")
         if any(a != b for a, b in zip(q.shape[:-1], s.shape[:-1], strict=True)):
