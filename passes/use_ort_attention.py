@@ -108,8 +108,8 @@ class _Rewrite:
         k, v = (self._in_rows(kv) if joined else kv.value for kv in (key, value))
         operands: list[ir.Value | None] = [q, k, v]
         if found.mask is not None:
-            mask = self._bounded(found.mask) if found.guarded else found.mask
-            operands += [None, None, self._full_mask(mask, q, k, 1 if joined else 2)]
+            mask = self._full_mask(self._bounded(found.mask), q, k, 1 if joined else 2)
+            operands += [None, None, mask]
         attributes: dict[str, Any] = {"num_heads": self.heads, "scale": float(found.scale)}
         result = self._op("MultiHeadAttention", operands, attributes, domain=_DOMAIN)
         attention = self.nodes[-1]
@@ -148,7 +148,10 @@ class _Rewrite:
         return self._op("Expand", [mask, sizes])
 
     def _bounded(self, mask: ir.Value) -> ir.Value:
-        """The mask without minus infinity, of which a row alone makes NaN."""
+        """The mask without minus infinity, of which a row alone makes NaN.
+
+        Nor what becomes that in kernels that take 2^x, and multiply by log2(e) before.
+        """
         half = float(np.finfo(self.dtype.numpy()).min) / 2
         return self._op("Max", [mask, self._number("least", half)])
 

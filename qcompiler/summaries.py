@@ -1,11 +1,13 @@
 """Compute inside the graph what calibration wants to know of a tensor, so that it need not leave.
 
-    x   =>   ReduceMin(x), ReduceMax(x), ReduceSum(x), Gather(Reshape(x, [-1]), i n / k)   i < k
+    x   =>   ReduceMin(x), ReduceMax(x), ReduceSum(x),
+             Gather(Reshape(x, [-1]), (i + u) n / k)    i < k
 
 A tensor that leaves the graph has memory of its own: 64 MB for what is inside ResNet50, which are
 written and read again where the next op would have found them in the cache.  n is the number of
 its values and k that of those that are counted: a prime, so that the steps from one to the next do
-not repeat with the rows of an image.
+not repeat with the rows of an image.  u is another number from 0 to 1 in each run, so that what
+always lies at one place is counted in some samples; every calibration draws the same numbers.
 
 Maxima pass over NaN in ONNX Runtime, sums do not.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -99,6 +102,7 @@ class _Writer:
         self._most = self._constant(next((p for p in _PRIMES if p >= share), _PRIMES[-1]))
         self._first, self._step = self._constant(0), self._constant(1)
         self._flat = self._constant([-1])
+        self._turn = self._append("RandomUniform", [], {"shape": [], "seed": 0.0})
         self._positions: dict[object, ir.Value] = {}
 
     def summary(self, name: str, counted: bool) -> Summary:
@@ -126,11 +130,19 @@ class _Writer:
             size = self._append("Size", [value])
             count = self._append("Min", [size, self._most])
             steps = self._append("Range", [self._first, count, self._step])
-            ends = self._append("Mul", [steps, size])
+            ends = self._append("Add", [self._append("Mul", [steps, size]), self._shift(size)])
             # ONNX Runtime refuses to divide by 0 where there is nothing to divide, too.
             above = self._append("Max", [count, self._step])
             self._positions[key] = self._append("Div", [ends, above])
         return self._positions[key]
+
+    def _shift(self, size: ir.Value) -> ir.Value:
+        """A whole number from 0 to below `size`."""
+        width = self._append("Cast", [size], {"to": ir.DataType.FLOAT})
+        real = self._append("Mul", [self._turn, width])
+        shift = self._append("Cast", [real], {"to": ir.DataType.INT64})
+        # Floats are rounded: it may have become the size.
+        return self._append("Min", [shift, self._append("Sub", [size, self._step])])
 
     def _named(
         self, name: str, op: str, inputs: Sequence[ir.Value], attributes: Mapping[str, int]
@@ -140,7 +152,7 @@ class _Writer:
         return name
 
     def _append(
-        self, op: str, inputs: Sequence[ir.Value], attributes: Mapping[str, int] | None = None
+        self, op: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any] | None = None
     ) -> ir.Value:
         node = ir.node(op, inputs, attributes)
         node.outputs[0].name = f"summary_{len(self.model.graph)}@"

@@ -64,6 +64,19 @@ def test_values_that_count_come_from_all_columns():
     assert seen.min() > 0.9 * seen.max()
 
 
+def test_every_place_counts_in_some_of_the_samples_and_the_same_in_every_calibration():
+    numbers = np.arange(40930, dtype=np.float32)
+    model, found = summarized(negated("float[k]"), ["x"], ["x"], 128)
+    seen = []
+    for _ in range(2):
+        with Probe(model, [found["x"].some]) as probe:
+            runs = probe.run(lambda inputs: [("one", {"x": numbers})] * 60)
+            seen.append([found["x"].values(tensors) for _, tensors in runs])
+    assert all(len(run) == len(np.unique(run)) == 4093 for run in seen[0])
+    assert len(np.unique(seen[0])) == len(numbers)
+    np.testing.assert_array_equal(*seen)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 1, 2599, 2600])
 def test_one_value_that_is_not_finite(value, place):
