@@ -12,7 +12,7 @@ float32, so that what leaves its range is found.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import onnx_ir as ir
@@ -21,6 +21,7 @@ from onnx_ir.passes import common
 from qcompiler.ir.decisions import decide
 from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer, place_after
 from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.lift_few_bits import multiplies_floats
 
 __all__ = ["SOURCE_BORDER", "WidenFloats", "drop_idle_casts"]
 
@@ -47,16 +48,18 @@ class WidenFloats(ir.passes.InPlacePass):
     """Widen what computes in float16 or bfloat16.
 
     Attributes:
-        back: Whether what is not quantized becomes float16 again; it is only said.
+        back: Whether what is not quantized becomes float16 again.
+        products: Whether every MatMulNBits is lifted; otherwise those that multiply floats stay ORT's,
+            and keep their type where the rest comes back to it.
         notes: What the user should know of the last run.
     """
 
     rounds = True
     """The source rounds each result, and the widened model does not."""
 
-    def __init__(self, back: bool = False) -> None:
+    def __init__(self, back: bool = False, products: bool = True) -> None:
         super().__init__()
-        self.back = back
+        self.back, self.products = back, products
         self.notes: tuple[str, ...] = ()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
@@ -64,16 +67,22 @@ class WidenFloats(ir.passes.InPlacePass):
         self.notes = ()
         nodes = list(every_node(model.graph))
         narrow = {v.dtype for v in _values(model) if v.dtype in _NARROW}
-        computing = [node for node in nodes if _computes_narrow(node)]
+        kept = {node for node in nodes if self._keeps_type(node)}
+        computing = [node for node in nodes if node not in kept and _computes_narrow(node)]
         if not computing:
             return ir.passes.PassResult(model, False)
         names = " and ".join(sorted(dtype.name.lower() for dtype in narrow if dtype))
-        _Widening(model).run(nodes)
+        _Widening(model, kept).run(nodes)
         drop_idle_casts(model)
         common.RemoveUnusedNodesPass()(model)
         FixNames()(model)
         self.notes = (_told(names, len(computing), back=self.back),)
         return ir.passes.PassResult(model, True)
+
+    def _keeps_type(self, node: ir.Node) -> bool:
+        if (node.domain, node.op_type in _TAKE_ANY) != ("com.microsoft", True):
+            return node.domain != ""
+        return self.back and not self.products and multiplies_floats(node) is not None
 
 
 def _told(names: str, count: int, *, back: bool) -> str:
@@ -99,9 +108,7 @@ def _values(model: ir.Model) -> Iterable[ir.Value]:
 
 
 def _computes_narrow(node: ir.Node) -> bool:
-    """Whether the pass would change anything about a node."""
-    if _keeps_type(node):
-        return False
+    """Whether the pass would change anything about a node that does not keep its type."""
     values = [v for v in [*node.inputs, *node.outputs] if v is not None]
     border = node.op_type == "Cast" and any(
         v.is_graph_input() or v.is_graph_output() for v in values
@@ -109,15 +116,11 @@ def _computes_narrow(node: ir.Node) -> bool:
     return not border and any(v.dtype in _NARROW for v in values)
 
 
-def _keeps_type(node: ir.Node) -> bool:
-    return node.domain != "" and (node.domain, node.op_type in _TAKE_ANY) != ("com.microsoft", True)
-
-
 class _Widening:
     """Gives values their new type, and puts Casts where it meets the old ones."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self.model = model
+    def __init__(self, model: ir.Model, kept: Collection[ir.Node]) -> None:
+        self.model, self.kept = model, kept
         self.made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def run(self, nodes: Iterable[ir.Node]) -> None:
@@ -126,11 +129,11 @@ class _Widening:
         kept = {
             (node, index): value.dtype
             for node in nodes
-            if _keeps_type(node)
+            if node in self.kept
             for index, value in enumerate(node.inputs)
             if value is not None and value.dtype in _NARROW
         }
-        made = [v for node in nodes if _keeps_type(node) for v in node.outputs]
+        made = [v for node in nodes if node in self.kept for v in node.outputs]
         borders = dict.fromkeys(v for v in [*graph.inputs, *made] if v.dtype in _NARROW)
         results = {index: v.dtype for index, v in enumerate(graph.outputs) if v.dtype in _NARROW}
         wide = {border: self._cast_after(border) for border in borders if self._is_read(border)}
@@ -138,7 +141,7 @@ class _Widening:
             if value not in borders:
                 self._widen(value)
         for node in nodes:
-            if not _keeps_type(node):
+            if node not in self.kept:
                 _widen_attributes(node)
         for (node, index), dtype in kept.items():
             operand = node.inputs[index]

@@ -83,7 +83,11 @@ def default_steps(
     chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
     return [
         Step("canonicalize", Canonicalize(), Stage.FLOAT),
-        Step("widen-floats", WidenFloats(floats.type == "fp16"), Stage.FLOAT),
+        Step(
+            "widen-floats",
+            WidenFloats(floats.type == "fp16", lifted.float_products),
+            Stage.FLOAT,
+        ),
         Step("lift-qoperators", LiftQOperators(lifted), Stage.FLOAT),
         Step("normalize-qdq", NormalizeQDQ(), Stage.FLOAT),
         Step("fuse-batchnorm", FuseBatchNorm(), Stage.FLOAT),

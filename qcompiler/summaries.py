@@ -35,6 +35,9 @@ _PRIMES = (4093, 8191, 16381, 32749)
 """How many one sample gives: the first of these that is enough."""
 
 
+_SCALAR = ir.AttrInt64s("shape", [])
+
+
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """The names of what is computed of one tensor.
@@ -102,7 +105,7 @@ class _Writer:
         self._most = self._constant(next((p for p in _PRIMES if p >= share), _PRIMES[-1]))
         self._first, self._step = self._constant(0), self._constant(1)
         self._flat = self._constant([-1])
-        self._turn = self._append("RandomUniform", [], {"shape": [], "seed": 0.0})
+        self._turn = self._append("RandomUniform", [], {"shape": _SCALAR, "seed": 0.0})
         self._positions: dict[object, ir.Value] = {}
 
     def summary(self, name: str, counted: bool) -> Summary:

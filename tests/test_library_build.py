@@ -35,6 +35,7 @@ from qcompiler.targets.toolchain import Linker, find_linker
 from qcompiler.targets.x86.backend import check_self_contained
 from qcompiler.targets.x86.isa import AVX2, AVX_VNNI, Isa
 
+STATIC = Region("QMatMulU8S8", UP.sizes)
 KINDS = [
     QUANTIZE_K,
     UP,
@@ -186,9 +187,17 @@ def test_kernels_for_ymm_need_no_avx512(region: Region, isa: Isa, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("isa", "used"), [(AVX_VNNI, "vpdpbusd"), (AVX2, "vpmaddwd")], ids=["avx-vnni", "avx2"]
+    ("region", "isa", "used"),
+    [
+        (UP, AVX_VNNI, {"vpdpbusd"}),
+        (STATIC, AVX2, {"vpmaddwd"}),
+        (UP, AVX2, {"vpmaddubsw", "vpmaddwd"}),
+    ],
+    ids=["avx-vnni", "avx2", "avx2 with rows that are split"],
 )
-def test_products_never_saturate(isa: Isa, used: str, tmp_path: Path) -> None:
-    names = {text.removeprefix("{vex} ").split()[0] for _, text in disassembly(UP, isa, tmp_path)}
-    assert {"vpdpbusd", "vpmaddwd"} & names == {used}
-    assert not {"vpdpbusds", "vpmaddubsw"} & names
+def test_only_split_rows_meet_instructions_that_saturate(
+    region: Region, isa: Isa, used: set[str], tmp_path: Path
+) -> None:
+    texts = [text.removeprefix("{vex} ") for _, text in disassembly(region, isa, tmp_path)]
+    products = {"vpdpbusd", "vpdpbusds", "vpmaddwd", "vpmaddubsw"}
+    assert products & {text.split()[0] for text in texts} == used

@@ -144,6 +144,24 @@ def test_bodies_follow():
     )
 
 
+@pytest.mark.parametrize(
+    ("products", "level", "dtype"),
+    [(False, 0, "FLOAT16"), (False, 4, "FLOAT"), (True, 0, "FLOAT")],
+)
+def test_products_of_floats_that_stay_onnx_runtimes_keep_their_type(products, level, dtype):
+    text = (
+        "g (float16[m,32] x) => (float16[m,4] y) { a = Neg(x) p = com.microsoft.MatMulNBits"
+        f"<K = 32, N = 4, bits = 4, block_size = 32, accuracy_level = {level}>(a, w, s) y = Neg(p) }}"
+    )
+    w = RNG.integers(0, 256, (4, 1, 16)).astype(np.uint8)
+    model = model_of(text, {"w": w, "s": np.full(4, 0.5, HALF)}, ORT_HEAD)
+    for node in model.graph:
+        node.outputs[0].dtype = ir.DataType.FLOAT16  # the tests' shape inference knows no such op
+    assert WidenFloats(back=True, products=products)(model).modified
+    (product,) = [node for node in model.graph if node.op_type == "MatMulNBits"]
+    assert product.inputs[2].dtype.name == product.outputs[0].dtype.name == dtype
+
+
 def test_ops_of_other_domains_keep_their_types():
     text = ("g (float16[m,4] x) => (float16[m,4] y) { a = Relu(x) "
             "b = com.microsoft.BiasGelu(a, bias) c = com.microsoft.FastGelu(b) y = Neg(c) }"
