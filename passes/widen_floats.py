@@ -49,8 +49,8 @@ class WidenFloats(ir.passes.InPlacePass):
 
     Attributes:
         back: Whether what is not quantized becomes float16 again.
-        products: Whether every MatMulNBits is lifted; otherwise those that multiply floats stay ORT's,
-            and keep their type where the rest comes back to it.
+        products: Whether every MatMulNBits is lifted; otherwise those that multiply floats stay
+            ORT's, and keep their type where the rest comes back to it.
         notes: What the user should know of the last run.
     """
 

@@ -150,8 +150,9 @@ def test_bodies_follow():
 )
 def test_products_of_floats_that_stay_onnx_runtimes_keep_their_type(products, level, dtype):
     text = (
-        "g (float16[m,32] x) => (float16[m,4] y) { a = Neg(x) p = com.microsoft.MatMulNBits"
-        f"<K = 32, N = 4, bits = 4, block_size = 32, accuracy_level = {level}>(a, w, s) y = Neg(p) }}"
+        "g (float16[m,32] x) => (float16[m,4] y) { a = Neg(x) "
+        "p = com.microsoft.MatMulNBits<K = 32, N = 4, bits = 4, block_size = 32, "
+        f"accuracy_level = {level}>(a, w, s) y = Neg(p) }}"
     )
     w = RNG.integers(0, 256, (4, 1, 16)).astype(np.uint8)
     model = model_of(text, {"w": w, "s": np.full(4, 0.5, HALF)}, ORT_HEAD)
