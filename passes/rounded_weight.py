@@ -10,6 +10,7 @@ for each row of W.  A weight that other nodes read too keeps its float form for 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -145,9 +146,10 @@ def finite_weight(node: ir.Node, weight: ir.Value) -> NDArray[np.float32]:
     array = np.asarray(constant(weight), np.float32)
     count = int(array.size - np.isfinite(array).sum())
     if count:
+        named = shlex.quote(node.name or "")
         raise ModelError(
             f"the weight {weight.name!r} of {node.name!r} holds {count} NaN or Inf; repair the "
-            f"model, or keep the node float with --keep-float {node.name}"
+            f"model, or keep the node float with --keep-float {named}"
         )
     return array
 

@@ -21,11 +21,14 @@ def require(name: str, value: object, kind: Any, what: str) -> None:
 
 
 def require_path(name: str, value: object) -> None:
-    """Refuse what is no path.
+    """Refuse what is no path, and an empty one, which would be the current folder.
 
     Raises:
         OptionError: Names the argument and the value.
     """
     require(name, value, str | os.PathLike, "a path")
-    if value is not None and "\0" in os.fsdecode(value):  # type: ignore[arg-type]
+    text = None if value is None else os.fsdecode(value)  # type: ignore[arg-type]
+    if text == "":
+        raise OptionError(f"{name} is empty; give a path, or '.' for the current folder")
+    if text is not None and "\0" in text:
         raise OptionError(f"{name} {value!r} holds a NUL, which no path may")

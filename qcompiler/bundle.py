@@ -112,7 +112,7 @@ class Manifest:
                 f"{folder} is not a bundle: it has no {MANIFEST}; give a folder that qcompile wrote"
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(_read(path))
             schema = content.pop("schema")
             if schema != SCHEMA:
                 raise BundleError(f"{path} has schema {schema}, this qcompiler reads {SCHEMA}")
@@ -287,3 +287,12 @@ def _exchange(stage: Path, destination: Path) -> None:
                 raise
         finally:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BundleError(
+            f"cannot read {path}: {error.strerror}; make it readable, or compile the bundle again"
+        ) from error

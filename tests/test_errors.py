@@ -1,6 +1,7 @@
 """What bad input gets: a typed error that names the thing, the value and the way out."""
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -374,6 +375,16 @@ def test_no_bundle(tmp_path):
         qcompiler.load(tmp_path)
 
 
+def test_a_manifest_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(self, **options):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "manifest.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(BundleError, match=r"cannot read .*manifest.json: .*; make it readable, or"):
+        qcompiler.load(tmp_path)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"schema": 1}', '{"schema": 1, "library": 3}'])
 def test_unreadable_manifest(bundle, text):
     (bundle / MANIFEST).write_text(text)
@@ -439,6 +450,7 @@ def test_bad_load_options(bundle, options, message):
         ({"progress": 5}, "progress must be a function, not 5"),
         ({"output": 5}, "output must be a path, not 5"),
         ({"output": "a\0b"}, "output .* holds a NUL"),
+        ({"output": ""}, "output is empty; give a path, or '.' for the current folder"),
         ({"output": "a" * 300}, "output a+: File name too long"),
         ({"choices": 5}, "choices must be a path, not 5"),
         ({"calibration": 5}, "samples must be a path, not 5"),
