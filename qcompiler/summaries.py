@@ -7,7 +7,8 @@ A tensor that leaves the graph has memory of its own: 64 MB for what is inside R
 written and read again where the next op would have found them in the cache.  n is the number of
 its values and k that of those that are counted: a prime, so that the steps from one to the next do
 not repeat with the rows of an image.  u is another number from 0 to 1 in each run, so that what
-always lies at one place is counted in some samples; every calibration draws the same numbers.
+always lies at one place is counted in some samples; every calibration draws the same numbers.  From
+opset 22 on, where ONNX Runtime draws none, it is 1/2.
 
 Maxima pass over NaN in ONNX Runtime, sums do not.
 """
@@ -36,6 +37,8 @@ _PRIMES = (4093, 8191, 16381, 32749)
 
 
 _SCALAR = ir.AttrInt64s("shape", [])
+_NO_RANDOM_NUMBERS = 22
+"""The opset from which on ONNX Runtime 1.32 has no RandomUniform."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +108,11 @@ class _Writer:
         self._most = self._constant(next((p for p in _PRIMES if p >= share), _PRIMES[-1]))
         self._first, self._step = self._constant(0), self._constant(1)
         self._flat = self._constant([-1])
-        self._turn = self._append("RandomUniform", [], {"shape": _SCALAR, "seed": 0.0})
+        self._turn = (
+            self._append("RandomUniform", [], {"shape": _SCALAR, "seed": 0.0})
+            if self.model.opset_imports.get("", 1) < _NO_RANDOM_NUMBERS
+            else new_initializer(self.model.graph, "half", np.asarray(0.5, np.float32))
+        )
         self._positions: dict[object, ir.Value] = {}
 
     def summary(self, name: str, counted: bool) -> Summary:
