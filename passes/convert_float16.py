@@ -27,7 +27,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
-from qcompiler.ir.decisions import add_note, decide
+from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer, place_after
 from qcompiler.passes.fix_names import FixNames
@@ -44,7 +44,7 @@ from qcompiler.passes.float16_scales import note_small_scales
 from qcompiler.passes.float16_types import following_inputs, following_outputs, reads_any_type
 from qcompiler.passes.mask_constants import clamp_masks
 from qcompiler.passes.product_error import Sampler
-from qcompiler.passes.widen_floats import drop_idle_casts
+from qcompiler.passes.widen_floats import border_cast, drop_idle_casts
 
 __all__ = ["FLOAT_TYPES", "ConvertFloat16", "check_float_type"]
 
@@ -242,7 +242,7 @@ class _Conversion:
                     rounded = np.asarray(array, dtype.numpy())
                 self.made[key] = new_initializer(graph, stem, rounded)
             else:
-                cast = _cast(value, dtype, stem)
+                cast = border_cast(value, dtype, stem, BORDER)
                 place_after(value, [cast])
                 self.made[key] = cast.outputs[0]
         return self.made[key]
@@ -253,11 +253,3 @@ class _Conversion:
         if graph is self.model.graph:
             value.name, wide.name = f"{value.name}_float16", value.name
         graph.outputs[index] = wide
-
-
-def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
-    cast = ir.node("Cast", [value], {"to": int(dtype)}, name=name)
-    result = cast.outputs[0]
-    result.name, result.dtype, result.shape = name, dtype, value.shape
-    decide(cast, "float", BORDER)
-    return cast

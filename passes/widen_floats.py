@@ -23,7 +23,7 @@ from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initial
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.lift_few_bits import multiplies_floats
 
-__all__ = ["SOURCE_BORDER", "WidenFloats", "drop_idle_casts"]
+__all__ = ["SOURCE_BORDER", "WidenFloats", "border_cast", "drop_idle_casts"]
 
 SOURCE_BORDER = "a border between the source's 16-bit floats and float32"
 """Why there is a Cast that the source does not have."""
@@ -159,7 +159,7 @@ class _Widening:
     def _cast_after(self, border: ir.Value) -> ir.Value:
         """The value widened, for all that reads it."""
         uses = list(border.uses())
-        cast = _cast(border, _WIDE, f"{border.name}_float32")
+        cast = border_cast(border, _WIDE, f"{border.name}_float32", SOURCE_BORDER)
         place_after(border, [cast])
         for node, index in uses:
             node.replace_input_with(index, cast.outputs[0])
@@ -186,7 +186,7 @@ class _Widening:
             if array is not None:
                 made = new_initializer(self.model.graph, stem, array.astype(dtype.numpy()))
             else:
-                cast = _cast(value, dtype, stem)
+                cast = border_cast(value, dtype, stem, SOURCE_BORDER)
                 place_after(value, [cast])
                 made = cast.outputs[0]
             self.made[value, dtype] = made
@@ -221,11 +221,12 @@ def _widen_attributes(node: ir.Node) -> None:
             node.attributes[name] = ir.AttrTensor(name, ir.Tensor(wide))
 
 
-def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
+def border_cast(value: ir.Value, dtype: ir.DataType, name: str, why: str) -> ir.Node:
+    """A Cast of `value`, in no graph yet; it and its result are called `name`."""
     cast = ir.node("Cast", [value], {"to": int(dtype)}, name=name)
     result = cast.outputs[0]
     result.name, result.dtype, result.shape = name, dtype, value.shape
-    decide(cast, "float", SOURCE_BORDER)
+    decide(cast, "float", why)
     return cast
 
 

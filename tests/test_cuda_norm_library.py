@@ -42,14 +42,6 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture
-def bench(tmp_path, monkeypatch, tmp_path_factory):
-    monkeypatch.delenv("QCOMPILER_ISA", raising=False)
-    bench = Bench(tmp_path, monkeypatch, tmp_path_factory.mktemp("drivers"))
-    yield bench
-    bench.check()
-
-
 def session(library: Path, region: Region) -> ort.InferenceSession:
     op = dialect.OPS[region.anchor]
     names = [*op.inputs, *(f"extra{i}" for i in range(len(region.extras)))]

@@ -43,14 +43,6 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture
-def bench(tmp_path, monkeypatch, tmp_path_factory):
-    monkeypatch.delenv("QCOMPILER_ISA", raising=False)
-    bench = Bench(tmp_path, monkeypatch, tmp_path_factory.mktemp("drivers"))
-    yield bench
-    bench.check()
-
-
 def open_plainly(model: bytes) -> ort.InferenceSession:
     """Function bodies, as they are written."""
     options = new_session_options()
