@@ -1,7 +1,7 @@
-"""Functions of a magnitude as cubic polynomials on equal segments, for lookup by vector permutes.
+"""Functions of a magnitude as polynomials on equal segments, for lookup by vector permutes.
 
-Sixteen or thirty-two coefficients fit in one or two registers, so a lookup is one instruction where
-an exponential and a rational function take twenty.
+Eight or thirty-two coefficients fit in one or two registers: a lookup is one instruction where an
+exponential and a rational function take twenty.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import numpy as np
 
-__all__ = ["GELU_TAILS", "SEGMENTS", "Piecewise"]
+__all__ = ["GELU_TAILS", "Piecewise"]
 
-SEGMENTS = 32
-_TERMS = 4
+_TERMS = {8: 6, 32: 4}
+"""How many coefficients a polynomial needs, by the number of segments."""
 
 Function = Callable[[float], float]
 
@@ -33,32 +33,38 @@ class Piecewise:
     coefficients: tuple[tuple[float, ...], ...]
 
     @property
+    def segments(self) -> int:
+        """How many there are."""
+        return len(self.coefficients[0])
+
+    @property
     def last(self) -> float:
         """The middle of the last segment."""
-        return self.step * (SEGMENTS - 1)
+        return self.step * (self.segments - 1)
 
 
-def fit(function: Function, last: float) -> Piecewise:
+def fit(function: Function, last: float, segments: int) -> Piecewise:
     """Interpolate `function` at the Chebyshev nodes of each segment.
 
     Args:
         function: Smooth, with function(0) = 0, which the fit has too: near it errors are relative.
         last: Where it has reached its limit.
+        segments: 8 or 32.
     """
-    step = last / (SEGMENTS - 1)
-    segments = [_origin(function, step)]
-    segments += [_segment(function, step, index) for index in range(1, SEGMENTS)]
-    return Piecewise(step, tuple(zip(*segments, strict=True)))
+    step, terms = last / (segments - 1), _TERMS[segments]
+    fits = [_origin(function, step, terms)]
+    fits += [_segment(function, step, terms, index) for index in range(1, segments)]
+    return Piecewise(step, tuple(zip(*fits, strict=True)))
 
 
-def _segment(function: Function, step: float, index: int) -> list[float]:
-    nodes = [math.cos(math.pi * (2 * i + 1) / (2 * _TERMS)) / 2 for i in range(_TERMS)]
+def _segment(function: Function, step: float, terms: int, index: int) -> list[float]:
+    nodes = [math.cos(math.pi * (2 * i + 1) / (2 * terms)) / 2 for i in range(terms)]
     return _interpolate(nodes, [function(step * (index + node)) for node in nodes])
 
 
-def _origin(function: Function, step: float) -> list[float]:
+def _origin(function: Function, step: float, terms: int) -> list[float]:
     """The half segment that begins at 0, with constant term 0: x times a fit of function(x) / x."""
-    count = _TERMS - 1
+    count = terms - 1
     nodes = [(1 + math.cos(math.pi * (2 * i + 1) / (2 * count))) / 4 for i in range(count)]
     return [0.0, *_interpolate(nodes, [function(step * node) / node for node in nodes])]
 
@@ -78,5 +84,9 @@ def _tanh_tail(x: float) -> float:
 
 
 # Beyond the last segment a tail is less than 1.1e-7.
-GELU_TAILS = {"none": fit(_exact_tail, 5.5), "tanh": fit(_tanh_tail, 5.1)}
-"""max(x, 0) - GELU(x) as a function of |x|, for each way to approximate it; good to 6e-7."""
+GELU_TAILS = {
+    segments: {"none": fit(_exact_tail, 5.5, segments), "tanh": fit(_tanh_tail, 5.1, segments)}
+    for segments in _TERMS
+}
+"""max(x, 0) - GELU(x) as a function of |x|, by the number of segments, for each way to approximate
+it; good to 6e-7."""

@@ -29,8 +29,8 @@ __all__ = [
     "broadcast",
     "cast",
     "compile_object",
-    "concatenate",
     "constant",
+    "constants",
     "function",
     "half",
     "imported",
@@ -137,9 +137,10 @@ def shuffle(value: Expr, order: Sequence[int], other: Expr | None = None) -> Exp
     return tirx.Shuffle(values, [_index(lane) for lane in order])
 
 
-def concatenate(values: Sequence[Expr]) -> Expr:
-    """Scalars as one vector."""
-    return tirx.Shuffle(list(values), [_index(lane) for lane in range(len(values))])
+def constants(values: Sequence[float]) -> Expr:
+    """A vector of float32, each lane a constant of its own."""
+    lanes = [_index(lane) for lane in range(len(values))]
+    return tirx.Shuffle([constant(value, "float32") for value in values], lanes)
 
 
 def intrinsic(dtype: str, name: str, *args: Expr) -> Expr:

@@ -22,6 +22,7 @@ class Avx2(VectorUnit):
 
     depth = 2
     widens = True
+    lookup_size = LANES // 2
 
     def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
         """`total` plus two products per lane (vpmaddwd, vpaddd), weights widened to int16 too.
@@ -55,6 +56,12 @@ class Avx2(VectorUnit):
     def reciprocal_root_estimate(self, value: Expr) -> Expr:
         """1 / sqrt(value), good to 11 bits."""
         return _by_halves("float32", "llvm.x86.avx.rsqrt.ps.256", value)
+
+    def lookup(self, table: Sequence[float], index: Expr) -> Expr:
+        """`table[index % 8]` (vpermps)."""
+        # The same register twice, from which each half is taken.
+        numbers = tir.constants([*table, *table])
+        return _by_halves("float32", "llvm.x86.avx2.permps", numbers, index)
 
     def times_power_of_two(self, value: Expr, power: Expr) -> Expr:
         """`value` 2^power: the power is added to the exponent."""

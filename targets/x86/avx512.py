@@ -6,18 +6,13 @@ import math
 from collections.abc import Sequence
 
 from qcompiler.targets import tir
-from qcompiler.targets.piecewise import GELU_TAILS, Piecewise
 from qcompiler.targets.tir import LANES, Expr, Register
-from qcompiler.targets.x86.vector import EXP2_OF_FRACTION, VectorUnit, fma, horner, polynomial
+from qcompiler.targets.x86.vector import EXP2_OF_FRACTION, VectorUnit, polynomial
 
 __all__ = ["Avx512"]
 
 _ROUND_AS_MXCSR = 4
 """The rounding operand that means "as the control register says": to nearest, ties to even."""
-
-_ROUNDER = 1.5 * 2**23
-"""Added to a float from 0 to 2^22 and taken away again it rounds to an integer, which the low bits
-of the sum hold."""
 
 _BY_QUARTERS = [4 * (dword % 4) + dword // 4 for dword in range(LANES)]
 """The dwords of four vectors that were packed to bytes within 128 bits, each vector's in turn."""
@@ -28,6 +23,8 @@ _ROUND_DOWN = 1
 
 class Avx512(VectorUnit):
     """AVX-512 F, BW, DQ and VNNI."""
+
+    lookup_size = 2 * LANES
 
     def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
         """`total` plus four products per lane (vpdpbusd)."""
@@ -121,9 +118,10 @@ class Avx512(VectorUnit):
             "float32x16", "llvm.x86.avx512.mask.scalef.ps.512", series, power.value, nothing
         )
 
-    def gelu_tail(self, magnitude: Expr, approximate: str) -> Expr:
-        """max(x, 0) - GELU(x) for the magnitude of x, to 6e-7; NaN for NaN."""
-        return _piecewise(magnitude, GELU_TAILS[approximate])
+    def lookup(self, table: Sequence[float], index: Expr) -> Expr:
+        """`table[index % 32]` (vpermi2ps)."""
+        low, high = (tir.constants(table[i : i + LANES]) for i in (0, LANES))
+        return tir.intrinsic("float32x16", "llvm.x86.avx512.vpermi2var.ps.512", low, index, high)
 
 
 def _mix_int8(quarters: Sequence[Expr]) -> Expr:
@@ -137,28 +135,6 @@ def _mix_int8(quarters: Sequence[Expr]) -> Expr:
 
 def _words(name: str, *operands: Expr) -> Expr:
     return tir.intrinsic("uint16x32", f"llvm.x86.avx512.{name}.512", *operands)
-
-
-def _piecewise(magnitude: Expr, pieces: Piecewise) -> Expr:
-    """A function of magnitude >= 0: each coefficient is picked from two registers of them."""
-    # In this order vminps returns NaN for NaN.
-    bounded = Register("float32", tir.minimum(tir.broadcast(pieces.last), magnitude))
-    per_step = tir.broadcast(1.0 / pieces.step)
-    index = Register("float32", fma(bounded.value, per_step, tir.broadcast(_ROUNDER)))
-    middle = index.value - tir.broadcast(_ROUNDER)
-    offset = Register("float32", fma(bounded.value, per_step, tir.broadcast(0.0) - middle))
-    order = tir.reinterpret("int32x16", index.value)
-    return horner(offset.value, [_lookup(table, order) for table in pieces.coefficients])
-
-
-def _lookup(table: Sequence[float], index: Expr) -> Expr:
-    """`table[index % 32]` (vpermi2ps)."""
-    low, high = (_vector(table[i : i + LANES]) for i in (0, LANES))
-    return tir.intrinsic("float32x16", "llvm.x86.avx512.vpermi2var.ps.512", low, index, high)
-
-
-def _vector(numbers: Sequence[float]) -> Expr:
-    return tir.concatenate([tir.constant(number, "float32") for number in numbers])
 
 
 def _estimate(name: str, value: Expr) -> Expr:

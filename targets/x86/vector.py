@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from qcompiler.targets import tir
+from qcompiler.targets.piecewise import GELU_TAILS, Piecewise
 from qcompiler.targets.tir import LANES, Expr, Register, broadcast, maximum, minimum
 
 __all__ = [
@@ -47,13 +48,9 @@ EXP2_OF_FRACTION = (
     1.0, 0.6930448440, 0.2412802090, 0.0522424716, 0.0134266900,
 )  # fmt: skip
 
-# erfc(z) exp(z^2) = t P(t) with t = 1 / (1 + 0.4 z), absolute error of z erfc(z) 7e-9 for z >= 0.
-# One odd polynomial for erf, the usual choice, cannot reach 1e-6 in float32.
-_ERFC_SLOPE = 0.4
-_ERFC = (
-    0.2339019477367401, 0.14920590817928314, 0.5002164840698242, -0.4110690951347351,
-    0.7342315316200256, -0.20648708939552307,
-)  # fmt: skip
+_ROUNDER = 1.5 * 2**23
+"""Added to a float from 0 to 2^22 and taken away again it rounds to an integer, which the low bits
+of the sum hold."""
 
 
 def load_lanes(array: Expr, start: Expr, count: int, dtype: str = "float32") -> Expr:
@@ -193,6 +190,8 @@ class VectorUnit(ABC):
     """Whether it takes activations as int16, not uint8."""
     splits = False
     """Whether it takes activations as `SplitRows`, and weights as uint8, 128 more."""
+    lookup_size: int
+    """How many numbers a table for `lookup` has."""
 
     @abstractmethod
     def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
@@ -230,6 +229,10 @@ class VectorUnit(ABC):
     def exp_of_negative(self, value: Expr) -> Expr:
         """e^value to 3e-6 relative for -80 < value <= 0; 0 far below and for -inf, NaN for NaN."""
 
+    @abstractmethod
+    def lookup(self, table: Sequence[float], index: Expr) -> Expr:
+        """`table[index % lookup_size]` for each lane of an int32x16."""
+
     def reciprocal_root(self, value: Expr) -> Expr:
         """1 / sqrt(value) to 2 ulp: an estimate and one Newton step.
 
@@ -260,27 +263,20 @@ class VectorUnit(ABC):
         """e^value to 1e-5 relative (1e-7 for |value| < 1), between 2^-126 and 2^126."""
         return self._exp2(value * tir.broadcast(math.log2(math.e)))
 
-    def erfc_positive(self, value: Expr) -> Expr:
-        """erfc(value) for value >= 0."""
-        z = Register("float32", value)
-        t = Register(
-            "float32", self.reciprocal(fma(z.value, tir.broadcast(_ERFC_SLOPE), tir.broadcast(1.0)))
-        )
-        gauss = self._exp2(z.value * z.value * tir.broadcast(-math.log2(math.e)))
-        return gauss * (polynomial(t.value, _ERFC) * t.value)
-
     def gelu_tail(self, magnitude: Expr, approximate: str) -> Expr:
         """max(x, 0) - GELU(x) for the magnitude of x, to 6e-7; NaN for NaN."""
-        # Infinity times the 0 of its tail would be NaN.
-        magnitude = Register("float32", tir.minimum(tir.broadcast(1e4), magnitude)).value
-        if approximate == "tanh":
-            # x - x (1 + tanh(u)) / 2 = x sigmoid(-2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-            scale = -2 * math.sqrt(2 / math.pi)
-            square = magnitude * magnitude
-            cubic = square * tir.broadcast(0.044715 * scale) + tir.broadcast(scale)
-            return magnitude * self.sigmoid(magnitude * cubic)
-        tail = self.erfc_positive(magnitude * tir.broadcast(math.sqrt(0.5)))
-        return magnitude * tir.broadcast(0.5) * tail
+        return self._piecewise(magnitude, GELU_TAILS[self.lookup_size][approximate])
+
+    def _piecewise(self, magnitude: Expr, pieces: Piecewise) -> Expr:
+        """A function of magnitude >= 0, of which each coefficient is looked up."""
+        # In this order vminps returns NaN for NaN.
+        bounded = Register("float32", tir.minimum(tir.broadcast(pieces.last), magnitude))
+        per_step = tir.broadcast(1.0 / pieces.step)
+        index = Register("float32", fma(bounded.value, per_step, tir.broadcast(_ROUNDER)))
+        middle = index.value - tir.broadcast(_ROUNDER)
+        offset = Register("float32", fma(bounded.value, per_step, tir.broadcast(0.0) - middle))
+        order = tir.reinterpret("int32x16", index.value)
+        return horner(offset.value, [self.lookup(table, order) for table in pieces.coefficients])
 
     def sigmoid(self, value: Expr) -> Expr:
         """1 / (1 + e^-value)."""
