@@ -80,24 +80,44 @@ def pack(w: Array, isa: Isa, anchor: str = "QMatMulW8A8") -> tuple[Array, Array]
 def split_rows(q: Array, isa: Isa) -> tuple[Array, Array, Array, Array, Array]:
     """Rows q [M, K] as a kernel that splits them reads them: rows, starts, and what they lack."""
     (m, k), most = q.shape, tile_shape(1, isa).rows
-    groups, tiles = -(-k // 4), -(-m // most)
-    a = np.zeros((m, 4 * groups), np.int32)
+    groups, tiles, eights = -(-k // 4), -(-m // most), -(-k // 8)
+    a = np.zeros((m, 8 * eights), np.int32)
     a[:, :k] = q.astype(np.int32) - 128
-    sums = a.reshape(m, groups, 2, 2).sum(-1)
-    excess = np.zeros((m, groups, 4), np.int32)
-    excess[..., ::2] = sums - np.clip(sums, -128, 128)
-    lacking = excess.astype(np.int8).view(np.int32).reshape(m, groups)
-    counts = np.zeros(tiles, np.int32)
-    numbers, values = np.zeros((tiles, groups), np.int32), np.zeros((tiles, groups, most), np.int32)
-    height = -(-m // tiles)
+    first = _too_much(a) - _too_much(-a)
+    rest = np.where(_pair_sums(first, 1) > 128, np.maximum(first, 0), 0)
+    rest -= np.where(_pair_sums(first, -1) > 128, np.maximum(-first, 0), 0)
+    rest[..., ::2] = 0  # the second element is at most 128
+    lacking = np.stack([first - rest, rest], axis=1).astype(np.int8).view(np.int32)
+    shape = tiles, 3 * eights, most
+    counts, numbers = np.zeros(tiles, np.int32), np.zeros(shape, np.uint16)
+    values, height = np.zeros(shape, np.int32), -(-m // tiles)
     for tile in range(tiles):
-        first = min(tile * height, m - height)
-        rows = lacking[first : first + height]
-        found = np.flatnonzero(rows.any(axis=0))
-        counts[tile], numbers[tile, : found.size] = found.size, found
-        values[tile, :, :height] = rows.T
-    split = (a - excess.reshape(a.shape)).astype(np.int8).view(np.uint8)
+        start = min(tile * height, m - height)
+        for i in range(height):
+            part, found = np.nonzero(lacking[start + i])
+            counts[tile] = max(counts[tile], found.size)
+            numbers[tile, : found.size, i] = found
+            values[tile, : found.size, i] = lacking[start + i, part, found]
+    split = (a - first)[:, : 4 * groups].astype(np.int8).view(np.uint8)
     return split, -128 * a.sum(1, dtype=np.int32), counts, numbers, values
+
+
+def _pair_sums(a: Array, sign: int) -> Array:
+    """Of each element's pair, what is of this sign."""
+    return np.maximum(sign * a, 0).reshape(len(a), -1, 2).sum(-1).repeat(2, axis=1)
+
+
+def _too_much(a: Array) -> Array:
+    """What the positive of each four have beyond 128: of one pair if it can, the later rather."""
+    fours = np.maximum(a, 0).reshape(len(a), -1, 2, 2, 2).swapaxes(2, 3).reshape(-1, 2, 2)
+    earlier, later = fours.sum(2).T
+    over = np.maximum(earlier + later - 128, 0)
+    of_earlier = (over > later) & (over <= np.minimum(earlier, 128))
+    of_later = np.where(of_earlier, 0, np.minimum(over, later))
+    shares = np.stack([over - of_later, of_later], axis=1)
+    first = np.minimum(fours[..., 0], shares)
+    taken = np.stack([first, shares - first], axis=2)
+    return taken.reshape(len(a), -1, 2, 2, 2).swapaxes(2, 3).reshape(a.shape)
 
 
 def operands(q: Array, w: Array, isa: Isa) -> tuple[Array, list[Array]]:

@@ -63,13 +63,17 @@ def split(library: ctypes.CDLL, q: Array, block_rows: int, context: bool) -> lis
     memory = guarded(np.full(bytes_, 0x5A, np.uint8))
     some = ctypes.c_void_p(1 if context else None)
     tiles = library.split(pointer(source), *numbers, pointer(memory), some, parts)
-    groups = -(-k // 4)
-    shapes = [(rows, groups), (rows,), (tiles,), (tiles, groups), (tiles, groups, TILE_ROWS)]
-    starts = [int(part or 0) - memory.ctypes.data for part in parts]
-    return [
-        memory[start:][: 4 * int(np.prod(shape))].view(np.int32).reshape(shape).copy()
-        for start, shape in zip(starts, shapes, strict=True)
-    ]
+    lacking = (tiles, 3 * -(-k // 8), TILE_ROWS)
+    forms: list[tuple[tuple[int, ...], type]] = [
+        ((rows, -(-k // 4) * 4), np.int8), ((rows,), np.int32), ((tiles,), np.int32),
+        (lacking, np.uint16), (lacking, np.int32),
+    ]  # fmt: skip
+    found = []
+    for part, (shape, dtype) in zip(parts, forms, strict=True):
+        start = int(part or 0) - memory.ctypes.data
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        found.append(memory[start : start + size].view(dtype).reshape(shape).copy())
+    return found
 
 
 def activations(rng: np.random.Generator, m: int, k: int) -> Array:
@@ -95,35 +99,48 @@ def test_splitting(
 ) -> None:
     q = activations(np.random.default_rng(seed), m, k)
     rows, starts, counts, groups, values = split(library, q, block, context)
+    np.testing.assert_array_equal(starts, -128 * (q.astype(np.int32) - 128).sum(1))
     tile = 0
     for first in range(0, m, block):
-        part = slice(first, first + block)
-        expected = split_rows(q[part], AVX2)
-        np.testing.assert_array_equal(rows[part].view(np.uint8), expected[0])
-        np.testing.assert_array_equal(starts[part], expected[1])
-        for count, numbers, lacking in zip(*expected[2:], strict=True):
-            height = -(-len(q[part]) // len(expected[2]))
-            assert counts[tile] == count
-            np.testing.assert_array_equal(np.sort(groups[tile, :count]), numbers[:count])
-            found = values[tile, numbers[:count], :height]
-            np.testing.assert_array_equal(found, lacking[numbers[:count], :height])
+        part = q[first : first + block]
+        expected = split_rows(part, AVX2)
+        np.testing.assert_array_equal(rows[first : first + block].view(np.uint8), expected[0])
+        tiles = len(expected[2])
+        height = -(-len(part) // tiles)
+        for index in range(tiles):
+            np.testing.assert_equal(counts[tile], expected[2][index])
+            most, start = counts[tile], first + min(index * height, len(part) - height)
+            whole = np.zeros((height, rows.shape[1] // 4, 4), np.int32)
+            for i in range(height):
+                lacking = values[tile, :most, i].copy().view(np.int8).reshape(-1, 4)
+                assert_fits(lacking.reshape(-1, 2))
+                np.add.at(whole[i], groups[tile, :most, i], lacking)
+            whole = whole.reshape(height, -1) + rows[start : start + height]
+            np.testing.assert_array_equal(whole[:, :k], q[start : start + height] - 128.0)
             tile += 1
     assert tile == len(counts)
 
 
-def test_nothing_saturates() -> None:
-    """Each pair of int8, and what it lacks, times uint8: vpmaddubsw's sums fit int16."""
-    one, other = np.meshgrid(np.arange(256), np.arange(256))
-    q = np.stack([one.ravel(), other.ravel()], axis=1).astype(np.uint8)
+def assert_fits(elements: Array) -> None:
+    """Each row of int8 times uint8 adds up to an int16."""
+    wide = elements.astype(np.int64)
+    assert (255 * np.maximum(wide, 0).sum(1)).max(initial=0) <= 32767
+    assert (255 * np.minimum(wide, 0).sum(1)).min(initial=0) >= -32768
+
+
+@needs("avx2")
+def test_nothing_saturates(library: ctypes.CDLL) -> None:
+    """Fours of all corners, and of what is just at the limit, in both places of eight."""
+    values = [0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 254, 255]
+    corners = np.stack(np.meshgrid(*4 * [values]), axis=-1).reshape(-1, 4)
+    q = corners[:, [0, 1, 3, 2, 2, 3, 0, 1]].astype(np.uint8)  # fours 0, 1, 2, 3 and 3, 2, 0, 1
     for start in range(0, len(q), 4096):
-        rows, _, _, _, _ = split_rows(q[start : start + 4096], AVX2)
-        pair = rows.view(np.int8)[:, :2].astype(np.int64)
-        lacking = q[start : start + 4096].astype(np.int64) - 128 - pair
-        assert (lacking[:, 1] == 0).all()
-        for part in (pair, lacking):
-            largest = 255 * np.maximum(part, 0).sum(1)
-            smallest = 255 * np.minimum(part, 0).sum(1)
-            assert largest.max() <= 32767
-            assert smallest.min() >= -32768
-        assert lacking.min() >= -128
-        assert lacking.max() <= 127
+        part = q[start : start + 4096]
+        rows, _, counts, groups, values_of = split(library, part, len(part), context=False)
+        fours = rows.reshape(-1, 2, 2, 2).swapaxes(1, 2).reshape(-1, 4)
+        assert_fits(fours)
+        lacking = values_of.view(np.int8).reshape(*values_of.shape, 4)
+        for tile, most in enumerate(counts):
+            assert_fits(lacking[tile, :most].reshape(-1, 2))
+        assert counts.max() == 3
+        assert groups.dtype == np.uint16

@@ -30,7 +30,9 @@ struct qc_norm_args {
 
 /* What activations that were split lack, by tile: see x86/activations.py. */
 struct qc_excess {
-    const int32_t *counts, *groups, *values;
+    const int32_t *counts;
+    const uint16_t *groups;
+    const int32_t *values;
 };
 
 struct qc_qmatmul_args {

@@ -20,9 +20,10 @@ struct qmatmul {
 struct split_rows {
     const uint8_t *q;
     int64_t rows, k, block_rows, tile_rows;
-    int64_t block_tiles, tiles, tasks; /* planned */
+    int64_t block_tiles, tiles, numbers, tasks; /* planned */
     int8_t *split;
-    int32_t *starts, *counts, *groups, *values;
+    int32_t *starts, *counts, *values;
+    uint16_t *groups;
 };
 
 struct qmatmul_run {
@@ -39,9 +40,9 @@ struct quantized {
     float s[QUANTIZED_ROWS];
 };
 
-/* More than `qc_plan_split` asks for of rows that are quantized at once, in tiles of 2 rows or more:
- * for them, for as much of what they lack, and for the groups that lack something. */
-enum { SPLIT_BYTES = 3 * QUANTIZED_BYTES };
+/* More than `qc_plan_split` asks for of rows that are quantized at once, at least a tile of up to 4 of
+ * at most 16 KiB: for them, and 2.25 times as much for what they and 3 rows more may lack. */
+enum { SPLIT_BYTES = 4 * QUANTIZED_BYTES, MOST_TILE_ROWS = 8 };
 
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -1,10 +1,11 @@
-/* Activations as AVX2 multiplies them: int8, in pairs that vpmaddubsw does not saturate.
+/* Activations as AVX2 multiplies them: int8, in fours whose products with uint8 do not saturate.
  *
- * It adds two products of a uint8 and an int8 as int16, which holds 255 * 128.  A pair a, b of
- * activations less 128 that adds up to more than 128 becomes 128 - b, b (or -128 - b, b below -128);
- * what that lacks, a + b - 128, is noted, to be multiplied by the same weights once more.  One pair in
- * 40 to 2000 of a transformer's is such a one.  Weights are uint8, 128 more than they are, so that sums
- * start at -128 times those of a row. */
+ * vpmaddubsw adds two products of a uint8 and an int8 as int16, and vpaddw another two: an int16 holds
+ * 255 * 128 either way.  Two neighbouring pairs, of eight elements the first and third or the second
+ * and fourth, make a four.  Of one whose positive activations less 128 add up to more than 128, the
+ * rest is noted, to be multiplied by the same weights once more; so of one whose negative do.  Of a
+ * transformer's groups of eight one in 3 to 200 has such a four.  Weights are uint8, 128 more than they
+ * are, so that sums start at -128 times those of a row. */
 #include <immintrin.h>
 #include <string.h>
 
@@ -12,60 +13,91 @@
 
 #define AVX2 __attribute__((target("avx2")))
 
-enum { QUAD = 4, QUADS = 8, LIMIT = 128, MOST_QUADS = 1 << 15 };
+enum { QUAD = 4, QUADS = 8, LIMIT = 128 };
 
 /* Bytes that a core splits in a nanosecond. */
-static const double SPLIT_RATE = 10;
+static const double SPLIT_RATE = 6;
 
-/* What the rows of a tile lack; `seen` has a bit for each group of four. */
+/* What a row of a tile lacks. */
 struct lacking {
-    int64_t tile_rows;
-    int32_t *count, *groups, *values;
-    uint8_t seen[MOST_QUADS / 8];
+    int64_t count, tile_rows;
+    uint16_t *groups; /* each `tile_rows` from the one before, like values */
+    int32_t *values;
 };
 
-static void note(struct lacking *lacking, int64_t row, int64_t group, int32_t value) {
-    int32_t *values = lacking->values + group * lacking->tile_rows;
-    uint8_t bit = (uint8_t)(1 << group % 8);
-    if (!(lacking->seen[group / 8] & bit)) {
-        lacking->seen[group / 8] |= bit;
-        lacking->groups[(*lacking->count)++] = (int32_t)group;
-        memset(values, 0, (size_t)lacking->tile_rows * sizeof *values);
+static void note(struct lacking *lacking, int64_t group, int32_t value) {
+    const int64_t index = lacking->count++ * lacking->tile_rows;
+    lacking->groups[index] = (uint16_t)group;
+    lacking->values[index] = value;
+}
+
+AVX2 static void note_vector(struct lacking *lacking, int64_t group, __m256i excess) {
+    int32_t values[QUADS];
+    __m256i none = _mm256_cmpeq_epi32(excess, _mm256_setzero_si256());
+    unsigned some = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(none)) ^ 0xff;
+    _mm256_storeu_si256((__m256i *)values, excess);
+    for (; some; some &= some - 1) {
+        const int i = __builtin_ctz(some);
+        note(lacking, group + i, values[i]);
     }
-    values[row] = value;
+}
+
+/* Of the bytes of each pair as much as `share`, an int16, from the first as far as it goes. */
+AVX2 static __m256i take(__m256i magnitudes, __m256i share) {
+    __m256i first = _mm256_and_si256(magnitudes, _mm256_set1_epi16(0xff));
+    first = _mm256_min_epi16(first, share);
+    return _mm256_or_si256(first, _mm256_slli_epi16(_mm256_sub_epi16(share, first), 8));
+}
+
+/* The part of its four's `over` that a pair of this sum gives.  One pair gives all, if it can; the
+ * earlier gives no more than can be multiplied at once. */
+AVX2 static __m256i share(__m256i over, __m256i pairs) {
+    const __m256i limit = _mm256_set1_epi16(LIMIT);
+    const __m256i most = _mm256_blend_epi32(_mm256_min_epi16(pairs, limit), pairs, 0xaa);
+    const __m256i lacks = _mm256_cmpgt_epi16(over, most);
+    const __m256i other_lacks = _mm256_shuffle_epi32(lacks, 0xb1);
+    const __m256i rest = _mm256_subs_epu16(over, _mm256_shuffle_epi32(pairs, 0xb1));
+    const __m256i all_or_rest = _mm256_blendv_epi8(_mm256_and_si256(over, other_lacks), rest, lacks);
+    const __m256i other_gives_all = _mm256_andnot_si256(other_lacks, lacks);
+    const __m256i later = _mm256_andnot_si256(other_gives_all, _mm256_min_epi16(over, pairs));
+    return _mm256_blend_epi32(all_or_rest, later, 0xaa);
 }
 
 /* 32 activations; adds them to `total`, and notes what is missing in the result. */
-AVX2 static __m256i split_vector(__m256i q, __m256i *total, struct lacking *lacking, int64_t row,
-                                 int64_t group) {
-    const __m256i one = _mm256_set1_epi8(1), limit = _mm256_set1_epi16(LIMIT);
-    __m256i a = _mm256_xor_si256(q, _mm256_set1_epi8((char)0x80));
-    __m256i pairs = _mm256_maddubs_epi16(one, a);
-    __m256i bounded = _mm256_max_epi16(_mm256_min_epi16(pairs, limit), _mm256_set1_epi16(-LIMIT));
-    __m256i excess = _mm256_and_si256(_mm256_sub_epi16(pairs, bounded), _mm256_set1_epi16(0xff));
-    *total = _mm256_add_epi32(*total, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-    __m256i none = _mm256_cmpeq_epi32(excess, _mm256_setzero_si256());
-    unsigned some = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(none)) ^ 0xff;
-    if (some) {
-        int32_t values[QUADS];
-        _mm256_storeu_si256((__m256i *)values, excess);
-        for (; some; some &= some - 1) {
-            int i = __builtin_ctz(some);
-            note(lacking, row, group + i, values[i]);
-        }
-    }
+AVX2 static __m256i split_vector(__m256i q, __m256i *total, struct lacking *lacking, int64_t group) {
+    const __m256i none = _mm256_setzero_si256(), one = _mm256_set1_epi8(1);
+    const __m256i limit = _mm256_set1_epi16(LIMIT);
+    const __m256i a = _mm256_xor_si256(q, _mm256_set1_epi8((char)0x80));
+    const __m256i above = _mm256_max_epi8(a, none);
+    const __m256i below = _mm256_sub_epi8(none, _mm256_min_epi8(a, none)); /* 128 as uint8 */
+    const __m256i up = _mm256_maddubs_epi16(above, one), down = _mm256_maddubs_epi16(below, one);
+    const __m256i other_up = _mm256_shuffle_epi32(up, 0xb1), other_down = _mm256_shuffle_epi32(down, 0xb1);
+    const __m256i over = _mm256_subs_epu16(_mm256_add_epi16(up, other_up), limit);
+    const __m256i under = _mm256_subs_epu16(_mm256_add_epi16(down, other_down), limit);
+    const __m256i sums = _mm256_sub_epi16(up, down);
+    *total = _mm256_add_epi32(*total, _mm256_madd_epi16(sums, _mm256_set1_epi16(1)));
+    const __m256i any = _mm256_or_si256(over, under);
+    if (_mm256_testz_si256(any, any)) return a;
+
+    const __m256i from_above = share(over, up), from_below = share(under, down);
+    const __m256i excess = _mm256_sub_epi8(take(above, from_above), take(below, from_below));
+    /* A pair may lack more than can be multiplied at once. */
+    const __m256i some_above = _mm256_min_epi16(from_above, limit);
+    const __m256i some_below = _mm256_min_epi16(from_below, limit);
+    const __m256i some = _mm256_sub_epi8(take(above, some_above), take(below, some_below));
+    note_vector(lacking, group, some);
+    note_vector(lacking, group, _mm256_sub_epi8(excess, some));
     return _mm256_sub_epi8(a, excess);
 }
 
 /* Row `row` of a tile, to whole groups with zeros at the end unless `split` is NULL; returns where its
  * sums start. */
-AVX2 static int32_t split_row(const uint8_t *q, int64_t k, int8_t *split, struct lacking *lacking,
-                              int64_t row) {
+AVX2 static int32_t split_row(const uint8_t *q, int64_t k, int8_t *split, struct lacking *lacking) {
     __m256i total = _mm256_setzero_si256();
     int64_t i = 0;
     for (; i + 32 <= k; i += 32) {
         __m256i part = _mm256_loadu_si256((const __m256i *)(q + i));
-        part = split_vector(part, &total, lacking, row, i / QUAD);
+        part = split_vector(part, &total, lacking, i / QUAD);
         if (split) _mm256_storeu_si256((__m256i *)(split + i), part);
     }
     if (i < k) {
@@ -73,7 +105,7 @@ AVX2 static int32_t split_row(const uint8_t *q, int64_t k, int8_t *split, struct
         memset(last, 128, sizeof last);
         memcpy(last, q + i, (size_t)(k - i));
         __m256i part = _mm256_loadu_si256((const __m256i *)last);
-        part = split_vector(part, &total, lacking, row, i / QUAD);
+        part = split_vector(part, &total, lacking, i / QUAD);
         _mm256_storeu_si256((__m256i *)last, part);
         if (split) memcpy(split + i, last, (size_t)(ceil_div(k - i, QUAD) * QUAD));
     }
@@ -93,28 +125,32 @@ static struct cut cut(int64_t rows, int64_t tile_rows) {
     return (struct cut){tiles, ceil_div(rows, tiles)};
 }
 
+/* How many numbers a row may lack: each two groups of four up to three. */
+static int64_t most_lacking(int64_t k) { return 3 * ceil_div(k, 2 * QUAD); }
+
 /* Tile `index` of all blocks.  The last of a block overlaps the one before, whose rows are not
  * written again: another thread may be at it. */
 static void split_tile(const struct split_rows *split, int64_t index) {
-    const int64_t groups = ceil_div(split->k, QUAD), tile_rows = split->tile_rows;
+    const int64_t length = ceil_div(split->k, QUAD) * QUAD, tile_rows = split->tile_rows;
     const int64_t block = index / split->block_tiles * split->block_rows;
     const int64_t rows = min(split->rows - block, split->block_rows);
     const struct cut tiles = cut(rows, tile_rows);
     const int64_t begin = index % split->block_tiles * tiles.height;
     const int64_t first = min(begin, rows - tiles.height);
-    struct lacking lacking;
-    lacking.tile_rows = tile_rows;
-    lacking.count = split->counts + index;
-    lacking.groups = split->groups + index * groups;
-    lacking.values = split->values + index * groups * tile_rows;
-    *lacking.count = 0;
-    memset(lacking.seen, 0, (size_t)ceil_div(groups, 8)); /* 4 KiB would take longer than a row */
+    const int64_t start = index * most_lacking(split->k) * tile_rows;
+    struct lacking lacking[MOST_TILE_ROWS];
+    int64_t most = 0;
     for (int64_t i = 0; i < tiles.height; i++) {
-        int64_t row = block + first + i;
-        int8_t *target = first + i < begin ? NULL : split->split + row * groups * QUAD;
-        int32_t start = split_row(split->q + row * split->k, split->k, target, &lacking, i);
-        if (target) split->starts[row] = start;
+        const int64_t row = block + first + i;
+        int8_t *target = first + i < begin ? NULL : split->split + row * length;
+        lacking[i] = (struct lacking){0, tile_rows, split->groups + start + i, split->values + start + i};
+        const int32_t sum = split_row(split->q + row * split->k, split->k, target, lacking + i);
+        if (target) split->starts[row] = sum;
+        most = max(most, lacking[i].count);
     }
+    for (int64_t i = 0; i < tiles.height; i++)
+        while (lacking[i].count < most) note(lacking + i, 0, 0);
+    split->counts[index] = (int32_t)most;
 }
 
 static int64_t all_tiles(const struct split_rows *split) {
@@ -125,21 +161,22 @@ static int64_t all_tiles(const struct split_rows *split) {
 static size_t rounded(int64_t bytes) { return ((size_t)bytes + 63) / 64 * 64; }
 
 size_t qc_plan_split(struct split_rows *split) {
-    const int64_t groups = ceil_div(split->k, QUAD), word = sizeof(int32_t);
+    const int64_t length = ceil_div(split->k, QUAD) * QUAD, word = sizeof(int32_t);
     split->block_tiles = ceil_div(split->block_rows, split->tile_rows);
     split->tiles = all_tiles(split);
-    return rounded(split->rows * groups * QUAD) + rounded(split->rows * word) +
-           rounded(split->tiles * word) + rounded(split->tiles * groups * word) +
-           rounded(split->tiles * split->tile_rows * groups * word);
+    split->numbers = split->tiles * most_lacking(split->k) * split->tile_rows;
+    return rounded(split->rows * length) + rounded(split->rows * word) +
+           rounded(split->tiles * word) + rounded(split->numbers * word) +
+           rounded(split->numbers * (int64_t)sizeof(uint16_t));
 }
 
 void qc_place_split(struct split_rows *split, char *memory) {
-    const int64_t groups = ceil_div(split->k, QUAD), word = sizeof(int32_t);
+    const int64_t length = ceil_div(split->k, QUAD) * QUAD, word = sizeof(int32_t);
     split->split = (int8_t *)memory;
-    split->starts = (int32_t *)(memory += rounded(split->rows * groups * QUAD));
+    split->starts = (int32_t *)(memory += rounded(split->rows * length));
     split->counts = (int32_t *)(memory += rounded(split->rows * word));
-    split->groups = (int32_t *)(memory += rounded(split->tiles * word));
-    split->values = (int32_t *)(memory + rounded(split->tiles * groups * word));
+    split->values = (int32_t *)(memory += rounded(split->tiles * word));
+    split->groups = (uint16_t *)(memory + rounded(split->numbers * word));
 }
 
 static void split_task(void *argument, size_t index) {
@@ -158,10 +195,11 @@ OrtStatus *qc_split(struct split_rows *split, OrtKernelContext *context) {
 }
 
 void qc_read_split(const struct split_rows *split, int64_t row, struct qc_qmatmul_args *args) {
-    const int64_t groups = ceil_div(split->k, QUAD);
+    const int64_t length = ceil_div(split->k, QUAD) * QUAD;
     const int64_t tile = row / split->block_rows * split->block_tiles;
-    args->q = (const uint8_t *)split->split + row * groups * QUAD;
+    const int64_t start = tile * most_lacking(split->k) * split->tile_rows;
+    args->q = (const uint8_t *)split->split + row * length;
     args->init = split->starts + row;
-    args->excess = (struct qc_excess){split->counts + tile, split->groups + tile * groups,
-                                      split->values + tile * groups * split->tile_rows};
+    args->excess =
+        (struct qc_excess){split->counts + tile, split->groups + start, split->values + start};
 }

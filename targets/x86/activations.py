@@ -1,4 +1,4 @@
-"""How a tile reads its activations: `depth` elements of K of each row at a time, as an int32."""
+"""How a tile reads its activations: a group of `depth` elements of K at a time, as an int32."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Register
 
-__all__ = ["ByteRows", "Emit", "Excess", "SplitRows", "WidenedRows"]
+__all__ = ["ByteRows", "Emit", "Excess", "Part", "SplitRows", "WidenedRows"]
 
-Emit = Callable[[Expr, Sequence[Expr]], None]
-"""Emits the code for one group of elements: (its number; its bits, of each row)."""
+Part = tuple[Expr, Expr]
+"""A group of elements of K: its number, and the bits of a row's."""
+
+Emit = Callable[[Sequence[Sequence[Part]]], None]
+"""Emits the products of the parts of each row, whose sum is added to the row's."""
 
 _QUAD, _PAIR = 4, 2
 
@@ -29,13 +32,13 @@ class ByteRows:
         """Call `emit` for each four elements of K."""
         whole, rest = divmod(self._k, _QUAD)
 
-        def quads(quad: Expr, width: int) -> list[Expr]:
-            return [self._bits(first_row + i, quad, width) for i in range(rows)]
+        def quads(quad: Expr, width: int) -> list[list[Part]]:
+            return [[(quad, self._bits(first_row + i, quad, width))] for i in range(rows)]
 
         with tir.loop(0, whole) as quad:
-            emit(quad, quads(quad, _QUAD))
+            emit(quads(quad, _QUAD))
         if rest:
-            emit(whole, quads(whole, rest))
+            emit(quads(whole, rest))
 
     def _bits(self, row: Expr, quad: Expr, width: int) -> Expr:
         """`width` activations as the bytes of an int32; those past the end of K are zero."""
@@ -48,12 +51,12 @@ class ByteRows:
 
 @dataclasses.dataclass(frozen=True)
 class Excess:
-    """What `SplitRows` lack, by tile: [tile][group] arrays of which few elements are set.
+    """What `SplitRows` lack, by tile: so many numbers of each row, those of an index side by side.
 
     Attributes:
-        counts: How many groups of a tile lack something, [tile].
-        groups: Which, [tile][ceil(K/4)].
-        values: What is lacking, four int8 of each row, [tile][ceil(K/4)][rows of a tile].
+        counts: How many of each row, [tile].
+        groups: Where, as uint16, [tile][3 * ceil(ceil(K/4) / 2)][rows of a tile].
+        values: What, four int8, of the same shape.
     """
 
     counts: Expr
@@ -62,26 +65,38 @@ class Excess:
 
 
 class SplitRows:
-    """Rows of int8, four elements at a time, in pairs that vpmaddubsw does not saturate.
+    """Rows of int8, eight elements at a time, in fours that vpmaddubsw and vpaddw do not saturate.
 
-    Two products of a uint8 and such a pair fit an int16 if the pair adds up to at most 128 either
-    way.  From the few pairs beyond, native/split_rows.c takes what is too much, to be multiplied
-    once more with the same weights.  Rows are whole groups long, with zeros at the end.
+    Four products of a uint8 and an int8 fit an int16 if neither the positive of the int8 add up to
+    more than 128, nor the negative.  From the few fours beyond, native/split_rows.c takes what is
+    too much, to be multiplied once more with the same weights.  Rows are whole groups long, with
+    zeros at the end.
     """
 
     def __init__(self, q: Expr, k: int, rows: int, excess: Excess) -> None:
         self._q, self._groups, self._most, self._excess = q, -(-k // _QUAD), rows, excess
 
     def for_groups(self, tile: Expr, first_row: Expr, rows: int, emit: Emit) -> None:
-        """Call `emit` for each four elements of K, and again for those that lack something."""
-        with tir.loop(0, self._groups) as quad:
-            starts = [((first_row + i) * self._groups + quad) * _QUAD for i in range(rows)]
-            emit(quad, [tir.reinterpret("int32", self._q.vload([i], "uint8x4")) for i in starts])
+        """Call `emit` for each two groups, for the last of an odd number, for what is lacking."""
+
+        def parts(*groups: Expr) -> list[list[Part]]:
+            return [[(group, self._bits(first_row + i, group)) for group in groups]
+                    for i in range(rows)]  # fmt: skip
+
+        with tir.loop(0, self._groups // 2) as two:
+            emit(parts(two * 2, two * 2 + 1))
+        if self._groups % 2:
+            emit(parts(tir.constant(self._groups - 1, "int32")))
         excess = self._excess
+        most_lacking = 3 * -(-self._groups // 2)
         with tir.loop(0, excess.counts[tile]) as index:
-            group = Register("int32", excess.groups[tile * self._groups + index], 1)
-            start = Register("int32", (tile * self._groups + group.value) * self._most, 1)
-            emit(group.value, [excess.values[start.value + i] for i in range(rows)])
+            start = Register("int32", (tile * most_lacking + index) * self._most, 1)
+            places = [start.value + i for i in range(rows)]
+            emit([[(tir.cast("int32", excess.groups[i]), excess.values[i])] for i in places])
+
+    def _bits(self, row: Expr, group: Expr) -> Expr:
+        start = (row * self._groups + group) * _QUAD
+        return tir.reinterpret("int32", self._q.vload([start], "uint8x4"))
 
 
 class WidenedRows:
@@ -107,8 +122,9 @@ class WidenedRows:
                 start = Register("int32", (first_row + i) * self._k + first.value, 1)
                 self._widen(i * self._chunk, start.value, count.value)
             with tir.loop(0, (count.value + 1) // _PAIR) as pair:
-                pairs = [self._bits(i * self._chunk + pair * _PAIR) for i in range(rows)]
-                emit(first.value // _PAIR + pair, pairs)
+                group = first.value // _PAIR + pair
+                bits = [self._bits(i * self._chunk + pair * _PAIR) for i in range(rows)]
+                emit([[(group, pair_bits)] for pair_bits in bits])
 
     def _widen(self, target: Expr, start: Expr, count: Expr) -> None:
         with tir.loop(0, count // LANES) as group:

@@ -80,10 +80,10 @@ class Avx2(VectorUnit):
 
 
 class Avx2Split(Avx2):
-    """AVX2, for activations of int8 that come in pairs of at most 128.
+    """AVX2, for activations of int8 that come in fours of which neither sign adds up to over 128.
 
-    Half again as fast as widened: three instructions for 32 products, of which two are
-    multiplications, instead of four, and a byte for each operand instead of two.
+    Twice as fast as widened: five instructions for 64 products, of which three are multiplications,
+    instead of eight and four, and a byte for each operand instead of two.
     """
 
     depth = 4
@@ -92,10 +92,17 @@ class Avx2Split(Avx2):
 
     def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
         """`total` plus four products per lane (vpmaddubsw, vpmaddwd by 1, vpaddd)."""
-        everywhere = tir.reinterpret("int8x64", tir.broadcast(activations))
-        pairs = _by_halves("int16", "llvm.x86.avx2.pmadd.ub.sw", weights, everywhere, width=16)
+        return self.dot_products_u8s8(total, [(activations, weights)])
+
+    def dot_products_u8s8(self, total: Expr, factors: Sequence[tuple[Expr, Expr]]) -> Expr:
+        """The same of one pair or two, whose products are added as int16."""
+        first, *second = (self._pairs(*pair) for pair in factors)
         ones = tir.broadcast(tir.constant(1, "int16"), 2 * LANES)
-        return total + _by_halves("int32", "llvm.x86.avx2.pmadd.wd", pairs, ones)
+        return total + _by_halves("int32", "llvm.x86.avx2.pmadd.wd", sum(second, first), ones)
+
+    def _pairs(self, activations: Expr, weights: Expr) -> Expr:
+        everywhere = tir.reinterpret("int8x64", tir.broadcast(activations))
+        return _by_halves("int16", "llvm.x86.avx2.pmadd.ub.sw", weights, everywhere, width=16)
 
 
 class AvxVnni(Avx2):

@@ -185,7 +185,7 @@ def _qmatmul_parameters(region: Region, isa: Isa) -> list[tuple[str, str]]:
         ("const int8_t *", "a->weights"),
         ("const int32_t *", "a->init"),
         *(
-            ("const int32_t *", f"a->excess.{name}")
+            (f"const {'uint16_t' if name == 'groups' else 'int32_t'} *", f"a->excess.{name}")
             for name in ("counts", "groups", "values")
             if splits_rows(region.anchor, isa)
         ),

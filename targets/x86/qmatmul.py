@@ -21,7 +21,7 @@ from qcompiler.ir.region import Region
 from qcompiler.targets import tir
 from qcompiler.targets.epilogue import apply_steps
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
-from qcompiler.targets.x86.activations import ByteRows, Excess, SplitRows, WidenedRows
+from qcompiler.targets.x86.activations import ByteRows, Excess, Part, SplitRows, WidenedRows
 from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
 from qcompiler.targets.x86.units import multiplier_of
@@ -138,17 +138,17 @@ class Loops:
             for i in range(height)
         ]
 
-        def step(group: Expr, activations: Sequence[Expr]) -> None:
+        def step(rows: Sequence[Sequence[Part]]) -> None:
             if prefetched is not None:
                 next_panel = self._weight_start(panels[0] + 1, 0, 0)
-                line = (prefetched * self._groups + group) * (LANES * self._depth)
-                tir.prefetch_to_l2(self._operands.weights, next_panel + line)
+                for group, _ in rows[0]:
+                    line = (prefetched * self._groups + group) * (LANES * self._depth)
+                    tir.prefetch_to_l2(self._operands.weights, next_panel + line)
             for p, panel in enumerate(panels):
-                weights = [self._weights(panel, group, j) for j in range(vectors)]
-                rows = sums[p * height : (p + 1) * height]
-                for row, several in zip(rows, activations, strict=True):
-                    for total, weight in zip(row, weights, strict=True):
-                        total.set(self._unit.dot_product_u8s8(total.value, several, weight))
+                for row, parts in zip(sums[p * height : (p + 1) * height], rows, strict=True):
+                    for j, total in enumerate(row):
+                        factors = [(bits, self._weights(panel, g, j)) for g, bits in parts]
+                        total.set(self._unit.dot_products_u8s8(total.value, factors))
 
         self._activations.for_groups(tile, first_row, height, step)
         return sums
@@ -287,6 +287,13 @@ _RANGE = tuple(
     Parameter(name, "int32", is_pointer=False) for name in ("rows", "panel_begin", "panel_end")
 )
 
-_EXCESS = tuple(Parameter(field.name, "int32") for field in dataclasses.fields(Excess))
+_EXCESS = tuple(
+    Parameter(name, dtype)
+    for name, dtype in zip(
+        (field.name for field in dataclasses.fields(Excess)),
+        ("int32", "uint16", "int32"),
+        strict=True,
+    )
+)
 
 _PART = tuple(Parameter(name, "int32", is_pointer=False) for name in ("y_columns", "y_first"))

@@ -30,10 +30,10 @@ class TileShape:
 _THREE_VECTORS = TileShape(8, 3)
 _FOUR_VECTORS = TileShape(6, 4)
 # Of 16 ymm, vpdpbusd takes 12 accumulators for its latency, two of weights, one of activations.
-# vpmaddwd needs one for its product too; its sums wait for an addition only, and 5 rows leave a few
-# registers to spare: 4% faster than 6, 9% with 16 rows.
+# AVX2 only adds to its sums, so that 8 are enough; the other registers hold weights of
+# two groups and what is multiplied: 9% faster than 5 rows, whose sums are spilled (5% if widened).
 _YMM_VNNI = TileShape(6, 1)
-_YMM = TileShape(5, 1)
+_YMM = TileShape(4, 1)
 
 _WIDE = 128
 """From this many vectors on, one narrow panel at the edge costs less than 1%, and three vectors are

@@ -201,6 +201,12 @@ class VectorUnit(ABC):
         lane side by side.
         """
 
+    def dot_products_u8s8(self, total: Expr, factors: Sequence[tuple[Expr, Expr]]) -> Expr:
+        """The same of several pairs of activations and weights."""
+        return functools.reduce(
+            lambda so_far, pair: self.dot_product_u8s8(so_far, *pair), factors, total
+        )
+
     @abstractmethod
     def round_to_int32(self, value: Expr) -> Expr:
         """Nearest integer, ties to even; `T.round` rounds ties away from zero."""
