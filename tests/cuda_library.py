@@ -253,6 +253,8 @@ def unpacked_scales(region: Region, address: int) -> dict[str, Array]:
 def emulate(driver: Driver, region: Region, arch: str) -> None:
     """The kernels of a product, in numpy, from what they are given alone."""
     n, k = region.size("N"), region.size("K")
+    has_groups = region.anchor in FOUR_BITS
+    sum_type = np.int32 if region.anchor == "QMatMulW8A8" else np.float32
 
     def extras_of(given: dict[str, int], rows: int) -> list[Array]:
         return [
@@ -276,14 +278,16 @@ def emulate(driver: Driver, region: Region, arch: str) -> None:
                 for name, dtype in TYPES[region.anchor].items()
                 if name in given and name != "y"
             }
-            constants = {
-                "w": unpacked(region, given["w"]),
-                **unpacked_scales(region, given["ws"]),
-            }
+            constants = {"w": unpacked(region, given["w"])}
+            if "ws" in given:
+                constants |= unpacked_scales(region, given["ws"])
             if launch.combine is None:
                 store(given, anchor_result(region, constants, feed), rows)
                 return
-            partial = memory(given["workspace"], np.float32, launch.splits, rows, n)
+            if not has_groups:  # sums, which combine scales
+                feed["s"] = np.ones((rows, 1), np.float32)
+                constants["ws"] = np.ones(n, np.float32)
+            partial = memory(given["workspace"], sum_type, launch.splits, rows, n)
             for split, part in enumerate(np.array_split(np.arange(k), launch.splits)):
                 name = "x" if "x" in feed else "q"
                 some = np.full_like(feed[name], 128 if feed[name].dtype == np.uint8 else 0)
@@ -294,9 +298,11 @@ def emulate(driver: Driver, region: Region, arch: str) -> None:
             given = dict(zip(launch.combine_parameters, values, strict=True))
             rows = given["rows"]
             assert grid == (-(-rows * n // (4 * launch.threads)), 1, 1)
-            store(
-                given, memory(given["workspace"], np.float32, launch.splits, rows, n).sum(0), rows
-            )
+            sums = memory(given["workspace"], sum_type, launch.splits, rows, n).sum(0)
+            if not has_groups:
+                scales = unpacked_scales(region, given["ws"])["ws"].astype(np.float64)
+                sums = sums * memory(given["s"], np.float32, rows, 1).astype(np.float64) * scales
+            store(given, sums, rows)
 
         driver.know(launch.symbol, len(launch.parameters), run)
         if launch.combine is not None:

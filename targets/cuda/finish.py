@@ -1,11 +1,12 @@
 """The end of a product's kernel: scales, the region's epilogue, and the store.
 
     y[row, column] = steps(sum * s[row] * ws[column], extras)       or, of one split of K,
-    workspace[split, row, column] = sum * s[row] * ws[column]
+    workspace[split, row, column] = sum
 
 Sums of W8A8 are those of uint8 with zero point 128: 128 times the sum of a column's weights, which
-lies behind the scales, is taken from them, of splits from the first.
-float32 throughout, rounded to float16 once.
+lies behind the scales, is taken from them.  They are int32 until then, in the workspace too: sums
+by weights of one sign float32 would round by more than what is left of them.
+float32 from there on, rounded to float16 once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from qcompiler.targets.cuda.device import (
     Place,
     cast,
     ceildiv,
+    constant,
     emit,
     extern,
     half_of,
@@ -84,12 +86,21 @@ class Scalars:
         return x * self.broadcast(0.5) * tail
 
 
+def _sum_type(region: Region) -> str:
+    return "int32" if region.anchor == "QMatMulW8A8" else "float32"
+
+
 def pointers_of(region: Region, split: bool) -> dict[str, str]:
     """Parameters of the end of a kernel, by name."""
     if split:
-        return {"workspace": "float32"}
+        return {"workspace": _sum_type(region)}
+    # Weights in groups are scaled before they are multiplied.
+    scales = () if "G" in dict(region.sizes) else ("s", "ws")
     extras = (f"extra{i}" for i in range(len(region.extras)))
-    return dict.fromkeys((*extras, *results_of(region)), "float16")
+    return {
+        **dict.fromkeys(scales, "float32"),
+        **dict.fromkeys((*extras, *results_of(region)), "float16"),
+    }
 
 
 class Finish:
@@ -120,11 +131,11 @@ class Finish:
     def _store(self, row: Expr, column: Expr, sums: Sequence[Expr]) -> None:
         count = len(sums)
         place = let(wide(row) * self._n + wide(column))
-        values = self._scaled(row, column, sums)
         if self._split is not None:
             part = wide(self._split) * wide(self._rows) * self._n
-            _write_floats(self._arrays["workspace"], values, part + place)
+            _write_words(self._arrays["workspace"], sums, part + place)
             return
+        values = self._scaled(row, column, sums)
         operands = [
             _read_halves(
                 self._arrays[f"extra{i}"], wide(column) if kind == "channel" else place, count
@@ -148,9 +159,8 @@ class Finish:
                 _write_halves(*here)
 
     def _scaled(self, row: Expr, column: Expr, sums: Sequence[Expr]) -> list[Expr]:
-        # Only kernels that multiply 8 bits have `s`: others, and `combine`, get what is scaled.
         if "s" not in self._arrays:
-            return [cast("float32", value) for value in sums]
+            return list(sums)
         by_token = let(self._arrays["s"][row])
         scales = _read_floats(self._arrays["ws"], column, len(sums))
         if self._region.anchor == "QMatMulW8A8":
@@ -163,13 +173,10 @@ class Finish:
     def _centred(self, column: Expr, sums: Sequence[Expr]) -> list[Expr]:
         columns = packing(self._region).columns
         offsets = _read_floats(self._arrays["ws"], column + columns, len(sums))
-        result = []
-        for value, offset in zip(sums, offsets, strict=True):
-            bits = reinterpret("int32", offset)
-            if self._split is not None:
-                bits = bits * cast("int32", self._split == 0)
-            result.append(value - bits)
-        return result
+        return [
+            value - reinterpret("int32", offset)
+            for value, offset in zip(sums, offsets, strict=True)
+        ]
 
 
 def _read_floats(array: Expr, index: Expr, count: int) -> list[Expr]:
@@ -190,7 +197,7 @@ def _read_halves(array: Expr, index: Expr, count: int) -> list[Expr]:
     return [half_of(words[i // 2], i % 2) for i in range(count)]
 
 
-def _write_floats(array: Expr, values: Sequence[Expr], index: Expr) -> None:
+def _write_words(array: Expr, values: Sequence[Expr], index: Expr) -> None:
     if len(values) == 1:
         store(array, values[0], index)
         return
@@ -211,16 +218,17 @@ def _write_halves(array: Expr, values: Sequence[Expr], index: Expr) -> None:
 def combine_kernel(region: Region, splits: int, threads: int) -> object:
     """The kernel that adds the partial sums of splits and computes the epilogue."""
     n = region.size("N")
-    pointers = {"workspace": "float32", **pointers_of(region, split=False)}
+    dtype = _sum_type(region)
+    pointers = {"workspace": dtype, **pointers_of(region, split=False)}
 
     def body(arrays: Mapping[str, Expr], rows: Expr, place: Place) -> None:
         first = let((place.x * threads + place.thread) * 4)
         finish = Finish(region, arrays, rows)
         elements = wide(rows) * n
-        totals = registers("float32", 4)
+        totals = registers(dtype, 4)
         with when(first < rows * n):
             for i in range(4):
-                store(totals, real(0.0), i)
+                store(totals, constant(0, dtype), i)
             with loop(0, splits) as split:
                 start = wide(split) * elements + wide(first)
                 for i in range(4):

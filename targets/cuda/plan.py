@@ -208,8 +208,9 @@ def launches(region: Region, arch: str) -> tuple[Launch, ...]:
 
 
 def _launch(region: Region, max_rows: int | None, shape: Shape) -> Launch:
-    of_anchor = ("x", "w", "ws") if region.anchor in FOUR_BITS else ("q", "s", "w", "ws")
-    end = (*(f"extra{i}" for i in range(len(region.extras))), *results_of(region))
+    operands = ("x", "w", "ws") if region.anchor in FOUR_BITS else ("q", "w")
+    scales = () if region.anchor in FOUR_BITS else ("s", "ws")
+    end = (*scales, *(f"extra{i}" for i in range(len(region.extras))), *results_of(region))
     is_stream, splits = isinstance(shape, Stream), 1 if isinstance(shape, Stream) else shape.splits
     combines = splits > 1
     return Launch(
@@ -221,7 +222,7 @@ def _launch(region: Region, max_rows: int | None, shape: Shape) -> Launch:
         block_columns=STREAM_COLUMNS if is_stream else COLUMN_MULTIPLE,
         splits=splits,
         combine=f"{region.name}_combine{splits}_kernel" if combines else None,
-        parameters=_parameters(*of_anchor, *(("workspace",) if combines else end)),
+        parameters=_parameters(*operands, *(("workspace",) if combines else end)),
         combine_parameters=_parameters("workspace", *end) if combines else (),
     )
 

@@ -94,8 +94,7 @@ def tile_kernel(region: Region, shape: Tile, product: Product, sums_type: type[S
 
 def pointers_of_tile(region: Region, product: Product, split: bool) -> dict[str, str]:
     """The arrays that a kernel gets."""
-    has_groups = "G" in dict(region.sizes)
-    scales = {"ws": "uint8"} if has_groups else {"s": "float32", "ws": "float32"}
+    scales = {"ws": "uint8"} if "G" in dict(region.sizes) else {}
     return {product.activation: "uint8", "w": "uint8", **scales, **pointers_of(region, split)}
 
 
