@@ -160,7 +160,7 @@ def test_parts_of_long_sums_are_integers_until_they_are_added(emulated):
 
 
 @pytest.mark.parametrize("anchor", ["Quantize", "QuantizeFp8"])
-@pytest.mark.parametrize("k", [8, 384, 4104])
+@pytest.mark.parametrize("k", [1, 333, 384, 1002, 4100])
 def test_quantize_is_its_body(anchor, k, emulated):
     region = Region(anchor, (("K", k),))
     rng = np.random.default_rng(k)

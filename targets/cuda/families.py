@@ -34,12 +34,10 @@ class Family:
     Attributes:
         sizes: Names of a region's sizes, in order.
         archs: The architectures that can run them.
-        row_multiple: Of K.
     """
 
     sizes: tuple[str, ...]
     archs: tuple[str, ...]
-    row_multiple: int = 1
 
 
 FAMILIES = {
@@ -47,9 +45,9 @@ FAMILIES = {
     "QMatMulW4Z4A16": Family(("K", "N", "G"), _ALL),
     "QMatMulW8A8": Family(("K", "N"), _ALL),
     "QMatMulFp8": Family(("K", "N"), _WITH_FP8),
-    "Quantize": Family(("K",), _ALL, 8),
-    "QuantizeFp8": Family(("K",), _WITH_FP8, 8),
-    **{norm: Family(("K",), _WITH_FP8 if norm.endswith("Fp8") else _ALL, 8) for norm in NORMS},
+    "Quantize": Family(("K",), _ALL),
+    "QuantizeFp8": Family(("K",), _WITH_FP8),
+    **{norm: Family(("K",), _WITH_FP8 if norm.endswith("Fp8") else _ALL) for norm in NORMS},
 }
 
 
@@ -64,9 +62,6 @@ def unsupported(region: Region) -> str | None:
         return f"a size of {dict(region.sizes)} is not positive"
     if any(size > MAX_ELEMENTS for _, size in region.sizes):
         return f"a size of {dict(region.sizes)} is more than 2^30"
-    k = region.size("K")
-    if k % family.row_multiple:
-        return f"K={k}: rows are loaded 16 bytes at a time, {family.row_multiple} elements"
     if "N" in family.sizes:
         return _unsupported_product(region)
     if region.anchor in NORMS:
@@ -94,5 +89,5 @@ def _unsupported_product(region: Region) -> str | None:
     if len(region.widths) > MAX_PARTS:
         return f"{len(region.widths)} results; at most {MAX_PARTS} are supported"
     if any(step.op in QUANTIZATION for step in region.steps):
-        return "results that are quantized by constants are not written yet"
+        return "no kernel for GPUs stores 8 bits of a scale that is a constant"
     return unsupported_epilogue(region)

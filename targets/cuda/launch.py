@@ -5,22 +5,26 @@ the M rows at hand.  With M = 0 none runs.
 
     grid  = (ceil(N / block_columns), ceil(M / block_rows), splits)    block = (threads, 1, 1)
 
-N is the region's size "N"; for Quantize, which has none, it is K.  A launch with `splits` > 1
-leaves float32 partial sums [splits, M, N] in a workspace, and `combine` runs after it, on the same
-stream, with the arguments `combine_parameters` and no dynamic shared memory:
+N is the region's size "N"; where it has none, it is K.  A launch with `splits` > 1 leaves partial
+sums [splits, M, N] in a workspace, and `combine` runs after it, on the same stream, with the
+arguments `combine_parameters` and no dynamic shared memory:
 
     grid  = (ceil(M * N / (threads * 4)), 1, 1)                        block = (threads, 1, 1)
 
 Arguments, all pointers to device memory at multiples of 16 bytes but `rows`, an int32:
 
-    x           float16 [M, K]      W4A16, Quantize
-    q           [M, K]: uint8 with zero point 128 (W8A8, Quantize), float8e4m3fn (Fp8, QuantizeFp8)
+    x           float16 [M, K]      activations of W4A16, Quantize and norms; of norms with a
+                                    residual it is their first result, a + b
+    a, b        float16 [M, K]      what such norms add
+    gamma, beta float16 [K]         of norms
+    q           [M, K]              uint8 with zero point 128, or float8e4m3fn (names with Fp8):
+                                    read by products, made by Quantize and norms
     s           float32 [M, 1]      scales of tokens; float16 would underflow
     w           packed weights, see `packing.py`
     ws          packed scales of weights, see `packing.py`: float16 (W4A16) or float32 (W8A8, Fp8)
-    extra<i>    float16: [N] of kind "channel", [M, N] of kind "tensor"
-    y           float16 [M, N]; of a region with widths y0, y1, ...: float16 [M, width]
-    workspace   float32 [splits, M, N]
+    extra<i>    float16             of kind "channel" [N], of norms [K]; of kind "tensor" [M, N]
+    y           float16 [M, N]      of norms [M, K]; of a region with widths y0, y1, ...: [M, width]
+    workspace   [splits, M, N]      int32 (W8A8) or float32
     rows        M
 
 Nothing but the arguments is read or written, and no kernel waits for another block.  Results do not

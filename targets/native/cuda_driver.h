@@ -115,6 +115,8 @@ struct qc_device {
 
 /* NULL where no such device can be used. */
 struct qc_device *qc_find_device(int ordinal);
+/* Why there is none at all; empty if there is one. */
+const char *qc_device_problem(void);
 /* Whether the device runs the kernels of a variant. */
 int qc_device_runs(const struct qc_device *device, const struct qc_variant *variant);
 

@@ -71,8 +71,9 @@ extern const struct qc_isa qc_sm_90a, qc_sm_89, qc_sm_80;
 
 /* All that a library of this architecture may have kernels for, in order of preference; NULL ends. */
 extern const struct qc_isa *const qc_all_isa[];
-/* Whether this machine has it and QCOMPILER_ISA allows it. */
-int qc_is_allowed(const struct qc_isa *isa);
+/* Whether this machine has it and `only`, a name, "none" or "", allows it: as if the machine had the
+ * one named and what that includes. */
+int qc_is_allowed(const struct qc_isa *isa, const char *only);
 /* Says, once, why `missing` of `all` ops are not registered, where that would surprise. */
 void qc_tell_missing(size_t missing, size_t all);
 
@@ -150,6 +151,7 @@ struct qc_op {
     const struct qc_op_spec *spec;
     const struct qc_variant *variant; /* of an op for a GPU the best of any; a session's may be another */
     const struct qc_anchor *anchor; /* that of the spec, or its twin */
+    const char *only; /* QCOMPILER_ISA as it was when the op was registered; empty: none */
 };
 
 /* --- ONNX Runtime ---------------------------------------------------------------------------- */
