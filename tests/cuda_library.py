@@ -19,7 +19,7 @@ from qcompiler.ir import dialect
 from qcompiler.ir.region import HALF, Region, Step
 from qcompiler.session_options import new_session_options
 from qcompiler.targets import cuda
-from qcompiler.targets.cuda.packing import FOUR_BITS
+from qcompiler.targets.cuda.packing import FOUR_BITS, INTEGERS, depth_of
 from qcompiler.targets.cuda.plan import results_of
 
 Array = NDArray[Any]
@@ -220,7 +220,7 @@ def memory(address: int, dtype: Any, *shape: int) -> Array:
 
 def unpacked(region: Region, address: int) -> Array:
     """w [K, N] out of the packed bytes, by the formula of `targets/cuda/packing.py`."""
-    layout, (k, n) = cuda.packing(region), np.ix_(range(region.size("K")), range(region.size("N")))
+    layout, (k, n) = cuda.packing(region), np.ix_(range(depth_of(region)), range(region.size("N")))
     packed = memory(address, np.uint8, layout.weight_bytes)
     tile = n // 16 * (layout.depth // layout.tile_depth) + k // layout.tile_depth
     c, d = n % 16, k % layout.tile_depth
@@ -230,7 +230,7 @@ def unpacked(region: Region, address: int) -> Array:
         bit = 4 * (c // 8 + 2 * (d % 16 // 8)) + 16 * (d % 2)
         return (words >> bit.astype(np.uint32) & 15).astype(np.int64) - 8
     lane = c % 8 * 4 + d % 16 // 4
-    dtype = np.int8 if region.anchor == "QMatMulW8A8" else ml_dtypes.float8_e4m3fn
+    dtype = np.int8 if region.anchor in INTEGERS else ml_dtypes.float8_e4m3fn
     return packed[tile * 512 + lane * 16 + (c // 8 + 2 * (d // 16)) * 4 + d % 4].view(dtype)
 
 
@@ -254,7 +254,7 @@ def emulate(driver: Driver, region: Region, arch: str) -> None:
     """The kernels of a product, in numpy, from what they are given alone."""
     n, k = region.size("N"), region.size("K")
     has_groups = region.anchor in FOUR_BITS
-    sum_type = np.int32 if region.anchor == "QMatMulW8A8" else np.float32
+    sum_type = np.int32 if region.anchor in INTEGERS else np.float32
 
     def extras_of(given: dict[str, int], rows: int) -> list[Array]:
         return [

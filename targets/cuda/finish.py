@@ -33,11 +33,13 @@ from qcompiler.targets.cuda.device import (
     registers,
     reinterpret,
     store,
+    store_vector,
+    vector,
     when,
     wide,
 )
-from qcompiler.targets.cuda.packing import packing
-from qcompiler.targets.cuda.plan import results_of
+from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, FOUR_BITS, INTEGERS, packing
+from qcompiler.targets.cuda.plan import result_pitch, results_of, scales_of
 from qcompiler.targets.epilogue import apply_steps
 
 __all__ = ["Finish", "combine_kernel", "pointers_of"]
@@ -87,32 +89,45 @@ class Scalars:
 
 
 def _sum_type(region: Region) -> str:
-    return "int32" if region.anchor == "QMatMulW8A8" else "float32"
+    return "int32" if region.anchor in INTEGERS else "float32"
 
 
 def pointers_of(region: Region, split: bool) -> dict[str, str]:
     """Parameters of the end of a kernel, by name."""
     if split:
         return {"workspace": _sum_type(region)}
-    # Weights in groups are scaled before they are multiplied.
-    scales = () if "G" in dict(region.sizes) else ("s", "ws")
     extras = (f"extra{i}" for i in range(len(region.extras)))
     return {
-        **dict.fromkeys(scales, "float32"),
+        **dict.fromkeys(scales_of(region), "float32"),
         **dict.fromkeys((*extras, *results_of(region)), "float16"),
     }
 
 
 class Finish:
-    """Stores results of a region, or of one split of it."""
+    """Stores results of a region, or of one split of it.
+
+    Attributes:
+        pitch: Words from one row of a block's results in shared memory to the next.
+    """
 
     def __init__(
         self, region: Region, arrays: Mapping[str, Expr], rows: Expr, split: Expr | None = None
     ) -> None:
         self._region, self._arrays, self._rows, self._split = region, arrays, rows, split
         self._n, self._results = region.size("N"), results_of(region)
+        self.pitch = result_pitch(region)
         # Whether four columns from a multiple of four on are always of one result.
         self._has_quads = all(width % 4 == 0 for _, width in self._results.values())
+
+    def tile(self, results: Expr, rows: int, place: Place, threads: int) -> None:
+        """Store a block's results, which lie in shared memory, row by row."""
+        values = registers(results.dtype, 4)
+        with loop(0, rows * COLUMN_MULTIPLE // 4 // threads) as turn:
+            quad = let(turn * threads + place.thread)
+            row, column = let(quad // 32), let(quad % 32 * 4)
+            loaded = vector(results, row * self.pitch + column, results.dtype, 4)
+            store_vector(values, loaded, constant(0), 4)
+            self.quad(place.y * rows + row, place.x * COLUMN_MULTIPLE + column, values)
 
     def quad(self, row: Expr, column: Expr, values: Expr) -> None:
         """Store `values`, four registers, at four columns, those of them that exist."""
@@ -130,11 +145,10 @@ class Finish:
 
     def _store(self, row: Expr, column: Expr, sums: Sequence[Expr]) -> None:
         count = len(sums)
-        place = let(wide(row) * self._n + wide(column))
         if self._split is not None:
-            part = wide(self._split) * wide(self._rows) * self._n
-            _write_words(self._arrays["workspace"], sums, part + place)
+            _write_words(self._arrays["workspace"], sums, self._place_of_sum(row, column))
             return
+        place = let(self._place(row, column))
         values = self._scaled(row, column, sums)
         operands = [
             _read_halves(
@@ -146,29 +160,39 @@ class Finish:
             apply_steps(Scalars(), self._region, value, [operand[i] for operand in operands])
             for i, value in enumerate(values)
         ]
-        self._write(row, column, [let(value) for value in results])
+        values = [let(value) for value in results]
+        if len(self._results) == 1:
+            _write_halves(self._arrays[next(iter(self._results))], values, place)
+            return
+        self._write_parts(row, column, values)
 
-    def _write(self, row: Expr, column: Expr, values: Sequence[Expr]) -> None:
+    def _place(self, row: Expr, column: Expr) -> Expr:
+        """Where a result lies, and what has its shape."""
+        return wide(row) * self._n + wide(column)
+
+    def _place_of_sum(self, row: Expr, column: Expr) -> Expr:
+        """Where a split's sum lies in the workspace."""
+        assert self._split is not None
+        return wide(self._split) * wide(self._rows) * self._n + wide(row) * self._n + wide(column)
+
+    def _write_parts(self, row: Expr, column: Expr, values: Sequence[Expr]) -> None:
         """Each result takes those of its own columns."""
         for name, (first, width) in self._results.items():
             here = self._arrays[name], values, wide(row) * width + wide(column - first)
-            if len(self._results) == 1:
-                _write_halves(*here)
-                continue
             with when((column >= first) & (column < first + width)):
                 _write_halves(*here)
 
     def _scaled(self, row: Expr, column: Expr, sums: Sequence[Expr]) -> list[Expr]:
-        if "s" not in self._arrays:
+        if self._region.anchor in FOUR_BITS:
             return list(sums)
-        by_token = let(self._arrays["s"][row])
         scales = _read_floats(self._arrays["ws"], column, len(sums))
-        if self._region.anchor == "QMatMulW8A8":
+        if self._region.anchor in INTEGERS:
             sums = self._centred(column, sums)
-        return [
-            cast("float32", value) * by_token * scale
-            for value, scale in zip(sums, scales, strict=True)
-        ]
+        values = [cast("float32", value) for value in sums]
+        if "s" in self._arrays:
+            by_token = let(self._arrays["s"][row])
+            values = [value * by_token for value in values]
+        return [value * scale for value, scale in zip(values, scales, strict=True)]
 
     def _centred(self, column: Expr, sums: Sequence[Expr]) -> list[Expr]:
         columns = packing(self._region).columns

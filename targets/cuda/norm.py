@@ -60,7 +60,7 @@ class _Row:
     ) -> None:
         self._k, self._is_fp8 = region.size("K"), quantizes_to_fp8(region)
         self._centres = "LayerNorm" in region.anchor
-        self._epsilon = dict(region.attributes)["epsilon"]
+        self._epsilon = region.number("epsilon")
         self._made = {name: arrays[name] for name in region.outputs}
         self._threads, self._arrays, self._place = threads, arrays, place
         self._block = BlockRow(threads, place)
