@@ -19,7 +19,7 @@ import itertools
 
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda.image_plan import image_launches
-from qcompiler.targets.cuda.launch import Launch
+from qcompiler.targets.cuda.launch import Launch, row_launches
 from qcompiler.targets.cuda.norm_plan import NORMS, norm_launches
 from qcompiler.targets.cuda.packing import (
     COLUMN_MULTIPLE,
@@ -279,19 +279,5 @@ def _symbol(region: Region, shape: Shape) -> str:
 
 
 def _quantize_launches(region: Region) -> tuple[Launch, ...]:
-    k = region.size("K")
-    threads = max(_WARP, min(256, -(-k // 16 // _WARP) * _WARP))
-    one_row = Launch(
-        symbol=f"{region.name}_row_kernel",
-        max_rows=32768,
-        threads=threads,
-        shared_bytes=threads // _WARP * 4,
-        block_rows=1,
-        block_columns=k,
-        parameters=("q", "s", "x", "rows"),
-    )
-    # A grid has at most 65535 blocks in y.
-    many = dataclasses.replace(
-        one_row, symbol=f"{region.name}_rows_kernel", max_rows=None, block_rows=16
-    )
-    return one_row, many
+    threads = max(_WARP, min(256, -(-region.size("K") // 16 // _WARP) * _WARP))
+    return row_launches(region, threads, ("q", "s", "x", "rows"))
