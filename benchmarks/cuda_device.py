@@ -187,8 +187,8 @@ class Kernels:
     def run(self, given: dict[str, int], rows: int, **sizes: int) -> None:
         """Launch what the library would for so many rows, with these pointers and other sizes."""
         launch = next(x for x in self.launches if x.max_rows is None or rows <= x.max_rows)
-        sizes = dict(self.region.sizes)
-        columns = sizes.get("N", sizes["K"])
+        known = dict(self.region.sizes)
+        columns = known.get("N", known["K"])
         grid = (-(-columns // launch.block_columns), -(-rows // launch.block_rows), launch.splits)
         if launch.combine is not None:
             size = launch.splits * rows * columns * 4
@@ -197,17 +197,11 @@ class Kernels:
             given = given | {"workspace": self._workspace[launch.symbol, rows]}
         # In the order of their names, as TVM has them.
         numbers = [number for _, number in sorted({"rows": rows, **sizes}.items())]
-        pointers = [given[name] for name in launch.parameters if name in given]
+        pointers = [given[name] for name in launch.parameters[: -len(numbers)]]
         function = self._functions[launch.symbol]
         self.device.launch(function, grid, launch.threads, launch.shared_bytes, pointers, numbers)
         if launch.combine is not None:
             blocks = -(-rows * columns // (4 * launch.threads))
-            pointers = [given[name] for name in launch.combine_parameters if name in given]
-            self.device.launch(
-                self._functions[launch.combine],
-                (blocks, 1, 1),
-                launch.threads,
-                0,
-                pointers,
-                numbers,
-            )
+            pointers = [given[name] for name in launch.combine_parameters[: -len(numbers)]]
+            combine = self._functions[launch.combine]
+            self.device.launch(combine, (blocks, 1, 1), launch.threads, 0, pointers, numbers)

@@ -96,5 +96,5 @@ def _unsupported_product(region: Region) -> str | None:
     if len(region.widths) > MAX_PARTS:
         return f"{len(region.widths)} results; at most {MAX_PARTS} are supported"
     if any(step.op in QUANTIZATION for step in region.steps):
-        return "no kernel for GPUs stores 8 bits of a scale that is a constant"
+        return "results that are quantized by constants have no kernel for GPUs"
     return unsupported_epilogue(region)
