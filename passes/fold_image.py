@@ -158,7 +158,7 @@ def _replace(
     )  # fmt: skip
     inherit(new, conv)
     last = [new]
-    if bias is not None:
+    if bias is not None and bias.any():  # rounding gives a bias to those that have none
         added = initializer("bias_of_planes", bias.reshape(-1, 1, 1))
         last.append(ir.node("Add", [new.outputs[0], added], name=f"{conv.name}_add"))
         inner, result = new.outputs[0], conv.outputs[0]

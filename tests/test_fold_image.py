@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
-from golden import assert_rewrites, model_of, run
+from calibrated import facts
+from golden import assert_rewrites, model_of, run, sqnr
 
 from qcompiler.ir.decisions import decision_of
+from qcompiler.ir.region import HALF
+from qcompiler.model_runs import ModelRuns
 from qcompiler.passes.fold_qdq import FoldQDQ
+from qcompiler.pipeline import Pipeline
+from qcompiler.targets import cuda
 
 RNG = np.random.default_rng(0)
 F4 = np.float32
@@ -117,3 +123,67 @@ def test_a_convolution_that_is_left_says_why(body: str, reason: str) -> None:
     FoldQDQ(images=True)(subject)
     (conv,) = (node for node in subject.graph if node.op_type == "Conv")
     assert reason in decision_of(conv).why
+
+
+# --- the pipeline of cuda-int8 -----------------------------------------------------------------
+
+
+def weight(*shape: int) -> Any:
+    return (RNG.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(F4)
+
+
+NETWORK = """g (float[m,16,12,12] x) => (float[m,24,1,1] y) {
+    c = Conv <pads = [1,1,1,1], strides = [2,2]> (x, w1, b1)
+    r = Relu (c)
+    s = Conv <strides = [2,2]> (x, w2)
+    d = Conv <pads = [1,1,1,1]> (r, w3, b3)
+    e = Add (d, s)
+    f = Relu (e)
+    p = Conv <group = 24> (f, wide)
+    h = Conv (p, w4)
+    i = Sigmoid (h)
+    j = Mul (h, i)
+    y = GlobalAveragePool (j) }"""
+LAYERS = {
+    "w1": weight(24, 16, 3, 3), "b1": weight(24), "w2": weight(24, 16, 1, 1),
+    "w3": weight(24, 24, 3, 3), "b3": weight(24), "wide": weight(24, 1, 3, 3),
+    "w4": weight(24, 24, 1, 1),
+}  # fmt: skip
+IMAGES = {"x": RNG.standard_normal((4, 16, 12, 12)).astype(F4)}
+
+
+def compiled(runs: ModelRuns) -> tuple[list[str], dict[str, str]]:
+    """The ops of the network for cuda-int8 without their hashes, and why convolutions stay."""
+    subject = model_of(NETWORK, LAYERS)
+    exact = run(subject, IMAGES, plainly=True)[0]
+    subject = Pipeline.default(
+        "cuda-int8", runs=runs, supports=lambda r: cuda.supports(r) if HALF in r.flags else "float"
+    ).run(subject)
+    assert sqnr(exact, run(subject, IMAGES, plainly=True)[0]) > 35
+    ours = [n for n in subject.graph if n.domain.startswith("qcompiler")]
+    names = [re.sub("_[0-9a-f]{6}$", "", node.op_type) for node in ours]
+    left = {n.name or "": decision_of(n).why for n in subject.graph if n.op_type == "Conv"}
+    return names, left
+
+
+def test_a_network_with_samples() -> None:
+    _, observer = facts([IMAGES])
+    ours, left = compiled(ModelRuns(observe=observer))
+    assert sorted(ours) == [
+        "QConvW8A8_K16_N24_R1_S1_f16_AddT_Relu",
+        "QConvW8A8_K16_N24_R3_S3_f16_AddC_Relu",
+        "QConvW8A8_K24_N24_R1_S1_f16_Sigmoid_Mul",
+        "QConvW8A8_K24_N24_R3_S3_f16_AddC",
+        "QuantizeImage_K16_f16",
+        "QuantizeImage_K16_f16",
+        "QuantizeImage_K24_f16",
+        "QuantizeImage_K24_f16",
+    ]
+    assert list(left.values()) == ["24 groups: kernels for GPUs are of one"]
+
+
+def test_a_network_without_samples_stays_float() -> None:
+    ours, left = compiled(ModelRuns())
+    assert ours == []
+    assert len(left) == 5
+    assert all("no samples: --calib DIR" in why for why in left.values())
