@@ -13,7 +13,7 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from stand_in import Driver, Gpu
+from stand_in import Gpu
 
 from qcompiler.ir import dialect
 from qcompiler.ir.region import HALF, Region, Step
@@ -248,62 +248,3 @@ def unpacked_scales(region: Region, address: int) -> dict[str, Array]:
     if layout.record_bytes > 32:
         found["wz"] = (packed[start + 32 + place] >> 4 * (n % 16 // 8)).astype(np.int64) - 8
     return found
-
-
-def emulate(driver: Driver, region: Region, arch: str) -> None:
-    """The kernels of a product, in numpy, from what they are given alone."""
-    n, k = region.size("N"), region.size("K")
-    has_groups = region.anchor in FOUR_BITS
-    sum_type = np.int32 if region.anchor in INTEGERS else np.float32
-
-    def extras_of(given: dict[str, int], rows: int) -> list[Array]:
-        return [
-            memory(given[f"extra{i}"], np.float16, *((n,) if kind == "channel" else (rows, n)))
-            for i, kind in enumerate(region.extras)
-        ]
-
-    def store(given: dict[str, int], y: Array, rows: int) -> None:
-        result = with_epilogue(region, y, [e.astype(np.float64) for e in extras_of(given, rows)])
-        for name, (first, width) in results_of(region).items():
-            memory(given[name], np.float16, rows, width)[:] = result[:, first : first + width]
-
-    for launch in cuda.launches(region, arch):
-
-        def run(values: list[int], grid: tuple[int, ...], launch: cuda.Launch = launch) -> None:
-            given = dict(zip(launch.parameters, values, strict=True))
-            rows, columns = given["rows"], -(-n // launch.block_columns)
-            assert grid == (columns, -(-rows // launch.block_rows), launch.splits)
-            feed = {
-                name: memory(given[name], dtype, rows, 1 if name == "s" else k)
-                for name, dtype in TYPES[region.anchor].items()
-                if name in given and name != "y"
-            }
-            constants = {"w": unpacked(region, given["w"])}
-            if "ws" in given:
-                constants |= unpacked_scales(region, given["ws"])
-            if launch.combine is None:
-                store(given, anchor_result(region, constants, feed), rows)
-                return
-            if not has_groups:  # sums, which combine scales
-                feed["s"] = np.ones((rows, 1), np.float32)
-                constants["ws"] = np.ones(n, np.float32)
-            partial = memory(given["workspace"], sum_type, launch.splits, rows, n)
-            for split, part in enumerate(np.array_split(np.arange(k), launch.splits)):
-                name = "x" if "x" in feed else "q"
-                some = np.full_like(feed[name], 128 if feed[name].dtype == np.uint8 else 0)
-                some[:, part] = feed[name][:, part]
-                partial[split] = anchor_result(region, constants, feed | {name: some})
-
-        def combine(values: list[int], grid: tuple[int, ...], launch: cuda.Launch = launch) -> None:
-            given = dict(zip(launch.combine_parameters, values, strict=True))
-            rows = given["rows"]
-            assert grid == (-(-rows * n // (4 * launch.threads)), 1, 1)
-            sums = memory(given["workspace"], sum_type, launch.splits, rows, n).sum(0)
-            if not has_groups:
-                scales = unpacked_scales(region, given["ws"])["ws"].astype(np.float64)
-                sums = sums * memory(given["s"], np.float32, rows, 1).astype(np.float64) * scales
-            store(given, sums, rows)
-
-        driver.know(launch.symbol, len(launch.parameters), run)
-        if launch.combine is not None:
-            driver.know(launch.combine, len(launch.combine_parameters), combine)

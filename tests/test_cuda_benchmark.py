@@ -11,7 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from cuda_library import emulate, memory, unpacked
+from cuda_library import memory
+from numpy_kernels import emulate, emulate_conv
 from stand_in import Bench, Driver, Gpu, NoCompiler, names_of_kernels
 
 from qcompiler.ir.region import Region
@@ -97,78 +98,11 @@ def test_wrong_norms(spoilt: str, bench: Bench) -> None:
     assert not cuda_norms.NormProblem(kernels, 5, rng).error(rng) <= benchmark.TOLERANCE
 
 
-def emulate_conv(driver: Driver, conv: Any, shape: tuple[int, int, int], factor: int = 1) -> None:
-    """Both kernels in numpy; sums are `factor` times what they should be."""
-    region, image = conv.region, conv.image
-    c, dilation, stride = conv.channels, conv.dilation, conv.stride
-
-    def store(values: list[int], grid: Any) -> None:
-        (launch,) = cuda.launches(image, "sm_90a")
-        given = dict(zip(launch.parameters, values, strict=True))
-        height, width, more = given["height"], given["width"], 2 * conv.pad
-        count = given["rows"] // ((height + more) * (width + more))
-        x = memory(given["x"], np.float16, count, c, height, width).astype(np.float32)
-        zero = memory(given["z"], np.uint8, 1)[0]
-        q = np.clip(np.rint(x / memory(given["s"], np.float32, 1)) + zero, 0, 255)
-        widths = ((0, 0), (conv.pad,) * 2, (conv.pad,) * 2, (0, -c % 16))
-        padded = np.pad(q.transpose(0, 2, 3, 1), widths, constant_values=zero)
-        memory(given["q"], np.uint8, *padded.shape)[...] = padded
-
-    def sums_of(given: dict[str, int]) -> Any:
-        """[images, height, width, columns], without what the zero point adds."""
-        height, width, padded = given["height"], given["width"], c + -c % 16
-        span = (conv.taps - 1) * dilation + 1
-        down, across = ((size - span) // stride + 1 for size in (height, width))
-        count = given["rows"] // (down * across)
-        q = memory(given["q"], np.uint8, count, height, width, padded).astype(np.int64)
-        windows = np.lib.stride_tricks.sliding_window_view(q, (span, span), axis=(1, 2))
-        taps = windows[:, ::stride, ::stride, :, ::dilation, ::dilation]
-        depth = conv.taps**2 * padded
-        matrix = unpacked(region, given["w"])[:depth].astype(np.int64)
-        return taps.transpose(0, 1, 2, 4, 5, 3).reshape(count, down, across, depth) @ matrix
-
-    def finish(given: dict[str, int], sums: Any) -> None:
-        layout = cuda.packing(region)
-        scales = memory(given["ws"], np.float32, 2 * layout.columns)
-        offsets = scales.view(np.int32)[layout.columns :][: conv.columns]
-        y = ((sums - offsets) * scales[: conv.columns] * factor).transpose(0, 3, 1, 2)
-        if "extra0" in given:
-            y = y + memory(given["extra0"], np.float16, conv.columns)[:, None, None]
-        if "extra1" in given:
-            y = y + memory(given["extra1"], np.float16, *y.shape)
-        memory(given["y"], np.float16, *y.shape)[...] = np.maximum(y, 0) if conv.steps else y
-
-    driver.know_all(image, "sm_90a", {cuda.launches(image, "sm_90a")[0].symbol: store})
-    runs: dict[str, Any] = {}
-    for launch in cuda.launches(region, "sm_90a"):
-        kept: dict[str, Any] = {}
-
-        def run(
-            values: list[int], grid: Any, launch: cuda.Launch = launch,
-            kept: dict[str, Any] = kept,
-        ) -> None:  # fmt: skip
-            given = dict(zip(launch.parameters, values, strict=True))
-            kept["sums"] = sums_of(given)
-            if launch.combine is None:
-                finish(given, kept["sums"])
-
-        def combine(
-            values: list[int], grid: Any, launch: cuda.Launch = launch,
-            kept: dict[str, Any] = kept,
-        ) -> None:  # fmt: skip
-            finish(dict(zip(launch.combine_parameters, values, strict=True)), kept["sums"])
-
-        runs[launch.symbol] = run
-        if launch.combine is not None:
-            runs[launch.combine] = combine
-    driver.know_all(region, "sm_90a", runs)
-
-
 def test_wrong_convolutions(bench: Bench) -> None:
     for factor in (1, 2):
         driver = bench.driver(H200)
         conv, shape = cuda_convs.convs_to_check(small=True)[2]
-        emulate_conv(driver, conv, shape, factor)
+        emulate_conv(driver, conv, factor)
         kernels = tuple(on(driver).kernels(region) for region in (conv.image, conv.region))
         rng = np.random.default_rng(0)
         problem = cuda_convs.ConvProblem(conv, kernels, shape, rng)
@@ -183,8 +117,8 @@ def emulate_all(driver: Driver, but: str = "") -> None:
             emulate_norm(driver, region)
         elif region.name != but:
             emulate(driver, region, "sm_90a")
-    for conv, shape in cuda_convs.convs_to_check(small=True):
-        emulate_conv(driver, conv, shape)
+    for conv, _ in cuda_convs.convs_to_check(small=True):
+        emulate_conv(driver, conv)
 
 
 def on(driver: Driver) -> benchmark.Bench:
