@@ -125,6 +125,19 @@ def test_a_convolution_that_is_left_says_why(body: str, reason: str) -> None:
     assert reason in decision_of(conv).why
 
 
+def test_what_is_left_is_not_said_to_be_onnxruntimes() -> None:
+    """Between pairs it would be QLinearConv on the CPU, which GPUs do not have."""
+    subject = model(
+        PAIR + "f = DequantizeLinear <axis = 0> (grouped, gs) c = Conv <group = 2> (d, f) "
+        "r = QuantizeLinear (c, s, z) y = DequantizeLinear (r, s, z)"
+    )
+    FoldQDQ(images=True)(subject)
+    (conv,) = (node for node in subject.graph if node.op_type == "Conv")
+    found = decision_of(conv)
+    assert found.action == "float"
+    assert found.why == "2 groups: kernels for GPUs are of one: computes what was dequantized"
+
+
 # --- the pipeline of cuda-int8 -----------------------------------------------------------------
 
 
