@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from cuda_checkers import is_bad, sanitize
+from cuda_convs import Conv, ConvProblem, convs_to_check
 from cuda_device import CudaError, Device, Kernels
 from cuda_models import whole_models
 from cuda_norms import NormProblem, is_norm
@@ -73,8 +74,18 @@ class Bench:
                 problem = NormProblem if is_norm(region) else Problem
                 error = problem(kernels, rows, self.rng).error(self.rng)
                 found.append({"region": region.name, "rows": rows, "error": error})
-                mark = "" if error <= TOLERANCE else "   WRONG"
-                print(f"  {region.name:48} {rows:5} rows   {error:.1e}{mark}", file=sys.stderr)
+                _say(found[-1])
+        return found + self.check_convs(small)
+
+    def check_convs(self, small: bool) -> list[dict[str, Any]]:
+        """The same of convolutions, each with the kernel that stores its images."""
+        found = []
+        for conv, shape in convs_to_check(small):
+            kernels = self.kernels(conv.image), self.kernels(conv.region)
+            problem = ConvProblem(conv, kernels, shape, self.rng)
+            error = problem.error(self.rng)
+            found.append({"region": conv.region.name, "rows": problem.rows, "error": error})
+            _say(found[-1])
         return found
 
     # --- times --------------------------------------------------------------------------------
@@ -139,7 +150,26 @@ class Bench:
                 found.append(row)
             for pointer in (pointer for each in sets for pointer in each.values()):
                 self.device.free(pointer)
+        found += [self.time_conv(conv, shape) for conv, shape in convs_to_check(small=False)]
         return [{"copy_bytes_per_second": bandwidth}, *found]
+
+    def time_conv(self, conv: Conv, shape: tuple[int, int, int]) -> dict[str, Any]:
+        """One call of a convolution with its image's; weights and images may lie in a cache."""
+        kernels = self.kernels(conv.image), self.kernels(conv.region)
+        problem = ConvProblem(conv, kernels, shape, self.rng)
+        seconds = self.device.seconds(lambda _: problem.run(), 16)
+        moved, operations = problem.cost()
+        print(f"  {conv.region.name:48} {problem.rows:7} pixels {seconds * 1e6:9.1f} us   "
+              f"{operations / seconds / 1e12:6.0f} TOPS", file=sys.stderr)  # fmt: skip
+        return {
+            "region": conv.region.name, "rows": problem.rows, "microseconds": seconds * 1e6,
+            "bytes": moved, "operations": operations,
+        }  # fmt: skip
+
+
+def _say(row: dict[str, Any]) -> None:
+    mark = "" if row["error"] <= TOLERANCE else "   WRONG"
+    print(f"  {row['region']:48} {row['rows']:5} rows   {row['error']:.1e}{mark}", file=sys.stderr)
 
 
 def versions() -> dict[str, str]:

@@ -112,10 +112,10 @@ class Device:
 
     def launch(
         self, function: ctypes.c_void_p, grid: Sequence[int], threads: int, shared: int,
-        pointers: Sequence[int], rows: int,
+        pointers: Sequence[int], numbers: Sequence[int],
     ) -> None:  # fmt: skip
-        """A kernel of ours, on the stream; `rows` is its last argument."""
-        values = [*map(ctypes.c_uint64, pointers), ctypes.c_int32(rows)]
+        """A kernel of ours, on the stream; `numbers` are its last arguments."""
+        values = [*map(ctypes.c_uint64, pointers), *map(ctypes.c_int32, numbers)]
         array = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         self._call(
             "cuLaunchKernel", function, *grid, threads, 1, 1, shared, self.stream, array, None
@@ -176,31 +176,32 @@ class Kernels:
                 self._functions[launch.combine] = device.function(module, launch.combine, 0)
         self._workspace: dict[tuple[str, int], int] = {}
 
-    def weights(self, w: Array, ws: Array) -> dict[str, int]:
+    def weights(self, w: Array, ws: Array, wz: Array | None = None) -> dict[str, int]:
         """Packed and uploaded: the arguments "w" and "ws"."""
         raw = w.view(np.uint8) if w.dtype.kind == "V" else w
         return {
             "w": self.device.upload(pack(raw, self.region)),
-            "ws": self.device.upload(pack_scales(ws, self.region, w=raw)),
+            "ws": self.device.upload(pack_scales(ws, self.region, wz, raw)),
         }
 
-    def run(self, given: dict[str, int], rows: int) -> None:
-        """Launch what the library would for so many rows, with these pointers."""
+    def run(self, given: dict[str, int], rows: int, **sizes: int) -> None:
+        """Launch what the library would for so many rows, with these pointers and other sizes."""
         launch = next(x for x in self.launches if x.max_rows is None or rows <= x.max_rows)
-        sizes = dict(self.region.sizes)
-        columns = sizes.get("N", sizes["K"])
+        known = dict(self.region.sizes)
+        columns = known.get("N", known["K"])
         grid = (-(-columns // launch.block_columns), -(-rows // launch.block_rows), launch.splits)
         if launch.combine is not None:
             size = launch.splits * rows * columns * 4
             if (launch.symbol, rows) not in self._workspace:
                 self._workspace[launch.symbol, rows] = self.device.allocate(size)
             given = given | {"workspace": self._workspace[launch.symbol, rows]}
-        pointers = [given[name] for name in launch.parameters[:-1]]
+        # In the order of their names, as TVM has them.
+        numbers = [number for _, number in sorted({"rows": rows, **sizes}.items())]
+        pointers = [given[name] for name in launch.parameters[: -len(numbers)]]
         function = self._functions[launch.symbol]
-        self.device.launch(function, grid, launch.threads, launch.shared_bytes, pointers, rows)
+        self.device.launch(function, grid, launch.threads, launch.shared_bytes, pointers, numbers)
         if launch.combine is not None:
             blocks = -(-rows * columns // (4 * launch.threads))
-            pointers = [given[name] for name in launch.combine_parameters[:-1]]
-            self.device.launch(
-                self._functions[launch.combine], (blocks, 1, 1), launch.threads, 0, pointers, rows
-            )
+            pointers = [given[name] for name in launch.combine_parameters[: -len(numbers)]]
+            combine = self._functions[launch.combine]
+            self.device.launch(combine, (blocks, 1, 1), launch.threads, 0, pointers, numbers)

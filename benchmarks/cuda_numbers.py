@@ -13,6 +13,7 @@ from cuda_peers import W4_SHAPES
 
 from qcompiler.ir.region import HALF, Region, Step
 from qcompiler.targets import cuda
+from qcompiler.targets.cuda.packing import FOUR_BITS
 
 __all__ = [
     "E4M3", "EIGHT_BIT", "TOLERANCE", "Problem", "eight_bit", "regions_to_check", "rows_to_check",
@@ -29,8 +30,9 @@ SAMPLED = 48
 EIGHT_BIT = {"QMatMulW8A8": "Quantize", "QMatMulFp8": "QuantizeFp8"}
 
 
-def w4(k: int, n: int, group: int = 128, **more: Any) -> Region:
-    return Region("QMatMulW4A16", (("K", k), ("N", n), ("G", group)), flags=(HALF,), **more)
+def w4(k: int, n: int, group: int = 128, *, zeros: bool = False, **more: Any) -> Region:
+    anchor = "QMatMulW4Z4A16" if zeros else "QMatMulW4A16"
+    return Region(anchor, (("K", k), ("N", n), ("G", group)), flags=(HALF,), **more)
 
 
 def eight_bit(anchor: str, k: int, n: int, **more: Any) -> Region:
@@ -41,6 +43,10 @@ def regions_to_check(small: bool) -> list[Region]:
     """Odd sizes, every group size, epilogues; then those that are timed."""
     found = [
         w4(200, 40, 32), w4(576, 136, 64), w4(1024, 130, **BIAS_GELU),
+        # Zero points; rows that begin anywhere.
+        w4(328, 40, 16, zeros=True), w4(2048, 136, **BIAS_GELU, zeros=True), w4(333, 40, 64),
+        *(eight_bit(anchor, 267, 40) for anchor in EIGHT_BIT),
+        *(Region(anchor, (("K", 333),), flags=(HALF,)) for anchor in EIGHT_BIT.values()),
         *(eight_bit(anchor, 272, 133, **BIAS_GELU) for anchor in EIGHT_BIT),
         *(Region(anchor, (("K", 384),), flags=(HALF,)) for anchor in EIGHT_BIT.values()),
     ]  # fmt: skip
@@ -66,7 +72,10 @@ class Problem:
         self.given = {name: device.upload(array) for name, array in self.host.items()}
         if self.n:
             self.w, self.ws = random_weights(self.region, rng)
-            self.given |= kernels.weights(self.w, self.ws)
+            self.wz: Array | None = None
+            if self.region.anchor == "QMatMulW4Z4A16":
+                self.wz = rng.integers(-8, 8, self.ws.shape, np.int8)
+            self.given |= kernels.weights(self.w, self.ws, self.wz)
             # A row more, which must stay as it is.
             self.given["y"] = device.upload(np.full((rows + 1, self.n), np.nan, np.float16))
         else:
@@ -75,7 +84,7 @@ class Problem:
 
     def _activations(self, rng: np.random.Generator) -> Iterator[tuple[str, Array]]:
         shape = (self.rows, self.k)
-        if self.region.anchor in ("QMatMulW4A16", *EIGHT_BIT.values()):
+        if self.region.anchor in (*FOUR_BITS, *EIGHT_BIT.values()):
             yield "x", rng.standard_normal(shape).astype(np.float16)
             return
         yield "s", rng.uniform(1e-3, 1e-2, (self.rows, 1)).astype(np.float32)
@@ -101,8 +110,11 @@ class Problem:
 
     def _expected(self, rows: Array, columns: Array) -> Array:
         w, ws = self.w[:, columns].astype(np.float64), self.ws[..., columns].astype(np.float64)
-        if self.region.anchor == "QMatMulW4A16":
-            wide = w * np.repeat(ws, self.region.size("G"), axis=0)[: self.k]
+        if self.region.anchor in FOUR_BITS:
+            group = self.region.size("G")
+            if self.wz is not None:
+                w = w - np.repeat(self.wz[:, columns], group, axis=0)[: self.k]
+            wide = w * np.repeat(ws, group, axis=0)[: self.k]
             y = self.host["x"][rows].astype(np.float64) @ wide
         else:
             middle = 128 if self.region.anchor == "QMatMulW8A8" else 0
@@ -138,7 +150,7 @@ def random_weights(region: Region, rng: np.random.Generator) -> tuple[Array, Arr
     """Weights [K, N] and their scales."""
     sizes = dict(region.sizes)
     k, n = sizes["K"], sizes["N"]
-    if region.anchor == "QMatMulW4A16":
+    if region.anchor in FOUR_BITS:
         ws = rng.uniform(1e-3, 1e-2, (-(-k // sizes["G"]), n)).astype(np.float16)
         return rng.integers(-8, 8, (k, n), np.int8), ws
     ws = rng.uniform(1e-3, 1e-2, n).astype(np.float32)

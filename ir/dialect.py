@@ -139,7 +139,9 @@ def _clip(result: str, operand: str, bounds: dict[str, int | float | str], half:
     return lines + f"    {result} = Clip ({', '.join(names).rstrip(', ')})\n"
 
 
-def _literal(value: float | str) -> str:
+def _literal(value: float | str | tuple[int, ...]) -> str:
+    if isinstance(value, tuple):
+        return repr(list(value))
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 

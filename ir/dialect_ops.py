@@ -13,7 +13,8 @@ Bodies are written in the forms ORT fuses and avoid the ones it gets wrong:
   8 times slower;
 * RMSNorm in the one spelling that ORT makes SimplifiedLayerNormalization of.
 
-Those of products by weights of 4 bits are in `dialect_w4.py`.
+Those of products by weights of 4 bits are in `dialect_w4.py`, convolutions of GPUs in
+`dialect_image.py`.
 
 Regions also come in float16, by the flag `HALF`: the floats that a kernel would read and write in
 bulk are float16 then, and widened, so that all in between is computed as ever; scales that are
@@ -29,6 +30,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qcompiler.ir.attention import attention_body
+from qcompiler.ir.dialect_image import IMAGE_OPS
 from qcompiler.ir.dialect_op import DialectOp
 from qcompiler.ir.dialect_w4 import W4_OPS
 
@@ -277,4 +279,7 @@ _MASKED_ATTENTION = DialectOp(
 _MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, *W4_OPS, _FP8)
 _ATTENTIONS = (_ATTENTION, _MASKED_ATTENTION)
 
-OPS = {op.name: op for op in (_QUANTIZE, _QUANTIZE_FP8, *_MATMULS, _CONV, *_NORMS, *_ATTENTIONS)}
+OPS = {
+    op.name: op
+    for op in (_QUANTIZE, _QUANTIZE_FP8, *_MATMULS, _CONV, *IMAGE_OPS, *_NORMS, *_ATTENTIONS)
+}

@@ -69,13 +69,25 @@ class Region:
     extras: tuple[ExtraKind, ...] = ()
     steps: tuple[Step, ...] = ()
     outputs: tuple[str, ...] = ()
-    attributes: tuple[tuple[str, float], ...] = ()
+    attributes: tuple[tuple[str, float | tuple[int, ...]], ...] = ()
     flags: tuple[str, ...] = ()
     widths: tuple[int, ...] = ()
 
     def size(self, name: str) -> int:
         """The static size called `name` ("K", "N")."""
         return dict(self.sizes)[name]
+
+    def number(self, name: str) -> float:
+        """The attribute called `name`, a number ("epsilon")."""
+        value = dict(self.attributes)[name]
+        assert not isinstance(value, tuple)
+        return value
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """The attribute called `name`, a list ("strides")."""
+        value = dict(self.attributes)[name]
+        assert isinstance(value, tuple)
+        return value
 
     @property
     def is_quantized(self) -> bool:

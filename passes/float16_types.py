@@ -34,7 +34,9 @@ HALF_OPS = frozenset({
 """Ops that ONNX Runtime's CUDA provider has float16 kernels of, by its list of kernels; the CPU
 provider runs each of them too, between casts where it has none."""
 
-IN_HALF = frozenset({"QMatMulFp8", "QMatMulW8A8", "Quantize", "QuantizeFp8"})
+IN_HALF = frozenset({
+    "QConvW8A8", "QMatMulFp8", "QMatMulW8A8", "Quantize", "QuantizeFp8", "QuantizeImage",
+})  # fmt: skip
 """Ops of ours that GPUs have kernels of whose floats are float16, and none of float32."""
 
 _STAY = {"Resize": (1,)}

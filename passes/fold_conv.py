@@ -45,14 +45,23 @@ from qcompiler.passes.fold_conv_integer import try_fold_conv_integer
 from qcompiler.passes.fold_matmul import one_scale
 from qcompiler.passes.widen_constants import dequantized_constant
 
-__all__ = ["try_fold_conv"]
+__all__ = ["Kernel", "kernel_of", "try_fold_conv"]
 
 _MAX_BIAS = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class _Kernel:
-    """Weights as QLinearConv takes them: int8, zero points all alike."""
+class Kernel:
+    """Weights as QLinearConv takes them: int8, zero points all alike.
+
+    Attributes:
+        shape: Of the weights.
+        integers: What they are.
+        stored: The same, as the graph holds them if it does.
+        scale: Of the graph: one, or one per output channel.
+        scales: Its numbers.
+        zeros: As many zero points.
+    """
 
     shape: tuple[int, ...]
     integers: NDArray[np.int8]
@@ -67,7 +76,7 @@ def try_fold_conv(graph: ir.Graph, conv: ir.Node) -> str | None:
     x = one_scale(dequantize_of(conv.inputs[0]))
     if isinstance(x, str):
         return x
-    kernel = _kernel(dequantize_of(conv.inputs[1]))
+    kernel = kernel_of(dequantize_of(conv.inputs[1]))
     if isinstance(kernel, str):
         return kernel
     if x.scales is None or x.zeros is None:
@@ -86,7 +95,8 @@ def try_fold_conv(graph: ir.Graph, conv: ir.Node) -> str | None:
     return None
 
 
-def _kernel(dequantize: ir.Node | None) -> _Kernel | str:
+def kernel_of(dequantize: ir.Node | None) -> Kernel | str:
+    """The weights that a DQ widens, or the reason if they have no such form."""
     params = quant_params(dequantize)
     value = dequantize.inputs[0] if dequantize is not None else None
     stored = constant(value)
@@ -110,7 +120,7 @@ def _kernel(dequantize: ir.Node | None) -> _Kernel | str:
     if np.any(wide != stored):
         result = integers
     zeros = np.full(scales.shape, offset[:1], np.int8)
-    return _Kernel(stored.shape, integers, result, params.scale, scales.reshape(-1), zeros)
+    return Kernel(stored.shape, integers, result, params.scale, scales.reshape(-1), zeros)
 
 
 def _covered(conv: ir.Node) -> tuple[list[ir.Node], QuantParams | str]:
@@ -150,7 +160,7 @@ def _saturates(clip: ir.Node, y: QuantParams) -> bool:
     return bool(below and (steps[1] is None or np.all(steps[1] >= last)))
 
 
-def _bias(conv: ir.Node, x: QuantParams, kernel: _Kernel) -> NDArray[np.int32] | ir.Value | str:
+def _bias(conv: ir.Node, x: QuantParams, kernel: Kernel) -> NDArray[np.int32] | ir.Value | str:
     """The bias as int32 at the scale of the products."""
     value = conv.inputs[2] if len(conv.inputs) > 2 else None
     assert x.scales is not None
@@ -189,7 +199,7 @@ def _replace(
     graph: ir.Graph,
     covered: list[ir.Node],
     x: QuantParams,
-    kernel: _Kernel,
+    kernel: Kernel,
     y: QuantParams,
     bias: NDArray[np.int32] | ir.Value,
     pads: list[int],

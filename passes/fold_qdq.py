@@ -7,7 +7,7 @@
 4. MatMul, W4A16          MatMul(x, DQ(w, ws))              =>  QMatMulW4A16(x, w, ws)
                           zero points, two levels: see `matrix_weights`; offsets: `fold_offsets`
 5. MatMul, Gemm           with one scale: see `fold_matmul`
-6. Conv, Gather           see `fold_conv`, `fold_gather`
+6. Conv, Gather           see `fold_conv`, for GPUs `fold_image`, and `fold_gather`
 7. Other constants        see `widen_constants`
 8. Pairs of many scales   see `guard_scales`
 
@@ -30,6 +30,7 @@ from qcompiler.ir.graph import constant, dequantize_of, every_node, replace_node
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.fold_conv import try_fold_conv
 from qcompiler.passes.fold_gather import try_fold_gather
+from qcompiler.passes.fold_image import try_fold_image
 from qcompiler.passes.fold_matmul import try_fold_matmul
 from qcompiler.passes.fold_offsets import add_offsets, insert_group_sums
 from qcompiler.passes.guard_scales import try_guard_scales
@@ -64,11 +65,12 @@ class FoldQDQ(ir.passes.InPlacePass):
     Attributes:
         left: Why products that ORT makes one integer op of, with the Q of their result, are left to
             it; None if they are not.
+        images: Whether convolutions become the ops that GPUs have kernels of.
     """
 
-    def __init__(self, left: str | None = None) -> None:
+    def __init__(self, left: str | None = None, images: bool = False) -> None:
         super().__init__()
-        self.left = left
+        self.left, self.images = left, images
         self._quantized: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self._sums: dict[tuple[object, ...], ir.Value] = {}
 
@@ -84,7 +86,7 @@ class FoldQDQ(ir.passes.InPlacePass):
                 if reason is not None:
                     reasons[node] = reason
         for node in list(every_node(model.graph)):
-            _explain(node, reasons.get(node, ""))
+            _explain(node, reasons.get(node, ""), self.images)
         changed += sum(try_guard_scales(model.graph, n) for n in list(every_node(model.graph)))
         changed += sum(try_widen_constant(model.graph, n) for n in list(every_node(model.graph)))
         if changed:
@@ -99,6 +101,8 @@ class FoldQDQ(ir.passes.InPlacePass):
             return None
         if self.left is not None and left_to_ort(node) in _LEFT:
             return self.left
+        if node.op_type == "Conv" and self.images:
+            return try_fold_image(graph, node)
         return _FAMILIES[node.op_type](graph, node)
 
     def _try_fold_matmul(self, node: ir.Node) -> bool:
@@ -150,8 +154,13 @@ class FoldQDQ(ir.passes.InPlacePass):
         return self._quantized[stored]
 
 
-def _explain(node: ir.Node, reason: str) -> None:
+def _explain(node: ir.Node, reason: str, images: bool) -> None:
     """Say who computes a node that was not folded, and why."""
+    if images and node.op_type == "Conv" and dequantize_of(node.inputs[0]) is not None:
+        # ORT has no integers for it there.
+        expected = plan_of(node) is None
+        decide(node, "float", f"{reason}: computes what was dequantized", expected=expected)
+        return
     found, before = left_to_ort(node), decision_of(node)
     if reason and (plan_of(node) is not None or (before.action == "qdq" and found is None)):
         why = "planned, but its surroundings did not let it be folded"

@@ -41,13 +41,13 @@ __all__ = ["FuseRegions"]
 _MOST_STEPS = 4
 """Nodes to look at before the ways join: HardSwish may come as Mul(x, Clip(Add(x, 3)) / 6)."""
 
-_QUANTIZES = ("Quantize", "QuantizeFp8")
+_QUANTIZES = ("Quantize", "QuantizeFp8", "QuantizeImage")
 
 _LEFT_TO_ORT = ("QConv", "GroupSumsA8", "GroupSumsA16")
 
 _ANCHORS = frozenset({
     *_QUANTIZES, "QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8", "QMatMulW4A8", "QMatMulW4A16",
-    "QMatMulW4Z4A16", "QMatMulFp8",
+    "QMatMulW4Z4A16", "QMatMulFp8", "QConvW8A8",
 })  # fmt: skip
 
 
@@ -84,7 +84,10 @@ class FuseRegions(RegionPass):
 
     def _start(self, node: ir.Node) -> Growth | str:
         """The region of an anchor alone, in float16 if it can be; why there is no kernel if not."""
-        exact = Growth(Region(node.op_type, _sizes(node)), list(node.inputs), [], [node])
+        if (sizes := _sizes(node)) is None:
+            return "the number of its channels is not known"
+        region = Region(node.op_type, sizes, attributes=_attributes(node))
+        exact = Growth(region, list(node.inputs), [], [node])
         half = _in_half(node, exact)
         reason = None if half is None else self.supports(half.region)
         if half is not None and reason is None:
@@ -134,7 +137,7 @@ def _in_half(node: ir.Node, exact: Growth) -> Growth | None:
         source = cast.inputs[0] if cast is not None and cast.op_type == "Cast" else None
         if source is None or source.dtype is not ir.DataType.FLOAT16:
             return None
-        return Growth(region, [source], [], [node])
+        return Growth(region, [source, *exact.inputs[1:]], [], [node])
     if dialect.OPS[node.op_type].follows:
         half = node.outputs[0].dtype is ir.DataType.FLOAT16
         return Growth(region, exact.inputs, [], [node]) if half else None
@@ -146,13 +149,27 @@ def _in_half(node: ir.Node, exact: Growth) -> Growth | None:
     return Growth(region, exact.inputs, [], [node, reader])
 
 
-def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...]:
+def _attributes(node: ir.Node) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The lists of an op: strides, pads."""
+    lists = [a for a in node.attributes.values() if a.type is ir.AttributeType.INTS]
+    return tuple(sorted((a.name, tuple(a.as_ints())) for a in lists))
+
+
+def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...] | None:
     block = node.attributes.get_int("block_size", 0)
+    if node.op_type == "QuantizeImage":
+        x = node.inputs[0]
+        channels = x.shape[1] if x is not None and x.shape is not None else None
+        return (("K", channels),) if isinstance(channels, int) else None
     if node.op_type in _QUANTIZES:
         return (("K", block),)
     weight = node.inputs[dialect.OPS[node.op_type].inputs.index("w")]
     assert weight is not None and weight.const_value is not None
-    depth, width = weight.const_value.shape.numpy()
+    shape = weight.const_value.shape.numpy()
+    if node.op_type == "QConvW8A8":
+        columns, channels, *taps = shape
+        return (("K", channels), ("N", columns), *zip("RS", taps, strict=True))
+    depth, width = shape
     return (("K", depth), ("N", width), *((("G", block),) if block else ()))
 
 

@@ -15,6 +15,7 @@ from qcompiler.ir.decisions import NodePlan, OperandPlan, add_note
 from qcompiler.ir.graph import constant, dequantize_of, rectified
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor, QuantSpec, QuantType
 from qcompiler.passes.conv_pads import explicit_pads
+from qcompiler.passes.fold_image import no_image_kernel
 from qcompiler.passes.forms import Form, Usual, form_of
 from qcompiler.passes.node_rules import FEWER_BITS, PRECISIONS, NodeRules
 from qcompiler.passes.sub_pixel import no_convolution_of
@@ -182,11 +183,14 @@ class NodePlanner:
                 return reason
         if (without := _no_form(node)) is not None:
             return without
+        if scheme.images and (why := _no_image(node)) is not None:
+            return StayFloat(why)
         if rectified(node.outputs[0]).is_graph_output() and not self.outputs:
             return StayFloat("its result leaves the graph")
         activation, axis = self._static(), int(node.op_type == "ConvTranspose")
         form = self._form(node)
-        return _node_plan(form, _per_channel(form.weight, axis), activation, activation)
+        output = None if scheme.images else activation
+        return _node_plan(form, _per_channel(form.weight, axis), activation, output)
 
     def _form(self, node: ir.Node) -> Form:
         """The form of a node that can be quantized; what rules ask for in vain is noted on it."""
@@ -225,6 +229,15 @@ def _no_form(node: ir.Node) -> StayFloat | None:
     if explicit_pads(node, weight.shape[2:]) is None:
         return StayFloat("auto_pad, and what it pads depends on sizes that are not known", False)
     return None
+
+
+def _no_image(node: ir.Node) -> str | None:
+    """Why a convolution has no kernel on GPUs."""
+    weight = constant(node.inputs[1])
+    assert weight is not None
+    if node.op_type == "ConvTranspose":
+        return "no kernel for GPUs transposes a convolution"
+    return no_image_kernel(weight.shape, node.attributes.get_int("group", 1))
 
 
 def _per_channel(storage: ir.DataType, axis: int) -> QuantType:

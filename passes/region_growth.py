@@ -113,8 +113,8 @@ def _extra_kind(operand: ir.Value | None, result: ir.Value, region: Region) -> E
         return None
     array = dequantized_constant(operand)
     if array is not None:
-        fits = array.size == 1 or array.shape == (region.size("N"),)
-        return "channel" if fits and array.ndim <= 1 else None
+        fits = array.size == 1 or array.shape == _per_channel_shape(region)
+        return "channel" if fits and array.ndim <= len(_per_channel_shape(region)) else None
     fits = operand.dtype is dtype and same_shape(operand, result)
     return "tensor" if fits else None
 
@@ -131,11 +131,16 @@ def _is_by_constants(node: ir.Node, region: Region) -> bool:
     return scale.size == zero.size == 1 and bool(low <= scale.item() <= high)
 
 
+def _per_channel_shape(region: Region) -> tuple[int, ...]:
+    """That of one number for each channel of the result."""
+    return (region.size("N"), 1, 1) if region.anchor == "QConvW8A8" else (region.size("N"),)
+
+
 def per_channel(graph: ir.Graph, operand: ir.Value, region: Region) -> ir.Value:
     """A constant as one float per channel; a scalar is repeated."""
-    width, array = region.size("N"), dequantized_constant(operand)
+    shape, array = _per_channel_shape(region), dequantized_constant(operand)
     assert array is not None
     dtype = np.float16 if HALF in region.flags else np.float32
-    if array.shape == (width,) and array.dtype == dtype and constant(operand) is not None:
+    if array.shape == shape and array.dtype == dtype and constant(operand) is not None:
         return operand
-    return new_initializer(graph, f"{operand.name}_per_channel", np.full(width, array, dtype))
+    return new_initializer(graph, f"{operand.name}_per_channel", np.full(shape, array, dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from qcompiler.ir.region import Region
@@ -43,7 +44,7 @@ from qcompiler.passes.widen_floats import WidenFloats
 from qcompiler.recipe import Recipe
 from qcompiler.step import Step
 from qcompiler.targets import catalog
-from qcompiler.targets.target import Target
+from qcompiler.targets.target import Scheme, Target
 
 __all__ = ["OPTIONS_OF_RECIPE", "default_steps"]
 
@@ -95,7 +96,7 @@ def default_steps(
         Step("fuse-hard-swish", FuseHardSwish(), Stage.FLOAT),
         Step(
             "assign-precision",
-            AssignPrecision(target.scheme, precision, recipe.nodes),
+            AssignPrecision(_scheme(target, runs), precision, recipe.nodes),
             Stage.FLOAT,
             "target",
         ),
@@ -128,7 +129,7 @@ def default_steps(
         Step("gptq", GPTQ(runs.layers), Stage.QDQ, "plans"),
         Step("insert-qdq", InsertQDQ(ranges), Stage.QDQ, "plans"),
         Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
-        Step("fold-qdq", FoldQDQ(left), Stage.QUANTIZED),
+        Step("fold-qdq", FoldQDQ(left, target.scheme.images), Stage.QUANTIZED),
         Step("shift-weights", ShiftWeights(), Stage.QUANTIZED),
         Step("convert-float16", ConvertFloat16(runs.sample, floats), Stage.QUANTIZED, "target"),
         Step("fuse-regions", FuseRegions(supports), Stage.KERNEL, "target"),
@@ -149,3 +150,11 @@ def default_steps(
         Step("fuse-quantize", FuseQuantize(supports), Stage.KERNEL, "target"),
         Step("bind-kernels", BindKernels(catalog.fingerprint(target)), Stage.KERNEL, "target"),
     ]
+
+
+def _scheme(target: Target, runs: ModelRuns) -> Scheme:
+    """The target's; without samples convolutions of GPUs stay as fast as floats are."""
+    if not target.scheme.images or target.scheme.conv_weight is None or runs.observe is not None:
+        return target.scheme
+    why = "its activations need static ranges, for which there are no samples: --calib DIR"
+    return dataclasses.replace(target.scheme, conv_weight=None, no_conv=why)

@@ -18,20 +18,19 @@ _INT8 = Scheme("int8", weight=ir.DataType.INT8, activation=ir.DataType.INT8)
 _INT4_CPU = Scheme(
     "int4", weight=ir.DataType.INT4, activation=ir.DataType.INT8, group_sizes=(32, 64, 128)
 )
-_INT8_CUDA = dataclasses.replace(
-    _INT8,
-    conv_weight=None,
-    no_conv="no int8 convolution runs on a GPU yet: ONNX Runtime's would run on the CPU",
+_INT8_CUDA = dataclasses.replace(_INT8, images=True)
+_NO_CONV = dataclasses.replace(
+    _INT8_CUDA, conv_weight=None, no_conv="convolutions are rounded by cuda-int8 alone"
 )
 _INT4_CUDA = dataclasses.replace(
-    _INT8_CUDA,
+    _NO_CONV,
     name="int4",
     weight=ir.DataType.INT4,
     activation=None,
     group_sizes=(128, 64, 32),
 )
 _FP8 = dataclasses.replace(
-    _INT8_CUDA,
+    _NO_CONV,
     name="fp8",
     weight=ir.DataType.FLOAT8E4M3FN,
     activation=ir.DataType.FLOAT8E4M3FN,

@@ -22,6 +22,8 @@ class Scheme:
         zero_points: Of groups: "none", "integer" or "float".
         conv_weight: Storage of convolution weights; None keeps convolutions float.
         conv_activation: Storage of convolution activations, per tensor and static.
+        images: Whether integer convolutions are kernels of ours: of two dimensions and one group,
+            with results that stay float.
         no_conv: Why convolutions are kept float, unless a recipe asks for one.
     """
 
@@ -32,6 +34,7 @@ class Scheme:
     zero_points: str = "none"
     conv_weight: ir.DataType | None = ir.DataType.INT8
     conv_activation: ir.DataType = ir.DataType.UINT8
+    images: bool = False
     no_conv: str = ""
 
 

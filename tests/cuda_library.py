@@ -13,13 +13,13 @@ import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from stand_in import Driver, Gpu
+from stand_in import Gpu
 
 from qcompiler.ir import dialect
 from qcompiler.ir.region import HALF, Region, Step
 from qcompiler.session_options import new_session_options
 from qcompiler.targets import cuda
-from qcompiler.targets.cuda.packing import FOUR_BITS
+from qcompiler.targets.cuda.packing import FOUR_BITS, INTEGERS, depth_of
 from qcompiler.targets.cuda.plan import results_of
 
 Array = NDArray[Any]
@@ -220,7 +220,7 @@ def memory(address: int, dtype: Any, *shape: int) -> Array:
 
 def unpacked(region: Region, address: int) -> Array:
     """w [K, N] out of the packed bytes, by the formula of `targets/cuda/packing.py`."""
-    layout, (k, n) = cuda.packing(region), np.ix_(range(region.size("K")), range(region.size("N")))
+    layout, (k, n) = cuda.packing(region), np.ix_(range(depth_of(region)), range(region.size("N")))
     packed = memory(address, np.uint8, layout.weight_bytes)
     tile = n // 16 * (layout.depth // layout.tile_depth) + k // layout.tile_depth
     c, d = n % 16, k % layout.tile_depth
@@ -230,7 +230,7 @@ def unpacked(region: Region, address: int) -> Array:
         bit = 4 * (c // 8 + 2 * (d % 16 // 8)) + 16 * (d % 2)
         return (words >> bit.astype(np.uint32) & 15).astype(np.int64) - 8
     lane = c % 8 * 4 + d % 16 // 4
-    dtype = np.int8 if region.anchor == "QMatMulW8A8" else ml_dtypes.float8_e4m3fn
+    dtype = np.int8 if region.anchor in INTEGERS else ml_dtypes.float8_e4m3fn
     return packed[tile * 512 + lane * 16 + (c // 8 + 2 * (d // 16)) * 4 + d % 4].view(dtype)
 
 
@@ -248,56 +248,3 @@ def unpacked_scales(region: Region, address: int) -> dict[str, Array]:
     if layout.record_bytes > 32:
         found["wz"] = (packed[start + 32 + place] >> 4 * (n % 16 // 8)).astype(np.int64) - 8
     return found
-
-
-def emulate(driver: Driver, region: Region, arch: str) -> None:
-    """The kernels of a product, in numpy, from what they are given alone."""
-    n, k = region.size("N"), region.size("K")
-
-    def extras_of(given: dict[str, int], rows: int) -> list[Array]:
-        return [
-            memory(given[f"extra{i}"], np.float16, *((n,) if kind == "channel" else (rows, n)))
-            for i, kind in enumerate(region.extras)
-        ]
-
-    def store(given: dict[str, int], y: Array, rows: int) -> None:
-        result = with_epilogue(region, y, [e.astype(np.float64) for e in extras_of(given, rows)])
-        for name, (first, width) in results_of(region).items():
-            memory(given[name], np.float16, rows, width)[:] = result[:, first : first + width]
-
-    for launch in cuda.launches(region, arch):
-
-        def run(values: list[int], grid: tuple[int, ...], launch: cuda.Launch = launch) -> None:
-            given = dict(zip(launch.parameters, values, strict=True))
-            rows, columns = given["rows"], -(-n // launch.block_columns)
-            assert grid == (columns, -(-rows // launch.block_rows), launch.splits)
-            feed = {
-                name: memory(given[name], dtype, rows, 1 if name == "s" else k)
-                for name, dtype in TYPES[region.anchor].items()
-                if name in given and name != "y"
-            }
-            constants = {
-                "w": unpacked(region, given["w"]),
-                **unpacked_scales(region, given["ws"]),
-            }
-            if launch.combine is None:
-                store(given, anchor_result(region, constants, feed), rows)
-                return
-            partial = memory(given["workspace"], np.float32, launch.splits, rows, n)
-            for split, part in enumerate(np.array_split(np.arange(k), launch.splits)):
-                name = "x" if "x" in feed else "q"
-                some = np.full_like(feed[name], 128 if feed[name].dtype == np.uint8 else 0)
-                some[:, part] = feed[name][:, part]
-                partial[split] = anchor_result(region, constants, feed | {name: some})
-
-        def combine(values: list[int], grid: tuple[int, ...], launch: cuda.Launch = launch) -> None:
-            given = dict(zip(launch.combine_parameters, values, strict=True))
-            rows = given["rows"]
-            assert grid == (-(-rows * n // (4 * launch.threads)), 1, 1)
-            store(
-                given, memory(given["workspace"], np.float32, launch.splits, rows, n).sum(0), rows
-            )
-
-        driver.know(launch.symbol, len(launch.parameters), run)
-        if launch.combine is not None:
-            driver.know(launch.combine, len(launch.combine_parameters), combine)

@@ -13,7 +13,7 @@ import itertools
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,12 @@ _Run = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ct
 
 
 class _Symbol(ctypes.Structure):
-    _fields_ = (("name", ctypes.c_char * 160), ("arguments", ctypes.c_int), ("run", _Run))
+    _fields_ = (
+        ("name", ctypes.c_char * 160),
+        ("arguments", ctypes.c_int),
+        ("numbers", ctypes.c_int),
+        ("run", _Run),
+    )
 
 
 class _Record(ctypes.Structure):
@@ -109,30 +114,44 @@ class Driver:
         (ctypes.c_char * 64).in_dll(self._loaded, "stand_in_failing").value = function.encode()
         self.set("failing_code", code)
 
-    def know(self, symbol: str, arguments: int, run: Callable[..., None] | None = None) -> None:
-        """A kernel, how many arguments it takes, what it does with their values and the grid."""
+    def know(
+        self,
+        symbol: str,
+        arguments: int,
+        run: Callable[..., None] | None = None,
+        numbers: int = 1,
+    ) -> None:
+        """A kernel, how many arguments it takes, what it does with their values and the grid.
+
+        The last `numbers` of them are int32, the others pointers.
+        """
 
         def call(values: Any, grid: Any) -> None:
             assert run is not None
-            kinds = [ctypes.c_uint64] * (arguments - 1) + [ctypes.c_int32]
+            kinds = [ctypes.c_uint64] * (arguments - numbers) + [ctypes.c_int32] * numbers
             given = [ctypes.cast(values[i], ctypes.POINTER(k))[0] for i, k in enumerate(kinds)]
             try:
                 run(given, tuple(grid[:3]))
             except Exception as error:  # it would be lost in C
                 self.problems.append(error)
 
-        symbols = (_Symbol * 64).in_dll(self._loaded, "stand_in_symbols")
+        symbols = (_Symbol * 256).in_dll(self._loaded, "stand_in_symbols")
         callback = _Run(call) if run is not None else _Run()
         self._kept.append(callback)
-        symbols[self.get("symbol_count")] = _Symbol(symbol.encode(), arguments, callback)
+        symbols[self.get("symbol_count")] = _Symbol(symbol.encode(), arguments, numbers, callback)
         self.set("symbol_count", self.get("symbol_count") + 1)
 
-    def know_all(self, region: Region, arch: str) -> None:
-        """All kernels of a region, which do nothing."""
+    def know_all(
+        self, region: Region, arch: str, runs: Mapping[str, Callable[..., None]] | None = None
+    ) -> None:
+        """All kernels of a region, which do nothing but for those of `runs`."""
         for launch in cuda.launches(region, arch):
-            self.know(launch.symbol, len(launch.parameters))
+            kernels = {launch.symbol: launch.parameters}
             if launch.combine is not None:
-                self.know(launch.combine, len(launch.combine_parameters))
+                kernels[launch.combine] = launch.combine_parameters
+            for symbol, parameters in kernels.items():
+                numbers = len({"height", "rows", "width"}.intersection(parameters))
+                self.know(symbol, len(parameters), (runs or {}).get(symbol), numbers)
 
     def launched(self) -> list[Launched]:
         """The launches since this was asked last."""

@@ -11,7 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from cuda_library import emulate, memory
+from cuda_library import memory
+from numpy_kernels import emulate, emulate_conv
 from stand_in import Bench, Driver, Gpu, NoCompiler, names_of_kernels
 
 from qcompiler.ir.region import Region
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import cuda as benchmark
 import cuda_checkers
+import cuda_convs
 import cuda_device
 import cuda_models
 import cuda_norms
@@ -96,6 +98,17 @@ def test_wrong_norms(spoilt: str, bench: Bench) -> None:
     assert not cuda_norms.NormProblem(kernels, 5, rng).error(rng) <= benchmark.TOLERANCE
 
 
+def test_wrong_convolutions(bench: Bench) -> None:
+    for factor in (1, 2):
+        driver = bench.driver(H200)
+        conv, shape = cuda_convs.convs_to_check(small=True)[2]
+        emulate_conv(driver, conv, factor)
+        kernels = tuple(on(driver).kernels(region) for region in (conv.image, conv.region))
+        rng = np.random.default_rng(0)
+        problem = cuda_convs.ConvProblem(conv, kernels, shape, rng)
+        assert (problem.error(rng) <= benchmark.TOLERANCE) == (factor == 1)
+
+
 def emulate_all(driver: Driver, but: str = "") -> None:
     for region in benchmark.regions_to_check(small=True):
         if region.anchor.startswith("Quantize"):
@@ -104,6 +117,8 @@ def emulate_all(driver: Driver, but: str = "") -> None:
             emulate_norm(driver, region)
         elif region.name != but:
             emulate(driver, region, "sm_90a")
+    for conv, _ in cuda_convs.convs_to_check(small=True):
+        emulate_conv(driver, conv)
 
 
 def on(driver: Driver) -> benchmark.Bench:
@@ -115,8 +130,9 @@ def test_right_numbers(bench: Bench) -> None:
     emulate_all(driver)
     found = on(driver).check(small=True)
     assert len(found) > 40
+    convs = [conv.region for conv, _ in cuda_convs.convs_to_check(small=True)]
     assert {row["region"] for row in found} == {
-        region.name for region in benchmark.regions_to_check(small=True)
+        region.name for region in (*benchmark.regions_to_check(small=True), *convs)
     }
     assert max(row["error"] for row in found) <= benchmark.TOLERANCE
 

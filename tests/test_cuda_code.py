@@ -54,6 +54,15 @@ REGIONS = {
         flags=("f16",),
     ): ("sm_89",),
 }
+CONV = Region(
+    "QConvW8A8",
+    (("K", 256), ("N", 256), ("R", 3), ("S", 3)),
+    ("channel", "tensor"),
+    (Step("Add", (0, -1)), Step("Add", (1, -2)), Step("Relu", (2,))),
+    attributes=(("dilations", (1, 1)), ("strides", (1, 1))),
+)
+IMAGE = Region("QuantizeImage", (("K", 256),), attributes=(("pads", (0, 1, 1, 0, 0, 1, 1, 0)),))
+REGIONS |= {CONV: cuda.ARCHS, IMAGE: ("sm_80", "sm_90a")}
 ALL = [(region, arch) for region, archs in REGIONS.items() for arch in archs]
 PRODUCTS = [(region, arch) for region, arch in ALL if "N" in dict(region.sizes)]
 PLANNED_BLOCKS = {"stream": 3, "tile": 1, "roles": 1}
@@ -92,8 +101,10 @@ def test_as_many_blocks_fit_as_planned(region, arch):
 def test_tensor_cores_multiply(region, arch):
     # sm_90 has none for mma.sync of FP8: a few rows are widened to float16.
     fp8 = "HMMA.16816.F32" if arch == "sm_90a" else "QMMA.16832.F32.E4M3.E4M3"
-    of_warp = {"QMatMulW4A16": "HMMA.16816.F32", "QMatMulW8A8": "IMMA.16832.S8.U8"}
-    of_group = {"QMatMulW4A16": "HGMMA", "QMatMulW8A8": "IGMMA", "QMatMulFp8": "QGMMA"}
+    of_warp = {"QMatMulW4A16": "HMMA.16816.F32", "QMatMulW8A8": "IMMA.16832.S8.U8",
+               "QConvW8A8": "IMMA.16832.S8.U8"}  # fmt: skip
+    of_group = {"QMatMulW4A16": "HGMMA", "QMatMulW8A8": "IGMMA", "QMatMulFp8": "QGMMA",
+                "QConvW8A8": "IGMMA"}  # fmt: skip
     kernels = code(region, arch)
     for launch in cuda.launches(region, arch):
         meant = of_warp.get(region.anchor, fp8)
@@ -115,7 +126,8 @@ def test_weights_come_16_bytes_at_a_time(region, arch):
         assert kernel.count("LDGSTS") == kernel.count("LDGSTS.E.BYPASS.128")
         assert arch == "sm_90a" or kernel.count("LDSM.16.M88.4")
         assert kernel.count("LDS.128")
-        assert kernel.count("STG.E.128" if launch.combine else "STG.E.64")
+        if region != CONV:  # whose results go to planes, pixel by pixel
+            assert kernel.count("STG.E.128" if launch.combine else "STG.E.64")
 
 
 @needs_cuobjdump
@@ -137,6 +149,13 @@ def test_making_operands_is_less_than_multiplying(region, arch):
 def test_threads_with_roles_have_mbarriers_and_their_own_registers(region, arch):
     last = cuda.launches(region, arch)[-1]
     kernel = code(region, arch)[last.symbol]
-    assert (arch == "sm_90a") == ("_roles" in last.symbol)
-    assert kernel.count("USETMAXREG") == (2 if arch == "sm_90a" else 0)
-    assert (kernel.count("SYNCS") > 0) == (arch == "sm_90a")
+    has_roles = arch == "sm_90a" and region != CONV
+    assert has_roles == ("_roles" in last.symbol)
+    assert kernel.count("USETMAXREG") == (2 if has_roles else 0)
+    assert (kernel.count("SYNCS") > 0) == has_roles
+
+
+@needs_cuobjdump
+def test_images_are_stored_16_bytes_at_a_time():
+    (kernel,) = code(IMAGE, "sm_80").values()
+    assert kernel.count("STG.E.128") == kernel.count("STG") > 0

@@ -13,7 +13,7 @@ from cuda_operands import Operands, operands_of, run_body
 
 from qcompiler.ir.region import Region, Step
 from qcompiler.targets import cuda
-from qcompiler.targets.cuda.packing import FOUR_BITS
+from qcompiler.targets.cuda.packing import FOUR_BITS, pack, pack_scales
 from qcompiler.targets.cuda.plan import results_of
 
 pytestmark = needs_compiler
@@ -137,8 +137,30 @@ def test_long_sums_of_fp8_keep_their_bits(arch, rows, emulated):
     compare(region, operands)
 
 
+def test_parts_of_long_sums_are_integers_until_they_are_added(emulated):
+    """Weights of one sign: what zero points take off is 10^5 times what is left."""
+    region = eight_bit("QMatMulW8A8", 16384, 16)
+    operands = operands_of(region, 16)
+    w = np.random.default_rng(0).integers(90, 128, (16384, 16)).astype(np.int8)
+    q = np.tile(np.uint8([127, 129]), (16, 8192))
+    ws = np.full(16, 0.01, np.float32)
+    operands.device |= {
+        "q": q,
+        "w": np.frombuffer(pack(w, region), np.uint8),
+        "ws": np.frombuffer(pack_scales(ws, region, w=w), np.uint8),
+    }
+    launch = launch_for(region, 16, "sm_80")
+    assert launch.splits > 1
+    emulated(region, "sm_80").run(launch, 16, operands.device, 16)
+    sums = (q.astype(np.int64) - 128) @ w.astype(np.int64)
+    expected = sums * operands.device["s"].astype(np.float64) * ws.astype(np.float64)
+    # But for the rounding to float16, and of three products of float32 to 24 bits.
+    error = np.abs(operands.device["y"] - expected)
+    assert (error <= (2.0**-11 + 2.0**-22) * np.abs(expected)).all()
+
+
 @pytest.mark.parametrize("anchor", ["Quantize", "QuantizeFp8"])
-@pytest.mark.parametrize("k", [8, 384, 4104])
+@pytest.mark.parametrize("k", [1, 333, 384, 1002, 4100])
 def test_quantize_is_its_body(anchor, k, emulated):
     region = Region(anchor, (("K", k),))
     rng = np.random.default_rng(k)

@@ -23,7 +23,6 @@ from cuda_library import (
     W4,
     N,
     constants_of,
-    emulate,
     expected_of,
     feed_of,
     memory,
@@ -32,6 +31,7 @@ from cuda_library import (
     run_op,
 )
 from numpy.typing import NDArray
+from numpy_kernels import emulate
 from stand_in import Bench, Gpu
 
 from qcompiler.ir.errors import ToolchainError

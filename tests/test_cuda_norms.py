@@ -38,6 +38,11 @@ REGIONS = [
     norm("AddRMSNorm", 576, "x", "q", "s"),
     norm("AddRMSNorm", 9000, "x", "y", "q", "s"),
     norm("LayerNormFp8", 256, "y", "q", "s"),
+    # Rows that begin anywhere: vectors of 1, 2 and 4.
+    norm("AddLayerNorm", 333, "x", "y", "q", "s", smoothed=True),
+    norm("RMSNorm", 1026, "y", "q", "s"),
+    norm("AddRMSNorm", 100, "x", "y", "q", "s"),
+    norm("LayerNormFp8", 77, "y", "q", "s"),
     norm("AddRMSNormFp8", 576, "x", "y", "q", "s", smoothed=True),
 ]
 
@@ -151,7 +156,7 @@ def test_it_is_the_body_of_its_function(region, emulated):
 def test_quantize_of_nan_is_its_body(anchor, tmp_path):
     region = Region(anchor, (("K", 384),))
     x = np.random.default_rng(0).standard_normal((3, 384)).astype("f2")
-    x[0, 5], x[1, 7] = np.nan, np.inf
+    x[0, 5], x[1, 7], x[2] = np.nan, np.inf, np.nan
     q, s = run_body(region, {"x": x.astype(np.float32)}, outputs=2)
     device = {"x": x, "q": np.zeros_like(q), "s": np.zeros((3, 1), np.float32)}
     launch = cuda.launches(region, "sm_90a")[0]
@@ -166,6 +171,5 @@ def test_which_norms_have_no_kernel():
     for region, reason in (
         (norm("LayerNorm", 384, "y"), "no Quantize follows: ONNX Runtime's own kernels"),
         (norm("RMSNorm", 40000, "q", "s"), "K=40000: a block holds rows of up to 32768 elements"),
-        (norm("RMSNorm", 20, "q", "s"), "K=20: rows are loaded 16 bytes at a time"),
     ):
         assert (cuda.supports(region) or "").startswith(reason)

@@ -57,10 +57,30 @@ def test_isa_override_where_gpus_differ(
     bench.driver(A100, H200)
     monkeypatch.setenv("QCOMPILER_ISA", "sm_90a")
     message = r"there is no kernel for GPU 0 \(A100, .* 8.0\) under QCOMPILER_ISA=sm_90a"
+    options, model = new_session_options(), model_of(W8, constants_of(W8))
+    options.register_custom_ops_library(str(bench.library(libraries["gpu"])))
+    # What it was when the ops were registered counts, for what is registered depends on it.
+    monkeypatch.delenv("QCOMPILER_ISA")
     with pytest.raises(Exception, match=f"{W8.name}: {message}"):
-        open_session(bench.library(libraries["gpu"]), model_of(W8, constants_of(W8)))
+        ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+_FORKS_LATE = """
+import os, pathlib, sys
+import onnxruntime as ort
+from stand_in import Driver, Gpu
+driver = Driver(pathlib.Path(os.environ["QC_STAND_IN"]), [Gpu()])
+options = ort.SessionOptions()
+options.register_custom_ops_library(sys.argv[1])
+child = os.fork()
+if child:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+try:
+    ort.InferenceSession(sys.argv[2], options, providers=["CPUExecutionProvider"])
+except Exception as error:
+    print(error, file=sys.stderr)
+os._exit(0)
+"""
 _FORKS = """
 import os, pathlib, sys
 import onnxruntime as ort
@@ -88,11 +108,31 @@ def test_a_child_of_a_fork_runs_bodies_and_says_so(libraries, bench: Bench) -> N
     assert "forked from one that had opened the GPUs" in done.stderr
 
 
+def test_a_session_with_options_of_before_a_fork_says_so(
+    libraries, bench: Bench, tmp_path: Path
+) -> None:
+    """Its ops are registered, and have no body any more."""
+    bench.driver(H200)
+    (tmp_path / "model.onnx").write_bytes(model_of(W8, constants_of(W8)))
+    paths = f".{os.pathsep}{Path(__file__).parent}"
+    done = subprocess.run(
+        [sys.executable, "-c", _FORKS_LATE, str(bench.library(libraries["gpu"])),
+         str(tmp_path / "model.onnx")],
+        capture_output=True, text=True, check=False, timeout=60,
+        env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{W8.name}: there is no GPU 0: this process was forked from one" in done.stderr
+
+
 def test_twins_of_quantize_pass_over_nan(libraries, bench: Bench) -> None:
-    """A NaN and what infinity leaves are the lowest integer, as in the function's body."""
+    """A NaN and what infinity leaves are the lowest integer, as in the function's body.
+
+    Where there is nothing but NaN the scale is, too.
+    """
     bench.driver(H200)
     feed = feed_of(QUANTIZE, 3)
-    feed["x"][0, 5], feed["x"][1, 7] = np.nan, np.inf
+    feed["x"][0, 5], feed["x"][1, 7], feed["x"][2] = np.nan, np.inf, np.nan
     run = open_session(bench.library(libraries["twins"]), model_of(QUANTIZE, {}))
     q, s = (array.copy() for array in run_op(run, feed))
     body = open_plainly(model_of(QUANTIZE, {}, body=True))

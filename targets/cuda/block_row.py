@@ -1,12 +1,16 @@
 """A block of threads with a row of float16: loads, reductions, and its 8-bit form.
 
+A thread has *vectors* of a row: as many elements, 8 at most, as any row begins at a multiple of.
+
     s = max(|x|, 1e-20) / 127;   q = round(x / s) + 128          (Fp8: / 448, to e4m3)
 
-A NaN is passed over by the largest magnitude, and becomes the lowest integer, as in ONNX Runtime.
+A NaN is passed over by the largest magnitude, and becomes the lowest integer, as in ONNX Runtime;
+where there is nothing else the scale is NaN, and so is all that is computed with it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
@@ -23,6 +27,8 @@ from qcompiler.targets.cuda.device import (
     maximum,
     real,
     registers,
+    reinterpret,
+    select,
     shared,
     shuffle_xor,
     store,
@@ -30,11 +36,27 @@ from qcompiler.targets.cuda.device import (
     when,
 )
 
-__all__ = ["VECTOR", "WARP", "BlockRow", "load_row", "quantized", "rounded", "scale_of"]
+__all__ = [
+    "NO_NUMBER",
+    "WARP",
+    "BlockRow",
+    "load_row",
+    "rounded",
+    "scale_of",
+    "store_quantized",
+    "vector_of",
+]
 
-VECTOR = 8
-"""Elements of float16 in 16 bytes."""
+NO_NUMBER = -1.0
+"""What the largest magnitude of a row is before any was met."""
 WARP = 32
+_MOST = 8
+"""Elements of float16 in 16 bytes."""
+
+
+def vector_of(k: int) -> int:
+    """How many elements of rows of length `k` are loaded at a time."""
+    return math.gcd(k, _MOST)
 
 
 class BlockRow:
@@ -68,54 +90,79 @@ class BlockRow:
         return value[0]
 
 
-def load_row(array: Expr, index: Expr) -> list[Expr]:
-    """Eight elements from `index` on, as float32."""
-    words = registers("uint32", 4)
-    emit("ld.global.v4.u32", *(words[i] for i in range(4)), array.ptr_to([index]))
-    return [half_of(words[i // 2], i % 2) for i in range(VECTOR)]
+def load_row(array: Expr, index: Expr, count: int) -> list[Expr]:
+    """A vector of `count` elements from `index` on, as float32."""
+    if count == 1:
+        return [let(cast("float32", array[index]))]
+    words = registers("uint32", count // 2)
+    parts = (words[i] for i in range(count // 2))
+    emit(f"ld.global{_width(count)}.u32", *parts, array.ptr_to([index]))
+    return [half_of(words[i // 2], i % 2) for i in range(count)]
 
 
 def rounded(values: Sequence[Expr], array: Expr | None, index: Expr) -> list[Expr]:
-    """Eight numbers rounded to float16, stored in `array` if there is one, as float32."""
-    words = registers("uint32", 4)
+    """A vector rounded to float16, stored in `array` if there is one, as float32."""
+    count = len(values)
+    if count == 1:
+        value = let(cast("float16", values[0]))
+        if array is not None:
+            store(array, value, index)
+        return [let(cast("float32", value))]
+    words = registers("uint32", count // 2)
     for i, (low, high) in enumerate(zip(values[::2], values[1::2], strict=True)):
         emit("cvt.rn.f16x2.f32", words[i], let(high), let(low))
     if array is not None:
-        emit("st.global.v4.u32", array.ptr_to([index]), *(words[i] for i in range(4)))
-    return [half_of(words[i // 2], i % 2) for i in range(VECTOR)]
+        parts = (words[i] for i in range(count // 2))
+        emit(f"st.global{_width(count)}.u32", array.ptr_to([index]), *parts)
+    return [half_of(words[i // 2], i % 2) for i in range(count)]
+
+
+def _width(count: int) -> str:
+    """How instructions call so many float16."""
+    return f".v{count // 2}" if count > 2 else ""
 
 
 def scale_of(largest: Expr, is_fp8: bool) -> Expr:
-    """The scale of a row whose largest magnitude this is."""
+    """The scale of a row whose largest magnitude this is; NaN if it has none, see `NO_NUMBER`."""
     bounded = maximum(largest, real(SMALLEST_MAGNITUDE))
-    return let(bounded / real(448.0 if is_fp8 else 127.0))
+    nan = reinterpret("float32", constant(0x7FC00000, "uint32"))
+    return let(select(largest < real(0.0), nan, bounded / real(448.0 if is_fp8 else 127.0)))
 
 
-def quantized(values: Sequence[Expr], scale: Expr, is_fp8: bool) -> list[Expr]:
-    """Eight numbers in 8 bits each, as two words."""
+def store_quantized(
+    values: Sequence[Expr], scale: Expr, is_fp8: bool, array: Expr, index: Expr
+) -> None:
+    """Store a vector in 8 bits each."""
     scaled = [let(value / scale) for value in values]
-    return _fp8_words(scaled) if is_fp8 else _int8_words(scaled)
+    numbers = _in_fp8(scaled) if is_fp8 else _in_int8(scaled)
+    if len(values) < 4:
+        for i, number in enumerate(numbers):
+            store(array, cast("uint8", number), index + i)
+        return
+    words = [let(_packed(numbers[i : i + 4])) for i in range(0, len(values), 4)]
+    emit(f"st.global{'.v2' if len(words) == 2 else ''}.u32", array.ptr_to([index]), *words)
 
 
-def _int8_words(values: list[Expr]) -> list[Expr]:
+def _in_int8(values: list[Expr]) -> list[Expr]:
     """Rounded half to even, with zero point 128."""
     bounded = [extern("float32", "fmaxf", value, real(-128.0)) for value in values]
     integers = [extern("int32", "__float2int_rn", value) + 128 for value in bounded]
-    return [_packed([cast("uint32", n) for n in integers[i : i + 4]], 8) for i in (0, 4)]
+    return [cast("uint32", number) for number in integers]
 
 
-def _fp8_words(values: list[Expr]) -> list[Expr]:
-    """In e4m3."""
-    pairs = [registers("uint16", 1) for _ in range(4)]
-    for pair, low, high in zip(pairs, values[::2], values[1::2], strict=True):
+def _in_fp8(values: list[Expr]) -> list[Expr]:
+    """In e4m3, whose instruction takes two."""
+    pairs = [registers("uint16", 1) for _ in values[::2]]
+    for pair, low, high in zip(pairs, values[::2], values[1::2] or values, strict=True):
         emit("cvt.rn.satfinite.e4m3x2.f32", pair[0], high, low)
-    wide_pairs = [cast("uint32", pair[0]) for pair in pairs]
-    return [_packed(wide_pairs[i : i + 2], 16) for i in (0, 2)]
+    words = [let(cast("uint32", pair[0])) for pair in pairs]
+    byte = constant(255, "uint32")
+    return [words[i // 2] >> constant(8 * (i % 2), "uint32") & byte for i in range(len(values))]
 
 
-def _packed(parts: list[Expr], bits: int) -> Expr:
-    """Parts of a word, the first in its lowest bits."""
-    word = parts[0]
-    for i, part in enumerate(parts[1:], 1):
-        word = word | (part << constant(bits * i, "uint32"))
+def _packed(numbers: list[Expr]) -> Expr:
+    """Four bytes as a word, the first in its lowest bits."""
+    word = numbers[0]
+    for i, number in enumerate(numbers[1:], 1):
+        word = word | (number << constant(8 * i, "uint32"))
     return word

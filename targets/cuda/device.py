@@ -19,7 +19,16 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.build import split_host_device_mods
 from tvm.tirx.script import builder as script
 
-from qcompiler.targets.tir import cast, constant, loop, maximum, minimum, reinterpret, when
+from qcompiler.targets.tir import (
+    cast,
+    constant,
+    loop,
+    maximum,
+    minimum,
+    reinterpret,
+    select,
+    when,
+)
 
 __all__ = [
     "Expr",
@@ -37,9 +46,12 @@ __all__ = [
     "loop",
     "maximum",
     "minimum",
+    "quotient",
     "real",
     "registers",
     "reinterpret",
+    "remainder",
+    "select",
     "shared",
     "shared_address",
     "shuffle_xor",
@@ -80,12 +92,13 @@ def kernel(
     grid: Callable[[Expr], Sequence[Expr]],
     threads: int,
     body: Callable[[Mapping[str, Expr], Expr, Place], None],
+    sizes: Sequence[str] = (),
 ) -> Any:
     """A kernel with these arrays (name to dtype) and `rows` as parameters; none may alias.
 
     `grid` gives the blocks in x, y and z for a number of rows: TVM leaves out an index that is
-    always 0.  `body` gets the arrays, the number of rows, and the thread's place, and emits
-    statements.  TVM sorts the parameters by name, pointers first.
+    always 0.  `body` gets the arrays, and other `sizes` by their names, the number of rows, and the
+    thread's place, and emits statements.  TVM sorts the parameters by name, pointers first.
     """
     with IRBuilder() as builder, script.prim_func(private=True):
         script.func_attr({"tirx.noalias": True})
@@ -93,7 +106,8 @@ def kernel(
             name: script.arg(name, script.buffer((_ANY_SIZE,), pointers[name], buffer_name=name))
             for name in pointers
         }
-        rows = script.arg(ROWS, tirx.Var(ROWS, "int32"))
+        rows, *others = (script.arg(name, tirx.Var(name, "int32")) for name in (ROWS, *sizes))
+        arrays |= zip(sizes, others, strict=True)
         script.device_entry()
         x, y, z = script.cta_id([*grid(rows)])
         thread = script.thread_id([threads])
@@ -103,6 +117,9 @@ def kernel(
 
 
 ceildiv: Callable[[Expr, Expr], Expr] = tirx.ceildiv
+# Of what is not negative, which TVM need not be able to prove, as it would for `//` and `%`.
+quotient: Callable[[Expr, Expr], Expr] = tirx.truncdiv
+remainder: Callable[[Expr, Expr], Expr] = tirx.truncmod
 
 
 def emit(instruction: str, *operands: Expr) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 from qcompiler.ir.region import QUANTIZATION, Region
+from qcompiler.targets.cuda.image_plan import unsupported_conv, unsupported_image
 from qcompiler.targets.cuda.norm_plan import NORMS, unsupported_norm
-from qcompiler.targets.cuda.packing import FOUR_BITS, packing
+from qcompiler.targets.cuda.packing import CONV, FOUR_BITS, IMAGE, INTEGERS, depth_of, packing
 from qcompiler.targets.epilogue import unsupported_epilogue
 
 __all__ = ["FAMILIES", "Family", "unsupported"]
@@ -34,12 +35,10 @@ class Family:
     Attributes:
         sizes: Names of a region's sizes, in order.
         archs: The architectures that can run them.
-        row_multiple: Of K.
     """
 
     sizes: tuple[str, ...]
     archs: tuple[str, ...]
-    row_multiple: int = 1
 
 
 FAMILIES = {
@@ -47,9 +46,11 @@ FAMILIES = {
     "QMatMulW4Z4A16": Family(("K", "N", "G"), _ALL),
     "QMatMulW8A8": Family(("K", "N"), _ALL),
     "QMatMulFp8": Family(("K", "N"), _WITH_FP8),
-    "Quantize": Family(("K",), _ALL, 8),
-    "QuantizeFp8": Family(("K",), _WITH_FP8, 8),
-    **{norm: Family(("K",), _WITH_FP8 if norm.endswith("Fp8") else _ALL, 8) for norm in NORMS},
+    "Quantize": Family(("K",), _ALL),
+    "QuantizeFp8": Family(("K",), _WITH_FP8),
+    IMAGE: Family(("K",), _ALL),
+    CONV: Family(("K", "N", "R", "S"), _ALL),
+    **{norm: Family(("K",), _WITH_FP8 if norm.endswith("Fp8") else _ALL) for norm in NORMS},
 }
 
 
@@ -64,9 +65,10 @@ def unsupported(region: Region) -> str | None:
         return f"a size of {dict(region.sizes)} is not positive"
     if any(size > MAX_ELEMENTS for _, size in region.sizes):
         return f"a size of {dict(region.sizes)} is more than 2^30"
-    k = region.size("K")
-    if k % family.row_multiple:
-        return f"K={k}: rows are loaded 16 bytes at a time, {family.row_multiple} elements"
+    if region.anchor == IMAGE:
+        return unsupported_image(region)
+    if region.anchor == CONV and (reason := unsupported_conv(region)) is not None:
+        return reason
     if "N" in family.sizes:
         return _unsupported_product(region)
     if region.anchor in NORMS:
@@ -80,19 +82,19 @@ def _is_known_group(group: int, k: int) -> bool:
 
 
 def _unsupported_product(region: Region) -> str | None:
-    k, n = region.size("K"), region.size("N")
+    k, n = depth_of(region), region.size("N")
     if k * n > MAX_ELEMENTS:
         return f"{k} x {n} weights are more than 2^30"
     if (packed := packing(region).weight_bytes) > MAX_PACKED_BYTES:
         return f"{k} x {n} weights are {packed} bytes when padded; at most 2^30 are supported"
     if n > MAX_SPLIT_COLUMNS:
         return f"N={n}: at most {MAX_SPLIT_COLUMNS} columns are supported"
-    if region.anchor == "QMatMulW8A8" and k > MAX_INT8_DEPTH:
+    if region.anchor in INTEGERS and k > MAX_INT8_DEPTH:
         return f"K={k}: an int32 sum of more than {MAX_INT8_DEPTH} products may overflow"
     if region.anchor in FOUR_BITS and not _is_known_group(region.size("G"), k):
         return f"groups of {region.size('G')}; known are 16, 32 and multiples of 64"
     if len(region.widths) > MAX_PARTS:
         return f"{len(region.widths)} results; at most {MAX_PARTS} are supported"
     if any(step.op in QUANTIZATION for step in region.steps):
-        return "results that are quantized by constants are not written yet"
+        return "results that are quantized by constants have no kernel for GPUs"
     return unsupported_epilogue(region)

@@ -1,11 +1,12 @@
 """The end of a product's kernel: scales, the region's epilogue, and the store.
 
     y[row, column] = steps(sum * s[row] * ws[column], extras)       or, of one split of K,
-    workspace[split, row, column] = sum * s[row] * ws[column]
+    workspace[split, row, column] = sum
 
 Sums of W8A8 are those of uint8 with zero point 128: 128 times the sum of a column's weights, which
-lies behind the scales, is taken from them, of splits from the first.
-float32 throughout, rounded to float16 once.
+lies behind the scales, is taken from them.  They are int32 until then, in the workspace too: sums
+by weights of one sign float32 would round by more than what is left of them.
+float32 from there on, rounded to float16 once.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from qcompiler.targets.cuda.device import (
     Place,
     cast,
     ceildiv,
+    constant,
     emit,
     extern,
     half_of,
@@ -31,11 +33,13 @@ from qcompiler.targets.cuda.device import (
     registers,
     reinterpret,
     store,
+    store_vector,
+    vector,
     when,
     wide,
 )
-from qcompiler.targets.cuda.packing import packing
-from qcompiler.targets.cuda.plan import results_of
+from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, FOUR_BITS, INTEGERS, packing
+from qcompiler.targets.cuda.plan import result_pitch, results_of, scales_of
 from qcompiler.targets.epilogue import apply_steps
 
 __all__ = ["Finish", "combine_kernel", "pointers_of"]
@@ -84,24 +88,46 @@ class Scalars:
         return x * self.broadcast(0.5) * tail
 
 
+def _sum_type(region: Region) -> str:
+    return "int32" if region.anchor in INTEGERS else "float32"
+
+
 def pointers_of(region: Region, split: bool) -> dict[str, str]:
     """Parameters of the end of a kernel, by name."""
     if split:
-        return {"workspace": "float32"}
+        return {"workspace": _sum_type(region)}
     extras = (f"extra{i}" for i in range(len(region.extras)))
-    return dict.fromkeys((*extras, *results_of(region)), "float16")
+    return {
+        **dict.fromkeys(scales_of(region), "float32"),
+        **dict.fromkeys((*extras, *results_of(region)), "float16"),
+    }
 
 
 class Finish:
-    """Stores results of a region, or of one split of it."""
+    """Stores results of a region, or of one split of it.
+
+    Attributes:
+        pitch: Words from one row of a block's results in shared memory to the next.
+    """
 
     def __init__(
         self, region: Region, arrays: Mapping[str, Expr], rows: Expr, split: Expr | None = None
     ) -> None:
         self._region, self._arrays, self._rows, self._split = region, arrays, rows, split
         self._n, self._results = region.size("N"), results_of(region)
+        self.pitch = result_pitch(region)
         # Whether four columns from a multiple of four on are always of one result.
         self._has_quads = all(width % 4 == 0 for _, width in self._results.values())
+
+    def tile(self, results: Expr, rows: int, place: Place, threads: int) -> None:
+        """Store a block's results, which lie in shared memory, row by row."""
+        values = registers(results.dtype, 4)
+        with loop(0, rows * COLUMN_MULTIPLE // 4 // threads) as turn:
+            quad = let(turn * threads + place.thread)
+            row, column = let(quad // 32), let(quad % 32 * 4)
+            loaded = vector(results, row * self.pitch + column, results.dtype, 4)
+            store_vector(values, loaded, constant(0), 4)
+            self.quad(place.y * rows + row, place.x * COLUMN_MULTIPLE + column, values)
 
     def quad(self, row: Expr, column: Expr, values: Expr) -> None:
         """Store `values`, four registers, at four columns, those of them that exist."""
@@ -119,12 +145,11 @@ class Finish:
 
     def _store(self, row: Expr, column: Expr, sums: Sequence[Expr]) -> None:
         count = len(sums)
-        place = let(wide(row) * self._n + wide(column))
-        values = self._scaled(row, column, sums)
         if self._split is not None:
-            part = wide(self._split) * wide(self._rows) * self._n
-            _write_floats(self._arrays["workspace"], values, part + place)
+            _write_words(self._arrays["workspace"], sums, self._place_of_sum(row, column))
             return
+        place = let(self._place(row, column))
+        values = self._scaled(row, column, sums)
         operands = [
             _read_halves(
                 self._arrays[f"extra{i}"], wide(column) if kind == "channel" else place, count
@@ -135,41 +160,47 @@ class Finish:
             apply_steps(Scalars(), self._region, value, [operand[i] for operand in operands])
             for i, value in enumerate(values)
         ]
-        self._write(row, column, [let(value) for value in results])
+        values = [let(value) for value in results]
+        if len(self._results) == 1:
+            _write_halves(self._arrays[next(iter(self._results))], values, place)
+            return
+        self._write_parts(row, column, values)
 
-    def _write(self, row: Expr, column: Expr, values: Sequence[Expr]) -> None:
+    def _place(self, row: Expr, column: Expr) -> Expr:
+        """Where a result lies, and what has its shape."""
+        return wide(row) * self._n + wide(column)
+
+    def _place_of_sum(self, row: Expr, column: Expr) -> Expr:
+        """Where a split's sum lies in the workspace."""
+        assert self._split is not None
+        return wide(self._split) * wide(self._rows) * self._n + wide(row) * self._n + wide(column)
+
+    def _write_parts(self, row: Expr, column: Expr, values: Sequence[Expr]) -> None:
         """Each result takes those of its own columns."""
         for name, (first, width) in self._results.items():
             here = self._arrays[name], values, wide(row) * width + wide(column - first)
-            if len(self._results) == 1:
-                _write_halves(*here)
-                continue
             with when((column >= first) & (column < first + width)):
                 _write_halves(*here)
 
     def _scaled(self, row: Expr, column: Expr, sums: Sequence[Expr]) -> list[Expr]:
-        # Only kernels that multiply 8 bits have `s`: others, and `combine`, get what is scaled.
-        if "s" not in self._arrays:
-            return [cast("float32", value) for value in sums]
-        by_token = let(self._arrays["s"][row])
+        if self._region.anchor in FOUR_BITS:
+            return list(sums)
         scales = _read_floats(self._arrays["ws"], column, len(sums))
-        if self._region.anchor == "QMatMulW8A8":
+        if self._region.anchor in INTEGERS:
             sums = self._centred(column, sums)
-        return [
-            cast("float32", value) * by_token * scale
-            for value, scale in zip(sums, scales, strict=True)
-        ]
+        values = [cast("float32", value) for value in sums]
+        if "s" in self._arrays:
+            by_token = let(self._arrays["s"][row])
+            values = [value * by_token for value in values]
+        return [value * scale for value, scale in zip(values, scales, strict=True)]
 
     def _centred(self, column: Expr, sums: Sequence[Expr]) -> list[Expr]:
         columns = packing(self._region).columns
         offsets = _read_floats(self._arrays["ws"], column + columns, len(sums))
-        result = []
-        for value, offset in zip(sums, offsets, strict=True):
-            bits = reinterpret("int32", offset)
-            if self._split is not None:
-                bits = bits * cast("int32", self._split == 0)
-            result.append(value - bits)
-        return result
+        return [
+            value - reinterpret("int32", offset)
+            for value, offset in zip(sums, offsets, strict=True)
+        ]
 
 
 def _read_floats(array: Expr, index: Expr, count: int) -> list[Expr]:
@@ -190,7 +221,7 @@ def _read_halves(array: Expr, index: Expr, count: int) -> list[Expr]:
     return [half_of(words[i // 2], i % 2) for i in range(count)]
 
 
-def _write_floats(array: Expr, values: Sequence[Expr], index: Expr) -> None:
+def _write_words(array: Expr, values: Sequence[Expr], index: Expr) -> None:
     if len(values) == 1:
         store(array, values[0], index)
         return
@@ -211,16 +242,17 @@ def _write_halves(array: Expr, values: Sequence[Expr], index: Expr) -> None:
 def combine_kernel(region: Region, splits: int, threads: int) -> object:
     """The kernel that adds the partial sums of splits and computes the epilogue."""
     n = region.size("N")
-    pointers = {"workspace": "float32", **pointers_of(region, split=False)}
+    dtype = _sum_type(region)
+    pointers = {"workspace": dtype, **pointers_of(region, split=False)}
 
     def body(arrays: Mapping[str, Expr], rows: Expr, place: Place) -> None:
         first = let((place.x * threads + place.thread) * 4)
         finish = Finish(region, arrays, rows)
         elements = wide(rows) * n
-        totals = registers("float32", 4)
+        totals = registers(dtype, 4)
         with when(first < rows * n):
             for i in range(4):
-                store(totals, real(0.0), i)
+                store(totals, constant(0, dtype), i)
             with loop(0, splits) as split:
                 start = wide(split) * elements + wide(first)
                 for i in range(4):

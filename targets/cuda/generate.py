@@ -7,9 +7,12 @@ from typing import Any
 
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda import device
+from qcompiler.targets.cuda.conv import conv_combine_kernel
 from qcompiler.targets.cuda.finish import combine_kernel
+from qcompiler.targets.cuda.image import image_kernel
 from qcompiler.targets.cuda.norm import norm_kernel
 from qcompiler.targets.cuda.norm_plan import NORMS
+from qcompiler.targets.cuda.packing import CONV, IMAGE
 from qcompiler.targets.cuda.plan import Roles, Stream, launches, shapes_of
 from qcompiler.targets.cuda.products import product_of
 from qcompiler.targets.cuda.quantize import quantize_kernel
@@ -28,6 +31,8 @@ _SIGNATURE = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\
 def kernels(region: Region, arch: str) -> dict[str, Any]:
     """The TIR of the kernels of a region, by the symbols they get."""
     found: dict[str, Any] = {}
+    if region.anchor == IMAGE:
+        return {launch.symbol: image_kernel(region) for launch in launches(region, arch)}
     if "N" not in dict(region.sizes):
         make = norm_kernel if region.anchor in NORMS else quantize_kernel
         return {
@@ -46,7 +51,8 @@ def kernels(region: Region, arch: str) -> dict[str, Any]:
             continue
         found[launch.symbol] = tile_kernel(region, shape, product, sums)
         if launch.combine is not None:
-            found[launch.combine] = combine_kernel(region, shape.splits, launch.threads)
+            combine = conv_combine_kernel if region.anchor == CONV else combine_kernel
+            found[launch.combine] = combine(region, shape.splits, launch.threads)
     return found
 
 

@@ -18,17 +18,17 @@ from typing import Any
 
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda.block_row import (
-    VECTOR,
+    NO_NUMBER,
     BlockRow,
     load_row,
-    quantized,
     rounded,
     scale_of,
+    store_quantized,
+    vector_of,
 )
 from qcompiler.targets.cuda.device import (
     Expr,
     Place,
-    emit,
     extern,
     let,
     maximum,
@@ -60,12 +60,13 @@ class _Row:
     ) -> None:
         self._k, self._is_fp8 = region.size("K"), quantizes_to_fp8(region)
         self._centres = "LayerNorm" in region.anchor
-        self._epsilon = dict(region.attributes)["epsilon"]
+        self._epsilon = region.number("epsilon")
         self._made = {name: arrays[name] for name in region.outputs}
         self._threads, self._arrays, self._place = threads, arrays, place
         self._block = BlockRow(threads, place)
-        self._count = -(-self._k // (VECTOR * threads))
-        self._values = registers("float32", self._count * VECTOR)
+        self._width = vector_of(self._k)
+        self._count = -(-self._k // (self._width * threads))
+        self._values = registers("float32", self._count * self._width)
         self._sum = registers("float32", 1)
 
     def __call__(self, row: Expr) -> None:
@@ -81,9 +82,8 @@ class _Row:
             store(self._made["s"], step, row)
         for i in range(self._count):
             with self._vector(i) as offset:
-                words = quantized(self._part(i), step, self._is_fp8)
-                at = self._made["q"].ptr_to([start + wide(offset)])
-                emit("st.global.v2.u32", at, *words)
+                at = start + wide(offset)
+                store_quantized(self._part(i), step, self._is_fp8, self._made["q"], at)
 
     def _take(self, start: Expr) -> None:
         """Load x, or make it; sum it, or its squares."""
@@ -92,13 +92,13 @@ class _Row:
             with self._vector(i) as offset:
                 at = let(start + wide(offset))
                 for j, value in enumerate(self._operand(at)):
-                    store(self._values, value, i * VECTOR + j)
+                    store(self._values, value, i * self._width + j)
                     self._add(value if self._centres else value * value)
 
     def _operand(self, at: Expr) -> list[Expr]:
         if "a" not in self._arrays:
-            return load_row(self._arrays["x"], at)
-        a, b = load_row(self._arrays["a"], at), load_row(self._arrays["b"], at)
+            return self._load("x", at)
+        a, b = self._load("a", at), self._load("b", at)
         added = [first + second for first, second in zip(a, b, strict=True)]
         return rounded(added, self._made.get("x"), at)
 
@@ -109,29 +109,32 @@ class _Row:
             with self._vector(i):
                 for j, value in enumerate(self._part(i)):
                     centred = let(value - mean)
-                    store(self._values, centred, i * VECTOR + j)
+                    store(self._values, centred, i * self._width + j)
                     self._add(centred * centred)
 
     def _scale(self, start: Expr, inverse: Expr) -> None:
         """Make y, and what of it is quantized; the largest magnitude of that."""
-        store(self._sum, real(0.0), 0)
+        store(self._sum, real(NO_NUMBER), 0)
         for i in range(self._count):
             with self._vector(i) as offset:
-                gamma = load_row(self._arrays["gamma"], wide(offset))
+                gamma = self._load("gamma", wide(offset))
                 y = [let(v * inverse * g) for v, g in zip(self._part(i), gamma, strict=True)]
                 if self._centres:
-                    beta = load_row(self._arrays["beta"], wide(offset))
+                    beta = self._load("beta", wide(offset))
                     y = [let(v + shift) for v, shift in zip(y, beta, strict=True)]
                 y = rounded(y, self._made.get("y"), start + wide(offset))
                 if "extra0" in self._arrays:
-                    factors = load_row(self._arrays["extra0"], wide(offset))
+                    factors = self._load("extra0", wide(offset))
                     y = [let(v * factor) for v, factor in zip(y, factors, strict=True)]
                 for j, value in enumerate(y):
-                    store(self._values, value, i * VECTOR + j)
+                    store(self._values, value, i * self._width + j)
                     store(self._sum, maximum(self._sum[0], extern("float32", "fabsf", value)), 0)
 
+    def _load(self, name: str, at: Expr) -> list[Expr]:
+        return load_row(self._arrays[name], at, self._width)
+
     def _part(self, i: int) -> list[Expr]:
-        return [self._values[i * VECTOR + j] for j in range(VECTOR)]
+        return [self._values[i * self._width + j] for j in range(self._width)]
 
     def _add(self, value: Expr) -> None:
         store(self._sum, self._sum[0] + value, 0)
@@ -139,8 +142,8 @@ class _Row:
     @contextmanager
     def _vector(self, i: int) -> Iterator[Expr]:
         """Where the thread's i-th vector of a row begins, if there is one."""
-        offset = let((i * self._threads + self._place.thread) * VECTOR)
-        if self._k % (VECTOR * self._threads) == 0:
+        offset = let((i * self._threads + self._place.thread) * self._width)
+        if self._k % (self._width * self._threads) == 0:
             yield offset
             return
         with when(offset < self._k):

@@ -6,10 +6,8 @@ a row is read once; of a norm whose result nobody quantizes, ONNX Runtime's own 
 
 from __future__ import annotations
 
-import dataclasses
-
 from qcompiler.ir.region import Region
-from qcompiler.targets.cuda.launch import Launch
+from qcompiler.targets.cuda.launch import Launch, row_launches
 
 __all__ = ["NORMS", "norm_launches", "norm_pointers", "quantizes_to_fp8", "unsupported_norm"]
 
@@ -48,21 +46,8 @@ def norm_pointers(region: Region) -> dict[str, str]:
 
 
 def norm_launches(region: Region) -> tuple[Launch, ...]:
-    """One row per block; where a grid has not as many blocks, several."""
+    """As many threads as a row fills at 16 elements each, or needs at 32."""
     k = region.size("K")
     few = min(256, -(-k // (2 * _VECTOR * _WARP)) * _WARP)
     threads = max(few, -(-k // (_MOST_VECTORS * _VECTOR * _WARP)) * _WARP)
-    one_row = Launch(
-        symbol=f"{region.name}_row_kernel",
-        max_rows=32768,
-        threads=threads,
-        shared_bytes=threads // _WARP * 4,
-        block_rows=1,
-        block_columns=k,
-        parameters=(*sorted(norm_pointers(region)), "rows"),
-    )
-    # A grid has at most 65535 blocks in y.
-    many = dataclasses.replace(
-        one_row, symbol=f"{region.name}_rows_kernel", max_rows=None, block_rows=16
-    )
-    return one_row, many
+    return row_launches(region, threads, (*sorted(norm_pointers(region)), "rows"))

@@ -29,6 +29,9 @@ second is shifted to where its codes will be:
 
 Scales of W8A8 and Fp8, ws [N], are float32 in order.  Behind those of W8A8 is, as int32, 128 times
 the sum of each column of w.  Padding is zero (4 bits: w = 0, code 8).
+
+The weights of a convolution [N, C, R, S] are the matrix of `conv_matrix`, their scales ws times the
+scale of the image, and the sums are times its zero point.
 """
 
 from __future__ import annotations
@@ -39,14 +42,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qcompiler.ir.dialect_image import padded_channels
 from qcompiler.ir.region import Region
 
-__all__ = ["FOUR_BITS", "Packing", "pack", "pack_scales", "packing"]
+__all__ = [
+    "CONV",
+    "FOUR_BITS",
+    "IMAGE",
+    "INTEGERS",
+    "Packing",
+    "conv_matrix",
+    "depth_of",
+    "pack",
+    "pack_scales",
+    "packing",
+]
 
 Array = NDArray[Any]
 
 FOUR_BITS = frozenset({"QMatMulW4A16", "QMatMulW4Z4A16"})
 """Products of float16 with weights of 4 bits in groups."""
+
+CONV, IMAGE = "QConvW8A8", "QuantizeImage"
+INTEGERS = frozenset({"QMatMulW8A8", CONV})
+"""Products whose sums are int32."""
 
 TILE_COLUMNS = 16
 TILE_BYTES = 512
@@ -80,14 +99,29 @@ class Packing:
     scale_bytes: int
 
 
+def depth_of(region: Region) -> int:
+    """How long the sums of a product are."""
+    if region.anchor != CONV:
+        return region.size("K")
+    return region.size("R") * region.size("S") * padded_channels(region.size("K"))
+
+
+def conv_matrix(w: Array) -> Array:
+    """The weights [N, C, R, S] of a convolution as a matrix [R * S * C, N], C padded with zeros."""
+    n, c, *_ = w.shape
+    padded = np.pad(w, ((0, 0), (0, padded_channels(c) - c), (0, 0), (0, 0)))
+    return np.ascontiguousarray(padded.transpose(2, 3, 1, 0)).reshape(-1, n)
+
+
 def packing(region: Region) -> Packing:
     """The packing of the weights of a product."""
-    k, n = region.size("K"), region.size("N")
+    k, n = depth_of(region), region.size("N")
     bits = 4 if region.anchor in FOUR_BITS else 8
     columns, depth = _padded(n, COLUMN_MULTIPLE), _padded(k, 64 if bits == 4 else 128)
     groups = -(-depth // region.size("G")) if bits == 4 and region.size("G") < k else 1
     # Of scales, with zero points or sums.
-    size = {"QMatMulW4A16": 2, "QMatMulW4Z4A16": 3, "QMatMulW8A8": 8}.get(region.anchor, 4)
+    sizes = {"QMatMulW4A16": 2, "QMatMulW4Z4A16": 3}
+    size = 8 if region.anchor in INTEGERS else sizes.get(region.anchor, 4)
     return Packing(
         bits=bits,
         tile_depth=64 if bits == 4 else 32,
@@ -125,7 +159,11 @@ def pack(w: Array, region: Region) -> bytes:
 
 
 def pack_scales(
-    ws: Array, region: Region, wz: Array | None = None, w: Array | None = None
+    ws: Array,
+    region: Region,
+    wz: Array | None = None,
+    w: Array | None = None,
+    zero: int = 128,
 ) -> bytes:
     """The bytes of "ws".
 
@@ -134,13 +172,14 @@ def pack_scales(
         region: Says the sizes and the kind.
         wz: Zero points [ceil(K / G), N] of W4Z4A16.
         w: The weights [K, N] of W8A8.
+        zero: The zero point of what they are multiplied by.
     """
     layout = packing(region)
     if layout.bits == 8:
         parts = [ws.astype("<f4").view(np.uint32)]
-        if region.anchor == "QMatMulW8A8":
+        if region.anchor in INTEGERS:
             assert w is not None
-            parts.append((128 * w.sum(0, dtype=np.int32)).astype("<i4").view(np.uint32))
+            parts.append((zero * w.sum(0, dtype=np.int32)).astype("<i4").view(np.uint32))
         return b"".join(np.pad(part, (0, layout.columns - ws.size)).tobytes() for part in parts)
     parts = [_records(ws, layout, "<f2")]
     if wz is not None:

@@ -18,13 +18,21 @@ import dataclasses
 import itertools
 
 from qcompiler.ir.region import Region
-from qcompiler.targets.cuda.launch import Launch
+from qcompiler.targets.cuda.image_plan import image_launches
+from qcompiler.targets.cuda.launch import Launch, row_launches
 from qcompiler.targets.cuda.norm_plan import NORMS, norm_launches
-from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, FOUR_BITS, TILE_COLUMNS, packing
+from qcompiler.targets.cuda.packing import (
+    COLUMN_MULTIPLE,
+    CONV,
+    FOUR_BITS,
+    IMAGE,
+    TILE_COLUMNS,
+    depth_of,
+    packing,
+)
 
 __all__ = [
     "CHUNK_BYTES",
-    "RESULT_PITCH",
     "STREAM_COLUMNS",
     "STREAM_ROWS",
     "TILE_THREADS",
@@ -35,7 +43,9 @@ __all__ = [
     "chunks_of",
     "groups_of_chunk",
     "launches",
+    "result_pitch",
     "results_of",
+    "scales_of",
     "shapes_of",
     "shared_bytes",
     "stage_bytes",
@@ -102,6 +112,9 @@ class Roles:
 
 Shape = Stream | Tile | Roles
 
+_CONV_TILES = ((64, 64), (64, 256), (64, 1024), (128, None))
+"""Rows of a tile, and up to how many pixels: the last layers of a network have few, of much K."""
+
 
 def activation_bytes(region: Region) -> int:
     """Bytes of an element of the operand that is not weights."""
@@ -116,9 +129,17 @@ def results_of(region: Region) -> dict[str, tuple[int, int]]:
     return {f"y{i}": each for i, each in enumerate(zip(firsts, region.widths, strict=False))}
 
 
+def scales_of(region: Region) -> tuple[str, ...]:
+    """The scales that sums are multiplied by."""
+    if region.anchor in FOUR_BITS:
+        return ()  # weights were, before they were multiplied
+    # That of an image is in those of the weights.
+    return ("ws",) if region.anchor == CONV else ("s", "ws")
+
+
 def chunks_of(region: Region) -> int:
     """Chunks of K, the last perhaps a part."""
-    return -(-region.size("K") * activation_bytes(region) // CHUNK_BYTES)
+    return -(-depth_of(region) * activation_bytes(region) // CHUNK_BYTES)
 
 
 def stage_bytes(region: Region, rows: int) -> int:
@@ -144,18 +165,24 @@ def shared_bytes(region: Region, shape: Shape) -> int:
     """Dynamic shared memory of a kernel: its stages, later its results as float32."""
     if isinstance(shape, Stream):
         return shape.warps * STREAM_COLUMNS * STREAM_ROWS * 4
-    results = shape.rows * RESULT_PITCH * 4
+    results = shape.rows * result_pitch(region) * 4
     if isinstance(shape, Roles):
         return max(shape.stages * stage_bytes(region, shape.rows), results) + 16 * shape.stages
     return max(shape.stages * stage_bytes(region, shape.rows), results)
 
 
-RESULT_PITCH = COLUMN_MULTIPLE + 4
-"""Floats from one row of results in shared memory to the next: 4 more, for other banks."""
+def result_pitch(region: Region) -> int:
+    """Words from one row of results in shared memory to the next: a few more, for other banks.
+
+    Results are read four columns at a time, those of convolutions down a column.
+    """
+    return COLUMN_MULTIPLE + (1 if region.anchor == CONV else 4)
 
 
 def shapes_of(region: Region, arch: str) -> list[tuple[int | None, Shape]]:
     """The kernels of a product, each with the largest M it is for."""
+    if region.anchor == CONV:
+        return _without_repeats([(most, _tile(region, rows, most)) for rows, most in _CONV_TILES])
     # sm_90 keeps sums of FP8 twice (`warpgroup.py`), and has no registers for those of 128 rows.
     most_rows = 64 if region.anchor == "QMatMulFp8" else 128
     tiles = ((16, 16), (64, 64), (64, 256), (most_rows, None))
@@ -165,6 +192,10 @@ def shapes_of(region: Region, arch: str) -> list[tuple[int | None, Shape]]:
         roles = _roles(region)
         fills = roles.rows * -(-_MULTIPROCESSORS // -(-region.size("N") // COLUMN_MULTIPLE))
         shapes[-1:] = [(fills, shapes[-1][1])] * (fills > 256) + [(None, roles)]
+    return _without_repeats(shapes)
+
+
+def _without_repeats(shapes: list[tuple[int | None, Shape]]) -> list[tuple[int | None, Shape]]:
     following = [shape for _, shape in shapes[1:]] + [None]
     return [entry for entry, after in zip(shapes, following, strict=True) if entry[1] != after]
 
@@ -202,14 +233,21 @@ def launches(region: Region, arch: str) -> tuple[Launch, ...]:
     """The kernels of a region in order of the rows they take."""
     if region.anchor in NORMS:
         return norm_launches(region)
+    if region.anchor == IMAGE:
+        return image_launches(region)
     if "N" not in dict(region.sizes):
         return _quantize_launches(region)
     return tuple(_launch(region, max_rows, shape) for max_rows, shape in shapes_of(region, arch))
 
 
 def _launch(region: Region, max_rows: int | None, shape: Shape) -> Launch:
-    of_anchor = ("x", "w", "ws") if region.anchor in FOUR_BITS else ("q", "s", "w", "ws")
-    end = (*(f"extra{i}" for i in range(len(region.extras))), *results_of(region))
+    operands = ("x", "w", "ws") if region.anchor in FOUR_BITS else ("q", "w")
+    end = (
+        *scales_of(region),
+        *(f"extra{i}" for i in range(len(region.extras))),
+        *results_of(region),
+    )
+    sizes = ("height", "rows", "width") if region.anchor == CONV else ("rows",)
     is_stream, splits = isinstance(shape, Stream), 1 if isinstance(shape, Stream) else shape.splits
     combines = splits > 1
     return Launch(
@@ -221,8 +259,8 @@ def _launch(region: Region, max_rows: int | None, shape: Shape) -> Launch:
         block_columns=STREAM_COLUMNS if is_stream else COLUMN_MULTIPLE,
         splits=splits,
         combine=f"{region.name}_combine{splits}_kernel" if combines else None,
-        parameters=_parameters(*of_anchor, *(("workspace",) if combines else end)),
-        combine_parameters=_parameters("workspace", *end) if combines else (),
+        parameters=(*sorted((*operands, *(("workspace",) if combines else end))), *sizes),
+        combine_parameters=(*sorted(("workspace", *end)), *sizes) if combines else (),
     )
 
 
@@ -240,25 +278,6 @@ def _symbol(region: Region, shape: Shape) -> str:
     return f"{region.name}_tile{shape.rows}x{shape.splits}_kernel"
 
 
-def _parameters(*pointers: str) -> tuple[str, ...]:
-    """In TVM's order: pointers by name, then the rows."""
-    return (*sorted(pointers), "rows")
-
-
 def _quantize_launches(region: Region) -> tuple[Launch, ...]:
-    k = region.size("K")
-    threads = max(_WARP, min(256, -(-k // 16 // _WARP) * _WARP))
-    one_row = Launch(
-        symbol=f"{region.name}_row_kernel",
-        max_rows=32768,
-        threads=threads,
-        shared_bytes=threads // _WARP * 4,
-        block_rows=1,
-        block_columns=k,
-        parameters=("q", "s", "x", "rows"),
-    )
-    # A grid has at most 65535 blocks in y.
-    many = dataclasses.replace(
-        one_row, symbol=f"{region.name}_rows_kernel", max_rows=None, block_rows=16
-    )
-    return one_row, many
+    threads = max(_WARP, min(256, -(-region.size("K") // 16 // _WARP) * _WARP))
+    return row_launches(region, threads, ("q", "s", "x", "rows"))

@@ -22,7 +22,7 @@ from qcompiler.targets.cuda.device import (
     store,
     unrolled,
 )
-from qcompiler.targets.cuda.packing import FOUR_BITS
+from qcompiler.targets.cuda.packing import FOUR_BITS, INTEGERS
 
 __all__ = ["STEPS", "Product", "offsets_of", "product_of"]
 
@@ -179,11 +179,11 @@ _FOUR_BITS = FourBits(
 )
 _PRODUCTS: dict[str, Product] = {
     **dict.fromkeys(FOUR_BITS, _FOUR_BITS),
-    # Activations are uint8 with zero point 128: see `Finish`.
-    "QMatMulW8A8": EightBit(
+    # Activations are uint8, whose zero point counts in `Finish`.
+    **dict.fromkeys(INTEGERS, EightBit(
         "q", 4, f"{_MMA}k32.row.col.s32.s8.u8.s32", group_mma="k32.s32.s8.u8", group_scales=(),
         register="uint32",
-    ),
+    )),
     "QMatMulFp8": EightBit(
         "q", 4, f"{_MMA}k32.row.col{_E4M3}.f32", group_mma=f"k32{_E4M3}", group_scales=(1, 1),
         is_rough=True,

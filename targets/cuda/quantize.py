@@ -11,12 +11,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from qcompiler.ir.region import Region
-from qcompiler.targets.cuda.block_row import VECTOR, BlockRow, load_row, quantized, scale_of
+from qcompiler.targets.cuda.block_row import (
+    NO_NUMBER,
+    BlockRow,
+    load_row,
+    scale_of,
+    store_quantized,
+    vector_of,
+)
 from qcompiler.targets.cuda.device import (
     Expr,
     Place,
     ceildiv,
-    emit,
     extern,
     kernel,
     let,
@@ -68,27 +74,27 @@ class _Row:
     ) -> None:
         self._k, self._is_fp8 = region.size("K"), region.anchor == "QuantizeFp8"
         self._threads, self._arrays, self._place = threads, arrays, place
-        self._block = BlockRow(threads, place)
+        self._block, self._vector = BlockRow(threads, place), vector_of(self._k)
 
     def __call__(self, row: Expr) -> None:
         x, start = self._arrays["x"], let(wide(row) * self._k)
         largest = registers("float32", 1)
-        store(largest, real(0.0), 0)
+        store(largest, real(NO_NUMBER), 0)
         with self._vectors() as offset:
-            for value in load_row(x, start + wide(offset)):
+            for value in load_row(x, start + wide(offset), self._vector):
                 store(largest, maximum(largest[0], extern("float32", "fabsf", value)), 0)
         scale = scale_of(self._block.largest(largest), self._is_fp8)
         with when(self._place.thread == 0):
             store(self._arrays["s"], scale, row)
         with self._vectors() as offset:
             at = let(start + wide(offset))
-            words = quantized(load_row(x, at), scale, self._is_fp8)
-            emit("st.global.v2.u32", self._arrays["q"].ptr_to([at]), *words)
+            values = load_row(x, at, self._vector)
+            store_quantized(values, scale, self._is_fp8, self._arrays["q"], at)
 
     @contextmanager
     def _vectors(self) -> Iterator[Expr]:
         """Where the thread's vectors of a row begin, one after the other."""
-        with loop(0, -(-self._k // (VECTOR * self._threads))) as turn:
-            offset = let((turn * self._threads + self._place.thread) * VECTOR)
+        with loop(0, -(-self._k // (self._vector * self._threads))) as turn:
+            offset = let((turn * self._threads + self._place.thread) * self._vector)
             with when(offset < self._k):
                 yield offset

@@ -26,7 +26,7 @@ from qcompiler.targets.cuda.device import (
     when,
     wide,
 )
-from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, TILE_BYTES, packing
+from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, TILE_BYTES, depth_of, packing
 from qcompiler.targets.cuda.plan import (
     CHUNK_BYTES,
     TILE_THREADS,
@@ -62,7 +62,7 @@ class Stages:
         self._product, self._layout = product, packing(region)
         self._shape, self._arrays, self._rows, self._place = shape, arrays, rows, place
         self._memory, self._bytes = memory, stage_bytes(region, shape.rows)
-        self._row_bytes = region.size("K") * activation_bytes(region)
+        self._row_bytes = depth_of(region) * activation_bytes(region)
         self._groups = groups_of_chunk(region)
         # A single group may be shorter than a chunk is.
         self._group = dict(region.sizes).get("G", 1) if self._layout.groups > 1 else None

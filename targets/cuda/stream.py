@@ -54,7 +54,7 @@ def stream_kernel(region: Region, shape: Stream, product: Product) -> Any:
     pointers = {
         product.activation: "uint8",
         "w": "uint8",
-        **({"ws": "uint8"} if "G" in dict(region.sizes) else {"s": "float32", "ws": "float32"}),
+        **({"ws": "uint8"} if "G" in dict(region.sizes) else {}),
         **pointers_of(region, split=False),
     }
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda import Launch, archs_of, launches
 from qcompiler.targets.cuda.norm_plan import NORMS
+from qcompiler.targets.cuda.packing import CONV, IMAGE
 from qcompiler.targets.cuda.twin import epilogue_function, epilogue_name
 from qcompiler.targets.kernel_table import kernel_table, members, op_spec
 
@@ -23,6 +24,8 @@ _ANCHORS = {
     "QMatMulFp8": "qc_cuda_fp8",
     "Quantize": "qc_cuda_quantize",
     "QuantizeFp8": "qc_cuda_quantize_fp8",
+    IMAGE: "qc_cuda_image",
+    CONV: "qc_cuda_conv",
     **{norm: f"qc_cuda_{'_'.join(_WORD.findall(norm)).lower()}" for norm in NORMS},
 }
 """The `struct qc_anchor` of each op, in native/cuda_ops.c."""
@@ -72,8 +75,15 @@ def _embedded(name: str, content: bytes) -> str:
 def _op(region: Region) -> str:
     epilogue = epilogue_name(region) or "NULL"
     anchor = _ANCHORS[region.anchor]
-    more = {name: f"{value!r}f" for name, value in region.attributes}
+    more = {name: _number_of(value) for name, value in region.attributes}
     return op_spec(region, anchor, len(archs_of(region)), epilogue=epilogue, **more)
+
+
+def _number_of(value: float | tuple[int, ...]) -> str:
+    """An attribute as C."""
+    if isinstance(value, tuple):
+        return "{" + ", ".join(map(str, value)) + "}"
+    return f"{value!r}f"
 
 
 def _variants(region: Region) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qcompiler.ir.region import Region
+from qcompiler.targets.cuda.conv import ConvFinish, ConvStages
 from qcompiler.targets.cuda.device import (
     Expr,
     Place,
@@ -31,17 +32,14 @@ from qcompiler.targets.cuda.device import (
     reinterpret,
     shared,
     store,
-    store_vector,
     unrolled,
-    vector,
     view,
     when,
 )
 from qcompiler.targets.cuda.finish import Finish, pointers_of
-from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, SCALES_BYTES, TILE_BYTES, packing
+from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, CONV, SCALES_BYTES, TILE_BYTES, packing
 from qcompiler.targets.cuda.plan import (
     CHUNK_BYTES,
-    RESULT_PITCH,
     TILE_THREADS,
     Roles,
     Tile,
@@ -57,14 +55,16 @@ __all__ = ["Sums", "finish_rows", "pointers_of_tile", "tile_kernel"]
 
 
 def tile_kernel(region: Region, shape: Tile, product: Product, sums_type: type[Sums]) -> Any:
-    """The kernel that computes tiles of `shape.rows` tokens."""
+    """The kernel that computes tiles of `shape.rows` tokens, or pixels."""
+    is_conv = region.anchor == CONV
+    stages_type, finish_type = (ConvStages, ConvFinish) if is_conv else (Stages, Finish)
     pointers = pointers_of_tile(region, product, split=shape.splits > 1)
     chunks = chunks_of(region)
     per_split = -(-chunks // shape.splits)
 
     def body(arrays: Mapping[str, Expr], rows: Expr, place: Place) -> None:
         memory = shared(shared_bytes(region, shape), align=1024)
-        stages = Stages(region, shape, product, arrays, rows, place, memory)
+        stages = stages_type(region, shape, product, arrays, rows, place, memory)
         sums = sums_type(region, shape, product, place, memory)
         begin = let(place.z * per_split)
         end = let(minimum(begin + per_split, chunks))
@@ -83,19 +83,22 @@ def tile_kernel(region: Region, shape: Tile, product: Product, sums_type: type[S
             sums.add_chunk(let(turn % shape.stages))
         barrier()
         split = place.z if shape.splits > 1 else None
-        finish_rows(sums, shape.rows, place, memory, Finish(region, arrays, rows, split))
+        finish_rows(sums, shape.rows, place, memory, finish_type(region, arrays, rows, split))
 
     blocks = -(-region.size("N") // COLUMN_MULTIPLE)
     grid = (blocks, shape.rows, shape.splits)
     return kernel(
-        pointers, lambda rows: (grid[0], ceildiv(rows, grid[1]), grid[2]), TILE_THREADS, body
+        pointers,
+        lambda rows: (grid[0], ceildiv(rows, grid[1]), grid[2]),
+        TILE_THREADS,
+        body,
+        sizes=("height", "width") if is_conv else (),
     )
 
 
 def pointers_of_tile(region: Region, product: Product, split: bool) -> dict[str, str]:
     """The arrays that a kernel gets."""
-    has_groups = "G" in dict(region.sizes)
-    scales = {"ws": "uint8"} if has_groups else {"s": "float32", "ws": "float32"}
+    scales = {"ws": "uint8"} if "G" in dict(region.sizes) else {}
     return {product.activation: "uint8", "w": "uint8", **scales, **pointers_of(region, split)}
 
 
@@ -236,19 +239,13 @@ def finish_rows(
     """Lay the sums out in rows and store them; `wait` is for all of the `threads` that do so."""
     totals = sums.totals
     dtype = "float32" if totals.dtype == "float32" else "int32"
-    results = view(memory, dtype, rows * RESULT_PITCH)
+    results = view(memory, dtype, rows * finish.pitch)
     for side in range(sums.sides):
         with unrolled(rows // 8) as tokens:
             for i in range(4):
                 column = sums.tile_row(side) * 16 + i // 2 * 8 + place.lane // 4
                 token = tokens * 8 + place.lane % 4 * 2 + i % 2
                 total = totals[4 * (side * (rows // 8) + tokens) + i]
-                store(results, reinterpret(dtype, total), token * RESULT_PITCH + column)
+                store(results, reinterpret(dtype, total), token * finish.pitch + column)
     wait()
-    values = registers(dtype, 4)
-    with loop(0, rows * COLUMN_MULTIPLE // 4 // threads) as turn:
-        quad = let(turn * threads + place.thread)
-        row, column = let(quad // 32), let(quad % 32 * 4)
-        loaded = vector(results, row * RESULT_PITCH + column, dtype, 4)
-        store_vector(values, loaded, constant(0), 4)
-        finish.quad(place.y * rows + row, place.x * COLUMN_MULTIPLE + column, values)
+    finish.tile(results, rows, place, threads)

@@ -146,6 +146,8 @@ struct qc_device *qc_find_device(int ordinal) {
     return ordinal >= 0 && ordinal < found.count ? &found.devices[ordinal] : NULL;
 }
 
+const char *qc_device_problem(void) { return found.problem; }
+
 /* --- what runs where -------------------------------------------------------------------------- */
 
 /* Machine code for 8.x runs on 8.y with y >= x; that of "a" on exactly one. */

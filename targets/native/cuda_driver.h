@@ -7,6 +7,7 @@
 /* What a kernel takes, by number in the generated table; see targets/cuda/launch.py. */
 enum {
     QC_X, QC_Q, QC_S, QC_W, QC_WS, QC_Y, QC_WORKSPACE, QC_ROWS, QC_A, QC_B, QC_GAMMA, QC_BETA,
+    QC_Z, QC_HEIGHT, QC_WIDTH,
     QC_EXTRA0,
     QC_Y0 = QC_EXTRA0 + QC_MAX_EXTRAS, /* the first of several results */
     QC_ARGUMENTS = QC_Y0 + QC_MAX_PARTS,
@@ -44,17 +45,26 @@ struct qc_packing {
     int has_zeros; /* of groups of 4 bits */
     int has_sums; /* of columns of 8 bits, because activations are not centred */
     int64_t k, n, tile_depth, columns, depth, groups, given_groups, record_bytes;
+    int64_t channels, padded_channels, taps; /* of a convolution, whose k has taps of padded channels */
     size_t weight_bytes, scale_bytes;
 };
 
 /* The constants of a product on the host. */
 struct qc_weights {
-    const uint8_t *w; /* [k, n], 4 bits two to a byte */
+    const uint8_t *w; /* [k, n], 4 bits two to a byte; of a convolution [n, channels, taps] */
     const void *ws; /* [given_groups, n] of float16 with 4 bits, else [n] of float32 */
     const uint8_t *wz; /* [given_groups, n], two to a byte; NULL: none */
+    float scale; /* of what 8 bits are multiplied by, where it is a constant, else 1 */
+    int zero; /* its zero point */
 };
 
-/* Which input w is, the first of those that are on the host; ws and wz follow. */
+enum { QC_CHANNEL_MULTIPLE = 16 }; /* of a stored image */
+
+static inline int64_t qc_padded(int64_t size, int64_t multiple) {
+    return (size + multiple - 1) / multiple * multiple;
+}
+
+/* Which input w is; ws and wz follow. */
 size_t qc_weight_input(const struct qc_anchor *anchor);
 int qc_has_zeros(const struct qc_anchor *anchor);
 /* The inputs w, ws and wz, which must be initializers of the right shapes. */
@@ -69,6 +79,17 @@ void qc_pack_scales(const struct qc_packing *packing, const struct qc_weights *w
 /* Of a twin, which keeps nothing per node. */
 OrtStatus *qc_twin_create(const struct qc_op *op, const OrtKernelInfo *info, void **kernel);
 void qc_twin_destroy(void *kernel);
+
+/* Images that a call reads and makes, and what else it reads of the activations. */
+struct qc_images {
+    struct qc_shape given, made;
+    const void *data, *scale, *zero, *extras[QC_MAX_EXTRAS];
+    void *result;
+};
+
+/* The operands of QuantizeImage and QConvW8A8, of the right shapes, and their result. */
+OrtStatus *qc_image_shapes(const struct qc_op *op, OrtKernelContext *context, struct qc_images *images);
+OrtStatus *qc_conv_shapes(const struct qc_op *op, OrtKernelContext *context, struct qc_images *images);
 
 /* --- the driver ------------------------------------------------------------------------------- */
 
@@ -115,6 +136,8 @@ struct qc_device {
 
 /* NULL where no such device can be used. */
 struct qc_device *qc_find_device(int ordinal);
+/* Why there is none at all; empty if there is one. */
+const char *qc_device_problem(void);
 /* Whether the device runs the kernels of a variant. */
 int qc_device_runs(const struct qc_device *device, const struct qc_variant *variant);
 

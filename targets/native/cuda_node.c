@@ -11,7 +11,9 @@ static OrtStatus *find_device(struct qc_gpu_node *node, const OrtKernelInfo *inf
     QC_TRY(QC_ORT(AllocatorGetInfo)(node->allocator, &node->memory));
     QC_TRY(QC_ORT(MemoryInfoGetId)(node->memory, &ordinal));
     node->device = qc_find_device(ordinal);
-    return node->device ? NULL : qc_error(node->op, "there is no GPU %d", ordinal);
+    if (node->device) return NULL;
+    return qc_error(node->op, "there is no GPU %d%s%s", ordinal, *qc_device_problem() ? ": " : "",
+                    qc_device_problem());
 }
 
 /* The first that runs there: those before the op's own run on no GPU of this machine. */
@@ -19,16 +21,14 @@ static OrtStatus *choose_variant(struct qc_gpu_node *node) {
     const struct qc_op *op = node->op;
     const struct qc_variant *end = op->spec->variants + op->spec->variant_count;
     for (node->variant = op->variant; node->variant < end; node->variant++)
-        if (qc_is_allowed(node->variant->isa) && qc_device_runs(node->device, node->variant))
+        if (qc_is_allowed(node->variant->isa, op->only) && qc_device_runs(node->device, node->variant))
             return NULL;
-    const char *only = getenv("QCOMPILER_ISA");
     return qc_error(op,
                     "there is no kernel for GPU %d (%s, compute capability %d.%d)%s%s, only for "
                     "another of this machine: choose that as device_id, or set QCOMPILER_ISA=none "
                     "to run function bodies",
                     node->device->ordinal, node->device->name, node->device->major,
-                    node->device->minor, only && *only ? " under QCOMPILER_ISA=" : "",
-                    only ? only : "");
+                    node->device->minor, *op->only ? " under QCOMPILER_ISA=" : "", op->only);
 }
 
 static OrtStatus *find_function(const struct qc_gpu_node *node, qc_module module, const char *symbol,

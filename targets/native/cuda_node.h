@@ -19,6 +19,27 @@ struct qc_gpu_node {
     struct qc_functions functions[]; /* one for each launch of the variant */
 };
 
+enum { QC_MAX_GRID_Y = 65535, QC_ALIGNMENT = 16 };
+
+#ifdef QC_ON_CPU /* tests run these ops in the only provider there is without a GPU */
+#define QC_PROVIDER NULL
+#else
+#define QC_PROVIDER "CUDAExecutionProvider"
+#endif
+
+/* Some rows of a run. */
+struct qc_call {
+    const struct qc_gpu_node *node;
+    const struct qc_launch *launch;
+    struct qc_functions functions;
+    void *stream;
+    char *pointers[QC_ARGUMENTS];
+    int32_t rows, height, width;
+};
+
+/* Launches the kernel for so many rows, and what adds its parts. */
+OrtStatus *qc_run_rows(struct qc_call *call, OrtKernelContext *context);
+
 OrtStatus *qc_gpu_create(const struct qc_op *op, const OrtKernelInfo *info, void **node);
 void qc_gpu_destroy(void *node);
 

@@ -6,25 +6,8 @@
 
 #include "cuda_node.h"
 
-enum { MAX_GRID_Y = 65535, ALIGNMENT = 16 };
 /* A kernel may count the elements of one call with int32. */
 static const int64_t MAX_CALL_ELEMENTS = INT32_MAX;
-
-#ifdef QC_ON_CPU /* tests run these ops in the only provider there is without a GPU */
-#define PROVIDER NULL
-#else
-#define PROVIDER "CUDAExecutionProvider"
-#endif
-
-/* Some rows of a run. */
-struct gpu_call {
-    const struct qc_gpu_node *node;
-    const struct qc_launch *launch;
-    struct qc_functions functions;
-    void *stream;
-    char *pointers[QC_ARGUMENTS];
-    int32_t rows;
-};
 
 static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -52,11 +35,11 @@ static int64_t row_bytes(const struct qc_op *op, int argument) {
     return argument >= QC_EXTRA0 && spec->extras[argument - QC_EXTRA0] == 'T' ? spec->n * 2 : 0;
 }
 
-static OrtStatus *bind_input(struct gpu_call *call, OrtKernelContext *context, size_t index,
+static OrtStatus *bind_input(struct qc_call *call, OrtKernelContext *context, size_t index,
                              int64_t *rows, struct qc_shape *shape) {
     static const char *const NAMES[QC_ARGUMENTS] = {
-        "x", "q", "s", "w", "ws", "y", "workspace", "rows", "a", "b", "gamma", "beta", "extra0",
-        "extra1", "extra2", "extra3", "extra4", "extra5", "extra6", "extra7"};
+        "x", "q", "s", "w", "ws", "y", "workspace", "rows", "a", "b", "gamma", "beta", "z", "height",
+        "width", "extra0", "extra1", "extra2", "extra3", "extra4", "extra5", "extra6", "extra7"};
     const struct qc_op *op = call->node->op;
     const int argument = argument_of(op, index);
     const OrtValue *value;
@@ -75,14 +58,14 @@ static OrtStatus *bind_input(struct gpu_call *call, OrtKernelContext *context, s
                                  (is_tensor ? *rows : 1) * qc_columns(op->spec), 2));
     }
     /* Kernels load 16 bytes at a time; a fault would end the process's use of the device. */
-    if (*rows && (uintptr_t)data % ALIGNMENT)
+    if (*rows && (uintptr_t)data % QC_ALIGNMENT)
         return qc_error(op, "input %s lies at %p; its address must be a multiple of %d",
-                        NAMES[argument], data, ALIGNMENT);
+                        NAMES[argument], data, QC_ALIGNMENT);
     call->pointers[argument] = (char *)data;
     return NULL;
 }
 
-static OrtStatus *bind(struct gpu_call *call, OrtKernelContext *context, int64_t *rows) {
+static OrtStatus *bind(struct qc_call *call, OrtKernelContext *context, int64_t *rows) {
     const struct qc_op *op = call->node->op;
     const struct qc_anchor *anchor = op->spec->anchor;
     struct qc_shape shape;
@@ -101,12 +84,20 @@ static OrtStatus *bind(struct gpu_call *call, OrtKernelContext *context, int64_t
     return QC_ORT(KernelContext_GetGPUComputeStream)(context, &call->stream);
 }
 
-static OrtStatus *launch(const struct gpu_call *call, qc_function function, const char *symbol,
+static void *value_of(const struct qc_call *call, int argument) {
+    switch (argument) {
+    case QC_ROWS: return (void *)&call->rows;
+    case QC_HEIGHT: return (void *)&call->height;
+    case QC_WIDTH: return (void *)&call->width;
+    default: return (void *)&call->pointers[argument];
+    }
+}
+
+static OrtStatus *launch(const struct qc_call *call, qc_function function, const char *symbol,
                          const uint8_t *arguments, const unsigned grid[3], unsigned shared_bytes) {
     void *values[QC_ARGUMENTS];
     for (size_t i = 0; arguments[i] != QC_END; i++)
-        values[i] = arguments[i] == QC_ROWS ? (void *)&call->rows
-                                            : (void *)&call->pointers[arguments[i]];
+        values[i] = value_of(call, arguments[i]);
     int result = qc_driver.launch(function, grid[0], grid[1], grid[2], call->launch->threads, 1, 1,
                                   shared_bytes, call->stream, values, NULL);
     return qc_cuda_check(call->node->op, result,
@@ -116,7 +107,7 @@ static OrtStatus *launch(const struct gpu_call *call, qc_function function, cons
                          shared_bytes);
 }
 
-static OrtStatus *launch_all(const struct gpu_call *call) {
+static OrtStatus *launch_all(const struct qc_call *call) {
     const struct qc_launch *launch_ = call->launch;
     const struct qc_op_spec *spec = call->node->op->spec;
     const int64_t columns = qc_columns(spec);
@@ -132,7 +123,7 @@ static OrtStatus *launch_all(const struct gpu_call *call) {
 }
 
 /* In the context of the session's device, which is current already but in the threads of others. */
-static OrtStatus *launch_on_device(const struct gpu_call *call) {
+static OrtStatus *launch_on_device(const struct qc_call *call) {
     const struct qc_gpu_node *node = call->node;
     qc_context current = NULL;
     QC_TRY(qc_cuda_check(node->op, qc_driver.current_context(&current), "cannot ask for the GPU"));
@@ -155,7 +146,7 @@ static OrtStatus *allocate(const struct qc_gpu_node *node, OrtKernelContext *con
 #endif
 }
 
-static OrtStatus *run_rows(struct gpu_call *call, OrtKernelContext *context) {
+OrtStatus *qc_run_rows(struct qc_call *call, OrtKernelContext *context) {
     const struct qc_gpu_node *node = call->node;
     const struct qc_cuda_kernels *kernels = node->variant->cuda;
     size_t i = 0;
@@ -178,19 +169,19 @@ static int64_t most_rows(const struct qc_gpu_node *node) {
     const struct qc_op_spec *spec = node->op->spec;
     const struct qc_cuda_kernels *kernels = node->variant->cuda;
     const int64_t blocks = kernels->launches[kernels->launch_count - 1].block_rows;
-    const int64_t rows = min(MAX_CALL_ELEMENTS / max(spec->k, spec->n), MAX_GRID_Y * blocks);
-    return max(rows / ALIGNMENT * ALIGNMENT, 1);
+    const int64_t rows = min(MAX_CALL_ELEMENTS / max(spec->k, spec->n), QC_MAX_GRID_Y * blocks);
+    return max(rows / QC_ALIGNMENT * QC_ALIGNMENT, 1);
 }
 
 static OrtStatus *gpu_compute(void *state, OrtKernelContext *context) {
-    struct gpu_call call = {.node = state};
+    struct qc_call call = {.node = state};
     const struct qc_op *op = call.node->op;
     int64_t rows = 0;
     QC_TRY(bind(&call, context, &rows));
     const int64_t step = most_rows(call.node);
     for (int64_t row = 0; row < rows; row += step) {
         call.rows = (int32_t)min(step, rows - row);
-        QC_TRY(run_rows(&call, context));
+        QC_TRY(qc_run_rows(&call, context));
         for (int argument = 0; argument < QC_ARGUMENTS; argument++)
             if (call.pointers[argument]) call.pointers[argument] += step * row_bytes(op, argument);
     }
@@ -216,7 +207,7 @@ static int64_t norm_columns(const struct qc_op *op, size_t output) {
 extern const struct qc_anchor qc_twin_product, qc_twin_quantize, qc_twin_norm;
 
 #define GPU_OPS                                                                                    \
-    .extra_type = ORT_FLOAT16, .provider = PROVIDER, .create = qc_gpu_create,                      \
+    .extra_type = ORT_FLOAT16, .provider = QC_PROVIDER, .create = qc_gpu_create,                      \
     .compute = gpu_compute, .destroy = qc_gpu_destroy
 
 #define PRODUCT(bits, arguments_, inputs, on_host, ...)                                            \

@@ -6,13 +6,9 @@
 
 enum { TILE_COLUMNS = 16, TILE_BYTES = 512, COLUMN_MULTIPLE = 128, LANES = 32 };
 
-static int64_t padded(int64_t size, int64_t multiple) {
-    return (size + multiple - 1) / multiple * multiple;
-}
-
 size_t qc_weight_input(const struct qc_anchor *anchor) {
     size_t input = 0;
-    while (!(anchor->host_inputs >> input & 1)) input++;
+    while (anchor->arguments[input] != QC_W) input++;
     return input;
 }
 
@@ -20,16 +16,41 @@ int qc_has_zeros(const struct qc_anchor *anchor) {
     return anchor->input_count > qc_weight_input(anchor) + 2;
 }
 
+/* The one element of an initializer. */
+static OrtStatus *constant_scalar(const struct qc_op *op, const OrtKernelInfo *info, size_t index,
+                                  const char *name, size_t size, const void **data) {
+    int is_constant = 0;
+    const OrtValue *value = NULL;
+    QC_TRY(QC_ORT(KernelInfoGetConstantInput_tensor)(info, index, &is_constant, &value));
+    if (!is_constant) return qc_error(op, "input %s must be an initializer", name);
+    QC_TRY(qc_check_elements(op, value, name, 1, size));
+    return QC_ORT(GetTensorMutableData)((OrtValue *)value, (void **)data);
+}
+
+static OrtStatus *constant_steps(const struct qc_op *op, const OrtKernelInfo *info,
+                                 struct qc_weights *weights) {
+    const void *scale, *zero;
+    QC_TRY(constant_scalar(op, info, 1, "s", sizeof(float), &scale));
+    QC_TRY(constant_scalar(op, info, 2, "z", 1, &zero));
+    weights->scale = *(const float *)scale;
+    weights->zero = *(const uint8_t *)zero;
+    return NULL;
+}
+
 OrtStatus *qc_constant_weights(const struct qc_op *op, const OrtKernelInfo *info,
                                struct qc_weights *weights) {
     const struct qc_op_spec *spec = op->spec;
     const size_t first = qc_weight_input(spec->anchor);
     struct qc_shape w_shape = {2, {spec->k, spec->n}}, ws_shape = {1, {spec->n}};
+    if (spec->r) w_shape = (struct qc_shape){4, {spec->n, spec->k, spec->r, spec->s}};
     if (spec->anchor->weight_bits == 4)
         ws_shape = (struct qc_shape){2, {(spec->k + spec->g - 1) / spec->g, spec->n}};
     QC_TRY(qc_constant_input(op, info, first, "w", &w_shape, (const void **)&weights->w));
     QC_TRY(qc_constant_input(op, info, first + 1, "ws", &ws_shape, &weights->ws));
     weights->wz = NULL;
+    weights->scale = 1;
+    weights->zero = 128;
+    if (spec->r) QC_TRY(constant_steps(op, info, weights));
     if (!qc_has_zeros(spec->anchor)) return NULL;
     return qc_constant_input(op, info, first + 2, "wz", &ws_shape, (const void **)&weights->wz);
 }
@@ -37,16 +58,21 @@ OrtStatus *qc_constant_weights(const struct qc_op *op, const OrtKernelInfo *info
 struct qc_packing qc_packing_of(const struct qc_op_spec *spec) {
     const int bits = spec->anchor->weight_bits, has_zeros = qc_has_zeros(spec->anchor);
     const int has_sums = spec->anchor->input_types[0] == ORT_UINT8;
+    const int64_t taps = spec->r * spec->s, channels = qc_padded(spec->k, QC_CHANNEL_MULTIPLE);
+    const int64_t k = taps ? taps * channels : spec->k;
     const int64_t size = has_sums ? 8 : bits == 8 ? 4 : has_zeros ? 3 : 2;
     struct qc_packing packing = {
         .bits = bits,
         .has_zeros = has_zeros,
         .has_sums = has_sums,
-        .k = spec->k,
+        .k = k,
         .n = spec->n,
+        .channels = spec->k,
+        .padded_channels = channels,
+        .taps = taps,
         .tile_depth = bits == 4 ? 64 : 32,
-        .columns = padded(spec->n, COLUMN_MULTIPLE),
-        .depth = padded(spec->k, bits == 4 ? 64 : 128),
+        .columns = qc_padded(spec->n, COLUMN_MULTIPLE),
+        .depth = qc_padded(k, bits == 4 ? 64 : 128),
         .groups = 1,
         .given_groups = 1,
         .record_bytes = TILE_COLUMNS * size,
@@ -87,6 +113,14 @@ static void pack_tile4(const struct qc_packing *packing, const uint8_t *w, int64
         }
 }
 
+/* w[k, n], of 8 bits. */
+static uint8_t byte_at(const struct qc_packing *packing, const uint8_t *w, int64_t k, int64_t n) {
+    if (!packing->taps) return w[k * packing->n + n];
+    const int64_t tap = k / packing->padded_channels, channel = k % packing->padded_channels;
+    if (channel >= packing->channels) return 0;
+    return w[(n * packing->channels + channel) * packing->taps + tap];
+}
+
 static void pack_tile8(const struct qc_packing *packing, const uint8_t *w, int64_t row,
                        int64_t column, uint8_t *tile) {
     for (int lane = 0; lane < LANES; lane++)
@@ -95,7 +129,7 @@ static void pack_tile8(const struct qc_packing *packing, const uint8_t *w, int64
             int64_t k = row + half_row * 16 + lane % 4 * 4 + byte % 4;
             int64_t n = column + half_column * 8 + lane / 4;
             int is_inside = k < packing->k && n < packing->n;
-            tile[lane * 16 + byte] = is_inside ? w[k * packing->n + n] : 0;
+            tile[lane * 16 + byte] = is_inside ? byte_at(packing, w, k, n) : 0;
         }
 }
 
@@ -111,20 +145,22 @@ void qc_pack_weights(const struct qc_packing *packing, const struct qc_weights *
         }
 }
 
-/* sums[column] = 128 * sum_k w */
-static void add_columns(const struct qc_packing *packing, const int8_t *w, int32_t *sums) {
+/* sums[column] = zero * sum_k w */
+static void add_columns(const struct qc_packing *packing, const struct qc_weights *weights,
+                        int32_t *sums) {
     for (int64_t k = 0; k < packing->k; k++)
         for (int64_t n = 0; n < packing->n; n++)
-            sums[n] += 128 * w[k * packing->n + n];
+            sums[n] += weights->zero * (int8_t)byte_at(packing, weights->w, k, n);
 }
 
 void qc_pack_scales(const struct qc_packing *packing, const struct qc_weights *weights,
                     uint8_t *packed) {
     memset(packed, 0, packing->scale_bytes);
     if (packing->bits != 4) {
-        memcpy(packed, weights->ws, (size_t)packing->n * sizeof(float));
+        for (int64_t n = 0; n < packing->n; n++)
+            ((float *)packed)[n] = ((const float *)weights->ws)[n] * weights->scale;
         if (packing->has_sums)
-            add_columns(packing, (const int8_t *)weights->w, (int32_t *)packed + packing->columns);
+            add_columns(packing, weights, (int32_t *)packed + packing->columns);
         return;
     }
     const uint16_t *scales = weights->ws;

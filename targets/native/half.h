@@ -61,4 +61,9 @@ static inline uint8_t qc_quantized(float quotient, int is_fp8) {
     return (uint8_t)fminf(fmaxf(rintf(quotient) + 128, 0), 255);
 }
 
+/* The scale of a token whose largest magnitude this is, of all that are numbers: NaN if none is. */
+static inline float qc_token_scale(float largest, int is_fp8) {
+    return (largest < 1e-20f ? 1e-20f : largest) / (is_fp8 ? 448.0f : 127.0f);
+}
+
 #endif

@@ -125,9 +125,7 @@ static const struct qc_isa *find_isa(const char *name) {
     return NULL;
 }
 
-/* Whether QCOMPILER_ISA, a name or "none", allows this instruction set: as if the CPU had the one
- * named and what that includes. */
-static int is_allowed(const struct qc_isa *isa, const char *only) {
+int qc_is_allowed(const struct qc_isa *isa, const char *only) {
     if (!*only) return isa->is_available();
     const struct qc_isa *named = find_isa(only);
     if (!named || !named->is_available()) return 0;
@@ -135,15 +133,10 @@ static int is_allowed(const struct qc_isa *isa, const char *only) {
     return named != NULL;
 }
 
-int qc_is_allowed(const struct qc_isa *isa) {
-    const char *only = getenv("QCOMPILER_ISA");
-    return is_allowed(isa, only ? only : "");
-}
-
 static const struct qc_variant *choose_variant(const struct qc_op_spec *spec, const char *only) {
     for (size_t i = 0; i < spec->variant_count; i++) {
         const struct qc_isa *isa = spec->variants[i].isa;
-        if (!is_allowed(isa, only)) continue;
+        if (!qc_is_allowed(isa, only)) continue;
         if (!isa->fits || isa->fits(&spec->variants[i])) return &spec->variants[i];
     }
     return NULL;
@@ -176,7 +169,7 @@ struct registration {
 static OrtStatus *add(struct registration *made, const struct qc_op_spec *spec,
                       const struct qc_variant *variant, const struct qc_anchor *anchor) {
     struct qc_op *op = &made->ops[made->count++];
-    *op = (struct qc_op){describe(anchor), spec, variant, anchor};
+    *op = (struct qc_op){describe(anchor), spec, variant, anchor, made->only};
     if (!made->domain) QC_TRY(QC_ORT(CreateCustomOpDomain)(qc_domain, &made->domain));
     return QC_ORT(CustomOpDomain_Add)(made->domain, &op->base);
 }

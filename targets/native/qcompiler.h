@@ -73,8 +73,9 @@ extern const struct qc_isa qc_sm_90a, qc_sm_89, qc_sm_80;
 
 /* All that a library of this architecture may have kernels for, in order of preference; NULL ends. */
 extern const struct qc_isa *const qc_all_isa[];
-/* Whether this machine has it and QCOMPILER_ISA allows it. */
-int qc_is_allowed(const struct qc_isa *isa);
+/* Whether this machine has it and `only`, a name, "none" or "", allows it: as if the machine had the
+ * one named and what that includes. */
+int qc_is_allowed(const struct qc_isa *isa, const char *only);
 /* Says, once, why `missing` of `all` ops are not registered, where that would surprise. */
 void qc_tell_missing(size_t missing, size_t all);
 
@@ -131,6 +132,8 @@ struct qc_op_spec {
     const char *name;
     const struct qc_anchor *anchor;
     int64_t k, n, d, g;
+    int64_t r, s, strides[2], dilations[2]; /* of a convolution: its taps, down and across */
+    int64_t pads[8]; /* of an image, as ONNX's Pad has them */
     const char *form;   /* the region's flags */
     const char *extras; /* a letter per extra operand: C per channel, T same shape as the result */
     const char *outputs; /* a digit per output: which of the anchor's it is */
@@ -152,6 +155,7 @@ struct qc_op {
     const struct qc_op_spec *spec;
     const struct qc_variant *variant; /* of an op for a GPU the best of any; a session's may be another */
     const struct qc_anchor *anchor; /* that of the spec, or its twin */
+    const char *only; /* QCOMPILER_ISA as it was when the op was registered; empty: none */
 };
 
 /* --- ONNX Runtime ---------------------------------------------------------------------------- */

@@ -55,10 +55,10 @@ static void norm_task(void *argument, size_t index) {
     const int64_t k = run->op->spec->k, row = (int64_t)index, start = row * k;
     const int is_fp8 = anchor->output_types[anchor->output_count - 2] == ORT_FLOAT8E4M3FN;
     const struct moments of = moments_of(run, row);
-    float largest = 1e-20f;
+    float largest = NAN; /* which fmaxf passes over */
     for (int64_t i = 0; i < k; i++)
         largest = fmaxf(largest, fabsf(smoothed(run, i, normalized(run, row, i, of))));
-    const float scale = largest / (is_fp8 ? 448.0f : 127.0f);
+    const float scale = qc_token_scale(largest, is_fp8);
     for (int64_t i = 0; i < k; i++) {
         const uint16_t y = normalized(run, row, i, of);
         if (run->pointers[QC_A] && run->pointers[QC_X])

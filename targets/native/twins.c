@@ -143,9 +143,9 @@ static void quantize_task(void *argument, size_t row) {
     const int is_fp8 = run->op->spec->anchor->output_types[0] == ORT_FLOAT8E4M3FN;
     const uint16_t *x = run->x + (int64_t)row * k;
     uint8_t *q = run->q + (int64_t)row * k;
-    float largest = 1e-20f;
+    float largest = NAN; /* which fmaxf passes over */
     for (int64_t i = 0; i < k; i++) largest = fmaxf(largest, fabsf(qc_from_half(x[i])));
-    const float scale = largest / (is_fp8 ? 448.0f : 127.0f);
+    const float scale = qc_token_scale(largest, is_fp8);
     for (int64_t i = 0; i < k; i++) q[i] = qc_quantized(qc_from_half(x[i]) / scale, is_fp8);
     run->s[row] = scale;
 }

@@ -108,7 +108,7 @@ class _Norm:
         self._arrays = arrays
         self._centred = "beta" in arrays
         self._residual = "a" in arrays
-        self._epsilon = float(dict(region.attributes)["epsilon"])
+        self._epsilon = region.number("epsilon")
         self._waiting = "x" if "x" in arrays else "y" if "y" in arrays else ""
         self._ahead = self._plan_prefetches(region)
 

@@ -126,8 +126,8 @@ inline void launch(void (*kernel)(void **), void **arguments, Index grid, int th
     Array::all.pop_back();
 }
 
-// arguments: kernel gx gy gz threads shared backwards, then `rows=<n>` or `<name>[=]<path>` of each
-// parameter in order; with `=` the array is written back.
+// arguments: kernel gx gy gz threads shared backwards, then `#<name>:<number>` or `[=]<name>:<path>`
+// of each parameter in order; with `=` the array is written back.
 inline int main(int count, char **words, const std::vector<Kernel> &kernels) {
     static uint8_t signal_stack[64 << 10];
     stack_t other{signal_stack, 0, sizeof signal_stack};
@@ -141,13 +141,13 @@ inline int main(int count, char **words, const std::vector<Kernel> &kernels) {
     std::vector<Array *> arrays;
     std::vector<std::string> paths;
     std::vector<void *> values;
-    static int rows;
+    static int numbers[8], *number = numbers;
     for (int i = 8; i < count; ++i) {
         const std::string word = words[i];
         const size_t colon = word.find(':');
-        if (word.rfind("rows:", 0) == 0) {
-            rows = std::atoi(word.c_str() + colon + 1);
-            values.push_back(&rows);
+        if (word[0] == '#') {
+            *number = std::atoi(word.c_str() + colon + 1);
+            values.push_back(number++);
             continue;
         }
         const bool written = word[0] == '=';

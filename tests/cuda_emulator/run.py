@@ -46,7 +46,7 @@ class EmulatorError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class _Way:
-    rows: int
+    numbers: Mapping[str, int]
     backwards: bool
     fault: int
 
@@ -74,28 +74,33 @@ class Emulated:
         rows: int,
         backwards: bool = False,
         fault: int = 0,
+        **sizes: int,
     ) -> None:
         """One launch and, if K is split, the sum of its parts; results are written to `arrays`.
 
         Warps and lanes take turns in the order of their numbers, or `backwards`.  `fault` is the
-        number of the planted one that is to happen.
+        number of the planted one that is to happen.  `sizes` are what kernels take beside `rows`.
 
         Raises:
             EmulatorError: A thread misbehaved.
         """
         grid = (-(-columns // launch.block_columns), max(1, -(-rows // launch.block_rows)))
-        every, how = dict(arrays), _Way(rows, backwards, fault)
+
+        def of(parameters: Collection[str]) -> dict[str, Array]:
+            return {name: every[name] for name in parameters if name not in how.numbers}
+
+        every, how = dict(arrays), _Way({"rows": rows, **sizes}, backwards, fault)
         if launch.combine is not None:
             every["workspace"] = np.full((launch.splits, rows, columns), np.nan, np.float32)
         self._kernel(
             launch.symbol, (*grid, launch.splits), launch.threads, launch.shared_bytes,
-            {name: every[name] for name in launch.parameters if name != "rows"}, how,
+            of(launch.parameters), how,
         )  # fmt: skip
         if launch.combine is not None:
             blocks = -(-rows * columns // (launch.threads * 4))
             self._kernel(
                 launch.combine, (blocks, 1, 1), launch.threads, 0,
-                {name: every[name] for name in launch.combine_parameters if name != "rows"}, how,
+                of(launch.combine_parameters), how,
             )  # fmt: skip
 
     def kernel(
@@ -106,13 +111,14 @@ class Emulated:
         shared: int,
         arrays: Mapping[str, Array],
         rows: int,
+        **sizes: int,
     ) -> None:
         """One launch, as it was asked for.
 
         Raises:
             EmulatorError: A thread misbehaved.
         """
-        self._kernel(symbol, grid, threads, shared, arrays, _Way(rows, False, 0))
+        self._kernel(symbol, grid, threads, shared, arrays, _Way({"rows": rows, **sizes}, False, 0))
 
     def _kernel(
         self,
@@ -130,9 +136,10 @@ class Emulated:
         for name, array in arrays.items():
             paths[name].write_bytes(array.tobytes())
             words.append(f"{'=' if name in written else ''}{name}:{paths[name]}")
+        numbers = [f"#{name}:{number}" for name, number in sorted(how.numbers.items())]
         done = subprocess.run(
-            [str(self._program), *words, f"rows:{how.rows}"], capture_output=True, text=True,
-            check=False, timeout=_PATIENCE, env={**os.environ, "FAULT": str(how.fault)},
+            [str(self._program), *words, *numbers], capture_output=True, text=True, check=False,
+            timeout=_PATIENCE, env={**os.environ, "FAULT": str(how.fault)},
         )  # fmt: skip
         if done.returncode != 0:
             raise EmulatorError(f"{symbol}: {done.stderr.strip() or done.returncode}")

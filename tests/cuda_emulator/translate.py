@@ -9,7 +9,7 @@ import re
 
 __all__ = ["translate"]
 
-_FIRST_FUNCTION = "__forceinline__ __device__"
+_FIRST_FUNCTION = re.compile(r'__forceinline__ __device__|extern "C" __global__')
 _SHARED = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
 _KERNEL = re.compile(
     r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) *(?=\{)'
@@ -33,6 +33,7 @@ _RULES = (
     (r"ld\.global\.nc\.u16 .*", "load_narrow<uint16_t>(&%0, %1)"),
     (r"ld\.global\.nc\.u8 .*", "load_narrow<uint8_t>(&%0, %1)"),
     (r"ld\.shared\.u16 .*", "load_shared_pair(&%0, %1)"),
+    (r"st\.global\.u32 .*", "store_global(%0, {{%1}})"),
     (r"st\.global\.v2\.u32 .*", "store_global(%0, {{%1, %2}})"),
     (r"st\.global\.v4\.u32 .*", "store_global(%0, {{%1, %2, %3, %4}})"),
     (r"cvt\.rn\.f16x2\.f32 .*", "%0 = to_half(%2) | uint32_t(to_half(%1)) << 16"),
@@ -87,7 +88,9 @@ _KINDS = {
 
 def translate(source: str) -> str:
     """The C++ program: its `main` runs one kernel, see `emulator.h`."""
-    functions = source[source.index(_FIRST_FUNCTION) :]
+    first = _FIRST_FUNCTION.search(source)
+    assert first is not None, source
+    functions = source[first.start() :]
     functions = _WAIT.sub("wait_phase(barrier_addr_int, phase);", functions)
     functions = _ASM.sub(lambda match: _call(match[1]), functions)
     functions = _SHARED.sub(r"\1 *\2 = (\1 *)emulator::shared_begin;", functions)

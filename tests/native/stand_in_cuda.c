@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_DEVICES = 4, MAX_LAUNCHES = 256, MAX_ARGUMENTS = 16, MAX_SYMBOLS = 64 };
+enum { MAX_DEVICES = 4, MAX_LAUNCHES = 256, MAX_ARGUMENTS = 16, MAX_SYMBOLS = 256 };
 enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_CONTEXT = 201,
        NO_BINARY = 209, NOT_FOUND = 500 };
 enum { MAJOR = 75, MINOR = 76, SHARED_BYTES = 97, MAX_SHARED_ATTRIBUTE = 8 };
@@ -17,7 +17,7 @@ struct device {
 
 struct symbol {
     char name[160];
-    int arguments; /* how many it takes */
+    int arguments, numbers; /* how many it takes, and how many of them, the last, are int32 */
     void (*run)(void **arguments, const unsigned *grid); /* NULL: nothing happens */
 };
 
@@ -210,8 +210,7 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
     record->stream = stream;
     record->context = contexts[depth - 1];
     for (int i = 0; i < symbol->arguments; i++) {
-        /* The last one is the int32 of rows. */
-        size_t size = i + 1 == symbol->arguments ? 4 : 8;
+        size_t size = i + symbol->numbers >= symbol->arguments ? 4 : 8;
         memcpy(&record->arguments[i], arguments[i], size);
     }
     if (symbol->run) symbol->run(arguments, grid);
