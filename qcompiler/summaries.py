@@ -112,7 +112,10 @@ def summarized(
         samples: How many it will be run on: of many each gives less.
     """
     writer = _Writer(model.clone(), samples)
-    return writer.model, {name: writer.summary(name, name in counted) for name in names}
+    # ONNX Runtime begins with what was added last: so each tensor is read soon after it was made,
+    # and forgotten, where the other way round all of them are kept to the end.
+    made = {name: writer.summary(name, name in counted) for name in reversed(names)}
+    return writer.model, {name: made[name] for name in names}
 
 
 class _Writer:
