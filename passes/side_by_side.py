@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.decisions import plan_of, set_plan
+from qcompiler.ir.decisions import bias_shift, plan_of, set_plan
 from qcompiler.ir.graph import constant, every_node, new_initializer, rectified
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
 from qcompiler.passes.round_to_nearest import RoundToNearest
@@ -165,10 +165,13 @@ class _Joined:
         graph.outputs.clear()
 
     def results(self, node: ir.Node, stored: bool) -> tuple[ir.Value, ir.Value]:
-        """What a node of the model makes, and what it makes in the copy."""
+        """What a node of the model makes, and what it makes in the copy, its bias corrected."""
         value = node.outputs[0]
         exact, other = self.left[value.name or ""], self.right[value.name or ""]
-        plan = plan_of(node)
+        plan, shift = plan_of(node), bias_shift(node)
+        if shift is not None and node.op_type == "MatMul":  # a Conv's is in its bias
+            taken = new_initializer(self.model.graph, "shift", shift)
+            other = self.append("Sub", [other, taken])
         if plan is None or plan.output is None or not stored:
             return exact, other
         after = rectified(value)
