@@ -32,10 +32,8 @@ import numpy as np
 import onnxruntime as ort
 from contenders import Contender
 from quantizers import quantizers
-from tasks import TASKS, Data, Outputs, Task
+from tasks import TASKS, Data, Figures, Outputs, Task
 from timing import environment, interleave
-
-Figures = dict[str, Any]
 
 PACKAGES = ("nncf", "openvino", "onnxsim")
 
@@ -120,6 +118,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"some of {', '.join(TASKS)}")
     parser.add_argument("--photos", type=Path, help="a folder of pictures")
+    parser.add_argument(
+        "--labelled", action="store_true", help="photos are one of each class, in order by name"
+    )
     parser.add_argument("--sts", type=Path, help="dev split of the STS benchmark")
     parser.add_argument("--train", type=Path, help="train split, to calibrate with")
     parser.add_argument("--only", action="append", default=[], help="a contender; may repeat")
@@ -133,7 +134,9 @@ def main() -> None:
     if unknown := [name for name in arguments.tasks if name not in TASKS]:
         parser.error(f"no task {unknown[0]!r}; there are {', '.join(TASKS)}")
     ort.set_default_logger_severity(3)
-    data = Data(arguments.photos, arguments.sts, arguments.train, arguments.every)
+    data = Data(
+        arguments.photos, arguments.sts, arguments.train, arguments.every, arguments.labelled
+    )
     for name in arguments.tasks or TASKS:
         task = TASKS[name](data)
         if isinstance(task, str):

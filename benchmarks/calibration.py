@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -35,8 +36,8 @@ from qcompiler.samples import Samples
 
 COUNTS = (8, 32, 128, 512)
 TIMED = 128
-ROUNDS = 3
-"""Of timing, in turn; the fastest of each kind counts."""
+ROUNDS = 5
+"""Of timing, in turn; the fastest of each kind counts, and the median."""
 
 
 def write_pictures(folder: Path) -> None:
@@ -94,6 +95,12 @@ def in_a_process(kind: str, model: Path, pictures: Path) -> dict[str, Any]:
     return entry
 
 
+def ratio(seconds: Sequence[float]) -> float:
+    """Of two figures the first by the second."""
+    first, second = seconds
+    return first / second
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, help="by default ResNet50, see models.py")
@@ -118,13 +125,17 @@ def main() -> None:
             (in_a_process("calibrate", model, pictures), in_a_process("float", model, pictures))
             for pictures in [Path(folder, str(TIMED))] * ROUNDS
         ]
-    fastest = [min(entry["seconds"] for entry in entries) for entries in zip(*timed, strict=True)]
-    print(f"calibration takes {fastest[0] / fastest[1]:.2f} times the FP32 passes")
+    fastest, median = (
+        ratio([pick(entry["seconds"] for entry in entries) for entries in zip(*timed, strict=True)])
+        for pick in (min, statistics.median)
+    )
+    print(f"calibration takes {fastest:.2f} times the FP32 passes, by medians {median:.2f}")
     if arguments.json:
         content = environment() | {
             "calibration": calibrated,
             "timed": [{"calibrate": ours, "float": passes} for ours, passes in timed],
-            "ratio": fastest[0] / fastest[1],
+            "ratio": fastest,
+            "ratio_of_medians": median,
         }
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 

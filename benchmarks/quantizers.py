@@ -115,6 +115,12 @@ def our_static_unsmoothed(task: Task, folder: Path) -> Contender:
     return ours(task, folder, qcompiler.Recipe(nodes=_STATIC, smooth=False))
 
 
+def our_static_uncorrected(task: Task, folder: Path) -> Contender:
+    """The same without bias correction."""
+    options = {"bias-correction": {"least": 1.0}}
+    return ours(task, folder, qcompiler.Recipe(nodes=_STATIC, passes=options))
+
+
 def our_static_products(task: Task, folder: Path) -> Contender:
     """The same with the products of attention in 8 bits, too."""
     options = {"assign-precision": {"products": True}}
@@ -245,6 +251,7 @@ COMMON: dict[str, Quantizer] = {
 TRANSFORMERS: dict[str, Quantizer] = {
     "qcompiler static": our_static,
     "qcompiler static, not smoothed": our_static_unsmoothed,
+    "qcompiler static, biases as they were": our_static_uncorrected,
     "qcompiler static, with attention": our_static_products,
     "ORT dynamic": ort_dynamic,
     "ORT static, MatMul only": ort_static_products,

@@ -20,8 +20,9 @@ from contenders import Feeds
 from minilm import encode, load_tokenizer, read_sts
 
 Outputs = list[np.ndarray]
-Judge = Callable[[Sequence[Outputs], Sequence[Outputs]], dict[str, float]]
-"""Given what FP32 and a contender make of every input, its figures."""
+Figures = dict[str, Any]
+Judge = Callable[[Sequence[Outputs], Sequence[Outputs]], Figures]
+"""Given what FP32 and a contender make of every input, its figures: numbers, and intervals."""
 
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -58,12 +59,14 @@ class Data:
         sts: Dev and
         train: train split of the STS benchmark.
         every: Judge by every so many-th input alone.
+        labelled: The pictures are one of each of ImageNet's classes, in order by name.
     """
 
     photos: Path | None = None
     sts: Path | None = None
     train: Path | None = None
     every: int = 1
+    labelled: bool = False
 
 
 def sqnr(reference: Sequence[Outputs], actual: Sequence[Outputs], index: int = 0) -> float:
@@ -87,8 +90,17 @@ def overlap(reference: Sequence[Outputs], actual: Sequence[Outputs], outputs: Se
     return 100 * both / max(either, 1)
 
 
+def share(hits: Sequence[bool]) -> tuple[float, list[float]]:
+    """Per cent of hits, and the 95% interval that it lies in, after Wilson (1927)."""
+    count, z = len(hits), 1.96
+    mean, spread = float(np.mean(hits)), z * z / count
+    middle = (mean + spread / 2) / (1 + spread)
+    half = z * float(np.sqrt(mean * (1 - mean) / count + spread / (4 * count))) / (1 + spread)
+    return 100 * mean, [round(100 * (middle - half), 2), round(100 * (middle + half), 2)]
+
+
 def resnet50(data: Data) -> Task:
-    """Photos: the same first class, and the logits."""
+    """Photos: the same first class, the right one where it is known, and the logits."""
 
     def prepared(picture: Any) -> Feeds:
         pixels = pictures.center(picture, 256, 224)[:, :, ::-1] - CAFFE_MEAN
@@ -96,10 +108,18 @@ def resnet50(data: Data) -> Task:
 
     feeds = [prepared(picture) for picture in pictures.photos(data.photos, 500)]
 
-    def judge(reference: Sequence[Outputs], actual: Sequence[Outputs]) -> dict[str, float]:
-        first = [[o[0].argmax() for o in outputs] for outputs in (reference, actual)]
-        same = np.mean(np.array(first[0]) == np.array(first[1]))
-        return {"agreement": 100 * float(same), "sqnr_db": sqnr(reference, actual)}
+    # Every second picture is taken, of those after the first 128 every so many-th.
+    labels = np.arange(0, 2 * len(feeds), 2)[128 :: data.every]
+
+    def judge(reference: Sequence[Outputs], actual: Sequence[Outputs]) -> Figures:
+        exact, found = (
+            np.array([o[0].argmax() for o in outputs]) for outputs in (reference, actual)
+        )
+        figures: Figures = {}
+        figures["agreement"], figures["agreement_95"] = share(found == exact)
+        if data.labelled:
+            figures["accuracy"], figures["accuracy_95"] = share(found == labels)
+        return figures | {"sqnr_db": sqnr(reference, actual)}
 
     return Task("ResNet50", models.resnet50(), feeds[:128], feeds[128 :: data.every], judge)
 
@@ -119,7 +139,7 @@ def ppocr_rec(data: Data) -> Task:
         kept = ids[np.insert(ids[1:] != ids[:-1], 0, True)]
         return "".join(letters[i] for i in kept if i).replace(" ", "")
 
-    def judge(reference: Sequence[Outputs], actual: Sequence[Outputs]) -> dict[str, float]:
+    def judge(reference: Sequence[Outputs], actual: Sequence[Outputs]) -> Figures:
         wrong = sum(
             sounds.edits(text, read(outputs[0]))
             for text, outputs in zip(truth, actual, strict=True)
@@ -152,7 +172,7 @@ def minilm(data: Data) -> Task | str:
             result[batch] = mean / np.linalg.norm(mean, axis=1, keepdims=True)
         return result
 
-    def judge(reference: Sequence[Outputs], actual: Sequence[Outputs]) -> dict[str, float]:
+    def judge(reference: Sequence[Outputs], actual: Sequence[Outputs]) -> Figures:
         exact, found = vectors(reference), vectors(actual)
         cosine = (found[: len(rows)] * found[len(rows) :]).sum(1)
         return {
@@ -175,7 +195,7 @@ def whisper(data: Data) -> Task | str:
     file, vocabulary = models.whisper_decoder()
     decoder, truth = ort.InferenceSession(file), texts[16:]
 
-    def judge(reference: Sequence[Outputs], actual: Sequence[Outputs]) -> dict[str, float]:
+    def judge(reference: Sequence[Outputs], actual: Sequence[Outputs]) -> Figures:
         wrong = total = 0
         for text, (states,) in zip(truth, actual, strict=True):
             heard = sounds.plain_words(sounds.transcribe(decoder, states, vocabulary))
@@ -239,7 +259,7 @@ def basic_pitch(data: Data) -> Task:
 def _finds(outputs: list[int], threshold: float) -> Judge:
     """Agreement on what some outputs find, and the SQNR of the worst of all outputs."""
 
-    def judge(reference: Sequence[Outputs], actual: Sequence[Outputs]) -> dict[str, float]:
+    def judge(reference: Sequence[Outputs], actual: Sequence[Outputs]) -> Figures:
         each = [sqnr(reference, actual, index) for index in range(len(reference[0]))]
         same = overlap(reference, actual, outputs, threshold)
         return {"agreement": same, "sqnr_db": min(each)}

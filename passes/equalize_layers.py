@@ -122,7 +122,7 @@ class EqualizeLayers(MeasuringPass):
         measured, names = channel_maxima(model, [pair.value for pair in pairs])
         rows = self.run(measured, names)
         factors = {
-            pair.name: _factors(np.max(rows[name], axis=0), pair)
+            pair.name: _factors(np.max(rows[name], axis=0, initial=0), pair)
             for pair, name in zip(pairs, names, strict=True)
         }
         changed = model.clone()

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.decisions import plan_of, set_plan
+from qcompiler.ir.decisions import bias_shift, plan_of, set_plan
 from qcompiler.ir.graph import constant, every_node, new_initializer, rectified
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
 from qcompiler.passes.round_to_nearest import RoundToNearest
@@ -60,7 +60,12 @@ class Comparison:
         return self.noise, self.signal, self.drift
 
     def by_channel(self, rows: Rows) -> float:
-        """SQNR in dB of the average channel, one that is lost counting 1; infinite if all are 0."""
+        """SQNR in dB of the average channel, one that is lost counting 1; infinite if all are 0.
+
+        NaN where no sample holds it.
+        """
+        if not len(rows[self.noise]):
+            return math.nan
         noise, signal = (rows[name].mean(axis=0, dtype=np.float64) for name in self.names[:2])
         alive = signal > 0
         shares = np.minimum(noise[alive] / signal[alive], 1.0)
@@ -109,6 +114,8 @@ def channel_maxima(model: ir.Model, values: Sequence[ir.Value]) -> tuple[ir.Mode
 def output_errors(model: ir.Model, quantized: ir.Model) -> tuple[ir.Model, list[Comparison]]:
     """Both models with the same inputs, and what differs at each float output of the first.
 
+    Nothing is compared where one of the two is not finite: the logarithm of 0, or what is masked.
+
     Args:
         model: It is not changed.
         quantized: The same with some nodes quantized; it is taken apart.
@@ -116,7 +123,7 @@ def output_errors(model: ir.Model, quantized: ir.Model) -> tuple[ir.Model, list[
     joined = _Joined(model, quantized, exact=False)
     names = [value.name or "" for value in model.graph.outputs if value.dtype is ir.DataType.FLOAT]
     pairs = [(joined.left[name], joined.right[name]) for name in names if name in joined.right]
-    return joined.model, [joined.compare(exact, other, None) for exact, other in pairs]
+    return joined.model, [joined.compare(*joined.finite(*pair), None) for pair in pairs]
 
 
 def own_errors(
@@ -165,10 +172,13 @@ class _Joined:
         graph.outputs.clear()
 
     def results(self, node: ir.Node, stored: bool) -> tuple[ir.Value, ir.Value]:
-        """What a node of the model makes, and what it makes in the copy."""
+        """What a node of the model makes, and what it makes in the copy, its bias corrected."""
         value = node.outputs[0]
         exact, other = self.left[value.name or ""], self.right[value.name or ""]
-        plan = plan_of(node)
+        plan, shift = plan_of(node), bias_shift(node)
+        if shift is not None and node.op_type == "MatMul":  # a Conv's is in its bias
+            taken = new_initializer(self.model.graph, "shift", shift)
+            other = self.append("Sub", [other, taken])
         if plan is None or plan.output is None or not stored:
             return exact, other
         after = rectified(value)
@@ -180,6 +190,15 @@ class _Joined:
             other = self.append("QuantizeLinear", [other, *steps])
             other = self.append("DequantizeLinear", [other, *steps])
         return exact, other
+
+    def finite(self, exact: ir.Value, other: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Both, and 0 where their difference is no finite number."""
+        difference = self.append("Sub", [exact, other])
+        nothing = new_initializer(self.model.graph, "nothing", np.asarray(0, np.float32))
+        # What is infinite or NaN differs from itself by NaN, which equals nothing.
+        same = self.append("Equal", [self.append("Sub", [difference, difference]), nothing])
+        left, right = (self.append("Where", [same, value, nothing]) for value in (exact, other))
+        return left, right
 
     def compare(
         self, exact: ir.Value, other: ir.Value, channels: tuple[int, int] | None

@@ -129,7 +129,7 @@ def run_exactly(
         most: So many of them, evenly spaced.
 
     Returns:
-        {name: [rows, K]}.
+        {name: [rows, K]}; of a batch without pictures there is no row.
 
     Raises:
         CalibrationError: A bad sample; names it.
@@ -146,7 +146,7 @@ def run_exactly(
         for _, tensors in probe.run(drawn, optimized=False):
             for name, array in tensors.items():
                 rows[name].append(array)
-    if not all(rows.values()):
+    if not any(map(len, itertools.chain(*rows.values()))):
         raise CalibrationError(
             f"the samples are empty: those of {samples.name} that were run hold no values; give "
             "some that have at least one row"

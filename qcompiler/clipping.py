@@ -32,6 +32,9 @@ Range = tuple[float, float]
 _CANDIDATES = np.linspace(1.0, 0.05, 77)
 """Shares of the whole range that the searches try."""
 
+_AT_ONCE = 1 << 15
+"""Values to count together: one by one each call costs more than its values."""
+
 
 class Observed:
     """What was seen of one tensor, in memory that does not grow.
@@ -41,27 +44,32 @@ class Observed:
         high: The greatest.
         mean_low: Moving average of each sample's least value.
         mean_high: The same of its greatest.
-        histogram: Of a share of the values.
     """
 
     def __init__(self, clipping: Clipping) -> None:
         self.low, self.high = math.inf, -math.inf
         self.mean_low, self.mean_high = math.nan, math.nan
-        self.histogram = Histogram()
         self._clipping = clipping
+        self._histogram = Histogram()
+        self._waiting: list[NDArray[Any]] = []
 
-    def add(self, values: NDArray[Any], ends: Range | None = None) -> None:
+    @property
+    def histogram(self) -> Histogram:
+        """Of a share of the values."""
+        self._histogram.add(np.concatenate([np.zeros(0, np.float32), *self._waiting]))
+        self._waiting.clear()
+        return self._histogram
+
+    def add(self, values: NDArray[Any], ends: Range) -> None:
         """Look at the tensor of one sample; an empty one tells nothing.
 
         Args:
-            values: All of them or, where the ends are given, those that the histogram counts.
-            ends: The least and the greatest of all.
+            values: Those that the histogram counts, of any shape.
+            ends: The least and the greatest of all; the wrong way round of an empty tensor.
 
         Raises:
             ValueError: NaN or infinity among the values.
         """
-        if ends is None:
-            ends = (float(values.min()), float(values.max())) if values.size else (1.0, 0.0)
         low, high = ends
         if low > high:
             return
@@ -73,7 +81,9 @@ class Observed:
         self.mean_low = low if first else keep * self.mean_low + (1 - keep) * low
         self.mean_high = high if first else keep * self.mean_high + (1 - keep) * high
         if self._clipping.counts:
-            self.histogram.add(values)
+            self._waiting.append(values.reshape(-1))
+            if sum(part.size for part in self._waiting) >= _AT_ONCE:
+                _ = self.histogram
 
     def range(self, levels: int = 256) -> Range:
         """The range to divide into `levels` steps; within what was seen, and it holds 0."""
@@ -90,15 +100,17 @@ def _moving_average(seen: Observed, amount: float, levels: int) -> Range:
 
 
 def _percentile(seen: Observed, amount: float, levels: int) -> Range:
-    shares = np.cumsum(seen.histogram.counts) / seen.histogram.counts.sum()
-    tail, edge = 1 - amount / 100, seen.histogram.first
+    histogram = seen.histogram
+    shares = np.cumsum(histogram.counts) / histogram.counts.sum()
+    tail, edge = 1 - amount / 100, histogram.first
     low = int(np.searchsorted(shares, tail, side="right"))
     high = int(np.searchsorted(shares, 1 - tail, side="left"))
-    return (edge + low) * seen.histogram.width, (edge + high + 1) * seen.histogram.width
+    return (edge + low) * histogram.width, (edge + high + 1) * histogram.width
 
 
 def _sigma(seen: Observed, amount: float, levels: int) -> Range:
-    counts, centers = seen.histogram.counts, seen.histogram.centers
+    histogram = seen.histogram
+    counts, centers = histogram.counts, histogram.centers
     mean = float(np.average(centers, weights=counts))
     spread = math.sqrt(float(np.average((centers - mean) ** 2, weights=counts)))
     return mean - amount * spread, mean + amount * spread
@@ -106,37 +118,64 @@ def _sigma(seen: Observed, amount: float, levels: int) -> Range:
 
 def _mse(seen: Observed, amount: float, levels: int) -> Range:
     """Search one end, then the other, then the first again."""
-    held = np.flatnonzero(seen.histogram.counts)
-    values, counts = seen.histogram.centers[held], seen.histogram.counts[held]
+    histogram = seen.histogram
+    held = np.flatnonzero(histogram.counts)
+    values, counts = histogram.centers[held], histogram.counts[held]
 
     @functools.cache  # an end that is 0 has one candidate, and the second round often none
     def error(low: float, high: float) -> float:
         step, zero = _grid(low, high, levels)
-        missed = np.rint(values / step)  # in place from here on: it runs some hundred times
-        np.clip(missed, -zero, levels - 1 - zero, out=missed)
+        missed = np.rint(values / step)  # in place from here on: it runs some dozen times
+        np.minimum(missed, levels - 1 - zero, out=missed)
+        np.maximum(missed, -zero, out=missed)
         missed *= step
         missed -= values
         missed *= missed
         return float(np.dot(counts, missed))
 
-    low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+    low, high = lowest, highest = min(seen.low, 0.0), max(seen.high, 0.0)
+    # A grid ends up to half a step beyond the range that it was made for.
+    slack = _grid(low, high, levels)[0] / 2
+    above = _cut_off(values, counts, highest * _CANDIDATES + slack)
+    below = _cut_off(-values[::-1], counts[::-1], -lowest * _CANDIDATES + slack)
     for _ in range(2):
-        high = min((share * max(seen.high, 0.0) for share in _CANDIDATES),
-                   key=lambda end: error(low, end))  # fmt: skip
-        low = min((share * min(seen.low, 0.0) for share in _CANDIDATES),
-                  key=lambda end: error(end, high))  # fmt: skip
+        high = _least(highest, above, functools.partial(error, low))
+        low = _least(lowest, below, lambda end: error(end, high))  # noqa: B023
     return low, high
 
 
+def _least(end: float, bounds: NDArray[np.float64], error: Callable[[float], float]) -> float:
+    """The share of `end` of the least error; `bounds` are below those of each, and grow."""
+    best, least = end, math.inf
+    for share, bound in zip(_CANDIDATES, bounds, strict=True):
+        if bound > least:
+            break
+        if (found := error(float(share * end))) < least:
+            best, least = float(share * end), found
+    return best
+
+
+def _cut_off(
+    values: NDArray[np.float64], counts: NDArray[np.int64], ends: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The squared error of what lies above each of `ends`; `values` ascend."""
+    from_end = [np.cumsum((counts * values**power)[::-1]) for power in range(3)]
+    total, first, second = (np.append(sums[::-1], 0.0) for sums in from_end)
+    at = np.searchsorted(values, ends, side="right")
+    lost: NDArray[np.float64] = second[at] - 2 * ends * first[at] + ends**2 * total[at]
+    return lost
+
+
 def _entropy(seen: Observed, amount: float, levels: int) -> Range:
-    counts = seen.histogram.counts.copy()
+    histogram = seen.histogram
+    counts = histogram.counts.copy()
     # Every range has a step for 0, and after a Relu half of all values would vote for that alone.
-    counts[-seen.histogram.first] = 0
+    counts[-histogram.first] = 0
     held = np.flatnonzero(counts)
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)
     if not held.size:
         return low, high
-    values, shares = seen.histogram.centers[held], counts[held] / counts.sum()
+    values, shares = histogram.centers[held], counts[held] / counts.sum()
 
     def divergence(share: float) -> float:
         """KL of the values, cut off at both ends, from what is left of them in steps."""

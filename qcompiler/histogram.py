@@ -41,9 +41,12 @@ class Histogram:
         if not values.size:
             return
         self._widen(min(float(values.min()), 0.0), max(float(values.max()), 0.0))
-        # In float64 division by a power of two rounds nothing, however small the quotient.
-        bins = np.floor(values.reshape(-1).astype(np.float64) / self.width).astype(np.int64)
-        self.counts += np.bincount(bins - self.first, minlength=BINS)
+        # Multiplied by a power of two float32 rounds nothing, unless that makes it too small.
+        exact = np.dtype(np.float32 if self.width <= 1 else np.float64)
+        bins = np.multiply(values.reshape(-1), 1 / self.width, dtype=exact)
+        np.floor(bins, out=bins)
+        bins -= self.first
+        self.counts += np.bincount(bins.astype(np.int64), minlength=BINS)
 
     @property
     def centers(self) -> NDArray[np.float64]:

@@ -1,14 +1,17 @@
 """Compute inside the graph what calibration wants to know of a tensor, so that it need not leave.
 
     x   =>   ReduceMin(x), ReduceMax(x), ReduceSum(x),
-             Gather(Reshape(x, [-1]), (i + u) n / k)    i < k
+             Gather(Reshape(x, [-1, b]), (i + u) n / k)    i < k
 
 A tensor that leaves the graph has memory of its own: 64 MB for what is inside ResNet50, which are
-written and read again where the next op would have found them in the cache.  n is the number of
-its values and k that of those that are counted: a prime, so that the steps from one to the next do
-not repeat with the rows of an image.  u is another number from 0 to 1 in each run, so that what
-always lies at one place is counted in some samples; every calibration draws the same numbers.  From
-opset 22 on, where ONNX Runtime draws none, it is 1/2.
+written and read again where the next op would have found them in the cache.  There is no ReduceMin
+of what cannot be below 0, such as the result of a Relu: ranges hold 0 anyway.
+
+Of its n rows of b neighbours k are counted: rows, because to gather one value takes as long as to
+gather four; and a prime number of them, so that the steps from one to the next do not repeat with
+the rows of an image.  u is another number from 0 to 1 for each sample, so that what always lies at
+one place is counted in some.  It is made of the sum of what goes into the model: ONNX Runtime draws
+no random numbers from opset 22 on, and so a sample is counted alike wherever it comes in a folder.
 
 Maxima pass over NaN in ONNX Runtime, sums do not.
 """
@@ -29,16 +32,28 @@ from qcompiler.samples import Sample
 
 __all__ = ["Summary", "summarized"]
 
-_COUNTED = 128 * 4093
-"""Values of one tensor that all samples together give: more take longer than the model does."""
+_COUNTED = 128 * 2039
+"""Rows of one tensor that all samples together give: more take longer than the model does."""
 
-_PRIMES = (4093, 8191, 16381, 32749)
+_PRIMES = (2039, 4093, 8191, 16381)
 """How many one sample gives: the first of these that is enough."""
 
+_NEIGHBOURS = 4
+"""The most values in a row."""
 
-_SCALAR = ir.AttrInt64s("shape", [])
-_NO_RANDOM_NUMBERS = 22
-"""The opset from which on ONNX Runtime 1.32 has no RandomUniform."""
+_NEVER_NEGATIVE = frozenset({"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Sqrt"})
+_REDUCTIONS = ("ReduceMin", "ReduceMax", "ReduceSum")
+_KEEP_SIGNS = frozenset({
+    "AveragePool", "Concat", "Flatten", "GlobalAveragePool", "GlobalMaxPool", "Identity", "MaxPool",
+    "Reshape", "Squeeze", "Transpose", "Unsqueeze",
+})  # fmt: skip
+"""Ops whose results are not below 0 if no float that they read is."""
+
+_NUMBERS = frozenset({
+    ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.INT32,
+    ir.DataType.INT64, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.BOOL,
+})  # fmt: skip
+"""Types of inputs that are cast to float for their sum."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,13 +61,13 @@ class Summary:
     """The names of what is computed of one tensor.
 
     Attributes:
-        low: Least values of its parts.
+        low: Least values of its parts; None of a tensor that is not below 0.
         high: Greatest ones.
         total: Their sums.
         some: Values evenly spaced; None where nobody counts them.
     """
 
-    low: str
+    low: str | None
     high: str
     total: str
     some: str | None
@@ -64,14 +79,15 @@ class Summary:
         return [name for name in every if name is not None]
 
     def ends(self, tensors: Sample) -> tuple[float, float]:
-        """The least and the greatest value; infinite, the wrong way round, of an empty tensor.
+        """The least value, or 0, and the greatest; the wrong way round of an empty tensor.
 
         Raises:
             ValueError: NaN or infinity among the values.
         """
-        if not tensors[self.low].size:
+        if not tensors[self.high].size:
             return math.inf, -math.inf
-        low, high = float(tensors[self.low].min()), float(tensors[self.high].max())
+        low = 0.0 if self.low is None else float(tensors[self.low].min())
+        high = float(tensors[self.high].max())
         # A sum that overflows is infinite, but no NaN.
         broken = np.isnan(tensors[self.total]).any() or low == -math.inf or high == math.inf
         if broken or math.isnan(low) or math.isnan(high):
@@ -81,7 +97,7 @@ class Summary:
     def values(self, tensors: Sample) -> NDArray[np.float32]:
         """Some of the values."""
         none = np.zeros(0, np.float32)
-        return none if self.some is None else tensors[self.some]
+        return none if self.some is None else tensors[self.some].reshape(-1)
 
 
 def summarized(
@@ -96,7 +112,10 @@ def summarized(
         samples: How many it will be run on: of many each gives less.
     """
     writer = _Writer(model.clone(), samples)
-    return writer.model, {name: writer.summary(name, name in counted) for name in names}
+    # ONNX Runtime begins with what was added last: so each tensor is read soon after it was made,
+    # and forgotten, where the other way round all of them are kept to the end.
+    made = {name: writer.summary(name, name in counted) for name in reversed(names)}
+    return writer.model, {name: made[name] for name in names}
 
 
 class _Writer:
@@ -107,12 +126,8 @@ class _Writer:
         share = _COUNTED // max(samples, 1)
         self._most = self._constant(next((p for p in _PRIMES if p >= share), _PRIMES[-1]))
         self._first, self._step = self._constant(0), self._constant(1)
-        self._flat = self._constant([-1])
-        self._turn = (
-            self._append("RandomUniform", [], {"shape": _SCALAR, "seed": 0.0})
-            if self.model.opset_imports.get("", 1) < _NO_RANDOM_NUMBERS
-            else new_initializer(self.model.graph, "half", np.asarray(0.5, np.float32))
-        )
+        self._never_negative = _never_negative(model.graph)
+        self._turn = self._fraction()
         self._positions: dict[object, ir.Value] = {}
 
     def summary(self, name: str, counted: bool) -> Summary:
@@ -120,24 +135,41 @@ class _Writer:
         # By rows of tokens or channels, which ONNX Runtime shares among threads.
         rank = 0 if value.shape is None else len(value.shape)
         axes = [self._constant(list(range(2, rank)))] if rank > 2 else []
-        low, high, total = (
-            self._named(f"{name}@{op}", op, [value, *axes], {"keepdims": 0})
-            for op in ("ReduceMin", "ReduceMax", "ReduceSum")
+        ops = ("ReduceMax", "ReduceSum") if value in self._never_negative else _REDUCTIONS
+        *low, high, total = (
+            self._named(f"{name}@{op}", op, [value, *axes], {"keepdims": 0}) for op in ops
         )
+        least = low[0] if low else None
         if not counted:
-            return Summary(low, high, total, None)
-        row = self._append("Reshape", [value, self._flat])
-        some = self._named(f"{name}@some", "Gather", [row, self._positions_in(value)], {})
-        return Summary(low, high, total, some)
+            return Summary(least, high, total, None)
+        row = _neighbours(value)
+        flat = self._append("Reshape", [value, self._constant([-1, row] if row > 1 else [-1])])
+        some = self._named(f"{name}@some", "Gather", [flat, self._positions_in(value, row)], {})
+        return Summary(least, high, total, some)
 
-    def _positions_in(self, value: ir.Value) -> ir.Value:
-        """Where in the row of a tensor the values are that count; computed once for each shape."""
+    def _fraction(self) -> ir.Value:
+        """A number from 0 to 1 that differs from sample to sample: sin(12.99 sum) 43758.5453."""
+        inputs = [value for value in self.model.graph.inputs if value.dtype in _NUMBERS]
+        hashed = self._number(0.5)
+        for value in inputs:
+            real = self._append("Cast", [value], {"to": ir.DataType.FLOAT})
+            total = self._append("ReduceSum", [real], {"keepdims": 0})
+            spread = self._append("Sin", [self._append("Mul", [total, self._number(12.9898)])])
+            hashed = self._append(
+                "Add", [hashed, self._append("Mul", [spread, self._number(43758.5453)])]
+            )
+        turn = self._append("Sub", [hashed, self._append("Floor", [hashed])])
+        # A sum may overflow, and an infinite one has no sine.
+        return self._append("Where", [self._append("IsNaN", [turn]), self._number(0.5), turn])
+
+    def _positions_in(self, value: ir.Value, row: int) -> ir.Value:
+        """Which rows of a tensor count; computed once for each shape."""
         shape = value.shape
         # Some exporters call every size that they do not know "?".
         known = shape is not None and all(same_dimension(size, size) for size in shape)
         key = str(shape) if known else value
         if key not in self._positions:
-            size = self._append("Size", [value])
+            size = self._append("Div", [self._append("Size", [value]), self._constant(row)])
             count = self._append("Min", [size, self._most])
             steps = self._append("Range", [self._first, count, self._step])
             ends = self._append("Add", [self._append("Mul", [steps, size]), self._shift(size)])
@@ -171,3 +203,23 @@ class _Writer:
 
     def _constant(self, number: int | list[int]) -> ir.Value:
         return new_initializer(self.model.graph, "number", np.asarray(number, np.int64))
+
+    def _number(self, number: float) -> ir.Value:
+        return new_initializer(self.model.graph, "number", np.asarray(number, np.float32))
+
+
+def _never_negative(graph: ir.Graph) -> Collection[ir.Value]:
+    """The results in a graph of which nothing is below 0, as far as their makers tell."""
+    found: set[ir.Value] = set()
+    for node in graph:
+        data = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+        kept = node.op_type in _KEEP_SIGNS and found.issuperset(data)
+        if node.domain == "" and (kept or node.op_type in _NEVER_NEGATIVE):
+            found.update(node.outputs)
+    return found
+
+
+def _neighbours(value: ir.Value) -> int:
+    """By which power of two, up to `_NEIGHBOURS`, the size of a tensor is surely divisible."""
+    known = [size for size in value.shape or () if isinstance(size, int)]
+    return math.gcd(math.prod(known) or 1, _NEIGHBOURS)

@@ -16,9 +16,10 @@ from qcompiler.ir.decisions import (
 from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.passes.bias_correction import BiasCorrection
 from qcompiler.passes.equalize_layers import EqualizeLayers
+from qcompiler.passes.keep_sensitive import KeepSensitive
 from qcompiler.passes.node_rules import NodeRule
 from qcompiler.passes.options import configured
-from qcompiler.passes.side_by_side import quantized_copy
+from qcompiler.passes.side_by_side import own_errors, quantized_copy
 
 RNG = np.random.default_rng(0)
 RANGES = np.geomspace(1, 300, 16).astype(np.float32).reshape(-1, 1, 1, 1)
@@ -107,6 +108,23 @@ def test_a_bias_that_two_products_add_has_a_shift_for_each():
     before = output_sqnr(model, TOKENS[0], observe_)
     assert BiasCorrection(run_, observe_)(model).modified
     assert output_sqnr(model, TOKENS[0], observe_) > before + 3
+
+
+def test_a_product_is_judged_with_its_bias_corrected():
+    run_, observe_ = facts(TOKENS)
+
+    def worst(model):
+        copy = quantized_copy(model, observe_)
+        joined, found = own_errors(model, copy, ["node_0"])
+        return found["node_0"].by_channel(run_(joined, found["node_0"].names))
+
+    model = linear()
+    before = worst(model)
+    BiasCorrection(run_, observe_)(model)
+    assert worst(model) > before + 3
+    options = KeepSensitive.Options(own=before + 1, runs=0)
+    assert not KeepSensitive(run_, observe_, options)(model).modified
+    assert KeepSensitive(run_, observe_, options)(linear()).modified
 
 
 def test_errors_without_a_mean_are_left_alone():

@@ -3,6 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+from calibrated import facts, planned
 from golden import model_of
 
 import qcompiler
@@ -10,6 +11,9 @@ from qcompiler.bundle import Manifest
 from qcompiler.calibrate import observe, run_exactly
 from qcompiler.clipping import Clipping
 from qcompiler.ir.errors import CalibrationError
+from qcompiler.passes.bias_correction import BiasCorrection
+from qcompiler.passes.equalize_layers import EqualizeLayers
+from qcompiler.passes.keep_sensitive import KeepSensitive
 from qcompiler.probe import Probe
 from qcompiler.samples import Samples
 
@@ -92,6 +96,35 @@ def test_samples_without_rows_are_passed_over_where_means_are_taken(tmp_path):
     np.testing.assert_array_equal(rows["y"], [[1]])
     with pytest.raises(CalibrationError, match="the samples are empty: those of .* that were run"):
         run_exactly(model, ["y"], Samples(lambda: [empty, empty]))
+
+
+def test_a_sample_without_rows_of_one_input_says_nothing_of_that():
+    text = (
+        "g (float[n,4] x, float[m,2] z) => (float[n,1] y, float[m,1] w) "
+        "{ y = ReduceMean <keepdims = 1> (x, axes) w = ReduceMean <keepdims = 1> (z, axes) }"
+    )
+    model = model_of(text, {"axes": np.array([1])})
+    full = {"x": np.ones((1, 4), np.float32), "z": np.full((1, 2), 2, np.float32)}
+    without = full | {"x": np.ones((0, 4), np.float32)}
+    rows = run_exactly(model, ["y", "w"], Samples(lambda: [without, full]))
+    assert (rows["y"].tolist(), rows["w"].tolist()) == ([[1]], [[2], [2]])
+    rows = run_exactly(model, ["y", "w"], Samples(lambda: [without]))
+    assert (rows["y"].shape, rows["w"].tolist()) == ((0, 1), [[2]])
+
+
+@pytest.mark.parametrize("make", [EqualizeLayers, BiasCorrection, KeepSensitive])
+def test_a_pass_whose_layers_see_only_empty_samples(make):
+    text = (
+        "g (float[n,2,8,8] x, float[m] z) => (float[n,4,4,4] y, float[m] u) "
+        "{ c = Conv (x, w) r = Relu (c) d = Conv (r, v) y = Neg (d) u = Neg (z) }"
+    )
+    weights = {
+        "w": RNG.standard_normal((4, 2, 3, 3), dtype=np.float32),
+        "v": RNG.standard_normal((4, 4, 3, 3), dtype=np.float32),
+    }
+    feed = {"x": np.zeros((0, 2, 8, 8), np.float32), "z": np.ones(3, np.float32)}
+    with pytest.raises(CalibrationError, match="the samples are empty"):
+        make(*facts([feed]))(planned(text, weights))
 
 
 def test_a_compilation_with_nothing_but_empty_samples(tmp_path):

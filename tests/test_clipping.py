@@ -14,10 +14,15 @@ RNG = np.random.default_rng(0)
 NORMAL = RNG.standard_normal(1 << 16).astype(np.float32)
 
 
+def look(observed, values):
+    """Count all values of a sample."""
+    observed.add(values, (values.min(), values.max()) if values.size else (np.inf, -np.inf))
+
+
 def seen(values, method, parts=8):
     observed = Observed(Clipping.parse(method))
     for part in np.array_split(np.asarray(values, np.float32), parts):
-        observed.add(part)
+        look(observed, part)
     return observed
 
 
@@ -57,7 +62,7 @@ def test_bins_hold_what_they_count(values):
 def test_every_range_is_of_what_was_seen_and_holds_zero(method, batches):
     observed = Observed(Clipping(method))
     for batch in batches:
-        observed.add(np.asarray(batch, np.float32))
+        look(observed, np.asarray(batch, np.float32))
     values = [value for batch in batches for value in batch]
     if values:
         low, high = observed.range()

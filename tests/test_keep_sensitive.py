@@ -159,6 +159,19 @@ def test_what_costs_the_output_stays_float_not_what_errs_most_itself():
     assert kept(own=-300, outputs=20) == ["node_0"]
 
 
+@pytest.mark.parametrize("masked", ["Add (t, low)", "Log (t)"])
+def test_what_is_not_finite_in_an_output_hides_nothing(masked):
+    ends = "=> (float[1,8,2,2] z, float[1,8,2,2] u)", f"z = Neg (t) u = {masked}"
+    text = CHAIN.replace("=> (float[1,8,2,2] z)", ends[0]).replace("z = Neg (t)", ends[1])
+    # Half of the channels are minus infinity, as what a mask hides is.
+    low = np.where(np.arange(8) % 2, 0, -np.inf).astype(np.float32).reshape(1, 8, 1, 1)
+    weights = CHAIN_WEIGHTS | {"low": low}
+    assert kept(text, weights, outputs=200)[1]
+    _, reasons = kept(CHAIN, CHAIN_WEIGHTS, outputs=200)
+    assert len(kept(text, weights, outputs=200)[1]) == len(reasons)
+    assert kept(text, weights, outputs=-100)[1] == {}
+
+
 def test_dynamic_products_answer_for_themselves_only():
     text = (
         "g (float[1,4,8,8] x) => (float[1,8,6,5] z) "

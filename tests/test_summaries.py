@@ -15,6 +15,7 @@ RNG = np.random.default_rng(0)
 SHAPES = {
     "float[n,c,h,w]": (2, 3, 5, 7),
     "float[1,4,14,14]": (1, 4, 14, 14),
+    "float[1,2,3,5]": (1, 2, 3, 5),
     "float[n,t,c]": (2, 9, 4),
     "float[n,k]": (3, 8),
     "float[k]": (6,),
@@ -43,7 +44,8 @@ def test_the_same_range_as_of_the_whole_tensor(kind, method):
     for name, sign in (("x", 1), ("m", -1)):
         whole = Observed(Clipping(method))
         for sample in samples:
-            whole.add(sign * sample)
+            values = sign * sample
+            whole.add(values, (float(values.min()), float(values.max())))
         assert observed(kind, samples, method)[name] == whole.range()
 
 
@@ -53,28 +55,73 @@ def test_ends_are_of_all_values_however_few_are_counted():
     assert observed("float[1,4,300,300]", [image] * 200, "min-max")["x"] == (-5, 7)
 
 
+def counted(model, found, samples):
+    """The values of x that are counted in each sample."""
+    with Probe(model, [found["x"].some]) as probe:
+        runs = probe.run(lambda inputs: [("one", {"x": sample}) for sample in samples])
+        return [found["x"].values(tensors) for _, tensors in runs]
+
+
 def test_values_that_count_come_from_all_columns():
-    # 28 x 28 pixels and 512 channels by steps of 49 would be 16 pixels.
+    # 28 x 28 pixels and 512 channels by steps of 196 would be 4 pixels.
     model, found = summarized(negated("float[1,512,28,28]"), ["x"], ["x"], 128)
     columns = np.broadcast_to(np.arange(28, dtype=np.float32), (1, 512, 28, 28))
-    with Probe(model, [found["x"].some]) as probe:
-        ((_, tensors),) = probe.run(lambda inputs: [("one", {"x": columns.copy()})])
-        seen = np.bincount(found["x"].values(tensors).astype(int), minlength=28)
-    assert seen.sum() == 4093
+    (values,) = counted(model, found, [columns.copy()])
+    seen = np.bincount(values.astype(int), minlength=28)
+    assert seen.sum() == 4 * 2039
     assert seen.min() > 0.9 * seen.max()
 
 
-def test_every_place_counts_in_some_of_the_samples_and_the_same_in_every_calibration():
-    numbers = np.arange(40930, dtype=np.float32)
-    model, found = summarized(negated("float[k]"), ["x"], ["x"], 128)
-    seen = []
-    for _ in range(2):
-        with Probe(model, [found["x"].some]) as probe:
-            runs = probe.run(lambda inputs: [("one", {"x": numbers})] * 60)
-            seen.append([found["x"].values(tensors) for _, tensors in runs])
-    assert all(len(run) == len(np.unique(run)) == 4093 for run in seen[0])
-    assert len(np.unique(seen[0])) == len(numbers)
-    np.testing.assert_array_equal(*seen)
+@pytest.mark.parametrize("opset", [21, 23])
+@pytest.mark.parametrize(("kind", "row"), [("float[k]", 1), ("float[k,2]", 2), ("float[k,8]", 4)])
+def test_every_place_counts_in_some_of_the_samples_and_the_same_in_every_calibration(
+    kind, row, opset
+):
+    width = {"float[k]": 1, "float[k,2]": 2, "float[k,8]": 8}[kind]
+    ids = np.arange(20390 * row // width * width, dtype=np.float32)
+    shape = (-1, width) if width > 1 else -1
+    graph = negated(kind)
+    graph.opset_imports[""] = opset
+    model, found = summarized(graph, ["x"], ["x"], 128)
+    samples = [(ids + shift).reshape(shape) for shift in range(100)]
+    once = counted(model, found, samples)
+    places = [values - shift for shift, values in enumerate(once)]
+    assert all(len(run) == len(np.unique(run)) == 2039 * row for run in places)
+    assert len(np.unique(places)) == len(ids)
+    np.testing.assert_array_equal(once[::-1], counted(model, found, samples[::-1]))
+
+
+@pytest.mark.parametrize("body", [
+    "r = Relu (x) m = MaxPool <kernel_shape = [2, 2]> (r)",
+    "r = Relu (x) a = Abs (x) m = Concat <axis = 1> (r, a)",
+    "m = Sigmoid (x)",
+])  # fmt: skip
+def test_what_is_never_below_zero_is_not_searched_for_its_least_value(body):
+    model = model_of(f"g (float[1,4,8,8] x) => (float[1,c,h,w] m) {{ {body} }}", {})
+    _, found = summarized(model, ["x", "m"], [], 1)
+    assert found["m"].low is None
+    assert found["x"].low is not None
+    sample = RNG.standard_normal((1, 4, 8, 8)).astype(np.float32)
+    stats = observe(model, ["m"], Samples(lambda: [sample]))["m"]
+    with Probe(model, ["m"]) as probe:
+        ((_, tensors),) = probe.run(lambda inputs: [("one", {"x": sample})])
+    assert (stats.minimum, stats.maximum) == (0, tensors["m"].max())
+
+
+@pytest.mark.parametrize("body", [
+    "r = Relu (x) m = Concat <axis = 1> (r, x)",
+    "r = Relu (x) m = Neg (r)",
+    "m = MaxPool <kernel_shape = [2, 2]> (x)",
+])  # fmt: skip
+def test_what_may_be_below_zero_is(body):
+    model = model_of(f"g (float[1,4,8,8] x) => (float[1,c,h,w] m) {{ {body} }}", {})
+    _, found = summarized(model, ["m"], [], 1)
+    assert found["m"].low is not None
+
+
+def test_a_sample_whose_sum_is_infinite_counts_too():
+    large = np.full((3, 8), 3e38, np.float32)
+    assert observed("float[n,k]", [large], names=("m",))["m"][0] < 0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
