@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def whisper_decoder(sts: Path, count: int, calibrate: int) -> Case:
     encoder = ort.InferenceSession(models.whisper_encoder())
     file, vocabulary = models.whisper_decoder()
     states = [encoder.run(None, sounds.spoken(text))[0] for text in texts]
-    decoder = open_float(file)
+    decoder = Decoder(file)
     feeds = [
         {
             "tokens": np.array([sounds.heard(decoder, state, len(vocabulary))], np.int64),
@@ -124,7 +125,7 @@ def whisper_decoder(sts: Path, count: int, calibrate: int) -> Case:
     reference = [decoder.run(None, feeds[i])[0] for i in scored]
 
     def score(path: Path) -> dict[str, float]:
-        session, wrong, total, noise = open_float(path), 0, 0, 0.0
+        session, wrong, total, noise = Decoder(path), 0, 0, 0.0
         for i, exact in zip(scored, reference, strict=True):
             noise += float(np.square(session.run(None, feeds[i])[0] - exact).sum())
             text = sounds.transcribe(session, states[i], vocabulary)
@@ -136,6 +137,57 @@ def whisper_decoder(sts: Path, count: int, calibrate: int) -> Case:
         return {"wer": 100 * wrong / total, "words": total, "sqnr_db": sqnr}
 
     return Case(file, _maker_of(file, "logits"), feeds[:calibrate], len(scored), score)
+
+
+class Decoder:
+    """A decoder in two sessions: what depends on `enc` alone is computed once per sentence."""
+
+    def __init__(self, path: Path) -> None:
+        """Cut the model of a file where `enc` meets the tokens."""
+        model = ir.load(path)
+        inputs = {value.name: value for value in model.graph.inputs}
+        cut = _made_of(model.graph, inputs["enc"])
+        halves = [([inputs["enc"]], cut), ([inputs["tokens"], *cut], list(model.graph.outputs))]
+        with tempfile.TemporaryDirectory() as folder:
+            for number, (given, wanted) in enumerate(halves):
+                graph = ir.convenience.extract(model.graph, given, wanted)
+                graph.inputs[:] = [value for value in graph.inputs if value.uses()]
+                half = ir.Model(graph, ir_version=model.ir_version)
+                ir.save(half, Path(folder) / f"{number}.onnx", external_data=f"{number}.data")
+            self._parts = [open_float(Path(folder) / f"{number}.onnx") for number in (0, 1)]
+        self._names = [value.name for value in cut]
+        self._states: np.ndarray | None = None
+        self._cut: Feeds = {}
+
+    def run(self, names: None, feeds: Feeds) -> list[Any]:
+        """As a session of the whole model does."""
+        before, behind = self._parts
+        if feeds["enc"] is not self._states:
+            self._states = feeds["enc"]
+            made = before.run(self._names, {"enc": self._states})
+            self._cut = dict(zip(self._names, made, strict=True))
+        return list(behind.run(names, {"tokens": feeds["tokens"]} | self._cut))
+
+
+def _made_of(graph: ir.Graph, start: ir.Value) -> list[ir.Value]:
+    """Values that depend on one input alone, and that others read."""
+    known = {start}
+    for node in graph:
+        inputs = [value for value in node.inputs if value is not None and not _fixed(value)]
+        if inputs and all(value in known for value in inputs):
+            known |= set(node.outputs)
+    return [
+        value for node in graph for value in node.outputs
+        if value in known and any(not set(use.node.outputs) <= known for use in value.uses())
+    ]  # fmt: skip
+
+
+def _fixed(value: ir.Value) -> bool:
+    """Whether it depends on no input."""
+    node = value.producer()
+    if node is None:
+        return value.is_initializer()
+    return all(given is None or _fixed(given) for given in node.inputs)
 
 
 def open_float(path: Path) -> ort.InferenceSession:

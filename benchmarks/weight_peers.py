@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,40 @@ def of_onnxsim(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
         write(with_float_head(rounded, source, head), output)
 
     return {"onnxsim RTN": nearest, "onnxsim GPTQ": gptq, "onnxsim AWQ": awq, "onnxsim HQQ": hqq}
+
+
+def stored_bits(file: Path) -> float:
+    """Bits per weight of the products of 4 bits in a file, scales and zero points among them.
+
+    What pads a column to a whole block is not counted; 32 where weights are floats again.
+    """
+    model = onnx.load(file, load_external_data=False)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    bits = weights = 0
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits":
+            size = {a.name: a.i for a in node.attribute}
+            bits += size["K"] * size["N"] * size["bits"]
+            weights += size["K"] * size["N"]
+            bits += sum(_bits(stored[name]) for name in node.input[2:4] if name)
+        elif node.op_type == "DequantizeLinear":
+            weights += _elements(stored[node.input[0]])
+            bits += sum(_bits(stored[name]) for name in node.input)
+    return bits / weights if weights else 32.0
+
+
+_BITS = {
+    onnx.TensorProto.INT4: 4, onnx.TensorProto.UINT4: 4, onnx.TensorProto.INT8: 8,
+    onnx.TensorProto.UINT8: 8, onnx.TensorProto.FLOAT16: 16, onnx.TensorProto.FLOAT: 32,
+}  # fmt: skip
+
+
+def _bits(tensor: onnx.TensorProto) -> int:
+    return _BITS[tensor.data_type] * _elements(tensor)
+
+
+def _elements(tensor: onnx.TensorProto) -> int:
+    return math.prod(tensor.dims)
 
 
 def with_float_head(model: onnx.ModelProto, source: Path, head: str) -> onnx.ModelProto:

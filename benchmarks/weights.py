@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import json
 import logging
 import resource
 import tempfile
@@ -34,14 +33,14 @@ from typing import Any
 
 import onnx_ir as ir
 from llama_cpp import bits_of, rounded
-from timing import environment
 from weight_cases import Case, minilm, smollm2, whisper_decoder
-from weight_peers import ONNXSIM_GROUP, of_onnxruntime, of_onnxsim
+from weight_kinds import KINDS, bits_of_kind, type_of
+from weight_peers import ONNXSIM_GROUP, of_onnxruntime, of_onnxsim, stored_bits
+from weight_table import Table
 
 from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import NodePlan, plan_of, set_plan
 from qcompiler.ir.graph import constant, new_initializer
-from qcompiler.ir.types import PerAxis, PerGroup, QuantType
 from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.hqq import HQQ
@@ -57,7 +56,8 @@ GROUPS = (32, 64, 128, 0)
 """Weights per scale; 0: one scale per channel."""
 
 LLAMA_CPP = ("Q4_0", "Q4_1", "Q4_K")
-"""All have groups of 32."""
+LLAMA_CPP_GROUP = 32
+"""All have groups of it."""
 
 Score = Callable[[Path], dict[str, float]]
 
@@ -70,43 +70,6 @@ def planned(source: Path, head: str) -> ir.Model:
     for name in names[names.index("assign-precision") + 1 :]:
         pipeline.remove(name)
     return pipeline.run(load_model(source))
-
-
-KINDS: dict[str, dict[str, Any]] = {
-    "int4": {},
-    "uint4 with zero points": {"symmetric": False},
-    "int4 with float zero points": {"offset": True},
-    "int4, int8 scales": {"two_level": True},
-    "int4, int8 scales and zero points": {"two_level": True, "offset": True},
-    "int3": {"bits": 3},
-    "int3 with float zero points": {"bits": 3, "offset": True},
-    "int2": {"bits": 2},
-    "int2 with float zero points": {"bits": 2, "offset": True},
-}
-"""How groups are stored, by the name in the table."""
-
-
-def type_of(group: int, kind: str, depth: int) -> QuantType:
-    """The type of a matrix of `depth` rows; a channel is a group of all of them."""
-    storage = ir.DataType.UINT4 if "uint4" in kind else ir.DataType.INT4
-    by_axis = not group and not {"offset", "two_level"} & set(KINDS[kind])
-    granularity = PerAxis(1) if by_axis else PerGroup(0, group or depth)
-    return QuantType(storage, granularity=granularity, **KINDS[kind])
-
-
-def bits_of_kind(shapes: Sequence[tuple[int, int]], group: int, kind: str) -> float:
-    """Bits per weight of layers as they lie in a file for CPUs: scales are float32.
-
-    In float16, as CUDA's are, one of a group of 32 is half a bit less, two of them one.
-    """
-    two_level, values = KINDS[kind].get("two_level", False), 1 + KINDS[kind].get("offset", False)
-    bits = 0
-    for k, n in shapes:
-        groups = -(-k // group) if group else 1
-        bits += KINDS[kind].get("bits", 4) * k * n
-        bits += groups * n * values * (8 if two_level else 32)
-        bits += groups * n * 4 * ("uint4" in kind) + 32 * n * values * two_level
-    return bits / sum(k * n for k, n in shapes)
 
 
 def with_type(model: ir.Model, group: int, kind: str, rounding: str) -> ir.Model:
@@ -203,7 +166,7 @@ def measure_peer(
         try:
             write(source, output, group)
             seconds = time.perf_counter() - start
-            return {**score(output), "seconds": seconds}
+            return {**score(output), "bits": stored_bits(output), "seconds": seconds}
         except Exception as error:  # what a peer cannot do is a result
             return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
@@ -225,7 +188,26 @@ def case_of(arguments: argparse.Namespace) -> Case:
     return minilm(arguments.sts, arguments.train, count, calibrate)
 
 
-def main() -> None:
+def measure_group(
+    table: Table, case: Case, model: ir.Model, group: int, kinds: Sequence[str], runs: LayerRuns
+) -> None:
+    """All contenders with so many weights per scale."""
+    for rounding in ROUNDINGS:
+        for kind in kinds:
+            asked = (model, group, kind, rounding, runs, case.score)
+            table.note(f"{rounding}, {kind}", group, partial(measure_ours, *asked))
+    writers = of_onnxruntime(case.calibration, case.head)
+    if group == ONNXSIM_GROUP:
+        writers |= of_onnxsim(case.calibration, case.head)
+    for name, write in writers.items():
+        # Per channel is one block longer than any column; it must be a power of two.
+        size = group or 2048
+        table.note(name, group, partial(measure_peer, write, case.source, size, case.score))
+    for kind in LLAMA_CPP if group == LLAMA_CPP_GROUP else ():
+        table.note(f"llama.cpp {kind}", group, partial(measure_llama_cpp, model, kind, case.score))
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", choices=["smollm2", "minilm", "whisper"])
     parser.add_argument("--text", type=Path)
@@ -239,50 +221,24 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="score windows between those")
     parser.add_argument("--workers", type=int, default=1, help="layers rounded side by side")
     parser.add_argument("--json", type=Path, help="results are added to those that are there")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = parser().parse_args()
     logging.disable(logging.WARNING)
     case = case_of(arguments)
     facts = {"count": case.count, "calibrate": len(case.calibration)}
     facts |= {"held_out": True} if arguments.held_out else {}
-    models: dict[str, Any] = {}
-    if arguments.json and arguments.json.exists():
-        models = json.loads(arguments.json.read_text())
-    results = models.setdefault(arguments.model, {"environment": environment(), **facts})
-    before = {key: results.get(key) for key in facts}
-    if before != facts:
-        raise SystemExit(f"{arguments.json} was measured with {before}, not with {facts}")
-
-    def note(name: str, group: int, measure: Callable[[], dict[str, Any]]) -> None:
-        table = results.setdefault(f"group {group}" if group else "per channel", {})
-        asked = not arguments.only or name.startswith(tuple(arguments.only))
-        if not asked or name in table:
-            return
-        table[name] = measure()
-        print(f"{group or 'channel':>8}  {name:40}", json.dumps(table[name]), flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(models, indent=1) + "\n")
-
-    note("float", -1, lambda: case.score(case.source))
-    model = planned(case.source, case.head)
+    table = Table(arguments.json, arguments.model, facts, arguments.only or ())
+    table.note("float", None, lambda: case.score(case.source))
     runs = LayerRuns(walker(Samples(lambda: iter(case.calibration))))
     if arguments.workers > 1:
         executor = concurrent.futures.ThreadPoolExecutor(arguments.workers)
         runs = dataclasses.replace(runs, executor=executor)
+    model = planned(case.source, case.head)
     for group in arguments.group or GROUPS:
-        for rounding in ROUNDINGS:
-            for kind in arguments.kind or KINDS:
-                full = f"{rounding}, {kind}"
-                asked = (model, group, kind, rounding, runs, case.score)
-                note(full, group, partial(measure_ours, *asked))
-        writers = of_onnxruntime(case.calibration, case.head)
-        if group == ONNXSIM_GROUP:
-            writers |= of_onnxsim(case.calibration, case.head)
-        for name, write in writers.items():
-            # Per channel is one block longer than any column; it must be a power of two.
-            size = group or 2048
-            note(name, group, partial(measure_peer, write, case.source, size, case.score))
-    for kind in LLAMA_CPP if 32 in (arguments.group or GROUPS) else ():
-        note(f"llama.cpp {kind}", 32, partial(measure_llama_cpp, model, kind, case.score))
+        measure_group(table, case, model, group, arguments.kind or list(KINDS), runs)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"peak memory of this process: {peak:.0f} MiB")
 

@@ -110,6 +110,20 @@ def _signs(weight: NDArray[Any], type: QuantType) -> NDArray[np.float32]:
     return np.where(highest > -lowest, np.float32(-1), np.float32(1))
 
 
+def _levels(steps: NDArray[np.float32], type: QuantType) -> NDArray[np.float32]:
+    """What is stored for multiples of the scale, read with a scale of 1.
+
+    Of integers without a detour by their type: that is twice as fast, and most of the time of gptq.
+    """
+    if type.is_float or type.codebook is not None:
+        exact = dataclasses.replace(type, expressed=ir.DataType.FLOAT)
+        ones = np.ones(type.granularity.scale_shape(steps.shape), np.float32)
+        return np.asarray(dequantize(quantize(steps, ones, exact), ones, exact), np.float32)
+    top, bottom = _reach(type)
+    levels = np.rint(steps, out=steps)
+    return np.clip(levels, np.float32(-bottom), np.float32(top), out=levels)
+
+
 def _free_axis(granularity: Granularity, rank: int) -> int | None:
     """An axis along which no two neighbours share a scale, if there is one."""
     match granularity:
@@ -131,7 +145,6 @@ def _search(
     widest = weight_scale(weight, type)
     units = broadcast_scale(widest, weight.shape, type.granularity).astype(np.float32)
     steps = np.asarray(weight, np.float32) / units
-    exact = dataclasses.replace(type, expressed=ir.DataType.FLOAT)
     ones = np.ones(widest.shape, np.float32)
     signs, parts = ones, _RANGES
     top, bottom = _reach(type)
@@ -141,8 +154,7 @@ def _search(
         parts = (*_RANGES, top / bottom)
     best, most = ones, np.zeros_like(ones)
     for part in parts:
-        stored = quantize(steps, ones * np.float32(part), exact)
-        levels = dequantize(stored, ones, exact)
+        levels = _levels(steps / np.float32(part), type)
         product = reduce_slices(np.add, importance * steps * levels, type.granularity)
         square = np.maximum(
             reduce_slices(np.add, importance * levels * levels, type.granularity), _NEVER_0

@@ -34,7 +34,7 @@ from qcompiler.passes.weight_grid import rounded_on, weight_grid
 
 __all__ = ["AWQ"]
 
-_COLUMNS = 512
+_COLUMNS = 128
 """So many columns of a weight are enough to compare one exponent with another."""
 
 

@@ -7,6 +7,7 @@ into it, on the types of all layers.  Nothing of another model is ever found.
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +20,11 @@ from qcompiler.targets.cache import KernelCache, content_key
 
 __all__ = ["LayerCache"]
 
-_VERSION = "2"
-"""To be counted up when a pass rounds differently."""
+_VERSION = "4"
+"""To be counted up when a pass rounds differently, or arrays are kept otherwise."""
+
+_LEVEL = 1
+"""Of zlib: what is won by more takes as long as rounding the layer."""
 
 
 class LayerCache:
@@ -44,14 +48,15 @@ class LayerCache:
         content = self._cache.get(content_key(self._key, name))
         if content is None:
             return None
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(zlib.decompress(content)), allow_pickle=False) as arrays:
             return dict(arrays)
 
     def put(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep arrays, if the folder can be written: only time depends on it."""
         content = io.BytesIO()
-        np.savez_compressed(content, allow_pickle=False, **arrays)
+        np.savez(content, allow_pickle=False, **arrays)
         try:
-            self._cache.put(content_key(self._key, name), content.getvalue())
+            packed = zlib.compress(content.getvalue(), _LEVEL)
+            self._cache.put(content_key(self._key, name), packed)
         except ToolchainError:
             return

@@ -53,9 +53,10 @@ class RoundedWeight:
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Arrays of types that numpy's own file format knows: it has none of 4 bits."""
-        arrays = {"stored": self.stored.astype(np.int16), "scale": self.scale}
+        byte = np.uint8 if self.stored.dtype.name.startswith("u") else np.int8
+        arrays = {"stored": self.stored.astype(byte), "scale": self.scale}
         if self.zero_point is not None:
-            arrays["zero_point"] = self.zero_point.astype(np.int16)
+            arrays["zero_point"] = self.zero_point.astype(byte)
         if self.offset is not None:
             arrays["offset"] = self.offset
         return arrays
