@@ -66,7 +66,8 @@ def test_golden():
     (f"{STRIDE}, group = 2", PER_CHANNEL, "d, f, b6"),
     (f"{STRIDE}, pads = [1,1,1,1], output_padding = [1,1]",
      f"f = DequantizeLinear <axis = 1> (odd, ks) {BIAS}", "d, f, e"),
-    (f"{STRIDE}, output_padding = [1,1]", "f = DequantizeLinear <axis = 1> (bytes, ks, kz)", "d, f"),
+    (f"{STRIDE}, output_padding = [1,1]",
+     "f = DequantizeLinear <axis = 1> (bytes, ks, kz)", "d, f"),
     ("strides = [4,4]", "f = DequantizeLinear (k, one)", "d, f"),
     ("pads = [1,1,1,1]", "f = DequantizeLinear (u, one, uz)", "d, f"),
 ])  # fmt: skip
