@@ -1,8 +1,8 @@
 """The results of imported.py as a table: python benchmarks/imported_table.py results/imported.json.
 
-Ratios are the time of the bundle over that of its source, of medians and of fastest runs: below 1 the
-bundle is faster.  Where the source's own sums saturate, times and ratios by right ones follow those
-by wrong ones; agreement is with what the source means, exact sums.
+Ratios are the time of the bundle over that of its source, of medians and of fastest runs: below 1
+the bundle is faster.  Where the source's own sums saturate, times and ratios by right ones follow
+those by wrong ones; agreement is with what the source means, exact sums.
 """
 
 from __future__ import annotations
