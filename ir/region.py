@@ -23,6 +23,7 @@ An anchor may have attributes, and a region may compute only some of its outputs
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import Any, Literal
@@ -110,17 +111,12 @@ class Region:
 
     def to_json(self) -> str:
         """A text that `from_json` reads back."""
-        return json.dumps(dataclasses.asdict(self))
+        return _to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> Region:
         """The region of a text made by `to_json`."""
-        content = {key: _as_tuple(value) for key, value in json.loads(text).items()}
-        steps = json.loads(text)["steps"]
-        content["steps"] = tuple(
-            Step(**{key: _as_tuple(value) for key, value in step.items()}) for step in steps
-        )
-        return cls(**content)
+        return _from_json(text)
 
     def is_chain(self) -> bool:
         """Whether each step reads the value before it, then the next unread extra operands."""
@@ -133,6 +129,21 @@ class Region:
             if list(step.args) != expected:
                 return False
         return unread == len(self.extras)
+
+
+@functools.lru_cache(4096)  # thousands of nodes have a few regions among them
+def _to_json(region: Region) -> str:
+    return json.dumps(dataclasses.asdict(region))
+
+
+@functools.lru_cache(4096)
+def _from_json(text: str) -> Region:
+    written = json.loads(text)
+    content = {key: _as_tuple(value) for key, value in written.items()}
+    content["steps"] = tuple(
+        Step(**{key: _as_tuple(value) for key, value in step.items()}) for step in written["steps"]
+    )
+    return Region(**content)
 
 
 def _as_tuple(value: Any) -> Any:

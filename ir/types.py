@@ -16,6 +16,7 @@ back, `QuantType.parse(str(t)) == t`:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Literal
 
@@ -128,12 +129,12 @@ class QuantType:
             return f"{self.storage} has no zero point in ONNX, so it cannot be asymmetric"
         return None
 
-    @property
+    @functools.cached_property
     def is_float(self) -> bool:
         """Whether the storage is itself a (small) float: rounding follows the format."""
         return self.storage.is_floating_point()
 
-    @property
+    @functools.cached_property
     def range(self) -> tuple[float, float]:
         """Smallest and largest stored value; of a codebook, its smallest and largest entry."""
         if self.codebook is not None:
@@ -146,7 +147,7 @@ class QuantType:
             return 0.0, float(2**bits - 1)
         return float(-(2 ** (bits - 1)) + self.narrow_range), float(2 ** (bits - 1) - 1)
 
-    @property
+    @functools.cached_property
     def middle(self) -> int:
         """The zero point of a symmetric type: 0, for unsigned integers half their range."""
         if self.codebook is not None or self.storage.is_signed():

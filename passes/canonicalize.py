@@ -76,13 +76,12 @@ def _signature(model: ir.Model) -> tuple[object, ...]:
 
 
 def _normalise(model: ir.Model) -> None:
-    _align_functions(model)
-    ir.passes.Sequential(
-        common.InlinePass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.RemoveInitializersFromInputsPass(),
-        FixNames(),
-    )(model)
+    if model.functions:
+        _align_functions(model)
+        common.InlinePass()(model)
+    _lift_constants(model)
+    common.RemoveInitializersFromInputsPass()(model)
+    FixNames()(model)
     _lift_weights(model)
     if not _is_sorted(model.graph, set()):
         model.graph.sort()
@@ -90,6 +89,11 @@ def _normalise(model: ir.Model) -> None:
         # The model may come out of a bundle: its decisions were about other nodes.
         for key in [key for key in node.metadata_props if key.startswith("qcompiler.")]:
             del node.metadata_props[key]
+
+
+def _lift_constants(model: ir.Model) -> None:
+    if any(node.op_type == "Constant" for node in every_node(model.graph)):
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 
 
 def _lift_weights(model: ir.Model) -> None:
@@ -142,7 +146,7 @@ def _simplify(model: ir.Model) -> None:
     changed = False
     for _ in range(2):
         folded = _FoldConstants()(model).modified
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        _lift_constants(model)
         expanded = _expand_gemms(model)
         changed = changed or folded or expanded
         if not (folded or expanded):

@@ -11,22 +11,21 @@
 7. Other constants        see `widen_constants`
 8. Pairs of many scales   see `guard_scales`
 
-`s` is the per-token scale that `insert_qdq` computes.  The integers do not change: Quantize divides
-by the same scale.  What is left as Q/DQ is what ORT fuses by itself or runs in float: `left_to_ort`
-says which.
+`s` is the per-token scale that `insert_qdq` computes; of another a Q remains, see `token_pairs`.
+The integers do not change.  What is left as Q/DQ is what ORT fuses by itself or runs in float:
+`left_to_ort` says which.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decide, decision_of, inherit, plan_of
-from qcompiler.ir.graph import constant, dequantize_of, every_node, replace_nodes
+from qcompiler.ir.graph import dequantize_of, every_node, replace_nodes
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.fold_conv import try_fold_conv
 from qcompiler.passes.fold_gather import try_fold_gather
@@ -36,6 +35,7 @@ from qcompiler.passes.fold_offsets import add_offsets, insert_group_sums
 from qcompiler.passes.guard_scales import try_guard_scales
 from qcompiler.passes.left_to_ort import FUSED_BY_ORT, left_to_ort, moves_stored
 from qcompiler.passes.matrix_weights import matrix_weight
+from qcompiler.passes.token_pairs import has_token_scale, insert_quantize, token_pair
 from qcompiler.passes.widen_constants import try_widen_constant
 
 __all__ = ["FoldQDQ"]
@@ -54,9 +54,6 @@ _FAMILIES = {
 }
 
 _LEFT = [("qdq", f"ORT's own {FUSED_BY_ORT[op]}") for op in ("MatMul", "Gemm")]
-
-_TOP = {ir.DataType.INT8: 127.0, ir.DataType.FLOAT8E4M3FN: 448.0}
-"""The stored value that a token's largest magnitude is mapped to."""
 
 
 class FoldQDQ(ir.passes.InPlacePass):
@@ -85,10 +82,11 @@ class FoldQDQ(ir.passes.InPlacePass):
                 changed += reason is None
                 if reason is not None:
                     reasons[node] = reason
-        for node in list(every_node(model.graph)):
+        nodes = list(every_node(model.graph))
+        for node in nodes:
             _explain(node, reasons.get(node, ""), self.images)
-        changed += sum(try_guard_scales(model.graph, n) for n in list(every_node(model.graph)))
-        changed += sum(try_widen_constant(model.graph, n) for n in list(every_node(model.graph)))
+        changed += sum(try_guard_scales(model.graph, node) for node in nodes)
+        changed += sum(try_widen_constant(model.graph, node) for node in nodes)
         if changed:
             common.RemoveUnusedNodesPass()(model)
             FixNames()(model)
@@ -106,7 +104,7 @@ class FoldQDQ(ir.passes.InPlacePass):
         return _FAMILIES[node.op_type](graph, node)
 
     def _try_fold_matmul(self, node: ir.Node) -> bool:
-        weight, pair = matrix_weight(node.inputs[1]), _token_pair(node.inputs[0])
+        weight, pair = matrix_weight(node.inputs[1]), token_pair(node.inputs[0])
         if weight is None:
             return False
         x, block, few_bits = node.inputs[0], weight.block, weight.op_of_few_bits
@@ -117,7 +115,7 @@ class FoldQDQ(ir.passes.InPlacePass):
                 return False
             data, op = (x,), f"{few_bits}A16"
         elif few_bits is not None:
-            if pair.outputs[0].dtype is not ir.DataType.INT8:
+            if pair.outputs[0].dtype is not ir.DataType.INT8 or not has_token_scale(pair):
                 return False
             data, op = self._quantize(pair), f"{few_bits}A8"
         else:
@@ -147,10 +145,10 @@ class FoldQDQ(ir.passes.InPlacePass):
         return self._sums[key]
 
     def _quantize(self, pair: ir.Node) -> tuple[ir.Value, ir.Value]:
-        """The (q, s) of a Quantize that equals the per-token `pair`, one for all its readers."""
+        """The (q, s) of the per-token `pair`, one for all its readers."""
         stored = pair.outputs[0]
         if stored not in self._quantized:
-            self._quantized[stored] = _insert_quantize(pair)
+            self._quantized[stored] = insert_quantize(pair)
         return self._quantized[stored]
 
 
@@ -168,78 +166,3 @@ def _explain(node: ir.Node, reason: str, images: bool) -> None:
     elif found is not None and (before.action == "float" or reason):
         action, why = found
         decide(node, action, f"{reason}: {why}" if reason else why)
-
-
-def _token_pair(value: ir.Value | None) -> ir.Node | None:
-    """The QuantizeLinear of a dynamic per-token pair that makes `value`, if one does."""
-    widened = dequantize_of(value)
-    stored = widened.inputs[0] if widened is not None else None
-    quantize = stored.producer() if stored is not None else None
-    if widened is None or quantize is None or quantize.op_type != "QuantizeLinear":
-        return None
-    if len(quantize.inputs) != 2 or len(widened.inputs) != 2:
-        return None
-    axes = {node.attributes.get_int("axis", 1) for node in (quantize, widened)}
-    blocks = {node.attributes.get_int("block_size", 0) for node in (quantize, widened)}
-    if widened.inputs[1] is not quantize.inputs[1] or axes != {-1} or len(blocks) != 1:
-        return None
-    return quantize if _has_token_scale(quantize, blocks.pop()) else None
-
-
-def _insert_quantize(pair: ir.Node) -> tuple[ir.Value, ir.Value]:
-    data, scale = pair.inputs
-    depth = pair.attributes.get_int("block_size")
-    assert data is not None and scale is not None and pair.graph is not None
-    fp8 = pair.outputs[0].dtype is ir.DataType.FLOAT8E4M3FN
-    new = ir.node(
-        "QuantizeFp8" if fp8 else "Quantize",
-        [data],
-        {"block_size": depth},
-        num_outputs=2,
-        domain=dialect.DOMAIN,
-        version=dialect.VERSION,
-        name=pair.name,
-    )
-    q, s = new.outputs
-    q.name, q.shape = f"{data.name}_q", data.shape
-    q.dtype = ir.DataType.FLOAT8E4M3FN if fp8 else ir.DataType.UINT8
-    s.name, s.dtype, s.shape = f"{data.name}_s", ir.DataType.FLOAT, scale.shape
-    decide(new, "body", "folded, no kernel bound yet")
-    pair.graph.insert_before(pair, new)
-    return q, s
-
-
-def _has_token_scale(quantize: ir.Node, depth: int) -> bool:
-    """Whether the scale is Div(Max(Slice(ReduceMax(Abs(x))), tiny), top) over the last axis."""
-    data, value = quantize.inputs
-    chain = []
-    for op in ("Div", "Max", "Slice", "ReduceMax", "Abs"):
-        node = value.producer() if value is not None else None
-        if node is None or node.op_type != op:
-            return False
-        chain.append(node)
-        value = node.inputs[0]
-    stored = quantize.outputs[0].dtype
-    top = _TOP.get(stored) if stored is not None else None
-    last = data.shape[-1] if data is not None and data.shape is not None else None
-    division, bounded, column, reduced, _ = chain
-    return (
-        value is data
-        and depth > 0
-        and last in (depth, None)
-        and top is not None
-        and _holds(division.inputs[1], top)
-        and _holds(bounded.inputs[1], dialect.SMALLEST_MAGNITUDE)
-        and [constant(v) for v in column.inputs[1:4]] == [[0], [1], [-1]]
-        and _holds(reduced.inputs[1], -1)
-        and reduced.attributes.get_int("keepdims", 1) == 1
-    )
-
-
-def _holds(value: ir.Value | None, number: float) -> bool:
-    array = constant(value)
-    return (
-        array is not None
-        and array.size == 1
-        and bool(np.float32(array.item()) == np.float32(number))
-    )

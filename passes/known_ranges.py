@@ -10,7 +10,7 @@ from qcompiler.ir.graph import every_node
 from qcompiler.ir.types import TensorStats
 from qcompiler.passes.insert_qdq import Observer
 
-__all__ = ["KnownRanges"]
+__all__ = ["KnownRanges", "content_of"]
 
 _PLAIN = (int, float, str, bytes, tuple, list)
 
@@ -34,7 +34,7 @@ class KnownRanges:
         self, model: ir.Model, names: Mapping[str, str | None]
     ) -> Mapping[str, TensorStats]:
         """The ranges of tensors, see `InsertQDQ`."""
-        content = _content(model.graph)
+        content = content_of(model.graph)
         if content != self._model:
             self._model, self._known = content, {}
         missing = dict(item for item in names.items() if item not in self._known)
@@ -50,11 +50,19 @@ class KnownRanges:
             before: As it was when it was last asked about; nothing happens otherwise.
             after: The same in other words: what has the same name in both has the same numbers.
         """
-        if self._model is not None and _content(before.graph) == self._model:
-            self._model = _content(after.graph)
+        if self.are_of(before):
+            self.hold_for(after)
+
+    def are_of(self, model: ir.Model) -> bool:
+        """Whether it is this model that they were last asked about."""
+        return self._model is not None and content_of(model.graph) == self._model
+
+    def hold_for(self, model: ir.Model) -> None:
+        """Let what is known hold for a model, see `carry`."""
+        self._model = content_of(model.graph)
 
 
-def _content(graph: ir.Graph) -> list[object]:
+def content_of(graph: ir.Graph) -> list[object]:
     """What the tensors of a graph depend on; constants by identity, as copies share them."""
     nodes = [
         (

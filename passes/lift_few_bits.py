@@ -76,7 +76,8 @@ def _matmul_nbits(form: Form) -> ir.Value:
     product = form.op("MatMul", [x, weight])
     level = attributes.get_int("accuracy_level", 0)
     if level != _INT8 and (multiplies := product.producer()) is not None:
-        add_note(multiplies, f"with activations of 8 bits, though its accuracy_level was {level}")
+        whose = "ONNX Runtime computes the same pairs with activations of 8 bits"
+        add_note(multiplies, f"{whose}, though its accuracy_level was {level}")
     return product if bias is None else form.op("Add", [product, bias])
 
 

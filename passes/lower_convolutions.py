@@ -1,8 +1,8 @@
 """Bring what surrounds planned convolutions into forms that ONNX Runtime has integer kernels for.
 
 1. Conv(x, W)  auto_pad    =>   Conv(x, W)  pads                           where sizes are known
-2. ConvTranspose(x, W)     =>   DepthToSpace(Conv(x, W'))                  kernel a multiple of the
-                                (cut at its ends by a Slice)               stride, both axes alike
+2. ConvTranspose(x, W)     =>   DepthToSpace(Conv(x, W'))                  both strides alike
+                                (cut at its ends by a Slice)
 3. ReduceMean(x)           =>   Squeeze(GlobalAveragePool(x))              over all spatial axes
 
 For 2 see `sub_pixel`.

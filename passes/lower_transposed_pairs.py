@@ -69,7 +69,10 @@ def _try_lower(graph: ir.Graph, node: ir.Node) -> str | None:
     biases = [dequantized_constant(value) for value in node.inputs[2:] if value is not None]
     if any(bias is None for bias in biases):
         return "its bias is computed"
-    constants = {"kernel": phases_of(node, stored), **_parameters(node, params, stored)}
+    constants = {
+        "kernel": phases_of(node, stored, params.zeros),
+        **_parameters(node, params, stored),
+    }
     values = [new_initializer(graph, f"{node.name}_{stem}", constants[stem]) for stem in constants]
     widen = ir.node("DequantizeLinear", values, {} if params.is_per_tensor else {"axis": 0})
     widen.name = f"{node.name}_kernel_dequantize"

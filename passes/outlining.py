@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
@@ -26,7 +27,7 @@ class RegionPass(ir.passes.InPlacePass):
 
     def __init__(self, supports: Callable[[Region], str | None]) -> None:
         super().__init__()
-        self.supports = supports
+        self.supports = functools.lru_cache(4096)(supports)  # equal layers ask the same
 
 
 def outline(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from qcompiler.ir.arithmetic import dequantize, quantize, scale_and_zero_point, weight_scale
 from qcompiler.ir.decisions import NodePlan, add_note, plan_of
 from qcompiler.ir.graph import constant
-from qcompiler.ir.types import QuantType
+from qcompiler.ir.types import PerAxis, PerGroup, QuantType
 from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.match_norms import Norm, match_norm
 from qcompiler.passes.weight_grid import rounded_on, weight_grid
@@ -29,6 +29,7 @@ __all__ = [
     "exact_products",
     "is_norm",
     "rounding_error",
+    "rounding_errors",
     "sampled_products",
 ]
 
@@ -40,6 +41,10 @@ could not compute is left out."""
 
 _COLUMNS = 256
 """So many columns of all the weights are enough to compare one error with another."""
+
+_AT_ONCE = 1 << 17
+"""Elements that numpy rounds in one call where there are few: each call costs some microseconds,
+which thousands of small products add up to seconds."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,22 +106,21 @@ def sampled_products(
         made_up: Whether nobody gave the tokens: of a model that reads floats, norms alone count.
         ranges: Told of the changes, after which a tensor that kept its name has the same numbers.
     """
-    before = model.clone() if ranges is not None else model
+    known = ranges is not None and ranges.are_of(model)
     sites = [s for s in _planned_products(model) if any(what not in n.meta for n in s.nodes)]
+    if made_up and _reads_floats(model):
+        sites = [site for site in sites if is_norm(site.value)]
     names = [site.value.name or "" for site in sites]
     tokens = sample(model, names) if sites else {}
-    norms_only = made_up and _reads_floats(model)
     for name, site in zip(names, sites, strict=True):
-        if norms_only and not is_norm(site.value):
-            continue
         if name in tokens:
             yield site, tokens[name]
         else:
             site.note(f"{what}: no samples to run the model on")
         for node in site.nodes:
             node.meta[what] = True
-    if ranges is not None:
-        ranges.carry(before, model)
+    if known and ranges is not None:
+        ranges.hold_for(model)
 
 
 def _reads_floats(model: ir.Model) -> bool:
@@ -160,6 +164,50 @@ def rounding_error(
             rounded = _rounded(tokens, plan.activation.type) @ _rounded(weight, plan.weight)
             total += float(np.square(rounded - exact[plan]).sum())
     return total
+
+
+def rounding_errors(
+    tokens: Rows,
+    weights: Mapping[NodePlan, Rows],
+    factors: Sequence[Rows],
+    exact: Mapping[NodePlan, Rows],
+) -> list[float]:
+    """`rounding_error` of `tokens / f` by `weights * f`, for each f, [K], of some factors."""
+    many = 1
+    if all(_is_by_rows_and_columns(plan) for plan in weights):
+        many = max(1, _AT_ONCE // max(tokens.size, *(part.size for part in weights.values()), 1))
+    errors: list[float] = []
+    for start in range(0, len(factors), many):
+        errors += _errors_at_once(tokens, weights, np.stack(factors[start : start + many]), exact)
+    return errors
+
+
+def _errors_at_once(
+    tokens: Rows, weights: Mapping[NodePlan, Rows], factors: Rows, exact: Mapping[NodePlan, Rows]
+) -> list[float]:
+    """For factors [A, K]: tokens one below the other, weights side by side."""
+    many, depth = factors.shape
+    total = np.zeros(many)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = (tokens / factors[:, None]).reshape(-1, depth)
+        for plan, weight in weights.items():
+            assert plan.activation is not None
+            columns = (weight[:, None] * factors.T[:, :, None]).reshape(depth, -1)
+            left = _rounded(rows, plan.activation.type).reshape(many, -1, depth)
+            right = _rounded(columns, plan.weight).reshape(depth, many, -1).transpose(1, 0, 2)
+            total += np.square(left @ right - exact[plan]).sum(axis=(1, 2))
+    return [float(error) for error in total]
+
+
+def _is_by_rows_and_columns(plan: NodePlan) -> bool:
+    """Whether each token and each column of the weight is rounded by itself."""
+    assert plan.activation is not None
+    tokens, weight = plan.activation.type.granularity, plan.weight.granularity
+    by_rows = isinstance(tokens, PerGroup) and tokens.axis in (1, -1)
+    by_columns = weight in (PerAxis(1), PerAxis(-1)) or (
+        isinstance(weight, PerGroup) and weight.axis in (0, -2)
+    )
+    return by_rows and by_columns and not plan.weight.two_level
 
 
 def _rounded(values: Rows, type: QuantType) -> Rows:

@@ -30,13 +30,14 @@ from qcompiler.ir.graph import new_initializer, place_after
 from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constant
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.known_ranges import KnownRanges
+from qcompiler.passes.known_rows import KnownRows
 from qcompiler.passes.product_error import (
     Products,
     Rows,
     Sampler,
     exact_products,
     is_norm,
-    rounding_error,
+    rounding_errors,
     sampled_products,
 )
 
@@ -102,29 +103,40 @@ class SmoothActivations(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Smooth every value of the main graph where that pays."""
         smoothed = 0
+        rows: dict[ir.Value, Rows] = {}
         sites = sampled_products(model, self.sample, _NOT, made_up=self.made_up, ranges=self.ranges)
         for site, tokens in sites:
-            smoothed += self._try_smooth(model.graph, site, tokens)
+            factors = self._try_smooth(model.graph, site, tokens)
+            smoothed += factors is not None
+            read = site.nodes[0].inputs[0]
+            assert read is not None
+            rows[read] = tokens if factors is None else tokens / factors
         if smoothed:
             FixNames()(model)
+        if isinstance(self.sample, KnownRows):
+            self.sample.keep(model, {value.name or "": tokens for value, tokens in rows.items()})
         return ir.passes.PassResult(model, smoothed > 0)
 
-    def _try_smooth(self, graph: ir.Graph, site: Products, tokens: Rows) -> bool:
-        """Smooth one value if that is worth it; notes what was done, or why not where it could."""
+    def _try_smooth(self, graph: ir.Graph, site: Products, tokens: Rows) -> Rows | None:
+        """Smooth one value if that is worth it; notes what was done, or why not where it could.
+
+        Returns:
+            What its channels were divided by, [K].
+        """
         spread = _spread(tokens)
         if not _factors(spread, max(self.options.alpha)).max(initial=1) > 1:
-            return False  # nothing is outlying
+            return None  # nothing is outlying
         absorber = _absorber(site)
         alpha, left = self._best_alpha(tokens, spread, site, absorber)
         rest = f"{left:.2g} of the error"
         if left >= self.options.worth:
-            return False
+            return None
         if isinstance(absorber, str) and not is_norm(site.value):
             if self.made_up or left >= self.options.worth_mul:
                 why = f"{absorber}, and a Mul is worth it below {self.options.worth_mul:g}"
                 why = f"{absorber}, and a Mul takes given samples" if self.made_up else why
                 site.note(f"{_NOT}, which would leave {rest}: {why}")
-                return False
+                return None
             rest += f"; by a Mul, because {absorber}"
         factors = _tied(_factors(spread, alpha), absorber)
         if isinstance(absorber, str):
@@ -135,30 +147,26 @@ class SmoothActivations(ir.passes.InPlacePass):
             readers = [node for node in site.nodes if node.inputs[1] is weight]
             scale_constant(graph, readers, 1, factors[:, None])
         site.note(f"activations smoothed with alpha={alpha:g}, which leaves {rest}")
-        return True
+        return factors
 
     def _best_alpha(
         self, tokens: Rows, spread: Rows, site: Products, absorber: Absorber | str
     ) -> tuple[float, float]:
         """The alpha of the least error, and the part of the error that it leaves."""
         columns = site.weights()
+        factors = {a: _tied(_factors(spread, a), absorber) for a in self.options.alpha}
+        # Of a short range of powers of two several are often the same.
+        distinct = {each.tobytes(): each for each in factors.values()}
+        plain = np.ones_like(spread)
+        distinct[plain.tobytes()] = plain
         # Powers of two change no bit of the products.
         exact = exact_products(tokens, columns)
-        before = rounding_error(tokens, columns, exact)
-        errors: dict[float, float] = {}
-        tried: dict[bytes, float] = {}
-        for alpha in self.options.alpha:
-            factors = _tied(_factors(spread, alpha), absorber)
-            # Of a short range of powers of two several are often the same.
-            same = tried.setdefault(factors.tobytes(), alpha)
-            if same != alpha:
-                errors[alpha] = errors[same]
-                continue
-            weights = {plan: part * factors[:, None] for plan, part in columns.items()}
-            errors[alpha] = rounding_error(tokens / factors, weights, exact)
-        best = min(errors, key=errors.__getitem__)
+        errors = rounding_errors(tokens, columns, list(distinct.values()), exact)
+        error_of = dict(zip(distinct, errors, strict=True))
+        best = min(factors, key=lambda alpha: error_of[factors[alpha].tobytes()])
+        before, after = error_of[plain.tobytes()], error_of[factors[best].tobytes()]
         # Without an error, or one that is not finite, there is nothing to gain.
-        return best, errors[best] / before if 0 < before < np.inf else 1.0
+        return best, after / before if 0 < before < np.inf else 1.0
 
 
 def _absorber(site: Products) -> Absorber | str:
@@ -174,7 +182,7 @@ def _absorber(site: Products) -> Absorber | str:
 def _spread(tokens: Rows) -> Rows:
     """How many times as large as that of the median channel each one's maximum is, as log2, [K]."""
     largest = np.abs(tokens).max(axis=0)
-    middle = np.median(largest)
+    middle = np.sort(largest)[(len(largest) - 1) // 2 : len(largest) // 2 + 1].mean()
     return np.log2(np.maximum(largest / middle, 1.0)) if middle else np.zeros_like(largest)
 
 

@@ -29,6 +29,7 @@ from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import constant, drop_if_unread, new_initializer, place_after
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.known_ranges import KnownRanges
+from qcompiler.passes.known_rows import KnownRows
 from qcompiler.passes.product_error import (
     Products,
     Rows,
@@ -104,6 +105,8 @@ class SplitOutliers(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Split the products of every value of the main graph where that pays."""
         if self.options.when == "off":
+            if isinstance(self.sample, KnownRows):
+                self.sample.forget()
             return ir.passes.PassResult(model, False)
         split = 0
         sites = sampled_products(model, self.sample, _NOT, made_up=self.made_up, ranges=self.ranges)

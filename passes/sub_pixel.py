@@ -1,12 +1,14 @@
 """A transposed convolution as a convolution and a shuffle.
 
-    ConvTranspose(x, W)   =>   DepthToSpace(Conv(x, W'))            kernel a multiple of the stride,
-                               (cut at its ends by a Slice)         both axes alike
+    ConvTranspose(x, W)   =>   DepthToSpace(Conv(x, W'))            strides of both axes alike
+                               (cut at its ends by a Slice)
 
 A sub-pixel convolution (Shi et al., 2016).  With strides of s and kernels of s T, element
 s q + r of a transposed convolution is the sum over t of x[q - t] W[r + s t]: a convolution of T
-taps for each of the s s phases r, that DepthToSpace puts in their places.  It multiplies no zeros,
-and sums the same products.  Part of `lower_convolutions` and `lower_transposed_pairs`.
+taps for each of the s s phases r, that DepthToSpace puts in their places.  It sums the same
+products.  A kernel of another size, or one that output_padding reaches beyond, gets zeros at its
+ends: of 3x3 with strides of 2 seven taps in sixteen, which integers make up for.  Part of
+`lower_convolutions` and `lower_transposed_pairs`.
 """
 
 from __future__ import annotations
@@ -33,18 +35,11 @@ def no_convolution_of(node: ir.Node, shape: Sequence[int] | None) -> str | None:
     step, group = _step(node), node.attributes.get_int("group", 1)
     strides, dilations = (node.attributes.get_ints(n, [1]) for n in ("strides", "dilations"))
     if set(strides) != {step} or set(dilations) != {1}:
-        return "its axes have different strides, or it has dilations"
-    if any(size % step for size in shape[2:]):
-        return f"its kernel of {shape[2]}x{shape[3]} is no multiple of its stride"
-    if "output_shape" in node.attributes or node.attributes.get_string("auto_pad", "") not in (
-        "", "NOTSET", "VALID",
-    ):  # fmt: skip
+        return f"its axes have different strides, {list(strides)}, or it has dilations"
+    if _pads(node, shape) is None:
         return "what it cuts off depends on sizes that are not known"
     if group > 1 and shape[0] % group:
         return "its groups do not divide its channels"
-    pads, extra = _cuts(node)
-    if any(e > pad for e, pad in zip(extra, pads[2:], strict=True)):
-        return "its output_padding reaches beyond what its kernel covers"
     return None
 
 
@@ -60,15 +55,14 @@ def convolution_of(
         shape: The kernel's, before.
     """
     step, result = _step(node), node.outputs[0]
-    ends = [size // step - 1 for size in shape[2:]]
+    ends = [taps - 1 for taps in _taps(node, shape)]
     attributes = {"group": node.attributes.get_int("group", 1), "pads": ends * 2}
     chain = [ir.node("Conv", [node.inputs[0], *operands], attributes)]
     inherit(chain[0], node)
     if step > 1:
         phases = {"blocksize": step, "mode": "CRD"}
         chain.append(ir.node("DepthToSpace", [chain[0].outputs[0]], phases))
-    pads, extra = _cuts(node)
-    begins, cut = pads[:2], [pads[2 + axis] - extra[axis] for axis in (0, 1)]
+    begins, cut = _cuts(node, shape)
     if any(begins) or any(cut):
         cuts = [begins, [-count or _END for count in cut], [2, 3]]
         inputs = [
@@ -88,13 +82,21 @@ def phases(node: ir.Node) -> int:
     return _step(node) ** 2
 
 
-def phases_of(node: ir.Node, weight: NDArray[Any]) -> NDArray[Any]:
-    """The kernel of the convolution: [g C, M, T s, T s] to [g M s s, C, T, T]."""
-    step, group = _step(node), node.attributes.get_int("group", 1)
-    (inputs, width), taps = weight.shape[:2], [size // step for size in weight.shape[2:]]
-    channels = inputs // group
+def phases_of(node: ir.Node, weight: NDArray[Any], zero: Any = 0) -> NDArray[Any]:
+    """The kernel of the convolution: [g C, M, k, k] to [g M s s, C, T, T].
+
+    Args:
+        node: The ConvTranspose.
+        weight: Its kernel.
+        zero: What stands for 0 in it, one value or [M].
+    """
+    step, group, taps = _step(node), node.attributes.get_int("group", 1), _taps(node, weight.shape)
+    (inputs, width), channels = weight.shape[:2], weight.shape[0] // group
+    zeros = np.reshape(np.asarray(zero, weight.dtype), (1, -1, 1, 1))
+    whole = np.broadcast_to(zeros, (inputs, width, taps[0] * step, taps[1] * step)).copy()
+    whole[:, :, : weight.shape[2], : weight.shape[3]] = weight
     # Taps in reverse, as a convolution reads them.
-    parts = weight.reshape(group, channels, width, taps[0], step, taps[1], step)
+    parts = whole.reshape(group, channels, width, taps[0], step, taps[1], step)
     turned = parts[:, :, :, ::-1, :, ::-1].transpose(0, 2, 4, 6, 1, 3, 5)
     return np.ascontiguousarray(turned).reshape(-1, channels, *taps)
 
@@ -103,9 +105,38 @@ def _step(node: ir.Node) -> int:
     return int(node.attributes.get_ints("strides", [1, 1])[0])
 
 
-def _cuts(node: ir.Node) -> tuple[list[int], list[int]]:
-    """What a ConvTranspose cuts off its result, and what of that output_padding gives back."""
-    pads = [0] * 4
-    if node.attributes.get_string("auto_pad", "NOTSET") == "NOTSET":
-        pads = list(node.attributes.get_ints("pads", pads))
-    return pads, list(node.attributes.get_ints("output_padding", [0, 0]))
+def _extra(node: ir.Node) -> list[int]:
+    return list(node.attributes.get_ints("output_padding", [0, 0]))
+
+
+def _taps(node: ir.Node, shape: Sequence[int]) -> list[int]:
+    """Taps along each axis: as many as the kernel needs, and what output_padding adds."""
+    pads, step = _pads(node, shape), _step(node)
+    assert pads is not None, "see no_convolution_of"
+    beyond = [max(0, extra - pad) for extra, pad in zip(_extra(node), pads[2:], strict=True)]
+    return [-(-(shape[2 + axis] + beyond[axis]) // step) for axis in (0, 1)]
+
+
+def _cuts(node: ir.Node, shape: Sequence[int]) -> tuple[list[int], list[int]]:
+    """What is to be cut off the phases, at the beginning and the end of each axis."""
+    pads, step, extra = _pads(node, shape), _step(node), _extra(node)
+    assert pads is not None, "see no_convolution_of"
+    added = [step * taps - size for taps, size in zip(_taps(node, shape), shape[2:], strict=True)]
+    return pads[:2], [pads[2 + axis] - extra[axis] + added[axis] for axis in (0, 1)]
+
+
+def _pads(node: ir.Node, shape: Sequence[int]) -> list[int] | None:
+    """What a ConvTranspose cuts off its result before output_padding; None if that is not known."""
+    if "output_shape" in node.attributes:
+        return None
+    auto = node.attributes.get_string("auto_pad", "NOTSET")
+    if auto in ("", "NOTSET"):
+        return list(node.attributes.get_ints("pads", [0] * 4))
+    if auto == "VALID":
+        return [0] * 4
+    # Sizes are multiplied by the stride, whatever they are.
+    over = [size - _step(node) + more for size, more in zip(shape[2:], _extra(node), strict=True)]
+    if min(over) < 0:
+        return None
+    less, more = [cut // 2 for cut in over], [cut - cut // 2 for cut in over]
+    return less + more if auto == "SAME_UPPER" else more + less

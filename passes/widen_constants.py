@@ -61,8 +61,9 @@ def dequantized_constant(value: ir.Value | None) -> NDArray[np.float32] | None:
 
 def try_widen_constant(graph: ir.Graph, node: ir.Node) -> bool:
     """Replace a DQ over a constant by what ORT folds, if all that read it compute in float."""
-    value = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-    params = quant_params(node)
+    if node.op_type != "DequantizeLinear":
+        return False
+    value, params = node.inputs[0], quant_params(node)
     if value is None or value.const_value is None or params is None:
         return False
     if isinstance(params.type.granularity, PerGroup) or node.outputs[0].is_graph_output():

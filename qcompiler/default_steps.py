@@ -30,6 +30,7 @@ from qcompiler.passes.insert_qdq import InsertQDQ
 from qcompiler.passes.join_integers import JoinIntegers
 from qcompiler.passes.keep_sensitive import KeepSensitive
 from qcompiler.passes.known_ranges import KnownRanges
+from qcompiler.passes.known_rows import KnownRows
 from qcompiler.passes.lift_qoperators import LiftQOperators
 from qcompiler.passes.lower_convolutions import LowerConvolutions
 from qcompiler.passes.merge_siblings import MergeSiblings
@@ -81,6 +82,7 @@ def default_steps(
     lifted = LiftQOperators.Options(float_products=target.scheme.activation is None)
     floats = ConvertFloat16.Options(recipe.float or target.float_type)
     ranges = None if runs.observe is None else KnownRanges(runs.observe)
+    rows = KnownRows(runs.sample)
     chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
     return [
         Step("canonicalize", Canonicalize(), Stage.FLOAT),
@@ -105,13 +107,13 @@ def default_steps(
         Step("equalize-layers", EqualizeLayers(runs.run, ranges), Stage.FLOAT, "plans"),
         Step(
             "smooth-activations",
-            SmoothActivations(runs.sample, made_up=runs.made_up, ranges=ranges),
+            SmoothActivations(rows, made_up=runs.made_up, ranges=ranges),
             Stage.FLOAT,
             "plans",
         ),
         Step(
             "split-outliers",
-            SplitOutliers(runs.sample, made_up=runs.made_up, ranges=ranges),
+            SplitOutliers(rows, made_up=runs.made_up, ranges=ranges),
             Stage.FLOAT,
             "plans",
         ),

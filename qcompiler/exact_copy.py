@@ -16,7 +16,7 @@ import onnx_ir as ir
 from qcompiler.model_file import saving
 from qcompiler.passes.shift_weights import ShiftWeights
 
-__all__ = ["save_exact"]
+__all__ = ["make_exact", "save_exact"]
 
 _FUSE_PAIRS = ("QDQSelectorActionTransformer", "QDQS8ToU8Transformer", "WeightBiasQuantization")
 
@@ -30,7 +30,16 @@ def save_exact(model: ir.Model, path: Path) -> tuple[str, ...]:
     Raises:
         OptionError: The disk refuses the file.
     """
-    shifted = ShiftWeights()(model).modified
+    disabled = make_exact(model)
     with saving(path):
         ir.save(model, path, external_data=f"{path.name}.data")
-    return _FUSE_PAIRS if shifted else ()
+    return disabled
+
+
+def make_exact(model: ir.Model) -> tuple[str, ...]:
+    """Change a model in place as above.
+
+    Returns:
+        The optimizers of ONNX Runtime that a session of it does without.
+    """
+    return _FUSE_PAIRS if ShiftWeights()(model).modified else ()

@@ -9,12 +9,13 @@ from types import TracebackType
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from qcompiler.bundle import sha256_of
-from qcompiler.exact_copy import save_exact
+from qcompiler.exact_copy import make_exact
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import CalibrationError
+from qcompiler.ir.graph import every_node
+from qcompiler.model_part import save_part
 from qcompiler.runtime import open_session
 from qcompiler.samples import Sample, check_sample
 from qcompiler.session_options import QUIET
@@ -45,13 +46,11 @@ class Probe:
         self._folder = tempfile.TemporaryDirectory(prefix="qcompiler-")
 
     def __enter__(self) -> Probe:
-        copy = self._model.clone()
-        if self._computed:
-            values = {value.name: value for node in copy.graph for value in node.outputs}
-            copy.graph.outputs.clear()
-            copy.graph.outputs.extend(values[name] for name in self._computed)
-            common.RemoveUnusedNodesPass()(copy)
-        self._disabled = save_exact(copy, self._path)
+        model = self._model.clone() if _has_int8(self._model) else self._model
+        values = {value.name: value for node in model.graph for value in node.outputs}
+        tensors = [values[name] for name in self._computed] or list(model.graph.outputs)
+        self._disabled = make_exact(model) if model is not self._model else ()
+        save_part(model, tensors, self._path)
         return self
 
     def __exit__(
@@ -108,3 +107,9 @@ class Probe:
     @property
     def _path(self) -> Path:
         return Path(self._folder.name) / _FILE
+
+
+def _has_int8(model: ir.Model) -> bool:
+    """Whether `make_exact` may find something to change."""
+    operands = (value for node in every_node(model.graph) for value in node.inputs)
+    return any(value is not None and value.dtype is ir.DataType.INT8 for value in operands)

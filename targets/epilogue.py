@@ -8,6 +8,7 @@ that every architecture shares the table; asking what it can do imports no tvm.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -126,10 +127,15 @@ def _unsupported_step(step: Step) -> str | None:
         return f"no vector form of {step.op}; known are {', '.join(ELEMENTWISE)}"
     if len(step.args) != row.arity:
         return f"{step.op} takes {row.arity} operands, not {len(step.args)}"
-    known = list(inspect.signature(row.emit).parameters)[1 + row.arity :]
+    known = _parameters(row.emit)[1 + row.arity :]
     for name, value in step.attributes:
         if name not in known:
             return f"{step.op} has no attribute {name}"
         if name in row.choices and value not in row.choices[name]:
             return f"{step.op} with {name}={value!r}; known are {', '.join(row.choices[name])}"
     return None
+
+
+@functools.cache
+def _parameters(emit: Callable[..., Expr]) -> tuple[str, ...]:
+    return tuple(inspect.signature(emit).parameters)

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from foreign import RNG, assert_lifts, foreign
-from golden import assert_rewrites, run
+from golden import assert_rewrites, run, sqnr
 
 from qcompiler.ir.decisions import decision_of
 from qcompiler.passes.fold_qdq import FoldQDQ
@@ -50,16 +50,19 @@ def test_matmul_nbits(bits, points, k):
     np.testing.assert_allclose(run(model, feeds, plainly=True)[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def of_few_bits(level, after="", result="float[3,8] y"):
+def of_few_bits(level, after="", result="float[3,8] y", points=""):
     weights = {
         "w": RNG.integers(0, 256, (8, 2, 8)).astype(np.uint8),
+        "zp": RNG.integers(0, 256, (8, 1)).astype(np.uint8),
         "s": RNG.uniform(0.01, 0.1, (8, 2)).astype(np.float32),
         "v": RNG.standard_normal((8, 8)).astype(np.float32),
     }
     out = "m" if after else "y"
     return foreign(
         f"g (float[n,32] x) => ({result}) {{ {out} = com.microsoft.MatMulNBits "
-        f"<K = 32, N = 8, bits = 4, block_size = 16{level}> (x, w, s) {after} }}",
+        f"<K = 32, N = 8, bits = 4, block_size = 16{level}> (x, w, s, {points}) {after} }}".replace(
+            ", )", ")"
+        ),
         weights,
     )
 
@@ -69,8 +72,9 @@ FEW = {"x": RNG.standard_normal((3, 32)).astype(np.float32)}
 
 @pytest.mark.parametrize("target", ["x86-int8", "x86-int4", "cuda-int8"])
 @pytest.mark.parametrize("level", ["", ", accuracy_level = 0", ", accuracy_level = 1"])
-def test_a_product_of_floats_answers_with_the_same_bits(level, target):
-    model = of_few_bits(level)
+@pytest.mark.parametrize("points", ["", "zp"])
+def test_a_product_of_floats_answers_with_the_same_bits(level, target, points):
+    model = of_few_bits(level, points=points)
     expected = run(model, FEW)[0]
     model = Pipeline.default(get_target(target)).run(model)
     np.testing.assert_array_equal(run(model, FEW)[0], expected)
@@ -89,10 +93,25 @@ def test_the_accuracy_that_a_product_had(level, said):
     assert (f"accuracy_level {said}" in why) if said else ("accuracy_level" not in why)
 
 
-def test_a_scheme_of_float_activations_has_an_op_for_it():
-    model = Pipeline.default(get_target("cuda-int4")).run(of_few_bits(""))
+@pytest.mark.parametrize(("points", "op"), [("", "QMatMulW4A16"), ("zp", "QMatMulW4Z4A16")])
+def test_a_scheme_of_float_activations_has_an_op_for_it(points, op):
+    model = of_few_bits("", points=points)
+    expected = run(model, FEW)[0]
+    model = Pipeline.default(get_target("cuda-int4")).run(model)
     ops = [node.op_type.split("_")[0] for node in model.graph]
-    assert ops == ["Cast", "QMatMulW4A16", "Cast"]  # its floats are float16
+    assert ops == ["Cast", op, "Cast"]  # its floats are float16
+    assert decision_of(model.graph[1]).action == "kernel"
+    assert sqnr(expected, run(model, FEW, plainly=True)[0]) > 60
+
+
+@pytest.mark.parametrize("target", ["x86-int4", "arm-int4"])
+@pytest.mark.parametrize(("points", "op"), [("", "QMatMulW4A16"), ("zp", "QMatMulW4Z4A16")])
+def test_a_product_of_8_bits_answers_with_the_same_bits_too(target, points, op):
+    model = of_few_bits(", accuracy_level = 4", points=points)
+    expected = run(model, FEW)[0]
+    model = Pipeline.default(get_target(target)).run(model)
+    assert [node.op_type for node in model.graph] == [op]
+    np.testing.assert_array_equal(run(model, FEW)[0], expected)
 
 
 def test_what_follows_a_product_that_stays_has_a_type():

@@ -18,6 +18,7 @@ W = {
     "k": RNG.integers(-60, 61, (4, 3, 4, 4)).astype(np.int8),
     "u": RNG.integers(60, 190, (4, 3, 4, 4)).astype(np.uint8), "uz": np.uint8(120),
     "odd": RNG.integers(-60, 61, (4, 3, 3, 3)).astype(np.int8),
+    "bytes": RNG.integers(60, 190, (4, 3, 3, 2)).astype(np.uint8), "kz": np.uint8([120, 128, 131]),
     "ks": SCALES, "one": np.float32(0.008), "rows": np.full(4, 0.008, np.float32),
     "b": RNG.integers(-900, 900, 3).astype(np.int32), "bs": SCALES * np.float32(0.03),
     "axes": np.array([0, 2, 3]), "from": np.array([1]), "to": np.array([4]),
@@ -63,6 +64,10 @@ def test_golden():
     (STRIDE, f"{PER_CHANNEL} {BIAS}", "d, f, e"),
     (f"{STRIDE}, pads = [0,1,2,1], output_padding = [1,0]", PER_CHANNEL, "d, f"),
     (f"{STRIDE}, group = 2", PER_CHANNEL, "d, f, b6"),
+    (f"{STRIDE}, pads = [1,1,1,1], output_padding = [1,1]",
+     f"f = DequantizeLinear <axis = 1> (odd, ks) {BIAS}", "d, f, e"),
+    (f"{STRIDE}, output_padding = [1,1]",
+     "f = DequantizeLinear <axis = 1> (bytes, ks, kz)", "d, f"),
     ("strides = [4,4]", "f = DequantizeLinear (k, one)", "d, f"),
     ("pads = [1,1,1,1]", "f = DequantizeLinear (u, one, uz)", "d, f"),
 ])  # fmt: skip
@@ -100,7 +105,7 @@ def test_a_kernel_that_many_read_and_a_result_that_leaves():
 
 
 @pytest.mark.parametrize(("attributes", "weight", "operands", "why"), [
-    (STRIDE, "f = DequantizeLinear <axis = 1> (odd, ks)", "d, f", "no multiple of its stride"),
+    ("strides = [2,1]", "f = DequantizeLinear <axis = 1> (odd, ks)", "d, f", "different strides"),
     (STRIDE, "f = DequantizeLinear <axis = 0> (k, rows)", "d, f", "not per output channel"),
     (STRIDE, f"{PER_CHANNEL} t = Slice (x, from, to, from) e = ReduceMax <keepdims = 0> (t, axes)",
      "d, f, e", "bias is computed"),

@@ -52,8 +52,8 @@ CONFIGS = {
         ("int8 weights", "x86-int8", "DynamicQMatMulW8A8", 45),
         ("int8 weights in groups", "x86-int8", "MatMul", 45),
         # torch multiplies by 1 / s, and so rounds some ties to the other side.
-        # Its scale is absmax / 127.5, which no op of ours computes: pairs around a float product.
-        ("int8 tokens", "x86-int8", "MatMul", 55),
+        # Its scale is absmax / 127.5, which no op of ours computes, but products take any.
+        ("int8 tokens", "x86-int8", "QMatMulW8A8", 55),
         ("int4 weights", "x86-int4", "QMatMulW4A16", 45),
         ("int4 weights", "cuda-int4", "QMatMulW4A16", 45),
         ("int4 weights, int8 tokens", "x86-int8", "MatMul", 100),
