@@ -165,6 +165,7 @@ def test_options_describe_themselves():
         ("halve{names=}", "halve: names takes a text, not ''"),
         ("canonicalize{a=1}", "canonicalize has no option 'a', and no others: leave"),
         ("smooth-activations{alpha=2}", "needs the plans of assign-precision"),
+        ("smooth-activations{alph=2}", "has no option 'alph'; did you mean 'alpha'"),
         ("assign-precision,smooth-activations{alpha=2}",
          "smooth-activations: alpha must be numbers from 0 to 1, not (2.0,)"),
         ("assign-precision,smooth-activations{worth=0}", "worth must be above 0, not 0"),
