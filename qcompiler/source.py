@@ -21,6 +21,8 @@ __all__ = [
     "inputs_with_defaults",
 ]
 
+_OLDEST_OPSET = 7
+
 _KNOWN_TO_ORT = frozenset({
     "", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "com.microsoft",
     "com.microsoft.experimental", "com.microsoft.nchwc", "com.ms.internal.nhwc",
@@ -32,9 +34,16 @@ def check_source(model: ir.Model) -> None:
     """Refuse a model that was compiled before, or that is broken.
 
     Raises:
-        ModelError: Its opset is unknown, it has ops of ours, or NaN among its weights.
+        ModelError: Its opset is too old or unknown, it has ops of ours, or NaN among its weights.
     """
-    newest, opset = onnx.defs.onnx_opset_version(), model.graph.opset_imports.get("", 1)
+    newest = onnx.defs.onnx_opset_version()
+    opset = model.graph.opset_imports.get("", newest)
+    if opset < _OLDEST_OPSET:
+        raise ModelError(
+            f"the model is of opset {opset}, and ONNX Runtime has no kernels of ops below "
+            f"{_OLDEST_OPSET}, so that nothing could be compared with it: export it again, or "
+            f"convert it with onnx.version_converter.convert_version(model, {_OLDEST_OPSET})"
+        )
     if opset > newest:
         raise ModelError(
             f"the model is of opset {opset}, the installed onnx knows {newest}: export it again "

@@ -159,6 +159,13 @@ def test_an_opset_of_the_future(tmp_path):
         qcompiler.compile(model, "arm-int8", tmp_path / "b")
 
 
+@pytest.mark.parametrize("opset", [1, 6])
+def test_an_opset_before_onnxruntime(tmp_path, opset):
+    model = model_of(MATMUL, {"w": W}, head=f'<ir_version: 3, opset_import: ["" : {opset}]>\n')
+    with pytest.raises(ModelError, match=rf"opset {opset}, .* below 7.*convert_version.model, 7"):
+        qcompiler.compile(model, "arm-int8", tmp_path / "b")
+
+
 def test_inputs_with_defaults(tmp_path):
     model = model_of("g (float[n,2] x, float[2] b) => (float[n,2] y) { y = Add (x, b) }", {})
     default = ir.tensor(np.ones(2, np.float32), name="b")
