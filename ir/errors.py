@@ -7,6 +7,7 @@ message alone.  Anything else that escapes is a bug of ours and keeps its traceb
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "RuntimeMissingError",
     "ToolchainError",
     "VerifyError",
+    "cannot_read",
     "did_you_mean",
+    "first_cause",
 ]
 
 
@@ -59,7 +62,30 @@ class VerifyError(Exception):
     """A pass left the model in a state its stage does not allow: a bug in that pass."""
 
 
+def cannot_read(what: str, path: str | os.PathLike[str], error: OSError, wanted: str) -> str:
+    """The message of a file that cannot be read.
+
+    Args:
+        what: The file is meant to be.
+        path: Where it is looked for.
+        error: What the system says.
+        wanted: What may be given instead.
+    """
+    if isinstance(error, FileNotFoundError):
+        return f"no {what}: {path} does not exist; give {wanted}"
+    return f"cannot read the {what} {path}: {error.strerror}; make it readable, or give {wanted}"
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the nearest of `choices`, or an empty string."""
-    close = difflib.get_close_matches(word, list(choices), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    # Nearest in any case: X86-INT8 shares no letter with x86-int8.
+    known = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(word.lower(), known, n=1)
+    return f"; did you mean {known[close[0]]!r}?" if close else ""
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The error that others were raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

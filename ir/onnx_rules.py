@@ -80,7 +80,7 @@ def _problems(
 ) -> tuple[tuple[str, str], ...]:
     signature = _signature(op, opset)
     if signature is None:
-        return (("onnx-op", f"ai.onnx {opset} has no {op}"),)
+        return (("onnx-op", f"ai.onnx {opset} has no {op}{did_you_mean(op, _op_names())}"),)
     if not signature.fewest <= len(inputs) <= signature.most:
         return (("onnx-operands", f"{op} with {len(inputs)} operands"),)
     return (*_misfits(op, attributes, signature), *_mixed(op, inputs, outputs, signature))
@@ -119,6 +119,11 @@ def _mixed(
 
 def _repeated(formals: Sequence[str], count: int, variadic: bool) -> Sequence[str]:
     return [*formals, *[formals[-1]] * (count - len(formals))] if variadic and formals else formals
+
+
+@functools.cache
+def _op_names() -> frozenset[str]:
+    return frozenset(s.name for s in onnx.defs.get_all_schemas() if s.domain == "")
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import optimizer
 
-from qcompiler.ir.errors import ModelError
+from qcompiler.ir.errors import ModelError, first_cause
 from qcompiler.ir.graph import constant, every_node, new_initializer, replace_nodes
 from qcompiler.ir.qdq_rules import qdq_problems
 from qcompiler.passes.fix_names import FixNames
@@ -57,10 +57,8 @@ class Canonicalize(ir.passes.InPlacePass):
             raise
         except Exception as error:
             # These are other libraries' passes on a model that nobody has checked yet.
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            raise ModelError(f"the model cannot be brought into canonical form: {cause}") from error
+            reason = f"the model cannot be brought into canonical form: {first_cause(error)}"
+            raise ModelError(reason) from error
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)

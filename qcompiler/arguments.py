@@ -9,6 +9,9 @@ from qcompiler.ir.errors import OptionError
 
 __all__ = ["require", "require_path"]
 
+_MOST_LETTERS = 80
+"""Of a value in a message: an array would fill the screen."""
+
 
 def require(name: str, value: object, kind: Any, what: str) -> None:
     """Refuse a value that is neither of a type nor None.
@@ -17,7 +20,7 @@ def require(name: str, value: object, kind: Any, what: str) -> None:
         OptionError: Names the argument, the value, and what it should be.
     """
     if value is not None and not isinstance(value, kind):
-        raise OptionError(f"{name} must be {what}, not {value!r}")
+        raise OptionError(f"{name} must be {what}, not {_short(value)}")
 
 
 def require_path(name: str, value: object) -> None:
@@ -32,3 +35,8 @@ def require_path(name: str, value: object) -> None:
         raise OptionError(f"{name} is empty; give a path, or '.' for the current folder")
     if text is not None and "\0" in text:
         raise OptionError(f"{name} {value!r} holds a NUL, which no path may")
+
+
+def _short(value: object) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= _MOST_LETTERS else f"{text[:_MOST_LETTERS]}…"

@@ -9,21 +9,13 @@ Reading a bundle needs the standard library alone, so that deploying stays light
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import glob
 import hashlib
 import json
-import os
-import platform
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qcompiler.ir.errors import BundleError, OptionError, QCompilerError
+from qcompiler.ir.errors import BundleError, OptionError
 
 __all__ = [
     "MANIFEST",
@@ -31,16 +23,14 @@ __all__ = [
     "SCHEMA",
     "LibraryEntry",
     "Manifest",
-    "check_destination",
     "sha256_of",
-    "staged_folder",
 ]
-
-_ATTEMPTS = 100
 
 MODEL = "model.onnx"
 MANIFEST = "manifest.json"
 SCHEMA = 1
+
+_ARCHITECTURES = ("x86", "arm", "cuda")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,16 +103,17 @@ class Manifest:
             )
         try:
             content = json.loads(_read(path))
-            schema = content.pop("schema")
-            if schema != SCHEMA:
-                raise BundleError(f"{path} has schema {schema}, this qcompiler reads {SCHEMA}")
+            _check_schema(path, content)
             entry = content.pop("library")
             if entry is not None:
                 entry = LibraryEntry(**entry | {"isa": tuple(entry["isa"])})
             manifest = cls(**content, library=entry)
             manifest._check_types()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BundleError(f"{path} is not a readable manifest ({error})") from error
+            reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise BundleError(
+                f"{path} is not a readable manifest ({reason}); compile the bundle again"
+            ) from error
         return manifest
 
     def _check_types(self) -> None:
@@ -139,6 +130,8 @@ class Manifest:
             needed.append(self.library.file)
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a name or a hash in it is not a text")
+        if self.target.partition("-")[0] not in _ARCHITECTURES:
+            raise ValueError(f"target {self.target!r} is for none of {', '.join(_ARCHITECTURES)}")
         if not all(part.isdecimal() and part.isascii() for part in self.minimum_ort.split(".")):
             raise ValueError(f"minimum_ort {self.minimum_ort!r} is no version")
         if missing := [name for name in needed if name not in self.files]:
@@ -168,125 +161,23 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_destination(destination: Path) -> Path:
-    """The same path, if a bundle may be written there.
+def _check_schema(path: Path, content: dict[str, Any]) -> None:
+    """Take the schema out of a manifest's content.
 
     Raises:
-        OptionError: It is a file, the current folder, or a folder with something else in it.
+        BundleError: It is of another schema.
+        TypeError: It says of none.
     """
-    try:
-        exists = destination.exists()
-    except OSError as error:  # a name that is too long, a folder that may not be looked into
-        raise OptionError(f"output {destination}: {error.strerror}") from error
-    if exists:
-        if not destination.is_dir():
-            raise OptionError(f"output {destination} is a file; name a folder with -o DIR")
-        if Path.cwd().resolve().is_relative_to(destination.resolve()):
-            raise OptionError(
-                f"output {destination} is the current folder, which cannot be replaced; name "
-                "another with -o DIR"
-            )
-        if foreign := _foreign_files(destination):
-            raise OptionError(
-                f"output {destination} holds other files ({', '.join(foreign[:3])}); name another "
-                "folder with -o DIR"
-            )
-    return destination
-
-
-def _foreign_files(folder: Path) -> list[str]:
-    """What a bundle's manifest does not account for: replacing the folder would lose it."""
-    names = sorted(path.name for path in folder.iterdir())
-    try:
-        manifest = Manifest.read(folder)
-    except BundleError:
-        return names
-    return [name for name in names if name != MANIFEST and name not in manifest.files]
-
-
-@contextlib.contextmanager
-def staged_folder(destination: Path) -> Iterator[Path]:
-    """A new folder beside `destination` that takes its place when the block ends without error.
-
-    Sessions that mapped the old bundle keep its files: they are moved aside, then unlinked.
-
-    Raises:
-        OptionError: The destination cannot be written, or see `check_destination`.
-    """
-    destination = check_destination(destination).resolve()
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        _remove_orphans(destination)
-        stage = _make_stage(destination)
-    except OSError as error:
-        raise OptionError(f"cannot write to {destination.parent}: {error.strerror}") from error
-    try:
-        stage.chmod(0o755)
-        try:
-            yield stage
-        except QCompilerError as error:
-            if str(stage) not in str(error):
-                raise
-            # What was written there is gone: tell of the place that was asked for.
-            raise type(error)(str(error).replace(str(stage), str(destination))) from error
-        try:
-            _exchange(stage, destination)
-        except OSError as error:
-            raise OptionError(f"cannot replace {destination}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _make_stage(destination: Path) -> Path:
-    """A new folder beside the destination; its name says whose it is."""
-    prefix = f"{_stage_prefix(destination)}{os.getpid()}-"
-    return Path(tempfile.mkdtemp(prefix=prefix, dir=destination.parent))
-
-
-def _stage_prefix(destination: Path) -> str:
-    # With the machine's name: a folder may be shared, and processes have numbers on each.
-    return f".{destination.name}.{platform.node()}-"
-
-
-def _remove_orphans(destination: Path) -> None:
-    """Remove what compilations of this bundle left that were killed on the spot."""
-    prefix = _stage_prefix(destination)
-    for folder in destination.parent.glob(f"{glob.escape(prefix)}*-*"):
-        pid = folder.name.removeprefix(prefix).partition("-")[0]
-        if pid.isdecimal() and not _is_running(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass  # somebody else's
-    return True
-
-
-def _exchange(stage: Path, destination: Path) -> None:
-    """Put `stage` in the place of `destination`, or leave everything as it was.
-
-    rename() onto a folder that is not empty fails, so an old bundle is moved aside first.  Another
-    process may do the same meanwhile; the last one wins.
-    """
-    for attempt in range(_ATTEMPTS):
-        old = _make_stage(destination)
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(destination, old)
-            os.rename(stage, destination)
-            return
-        except OSError as error:
-            if any(old.iterdir()) and not destination.exists():
-                os.rename(old, destination)
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt == _ATTEMPTS - 1:
-                raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
+    if not isinstance(content, dict):
+        raise TypeError("it is no object")
+    if "schema" not in content:
+        raise TypeError("it does not say of which schema it is")
+    schema = content.pop("schema")
+    if type(schema) is not int:
+        raise TypeError(f"its schema is {schema!r}, which is no whole number")
+    if schema != SCHEMA:
+        newer = "pip install -U qcompiler" if schema > SCHEMA else "compile the bundle again"
+        raise BundleError(f"{path} has schema {schema}, this qcompiler reads {SCHEMA}: {newer}")
 
 
 def _read(path: Path) -> str:

@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from qcompiler.arguments import require, require_path
-from qcompiler.bundle import check_destination, staged_folder
 from qcompiler.chooser import Chooser, Wishes
 from qcompiler.clipping import Clipping
+from qcompiler.destination import check_file, check_folder, staged_folder
+from qcompiler.frontend import check_kind
 from qcompiler.ir.decisions import Decision, decisions
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.stages import Stage
 from qcompiler.job import Job, size_of
-from qcompiler.model_file import check_file, save_model
+from qcompiler.model_file import save_model
 from qcompiler.model_runs import SampleRuns
 from qcompiler.pipeline import Pipeline
 from qcompiler.progress import Clock, Progress
 from qcompiler.recipe import Recipe
 from qcompiler.report import Report
 from qcompiler.samples import Samples, Source, samples_from
-from qcompiler.source import check_destination_of
 from qcompiler.step import Watcher, check_watchers
 from qcompiler.targets.catalog import get_target
 from qcompiler.targets.target import Target
@@ -95,6 +95,45 @@ def compile(
     Raises:
         QCompilerError: A mistake in the input; each subclass says which.
     """
+    check_kind(source)
+    _check_arguments(output, recipe, pipeline, shapes, choices, progress, executor, watchers)
+    goal, clock = get_target(target), Clock(progress)
+    last, suffix = _end(goal, emit, stop_after)
+    chosen_by_hand = shapes is not None or choices is not None
+    recipe = _recipe(pipeline, goal, recipe, calibration, chosen_by_hand)
+    destination = _destination(source, target, output, suffix)
+    check_dumps(watchers, source, destination)
+    samples = None if calibration is None else samples_from(calibration)
+    chooser = None
+    if not isinstance(pipeline, Pipeline):
+        chooser = Chooser(goal, Wishes(timing, shapes, choices), samples, clock.detail)
+    job = Job(
+        source, (example_inputs, dynamic_shapes), goal, recipe, clock,
+        _runs_on(samples, recipe, clock), chooser, pipeline, last, watchers, emit == "ort",
+        executor,
+    )  # fmt: skip
+    model = _run_passes(job, strict)
+    if last is not None:
+        save_model(model, destination)
+    else:
+        with staged_folder(destination) as stage:
+            job.write(model, stage)
+            while job.is_slower(model, stage):
+                model = _run_passes(job, strict)
+                job.write(model, stage)
+            job.write_choices(stage)
+    return _report(job, model, destination)
+
+
+def _check_arguments(
+    output: object, recipe: object, pipeline: object, shapes: object, choices: object,
+    progress: object, executor: object, watchers: Sequence[Watcher],
+) -> None:  # fmt: skip
+    """Refuse what is of a wrong type, before it is used in some odd place.
+
+    Raises:
+        OptionError: Names the argument, the value, and what it should be.
+    """
     require("recipe", recipe, Recipe, "a qcompiler.Recipe")
     require("pipeline", pipeline, Pipeline | str, "a qcompiler.Pipeline or the text of one")
     require("shapes", shapes, Mapping, "sizes by input name, {'input_ids': (1, 128)}")
@@ -103,49 +142,45 @@ def compile(
     require_path("choices", choices)
     require("executor", executor, concurrent.futures.Executor, "a concurrent.futures.Executor")
     check_watchers(watchers)
-    last = _stage(stop_after)
-    clock = Clock(progress)
-    goal = get_target(target)
-    suffix = None if last is None else last.name.lower()
-    if _emits_for_ort(emit, goal, last):
-        last, suffix = Stage.QDQ, "ort"
-    if isinstance(pipeline, Pipeline):
-        _check_complete(pipeline, goal, recipe, calibration)
-        if shapes is not None or choices is not None:
-            raise OptionError(
-                "a pipeline of your own chooses nothing: leave out shapes and choices"
-            )
-        recipe = pipeline.recipe
-    recipe = recipe or Recipe()
-    destination = _destination(source, target, output, suffix)
-    check_dumps(watchers, source, destination)
-    samples = None if calibration is None else samples_from(calibration)
-    on_samples = None
-    if samples is not None:
-        clipping = Clipping.parse(recipe.calibration)
-        on_samples = SampleRuns(samples, clipping, clock.count_samples)
-    chooser = None
-    if not isinstance(pipeline, Pipeline):
-        chooser = Chooser(goal, Wishes(timing, shapes, choices), samples, clock.detail)
-    job = Job(
-        source, (example_inputs, dynamic_shapes), goal, recipe, clock, on_samples, chooser,
-        pipeline, last, watchers, emit == "ort", executor,
-    )  # fmt: skip
+
+
+def _run_passes(job: Job, strict: bool) -> ir.Model:
     model = job.run_passes()
     if strict:
         _refuse_fallbacks(decisions(model))
-    if last is not None:
-        save_model(model, destination)
-        return _report(job, model, destination)
-    with staged_folder(destination) as stage:
-        job.write(model, stage)
-        while job.is_slower(model, stage):
-            model = job.run_passes()
-            if strict:
-                _refuse_fallbacks(decisions(model))
-            job.write(model, stage)
-        job.write_choices(stage)
-    return _report(job, model, destination)
+    return model
+
+
+def _runs_on(samples: Samples | None, recipe: Recipe, clock: Clock) -> SampleRuns | None:
+    if samples is None:
+        return None
+    return SampleRuns(samples, Clipping.parse(recipe.calibration), clock.count_samples)
+
+
+def _end(
+    target: Target, emit: str, stop_after: Stage | str | None
+) -> tuple[Stage | None, str | None]:
+    """The stage that is written as a file, and how its name ends; None for a bundle."""
+    stage = _stage(stop_after)
+    if _emits_for_ort(emit, target, stage):
+        return Stage.QDQ, "ort"
+    return stage, None if stage is None else stage.name.lower()
+
+
+def _recipe(
+    pipeline: Pipeline | str | None,
+    target: Target,
+    recipe: Recipe | None,
+    calibration: object,
+    chosen_by_hand: bool,
+) -> Recipe:
+    """The recipe of a pipeline of the user's, else the one that was given."""
+    if not isinstance(pipeline, Pipeline):
+        return recipe or Recipe()
+    _check_complete(pipeline, target, recipe, calibration)
+    if chosen_by_hand:
+        raise OptionError("a pipeline of your own chooses nothing: leave out shapes and choices")
+    return pipeline.recipe
 
 
 def _stage(given: Stage | str | None) -> Stage | None:
@@ -227,9 +262,7 @@ def _destination(
     stem = f"{file.stem if file else ''}.{target}"
     if suffix is not None:
         return check_file(Path(output or f"{stem}.{suffix}.onnx"), file)
-    destination = check_destination(Path(output or stem))
-    check_destination_of(source, destination)
-    return destination
+    return check_folder(Path(output or stem), source)
 
 
 def _refuse_fallbacks(made: Iterable[Decision]) -> None:

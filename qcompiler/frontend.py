@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,16 +14,33 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.bundle import MANIFEST
-from qcompiler.from_torch import is_torch_file, load_torch
-from qcompiler.ir.errors import ModelError, OptionError, QCompilerError
+from qcompiler.faults import fault_of
+from qcompiler.from_torch import is_torch_file, is_torch_object, load_torch
+from qcompiler.ir.errors import ModelError, OptionError, QCompilerError, first_cause
+from qcompiler.ir.onnx_rules import onnx_problems
 from qcompiler.ir.sparse import densify
 from qcompiler.old_functions import inline_old_functions
 from qcompiler.runtime import open_session
+from qcompiler.source import check_whole
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["is_of_torch", "load_model", "onnx_file"]
+__all__ = ["check_kind", "check_opens", "is_of_torch", "load_model", "onnx_file"]
+
+
+def check_kind(source: object) -> None:
+    """Refuse what is no model of any kind.
+
+    Raises:
+        ModelError: Says what may be given.
+    """
+    if not isinstance(source, str | os.PathLike | ir.Model) and not is_torch_object(source):
+        what = "no model was given" if source is None else f"cannot read a {type(source).__name__}"
+        raise ModelError(
+            f"{what}: give a path, an onnx_ir.Model, a torch.export.ExportedProgram, or a "
+            "torch.fx.GraphModule with example_inputs"
+        )
 
 
 def load_model(
@@ -42,6 +60,7 @@ def load_model(
         ModelError: Missing, corrupt or incomplete, or not accepted by the ONNX checker.
         OptionError: Example inputs are missing, or are given for something else than a module.
     """
+    check_kind(source)
     given = example_inputs is not None or dynamic_shapes is not None
     if given and isinstance(source, str | os.PathLike | ir.Model):
         raise OptionError(
@@ -49,6 +68,7 @@ def load_model(
             "its own; leave them out"
         )
     if isinstance(source, ir.Model):
+        check_whole(source, "the model")
         return source.clone()
     if isinstance(source, str | os.PathLike):
         path = Path(source)
@@ -75,6 +95,22 @@ def onnx_file(source: str | os.PathLike[str] | ir.Model) -> Iterator[Path]:
         yield file
 
 
+def check_opens(source: str | os.PathLike[str] | ir.Model) -> None:
+    """Let ONNX Runtime open a model.
+
+    Raises:
+        ModelError: It refuses: which node is at fault, or what it says.
+    """
+    with onnx_file(source) as file:
+        try:
+            open_session(file)
+        except ModelError as error:
+            name = str(source) if isinstance(source, str | os.PathLike) else "the model"
+            raise ModelError(
+                f"{name} is not a valid ONNX model: {_refusal(ir.load(file), error, file)}"
+            ) from error
+
+
 def _load_file(path: Path) -> ir.Model:
     if not path.exists():
         raise ModelError(f"no model: {path} does not exist")
@@ -84,20 +120,11 @@ def _load_file(path: Path) -> ir.Model:
         raise ModelError(f"{path} is a folder; give the .onnx file inside it")
     if not path.is_file():
         raise ModelError(f"{path} is no regular file")
-    try:
-        proto = onnx.load(path, load_external_data=False)
-        densify(proto)
-        model: ir.Model = ir.from_proto(inline_old_functions(proto))
-        ir.external_data.set_base_dir(model.graph, path.parent)
-    except Exception as error:
-        # The protobuf and onnx_ir readers share no exception type for malformed bytes.
-        raise ModelError(
-            f"{path} is not a readable ONNX model (corrupt or truncated?): {_first_line(error)}; "
-            "copy or export it again"
-        ) from error
+    model = _read(path)
     if not len(model.graph):
         raise ModelError(f"{path} holds no nodes: not an ONNX model, or an empty one")
     _check_external_data(model, path)
+    check_whole(model, str(path))
     try:
         onnx.checker.check_model(str(path))
     except Exception as error:
@@ -106,13 +133,61 @@ def _load_file(path: Path) -> ir.Model:
         try:
             open_session(path)
         except QCompilerError as refusal:
-            # What the checker says first may be the one thing that ORT would not have minded.
-            reason = _first_line(refusal).rpartition(f"{path} failed:")[2]
             raise ModelError(
-                f"{path} is not a valid ONNX model: ONNX Runtime says: {reason}; "
-                f"the ONNX checker: {_first_line(error)}"
+                f"{path} is not a valid ONNX model: {_refusal(model, refusal, path, error)}"
             ) from error
     return model
+
+
+def _read(path: Path) -> ir.Model:
+    """The model of a file.
+
+    Raises:
+        ModelError: It is none, or a broken one.
+    """
+    proto = None
+    try:
+        proto = onnx.load(path, load_external_data=False)
+        densify(proto)
+        with _silent_reader():
+            model: ir.Model = ir.from_proto(inline_old_functions(proto))
+        ir.external_data.set_base_dir(model.graph, path.parent)
+    except Exception as error:
+        # The protobuf and onnx_ir readers share no exception type for malformed bytes.
+        fault = None if proto is None else fault_of(proto)
+        if fault is not None:
+            raise ModelError(
+                f"{path} is not a valid ONNX model: {fault}; export it again"
+            ) from error
+        raise ModelError(
+            f"{path} is not a readable ONNX model (corrupt or truncated?): "
+            f"{_first_line(first_cause(error))}; copy or export it again"
+        ) from error
+    return model
+
+
+@contextlib.contextmanager
+def _silent_reader() -> Iterator[None]:
+    """Values that nothing defines are logged by onnx_ir, and refused by us."""
+    logger = logging.getLogger("onnx_ir.serde")
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = False
+
+
+def _refusal(
+    model: ir.Model, error: QCompilerError, file: Path, checker: Exception | None = None
+) -> str:
+    """Why ONNX Runtime refuses a model: the node that breaks a rule, or its own words.
+
+    What the checker says may be the one thing that ONNX Runtime would not have minded.
+    """
+    for _, node, problem in onnx_problems(model):
+        return f"node {node!r}: {problem}"
+    said = f"ONNX Runtime says: {_first_line(error).partition(f'{file}: ')[2]}"
+    return said if checker is None else f"{said}; the ONNX checker: {_first_line(checker)}"
 
 
 def _check_external_data(model: ir.Model, path: Path) -> None:
@@ -123,6 +198,11 @@ def _check_external_data(model: ir.Model, path: Path) -> None:
             tensor = value.const_value
             if not isinstance(tensor, ir.ExternalTensor):
                 continue
+            if not tensor.location:
+                raise ModelError(
+                    f"{path}: external data of tensor {value.name!r} has no location, the file "
+                    "that it lies in; export the model again"
+                )
             file = Path(os.path.normpath(folder / tensor.location))
             if not file.is_relative_to(folder):
                 raise ModelError(
@@ -140,6 +220,12 @@ def _check_external_data(model: ir.Model, path: Path) -> None:
                     f"{path}: external data {tensor.location!r} is a symbolic link, as in a hub's "
                     "cache; copy the model with cp -rL and compile the copy"
                 )
+            if tensor.length not in (None, 0, tensor.nbytes):
+                raise ModelError(
+                    f"{path}: external data of tensor {value.name!r} is said to be "
+                    f"{tensor.length} bytes, but {list(tensor.shape)} of {tensor.dtype} is "
+                    f"{tensor.nbytes}; export the model again"
+                )
             end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
             if end > file.stat().st_size:
                 raise ModelError(
@@ -148,5 +234,5 @@ def _check_external_data(model: ir.Model, path: Path) -> None:
                 )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

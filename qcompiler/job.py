@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qcompiler.bundle import Manifest
 from qcompiler.chooser import Chooser, Wishes
 from qcompiler.emit import build_kernels, write_bundle
-from qcompiler.frontend import is_of_torch, load_model, onnx_file
+from qcompiler.frontend import check_opens, is_of_torch, load_model, onnx_file
 from qcompiler.ir.decisions import decisions
 from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.ir.stages import Stage
@@ -24,7 +24,7 @@ from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.pipeline import Pipeline
 from qcompiler.progress import Clock
 from qcompiler.recipe import Recipe
-from qcompiler.runtime import load, open_session
+from qcompiler.runtime import load
 from qcompiler.session_options import new_session_options
 from qcompiler.source import check_source, foreign_domains, inputs_with_defaults
 from qcompiler.step import Step, Watcher
@@ -145,16 +145,13 @@ class Job:
         Raises:
             ModelError: ONNX Runtime refuses it, or already the model that it was made from.
         """
-        options = new_session_options()
-        options.log_severity_level = 3  # of float16 ops that the CPU provider casts at each run
         try:
             load(
                 stage, providers=["CPUExecutionProvider"], native=self.target.arch == "x86",
-                session_options=options,
+                session_options=new_session_options(quiet=True),
             )  # fmt: skip
         except ModelError:
-            with onnx_file(self.source) as file:
-                open_session(file)
+            check_opens(self.source)
             raise
 
     def is_slower(self, model: ir.Model, stage: Path) -> bool:

@@ -11,28 +11,15 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from qcompiler.ir.errors import ModelError, OptionError
+from qcompiler.ir.errors import ModelError, OptionError, first_cause
 
-__all__ = ["WeightFile", "check_file", "save_model", "saving"]
+__all__ = ["WeightFile", "save_model", "saving"]
 
 _INLINE_LIMIT = 1 << 30
 """Above this many bytes weights go into a file of their own: protobuf ends at 2 GiB."""
 
 _SMALL = 1024
 """Bytes: smaller tensors stay inside the model, where viewers show them."""
-
-
-def check_file(path: Path, source: Path | None) -> Path:
-    """The same path, if a model may be written there.
-
-    Raises:
-        OptionError: It is a folder, or the file that the model came from.
-    """
-    if path.is_dir():
-        raise OptionError(f"output {path} is a folder; name a file in it, such as {path}/out.onnx")
-    if source is not None and path.exists() and path.samefile(source):
-        raise OptionError(f"{path} is the input; name another file")
-    return path
 
 
 def save_model(model: ir.Model, path: Path) -> None:
@@ -47,6 +34,8 @@ def save_model(model: ir.Model, path: Path) -> None:
     tensors = [tensor for value in _initializers(model) if (tensor := value.const_value)]
     outside = any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
     beside = outside or sum(tensor.nbytes for tensor in tensors) > _INLINE_LIMIT
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with (
         saving(path),
         tempfile.TemporaryDirectory(prefix=".qcompiler-", dir=path.parent) as folder,
@@ -112,10 +101,7 @@ def saving(path: Path) -> Iterator[None]:
         raise OptionError(f"cannot write {path}: {reason}") from error
     except Exception as error:
         # Names that are not UTF-8, for one, come as far as this.
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise ModelError(f"the model cannot be saved: {cause}") from error
+        raise ModelError(f"the model cannot be saved: {first_cause(error)}") from error
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:

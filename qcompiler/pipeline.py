@@ -120,13 +120,13 @@ class Pipeline:
         chosen: list[Step] = []
         for item in parse_pipeline(text, list(steps)):
             step = steps[item.name]
+            rewrite = configured(step.rewrite, item.name, item.options)
             before = {other.name for other in chosen}
             if step.needs == "plans" and "assign-precision" not in before:
                 raise OptionError(
                     f"{item.name} needs the plans of assign-precision, which files do not hold; "
                     f"run both: assign-precision,{item.name} with --target TARGET"
                 )
-            rewrite = configured(step.rewrite, item.name, item.options)
             chosen.append(dataclasses.replace(step, rewrite=rewrite))
         return Pipeline(chosen, self.target, self.recipe)
 

@@ -13,13 +13,15 @@ from typing import Any
 
 from qcompiler.bundle import MANIFEST, Manifest
 from qcompiler.clipping import Clipping
-from qcompiler.ir.errors import OptionError, did_you_mean
+from qcompiler.ir.errors import OptionError, cannot_read, did_you_mean
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.convert_float16 import check_float_type
 from qcompiler.passes.fuse_attention import FuseAttention
 from qcompiler.passes.node_rules import NodeRule
 
 __all__ = ["Recipe"]
+
+_RECIPES = "a TOML file, or a bundle for the recipe that it was made by"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Recipe:
         try:
             content = tomllib.loads(given.read_text(encoding="utf-8"))
         except OSError as error:
-            raise OptionError(f"cannot read the recipe {path}: {error.strerror}") from error
+            raise OptionError(cannot_read("recipe", path, error, _RECIPES)) from error
         except UnicodeDecodeError as error:
             raise OptionError(f"{path} is not a text file: {error}") from error
         except tomllib.TOMLDecodeError as error:

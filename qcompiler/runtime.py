@@ -148,7 +148,8 @@ def open_session(
         )
     except Exception as error:
         # ORT raises a dozen unrelated exception types here, some of them bare RuntimeError.
-        raise ModelError(f"ONNX Runtime cannot load {model}: {error}") from error
+        reason = str(error).replace(f"Load model from {model} failed:", "")
+        raise ModelError(f"ONNX Runtime cannot load {model}: {reason}") from error
 
 
 def open_model(

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompiler.ir.errors import ModelError
+from qcompiler.ir.errors import ModelError, cannot_read
 
 __all__ = ["SafeTensors"]
 
@@ -83,6 +83,7 @@ def _header(file: Path) -> Iterator[tuple[str, tuple[Path, np.dtype[Any], tuple[
                 raise ValueError(f"{name!r} does not lie within it")
             yield name, (file, dtype, shape, 8 + length + first)
     except OSError as error:
-        raise ModelError(f"cannot read {file}: {error.strerror}") from error
+        message = cannot_read("checkpoint", file, error, "a .safetensors file, or its folder")
+        raise ModelError(message) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file} is no whole safetensors file: {error}") from error

@@ -18,8 +18,8 @@ from qcompiler.sample_function import find_function, samples_of
 
 __all__ = ["Sample", "Samples", "Source", "check_sample", "samples_from"]
 
-Source = str | os.PathLike[str] | Callable[[], Any]
-"""A folder or file, "module:function", or the function itself."""
+Source = str | os.PathLike[str] | Callable[[], Any] | list[Any]
+"""A folder or file, "module:function", the function itself, or a list of samples."""
 
 
 class Samples:
@@ -27,7 +27,8 @@ class Samples:
 
     A folder holds `.npz` files (an array per input), `.npy` files (the only input), ONNX
     `test_data_set_*` folders or images; a file is one of those.  A function returns or yields
-    samples: an array, a sequence of arrays in the order of the inputs, or a dictionary.
+    samples, a list holds them: an array, a sequence of arrays in the order of the inputs, or a
+    dictionary.
     """
 
     def __init__(self, source: Source, preprocess: Preprocess | None = None) -> None:
@@ -42,18 +43,15 @@ class Samples:
             OptionError: `preprocess` without images, or images without it.
         """
         require("preprocess", preprocess, Preprocess, "a Preprocess")
-        if not callable(source):
-            require_path("samples", source)
-        self._function = source if callable(source) else find_function(source)
-        self.name = getattr(source, "__name__", "samples") if callable(source) else str(source)
-        self._files = [] if self._function is not None else find_files(Path(str(source)))
+        self.name, self._function = _named(source)
+        self._files = [] if self._function is not None else find_files(Path(self.name))
         kinds = {file.suffix.lower() for file in self._files}
         images = bool(kinds & IMAGES)
         if images != (preprocess is not None):
             raise OptionError(
-                f"{source} holds images: say with --preprocess size=224,… what the model takes"
+                f"{self.name} holds images: say with --preprocess size=224,… what the model takes"
                 if images
-                else f"{source} holds no images: leave out --preprocess"
+                else f"{self.name} holds no images: leave out --preprocess"
             )
         self._preprocess = preprocess
         self._count = len(self._files)
@@ -123,6 +121,22 @@ class Samples:
                 digest.update(np.ascontiguousarray(array).data if array.size else b"")
         self._count = count
         return digest.hexdigest()
+
+
+def _named(source: Source) -> tuple[str, Callable[[], Any] | None]:
+    """What messages call a source, and the function that gives its samples, if it is no path.
+
+    Raises:
+        OptionError: It is no source, or its function is not found.
+    """
+    if isinstance(source, list):
+        return "the list", lambda: source
+    if callable(source):
+        return getattr(source, "__name__", "samples"), source
+    if not isinstance(source, str | os.PathLike):
+        require("samples", source, str, "a path, a function or a list")
+    require_path("samples", source)
+    return str(source), find_function(source)
 
 
 def samples_from(source: Source | Samples) -> Samples:

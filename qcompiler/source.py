@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from qcompiler.ir import dialect
-from qcompiler.ir.errors import ModelError, OptionError
+from qcompiler.ir.errors import ModelError
+from qcompiler.ir.graph import every_node, label
 
 __all__ = [
-    "check_destination_of",
     "check_not_compiled",
     "check_source",
+    "check_whole",
     "foreign_domains",
     "inputs_with_defaults",
 ]
+
+_OLDEST_OPSET = 7
 
 _KNOWN_TO_ORT = frozenset({
     "", "ai.onnx", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "com.microsoft",
@@ -32,9 +34,16 @@ def check_source(model: ir.Model) -> None:
     """Refuse a model that was compiled before, or that is broken.
 
     Raises:
-        ModelError: Its opset is unknown, it has ops of ours, or NaN among its weights.
+        ModelError: Its opset is too old or unknown, it has ops of ours, or NaN among its weights.
     """
-    newest, opset = onnx.defs.onnx_opset_version(), model.graph.opset_imports.get("", 1)
+    newest = onnx.defs.onnx_opset_version()
+    opset = model.graph.opset_imports.get("", newest)
+    if opset < _OLDEST_OPSET:
+        raise ModelError(
+            f"the model is of opset {opset}, and ONNX Runtime has no kernels of ops below "
+            f"{_OLDEST_OPSET}, so that nothing could be compared with it: export it again, or "
+            f"convert it with onnx.version_converter.convert_version(model, {_OLDEST_OPSET})"
+        )
     if opset > newest:
         raise ModelError(
             f"the model is of opset {opset}, the installed onnx knows {newest}: export it again "
@@ -54,6 +63,42 @@ def check_source(model: ir.Model) -> None:
                 f"the weight {value.name!r}{read} holds {count} NaN: the model is damaged; "
                 "export it again"
             )
+
+
+def check_whole(model: ir.Model, name: str) -> None:
+    """Refuse a model in which something is missing, which no reader of models asks for.
+
+    Args:
+        model: The model.
+        name: What messages call it.
+
+    Raises:
+        ModelError: It has no outputs, or a value or a domain is used that it does not define.
+    """
+    if not model.graph.outputs:
+        raise ModelError(f"{name} has no outputs, so that it computes nothing; export it with some")
+    for node in every_node(model.graph):
+        for value in node.inputs:
+            if value is not None and _is_undefined(value):
+                raise ModelError(
+                    f"{name}: node {label(node)!r} reads {value.name!r}, which is no input, no "
+                    "weight and no result of another node; export the model again"
+                )
+        if node.domain not in model.graph.opset_imports:
+            domain = node.domain or "ai.onnx"
+            raise ModelError(
+                f"{name}: node {label(node)!r} is of the domain {domain!r}, of which the model "
+                "imports no version; export it again"
+            )
+    for value in model.graph.outputs:
+        if _is_undefined(value):
+            raise ModelError(
+                f"{name}: the output {value.name!r} is no result of a node; export the model again"
+            )
+
+
+def _is_undefined(value: ir.Value) -> bool:
+    return not (value.producer() or value.is_graph_input() or value.is_initializer())
 
 
 def check_not_compiled(model: ir.Model) -> None:
@@ -84,20 +129,6 @@ def _count_of_nan(tensor: ir.TensorProtocol) -> int:
         with contextlib.suppress(BufferError):  # somebody else holds the array
             tensor.release()  # else the whole file stays mapped
     return count
-
-
-def check_destination_of(source: object, destination: Path) -> None:
-    """Refuse to replace the folder that the model lies in.
-
-    Raises:
-        OptionError: `source` is a path inside `destination`.
-    """
-    if isinstance(source, str | Path) and Path(source).resolve().is_relative_to(
-        destination.resolve()
-    ):
-        raise OptionError(
-            f"output {destination} holds the model {source} itself; name another folder with -o DIR"
-        )
 
 
 def inputs_with_defaults(model: ir.Model) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from qcompiler.destination import check_writable
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.model_file import WeightFile, saving
 from qcompiler.step import Step, Watcher
@@ -125,7 +126,7 @@ class DumpModels(Watcher):
 
 
 def check_dumps(watchers: Sequence[Watcher], source: object, output: Path) -> None:
-    """Refuse to dump where the model comes from or goes to.
+    """Refuse to dump where nothing can be written, or where the model comes from or goes to.
 
     Args:
         watchers: Of a run that is about to start.
@@ -133,10 +134,13 @@ def check_dumps(watchers: Sequence[Watcher], source: object, output: Path) -> No
         output: What will be written.
 
     Raises:
-        OptionError: A folder for dumps and one of the two lie in one another.
+        OptionError: A folder for dumps cannot be written, or it and one of the two lie in one
+            another.
     """
     for watcher in watchers:
         if isinstance(watcher, DumpModels):
+            index, what = watcher.folder / _INDEX, f"the folder {watcher.folder} for dumps"
+            check_writable(index, what, "name another folder")
             if isinstance(source, str | os.PathLike):
                 watcher.check_apart("model", Path(source))
             watcher.check_apart("output", output)

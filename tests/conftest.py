@@ -22,6 +22,13 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
+RNG = np.random.default_rng(0)
+W = RNG.standard_normal((64, 8), dtype=np.float32)
+CONV_W = RNG.standard_normal((4, 2, 3, 3), dtype=np.float32)
+IMAGE = RNG.standard_normal((1, 2, 8, 8), dtype=np.float32)
+MATMUL = "g (float[m,64] x) => (float[m,8] y) { y = MatMul (x, w) }"
+CONV = "g (float[n,2,8,8] x) => (float[n,4,6,6] y) { c = Conv (x, w) r = Relu (c) y = Neg (r) }"
+
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
 
 
@@ -103,3 +110,29 @@ def mlp(seed: int = 0, depth: int = 64, width: int = 48) -> ir.Model:
             "d": rng.standard_normal(depth, dtype=np.float32),
         },
     )
+
+
+@pytest.fixture
+def matmul(tmp_path):
+    path = tmp_path / "matmul.onnx"
+    ir.save(model_of(MATMUL, {"w": W}), path)
+    return path
+
+
+@pytest.fixture
+def conv(tmp_path):
+    path = tmp_path / "conv.onnx"
+    ir.save(model_of(CONV, {"w": CONV_W}), path)
+    return path
+
+
+@pytest.fixture
+def bundle(matmul, tmp_path):
+    return qcompiler.compile(matmul, "arm-int8", tmp_path / "bundle").bundle
+
+
+def samples(folder, *arrays):
+    folder.mkdir()
+    for index, content in enumerate(arrays):
+        np.savez(folder / f"{index}.npz", **content)
+    return folder

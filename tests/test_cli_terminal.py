@@ -106,6 +106,24 @@ def test_an_interrupt_that_was_swallowed(monkeypatch):
     assert qcompile(MODEL, *ARM, "-q").exit_code == 130
 
 
+def test_an_interrupt_while_modules_are_imported():
+    code = (
+        "import os, signal, sys, time\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'rich_click':\n"
+        "            try:\n"
+        "                os.kill(os.getpid(), signal.SIGINT)\n"
+        "                time.sleep(9)\n"
+        "            except KeyboardInterrupt:\n"
+        "                pass  # as native code may do\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from qcompiler.cli import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "error: interrupted\n")
+
+
 # Missing packages
 
 

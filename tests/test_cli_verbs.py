@@ -83,7 +83,7 @@ def test_inspect_an_altered_bundle():
         (None, "not a bundle: it has no manifest.json"),
         ("{", "not a readable manifest"),
         ('{"schema": 99}', "has schema 99"),
-        ('{"schema": 1, "target": "x", "tools": {}, "minimum_ort": "1.23", "recipe": {}, '
+        ('{"schema": 1, "target": "x86-a", "tools": {}, "minimum_ort": "1.23", "recipe": {}, '
          '"decisions": [{"no": "x"}], "files": {"model.onnx": ""}, "library": null}',
          "unreadable decisions"),
     ],
@@ -117,6 +117,13 @@ def test_bench_as_json(bundle):
     assert found["inputs"][0]["shape"] == [3, 1, 20, 20]
     assert found["inputs"][0]["assumed"] == {}
     assert result.stderr == ""
+
+
+def test_bench_quietly(bundle):
+    result = qcompile("bench", bundle, "--against", MODEL, "--seconds", 0.05, "--threads", 1, "-q")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert "Speedup" in result.stdout
 
 
 def test_bench_with_samples(bundle):
@@ -253,7 +260,7 @@ def test_pass_keeps_external_data_complete():
         (["insert-qdq", MODEL, "o.onnx"], 1, "needs the plans of assign-precision"),
         (["canonicalize", MODEL, MODEL], 1, "is the input; name another file"),
         (["canonicalize", "nope.onnx", "o.onnx"], 1, "nope.onnx does not exist"),
-        (["canonicalize", MODEL, "no/folder/o.onnx"], 1, "no/folder"),
+        (["canonicalize", MODEL, f"{MODEL}/o.onnx"], 1, "digits.onnx: Not a directory"),
         (["assign-precision", MODEL, "o.onnx", "--target", "x"], 1, "unknown target 'x'"),
     ],
 )

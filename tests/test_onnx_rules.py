@@ -88,7 +88,7 @@ def multiply_bools(node: ir.Node) -> None:
 @pytest.mark.parametrize(
     ("what", "problem"),
     [
-        (rename, "ai.onnx 21 has no MatMull .rule onnx-op, stage float"),
+        (rename, "ai.onnx 21 has no MatMull; did you mean 'MatMul'. .rule onnx-op, stage float"),
         (take_a_newer_op, "ai.onnx 21 has no RMSNormalization"),
         (take_a_dropped_op, "ai.onnx 21 has no Upsample"),
         (drop_an_operand, "MatMul with 1 operands .rule onnx-operands"),

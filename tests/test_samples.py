@@ -180,6 +180,16 @@ def fails():
     raise KeyError("lost")
 
 
+def test_lists():
+    first, second = arrays([{"x": X}, X + 1])
+    np.testing.assert_array_equal(first["x"], X)
+    np.testing.assert_array_equal(second["x"], X + 1)
+    with pytest.raises(CalibrationError, match=r"sample 2 of the list: input 'x' has shape .3, 4."):
+        arrays([X, X[0]])
+    with pytest.raises(CalibrationError, match="no samples: the list gives none"):
+        arrays([])
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [

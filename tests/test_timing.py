@@ -418,7 +418,7 @@ def test_a_record_reads_back(estimated):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (None, "cannot read the choices in .*: No such file"),
+        (None, "no choices: .* does not exist; give a bundle"),
         ("no JSON", "holds no choices that can be read"),
         ({"target": "arm-int8"}, "are for arm-int8, not for x86-int8"),
         ({"choices": None}, "holds no choices: its bundle was made with passes of its own"),

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from typing import NoReturn
 
-__all__ = ["main", "missing_package"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # `typing` itself takes as long to import as all else here
+    from types import FrameType
+    from typing import NoReturn
+
+__all__ = ["leave_at_once", "main", "missing_package"]
 
 
 def main() -> NoReturn:
     """The console script `qcompile`."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        # An exception would end in a traceback, or nowhere where an import calls back.
+        signal.signal(signal.SIGINT, leave_at_once)
     try:
-        # Imported here, so that an interrupt at any time ends without a traceback.
         from qcompiler.cli.app import run
-    except KeyboardInterrupt:
-        sys.exit(130)
     except ModuleNotFoundError as error:
         if (hint := missing_package(error)) is None:
             raise
         sys.exit(f"error: {hint}")
     run()
+
+
+def leave_at_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Handle Ctrl-C where nothing is begun that would have to be undone."""
+    os.write(2, b"error: interrupted\n")
+    os._exit(128 + number)
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:

@@ -11,7 +11,16 @@ from rich.text import Text
 
 from qcompiler.cli.console import Terminal
 from qcompiler.cli.figures import FigureTable, facts, span
-from qcompiler.cli.options import FILE, Count, Shapes, ShapesType, json_option, verbose_option
+from qcompiler.cli.options import (
+    FILE,
+    Command,
+    Count,
+    Shapes,
+    ShapesType,
+    json_option,
+    quiet_option,
+    verbose_option,
+)
 
 if TYPE_CHECKING:
     from qcompiler.bench import Bench
@@ -37,7 +46,7 @@ class SecondsType(click.FloatRange):
         return seconds
 
 
-@click.command("bench")
+@click.command("bench", cls=Command)
 @click.argument("bundle", type=FILE, metavar="BUNDLE")
 @click.option(
     "--against",
@@ -65,15 +74,17 @@ class SecondsType(click.FloatRange):
     show_default=True,
     help="How long to measure, per number of threads.",
 )
+@quiet_option
 @json_option
 @verbose_option
 @click.pass_obj
 def bench_command(
     terminal: Terminal, bundle: Path, against: Path, threads: tuple[int, ...],
-    shapes: Shapes | None, data: Path | None, seconds: float, as_json: bool,
+    shapes: Shapes | None, data: Path | None, seconds: float, quiet: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Time a bundle against its model, in turn, in one process."""
-    with terminal.progress(shown=not as_json) as progress:
+    with terminal.progress(shown=not (quiet or as_json)) as progress:
         from qcompiler.bench import bench
 
         found = bench(bundle, against, threads=threads, shapes=shapes, data=data,

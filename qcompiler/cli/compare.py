@@ -14,9 +14,11 @@ from qcompiler.cli.console import Terminal
 from qcompiler.cli.figures import FigureTable
 from qcompiler.cli.options import (
     FILE,
+    Command,
     Count,
     json_option,
     preprocess_option,
+    quiet_option,
     samples_of,
     verbose_option,
 )
@@ -33,7 +35,7 @@ _MANY_OUTPUTS, _FIRST_OUTPUTS = 10, 6
 """Above so many outputs (a decoder's cache has 60) only the first are shown."""
 
 
-@click.command("compare")
+@click.command("compare", cls=Command)
 @click.argument("model", type=FILE, metavar="MODEL")
 @click.argument("bundle", type=FILE, metavar="BUNDLE")
 @click.option(
@@ -69,17 +71,19 @@ _MANY_OUTPUTS, _FIRST_OUTPUTS = 10, 6
     metavar="N",
     help="Print a recipe that keeps the N worst nodes float, and nothing else.",
 )
+@quiet_option
 @json_option
 @verbose_option
 @click.pass_obj
 def compare_command(
     terminal: Terminal, model: Path, bundle: Path, data: Path, preprocess: str | None,
     labels: str | None, native: bool, nodes: int, metric: str | None, keep_worst: int | None,
-    as_json: bool,
+    quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run a model and its bundle on samples, and measure the difference."""
     # Without a bar there is nothing to say on the way: samples are no stages.
-    with terminal.progress(shown=not as_json and terminal.err.is_terminal) as progress:
+    bar = not (quiet or as_json) and terminal.err.is_terminal
+    with terminal.progress(bar) as progress:
         from qcompiler.compare import compare
 
         found = compare(

@@ -12,11 +12,13 @@ from qcompiler.cli.console import Terminal
 from qcompiler.cli.debugging import Debugging, debugging_options
 from qcompiler.cli.options import (
     FILE,
+    Command,
     Shapes,
     ShapesType,
     TargetName,
     json_option,
     preprocess_option,
+    quiet_option,
     samples_of,
     verbose_option,
 )
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["compile_command"]
 
 
-@click.command("compile", hidden=True, add_help_option=False)
+@click.command("compile", cls=Command, hidden=True, add_help_option=False)
 @click.option_panel("Arguments")
 @click.argument("model", type=FILE, metavar="MODEL", help="An ONNX file, or a .pt2 of torch.")
 @click.option(
@@ -114,7 +116,7 @@ __all__ = ["compile_command"]
     help="What to write: a bundle, or an ONNX file with ONNX Runtime's own MatMulNBits for int4.",
 )
 @click.option("--strict", is_flag=True, help="Fail if a node that could be fast is not.")
-@click.option("-q", "--quiet", is_flag=True, help="Print warnings and errors only.")
+@quiet_option
 @debugging_options
 @json_option
 @verbose_option
@@ -128,8 +130,6 @@ def compile_command(
     strict: bool, quiet: bool, debugging: Debugging, as_json: bool,
 ) -> None:  # fmt: skip
     """Compile a model into a bundle."""
-    if calib is None and not (preprocess is None and calib_method is None):
-        raise click.UsageError("--preprocess and --calib-method are about samples: add --calib")
     with (
         debugging.watching(terminal, quiet or as_json) as watchers,
         terminal.progress(shown=not (quiet or as_json)) as progress,
@@ -142,6 +142,8 @@ def compile_command(
         recipe = _recipe(
             recipe_file, keep_float, group_size, calib_method, rounding, zero_points, float_type
         )
+        if calib is None and not (preprocess is None and calib_method is None):
+            raise click.UsageError("--preprocess and --calib-method are about samples: add --calib")
         samples = None if calib is None else samples_of(calib, preprocess)
         report = qcompiler.compile(
             model, target, output, recipe=recipe, calibration=samples,

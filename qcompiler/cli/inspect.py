@@ -14,7 +14,7 @@ from rich.text import Text
 from qcompiler.cli.console import Terminal
 from qcompiler.cli.decisions import decision_table
 from qcompiler.cli.figures import FigureTable, facts, size
-from qcompiler.cli.options import FILE, json_option, verbose_option
+from qcompiler.cli.options import FILE, Command, json_option, verbose_option
 from qcompiler.ir.errors import BundleError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ _QUANTIZED = frozenset({
 })  # fmt: skip
 
 
-@click.command("inspect")
+@click.command("inspect", cls=Command)
 @click.argument("path", type=FILE, metavar="MODEL|BUNDLE")
 @click.option(
     "--recipe",

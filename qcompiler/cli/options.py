@@ -14,12 +14,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FILE",
+    "Command",
     "Count",
     "Shapes",
     "ShapesType",
     "TargetName",
     "json_option",
     "preprocess_option",
+    "quiet_option",
     "samples_of",
     "verbose_option",
 ]
@@ -28,6 +30,23 @@ Shapes = dict[str, tuple[int, ...]]
 """Sizes by input name."""
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Command(click.RichCommand):
+    """A command whose options are given once, unless they are flags or may repeat."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse a second value, which would silently replace the first."""
+        if not ctx.resilient_parsing:
+            _, _, given = self.make_parser(ctx).parse_args(list(args))
+            for option in given:
+                if not isinstance(option, click.Option) or option.multiple:
+                    continue
+                # A flag says the same twice, unless it can be said the other way too.
+                if given.count(option) > 1 and (option.secondary_opts or not option.is_flag):
+                    name = max(option.opts, key=len)
+                    raise click.UsageError(f"{name} is given twice: leave one out", ctx)
+        return super().parse_args(ctx, args)
 
 
 class FileType(click.Path):
@@ -91,6 +110,16 @@ class TargetName(click.ParamType[str]):
 def json_option(command: F) -> F:
     """`--json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+def quiet_option(command: F) -> F:
+    """`-q`."""
+    return click.option(
+        "-q",
+        "--quiet",
+        is_flag=True,
+        help="No progress; when compiling, warnings and errors only.",
+    )(command)
 
 
 def preprocess_option(command: F) -> F:

@@ -13,7 +13,7 @@ from rich.text import Text
 from qcompiler.cli.console import Terminal
 from qcompiler.cli.debugging import Debugging, debugging_options
 from qcompiler.cli.figures import FigureTable
-from qcompiler.cli.options import FILE, TargetName, json_option, verbose_option
+from qcompiler.cli.options import FILE, Command, TargetName, json_option, verbose_option
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,7 +26,7 @@ _SAMPLED = ("choose-kernels", "smooth-activations", "awq", "gptq", "insert-qdq")
 """Passes that look at samples."""
 
 
-@click.command("pass")
+@click.command("pass", cls=Command)
 @click.argument("words", metavar="[PASSES] IN.onnx OUT.onnx", nargs=-1)
 @click.option("--list", "listed", is_flag=True, help="List the passes in order, with options.")
 @click.option(
@@ -54,8 +54,9 @@ def pass_command(
         _list(terminal, as_json)
         return
     text, source, output = _operands(words, debugging.pipeline)
+    from qcompiler.destination import check_file
     from qcompiler.frontend import load_model
-    from qcompiler.model_file import check_file, save_model
+    from qcompiler.model_file import save_model
     from qcompiler.watch import check_dumps
 
     check_file(output, source)

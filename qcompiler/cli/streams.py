@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO
 
+from qcompiler.cli import leave_at_once
+
 __all__ = ["discard", "noting_interrupts", "prepare_streams"]
 
 _PLAIN = {"→": "->", "µ": "u", "…": "..."}
@@ -51,7 +53,8 @@ def discard(stream: IO[str]) -> None:
 def noting_interrupts(note: Callable[[], None]) -> Iterator[None]:
     """Call `note` on Ctrl-C, before the KeyboardInterrupt that native code may swallow."""
     ours = threading.current_thread() is threading.main_thread()
-    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    before = signal.getsignal(signal.SIGINT)
+    if not ours or before not in (signal.default_int_handler, leave_at_once):
         yield
         return
 
@@ -63,4 +66,4 @@ def noting_interrupts(note: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)

@@ -8,12 +8,12 @@ from pathlib import Path
 import rich_click as click
 
 from qcompiler.cli.console import Terminal
-from qcompiler.cli.options import FILE, json_option, verbose_option
+from qcompiler.cli.options import FILE, Command, json_option, verbose_option
 
 __all__ = ["take_weights_command"]
 
 
-@click.command("take-weights")
+@click.command("take-weights", cls=Command)
 @click.argument("model", type=FILE, metavar="MODEL.onnx")
 @click.argument("checkpoint", type=FILE, metavar="CHECKPOINT")
 @click.argument("output", type=FILE, metavar="OUT.onnx")
@@ -37,8 +37,9 @@ def take_weights_command(
     CHECKPOINT is a .safetensors file, or the folder of one.  OUT.onnx then compiles like any
     quantized model, or runs in ONNX Runtime as it is.
     """
+    from qcompiler.destination import check_file
     from qcompiler.frontend import load_model
-    from qcompiler.model_file import check_file, save_model
+    from qcompiler.model_file import save_model
     from qcompiler.quantized_checkpoint import take_over_weights
 
     check_file(output, model)

@@ -11,7 +11,7 @@ from rich.text import Text
 from qcompiler.cli.console import Terminal
 from qcompiler.cli.figures import FigureTable, facts
 from qcompiler.cli.host import gpu_capability, instruction_sets, machine
-from qcompiler.cli.options import json_option, verbose_option
+from qcompiler.cli.options import Command, json_option, verbose_option
 
 if TYPE_CHECKING:
     from qcompiler.targets.target import Scheme, Target
@@ -46,7 +46,7 @@ class TargetStatus:
     provider_available: bool
 
 
-@click.command("targets")
+@click.command("targets", cls=Command)
 @json_option
 @verbose_option
 @click.pass_obj

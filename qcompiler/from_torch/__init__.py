@@ -16,7 +16,7 @@ from qcompiler.ir.errors import ModelError, OptionError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["is_torch_file", "load_torch"]
+__all__ = ["is_torch_file", "is_torch_object", "load_torch"]
 
 _SUFFIXES = frozenset({".pt2", ".pt", ".pth", ".ckpt"})
 _ZIP = b"PK\x03\x04"
@@ -50,13 +50,7 @@ def load_torch(
     Raises:
         ModelError: torch is not installed, or cannot read, capture or translate `source`.
     """
-    known = isinstance(source, Path) or _is_of_torch(source)
     what = str(source) if isinstance(source, Path) else f"a {type(source).__name__}"
-    if not known:
-        raise ModelError(
-            f"cannot read {what}: give a path, an onnx_ir.Model, a torch.export.ExportedProgram, "
-            "or a torch.fx.GraphModule with example_inputs"
-        )
     try:
         import torch
     except ImportError as error:
@@ -79,6 +73,6 @@ def load_torch(
     return to_onnx(capture(source, example_inputs, dynamic_shapes))
 
 
-def _is_of_torch(source: object) -> bool:
+def is_torch_object(source: object) -> bool:
     """Whether a class of `source` is torch's: a module of the user's own derives from one."""
     return any(base.__module__.split(".")[0] == "torch" for base in type(source).__mro__)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompiler.bundle import MANIFEST
-from qcompiler.ir.errors import OptionError
+from qcompiler.ir.errors import OptionError, cannot_read
 from qcompiler.ir.sites import CANDIDATES, Candidate, Choice, Costs
 from qcompiler.timing.whole import WholeTime
 
@@ -76,7 +76,7 @@ class Record:
             made_for, choices = content["target"], content["choices"]
             record = None if choices is None else cls.from_dict(choices)
         except OSError as error:
-            raise OptionError(f"cannot read the choices in {file}: {error.strerror}") from error
+            raise OptionError(cannot_read("choices", file, error, "a bundle")) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             # A UnicodeDecodeError holds all the bytes.
             reason = "no text" if isinstance(error, UnicodeDecodeError) else repr(error)

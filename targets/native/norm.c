@@ -1,5 +1,7 @@
 /* x?, y?, (q, s)? = a norm of x, or of x = a + b: LayerNorm(x, gamma, beta) or RMSNorm(x, gamma);
  * q, s = Quantize(y), or of y * smoothing where a region has that extra operand. */
+#include <math.h>
+
 #include "qcompiler.h"
 
 /* float32 elements of x one core normalizes and quantizes per nanosecond, from L2. */
@@ -26,6 +28,17 @@ static struct qc_norm_args from_row(const struct norm_run *run, int64_t row) {
     return args;
 }
 
+/* As `qc_keep_nan`, of a y that need not be stored: it is NaN throughout if x is not finite. */
+static void keep_nan(const struct qc_norm_args *args, int64_t k) {
+    for (int64_t row = 0; row < args->rows; row++) {
+        if (!qc_has_least_scale(args->s[row])) continue;
+        float sum = 0;
+        for (int64_t i = row * k; i < (row + 1) * k; i++)
+            sum += 0 * (args->x ? args->x[i] : args->a[i] + args->b[i]);
+        if (isnan(sum)) args->s[row] = sum;
+    }
+}
+
 static void norm_task(void *argument, size_t index) {
     const struct norm_run *run = argument;
     int64_t begin = run->rows * (int64_t)index / run->tasks;
@@ -35,6 +48,7 @@ static void norm_task(void *argument, size_t index) {
         struct qc_norm_args args = from_row(run, row);
         args.rows = (int32_t)(end - row < step ? end - row : step);
         run->op->variant->norm(&args);
+        if (args.s) keep_nan(&args, run->op->spec->k);
     }
 }
 

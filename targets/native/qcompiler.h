@@ -210,6 +210,11 @@ OrtStatus *qc_check_elements(const struct qc_op *op, const OrtValue *value, cons
 OrtStatus *qc_row_count(const struct qc_op *op, const struct qc_shape *shape, const char *input,
                         int64_t *rows);
 
+/* Gives a row of x with NaN, and nothing else above the least magnitude, a scale of NaN; see quantize.c. */
+void qc_keep_nan(const float *x, int64_t rows, int64_t k, float *s);
+/* Whether a row was so small, or all NaN, that it has the least scale of all. */
+int qc_has_least_scale(float s);
+
 /* Runs task(argument, 0 .. count - 1) on the session's threads; a single task runs right here. */
 OrtStatus *qc_parallel(OrtKernelContext *context, void (*task)(void *, size_t), size_t count,
                        void *argument);

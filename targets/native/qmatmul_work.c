@@ -31,6 +31,7 @@ static void run_panels(const struct qmatmul_run *run, struct qc_qmatmul_args *ar
 void qc_quantize_rows(const struct qc_op *op, const float *x, int64_t rows, struct quantized *memory,
                       struct qc_qmatmul_args *args) {
     op->variant->quantize(&(struct qc_quantize_args){x, memory->q, memory->s, (int32_t)rows});
+    qc_keep_nan(x, rows, op->spec->k, memory->s);
     args->q = memory->q;
     args->s = memory->s;
 }

@@ -1,10 +1,29 @@
 /* q, s = Quantize(x): int8 per row, as uint8 with zero point 128. */
+#include <math.h>
+
 #include "qcompiler.h"
 
 /* float32 elements one core quantizes per nanosecond, from L2. */
 static const double QUANTIZE_RATE = 14;
 /* Kernels index a block with int32. */
 static const int64_t MAX_BLOCK_ELEMENTS = (int64_t)1 << 30;
+
+/* SMALLEST_MAGNITUDE in ir/dialect_ops.py, and a little for how it was divided. */
+static const float LEAST_SCALE = 1.0001f * 1e-20f / 127;
+
+int qc_has_least_scale(float s) { return s <= LEAST_SCALE; }
+
+/* Maxima pass over NaN, in ONNX Runtime as in kernels.  But a row that is NaN throughout, as norms make
+ * of a single one, is NaN by the function's body, and would be about 0 by the least scale.  Rows of
+ * zeros are read once more for it, all others cost a comparison. */
+void qc_keep_nan(const float *x, int64_t rows, int64_t k, float *s) {
+    for (int64_t row = 0; row < rows; row++) {
+        if (!qc_has_least_scale(s[row])) continue;
+        float sum = 0;
+        for (int64_t i = 0; i < k; i++) sum += x[row * k + i];
+        if (isnan(sum)) s[row] = sum;
+    }
+}
 
 struct quantize_run {
     const struct qc_variant *variant;
@@ -23,6 +42,7 @@ static void quantize_task(void *argument, size_t index) {
         int64_t rows = end - row < step ? end - row : step;
         run->variant->quantize(&(struct qc_quantize_args){
             run->x + row * run->k, run->q + row * run->k, run->s + row, (int32_t)rows});
+        qc_keep_nan(run->x + row * run->k, rows, run->k, run->s + row);
     }
 }
 
