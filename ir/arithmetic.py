@@ -34,6 +34,7 @@ __all__ = [
     "quantize",
     "reduce_slices",
     "scale_and_zero_point",
+    "slices_below_scale",
     "weight_scale",
 ]
 
@@ -149,6 +150,23 @@ def as_scale(steps: NDArray[Any], type: QuantType) -> NDArray[Any]:
         return scale
     short = scale.astype(steps.dtype) < steps
     return np.asarray(np.where(short, np.nextafter(scale, expressed.type(np.inf)), scale))
+
+
+def slices_below_scale(values: NDArray[Any], scale: NDArray[Any], type: QuantType) -> int:
+    """How many slices are smaller than the smallest scale can say, so that they lose bits or all.
+
+    Args:
+        values: Of any shape.
+        scale: In ONNX shape, see `weight_scale`.
+        type: What they are stored as.
+    """
+    least = np.asarray(scale <= _SMALLEST_SCALE)
+    if not least.any():
+        return 0
+    magnitudes = reduce_slices(np.maximum, np.abs(values), type.granularity)
+    ends = max(abs(end) for end in type.range) * _SMALLEST_SCALE
+    below = (magnitudes > 0) & (magnitudes < ends)
+    return int(np.sum(least.reshape(below.shape) & below))
 
 
 def quantize(

@@ -256,6 +256,18 @@ def test_weights_that_are_not_finite(tmp_path, rounding):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("target", ["arm-int8", "arm-int4"])
+def test_weights_below_the_smallest_scale_are_said(tmp_path, target):
+    weights = {"v": W["v"].copy(), "w": W["w"].copy()}
+    weights["v"][:, 3] = 0
+    weights["w"][:, 3] *= np.float32(1e-40)
+    report = qcompiler.compile(model(weights=weights), target, tmp_path / "b", timing=False)
+    first, second = (d.why for d in report.decisions if d.node in ("node_0", "node_2"))
+    count = 1 if target == "arm-int8" else 2
+    assert f"weights of {count} scales are below the smallest, and lose bits or all" in second
+    assert "smallest" not in first
+
+
 def test_inside_of_a_branch_there_is_only_rounding_to_nearest():
     text = (
         f"g (float[n,{K}] x, bool c) => (float[n,{N}] y) {{ y = If (c) <"
