@@ -76,7 +76,9 @@ def observe(
             return {name: TensorStats(*ends) for name, ends in json.loads(known).items()}
         seen = {name: Observed(clippings[name]) for name in names}
         for done, (label, tensors) in enumerate(probe.run(lambda inputs: samples), 1):
-            _look(label, tensors, summaries, seen)
+            if (broken := _look(tensors, summaries, seen)) is not None:
+                sample = next(itertools.islice(samples, done - 1, None))
+                raise _not_finite(label, _origin(model, list(names), sample) or broken)
             if progress is not None:
                 progress(done, total)
     ranges = _ranges(seen, samples)
@@ -107,14 +109,21 @@ def _clippings(
     return {name: Clipping.parse(text) if text else usual for name, text in asked.items()}
 
 
-def _look(
-    label: str, tensors: Sample, of: Mapping[str, Summary], seen: Mapping[str, Observed]
-) -> None:
+def _look(tensors: Sample, of: Mapping[str, Summary], seen: Mapping[str, Observed]) -> str | None:
+    """Look at the tensors of one sample; the first that is not finite."""
     for name, summary in of.items():
         try:
             seen[name].add(summary.values(tensors), summary.ends(tensors))
-        except ValueError as error:
-            raise _not_finite(label, name) from error
+        except ValueError:
+            return name
+    return None
+
+
+def _origin(model: ir.Model, names: Sequence[str], sample: tuple[str, Sample]) -> str | None:
+    """The first of some tensors, in the order of the graph, that is not finite on a sample."""
+    with Probe(model, names) as probe:
+        ((_, tensors),) = probe.run(lambda inputs: [sample])
+    return next((name for name in names if not np.isfinite(tensors[name]).all()), None)
 
 
 def run_exactly(

@@ -13,7 +13,8 @@ the rows of an image.  u is another number from 0 to 1 for each sample, so that 
 one place is counted in some.  It is made of the sum of what goes into the model: ONNX Runtime draws
 no random numbers from opset 22 on, and so a sample is counted alike wherever it comes in a folder.
 
-Maxima pass over NaN in ONNX Runtime, sums do not.
+Maxima pass over NaN in ONNX Runtime, sums do not.  So there is a ReduceSum too, but not of what
+hands on its NaN to another tensor that is summed: a convolution of stride 1 or a Relu do.
 """
 
 from __future__ import annotations
@@ -42,12 +43,17 @@ _NEIGHBOURS = 4
 """The most values in a row."""
 
 _NEVER_NEGATIVE = frozenset({"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Sqrt"})
-_REDUCTIONS = ("ReduceMin", "ReduceMax", "ReduceSum")
 _KEEP_SIGNS = frozenset({
     "AveragePool", "Concat", "Flatten", "GlobalAveragePool", "GlobalMaxPool", "Identity", "MaxPool",
     "Reshape", "Squeeze", "Transpose", "Unsqueeze",
 })  # fmt: skip
 """Ops whose results are not below 0 if no float that they read is."""
+
+_HAND_ON = frozenset({
+    "Add", "Concat", "Conv", "Flatten", "GlobalAveragePool", "Identity", "MatMul", "Mul", "Relu",
+    "Reshape", "Squeeze", "Sub", "Transpose", "Unsqueeze",
+})  # fmt: skip
+"""Ops some of whose results are NaN if any value of a float operand is."""
 
 _NUMBERS = frozenset({
     ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE, ir.DataType.INT32,
@@ -63,13 +69,13 @@ class Summary:
     Attributes:
         low: Least values of its parts; None of a tensor that is not below 0.
         high: Greatest ones.
-        total: Their sums.
+        total: Their sums; None where NaN is noticed elsewhere.
         some: Values evenly spaced; None where nobody counts them.
     """
 
     low: str | None
     high: str
-    total: str
+    total: str | None
     some: str | None
 
     @property
@@ -89,8 +95,9 @@ class Summary:
         low = 0.0 if self.low is None else float(tensors[self.low].min())
         high = float(tensors[self.high].max())
         # A sum that overflows is infinite, but no NaN.
-        broken = np.isnan(tensors[self.total]).any() or low == -math.inf or high == math.inf
-        if broken or math.isnan(low) or math.isnan(high):
+        lost = self.total is not None and np.isnan(tensors[self.total]).any()
+        # Of nothing the least is infinite, and the greatest minus infinity.
+        if lost or low == -math.inf or high == math.inf or math.isnan(low) or math.isnan(high):
             raise ValueError("NaN or Inf among the values")
         return low, high
 
@@ -111,7 +118,7 @@ def summarized(
         counted: Those of which some values are wanted.
         samples: How many it will be run on: of many each gives less.
     """
-    writer = _Writer(model.clone(), samples)
+    writer = _Writer(model.clone(), frozenset(names), samples)
     # ONNX Runtime begins with what was added last: so each tensor is read soon after it was made,
     # and forgotten, where the other way round all of them are kept to the end.
     made = {name: writer.summary(name, name in counted) for name in reversed(names)}
@@ -119,8 +126,9 @@ def summarized(
 
 
 class _Writer:
-    def __init__(self, model: ir.Model, samples: int) -> None:
+    def __init__(self, model: ir.Model, names: Collection[str], samples: int) -> None:
         self.model = model
+        self._summed = _summed(model.graph, names)
         self._values = {value.name: value for value in model.graph.inputs}
         self._values |= {value.name: value for node in model.graph for value in node.outputs}
         share = _COUNTED // max(samples, 1)
@@ -135,17 +143,19 @@ class _Writer:
         # By rows of tokens or channels, which ONNX Runtime shares among threads.
         rank = 0 if value.shape is None else len(value.shape)
         axes = [self._constant(list(range(2, rank)))] if rank > 2 else []
-        ops = ("ReduceMax", "ReduceSum") if value in self._never_negative else _REDUCTIONS
-        *low, high, total = (
-            self._named(f"{name}@{op}", op, [value, *axes], {"keepdims": 0}) for op in ops
-        )
-        least = low[0] if low else None
+
+        def reduced(op: str) -> str:
+            return self._named(f"{name}@{op}", op, [value, *axes], {"keepdims": 0})
+
+        low = None if value in self._never_negative else reduced("ReduceMin")
+        high = reduced("ReduceMax")
+        total = reduced("ReduceSum") if name in self._summed else None
         if not counted:
-            return Summary(least, high, total, None)
+            return Summary(low, high, total, None)
         row = _neighbours(value)
         flat = self._append("Reshape", [value, self._constant([-1, row] if row > 1 else [-1])])
         some = self._named(f"{name}@some", "Gather", [flat, self._positions_in(value, row)], {})
-        return Summary(least, high, total, some)
+        return Summary(low, high, total, some)
 
     def _fraction(self) -> ir.Value:
         """A number from 0 to 1 that differs from sample to sample: sin(12.99 sum) 43758.5453."""
@@ -217,6 +227,32 @@ def _never_negative(graph: ir.Graph) -> Collection[ir.Value]:
         if node.domain == "" and (kept or node.op_type in _NEVER_NEGATIVE):
             found.update(node.outputs)
     return found
+
+
+def _summed(graph: ir.Graph, names: Collection[str]) -> Collection[str]:
+    """Those of the named tensors whose NaN reaches no other; inputs are checked before they run."""
+    found: set[str] = set()
+    heard: set[ir.Value] = set()
+    for node in reversed(graph):
+        for value in node.outputs:
+            if value.name in names and value not in heard:
+                found.add(value.name or "")
+                heard.add(value)
+        if _hands_on(node) and node.outputs[0] in heard:
+            data = node.inputs[:1] if node.op_type in ("Conv", "Reshape") else node.inputs
+            heard.update(value for value in data if value is not None)
+    return found
+
+
+def _hands_on(node: ir.Node) -> bool:
+    """Whether one NaN in what it reads makes one in what it makes."""
+    if node.op_type == "Conv":  # by larger steps it passes over some values
+        steps = [
+            *node.attributes.get_ints("strides", ()),
+            *node.attributes.get_ints("dilations", ()),
+        ]
+        return node.domain == "" and all(step == 1 for step in steps)
+    return node.domain == "" and node.op_type in _HAND_ON
 
 
 def _neighbours(value: ir.Value) -> int:

@@ -135,6 +135,31 @@ def test_one_value_that_is_not_finite(value, place):
         observe(model, ["m"], Samples(lambda: [np.ones((1, 2, 51, 51), np.float32)]))
 
 
+@pytest.mark.parametrize("place", [0, 37, 80])
+@pytest.mark.parametrize(("attributes", "summed"), [
+    ("", ["d"]),
+    ("<pads = [1, 1, 1, 1]>", ["d"]),
+    ("<strides = [2, 2]>", ["m", "d"]),
+    ("<dilations = [2, 2]>", ["m", "d"]),
+])  # fmt: skip
+def test_nan_is_noticed_where_it_goes_and_told_where_it_comes_from(attributes, summed, place):
+    text = (
+        "g (float[1,8,9,9] x) => (float[1,8,h,w] y) { m = Mul (x, f) "
+        f"c = Conv {attributes} (m, k) r = Relu (c) a = Add (r, r) d = Conv (a, k) y = Neg (d) }}"
+    )
+    factors = np.ones(81, np.float32)
+    factors[place] = np.nan
+    kernel = RNG.standard_normal((8, 8, 2, 2), dtype=np.float32)
+    weights = {"f": factors.reshape(1, 1, 9, 9), "k": kernel}
+    model, names = model_of(text, weights), ["x", "m", "r", "d"]
+    _, found = summarized(model, names, [], 1)
+    assert [name for name in names if found[name].total is not None] == summed
+    good, bad = np.zeros((1, 8, 9, 9), np.float32), np.ones((1, 8, 9, 9), np.float32)
+    for samples in ([bad], [good, bad]):  # 0 times NaN is NaN, too
+        with pytest.raises(CalibrationError, match="sample 1 of .*tensor 'm' becomes NaN or Inf"):
+            observe(model, names, Samples(lambda s=samples: s))
+
+
 def test_a_sum_may_overflow():
     large = np.full((1, 2, 4, 4), 3e38, np.float32)
     assert observed("float[n,c,h,w]", [large], "min-max")["x"] == (0, np.float32(3e38))
