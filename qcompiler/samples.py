@@ -39,9 +39,14 @@ class Samples:
 
         Raises:
             CalibrationError: There is nothing, or several kinds of files.
-            OptionError: `preprocess` without images, or images without it.
+            OptionError: `preprocess` without images, or images without it; what is no source.
         """
         require("preprocess", preprocess, Preprocess, "a Preprocess")
+        if isinstance(source, (list, tuple, dict, np.ndarray)):
+            raise OptionError(
+                f"samples must be a path, or a function that yields them, not a "
+                f"{type(source).__name__}: write calibration=lambda: samples"
+            )
         if not callable(source):
             require_path("samples", source)
         self._function = source if callable(source) else find_function(source)
