@@ -40,7 +40,7 @@ class Samples:
 
         Raises:
             CalibrationError: There is nothing, or several kinds of files.
-            OptionError: `preprocess` without images, or images without it.
+            OptionError: `preprocess` without images, or images without it; what is no source.
         """
         require("preprocess", preprocess, Preprocess, "a Preprocess")
         self.name, self._function = _named(source)

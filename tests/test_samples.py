@@ -221,6 +221,13 @@ def test_functions_that_are_not_there(name, message):
         Samples(name)
 
 
+@pytest.mark.parametrize("source", [[np.zeros((9, 9))], {"x": np.zeros(3)}, np.zeros((99, 9))])
+def test_samples_themselves_are_no_source(source):
+    with pytest.raises(OptionError, match="write calibration=lambda: samples") as caught:
+        Samples(source)
+    assert len(str(caught.value)) < 150
+
+
 def test_compiling_with_a_function(tmp_path):
     rng = np.random.default_rng(0)
     text = "g (float[n,2,8,8] x) => (float[n,4,6,6] y) { c = Conv (x, w) r = Relu (c) y = Neg (r) }"
