@@ -42,6 +42,7 @@ from qcompiler.passes.node_rules import (
     NodeRule,
     NodeRules,
     check_group_size,
+    check_pattern,
     check_word,
     matches,
     names_of,
@@ -112,6 +113,8 @@ class AssignPrecision(ir.passes.InPlacePass):
             listed = isinstance(keep, Sequence) and not isinstance(keep, str)
             if not listed or not all(isinstance(pattern, str) for pattern in keep):
                 raise OptionError(f"keep_float must be a list of strings, not {keep!r}")
+            for pattern in keep:
+                check_pattern("keep_float", pattern)
             check_group_size(self.group_size)
 
     def __init__(

@@ -34,6 +34,7 @@ __all__ = [
     "NodeRule",
     "NodeRules",
     "check_group_size",
+    "check_pattern",
     "check_word",
     "matches",
     "names_of",
@@ -77,6 +78,20 @@ _WORDS = {
     "rounding": ROUNDINGS,
 }
 _TEXTS = ("match", "op", "calibration", *_WORDS)
+
+
+def check_pattern(key: str, pattern: str) -> None:
+    """Check a pattern of names.
+
+    Raises:
+        OptionError: It begins with "re:", and no regular expression follows.
+    """
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            problem = f"{key} {pattern!r} is no regular expression: {error}"
+            raise OptionError(problem) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +139,8 @@ class NodeRule:
             if (value := getattr(self, key)) is not None:
                 check_word(key, value)
         check_group_size(self.group_size)
-        if self.match is not None and self.match.startswith("re:"):
-            try:
-                re.compile(self.match[3:])
-            except re.error as error:
-                problem = f"match {self.match!r} is no regular expression: {error}"
-                raise OptionError(problem) from None
+        if self.match is not None:
+            check_pattern("match", self.match)
         if not self.says:
             raise OptionError(f"it says nothing of the nodes: give {', '.join(_saying())}")
 

@@ -310,6 +310,7 @@ def test_compile_merges_recipe_and_options():
         ([MODEL, "--target", "arm-int8", "--calib", "."], 1, "no samples: . holds no .npz file"),
         ([MODEL, *ARM, "--recipe", "no.toml"], 1, "no recipe: no.toml does not exist"),
         ([MODEL, *ARM, "--keep-float", "Sofmax"], 1, "did you mean 'Softmax'?"),
+        ([MODEL, *ARM, "--keep-float", "re:("], 1, "keep_float 're:(' is no regular expression"),
         ([MODEL, *ARM, "--group-size", "33"], 1, "must be 16, 32, 64, 128 or 256"),
         ([MODEL, *ARM, "--group-size", "many"], 2, "'many' is not a valid integer"),
         ([MODEL, *ARM, "--keep-float", "Gemm"], 1, "a Gemm is a MatMul of the same name and"),

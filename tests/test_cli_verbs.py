@@ -95,6 +95,11 @@ def test_inspect_what_is_no_bundle(content, message):
     fails(1, message, "inspect", "b")
 
 
+def test_inspect_prints_the_recipe_as_json(bundle):
+    recipe = json.loads(qcompile("inspect", bundle, "--recipe", "--json").stdout)
+    assert recipe["calibration"] == "mse"
+
+
 # qcompile bench
 
 

@@ -46,7 +46,7 @@ _QUANTIZED = frozenset({
 def inspect_command(terminal: Terminal, path: Path, recipe_alone: bool, as_json: bool) -> None:
     """Show what a model or a bundle holds."""
     if recipe_alone:
-        _print_recipe(terminal, path)
+        _print_recipe(terminal, path, as_json)
         return
     if path.name == "manifest.json":
         path = path.parent
@@ -75,7 +75,7 @@ def inspect_command(terminal: Terminal, path: Path, recipe_alone: bool, as_json:
         raise BundleError(f"{path}: {', '.join(altered)}: not what was written; compile it again")
 
 
-def _print_recipe(terminal: Terminal, path: Path) -> None:
+def _print_recipe(terminal: Terminal, path: Path, as_json: bool) -> None:
     """The whole recipe of a bundle.
 
     Raises:
@@ -86,7 +86,11 @@ def _print_recipe(terminal: Terminal, path: Path) -> None:
     folder = path.parent if path.name == "manifest.json" else path
     if not folder.is_dir():
         raise BundleError(f"{path} is no bundle: only those have a recipe")
-    terminal.out.print(Recipe.read(folder).to_toml(), end="", highlight=False, soft_wrap=True)
+    recipe = Recipe.read(folder)
+    if as_json:
+        terminal.json(recipe.to_dict())
+    else:
+        terminal.out.print(recipe.to_toml(), end="", highlight=False, soft_wrap=True)
 
 
 def _recipe_in_brief(path: Path, manifest: Manifest) -> str:
