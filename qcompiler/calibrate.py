@@ -38,6 +38,9 @@ _TOKENS = 512
 _RUNS = 32
 """The most samples that it runs, evenly spaced: 16 tokens of each say as much as 4 of 128."""
 
+_OPSET = 18
+"""The first in which all reductions take their axes as an input."""
+
 _LARGEST_FOR_MADE_UP = 1 << 30
 """Bytes of weights: a larger model is only run where somebody gave samples to run it on, because
 that takes memory for all of it."""
@@ -63,7 +66,9 @@ def observe(
 
     Raises:
         CalibrationError: A bad sample, or a tensor that is NaN or Inf; names both.
+        OptionError: A model of an opset below 18.
     """
+    _check_opset(model)
     clippings, total = _clippings(names, clipping or Clipping()), len(samples)
     version = import_onnxruntime().__version__
     counted = [name for name in names if clippings[name].counts]
@@ -84,6 +89,15 @@ def observe(
     ranges = _ranges(seen, samples)
     cache.keep(key, ranges)
     return {name: TensorStats(*ends) for name, ends in ranges.items()}
+
+
+def _check_opset(model: ir.Model) -> None:
+    opset = model.graph.opset_imports.get("", _OPSET)
+    if opset < _OPSET:
+        raise OptionError(
+            f"samples are run through models of opset {_OPSET} or later, and this one has {opset}: "
+            "begin with canonicalize, which raises it"
+        )
 
 
 def _ranges(seen: Mapping[str, Observed], samples: Samples) -> dict[str, tuple[float, float]]:
@@ -142,7 +156,9 @@ def run_exactly(
 
     Raises:
         CalibrationError: A bad sample; names it.
+        OptionError: A model of an opset below 18.
     """
+    _check_opset(model)
     step = -(-len(samples) // most)
     rows: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
 

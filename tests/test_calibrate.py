@@ -10,7 +10,7 @@ import qcompiler
 from qcompiler.bundle import Manifest
 from qcompiler.calibrate import observe, run_exactly
 from qcompiler.clipping import Clipping
-from qcompiler.ir.errors import CalibrationError
+from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.passes.bias_correction import BiasCorrection
 from qcompiler.passes.equalize_layers import EqualizeLayers
 from qcompiler.passes.keep_sensitive import KeepSensitive
@@ -86,6 +86,15 @@ def test_a_tensor_that_is_not_finite(tmp_path, monkeypatch):
     with pytest.raises(CalibrationError, match=r"sample 3 of .*: tensor 'e' becomes NaN or Inf"):
         observe(MODEL, ["e"], Samples(lambda: batches(4, bad=2)))
     assert not list(tmp_path.rglob("*"))
+
+
+def test_a_model_of_an_old_opset_is_to_be_canonicalized_first():
+    old = MODEL.clone()
+    old.graph.opset_imports[""] = 17
+    for look in (lambda: observe(old, ["e"], Samples(batches)), lambda: run_exactly(old, ["e"],
+                 Samples(batches))):  # fmt: skip
+        with pytest.raises(OptionError, match="this one has 17: begin with canonicalize"):
+            look()
 
 
 def test_samples_without_rows_are_passed_over_where_means_are_taken(tmp_path):

@@ -8,7 +8,9 @@ import onnxruntime as ort
 import pytest
 from terminal import ARM, CALIB, MODEL, fails, qcompile
 
+from qcompiler.cli.passes import _SAMPLED
 from qcompiler.pass_docs import document
+from qcompiler.pipeline import Pipeline
 
 FLOATS = "canonicalize..fuse-gelu"
 
@@ -46,6 +48,20 @@ def test_a_pass_with_an_option():
         result = qcompile("pass", passes, MODEL, "o.onnx", "--target", "arm-int8", "--calib", CALIB)
         assert result.exit_code == 0, result.output
         assert ("QuantizeLinear" in ops("o.onnx")) == quantized
+
+
+@pytest.mark.parametrize("name", ["equalize-layers", "bias-correction", "keep-sensitive"])
+def test_a_pass_that_measures_takes_samples(name):
+    passes = f"..assign-precision,{name}"
+    result = qcompile("pass", passes, MODEL, "o.onnx", "--target", "arm-int8", "--calib", CALIB)
+    assert result.exit_code == 0, result.output
+
+
+def test_every_pass_that_looks_at_samples_is_known_to():
+    steps = Pipeline.default("arm-int8")
+    looking = {s.name for s in steps if vars(s.rewrite).keys() & {"run", "observe", "sample"}}
+    assert "convert-float16" in looking
+    assert looking <= set(_SAMPLED)
 
 
 def test_stopping_after_a_stage():

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["pass_command"]
 
-_SAMPLED = ("choose-kernels", "smooth-activations", "awq", "gptq", "insert-qdq")
+_SAMPLED = (
+    "choose-kernels", "equalize-layers", "smooth-activations", "split-outliers", "bias-correction",
+    "keep-sensitive", "awq", "gptq", "insert-qdq", "convert-float16",
+)  # fmt: skip
 """Passes that look at samples."""
 
 
@@ -33,7 +36,10 @@ _SAMPLED = ("choose-kernels", "smooth-activations", "awq", "gptq", "insert-qdq")
     "--target", type=TargetName(), metavar="TARGET", help="For passes that depend on one."
 )
 @click.option(
-    "--calib", type=FILE, metavar="DIR", help="Samples, for insert-qdq and the two before it."
+    "--calib",
+    type=FILE,
+    metavar="DIR",
+    help="Samples, for passes that measure, and for insert-qdq.",
 )
 @debugging_options
 @json_option
