@@ -11,7 +11,8 @@ of x,
 where a is what rounds the products that read x with the least error over the samples.  1 / t goes
 into the constants before x (`absorb_factors`): a norm, or the matrix of another product; where
 nothing can take it, t is 1.  Then scales are found that cut the range of each group where that
-lowers the error of the product, and weights are rounded to nearest; or, as "awq_gptq", by gptq.
+lowers the error of the product (`clip_search`), and weights are rounded to nearest; or, as
+"awq_gptq", by gptq.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import constant
 from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constant
+from qcompiler.passes.clip_search import BLOCK, diagonal_blocks, searched_grid
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.layer_cache import LayerCache
 from qcompiler.passes.rounded_weight import Layer, by_data, finite_weight, layers_of
@@ -58,12 +60,12 @@ class _Found:
     """What the samples say of a site.
 
     Attributes:
-        power: E[x^2], [K].
+        blocks: E[x xT] of inputs side by side, see `diagonal_blocks`.
         factors: t, [K].
         note: For people.
     """
 
-    power: Rows
+    blocks: Rows
     factors: Rows
     note: str
 
@@ -120,11 +122,10 @@ class AWQ(ir.passes.InPlacePass):
         found = self._look(model, layers, sites, walk)
         for site, facts in zip(sites, found, strict=True):
             _scale(model.graph, site, facts)
-        power = {id(site.data): facts for site, facts in zip(sites, found, strict=True)}
+        facts_of = {id(site.data): facts for site, facts in zip(sites, found, strict=True)}
         for layer in layers_of(model.graph, "awq"):
-            facts = power[id(layer.data)]
             weight = finite_weight(layer.nodes[0], layer.weight)
-            grid = weight_grid(weight, layer.type, "mse", _importance(facts.power, facts.factors))
+            grid = searched_grid(weight, layer.type, _scaled_blocks(facts_of[id(layer.data)]))
             layer.replace(model.graph, rounded_on(weight, layer.type, grid))
         FixNames()(model)
         return ir.passes.PassResult(model, True)
@@ -142,20 +143,20 @@ class AWQ(ir.passes.InPlacePass):
                 if kept is None:
                     depth = len(constant(site.layers[0].weight))  # type: ignore[arg-type]
                     facts = self._choose(site, Moments.of(running.rows(site.data), depth, name))
-                    cache.put(name, {"power": facts.power, "factors": facts.factors,
+                    cache.put(name, {"blocks": facts.blocks, "factors": facts.factors,
                                      "note": np.asarray(facts.note)})  # fmt: skip
                 else:
-                    facts = _Found(kept["power"], kept["factors"], str(kept["note"]))
+                    facts = _Found(kept["blocks"], kept["factors"], str(kept["note"]))
                 tell(f"{name}: {facts.note}", done / len(sites))
                 found.append(facts)
         return found
 
     def _choose(self, site: _Site, moments: Moments) -> _Found:
         """The factors of the least error."""
-        power = np.diag(moments.second).copy()
-        ones = np.ones_like(power)
+        blocks = diagonal_blocks(moments.second)
+        ones = np.ones_like(moments.magnitude)
         if isinstance(site.absorber, str):
-            return _Found(power, ones, f"not scaled by awq: {site.absorber}")
+            return _Found(blocks, ones, f"not scaled by awq: {site.absorber}")
         weights = [_some_columns(layer) for layer in site.layers]
         best, least, first = (0.0, ones), np.inf, 0.0
         for alpha in np.arange(self.options.alphas) / self.options.alphas:
@@ -168,7 +169,9 @@ class AWQ(ir.passes.InPlacePass):
             if error < least:
                 best, least = (float(alpha), factors), error
         gain = 10 * np.log10(max(first, 1e-30) / max(least, 1e-30))
-        return _Found(power, best[1], f"scaled by awq with alpha={best[0]:g}, {gain:.1f} dB better")
+        return _Found(
+            blocks, best[1], f"scaled by awq with alpha={best[0]:g}, {gain:.1f} dB better"
+        )
 
 
 def _absorber(data: ir.Value, layers: Sequence[Layer]) -> Absorber | str:
@@ -192,9 +195,11 @@ def _factors(magnitude: Rows, alpha: float) -> Rows:
     return np.asarray(factors / np.sqrt(factors.max() * factors.min()), np.float32)
 
 
-def _importance(power: Rows, factors: Rows) -> Rows:
-    """What a squared error of each row of the scaled weight counts for, [K]."""
-    return np.asarray(power / np.square(factors), np.float32)
+def _scaled_blocks(facts: _Found) -> Rows:
+    """The moments of what goes into the scaled weight."""
+    by = np.ones((len(facts.blocks), BLOCK), np.float32)
+    by.reshape(-1)[: len(facts.factors)] = 1 / facts.factors
+    return np.asarray(facts.blocks * by[:, :, None] * by[:, None, :], np.float32)
 
 
 def _error(weight: Rows, layer: Layer, factors: Rows, moments: Moments) -> float:

@@ -25,7 +25,6 @@ from functools import partial
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import CalibrationError, OptionError
@@ -69,7 +68,7 @@ class GPTQ(ir.passes.InPlacePass):
             act_order: Round the inputs of the largest activations first.
             block: Inputs between two updates of all the rest.
             range: "max" lets the scales cover all of each slice, "mse" the part of it with the
-                least squared error, see `_importance`.
+                least squared error of the product, each input by itself.
         """
 
         damping: float = 0.01
@@ -185,7 +184,10 @@ def gptq(
     if options.act_order:
         order = np.argsort(-np.diag(hessian), kind="stable")
     factor, damping = _inverse_factor(hessian[order][:, order], options.damping)
-    grid = weight_grid(weight, type, options.range, _importance(hessian, factor, order))
+    # Errors count for the mean square of their input.  To count less what inputs to come make up
+    # for, 1 / R[k, k]^2, gains 0.3 dB in a layer and loses in the model: SmolLM2 has a perplexity
+    # of 22.4 in place of 22.1 in groups of 64, 22.9 in place of 22.4 in groups of 128.
+    grid = weight_grid(weight, type, options.range, np.diag(hessian))
     scales, zeros, offsets = _by_group(grid, type)
     stored = np.empty(weight.shape, np.float32)
     rest, (lowest, highest) = weight[order], type.range
@@ -204,17 +206,6 @@ def gptq(
         rest[end:] -= factor[start:end, end:].T @ errors
     storage = stored.astype(type.storage.numpy())
     return RoundedWeight(storage, grid.scale, grid.zero_point, grid.offset), damping
-
-
-def _importance(hessian: Rows, factor: Rows, order: NDArray[np.intp]) -> Rows:
-    """What a squared error of each row counts for, [K].
-
-    By itself H[k, k]; less where the inputs still to come make up for it: 1 / R[k, k]^2, but for
-    what their own rounding adds.  The middle of both is better than either, by 0.3 dB for int4.
-    """
-    alone = np.diag(hessian).copy()
-    alone[order] *= 1 / np.square(np.diag(factor))
-    return np.sqrt(alone)
 
 
 def _by_group(grid: Grid, type: QuantType) -> list[Rows]:

@@ -5,9 +5,16 @@
 For given integers q that is a line through the points (q, w): s = cov(q, w) / var(q), and o the
 mean that is left.  Integers are tried for some parts of the range of each group, and the line of
 the least error wins, as in `ir.clipped_scale`.
+
+Most weights lie close to 0.  Where steps are wide, a grid with a step at 0 rounds them better than
+one that fits the ends of the range but has 0 between two steps: both kinds are tried.
 """
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +36,7 @@ _LEAST = np.float32(1e-6)
 
 
 def whole_range(weight: Floats, type: QuantType) -> tuple[Floats, Floats]:
-    """The grid whose ends are the least and the largest weight of each group.
+    """The grid from the least to the largest weight of each group, moved to 0 where that is better.
 
     Args:
         weight: [K, N], finite.
@@ -38,12 +45,7 @@ def whole_range(weight: Floats, type: QuantType) -> tuple[Floats, Floats]:
     Returns:
         Scale and offset, [G, N].
     """
-    starts, (first, last) = _starts(weight, type), type.range
-    lowest = np.minimum.reduceat(weight, starts, axis=0)
-    # Halves, because the span of two float32 may be no float32.
-    span = np.maximum.reduceat(weight, starts, axis=0) / 2 - lowest / 2
-    scale = as_scale(np.asarray(span / ((last - first) / 2), np.float32), type)
-    return scale, np.asarray(lowest - np.float32(first) * scale, np.float32)
+    return _in_pieces(weight, partial(_whole, type=type))
 
 
 def fitted_offsets(
@@ -62,9 +64,44 @@ def fitted_offsets(
     counts = np.ones((len(weight), 1), np.float32)
     if rows is not None and rows.any():
         counts = np.maximum(rows / rows.max(), _LEAST)
+    return _in_pieces(weight, partial(_fit, type=type, counts=counts))
+
+
+def _in_pieces(
+    weight: Floats, grid_of: Callable[[Floats], tuple[Floats, Floats]]
+) -> tuple[Floats, Floats]:
     pieces = np.array_split(weight, min(-(-weight.size // _PIECE), weight.shape[1]) or 1, axis=1)
-    found = [_fit(piece, type, counts) for piece in pieces]
+    found = [grid_of(piece) for piece in pieces]
     return np.hstack([scale for scale, _ in found]), np.hstack([offset for _, offset in found])
+
+
+def _ends(weight: Floats, type: QuantType) -> tuple[Floats, Floats]:
+    """The grid whose ends are the least and the largest weight of each group."""
+    starts, (first, last) = _starts(weight, type), type.range
+    lowest = np.minimum.reduceat(weight, starts, axis=0)
+    # Halves, because the span of two float32 may be no float32.
+    span = np.maximum.reduceat(weight, starts, axis=0) / 2 - lowest / 2
+    scale = as_scale(np.asarray(span / ((last - first) / 2), np.float32), type)
+    return scale, np.asarray(lowest - np.float32(first) * scale, np.float32)
+
+
+def _with_0(scale: Floats, offset: Floats) -> Floats:
+    """The offset next to this one that makes a step of 0."""
+    return np.asarray(np.rint(offset / scale) * scale, np.float32)
+
+
+def _whole(weight: Floats, type: QuantType) -> tuple[Floats, Floats]:
+    starts = _starts(weight, type)
+    lengths = np.diff([*starts, len(weight)])
+    scale, offset = _ends(weight, type)
+    offsets = offset, _with_0(scale, offset)
+    errors = []
+    for tried in offsets:
+        step, zero = (np.repeat(part, lengths, axis=0) for part in (scale, tried))
+        levels = np.clip(np.rint((weight - zero) / step), *type.range)
+        error = (weight - zero) / step - levels
+        errors.append(np.add.reduceat(np.square(error), starts, axis=0))
+    return scale, np.where(errors[1] < errors[0], offsets[1], offsets[0])
 
 
 def _starts(weight: Floats, type: QuantType) -> NDArray[np.int64]:
@@ -88,11 +125,13 @@ def _fit(weight: Floats, type: QuantType, counts: Floats) -> tuple[Floats, Float
     centred = weight - spread(mean)
     lowest = np.minimum.reduceat(centred, starts, axis=0)
     highest = np.maximum.reduceat(centred, starts, axis=0)
-    scale, offset = whole_range(centred, type)
+    scale, offset = _ends(centred, type)
     most = np.full(mean.shape, -1, np.float32)
-    for part in _PARTS:
+    for part, with_0 in itertools.product(_PARTS, (False, True)):
         step = as_scale((highest - lowest) * np.float32(part / (last - first)), type)
         zero = np.asarray((highest + lowest) / 2 - step * ((first + last) / 2), np.float32)
+        if with_0:
+            zero = _with_0(step, zero + mean) - mean
         steps = (centred - spread(zero)) / spread(np.asarray(step, np.float32))
         levels = np.clip(np.rint(steps), first, last)
         weighted = counts * levels

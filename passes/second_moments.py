@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
@@ -29,6 +30,9 @@ __all__ = ["LayerRuns", "Moments", "Walk", "Walker"]
 T = TypeVar("T")
 
 Rows = NDArray[np.float32]
+
+_TOO_LARGE = 1e16
+"""Sums of a million squares are float32, their products with weights too."""
 
 
 class Walk(Protocol):
@@ -136,13 +140,16 @@ class Moments:
             name: The tensor, for messages.
 
         Raises:
-            CalibrationError: A row is NaN or Inf, or there is none.
+            CalibrationError: A row is NaN, Inf or too large to square, or there is none.
         """
         moments = cls(depth)
         for label, rows in runs:
-            if not np.isfinite(rows).all():
+            largest = float(np.abs(rows).max(initial=0))
+            if not largest < _TOO_LARGE:  # NaN is not less either
+                finite = math.isfinite(largest)
+                said = f"{largest:.0e}, too large to square" if finite else "NaN or Inf"
                 raise CalibrationError(
-                    f"{label}: tensor {name!r} becomes NaN or Inf; repair or remove the sample"
+                    f"{label}: tensor {name!r} becomes {said}; repair or remove the sample"
                 )
             moments.add(rows)
         if not moments.count:

@@ -223,6 +223,8 @@ def test_bad_values_are_named():
         GPTQ(RUNS)(planned(text, {"a": weight}))
     with pytest.raises(CalibrationError, match="'t' becomes NaN or Inf"):
         GPTQ(runs_on(lambda: [{"x": np.full((3, K), 1e4, np.float32)}]))(planned(text))
+    with pytest.raises(CalibrationError, match="sample 1 of .*'t' becomes 9e.16, too large to sq"):
+        GPTQ(runs_on(lambda: [{"x": np.full((3, K), 39, np.float32)}]))(planned(text))
     with pytest.raises(CalibrationError, match="'t' never held a value"):
         GPTQ(runs_on(lambda: [{"x": np.zeros((0, K), np.float32)}]))(planned(text))
     with pytest.raises(CalibrationError, match="takes .*64"):

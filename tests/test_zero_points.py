@@ -98,6 +98,23 @@ def test_little_is_left_to_win_by_trying_every_grid():
     assert found.sum() < 1.1 * best.sum() and found.sum() < 0.9 * error(scale, offset).sum()
 
 
+def test_a_step_at_0_where_most_weights_are_close_to_it():
+    """A few weights far out make steps wide: the ends of the range are no longer what matters."""
+    type, weight = type_of(), RNG.standard_normal((32, 40)).astype(np.float32) / 50
+    weight[0], weight[1] = 1, RNG.uniform(-2, -0.5, 40)
+
+    def error(scale, offset):
+        return np.square(weight - np.clip(np.rint((weight - offset) / scale), -8, 7) * scale
+                         - offset).sum(0)  # fmt: skip
+
+    step = (weight.max(0) - weight.min(0)) / 15
+    ends = error(step, weight.min(0) + 8 * step)
+    scale, offset = whole_range(weight, type)
+    assert (error(scale, offset) <= 1.001 * ends).all()
+    assert error(scale, offset).sum() < 0.5 * ends.sum()
+    assert (np.abs(offset / scale - np.rint(offset / scale)) < 1e-5).mean() > 0.5
+
+
 def test_rows_that_count_for_nothing_and_constant_groups():
     type, weight = type_of(), W.copy()
     weight[:32, 3], weight[32:64, 4] = 0.7, 0.0
