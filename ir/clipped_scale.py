@@ -113,7 +113,7 @@ def _signs(weight: NDArray[Any], type: QuantType) -> NDArray[np.float32]:
 def _levels(steps: NDArray[np.float32], type: QuantType) -> NDArray[np.float32]:
     """What is stored for multiples of the scale, read with a scale of 1.
 
-    Of integers without a detour by their type: that is twice as fast, and most of the time of gptq.
+    Of integers without a detour by their type, which takes longer than all the rest.
     """
     if type.is_float or type.codebook is not None:
         exact = dataclasses.replace(type, expressed=ir.DataType.FLOAT)

@@ -75,13 +75,13 @@ def _part_of(grid: Grid, type: QuantType, part: float) -> Grid:
 
 
 def _chosen(better: NDArray[np.bool_], grid: Grid, best: Grid) -> Grid:
-    """One of two grids for each slice."""
-    zero_point, offset = best.zero_point, best.offset
-    if zero_point is not None:
-        zero_point = np.where(better, grid.zero_point, zero_point)
-    if offset is not None:
-        offset = np.where(better, grid.offset, offset)
-    return Grid(np.where(better, grid.scale, best.scale), zero_point, offset)
+    """One of two grids of the same kind for each slice."""
+    scale = np.where(better, grid.scale, best.scale)
+    if grid.offset is not None and best.offset is not None:
+        return Grid(scale, None, np.where(better, grid.offset, best.offset))
+    if grid.zero_point is not None and best.zero_point is not None:
+        return Grid(scale, np.where(better, grid.zero_point, best.zero_point))
+    return Grid(scale)
 
 
 def _errors(weight: Floats, type: QuantType, grid: Grid, blocks: Floats) -> Floats:

