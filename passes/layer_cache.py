@@ -20,7 +20,7 @@ from qcompiler.targets.cache import KernelCache, content_key
 
 __all__ = ["LayerCache"]
 
-_VERSION = "4"
+_VERSION = "5"
 """To be counted up when a pass rounds differently, or arrays are kept otherwise."""
 
 _LEVEL = 1
