@@ -6,11 +6,14 @@ import os
 import time
 from pathlib import Path
 
-__all__ = ["available_cores", "busy_cores"]
+__all__ = ["are_busy", "available_cores", "busy_cores"]
 
 _STAT = Path("/proc/stat")
 _IDLE, _IOWAIT, _STEAL = 3, 4, 7
 """Fields of proc(5); those after `steal` are counted within the first two already."""
+
+
+_SHARE = 0.25
 
 
 def available_cores() -> int:
@@ -30,6 +33,11 @@ def busy_cores(seconds: float = 0.2) -> float | None:
         passed = total - before[core][1]
         busy += (working - before[core][0]) / passed if passed else 0.0
     return busy
+
+
+def are_busy(load: float | None, cores: int | None = None) -> bool:
+    """Whether so many of our cores are kept busy by others that times are spoiled."""
+    return load is not None and load > _SHARE * (cores or available_cores())
 
 
 def _ours() -> set[int]:

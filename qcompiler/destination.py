@@ -12,8 +12,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx_ir as ir
+
 from qcompiler.bundle import MANIFEST, Manifest
 from qcompiler.ir.errors import BundleError, OptionError, QCompilerError
+from qcompiler.model_file import beside, weight_files
 
 __all__ = ["check_file", "check_folder", "check_writable", "staged_folder"]
 
@@ -58,14 +61,30 @@ def check_file(path: Path, source: Path | None) -> Path:
     """The same path, if a model may be written there.
 
     Raises:
-        OptionError: It cannot be written; it is a folder, or the file that the model came from.
+        OptionError: It cannot be written; it is a folder, or the file that the model came from; the
+            file of weights beside it is another model's.
     """
     check_writable(path, f"output {path}", "name another file")
+    for file in (path, beside(path)):
+        if source is not None and file.is_file() and _has_weights_of(file, source):
+            raise OptionError(f"{file} holds weights of {source}; name another output than {path}")
     if path.is_dir():
         raise OptionError(f"output {path} is a folder; name a file in it, such as {path}/out.onnx")
     if source is not None and path.exists() and path.samefile(source):
         raise OptionError(f"{path} is the input; name another file")
+    if beside(path).exists() and not path.exists():
+        raise OptionError(
+            f"{beside(path)} is there, and weights of {path} would replace it; name another file"
+        )
     return path
+
+
+def _has_weights_of(file: Path, source: Path) -> bool:
+    try:
+        files = weight_files(ir.load(source))
+    except Exception:
+        return False  # what is wrong with the model is said where it is read
+    return any(other.exists() and other.samefile(file) for other in files)
 
 
 def check_writable(path: Path, what: str, remedy: str) -> None:

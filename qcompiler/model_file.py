@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from qcompiler.ir.errors import ModelError, OptionError, first_cause
 
-__all__ = ["WeightFile", "save_model", "saving"]
+__all__ = ["WeightFile", "beside", "save_model", "saving", "weight_files"]
 
 _INLINE_LIMIT = 1 << 30
 """Above this many bytes weights go into a file of their own: protobuf ends at 2 GiB."""
@@ -33,18 +33,29 @@ def save_model(model: ir.Model, path: Path) -> None:
     """
     tensors = [tensor for value in _initializers(model) if (tensor := value.const_value)]
     outside = any(isinstance(tensor, ir.ExternalTensor) for tensor in tensors)
-    beside = outside or sum(tensor.nbytes for tensor in tensors) > _INLINE_LIMIT
+    is_large = sum(tensor.nbytes for tensor in tensors) > _INLINE_LIMIT
     with saving(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with (
         saving(path),
         tempfile.TemporaryDirectory(prefix=".qcompiler-", dir=path.parent) as folder,
     ):
-        data = f"{path.name}.data" if beside else None
+        data = beside(path).name if outside or is_large else None
         ir.save(model, Path(folder, path.name), external_data=data)
         # The weights first: a model never lies beside those of another.
         for file in sorted(Path(folder).iterdir(), reverse=True):
             os.replace(file, path.parent / file.name)
+
+
+def beside(path: Path) -> Path:
+    """The file of weights that `save_model` may write with a model."""
+    return path.with_name(f"{path.name}.data")
+
+
+def weight_files(model: ir.Model) -> set[Path]:
+    """The files in which weights of a model lie."""
+    tensors = (value.const_value for value in _initializers(model))
+    return {Path(tensor.path) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
 
 
 class WeightFile:

@@ -40,7 +40,8 @@ class Elementwise:
 
 
 def _clip(v: Vectors, x: Expr, min: float = -math.inf, max: float = math.inf) -> Expr:
-    return v.minimum(v.maximum(x, v.broadcast(float(min))), v.broadcast(float(max)))
+    # In this order a NaN stays: the second operand is taken if the comparison fails.
+    return v.minimum(v.broadcast(float(max)), v.maximum(v.broadcast(float(min)), x))
 
 
 def _hard_sigmoid(v: Vectors, x: Expr, alpha: float = 0.2, beta: float = 0.5) -> Expr:
@@ -49,7 +50,7 @@ def _hard_sigmoid(v: Vectors, x: Expr, alpha: float = 0.2, beta: float = 0.5) ->
 
 def _leaky_relu(v: Vectors, x: Expr, alpha: float = 0.01) -> Expr:
     zero = v.broadcast(0.0)
-    return v.maximum(x, zero) + v.minimum(x, zero) * v.broadcast(float(alpha))
+    return v.maximum(zero, x) + v.minimum(zero, x) * v.broadcast(float(alpha))
 
 
 def _gelu(v: Vectors, x: Expr, approximate: str = "none") -> Expr:
@@ -68,7 +69,7 @@ ELEMENTWISE: dict[str, Elementwise] = {
     "Sub": Elementwise(2, lambda v, a, b: a - b),
     "Mul": Elementwise(2, lambda v, a, b: a * b),
     "Div": Elementwise(2, lambda v, a, b: a / b),
-    "Relu": Elementwise(1, lambda v, x: v.maximum(x, v.broadcast(0.0))),
+    "Relu": Elementwise(1, lambda v, x: v.maximum(v.broadcast(0.0), x)),
     "LeakyRelu": Elementwise(1, _leaky_relu),
     "Clip": Elementwise(1, _clip),
     "Gelu": Elementwise(1, _gelu, {"approximate": ("none", "tanh")}),

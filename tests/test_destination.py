@@ -60,6 +60,27 @@ def test_a_bundle_does_not_replace_its_own_source(bundle):
         qcompiler.compile(bundle.parent / "copy" / "model.onnx", "arm-int8", bundle.parent / "copy")
 
 
+def test_weights_of_the_model_are_not_replaced(tmp_path):
+    source = tmp_path / "old.onnx"
+    ir.save(model_of(MATMUL, {"w": W}), source, external_data="model.onnx.data")
+    before = (tmp_path / "model.onnx.data").read_bytes()
+    for output in ("model.onnx", "model.onnx.data"):
+        with pytest.raises(OptionError, match=r"model.onnx.data holds weights of .*old.onnx"):
+            qcompiler.compile(source, "arm-int8", tmp_path / output, stop_after="float")
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(OptionError, match="holds weights of"):
+        qcompiler.compile(source, "arm-int8", tmp_path / "model.onnx", stop_after="float")
+    assert (tmp_path / "model.onnx.data").read_bytes() == before
+
+
+def test_weights_of_nobody_are_not_replaced(matmul, tmp_path):
+    (tmp_path / "o.onnx.data").write_text("mine")
+    with pytest.raises(OptionError, match=r"o.onnx.data is there, and weights of .*o.onnx would"):
+        qcompiler.compile(matmul, "arm-int8", tmp_path / "o.onnx", stop_after="float")
+    (tmp_path / "o.onnx").write_bytes(b"")
+    qcompiler.compile(matmul, "arm-int8", tmp_path / "o.onnx", stop_after="float")
+
+
 def test_a_failing_recompile_keeps_the_old_bundle(bundle, conv):
     before = (bundle / MANIFEST).read_bytes()
     with pytest.raises(CalibrationError):

@@ -102,3 +102,22 @@ def test_huge_rows_overflow_in_bodies_before_they_do_in_kernels(bundle):
         assert sqnr((row / 1e30) @ W, found / 1e30) > 35
     assert sqnr(native[0] / 1e30, body[0] / 1e30) > 60
     assert np.isinf(body[1]).any()
+
+
+@pytest.mark.parametrize(
+    "steps", ["Relu", "Clip", "Sigmoid", "Tanh", "Gelu", "HardSwish", "LeakyRelu"]
+)
+def test_rows_of_nan_stay_nan_behind_activations(steps, tmp_path):
+    clip = "(h, low, high)" if steps == "Clip" else "(h)"
+    model = model_of(
+        f"g (float[m,100] x) => (float[m,48] y) {{ h = MatMul (x, w) y = {steps} {clip} }}",
+        {"w": W, "low": np.float32(-1), "high": np.float32(1)},
+    )
+    compiled = qcompiler.compile(model, "x86-int8", tmp_path / "b", timing=False).bundle
+    ops = [node.op_type for node in onnx.load(compiled / "model.onnx").graph.node]
+    assert len(ops) == 1, ops
+    x = np.stack([plain(), np.full(K, NAN), plain()])
+    for native in (True, False):
+        (found,) = qcompiler.load(compiled, native=native).run(None, {"x": x})
+        assert np.isnan(found[1]).all(), native
+        assert np.isfinite(found[[0, 2]]).all(), native

@@ -128,6 +128,17 @@ def test_a_site_is_timed_once(tmp_path, site, monkeypatch):
     assert watch.time([site], SILENT) == [first]
 
 
+def test_what_others_spoil_is_not_kept(tmp_path, monkeypatch):
+    site, heard = LINE, []
+    monkeypatch.setattr("qcompiler.timing.measure.are_busy", lambda load: True)
+    watch = Stopwatch(KernelCache(tmp_path), "", (1,))
+    (found,) = watch.time([site], lambda text, share: heard.append(text))
+    assert found.source == "timed"
+    assert heard[0] == "others keep the cores busy: what is timed now may be wrong"
+    monkeypatch.setattr(Stopwatch, "_measure", None)
+    assert watch.time([site], SILENT) == [None]
+
+
 def test_times_are_kept_per_processor_threads_and_kernels(tmp_path, monkeypatch):
     def key(fingerprint="a", threads=(1,)):
         return Stopwatch(KernelCache(tmp_path), fingerprint, threads)._key(DENSE)

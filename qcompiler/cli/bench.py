@@ -21,14 +21,12 @@ from qcompiler.cli.options import (
     quiet_option,
     verbose_option,
 )
+from qcompiler.cores import are_busy
 
 if TYPE_CHECKING:
     from qcompiler.bench import Bench
 
 __all__ = ["bench_command"]
-
-_BUSY = 0.25
-"""Share of the cores that others may keep busy before it is mentioned."""
 
 
 class SecondsType(click.FloatRange):
@@ -141,7 +139,7 @@ def _conditions(found: Bench) -> list[tuple[str, str | Text]]:
         text = f"{fed.name} {fed.dtype} {shape}, {values}{assumed}"
         rows.append(("Input" if index == 0 else "", text))
     rows += [("Provider", ", ".join(found.providers)), ("Spinning", found.spinning)]
-    if found.load is not None and found.load > _BUSY * found.cores:
+    if are_busy(found.load, found.cores):
         text = f"{found.load:.1f} of {found.cores} cores were busy already: times may be too long"
         rows.append(("Load", Text(text, "yellow")))
     return rows

@@ -1,7 +1,8 @@
 """Time sites on this machine: every candidate as a model of its own, and keep what was found.
 
 Candidates take turns in short blocks, so that drift and neighbours meet them alike; the fastest run
-counts, because whatever disturbs a run makes it longer.
+counts, because whatever disturbs a run makes it longer.  What is found while others keep the cores
+busy is used, and not kept.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from qcompiler.cores import are_busy, busy_cores
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.sites import Candidate, Costs, Site
 from qcompiler.session_options import new_session_options
@@ -80,6 +82,9 @@ class Stopwatch:
         missing = [site for site in dict.fromkeys(sites) if site not in found]
         if missing:
             with self._library(missing, tell) as (domain, library):
+                busy = are_busy(busy_cores())
+                if busy:
+                    tell("others keep the cores busy: what is timed now may be wrong", 0.0)
                 for index, site in enumerate(missing):
                     tell(f"time {site.name}", index / len(missing))
                     try:
@@ -87,7 +92,8 @@ class Stopwatch:
                     except Exception:
                         # ORT raises bare RuntimeErrors as well as its own types.
                         continue
-                    self.cache.keep(self._key(site), found[site].to_dict())
+                    if not busy:
+                        self.cache.keep(self._key(site), found[site].to_dict())
         return [found.get(site) for site in sites]
 
     def _key(self, site: Site) -> str:

@@ -51,7 +51,7 @@ def site_model(site: Site, candidate: Candidate, domain: str) -> bytes:
 def site_feed(site: Site, candidate: Candidate, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
     """Values for the input `x` of a site's model."""
     integers = site.op == "Conv" and candidate != "float"
-    return {"x": _pattern(shape, np.uint8 if integers else np.float32)}
+    return {"x": _pattern(shape, np.uint8) if integers else _activations(shape)}
 
 
 def _matmul(site: Site) -> bytes:
@@ -107,14 +107,20 @@ def _data_shape(site: Site) -> list[Any]:
 
 
 def _pattern(shape: tuple[int, ...], dtype: type) -> NDArray[Any]:
-    """Numbers that repeat: integer and float products take as long for any others.
+    """Small numbers that repeat; integer and float products take as long for any others."""
+    few: NDArray[Any] = np.random.default_rng(0).integers(1, 100, 997).astype(dtype)
+    if dtype is np.float32:
+        few /= 100
+    return np.resize(few, shape)
 
-    But floats to be quantized are spread like activations: with AVX2 alone, fours of one sign take
-    longer than others (native/split_rows.c).
+
+def _activations(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Floats that repeat, spread like those between layers.
+
+    With AVX2 alone it takes longer to multiply many that are large and of one sign
+    (native/split_rows.c).
     """
-    rng = np.random.default_rng(0)
-    few = rng.standard_normal(997) if dtype is np.float32 else rng.integers(1, 100, 997)
-    return np.resize(few.astype(dtype), shape)
+    return np.resize(np.random.default_rng(0).standard_normal(997).astype(np.float32), shape)
 
 
 def _save(

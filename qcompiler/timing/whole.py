@@ -13,6 +13,7 @@ from typing import Any
 
 from qcompiler.bench import bench
 from qcompiler.bundle import MANIFEST, sha256_of
+from qcompiler.cores import are_busy, busy_cores
 from qcompiler.installed import import_onnxruntime
 from qcompiler.samples import Samples
 from qcompiler.targets.cache import KernelCache, content_key
@@ -54,7 +55,7 @@ def time_whole(
 ) -> list[WholeTime]:
     """One `WholeTime` per number of threads, up to the first with which the bundle is slower.
 
-    Found again for files and inputs that are the same.
+    Found again for files and inputs that are the same, unless others kept the cores busy.
 
     Raises:
         OptionError: Shapes that do not fit.
@@ -63,8 +64,10 @@ def time_whole(
     cache, key = KernelCache(), _key(bundle, model, shapes, data)
     if (content := cache.get(key)) is not None:
         return [WholeTime(**entry) for entry in json.loads(content)]
+    busy = are_busy(busy_cores())
     times = _measure(bundle, model, shapes, data)
-    cache.keep(key, [dataclasses.asdict(time) for time in times])
+    if not busy:
+        cache.keep(key, [dataclasses.asdict(time) for time in times])
     return times
 
 

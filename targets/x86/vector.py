@@ -289,7 +289,8 @@ class VectorUnit(ABC):
         return self.reciprocal(self.exp(tir.broadcast(0.0) - value) + tir.broadcast(1.0))
 
     def _exp2(self, value: Expr) -> Expr:
-        bounded = tir.maximum(tir.minimum(value, tir.broadcast(126.0)), tir.broadcast(-126.0))
+        # In this order a NaN stays.
+        bounded = tir.maximum(tir.broadcast(-126.0), tir.minimum(tir.broadcast(126.0), value))
         power = Register("float32", bounded)
         whole = Register("float32", nearest(power.value))
         fraction = Register("float32", power.value - whole.value)
