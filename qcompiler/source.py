@@ -34,16 +34,10 @@ def check_source(model: ir.Model) -> None:
     """Refuse a model that was compiled before, or that is broken.
 
     Raises:
-        ModelError: Its opset is too old or unknown, it has ops of ours, or NaN among its weights.
+        ModelError: Its opset is unknown, it has ops of ours, or NaN among its weights.
     """
     newest = onnx.defs.onnx_opset_version()
     opset = model.graph.opset_imports.get("", newest)
-    if opset < _OLDEST_OPSET:
-        raise ModelError(
-            f"the model is of opset {opset}, and ONNX Runtime has no kernels of ops below "
-            f"{_OLDEST_OPSET}, so that nothing could be compared with it: export it again, or "
-            f"convert it with onnx.version_converter.convert_version(model, {_OLDEST_OPSET})"
-        )
     if opset > newest:
         raise ModelError(
             f"the model is of opset {opset}, the installed onnx knows {newest}: export it again "
@@ -73,8 +67,16 @@ def check_whole(model: ir.Model, name: str) -> None:
         name: What messages call it.
 
     Raises:
-        ModelError: It has no outputs, or a value or a domain is used that it does not define.
+        ModelError: Its opset is too old, it has no outputs, or a value or a domain is used that it
+            does not define.
     """
+    opset = model.graph.opset_imports.get("", _OLDEST_OPSET)
+    if opset < _OLDEST_OPSET:
+        raise ModelError(
+            f"{name} is of opset {opset}, and ONNX Runtime has no kernels of ops below "
+            f"{_OLDEST_OPSET}, so that nothing could be compared with it: export it again, or "
+            f"convert it with onnx.version_converter.convert_version(model, {_OLDEST_OPSET})"
+        )
     if not model.graph.outputs:
         raise ModelError(f"{name} has no outputs, so that it computes nothing; export it with some")
     for node in every_node(model.graph):

@@ -159,7 +159,7 @@ def test_an_opset_of_the_future(tmp_path):
         qcompiler.compile(model, "arm-int8", tmp_path / "b")
 
 
-@pytest.mark.parametrize("opset", [1, 6])
+@pytest.mark.parametrize("opset", [-1, 0, 1, 6])
 def test_an_opset_before_onnxruntime(tmp_path, opset):
     model = model_of(MATMUL, {"w": W}, head=f'<ir_version: 3, opset_import: ["" : {opset}]>\n')
     with pytest.raises(ModelError, match=rf"opset {opset}, .* below 7.*convert_version.model, 7"):
