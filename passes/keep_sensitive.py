@@ -159,6 +159,8 @@ class KeepSensitive(MeasuringPass):
             if (node.name or "") not in names:
                 drop_plan(node)
         joined, found = output_errors(model, quantized_copy(planned, self.observe))
+        if not found:  # outputs of float16, say
+            return math.nan
         rows = self.run(joined, [name for means in found for name in means.names])
         return min((means.overall(rows) for means in found), default=math.nan) if rows else math.nan
 
