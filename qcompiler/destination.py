@@ -65,13 +65,13 @@ def check_file(path: Path, source: Path | None) -> Path:
             file of weights beside it is another model's.
     """
     check_writable(path, f"output {path}", "name another file")
-    for file in (path, beside(path)):
-        if source is not None and file.is_file() and _has_weights_of(file, source):
-            raise OptionError(f"{file} holds weights of {source}; name another output than {path}")
     if path.is_dir():
         raise OptionError(f"output {path} is a folder; name a file in it, such as {path}/out.onnx")
     if source is not None and path.exists() and path.samefile(source):
         raise OptionError(f"{path} is the input; name another file")
+    for file in (path, beside(path)):
+        if source is not None and file.is_file() and _has_weights_of(file, source):
+            raise OptionError(f"{file} holds weights of {source}; name another output than {path}")
     if beside(path).exists() and not path.exists():
         raise OptionError(
             f"{beside(path)} is there, and weights of {path} would replace it; name another file"
