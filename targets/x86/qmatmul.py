@@ -287,13 +287,10 @@ _RANGE = tuple(
     Parameter(name, "int32", is_pointer=False) for name in ("rows", "panel_begin", "panel_end")
 )
 
-_EXCESS = tuple(
-    Parameter(name, dtype)
-    for name, dtype in zip(
-        (field.name for field in dataclasses.fields(Excess)),
-        ("int32", "uint16", "int32"),
-        strict=True,
-    )
+_EXCESS = (
+    Parameter("counts", "int32"),
+    Parameter("groups", "uint16"),
+    Parameter("values", "int32"),
 )
 
 _PART = tuple(Parameter(name, "int32", is_pointer=False) for name in ("y_columns", "y_first"))
