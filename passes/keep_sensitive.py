@@ -162,7 +162,7 @@ class KeepSensitive(MeasuringPass):
         if not found:  # outputs of float16, say
             return math.nan
         rows = self.run(joined, [name for means in found for name in means.names])
-        return min((means.overall(rows) for means in found), default=math.nan) if rows else math.nan
+        return min(means.overall(rows) for means in found) if rows else math.nan
 
 
 def _keep(node: ir.Node, why: str) -> None:
