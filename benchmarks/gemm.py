@@ -32,7 +32,7 @@ from qcompiler.targets import tir
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.library import build_library
 from qcompiler.targets.x86 import ISAS, Isa, supports
-from qcompiler.targets.x86.families import splits_rows
+from qcompiler.targets.x86.families import most_lacking
 from qcompiler.targets.x86.qmatmul import accumulator_function
 from qcompiler.targets.x86.tile import tile_shape
 
@@ -69,7 +69,7 @@ class Loops(Machine):
         weights = aligned(np.ones((panels * columns, k), np.int8))
         init = aligned(np.zeros(max(panels * columns, m), np.int32))
         # Rows that are split, and lack nothing.
-        counts = init if splits_rows("QMatMulW8A8", self.isa) else None
+        counts = init if most_lacking("QMatMulW8A8", self.isa) else None
         kernel = getattr(self._library, f"loop_{m}_{n}_{k}")
         arrays = [None if a is None else pointer(a) for a in (q, weights, init, counts, y)]
 

@@ -61,58 +61,66 @@ def pointer(array: Array) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def pack(w: Array, isa: Isa, anchor: str = "QMatMulW8A8") -> tuple[Array, Array]:
+def pack(w: Array, isa: Isa) -> tuple[Array, Array]:
     """What the library's packing makes of w [K, N]: panels and `init`."""
-    from qcompiler.targets.x86.units import multiplier_of
+    from qcompiler.targets.x86.units import unit_of
 
-    unit = multiplier_of(anchor, isa)
-    (k, n), shape, depth = w.shape, tile_shape(w.shape[1], isa), unit.depth
-    groups, panels = -(-k // depth), -(-n // shape.columns)
-    padded = np.zeros((groups * depth, panels * shape.columns), np.int8)
+    (k, n), shape = w.shape, tile_shape(w.shape[1], isa)
+    groups, panels = -(-k // 4), -(-n // shape.columns)
+    padded = np.zeros((groups * 4, panels * shape.columns), np.int8)
     padded[:k, :n] = w
-    blocks = padded.reshape(groups, depth, panels, shape.vectors, 16).transpose(2, 0, 3, 4, 1)
-    packed = np.ascontiguousarray(blocks)
-    if unit.splits:
-        packed = (packed.view(np.uint8) ^ 0x80).view(np.int8)
-    return packed, -128 * padded.sum(0, dtype=np.int32)
+    blocks = padded.reshape(groups, 4, panels, shape.vectors, 16).transpose(2, 0, 3, 4, 1)
+    packed, sums = np.ascontiguousarray(blocks), padded.sum(0, dtype=np.int32)
+    if unit_of(isa).splits:
+        return (packed.view(np.uint8) ^ 0x80).view(np.int8), sums
+    return packed, -128 * sums
 
 
-def split_rows(q: Array, isa: Isa) -> tuple[Array, Array, Array, Array, Array]:
-    """Rows q [M, K] as a kernel that splits them reads them: rows, starts, and what they lack."""
-    (m, k), most = q.shape, tile_shape(1, isa).rows
-    groups, tiles, eights = -(-k // 4), -(-m // most), -(-k // 8)
+def split_rows(
+    q: Array, isa: Isa, z: int | Array, most: int
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Rows q [M, K] as a kernel that splits them reads them: rows, starts, and what they lack.
+
+    They are less z, or z [M, 1].  Two groups lack at most `most` numbers.
+    """
+    (m, k), height = q.shape, tile_shape(1, isa).rows
+    groups, tiles, eights = -(-k // 4), -(-m // height), -(-k // 8)
     a = np.zeros((m, 8 * eights), np.int32)
-    a[:, :k] = q.astype(np.int32) - 128
-    first = _too_much(a) - _too_much(-a)
-    rest = np.where(_pair_sums(first, 1) > 128, np.maximum(first, 0), 0)
-    rest -= np.where(_pair_sums(first, -1) > 128, np.maximum(-first, 0), 0)
-    rest[..., ::2] = 0  # the second element is at most 128
-    lacking = np.stack([first - rest, rest], axis=1).astype(np.int8).view(np.int32)
-    shape = tiles, 3 * eights, most
+    a[:, :k] = q.astype(np.int32) - z
+    above, below = _too_much(np.maximum(a, 0), 127), _too_much(np.maximum(-a, 0), 128)
+    excess, noted = above - below, []
+    while len(noted) < 2 or above.any() or below.any():
+        some_above, some_below = _at_once(above, 127), _at_once(below, 128)
+        noted.append(some_above - some_below)
+        above, below = above - some_above, below - some_below
+    lacking = np.stack(noted, axis=1).astype(np.int8).view(np.int32)
+    shape = tiles, most * eights, height
     counts, numbers = np.zeros(tiles, np.int32), np.zeros(shape, np.uint16)
-    values, height = np.zeros(shape, np.int32), -(-m // tiles)
+    values, rows = np.zeros(shape, np.int32), -(-m // tiles)
     for tile in range(tiles):
-        start = min(tile * height, m - height)
-        for i in range(height):
+        start = min(tile * rows, m - rows)
+        for i in range(rows):
             part, found = np.nonzero(lacking[start + i])
             counts[tile] = max(counts[tile], found.size)
             numbers[tile, : found.size, i] = found
             values[tile, : found.size, i] = lacking[start + i, part, found]
-    split = (a - first)[:, : 4 * groups].astype(np.int8).view(np.uint8)
+    split = (a - excess)[:, : 4 * groups].astype(np.int8).view(np.uint8)
     return split, -128 * a.sum(1, dtype=np.int32), counts, numbers, values
 
 
-def _pair_sums(a: Array, sign: int) -> Array:
-    """Of each element's pair, what is of this sign."""
-    return np.maximum(sign * a, 0).reshape(len(a), -1, 2).sum(-1).repeat(2, axis=1)
+def _at_once(a: Array, most: int) -> Array:
+    """Of each pair at most this much, of the first element rather."""
+    first = np.minimum(a[:, ::2], most)
+    second = np.minimum(a[:, 1::2], most - first)
+    return np.stack([first, second], axis=2).reshape(a.shape)
 
 
-def _too_much(a: Array) -> Array:
-    """What the positive of each four have beyond 128: of one pair if it can, the later rather."""
-    fours = np.maximum(a, 0).reshape(len(a), -1, 2, 2, 2).swapaxes(2, 3).reshape(-1, 2, 2)
+def _too_much(a: Array, most: int) -> Array:
+    """What each four have beyond `most`: of one pair if it can, the later rather."""
+    fours = a.reshape(len(a), -1, 2, 2, 2).swapaxes(2, 3).reshape(-1, 2, 2)
     earlier, later = fours.sum(2).T
-    over = np.maximum(earlier + later - 128, 0)
-    of_earlier = (over > later) & (over <= np.minimum(earlier, 128))
+    over = np.maximum(earlier + later - most, 0)
+    of_earlier = (over > later) & (over <= np.minimum(earlier, most))
     of_later = np.where(of_earlier, 0, np.minimum(over, later))
     shares = np.stack([over - of_later, of_later], axis=1)
     first = np.minimum(fours[..., 0], shares)
@@ -120,15 +128,28 @@ def _too_much(a: Array) -> Array:
     return taken.reshape(len(a), -1, 2, 2, 2).swapaxes(2, 3).reshape(a.shape)
 
 
-def operands(q: Array, w: Array, isa: Isa) -> tuple[Array, list[Array]]:
-    """The activations and the operands from the weights on of a product of W8A8."""
-    from qcompiler.targets.x86.families import splits_rows
+def centres(q: Array, z: int) -> Array:
+    """Where rows q [M, K] are split, [M, 1]: at z, or if they lie elsewhere at their mean."""
+    mean = q.sum(1, keepdims=True, dtype=np.int64) // q.shape[1]
+    far, from_mean = (np.abs(q - c).sum(1, keepdims=True) for c in (np.int64(z), mean))
+    elsewhere = (far >= 16 * q.shape[1]) & (from_mean * 5 < far * 4)
+    return np.where(elsewhere, mean, z).astype(np.int32)
+
+
+def operands(
+    q: Array, w: Array, isa: Isa, anchor: str = "QMatMulW8A8", z: int = 128
+) -> tuple[Array, list[Array], list[Array]]:
+    """The activations of a product, its operands up to the scales of weights, and those after."""
+    from qcompiler.targets.x86.families import most_lacking
 
     weights, init = pack(w, isa)
-    if not splits_rows("QMatMulW8A8", isa):
-        return q, [weights, init]
-    split, starts, *excess = split_rows(q, isa)
-    return split, [weights, starts, *excess]
+    most = most_lacking(anchor, isa)
+    if not most:
+        return q, [weights, init // 128 * z], []
+    at = centres(q, z) if anchor != "QMatMulW8A8" else np.full((len(q), 1), z, np.int32)
+    split, starts, *excess = split_rows(q, isa, at, most)
+    after = [z - at, init] if anchor != "QMatMulW8A8" else []
+    return split, [weights, starts, *excess], after
 
 
 def quantize(x: Array) -> tuple[Array, Array]:

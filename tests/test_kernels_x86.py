@@ -19,7 +19,6 @@ from qcompiler.ir.region import Region, Step
 from qcompiler.targets import toolchain, x86
 from qcompiler.targets.toolchain import find_linker
 from qcompiler.targets.x86 import ISAS, Isa
-from qcompiler.targets.x86.families import splits_rows
 from qcompiler.targets.x86.tile import tile_shape
 
 NATIVE = Path(toolchain.__file__).resolve().parent / "native"
@@ -45,7 +44,7 @@ def run_product(isa: Isa, region: Region, q: Array, s: Array, w: Array, ws: Arra
 
     kernel = load({"f": qmatmul_function(region, isa)}, folder, isa).f
     guarded = Guarded()
-    rows, (weights, *rest) = operands(q, w, isa)
+    rows, (weights, *rest), _ = operands(q, w, isa)
     padded = np.zeros(weights.shape[0] * tile_shape(w.shape[1], isa).columns, np.float32)
     padded[: ws.size] = ws
     y = guarded(np.full((q.shape[0], w.shape[1]), np.nan, np.float32))
@@ -70,7 +69,7 @@ def test_sums_are_exact(isa: Isa, k: int, n: int, seed: int, tmp_path: Path) -> 
     for m in range(1, 2 * shape.rows + 2):
         q = rng.integers(0, 256, (m, k)).astype(np.uint8)
         y = guarded(np.full((m, n), -1, np.int32))
-        rows, (weights, *rest) = operands(q, w, isa)
+        rows, (weights, *rest), _ = operands(q, w, isa)
         arrays = [*map(guarded, (rows, weights, *rest)), y]
         kernel(*map(pointer, arrays), m, 0, weights.shape[0])
         np.testing.assert_array_equal(y, accumulate(q, w))
@@ -87,7 +86,7 @@ def test_sums_of_extreme_values_are_exact(isa: Isa, k: int, tmp_path: Path) -> N
     for activation, weight in ((255, -128), (255, 127), (0, -128)):
         q, w = np.full((3, k), activation, np.uint8), np.full((k, n), weight, np.int8)
         y = guarded(np.zeros((3, n), np.int32))
-        rows, (weights, *rest) = operands(q, w, isa)
+        rows, (weights, *rest), _ = operands(q, w, isa)
         arrays = [*map(guarded, (rows, weights, *rest)), y]
         kernel(*map(pointer, arrays), 3, 0, weights.shape[0])
         np.testing.assert_array_equal(y, (activation - 128) * weight * k)
@@ -99,7 +98,6 @@ PACK = """
         const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed, int32_t *init) {       \
         pack(w, k, n, vectors, packed, init);                                                      \
     }
-EXPORT(split, qc_pack_split)
 """
 
 
@@ -111,26 +109,24 @@ def packer(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     source += "\n".join(f"EXPORT({isa.c_name}, {isa.c_name}.pack_w8)" for isa in ISAS)
     path = tmp_path_factory.mktemp("packer") / "pack.so"
     linker = find_linker()
-    exports = [*(f"pack_{isa.c_name}" for isa in ISAS), "pack_split"]
+    exports = [f"pack_{isa.c_name}" for isa in ISAS]
     path.write_bytes(linker.link([linker.compile(source, headers)], exports))
     return ctypes.CDLL(str(path))
 
 
 @each_raw_isa("QMatMulW8A8")
-@pytest.mark.parametrize("anchor", ["QMatMulW8A8", "QMatMulU8S8"])
 @few
 @given(k=sizes, n=sizes)
 @example(k=1, n=1)
 @example(k=129, n=129)
-def test_packing(isa: Isa, anchor: str, k: int, n: int, packer: ctypes.CDLL) -> None:
+def test_packing(isa: Isa, k: int, n: int, packer: ctypes.CDLL) -> None:
     guarded = Guarded()
     w = guarded(int8(np.random.default_rng(k), k, n))
     w[:, 0] = -128
-    expected = pack(w, isa, anchor)
+    expected = pack(w, isa)
     packed, init = (guarded(np.full_like(part, 77)) for part in expected)
     sizes = ctypes.c_int64(k), ctypes.c_int64(n)
-    name = "split" if splits_rows(anchor, isa) else isa.c_name
-    pack_w8 = getattr(packer, f"pack_{name}")
+    pack_w8 = getattr(packer, f"pack_{isa.c_name}")
     pack_w8(pointer(w), *sizes, tile_shape(n, isa).vectors, pointer(packed), pointer(init))
     np.testing.assert_array_equal(packed, expected[0])
     np.testing.assert_array_equal(init, expected[1])
@@ -246,27 +242,28 @@ def test_division_by_zero_rows_do_not_spread(isa: Isa, tmp_path: Path) -> None:
 
 @each_raw_isa("QMatMulU8S8")
 @pytest.mark.parametrize("anchor", ["QMatMulU8S8", "QMatMulU8U8"])
+@pytest.mark.parametrize("zero", [0, 128, 201, 255])
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 1, 1), (7, 33, 50), (17, 6, 17)])
 def test_one_scale_and_zero_points(
-    isa: Isa, anchor: str, m: int, k: int, n: int, tmp_path: Path
+    isa: Isa, anchor: str, zero: int, m: int, k: int, n: int, tmp_path: Path
 ) -> None:
     """The sums of (q - z) (w - wz), exactly, from weights less 128 and what the glue computes."""
     from qcompiler.targets.x86.qmatmul import qmatmul_function
 
-    rng, guarded, zero = np.random.default_rng(n), Guarded(), 201
+    rng, guarded = np.random.default_rng(n), Guarded()
     q, w = rng.integers(0, 256, (m, k)).astype(np.uint8), int8(rng, k, n)
     wz = rng.integers(-128, 128, n) if anchor == "QMatMulU8U8" else np.zeros(n, np.int64)
-    weights, init = (guarded(part) for part in pack(w, isa, anchor))
-    init[:] = init // 128 * zero
-    ones, zeros = np.zeros(init.shape, np.float32), np.zeros(init.shape, np.int32)
+    activations, (weights, *rest), after = operands(q, w, isa, anchor, zero)
+    columns = weights.shape[0] * tile_shape(n, isa).columns
+    ones, zeros = np.zeros(columns, np.float32), np.zeros(columns, np.int32)
     ones[:n], zeros[:n] = 1, wz
     rows = q.astype(np.int32).sum(1, dtype=np.int32) - k * zero
+    arrays = [activations, np.ones(1, np.float32), weights, *rest, ones, *after]
+    arrays += [rows, zeros] if anchor == "QMatMulU8U8" else []
     y = guarded(np.full((m, n), np.nan, np.float32))
-    arrays = [guarded(q), guarded(np.ones(1, np.float32)), weights, init, guarded(ones)]
-    arrays += [guarded(rows), guarded(zeros)] if anchor == "QMatMulU8U8" else []
     region = Region(anchor, (("K", k), ("N", n)))
     kernel = load({"f": qmatmul_function(region, isa)}, tmp_path, isa).f
-    kernel(*map(pointer, [*arrays, y]), m, 0, weights.shape[0])
+    kernel(*map(pointer, [*map(guarded, arrays), y]), m, 0, weights.shape[0])
     np.testing.assert_array_equal(y, (q.astype(np.int64) - zero) @ (w - wz))
 
 

@@ -42,6 +42,7 @@ struct qc_qmatmul_args {
     const int32_t *init; /* where sums start: of each column, or row where rows are split */
     const float *ws;
     struct qc_excess excess; /* where rows are split */
+    const int32_t *offsets, *column_sums; /* where split rows have centres: z less those; sum_k w */
     const int32_t *row_sums, *wz; /* U8U8: sum_k (q - z) per row; zero points of w less 128 */
     const float *extra[QC_MAX_EXTRAS];
     void *y; /* float or uint8_t, as the op's results are */
@@ -79,9 +80,6 @@ int qc_is_allowed(const struct qc_isa *isa, const char *only);
 /* Says, once, why `missing` of `all` ops are not registered, where that would surprise. */
 void qc_tell_missing(size_t missing, size_t all);
 
-/* The pack_w8 of kernels that split rows: w + 128 as uint8. */
-void qc_pack_split(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed, int32_t *init);
-
 /* sums[row] = sum_k (q - z) of q [rows, k]; for processors that have any of the instruction sets. */
 void qc_sum_rows(const uint8_t *q, int64_t rows, int64_t k, uint8_t z, int32_t *sums);
 
@@ -93,7 +91,7 @@ struct qc_variant {
     void (*qmatmul)(const struct qc_qmatmul_args *);
     void (*attention)(const struct qc_attention_args *);
     int tile_rows, tile_vectors;
-    int splits_rows; /* whether it reads activations as split_rows.c makes them */
+    int most_lacking; /* of split rows, see split_rows.c; 0: it reads activations as they are */
     int block_rows; /* the most rows of one call of attention */
     const struct qc_cuda_kernels *cuda;
 };

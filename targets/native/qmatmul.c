@@ -50,7 +50,8 @@ static int64_t all_columns(const struct qmatmul *kernel) {
 static OrtStatus *bind_zero_point(struct qmatmul_run *run, OrtKernelContext *context, int32_t *few,
                                   int32_t **allocated) {
     const struct qmatmul *kernel = run->kernel;
-    const int64_t columns = all_columns(kernel);
+    const int is_split = kernel->op->variant->most_lacking != 0;
+    const int64_t columns = is_split ? 0 : all_columns(kernel);
     const int64_t numbers = columns + (kernel->wz ? run->rows : 0);
     const OrtValue *value;
     const uint8_t *zero_point;
@@ -58,6 +59,7 @@ static OrtStatus *bind_zero_point(struct qmatmul_run *run, OrtKernelContext *con
     QC_TRY(qc_input(context, INPUT_Z, &value, (const void **)&zero_point));
     QC_TRY(QC_ORT(GetTensorSizeInBytes)(value, &bytes));
     if (bytes != 1) return qc_error(kernel->op, "input z holds %zu values; it must hold one", bytes);
+    run->zero_point = *zero_point;
     int32_t *init = few;
     if (numbers > FEW_NUMBERS) {
         *allocated = init = malloc((size_t)numbers * sizeof *init);
@@ -65,7 +67,10 @@ static OrtStatus *bind_zero_point(struct qmatmul_run *run, OrtKernelContext *con
     }
     /* -128 sums / 128 is exact. */
     for (int64_t i = 0; i < columns; i++) init[i] = (kernel->init[i] >> 7) * (int32_t)*zero_point;
-    run->args.init = init;
+    if (is_split)
+        run->args.column_sums = kernel->init;
+    else
+        run->args.init = init;
     if (!kernel->wz) return NULL;
     qc_sum_rows(run->args.q, run->rows, kernel->op->spec->k, *zero_point, init + columns);
     run->args.row_sums = init + columns;
@@ -108,6 +113,7 @@ static OrtStatus *bind(struct qmatmul_run *run, OrtKernelContext *context) {
 static struct qmatmul_run start(const struct qmatmul *kernel) {
     return (struct qmatmul_run){
         .kernel = kernel,
+        .zero_point = 128,
         .args = {.weights = kernel->weights, .init = kernel->init, .ws = kernel->ws, .wz = kernel->wz},
     };
 }
@@ -152,8 +158,8 @@ static void *allocate(size_t bytes) {
 static void pack(struct qmatmul *kernel, const int8_t *w) {
     const struct qc_op *op = kernel->op;
     const struct qc_variant *variant = op->variant;
-    (variant->splits_rows ? qc_pack_split : variant->isa->pack_w8)(
-        w, op->spec->k, op->spec->n, variant->tile_vectors, kernel->weights, kernel->init);
+    variant->isa->pack_w8(w, op->spec->k, op->spec->n, variant->tile_vectors, kernel->weights,
+                          kernel->init);
 }
 
 /* uint8 weights less 128, and their zero points too. */

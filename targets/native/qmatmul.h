@@ -11,7 +11,7 @@ struct qmatmul {
     const struct qc_op *op;
     int64_t panels;
     int8_t *weights; /* this and the next three in one allocation */
-    int32_t *init; /* for zero point 128; not read where rows are split */
+    int32_t *init; /* for zero point 128; the sums of the columns where rows are split */
     float *ws;
     int32_t *wz; /* less 128, U8U8 only */
 };
@@ -19,10 +19,13 @@ struct qmatmul {
 /* Activations as a kernel that `splits_rows` reads them, see split_rows.c. */
 struct split_rows {
     const uint8_t *q;
+    uint8_t zero_point;
+    int is_centred; /* on values of the rows' own; else on the zero point */
     int64_t rows, k, block_rows, tile_rows;
+    int64_t most_lacking; /* numbers that two groups of four may lack */
     int64_t block_tiles, tiles, numbers, tasks; /* planned */
     int8_t *split;
-    int32_t *starts, *counts, *values;
+    int32_t *starts, *offsets, *counts, *values;
     uint16_t *groups;
 };
 
@@ -30,6 +33,7 @@ struct qmatmul_run {
     const struct qmatmul *kernel;
     struct qc_qmatmul_args args; /* of the whole; y, rows and panels are set per task */
     const float *x; /* to be quantized; NULL if q and s are inputs */
+    uint8_t zero_point;
     char *y[QC_MAX_PARTS];
     int64_t rows, block_rows, panel_groups;
     struct split_rows split;

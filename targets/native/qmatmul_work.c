@@ -39,8 +39,10 @@ void qc_quantize_rows(const struct qc_op *op, const float *x, int64_t rows, stru
 static struct split_rows rows_to_split(const struct qmatmul_run *run, const uint8_t *q, int64_t rows,
                                        int64_t block_rows) {
     const struct qc_op *op = run->kernel->op;
-    return (struct split_rows){.q = q, .rows = rows, .k = op->spec->k, .block_rows = block_rows,
-                               .tile_rows = op->variant->tile_rows};
+    return (struct split_rows){.q = q, .zero_point = run->zero_point,
+                               .is_centred = has_zero_point(op), .rows = rows, .k = op->spec->k,
+                               .block_rows = block_rows, .tile_rows = op->variant->tile_rows,
+                               .most_lacking = op->variant->most_lacking};
 }
 
 /* All panels of rows that were just quantized. */
@@ -60,7 +62,7 @@ static void quantize_and_run(const struct qmatmul_run *run, struct qc_qmatmul_ar
     const struct qc_op *op = run->kernel->op;
     struct quantized memory;
     qc_quantize_rows(op, run->x + row * op->spec->k, args->rows, &memory, args);
-    if (op->variant->splits_rows)
+    if (op->variant->most_lacking)
         split_and_run(run, args, row);
     else
         run_panels(run, args, row, 0, run->kernel->panels);
@@ -139,7 +141,7 @@ static int64_t split(struct qmatmul_run *run) {
 OrtStatus *qc_run_qmatmul(struct qmatmul_run *run, OrtKernelContext *context) {
     const struct qc_op *op = run->kernel->op;
     const size_t tasks = (size_t)split(run);
-    if (run->x || !op->variant->splits_rows) return qc_parallel(context, qmatmul_task, tasks, run);
+    if (run->x || !op->variant->most_lacking) return qc_parallel(context, qmatmul_task, tasks, run);
     run->split = rows_to_split(run, run->args.q, run->rows, run->block_rows);
     const size_t bytes = qc_plan_split(&run->split);
     char *memory = malloc(bytes);

@@ -74,16 +74,10 @@ AVX2 static __m256i load_pair(const struct source *source, int64_t row, __m256i 
     return pair;
 }
 
-/* Rows `row` to `row + depth - 1`, so that each 32-bit lane of a product has those of its column. */
-AVX2 static void pack_group(const struct source *source, int64_t row, int depth, int8_t *target,
-                            __m256i *sums) {
+/* Rows `row` to `row + 3`, so that each 32-bit lane of a product has those of its column. */
+AVX2 static void pack_quad(const struct source *source, int64_t row, int8_t *target, __m256i *sums) {
     __m256i *vectors = (__m256i *)target;
-    __m256i low = load_pair(source, row, sums);
-    if (depth == 2) {
-        _mm256_storeu_si256(vectors, low);
-        return;
-    }
-    __m256i high = load_pair(source, row + 2, sums);
+    __m256i low = load_pair(source, row, sums), high = load_pair(source, row + 2, sums);
     __m256i even = _mm256_unpacklo_epi16(low, high), odd = _mm256_unpackhi_epi16(low, high);
     _mm256_storeu_si256(vectors, _mm256_permute2x128_si256(even, odd, 0x20));
     _mm256_storeu_si256(vectors + 1, _mm256_permute2x128_si256(even, odd, 0x31));
@@ -99,14 +93,13 @@ AVX2 static void subtract(int32_t *init, __m256i sums) {
     }
 }
 
-/* To [panel][ceil(k / depth)][vectors * 16 * depth], in blocks of 64 rows: within one, each panel
- * is written in pieces next to each other, no more than 64 pages of w are open, and int16 holds the
- * sums. */
-AVX2 static void pack(const int8_t *w, int64_t k, int64_t n, int vectors, int depth, int8_t *packed,
+/* To [panel][ceil(k / 4)][vectors * 64], in blocks of 64 rows: within one, each panel is written in
+ * pieces next to each other, no more than 64 pages of w are open, and int16 holds the sums. */
+AVX2 static void pack(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
                       int32_t *init) {
-    enum { BLOCK_ROWS = 64 };
-    const int64_t groups = (k + depth - 1) / depth, all_vectors = (n + 15) / 16;
-    const int64_t panels = (all_vectors + vectors - 1) / vectors, bytes = 16 * depth;
+    enum { BLOCK_ROWS = 64, QUAD = 4 };
+    const int64_t groups = (k + QUAD - 1) / QUAD, all_vectors = (n + 15) / 16;
+    const int64_t panels = (all_vectors + vectors - 1) / vectors, bytes = 16 * QUAD;
     memset(init, 0, (size_t)(panels * vectors) * 64);
     for (int64_t first = 0; first < k; first += BLOCK_ROWS) {
         int64_t last = first + BLOCK_ROWS < k ? first + BLOCK_ROWS : k;
@@ -115,8 +108,8 @@ AVX2 static void pack(const int8_t *w, int64_t k, int64_t n, int vectors, int de
             const struct source source = {left > 0 ? w + vector * 16 : w, n, k, left};
             int8_t *target = packed + (panel * groups * vectors + vector % vectors) * bytes;
             __m256i sums = _mm256_setzero_si256();
-            for (int64_t row = first; row < last; row += depth)
-                pack_group(&source, row, depth, target + row / depth * vectors * bytes, &sums);
+            for (int64_t row = first; row < last; row += QUAD)
+                pack_quad(&source, row, target + row / QUAD * vectors * bytes, &sums);
             subtract(init + vector * 16, sums);
         }
     }
@@ -140,46 +133,38 @@ void qc_sum_rows(const uint8_t *q, int64_t rows, int64_t k, uint8_t z, int32_t *
         sums[row] = (int32_t)(sum_row(q + row * k, k) - k * z);
 }
 
-static void pack_pairs(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
-                       int32_t *init) {
-    pack(w, k, n, vectors, 2, packed, init);
-}
-
-static void pack_quads(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
-                       int32_t *init) {
-    pack(w, k, n, vectors, 4, packed, init);
-}
-
-void qc_pack_split(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
-                   int32_t *init) {
+/* w + 128 as uint8, and the sums of its columns, as kernels that read split rows want them. */
+static void pack_shifted(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
+                         int32_t *init) {
     const int64_t columns = (n + 16 * vectors - 1) / (16 * vectors) * 16 * vectors;
     const int64_t bytes = (k + 3) / 4 * 4 * columns;
-    pack(w, k, n, vectors, 4, packed, init);
+    pack(w, k, n, vectors, packed, init);
     for (int64_t i = 0; i < bytes; i++) packed[i] = (int8_t)(packed[i] ^ 0x80);
+    for (int64_t i = 0; i < columns; i++) init[i] = -(init[i] >> 7);
 }
 
 const struct qc_isa qc_avx2 = {
     .name = "avx2",
     .is_available = avx2_is_available,
-    .pack_w8 = pack_pairs,
+    .pack_w8 = pack_shifted,
 };
 const struct qc_isa qc_avx_vnni = {
     .name = "avx-vnni",
     .is_available = avx_vnni_is_available,
     .includes = &qc_avx2,
-    .pack_w8 = pack_quads,
+    .pack_w8 = pack,
 };
 const struct qc_isa qc_avx512_vnni = {
     .name = "avx512-vnni",
     .is_available = avx512_vnni_is_available,
     .includes = &qc_avx2,
-    .pack_w8 = pack_quads,
+    .pack_w8 = pack,
 };
 const struct qc_isa qc_avx512_bf16 = {
     .name = "avx512-bf16",
     .is_available = avx512_bf16_is_available,
     .includes = &qc_avx512_vnni,
-    .pack_w8 = pack_quads,
+    .pack_w8 = pack,
 };
 
 const struct qc_isa *const qc_all_isa[] = {&qc_avx512_bf16, &qc_avx512_vnni, &qc_avx_vnni, &qc_avx2,

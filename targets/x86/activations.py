@@ -1,4 +1,4 @@
-"""How a tile reads its activations: a group of `depth` elements of K at a time, as an int32."""
+"""How a tile reads its activations: four elements of K at a time, as an int32."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from qcompiler.targets import tir
-from qcompiler.targets.tir import LANES, Expr, Register
+from qcompiler.targets.tir import Expr, Register
 
-__all__ = ["ByteRows", "Emit", "Excess", "Part", "SplitRows", "WidenedRows"]
+__all__ = ["ByteRows", "Emit", "Excess", "Part", "SplitRows"]
 
 Part = tuple[Expr, Expr]
 """A group of elements of K: its number, and the bits of a row's."""
@@ -16,16 +16,13 @@ Part = tuple[Expr, Expr]
 Emit = Callable[[Sequence[Sequence[Part]]], None]
 """Emits the products of the parts of each row, whose sum is added to the row's."""
 
-_QUAD, _PAIR = 4, 2
-
-_CHUNK = 512
-"""Elements of K that are widened at a time: 1 KiB a row."""
+_QUAD = 4
 
 
 class ByteRows:
     """Rows of uint8, four elements at a time, from where they are."""
 
-    def __init__(self, q: Expr, k: int, rows: int) -> None:
+    def __init__(self, q: Expr, k: int) -> None:
         self._q, self._k = q, k
 
     def for_groups(self, tile: Expr, first_row: Expr, rows: int, emit: Emit) -> None:
@@ -55,13 +52,15 @@ class Excess:
 
     Attributes:
         counts: How many of each row, [tile].
-        groups: Where, as uint16, [tile][3 * ceil(ceil(K/4) / 2)][rows of a tile].
+        groups: Where, as uint16, [tile][most * ceil(ceil(K/4) / 2)][rows of a tile].
         values: What, four int8, of the same shape.
+        most: How many numbers two groups may lack.
     """
 
     counts: Expr
     groups: Expr
     values: Expr
+    most: int
 
 
 class SplitRows:
@@ -69,8 +68,8 @@ class SplitRows:
 
     Four products of a uint8 and an int8 fit an int16 if neither the positive of the int8 add up to
     more than 128, nor the negative.  From the few fours beyond, native/split_rows.c takes what is
-    too much, to be multiplied once more with the same weights.  Rows are whole groups long, with
-    zeros at the end.
+    too much, to be multiplied once more with the same weights.  They are less their zero point, or
+    another number.  Rows are whole groups long, with zeros at the end.
     """
 
     def __init__(self, q: Expr, k: int, rows: int, excess: Excess) -> None:
@@ -88,7 +87,7 @@ class SplitRows:
         if self._groups % 2:
             emit(parts(tir.constant(self._groups - 1, "int32")))
         excess = self._excess
-        most_lacking = 3 * -(-self._groups // 2)
+        most_lacking = excess.most * -(-self._groups // 2)
         with tir.loop(0, excess.counts[tile]) as index:
             start = Register("int32", (tile * most_lacking + index) * self._most, 1)
             places = [start.value + i for i in range(rows)]
@@ -97,48 +96,3 @@ class SplitRows:
     def _bits(self, row: Expr, group: Expr) -> Expr:
         start = (row * self._groups + group) * _QUAD
         return tir.reinterpret("int32", self._q.vload([start], "uint8x4"))
-
-
-class WidenedRows:
-    """Rows as uint16, two elements at a time, for vpmaddwd.
-
-    Widened where they are multiplied, they would cost an instruction for every four of products;
-    here a tile's are widened once for all its columns, a part of K at a time, so that they stay in
-    L1 for rows of any length.
-    """
-
-    def __init__(self, q: Expr, k: int, rows: int) -> None:
-        self._q, self._k = q, k
-        self._chunk = min(_CHUNK, -(-k // LANES) * LANES)
-        self._wide = tir.scratch("uint16", rows * self._chunk)
-
-    def for_groups(self, tile: Expr, first_row: Expr, rows: int, emit: Emit) -> None:
-        """Call `emit` for each two elements of K."""
-        with tir.loop(0, -(-self._k // self._chunk)) as chunk:
-            first = Register("int32", chunk * self._chunk, 1)
-            count = Register("int32", tir.minimum(self._k - first.value, self._chunk), 1)
-            # A loop of the compiled program, or LLVM unrolls it to more code than all the rest.
-            with tir.loop(0, rows) as i:
-                start = Register("int32", (first_row + i) * self._k + first.value, 1)
-                self._widen(i * self._chunk, start.value, count.value)
-            with tir.loop(0, (count.value + 1) // _PAIR) as pair:
-                group = first.value // _PAIR + pair
-                bits = [self._bits(i * self._chunk + pair * _PAIR) for i in range(rows)]
-                emit([[(group, pair_bits)] for pair_bits in bits])
-
-    def _widen(self, target: Expr, start: Expr, count: Expr) -> None:
-        with tir.loop(0, count // LANES) as group:
-            values = self._q.vload([start + group * LANES], f"uint8x{LANES}")
-            tir.store(
-                self._wide, tir.cast(f"uint16x{LANES}", values), tir.lanes(target + group * LANES)
-            )
-        if self._k % LANES:
-            with tir.loop((count // LANES) * LANES, count) as i:
-                tir.store(self._wide, tir.cast("uint16", self._q[start + i]), target + i)
-        if self._k % _PAIR:
-            # What the last weights, which are zeros, are multiplied by; any number would do.
-            with tir.when(count % _PAIR != 0):
-                tir.store(self._wide, tir.constant(0, "uint16"), target + count)
-
-    def _bits(self, index: Expr) -> Expr:
-        return tir.reinterpret("int32", self._wide.vload([index], "uint16x2"))

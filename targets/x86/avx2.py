@@ -9,7 +9,7 @@ from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Register
 from qcompiler.targets.x86.vector import EXP2_OF_FRACTION, VectorUnit, absolute, polynomial
 
-__all__ = ["Avx2", "Avx2Split", "AvxVnni"]
+__all__ = ["Avx2", "AvxVnni"]
 
 _MANTISSA_BITS = 23
 
@@ -18,22 +18,24 @@ _EXPONENT_OF_ZERO = -127.0
 
 
 class Avx2(VectorUnit):
-    """AVX2 and FMA."""
+    """AVX2 and FMA.  Of four activations neither sign adds up to more than 128, see `SplitRows`."""
 
-    depth = 2
-    widens = True
+    splits = True
     lookup_size = LANES // 2
 
     def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
-        """`total` plus two products per lane (vpmaddwd, vpaddd), weights widened to int16 too.
+        """`total` plus four products per lane (vpmaddubsw, vpmaddwd by 1, vpaddd)."""
+        return self.dot_products_u8s8(total, [(activations, weights)])
 
-        vpmaddubsw would multiply bytes, twice as many at a time, but saturates its sums of two at
-        int16, and 2 * 255 * -128 is -65280.  Splitting the activations into 7 bits and 1 keeps it
-        exact and takes six instructions for four products, where this takes four.
+    def dot_products_u8s8(self, total: Expr, factors: Sequence[tuple[Expr, Expr]]) -> Expr:
+        """The same of one pair or two, whose products are added as int16.
+
+        Five instructions for 64 products of two, of which three are multiplications; widened to
+        int16 first it would be eight and four, of twice the bytes.
         """
-        one = tir.reinterpret("int16x32", tir.broadcast(activations))
-        other = tir.cast("int16x32", weights)
-        return total + _by_halves("int32", "llvm.x86.avx2.pmadd.wd", one, other)
+        first, *second = (_pairs(*pair) for pair in factors)
+        ones = tir.broadcast(tir.constant(1, "int16"), 2 * LANES)
+        return total + _by_halves("int32", "llvm.x86.avx2.pmadd.wd", sum(second, first), ones)
 
     def round_to_int32(self, value: Expr) -> Expr:
         """Nearest integer, ties to even."""
@@ -79,43 +81,23 @@ class Avx2(VectorUnit):
         return self.times_power_of_two(series, whole.value)
 
 
-class Avx2Split(Avx2):
-    """AVX2, for activations of int8 that come in fours of which neither sign adds up to over 128.
-
-    Twice as fast as widened: five instructions for 64 products, of which three are multiplications,
-    instead of eight and four, and a byte for each operand instead of two.
-    """
-
-    depth = 4
-    widens = False
-    splits = True
-
-    def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
-        """`total` plus four products per lane (vpmaddubsw, vpmaddwd by 1, vpaddd)."""
-        return self.dot_products_u8s8(total, [(activations, weights)])
-
-    def dot_products_u8s8(self, total: Expr, factors: Sequence[tuple[Expr, Expr]]) -> Expr:
-        """The same of one pair or two, whose products are added as int16."""
-        first, *second = (self._pairs(*pair) for pair in factors)
-        ones = tir.broadcast(tir.constant(1, "int16"), 2 * LANES)
-        return total + _by_halves("int32", "llvm.x86.avx2.pmadd.wd", sum(second, first), ones)
-
-    def _pairs(self, activations: Expr, weights: Expr) -> Expr:
-        everywhere = tir.reinterpret("int8x64", tir.broadcast(activations))
-        return _by_halves("int16", "llvm.x86.avx2.pmadd.ub.sw", weights, everywhere, width=16)
-
-
 class AvxVnni(Avx2):
     """AVX2 and AVX-VNNI, which is vpdpbusd for ymm."""
 
-    depth = 4
-    widens = False
+    splits = False
+    dot_products_u8s8 = VectorUnit.dot_products_u8s8
 
     def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
         """`total` plus four products per lane (vpdpbusd)."""
         everywhere = tir.reinterpret("uint8x64", tir.broadcast(activations))
         # The name is AVX-512's; LLVM encodes it for the processor at hand.
         return _by_halves("int32", "llvm.x86.avx512.vpdpbusd.256", total, everywhere, weights)
+
+
+def _pairs(activations: Expr, weights: Expr) -> Expr:
+    """Sums of two products each as int16."""
+    everywhere = tir.reinterpret("int8x64", tir.broadcast(activations))
+    return _by_halves("int16", "llvm.x86.avx2.pmadd.ub.sw", weights, everywhere, width=16)
 
 
 def _by_halves(dtype: str, name: str, *operands: Expr, width: int = LANES // 2) -> Expr:

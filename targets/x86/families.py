@@ -18,7 +18,7 @@ from qcompiler.targets.x86.attention_shape import attention_shape, int8_attentio
 from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
 
-__all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "norm_operands", "splits_rows"]
+__all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "differences", "most_lacking", "norm_operands"]
 
 MAX_PARTS = 8
 MAX_ELEMENTS = 1 << 30
@@ -187,14 +187,10 @@ def _qmatmul_parameters(region: Region, isa: Isa) -> list[tuple[str, str]]:
         *(
             (f"const {'uint16_t' if name == 'groups' else 'int32_t'} *", f"a->excess.{name}")
             for name in ("counts", "groups", "values")
-            if splits_rows(region.anchor, isa)
+            if most_lacking(region.anchor, isa)
         ),
         ("const float *", "a->ws"),
-        *(
-            (("const int32_t *", "a->row_sums"), ("const int32_t *", "a->wz"))
-            if region.anchor == "QMatMulU8U8"
-            else ()
-        ),
+        *(("const int32_t *", f"a->{name}") for name in differences(region, isa)),
         *(("const float *", f"a->extra[{i}]") for i in range(len(region.extras))),
         ("uint8_t *" if region.is_quantized else "float *", "a->y"),
         ("int32_t", "a->rows"),
@@ -223,16 +219,31 @@ def _multiplies_int8(region: Region, isa: Isa) -> bool:
 
 def _qmatmul_constants(region: Region, isa: Isa) -> dict[str, int]:
     tile = tile_shape(region.size("N"), isa)
-    splits = {"splits_rows": 1} if splits_rows(region.anchor, isa) else {}
+    most = most_lacking(region.anchor, isa)
+    splits = {"most_lacking": most} if most else {}
     return {"tile_rows": tile.rows, "tile_vectors": tile.vectors} | splits
 
 
-def splits_rows(anchor: str, isa: Isa) -> bool:
-    """Whether a product reads its activations as `SplitRows`.
+def most_lacking(anchor: str, isa: Isa) -> int:
+    """How many numbers two groups of four may lack of the `SplitRows` that a product reads, or 0.
 
-    With a zero point of their own they may be too far from zero for that.
+    Two elements are up to 2 * 127 above a zero point of 128, and 2 * 255 above another; 127 of that
+    can be multiplied at once.
     """
-    return isa == AVX2 and anchor in ("QMatMulW8A8", "DynamicQMatMulW8A8")
+    if isa != AVX2:
+        return 0
+    return 9 if anchor in MAX_ASYMMETRIC_DEPTH else 3
+
+
+def differences(region: Region, isa: Isa) -> tuple[str, ...]:
+    """What is subtracted from sums: products of a number of each row and one of each column.
+
+    `SplitRows` of activations with a zero point of their own may be less another number than that.
+    """
+    asymmetric = region.anchor in MAX_ASYMMETRIC_DEPTH
+    centres = ("offsets", "column_sums") if asymmetric and isa == AVX2 else ()
+    zero_points = ("row_sums", "wz") if region.anchor == "QMatMulU8U8" else ()
+    return centres + zero_points
 
 
 def _qmatmul(anchor: str) -> Family:

@@ -2,13 +2,14 @@
 
     y = epilogue(float(sum_k (q - z) w) * (s * ws))
 
-The weights lie as [panel][ceil(K/D)][NR * 16 * D]: for each D rows of K, each lane of a panel has
-its D int8 side by side, as the vector unit multiplies them (vpdpbusd: D = 4).  `init` holds
+The weights lie as [panel][ceil(K/4)][NR * 16 * 4]: for each four rows of K, each lane of a panel
+has its int8 side by side, as the vector unit multiplies them (vpdpbusd).  `init` holds
 -z * sum_k w, so the zero point of the activations, 128 or known at run time, costs nothing.  A tile
 is MR rows by one panel, its accumulators in registers.
 
-Where rows are split, weights are uint8, 128 more, activations int8, and `init` holds for each row
--128 * sum_k (q - z).
+Where rows are split, weights are uint8, 128 more, activations int8 and less the row's centre c, and
+`init` holds for each row -128 * sum_k (q - c).  Then (z - c) sum_k w is to be subtracted; of W8A8
+c is z.
 """
 
 from __future__ import annotations
@@ -21,13 +22,16 @@ from qcompiler.ir.region import Region
 from qcompiler.targets import tir
 from qcompiler.targets.epilogue import apply_steps
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
-from qcompiler.targets.x86.activations import ByteRows, Excess, Part, SplitRows, WidenedRows
+from qcompiler.targets.x86.activations import ByteRows, Excess, Part, SplitRows
+from qcompiler.targets.x86.families import differences, most_lacking
 from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
-from qcompiler.targets.x86.units import multiplier_of
+from qcompiler.targets.x86.units import unit_of
 from qcompiler.targets.x86.vector import VectorUnit, load_lanes, store_lanes
 
 __all__ = ["accumulator_function", "qmatmul_function"]
+
+_QUAD = 4
 
 Finish = Callable[[Sequence[Expr], Expr, Expr, int], None]
 """Stores a part of one row of y: (its sums, 16 in each; row; first column; columns that exist)."""
@@ -54,19 +58,18 @@ class Loops:
         self, k: int, n: int, unit: VectorUnit, isa: Isa, operands: Operands, finish: Finish
     ) -> None:
         self._unit = unit
-        self._k, self._depth = k, unit.depth
-        self._groups = -(-k // self._depth)
+        self._k, self._groups = k, -(-k // _QUAD)
         self._shape = tile_shape(n, isa)
         self._operands = operands
         self._finish = finish
         self._whole_panels, self._edge_columns = divmod(n, self._shape.columns)
         self._activations = self._rows()
 
-    def _rows(self) -> ByteRows | WidenedRows | SplitRows:
-        operands, most = self._operands, self._shape.rows
+    def _rows(self) -> ByteRows | SplitRows:
+        operands = self._operands
         if operands.excess is not None:
-            return SplitRows(operands.q, self._k, most, operands.excess)
-        return (WidenedRows if self._unit.widens else ByteRows)(operands.q, self._k, most)
+            return SplitRows(operands.q, self._k, self._shape.rows, operands.excess)
+        return ByteRows(operands.q, self._k)
 
     def emit(self) -> None:
         """Everything: panels [panel_begin, panel_end) of all rows."""
@@ -142,7 +145,7 @@ class Loops:
             if prefetched is not None:
                 next_panel = self._weight_start(panels[0] + 1, 0, 0)
                 for group, _ in rows[0]:
-                    line = (prefetched * self._groups + group) * (LANES * self._depth)
+                    line = (prefetched * self._groups + group) * (LANES * _QUAD)
                     tir.prefetch_to_l2(self._operands.weights, next_panel + line)
             for p, panel in enumerate(panels):
                 for row, parts in zip(sums[p * height : (p + 1) * height], rows, strict=True):
@@ -161,11 +164,11 @@ class Loops:
 
     def _weights(self, panel: Expr, group: Expr, vector: int) -> Expr:
         start = self._weight_start(panel, group, vector)
-        return self._operands.weights.vload([start], f"int8x{LANES * self._depth}")
+        return self._operands.weights.vload([start], f"int8x{LANES * _QUAD}")
 
     def _weight_start(self, panel: Expr, group: Expr, vector: Expr) -> Expr:
-        group_start = (panel * self._groups + group) * (self._shape.columns * self._depth)
-        return group_start + vector * (LANES * self._depth)
+        group_start = (panel * self._groups + group) * (self._shape.columns * _QUAD)
+        return group_start + vector * (LANES * _QUAD)
 
 
 def _vectors(columns: int) -> int:
@@ -192,22 +195,22 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
     `void f(const uint8_t *q, const float *s, const int8_t *weights, const int32_t *init,
     const float *ws, const float *extra..., float *y, int32_t rows, int32_t panel_begin,
     int32_t panel_end)`, where `ws` is padded to whole panels like `init`, and neither the rows nor
-    the range of panels is empty; `s` has a value per row, or one in all (U8S8, U8U8).  U8U8 takes
-    after `ws` what zero points of the weights, less 128, are multiplied by to be subtracted, and
-    those: `const int32_t *row_sums, const int32_t *wz`.  A region of several results stores those
-    of one per call, in `y`, and takes that one's width and first column, `int32_t y_columns,
-    int32_t y_first`, at the end.  Where the last step quantizes, `y` is `uint8_t *`.  The arrays of
-    `Excess` follow `init` where rows are split.
+    the range of panels is empty; `s` has a value per row, or one in all (U8S8, U8U8).  The arrays
+    of `Excess` follow `init` where rows are split, and those of `differences` follow `ws`, as
+    `const int32_t *`.  A region of several results stores those of one per call, in `y`, and takes
+    that one's width and first column, `int32_t y_columns, int32_t y_first`, at the end.  Where the
+    last step quantizes, `y` is `uint8_t *`.
     """
-    k, n, unit = region.size("K"), region.size("N"), multiplier_of(region.anchor, isa)
-    per_tensor, shifted = region.anchor != "QMatMulW8A8", region.anchor == "QMatMulU8U8"
+    k, n, unit = region.size("K"), region.size("N"), unit_of(isa)
+    most, pairs = most_lacking(region.anchor, isa), differences(region, isa)
+    per_tensor = region.anchor != "QMatMulW8A8"
     extra_count, y_type = len(region.extras), "uint8" if region.is_quantized else "float32"
     extra_parameters = [Parameter(f"extra{i}", "float32") for i in range(extra_count)]
 
     def body(q: Expr, s: Expr, weights: Expr, init: Expr, *rest: Expr) -> None:
-        excess, rest = (Excess(*rest[:3]), rest[3:]) if unit.splits else (None, rest)
+        excess, rest = (Excess(rest[0], rest[1], rest[2], most), rest[3:]) if most else (None, rest)
         ws, rest = rest[0], rest[1:]
-        (row_sums, wz), rest = (rest[:2], rest[2:]) if shifted else ((None, None), rest)
+        numbers, rest = rest[: len(pairs)], rest[len(pairs) :]
         extras, (y, rows, begin, end, *part) = rest[:extra_count], rest[extra_count:]
         y_columns, y_first = part or (n, 0)
 
@@ -215,9 +218,9 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
             for index, total in enumerate(sums):
                 column = first_column + index * LANES
                 count = min(LANES, columns - index * LANES)
-                if shifted:
-                    zeros = load_lanes(wz, column, LANES, "int32")
-                    total = total - tir.broadcast(row_sums[row]) * zeros
+                for of_row, of_column in zip(numbers[::2], numbers[1::2], strict=True):
+                    factors = load_lanes(of_column, column, LANES, "int32")
+                    total = total - tir.broadcast(of_row[row]) * factors
                 scale = tir.broadcast(s[0 if per_tensor else row]) * load_lanes(ws, column, LANES)
                 anchor = tir.cast("float32x16", total) * scale
                 values = [
@@ -238,9 +241,9 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
             Parameter("s", "float32"),
             Parameter("weights", "int8"),
             Parameter("init", "int32"),
-            *(_EXCESS if unit.splits else ()),
+            *(_EXCESS if most else ()),
             Parameter("ws", "float32"),
-            *(Parameter(name, "int32") for name in ("row_sums", "wz") if shifted),
+            *(Parameter(name, "int32") for name in pairs),
             *extra_parameters,
             Parameter("y", y_type),
             *_RANGE,
@@ -250,20 +253,18 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
     )
 
 
-def accumulator_function(
-    k: int, n: int, isa: Isa = AVX512_VNNI, anchor: str = "QMatMulW8A8"
-) -> Any:
-    """The same loops with the int32 sums as result, for tests and for timing the loops alone.
+def accumulator_function(k: int, n: int, isa: Isa = AVX512_VNNI) -> Any:
+    """The loops of W8A8 with the int32 sums as result, for tests and for timing the loops alone.
 
     `void f(const uint8_t *q, const int8_t *weights, const int32_t *init, int32_t *y, int32_t rows,
     int32_t panel_begin, int32_t panel_end)`, with the arrays of `Excess` after `init` where rows
     are split.
     """
-    unit = multiplier_of(anchor, isa)
+    unit, most = unit_of(isa), most_lacking("QMatMulW8A8", isa)
 
     def body(q: Expr, weights: Expr, init: Expr, *rest: Expr) -> None:
         *lacking, y, rows, begin, end = rest
-        excess = Excess(*lacking) if unit.splits else None
+        excess = Excess(lacking[0], lacking[1], lacking[2], most) if most else None
 
         def finish(sums: Sequence[Expr], row: Expr, first_column: Expr, columns: int) -> None:
             for index, total in enumerate(sums):
@@ -277,7 +278,7 @@ def accumulator_function(
         Parameter("q", "uint8"),
         Parameter("weights", "int8"),
         Parameter("init", "int32"),
-        *(_EXCESS if unit.splits else ()),
+        *(_EXCESS if most else ()),
         Parameter("y", "int32"),
     ]
     return tir.function([*pointers, *_RANGE], body)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from qcompiler.targets.x86.avx2 import Avx2, Avx2Split, AvxVnni
+from qcompiler.targets.x86.avx2 import Avx2, AvxVnni
 from qcompiler.targets.x86.avx512 import Avx512
-from qcompiler.targets.x86.families import splits_rows
 from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.vector import VectorUnit
 
-__all__ = ["multiplier_of", "unit_of"]
+__all__ = ["unit_of"]
 
 _UNITS: dict[str, VectorUnit] = {
     AVX512_BF16.name: Avx512(),
@@ -21,8 +20,3 @@ _UNITS: dict[str, VectorUnit] = {
 def unit_of(isa: Isa) -> VectorUnit:
     """The vector unit that kernels for `isa` are written in."""
     return _UNITS[isa.name]
-
-
-def multiplier_of(anchor: str, isa: Isa) -> VectorUnit:
-    """The vector unit that products of an anchor op are written in."""
-    return Avx2Split() if splits_rows(anchor, isa) else unit_of(isa)

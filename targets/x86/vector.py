@@ -184,10 +184,6 @@ class VectorUnit(ABC):
     minimum = staticmethod(minimum)
     nearest = staticmethod(nearest)
 
-    depth = 4
-    """Rows of K whose products `dot_product_u8s8` adds in each lane."""
-    widens = False
-    """Whether it takes activations as int16, not uint8."""
     splits = False
     """Whether it takes activations as `SplitRows`, and weights as uint8, 128 more."""
     lookup_size: int
@@ -195,7 +191,7 @@ class VectorUnit(ABC):
 
     @abstractmethod
     def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
-        """`total` plus `depth` products per lane, exactly.
+        """`total` plus four products per lane, exactly.
 
         `activations` are the bits of an int32, used for all lanes; `weights` are int8, those of a
         lane side by side.
