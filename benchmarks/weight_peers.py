@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx import version_converter
 from weight_cases import Feeds
 
 Write = Callable[[Path, Path, int], None]
@@ -77,8 +78,12 @@ def of_onnxsim(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
     """onnxsim's, of groups of 32: they spare no product, so that the head is put back."""
     import onnxsim
 
+    def of_opset_21(source: Path) -> onnx.ModelProto:
+        """The first with int4; of older models it leaves all as it was."""
+        return version_converter.convert_version(onnx.load(source), 21)
+
     def plain(source: Path) -> onnx.ModelProto:
-        return with_float_head(onnxsim.quantize_weight_only_int4(str(source)), source, head)
+        return with_float_head(onnxsim.quantize_weight_only_int4(of_opset_21(source)), source, head)
 
     def write(model: onnx.ModelProto, output: Path) -> None:
         onnx.save(model, output, save_as_external_data=True, location=f"{output.name}.data")
@@ -93,7 +98,7 @@ def of_onnxsim(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
         write(onnxsim.apply_awq_cpp(str(source), plain(source), calibration), output)
 
     def hqq(source: Path, output: Path, _: int) -> None:
-        rounded = onnxsim.quantize_weight_only_int4_hqq(str(source))
+        rounded = onnxsim.quantize_weight_only_int4_hqq(of_opset_21(source))
         write(with_float_head(rounded, source, head), output)
 
     return {"onnxsim RTN": nearest, "onnxsim GPTQ": gptq, "onnxsim AWQ": awq, "onnxsim HQQ": hqq}
