@@ -26,6 +26,7 @@ from qcompiler.targets.catalog import TARGETS, built_isas
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sts", type=Path, required=True, help="dev split of the STS benchmark")
+    parser.add_argument("--targets", nargs="+", default=[*TARGETS], choices=[*TARGETS])
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing, for all targets")
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
@@ -35,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         contenders: dict[str, Contender] = {"ORT FP32": Stock(model)}
         sizes = {"ORT FP32": model.stat().st_size}
-        for name in TARGETS:
+        for name in arguments.targets:
             report = qcompiler.compile(model, name, Path(scratch) / name)
             contenders[name] = Bundle(report.bundle)
             sizes[name] = report.bytes_after
