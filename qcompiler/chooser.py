@@ -148,7 +148,8 @@ class Chooser:
             return self._made
         sites, error = tuple(self._choose.choices), self._judge.error()
         costs = [choice.costs for choice in sites if choice.costs is not None]
-        busy = self._retreated_while_busy or any(times.busy for times in (*costs, *self._whole))
+        busy = any(times.busy for times in costs) or any(time.busy for time in self._whole)
+        busy = busy or self._retreated_while_busy
         return Record(sites, self._lost, self._whole, error, busy)
 
     def is_slower(self, bundle: Path, model: Path) -> bool:
