@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
-import numpy as np
 import onnx
 import onnx_ir as ir
 
 from qcompiler.ir import dialect
 from qcompiler.ir.errors import ModelError
 from qcompiler.ir.graph import every_node, label
+from qcompiler.not_finite import refuse_nan
 
 __all__ = [
     "check_not_compiled",
@@ -34,7 +31,7 @@ def check_source(model: ir.Model) -> None:
     """Refuse a model that was compiled before, or that is broken.
 
     Raises:
-        ModelError: Its opset is unknown, it has ops of ours, or NaN among its weights.
+        ModelError: Its opset is unknown, it has ops of ours, or NaN among its constants.
     """
     newest = onnx.defs.onnx_opset_version()
     opset = model.graph.opset_imports.get("", newest)
@@ -44,19 +41,7 @@ def check_source(model: ir.Model) -> None:
             f"with opset {newest} or older, or pip install -U onnx"
         )
     check_not_compiled(model)
-    for value in _initializers(model):
-        tensor = value.const_value
-        # A single NaN may be meant, as what Where puts in; an array that holds one is damaged.
-        if tensor is None or tensor.size < 2 or not tensor.dtype.is_floating_point():
-            continue
-        count = _count_of_nan(tensor)
-        if count:
-            readers = [use.node.name or use.node.op_type for use in value.uses()]
-            read = f", which {readers[0]!r} reads," if readers else ""
-            raise ModelError(
-                f"the weight {value.name!r}{read} holds {count} NaN: the model is damaged; "
-                "export it again"
-            )
+    refuse_nan(model)
 
 
 def check_whole(model: ir.Model, name: str) -> None:
@@ -115,22 +100,6 @@ def check_not_compiled(model: ir.Model) -> None:
                 f"the model was compiled before: node {node.name!r} is {node.domain}:"
                 f"{node.op_type}; compile the model that it was made from"
             )
-
-
-def _initializers(model: ir.Model) -> Iterator[ir.Value]:
-    for graph in [model.graph, *model.graph.subgraphs()]:
-        yield from graph.initializers.values()
-
-
-def _count_of_nan(tensor: ir.TensorProtocol) -> int:
-    array = tensor.numpy()
-    # The minimum carries a NaN on, and needs no array of the size of this one.
-    count = int(np.isnan(array).sum()) if np.isnan(array.min()) else 0
-    del array
-    if isinstance(tensor, ir.ExternalTensor):
-        with contextlib.suppress(BufferError):  # somebody else holds the array
-            tensor.release()  # else the whole file stays mapped
-    return count
 
 
 def inputs_with_defaults(model: ir.Model) -> list[str]:
