@@ -85,7 +85,7 @@ def _constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
 def _of_constant(node: ir.Node) -> ir.TensorProtocol | None:
     try:
         return ir.convenience.get_const_tensor(node.outputs[0])
-    except ValueError:  # a broken one, which the checker has words for
+    except ValueError:  # a broken one, which others have words for
         return None
 
 

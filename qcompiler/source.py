@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx
 import onnx_ir as ir
 
 from qcompiler.ir import dialect
 from qcompiler.ir.errors import ModelError
-from qcompiler.ir.graph import every_node, label
+from qcompiler.ir.graph import every_node, function_label, label
 from qcompiler.not_finite import refuse_nan
 
 __all__ = [
@@ -52,8 +54,8 @@ def check_whole(model: ir.Model, name: str) -> None:
         name: What messages call it.
 
     Raises:
-        ModelError: Its opset is too old, it has no outputs, or a value or a domain is used that it
-            does not define.
+        ModelError: Its opset is too old, it has no outputs, or a value, a domain or an element type
+            is missing, in it or in one of its functions.
     """
     opset = model.graph.opset_imports.get("", _OLDEST_OPSET)
     if opset < _OLDEST_OPSET:
@@ -64,28 +66,58 @@ def check_whole(model: ir.Model, name: str) -> None:
         )
     if not model.graph.outputs:
         raise ModelError(f"{name} has no outputs, so that it computes nothing; export it with some")
-    for node in every_node(model.graph):
+    for problem in _missing(model, model.graph, "the model"):
+        raise ModelError(f"{name}: {problem}; export the model again")
+    for function in model.functions.values():
+        owner = function_label(function)
+        for problem in _missing(model, function, owner):
+            raise ModelError(f"{name}: {owner}: {problem}; export the model again")
+
+
+def _missing(model: ir.Model, owner: ir.Graph | ir.Function, called: str) -> Iterator[str]:
+    """What is missing in a graph or a function, in the order of its nodes."""
+    for node in every_node(owner):
         for value in node.inputs:
             if value is not None and _is_undefined(value):
-                raise ModelError(
-                    f"{name}: node {label(node)!r} reads {value.name!r}, which is no input, no "
-                    "weight and no result of another node; export the model again"
+                yield (
+                    f"node {label(node)!r} reads {value.name!r}, which is no input, no weight and "
+                    "no result of another node"
                 )
-        if node.domain not in model.graph.opset_imports:
+        if node.domain not in owner.opset_imports:
             domain = node.domain or "ai.onnx"
-            raise ModelError(
-                f"{name}: node {label(node)!r} is of the domain {domain!r}, of which the model "
-                "imports no version; export it again"
+            yield (
+                f"node {label(node)!r} is of the domain {domain!r}, of which {called} imports no "
+                "version"
             )
-    for value in model.graph.outputs:
+        function = model.functions.get(node.op_identifier())
+        if function is not None and len(node.inputs) > len(function.inputs):
+            yield (
+                f"node {label(node)!r} gives {len(node.inputs)} operands to "
+                f"{function_label(function)}, which takes {len(function.inputs)}"
+            )
+        for attribute in node.attributes.values() if node.op_type == "Constant" else ():
+            if attribute.type is ir.AttributeType.TENSOR and not attribute.is_ref():
+                for problem in _untyped(attribute.value):
+                    yield f"the constant of node {label(node)!r} {problem}"
+    for value in owner.outputs:
         if _is_undefined(value):
-            raise ModelError(
-                f"{name}: the output {value.name!r} is no result of a node; export the model again"
-            )
+            yield f"the output {value.name!r} is no result of a node"
+    for graph in (owner, *owner.subgraphs()) if isinstance(owner, ir.Graph) else ():
+        for value in graph.initializers.values():
+            for problem in _untyped(value.const_value):
+                yield f"the weight {value.name!r} {problem}"
 
 
 def _is_undefined(value: ir.Value) -> bool:
     return not (value.producer() or value.is_graph_input() or value.is_initializer())
+
+
+def _untyped(tensor: ir.TensorProtocol | None) -> Iterator[str]:
+    try:
+        if tensor is not None and tensor.dtype is ir.DataType.UNDEFINED:
+            yield "has no element type (data_type 0)"
+    except ValueError as error:
+        yield f"is of an unknown element type ({error})"
 
 
 def check_not_compiled(model: ir.Model) -> None:
