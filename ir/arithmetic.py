@@ -28,6 +28,7 @@ from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.ir.types import Granularity, PerAxis, PerGroup, PerTensor, QuantType
 
 __all__ = [
+    "SMALLEST_SCALE",
     "as_scale",
     "broadcast_scale",
     "dequantize",
@@ -40,7 +41,7 @@ __all__ = [
 
 FloatArray = NDArray[np.float32]
 
-_SMALLEST_SCALE = 2.0**-60
+SMALLEST_SCALE = 2.0**-60
 """An all-zero channel still needs a scale that can be divided by, and so does its int32 bias, whose
 scale is the product of two: that is a normal number too."""
 
@@ -143,7 +144,7 @@ def as_scale(steps: NDArray[Any], type: QuantType) -> NDArray[Any]:
     Rounded down, a step of bfloat16 would put the largest value of an int16 128 steps outside.
     """
     expressed = type.expressed.numpy()
-    smallest = max(_SMALLEST_SCALE, float(ml_dtypes.finfo(expressed).smallest_normal))
+    smallest = max(SMALLEST_SCALE, float(ml_dtypes.finfo(expressed).smallest_normal))
     steps = np.maximum(steps, np.asarray(smallest, steps.dtype))
     scale = steps.astype(expressed)
     if type.expressed is ir.DataType.FLOAT:
@@ -160,11 +161,11 @@ def slices_below_scale(values: NDArray[Any], scale: NDArray[Any], type: QuantTyp
         scale: In ONNX shape, see `weight_scale`.
         type: What they are stored as.
     """
-    least = np.asarray(scale <= _SMALLEST_SCALE)
+    least = np.asarray(scale <= SMALLEST_SCALE)
     if not least.any():
         return 0
     magnitudes = reduce_slices(np.maximum, np.abs(values), type.granularity)
-    ends = max(abs(end) for end in type.range) * _SMALLEST_SCALE
+    ends = max(abs(end) for end in type.range) * SMALLEST_SCALE
     below = (magnitudes > 0) & (magnitudes < ends)
     return int(np.sum(least.reshape(below.shape) & below))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "cannot_read",
     "did_you_mean",
     "first_cause",
+    "said_by_ort",
 ]
 
 
@@ -82,6 +84,25 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     known = {choice.lower(): choice for choice in choices}
     close = difflib.get_close_matches(word.lower(), known, n=1)
     return f"; did you mean {known[close[0]]!r}?" if close else ""
+
+
+def said_by_ort(error: BaseException) -> str:
+    """Why ONNX Runtime failed, on one line, without places in its sources.
+
+    Args:
+        error: What a session raised when it was made or run.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    node = re.search(r"Name:\s?'([^']*)'", text)
+    if asked := re.search(r"Failed to allocate memory for requested buffer of size (\d+)", text):
+        where = f"node {node[1]!r}" if node else "it"
+        return (
+            f"out of memory: {where} asks for {int(asked[1]) / (1 << 20):,.0f} MiB more; give "
+            "smaller inputs"
+        )
+    if re.search("bad alloc|bad_alloc|bad array new length", text):
+        return f"out of memory{f', in node {node[1]!r}' if node else ''}; give smaller inputs"
+    return re.sub(r"/\S+?\.(?:cc|h|hpp):\d+ .*?\) (?=[A-Z\[])", "", text)
 
 
 def first_cause(error: BaseException) -> BaseException:

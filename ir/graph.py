@@ -18,6 +18,7 @@ __all__ = [
     "dequantize_of",
     "drop_if_unread",
     "every_node",
+    "function_label",
     "label",
     "let_go",
     "new_initializer",
@@ -59,6 +60,11 @@ def label(node: ir.Node) -> str:
     """How a message calls a node: its name, or where it has none its op and what it makes."""
     made = [value.name for value in node.outputs if value.name]
     return node.name or (f"{node.op_type} of {made[0]!r}" if made else node.op_type)
+
+
+def function_label(function: ir.Function) -> str:
+    """How a message calls a function of a model's own."""
+    return f"function '{function.domain}.{function.name}'"
 
 
 def let_go(value: ir.Value) -> None:

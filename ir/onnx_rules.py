@@ -15,10 +15,11 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from qcompiler.ir import dialect
 from qcompiler.ir.errors import did_you_mean
 from qcompiler.ir.graph import every_node, label
 
-__all__ = ["onnx_problems"]
+__all__ = ["onnx_problems", "problems_in"]
 
 _VARIADIC = onnx.defs.OpSchema.FormalParameterOption.Variadic
 
@@ -52,10 +53,19 @@ class _Signature:
 def onnx_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
     """Rule, node and problem of every node of ai.onnx that breaks a rule; linear in the nodes.
 
-    The problem names no value: what a source had wrong already reads the same after every pass.
+    Those of the model's own functions are looked at too, but not the bodies of our ops.  The
+    problem names no value: what a source had wrong already reads the same after every pass.
     """
-    opset = model.graph.opset_imports.get("", 1)
-    for node in every_node(model.graph):
+    yield from problems_in(model.graph)
+    for function in model.functions.values():
+        if not dialect.is_ours(function.domain):
+            yield from problems_in(function)
+
+
+def problems_in(owner: ir.Graph | ir.Function) -> Iterator[tuple[str, str, str]]:
+    """The same of a graph, or of one function, alone."""
+    opset = owner.opset_imports.get("", 1)
+    for node in every_node(owner):
         if node.domain == "":
             given = tuple((a.name, a.type) for a in node.attributes.values())
             types = _types(node.inputs), _types(node.outputs)

@@ -81,11 +81,13 @@ class Costs:
         source: Whether they were timed here, or come from the cost model.
         points: Where.
         times: Microseconds at each point.
+        busy: Whether others kept the cores busy meanwhile, so that they may be wrong.
     """
 
     source: Literal["timed", "model"]
     points: tuple[Point, ...]
     times: Mapping[Candidate, tuple[float, ...]]
+    busy: bool = False
 
     def mean(self, candidate: Candidate, threads: int | None = None) -> float:
         """The geometric mean over all points, or those of so many threads; microseconds."""
@@ -107,7 +109,7 @@ class Costs:
         """Plain values, for JSON."""
         points = [[threads, list(shape)] for threads, shape in self.points]
         times = {name: list(values) for name, values in self.times.items()}
-        return {"source": self.source, "points": points, "times": times}
+        return {"source": self.source, "points": points, "times": times, "busy": self.busy}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Costs:
@@ -126,7 +128,8 @@ class Costs:
         }
         if any(len(values) != len(points) for values in times.values()):
             raise ValueError("as many times are needed as points")
-        return cls(content["source"], points, times)
+        # What was written before this was noted does not have it.
+        return cls(content["source"], points, times, content.get("busy", False) is True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,13 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.decisions import decide, region_of
-from qcompiler.ir.graph import constant, new_initializer, only_consumer, same_shape
+from qcompiler.ir.graph import (
+    constant,
+    drop_if_unread,
+    new_initializer,
+    only_consumer,
+    same_shape,
+)
 from qcompiler.ir.region import HALF, Region
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.half_norms import between_casts
@@ -179,7 +185,10 @@ def _replace(model: ir.Model, found: _Found) -> None:
     fused = [name for name, node in around.items() if node is not None]
     decide(new, "body", f"fused with {' and '.join(fused)}" if fused else "outlined")
     old = found.nodes
+    read = {value for node in old for value in node.inputs if value is not None}
     ir.convenience.replace_nodes_and_values(graph, old[0], old, [new], results, list(new.outputs))
+    for value in read:  # an exponent, an epsilon: ONNX Runtime warns of each that nobody reads
+        drop_if_unread(value)
 
 
 def _parameter(graph: ir.Graph, value: ir.Value, norm: Norm) -> ir.Value:

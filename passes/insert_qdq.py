@@ -28,6 +28,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompiler.ir.arithmetic import SMALLEST_SCALE
 from qcompiler.ir.decisions import keep_float, operand_plan_of, plan_of
 from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
 from qcompiler.ir.errors import CalibrationError
@@ -150,12 +151,17 @@ _NOTHING = TensorStats(np.inf, -np.inf)
 
 
 def _is_empty(stats: TensorStats) -> bool:
-    return (not stats.minimum < 0 and not stats.maximum > 0) or stats is _NOTHING
+    """Whether nothing in a tensor was as large as one step of the smallest scale."""
+    return stats is _NOTHING or not max(-stats.minimum, stats.maximum) > SMALLEST_SCALE
 
 
 def _give_up(site: StaticSite, nodes: Sequence[ir.Node], stats: TensorStats) -> None:
     """Keep float what reads or makes a tensor of which nothing is known."""
-    why = "was never there" if stats is _NOTHING else "was nothing but 0"
+    why = "was nothing but 0"
+    if stats is _NOTHING:
+        why = "was never there"
+    elif (largest := max(-stats.minimum, stats.maximum)) > 0:
+        why = f"was {largest:.3g} at most, below one step of the smallest scale"
     for node in nodes:
         touched = [*node.inputs, *node.outputs, *(rectified(value) for value in node.outputs)]
         planned = plan_of(node) is not None or operand_plan_of(node) is not None

@@ -18,6 +18,7 @@ from qcompiler.ir.errors import ModelError
 from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
 from qcompiler.ir.types import PerGroup, QuantType
 from qcompiler.passes.fix_names import FixNames
+from qcompiler.passes.rounded_weight import note_small_weights
 
 __all__ = ["RoundTables"]
 
@@ -65,6 +66,7 @@ def _round(graph: ir.Graph, node: ir.Node, table: ir.Value, type: QuantType) -> 
             "model, or keep the node float"
         )
     scale = weight_scale(array, type)
+    note_small_weights([node], array, scale, type)
     stored = np.ascontiguousarray(quantize(array, scale, type))
     name = table.name or "table"
     operands = [

@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.arithmetic import quantize, slices_below_scale, weight_scale
-from qcompiler.ir.decisions import NodePlan, add_note, bias_shift, plan_of
+from qcompiler.ir.arithmetic import quantize, weight_scale
+from qcompiler.ir.decisions import NodePlan, bias_shift, plan_of
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import (
     added_bias,
@@ -33,7 +33,7 @@ from qcompiler.ir.graph import (
 )
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.rounded_weight import finite_weight, place_dequantize
+from qcompiler.passes.rounded_weight import finite_weight, note_small_weights, place_dequantize
 from qcompiler.passes.weight_grid import RANGES, rounded_on, weight_grid
 
 __all__ = ["RoundToNearest"]
@@ -101,7 +101,9 @@ class RoundToNearest(ir.passes.InPlacePass):
                     model.graph, node, weight, plan.weight, floor, self.options.scale
                 )
                 let_go(weight)
-            _note_small(node, weight, plan.weight, rounded[key])
+            array, scale = constant(weight), constant(rounded[key].inputs[1])
+            assert array is not None and scale is not None
+            note_small_weights([node], array, scale, plan.weight)
             node.replace_input_with(1, rounded[key].outputs[0])
             if node.op_type == "Conv":
                 _round_bias(model.graph, node, rounded[key])
@@ -128,15 +130,6 @@ def _check_pair(node: ir.Node) -> None:
             f"round-to-nearest needs insert-qdq before it: the input of {node.name!r}, whose step "
             "its bias takes, is not quantized"
         )
-
-
-def _note_small(node: ir.Node, weight: ir.Value, type: QuantType, dequantize: ir.Node) -> None:
-    """Say where weights lie below the smallest scale: denormal ones, for example, become 0."""
-    scale, array = constant(dequantize.inputs[1]), constant(weight)
-    if scale is None or array is None or type.is_float:
-        return
-    if count := slices_below_scale(array, scale, type):
-        add_note(node, f"weights of {count} scales are below the smallest, and lose bits or all")
 
 
 def _scale_floor(node: ir.Node) -> NDArray[np.float32]:

@@ -18,8 +18,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.arithmetic import broadcast_scale, dequantize
-from qcompiler.ir.decisions import plan_of
+from qcompiler.ir.arithmetic import broadcast_scale, dequantize, slices_below_scale
+from qcompiler.ir.decisions import add_note, plan_of
 from qcompiler.ir.errors import ModelError
 from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer
 from qcompiler.ir.two_level import split_scale
@@ -31,6 +31,7 @@ __all__ = [
     "by_data",
     "finite_weight",
     "layers_of",
+    "note_small_weights",
     "place_dequantize",
 ]
 
@@ -108,6 +109,9 @@ class Layer:
 
     def replace(self, graph: ir.Graph, rounded: RoundedWeight) -> None:
         """Let the products read the rounded weight."""
+        array = constant(self.weight)
+        assert array is not None
+        note_small_weights(self.nodes, array, rounded.scale, self.type)
         dequantize = place_dequantize(graph, self.weight, self.type, rounded)
         for node in self.nodes:
             node.replace_input_with(1, dequantize.outputs[0])
@@ -153,6 +157,17 @@ def finite_weight(node: ir.Node, weight: ir.Value) -> NDArray[np.float32]:
             f"model, or keep the node float with --keep-float {named}"
         )
     return array
+
+
+def note_small_weights(
+    nodes: Iterable[ir.Node], weight: NDArray[Any], scale: NDArray[Any], type: QuantType
+) -> None:
+    """Say where weights lie below the smallest scale: denormal ones, for example, become 0."""
+    if count := slices_below_scale(weight, scale, type):
+        for node in nodes:
+            add_note(
+                node, f"weights of {count} scales are below the smallest, and lose bits or all"
+            )
 
 
 def place_dequantize(

@@ -20,7 +20,7 @@ from typing import Any
 from qcompiler.cores import available_cores, busy_cores
 from qcompiler.frontend import onnx_file
 from qcompiler.installed import import_onnxruntime
-from qcompiler.ir.errors import ModelError, OptionError
+from qcompiler.ir.errors import ModelError, OptionError, said_by_ort
 from qcompiler.random_inputs import Feed, InputShape, random_feed
 from qcompiler.runtime import open_model
 from qcompiler.samples import Samples, Source, check_sample, samples_from
@@ -197,9 +197,9 @@ def _explained(made_up: Sequence[InputShape]) -> Iterator[None]:
         assumed = {name: size for fed in made_up for name, size in fed.assumed.items()}
         listed = ", ".join(f"{name}={size}" for name, size in assumed.items())
         guess = f"assuming {listed}, " if listed else ""
+        way = "--shapes NAME=1x128,… or --data DIR" if listed else "--data DIR"
         raise ModelError(
-            f"the inputs were made up, {guess}and may not suit the model: give --shapes "
-            f"NAME=1x128,… or --data DIR; {error}"
+            f"the inputs were made up, {guess}and may not suit the model: give {way}; {error}"
         ) from error
 
 
@@ -227,7 +227,7 @@ def _time(session: Any, feed: Feed) -> float:
         session.run(None, feed)
     except Exception as error:
         # ORT raises bare RuntimeErrors as well as its own types.
-        raise ModelError(f"the model fails on these inputs: {error}") from error
+        raise ModelError(f"the model fails on these inputs: {said_by_ort(error)}") from error
     return time.perf_counter() - start
 
 

@@ -44,6 +44,11 @@ _WRONG_SUMS = (
     "processor, which has no VNNI: those of the bundle are exact; with exact ones the model takes "
     "{:.3g} ms"
 )
+_BUSY = (
+    "others kept the cores busy while kernels were timed, so that a slower one may have been "
+    "chosen: compile again on a quiet machine (these times are not kept), or with --no-timing "
+    "(timing=False)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +82,7 @@ class Wishes:
 
 
 class Chooser:
-    """The choices of one compilation, while they are made.
-
-    Attributes:
-        notes: What the user should know about them, in sentences.
-    """
+    """The choices of one compilation, while they are made."""
 
     def __init__(
         self,
@@ -106,13 +107,19 @@ class Chooser:
         self._judge = Judge(
             target, timing=self._times, shapes=wishes.shapes, samples=samples, tell=tell
         )
-        self.notes: tuple[str, ...] = ()
+        self._notes: tuple[str, ...] = ()
         self._made = None if wishes.choices is None else Record.read(wishes.choices, target.name)
         self._forced: dict[str, str] = {}
         lost = None if self._made is None else self._made.lost
         self._lost = None if lost is None else Preference(lost)
         self._whole: tuple[WholeTime, ...] = ()
+        self._retreated_while_busy = False
         self._choose = self._make_pass()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about them, in sentences."""
+        return (*self._notes, _BUSY) if self.record().busy else self._notes
 
     @property
     def used_samples(self) -> bool:
@@ -140,7 +147,10 @@ class Chooser:
         if self._made is not None:
             return self._made
         sites, error = tuple(self._choose.choices), self._judge.error()
-        return Record(sites, self._lost, self._whole, error)
+        costs = [choice.costs for choice in sites if choice.costs is not None]
+        busy = any(times.busy for times in costs) or any(time.busy for time in self._whole)
+        busy = busy or self._retreated_while_busy
+        return Record(sites, self._lost, self._whole, error, busy)
 
     def is_slower(self, bundle: Path, model: Path) -> bool:
         """Whether `bundle` is to be made again, because it is slower than `model`."""
@@ -151,7 +161,7 @@ class Chooser:
         except QCompilerError as error:
             if self.wishes.shapes is not None:
                 raise
-            self.notes = (_NOT_TIMED.format(str(error).splitlines()[0]),)
+            self._notes = (_NOT_TIMED.format(str(error).splitlines()[0]),)
             return False
         slower = _first_slower(self._whole)
         if slower is None or self._wins_by_exact_sums(bundle, model, slower):
@@ -170,7 +180,7 @@ class Chooser:
         if not times or _first_slower(times) is not None:
             return False
         exact = next(time for time in times if time.threads == slower.threads)
-        self.notes = (*self.notes, _WRONG_SUMS.format(_against(slower), exact.model))
+        self._notes = (*self._notes, _WRONG_SUMS.format(_against(slower), exact.model))
         self._whole = times
         return True
 
@@ -191,7 +201,7 @@ class Chooser:
         else:
             self._lost = Preference(f"quantized, the whole is slower: {_against(time)}")
             self._forced = {op: self._lost for op in ("Conv", "MatMul")} | self._forced
-        self._whole = ()
+        self._whole, self._retreated_while_busy = (), self._retreated_while_busy or time.busy
 
     def _make_pass(self, *, observed: bool = True) -> ChooseKernels:
         made = None if self._made is None else self._made.sites

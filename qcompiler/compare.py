@@ -18,7 +18,13 @@ from numpy.typing import NDArray
 from qcompiler.bundle import MANIFEST
 from qcompiler.exact_copy import save_exact
 from qcompiler.frontend import onnx_file
-from qcompiler.ir.errors import BundleError, CalibrationError, ModelError, OptionError
+from qcompiler.ir.errors import (
+    BundleError,
+    CalibrationError,
+    ModelError,
+    OptionError,
+    said_by_ort,
+)
 from qcompiler.metric import Metric, MetricValues, find_metric, measure
 from qcompiler.node_errors import NodeError, node_errors
 from qcompiler.output_error import Accuracy, ErrorSums, OutputError
@@ -155,5 +161,5 @@ def _run(
         outputs: Sequence[Any] = session.run(names, feed)
     except Exception as error:
         # ORT raises bare RuntimeErrors as well as its own types.
-        raise ModelError(f"{path} fails on {file}: {error}") from error
+        raise ModelError(f"{path} fails on {file}: {said_by_ort(error)}") from error
     return outputs

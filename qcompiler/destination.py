@@ -61,12 +61,15 @@ def check_file(path: Path, source: Path | None) -> Path:
     """The same path, if a model may be written there.
 
     Raises:
-        OptionError: It cannot be written; it is a folder, or the file that the model came from; the
-            file of weights beside it is another model's.
+        OptionError: It cannot be written; it is a folder, a device, or the file that the model came
+            from; the file of weights beside it is another model's.
     """
     check_writable(path, f"output {path}", "name another file")
     if path.is_dir():
         raise OptionError(f"output {path} is a folder; name a file in it, such as {path}/out.onnx")
+    if path.exists() and not path.is_file():
+        # A device, such as /dev/full, would be replaced by a file.
+        raise OptionError(f"output {path} is no regular file; name another file")
     if source is not None and path.exists() and path.samefile(source):
         raise OptionError(f"{path} is the input; name another file")
     for file in (path, beside(path)):
@@ -106,9 +109,10 @@ def check_writable(path: Path, what: str, remedy: str) -> None:
             folder = folder.parent
         _make_stage(folder / path.name).rmdir()
     except OSError as error:
-        raise OptionError(
-            f"{what} cannot be written: {folder}: {error.strerror}; {remedy}"
-        ) from error
+        reason = str(error.strerror)
+        if error.errno == errno.ENOENT:  # as of /proc, although the folder is there
+            reason = "nothing can be made in it"
+        raise OptionError(f"{what} cannot be written: {folder}: {reason}; {remedy}") from error
 
 
 def _holds(destination: Path, source: object) -> bool:

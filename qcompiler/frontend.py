@@ -17,7 +17,8 @@ from qcompiler.bundle import MANIFEST
 from qcompiler.faults import fault_of
 from qcompiler.from_torch import is_torch_file, is_torch_object, load_torch
 from qcompiler.ir.errors import ModelError, OptionError, QCompilerError, first_cause
-from qcompiler.ir.onnx_rules import onnx_problems
+from qcompiler.ir.graph import function_label
+from qcompiler.ir.onnx_rules import problems_in
 from qcompiler.ir.sparse import densify
 from qcompiler.old_functions import inline_old_functions
 from qcompiler.runtime import open_session
@@ -184,8 +185,13 @@ def _refusal(
 
     What the checker says may be the one thing that ONNX Runtime would not have minded.
     """
-    for _, node, problem in onnx_problems(model):
-        return f"node {node!r}: {problem}"
+    owners: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for owner in owners:
+        for _, node, problem in problems_in(owner):
+            place = f"{function_label(owner)}: " if isinstance(owner, ir.Function) else ""
+            return f"{place}node {node!r}: {problem}"
+    if fault := fault_of(onnx.load(file, load_external_data=False)):
+        return f"{fault}; export it again"
     said = f"ONNX Runtime says: {_first_line(error).partition(f'{file}: ')[2]}"
     return said if checker is None else f"{said}; the ONNX checker: {_first_line(checker)}"
 

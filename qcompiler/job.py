@@ -19,6 +19,7 @@ from qcompiler.ir.decisions import decisions
 from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.ir.stages import Stage
 from qcompiler.model_runs import ModelRuns, SampleRuns
+from qcompiler.not_finite import notes_on_infinity
 from qcompiler.passes.lower_few_bits import LowerFewBits
 from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.pipeline import Pipeline
@@ -59,6 +60,7 @@ class Job:
         bytes_before: Size of the model as it came.
         foreign: Domains of ops that ONNX Runtime knows only with somebody else's library.
         defaults: Inputs of the model that need not be fed.
+        infinite: What the user should know of infinite constants.
         notes_of_passes: What passes want the user to know.
     """
 
@@ -78,6 +80,7 @@ class Job:
     bytes_before: int = 0
     foreign: Sequence[str] = ()
     defaults: Sequence[str] = ()
+    infinite: tuple[str, ...] = ()
     notes_of_passes: tuple[str, ...] = ()
 
     def run_passes(self) -> ir.Model:
@@ -92,6 +95,7 @@ class Job:
         self.bytes_before = _source_bytes(self.source, model)
         self.foreign = foreign_domains(model)
         self.defaults = inputs_with_defaults(model)
+        self.infinite = notes_on_infinity(model)
         if self.chooser is not None:
             self.chooser.check(model)
         if self.on_samples is not None:
@@ -176,7 +180,7 @@ class Job:
 
     def notes(self) -> tuple[str, ...]:
         """What the user should know, in sentences."""
-        notes = self.notes_of_passes
+        notes = self.infinite + self.notes_of_passes
         notes += () if self.chooser is None else self.chooser.notes
         used = self.chooser is not None and self.chooser.used_samples
         if self.on_samples is not None and not self.on_samples.was_asked and not used:

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from qcompiler.bundle import MODEL
 from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import decision_of
-from qcompiler.ir.errors import ModelError
+from qcompiler.ir.errors import ModelError, said_by_ort
 from qcompiler.output_error import ErrorSums, OutputError
 from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.probe import Probe
@@ -233,5 +233,5 @@ def _run(session: Any, tensors: Sample, bundle: Path, label: str) -> Sequence[An
         found: Sequence[Any] = session.run(None, {k: v for k, v in given.items() if k in wanted})
     except Exception as error:
         # ORT raises bare RuntimeErrors as well as its own types.
-        raise ModelError(f"{bundle} fails on {label}: {error}") from error
+        raise ModelError(f"{bundle} fails on {label}: {said_by_ort(error)}") from error
     return found

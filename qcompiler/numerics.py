@@ -22,7 +22,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.exact_copy import save_exact
-from qcompiler.ir.errors import CalibrationError, ModelError, NumericsError, OptionError
+from qcompiler.ir.errors import (
+    CalibrationError,
+    ModelError,
+    NumericsError,
+    OptionError,
+    said_by_ort,
+)
 from qcompiler.output_error import ErrorSums, OutputError
 from qcompiler.runtime import open_session
 from qcompiler.samples import Samples, check_sample
@@ -184,7 +190,7 @@ class CheckNumerics(Watcher):
                     found.append(dict(zip(names, session.run(names, feeds), strict=True)))
                 except Exception as error:
                     # ORT raises bare RuntimeErrors as well as its own types.
-                    raise ModelError(f"the model fails on {file}: {error}") from error
+                    raise ModelError(f"the model fails on {file}: {said_by_ort(error)}") from error
             return found
 
 

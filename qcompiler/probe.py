@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qcompiler.bundle import sha256_of
 from qcompiler.exact_copy import make_exact
 from qcompiler.installed import import_onnxruntime
-from qcompiler.ir.errors import CalibrationError
+from qcompiler.ir.errors import CalibrationError, said_by_ort
 from qcompiler.ir.graph import every_node
 from qcompiler.model_part import save_part
 from qcompiler.runtime import open_session
@@ -102,7 +102,7 @@ class Probe:
             return dict(zip(self._computed, session.run(self._computed, feeds), strict=True))
         except Exception as error:
             # ORT raises bare RuntimeErrors as well as its own types.
-            raise CalibrationError(f"the model fails on {label}: {error}") from error
+            raise CalibrationError(f"the model fails on {label}: {said_by_ort(error)}") from error
 
     @property
     def _path(self) -> Path:

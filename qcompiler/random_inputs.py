@@ -67,8 +67,10 @@ def random_feed(
         shape, assumed = chosen[expected.name]
         if math.prod(shape) > _MOST_VALUES:
             sizes = "x".join(map(str, shape))
+            smaller = "a smaller one" if expected.name in shapes else "its shape"
             raise OptionError(
-                f"input {expected.name!r} of {sizes} is too large to make up: give its shape"
+                f"input {expected.name!r} of {sizes} is too large to make up, above "
+                f"{_MOST_VALUES:,} values: give {smaller}"
             )
         kind = _kind(expected)
         limit = (limits or {}).get(expected.name, _SMALLEST_VOCABULARY)

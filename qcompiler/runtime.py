@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from qcompiler.arguments import require, require_path
 from qcompiler.bundle import MANIFEST, MODEL, LibraryEntry, Manifest
 from qcompiler.installed import import_onnxruntime, version_of
-from qcompiler.ir.errors import BundleError, ModelError, OptionError
+from qcompiler.ir.errors import BundleError, ModelError, OptionError, said_by_ort
 from qcompiler.session_options import QUIET, exact_sums
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def open_session(
         )
     except Exception as error:
         # ORT raises a dozen unrelated exception types here, some of them bare RuntimeError.
-        reason = str(error).replace(f"Load model from {model} failed:", "")
+        reason = said_by_ort(error).replace(f"Load model from {model} failed:", "")
         raise ModelError(f"ONNX Runtime cannot load {model}: {reason}") from error
 
 
@@ -203,7 +203,7 @@ def open_altered(path: Path, model: bytes, *, native: bool = True) -> onnxruntim
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         # ORT raises a dozen unrelated exception types here, some of them bare RuntimeError.
-        raise ModelError(f"ONNX Runtime cannot look inside {path}: {error}") from error
+        raise ModelError(f"ONNX Runtime cannot look inside {path}: {said_by_ort(error)}") from error
 
 
 def _is_registered(options: Any, library: LibraryEntry) -> bool:

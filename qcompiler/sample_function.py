@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from qcompiler.images import IMAGES
 from qcompiler.ir.errors import CalibrationError, OptionError
-from qcompiler.sample_files import Sample
+from qcompiler.sample_files import Sample, find_files, read_file
 
 __all__ = ["find_function", "samples_of"]
 
@@ -61,7 +62,11 @@ def samples_of(name: str, function: SampleFunction) -> Iterator[tuple[str, Sampl
     number, samples = 0, iter(_guarded(name, function))
     for number, given in enumerate(samples, 1):
         label = f"sample {number} of {name}"
-        yield label, _as_sample(label, given)
+        if isinstance(given, str | os.PathLike):
+            label = f"{os.fspath(given)} ({label})"
+            yield label, _read(label, Path(given))
+        else:
+            yield label, _as_sample(label, given)
 
 
 def _guarded(name: str, function: SampleFunction) -> Iterator[Any]:
@@ -71,6 +76,27 @@ def _guarded(name: str, function: SampleFunction) -> Iterator[Any]:
         raise
     except (Exception, SystemExit) as error:
         raise CalibrationError(f"{name} fails: {type(error).__name__}: {error}") from error
+
+
+def _read(label: str, path: Path) -> Sample:
+    """The arrays of a file that stands for a sample.
+
+    Raises:
+        CalibrationError: It is no single file of arrays.
+    """
+    try:
+        files = find_files(path)
+    except CalibrationError as error:
+        raise CalibrationError(f"{label}: {error}") from error
+    if files != [path] or path.suffix.lower() in IMAGES:
+        raise CalibrationError(
+            f"{label} is no .npz or .npy file: a folder, or images, are a source of their own; "
+            "give that instead of the list"
+        )
+    try:
+        return read_file(path)
+    except ValueError as error:
+        raise CalibrationError(f"{label} is {error}") from error
 
 
 def _as_sample(label: str, given: Any) -> Sample:

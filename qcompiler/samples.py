@@ -27,8 +27,8 @@ class Samples:
 
     A folder holds `.npz` files (an array per input), `.npy` files (the only input), ONNX
     `test_data_set_*` folders or images; a file is one of those.  A function returns or yields
-    samples, a list holds them: an array, a sequence of arrays in the order of the inputs, or a
-    dictionary.
+    samples, a list holds them: an array, a sequence of arrays in the order of the inputs, a
+    dictionary, or the path of a file.
     """
 
     def __init__(self, source: Source, preprocess: Preprocess | None = None) -> None:
@@ -165,19 +165,19 @@ def check_sample(name: str, sample: Sample, inputs: Sequence[Any]) -> Sample:
         array = sample.get(expected.name, sample.get(f"#{index}"))
         if array is None:
             raise CalibrationError(
-                f"{name} has no array for input {expected.name!r}, only {sorted(sample)}; save it "
-                f"with np.savez(file, {_keyword(expected.name)})"
+                f"{name} has no array for input {expected.name!r}, only {sorted(sample)}; name it "
+                f"so: np.savez(file, {_keyword(expected.name)}), in Python {{{expected.name!r}: …}}"
             )
         if expected.type == "tensor(bfloat16)":
             raise CalibrationError(
-                f"{name}: input {expected.name!r} is bfloat16, which no .npz holds: export the "
+                f"{name}: input {expected.name!r} is bfloat16, which numpy has not: export the "
                 "model with float16 or float32 inputs, or leave the samples out"
             )
         wanted = _numpy_dtype(expected.type)
         if wanted is not None and array.dtype != wanted:
             raise CalibrationError(
-                f"{name}: input {expected.name!r} is {array.dtype}, the model takes {wanted}; save "
-                f"it as array.astype({str(wanted)!r})"
+                f"{name}: input {expected.name!r} is {array.dtype}, the model takes {wanted}; give "
+                f"array.astype({str(wanted)!r})"
             )
         if not _fits(array.shape, expected.shape):
             raise CalibrationError(
@@ -187,7 +187,8 @@ def check_sample(name: str, sample: Sample, inputs: Sequence[Any]) -> Sample:
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             bad = int(array.size - np.isfinite(array).sum())
             raise CalibrationError(
-                f"{name}: input {expected.name!r} holds {bad} NaN or Inf; repair or remove the file"
+                f"{name}: input {expected.name!r} holds {bad} NaN or Inf; repair the sample, or "
+                "leave it out"
             )
         feeds[expected.name] = array
     return feeds

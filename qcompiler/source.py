@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
 from qcompiler.ir import dialect
 from qcompiler.ir.errors import ModelError
-from qcompiler.ir.graph import every_node, label
+from qcompiler.ir.graph import every_node, function_label, label
+from qcompiler.not_finite import refuse_nan
 
 __all__ = [
     "check_not_compiled",
@@ -34,7 +33,7 @@ def check_source(model: ir.Model) -> None:
     """Refuse a model that was compiled before, or that is broken.
 
     Raises:
-        ModelError: Its opset is unknown, it has ops of ours, or NaN among its weights.
+        ModelError: Its opset is unknown, it has ops of ours, or NaN among its constants.
     """
     newest = onnx.defs.onnx_opset_version()
     opset = model.graph.opset_imports.get("", newest)
@@ -44,19 +43,7 @@ def check_source(model: ir.Model) -> None:
             f"with opset {newest} or older, or pip install -U onnx"
         )
     check_not_compiled(model)
-    for value in _initializers(model):
-        tensor = value.const_value
-        # A single NaN may be meant, as what Where puts in; an array that holds one is damaged.
-        if tensor is None or tensor.size < 2 or not tensor.dtype.is_floating_point():
-            continue
-        count = _count_of_nan(tensor)
-        if count:
-            readers = [use.node.name or use.node.op_type for use in value.uses()]
-            read = f", which {readers[0]!r} reads," if readers else ""
-            raise ModelError(
-                f"the weight {value.name!r}{read} holds {count} NaN: the model is damaged; "
-                "export it again"
-            )
+    refuse_nan(model)
 
 
 def check_whole(model: ir.Model, name: str) -> None:
@@ -67,8 +54,8 @@ def check_whole(model: ir.Model, name: str) -> None:
         name: What messages call it.
 
     Raises:
-        ModelError: Its opset is too old, it has no outputs, or a value or a domain is used that it
-            does not define.
+        ModelError: Its opset is too old, it has no outputs, or a value, a domain or an element type
+            is missing, in it or in one of its functions.
     """
     opset = model.graph.opset_imports.get("", _OLDEST_OPSET)
     if opset < _OLDEST_OPSET:
@@ -79,28 +66,58 @@ def check_whole(model: ir.Model, name: str) -> None:
         )
     if not model.graph.outputs:
         raise ModelError(f"{name} has no outputs, so that it computes nothing; export it with some")
-    for node in every_node(model.graph):
+    for problem in _missing(model, model.graph, "the model"):
+        raise ModelError(f"{name}: {problem}; export the model again")
+    for function in model.functions.values():
+        owner = function_label(function)
+        for problem in _missing(model, function, owner):
+            raise ModelError(f"{name}: {owner}: {problem}; export the model again")
+
+
+def _missing(model: ir.Model, owner: ir.Graph | ir.Function, called: str) -> Iterator[str]:
+    """What is missing in a graph or a function, in the order of its nodes."""
+    for node in every_node(owner):
         for value in node.inputs:
             if value is not None and _is_undefined(value):
-                raise ModelError(
-                    f"{name}: node {label(node)!r} reads {value.name!r}, which is no input, no "
-                    "weight and no result of another node; export the model again"
+                yield (
+                    f"node {label(node)!r} reads {value.name!r}, which is no input, no weight and "
+                    "no result of another node"
                 )
-        if node.domain not in model.graph.opset_imports:
+        if node.domain not in owner.opset_imports:
             domain = node.domain or "ai.onnx"
-            raise ModelError(
-                f"{name}: node {label(node)!r} is of the domain {domain!r}, of which the model "
-                "imports no version; export it again"
+            yield (
+                f"node {label(node)!r} is of the domain {domain!r}, of which {called} imports no "
+                "version"
             )
-    for value in model.graph.outputs:
+        function = model.functions.get(node.op_identifier())
+        if function is not None and len(node.inputs) > len(function.inputs):
+            yield (
+                f"node {label(node)!r} gives {len(node.inputs)} operands to "
+                f"{function_label(function)}, which takes {len(function.inputs)}"
+            )
+        for attribute in node.attributes.values() if node.op_type == "Constant" else ():
+            if attribute.type is ir.AttributeType.TENSOR and not attribute.is_ref():
+                for problem in _untyped(attribute.value):
+                    yield f"the constant of node {label(node)!r} {problem}"
+    for value in owner.outputs:
         if _is_undefined(value):
-            raise ModelError(
-                f"{name}: the output {value.name!r} is no result of a node; export the model again"
-            )
+            yield f"the output {value.name!r} is no result of a node"
+    for graph in (owner, *owner.subgraphs()) if isinstance(owner, ir.Graph) else ():
+        for value in graph.initializers.values():
+            for problem in _untyped(value.const_value):
+                yield f"the weight {value.name!r} {problem}"
 
 
 def _is_undefined(value: ir.Value) -> bool:
     return not (value.producer() or value.is_graph_input() or value.is_initializer())
+
+
+def _untyped(tensor: ir.TensorProtocol | None) -> Iterator[str]:
+    try:
+        if tensor is not None and tensor.dtype is ir.DataType.UNDEFINED:
+            yield "has no element type (data_type 0)"
+    except ValueError as error:
+        yield f"is of an unknown element type ({error})"
 
 
 def check_not_compiled(model: ir.Model) -> None:
@@ -115,22 +132,6 @@ def check_not_compiled(model: ir.Model) -> None:
                 f"the model was compiled before: node {node.name!r} is {node.domain}:"
                 f"{node.op_type}; compile the model that it was made from"
             )
-
-
-def _initializers(model: ir.Model) -> Iterator[ir.Value]:
-    for graph in [model.graph, *model.graph.subgraphs()]:
-        yield from graph.initializers.values()
-
-
-def _count_of_nan(tensor: ir.TensorProtocol) -> int:
-    array = tensor.numpy()
-    # The minimum carries a NaN on, and needs no array of the size of this one.
-    count = int(np.isnan(array).sum()) if np.isnan(array.min()) else 0
-    del array
-    if isinstance(tensor, ir.ExternalTensor):
-        with contextlib.suppress(BufferError):  # somebody else holds the array
-            tensor.release()  # else the whole file stays mapped
-    return count
 
 
 def inputs_with_defaults(model: ir.Model) -> list[str]:

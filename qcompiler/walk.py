@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.analysis import End, GraphView
-from qcompiler.ir.errors import CalibrationError
+from qcompiler.ir.errors import CalibrationError, said_by_ort
 from qcompiler.ir.graph import let_go, new_initializer
 from qcompiler.passes.second_moments import Walker
 from qcompiler.passes.widen_constants import dequantized_constant
@@ -134,7 +134,8 @@ class SampleWalk:
                 return session.run(names, feeds)  # type: ignore[no-any-return]
             except Exception as error:
                 # ORT raises bare RuntimeErrors as well as its own types.
-                raise CalibrationError(f"the model fails on {label}: {error}") from error
+                said = said_by_ort(error)
+                raise CalibrationError(f"the model fails on {label}: {said}") from error
 
         return compute
 

@@ -16,6 +16,7 @@ from qcompiler.ir.errors import (
     ModelError,
     OptionError,
     QCompilerError,
+    said_by_ort,
 )
 from qcompiler.random_inputs import random_feed
 from qcompiler.runtime import open_model
@@ -56,8 +57,42 @@ def test_defaults_fill_dynamic_dimensions_and_say_so():
 
 def test_inputs_too_large_to_make_up_are_refused():
     video = Input("video", "tensor(float)", ["b", "c", "t", "h", "w", 64])
-    with pytest.raises(OptionError, match="'video' of 1x128x128x128x128x64 is too large"):
+    with pytest.raises(OptionError, match="'video' of 1x128x128x128x128x64 is too large .*its sh"):
         random_feed([video], {})
+    message = "'image' of 9999x3x99x99 .* make up, above 67,108,864 values: give a smaller one"
+    with pytest.raises(OptionError, match=message):
+        random_feed([IMAGE], {"image": (9999, 3, 99, 99)})
+
+
+def test_too_little_memory_is_said_as_that(tmp_path):
+    outer = "g (float[n, 1] x) => (float[n, n] y) { t = Transpose (x) y = MatMul (x, t) }"
+    path = save(tmp_path / "outer.onnx", outer)
+    message = "may not suit the model: give --data DIR; .*: out of memory: node .* asks for [0-9,]+"
+    with pytest.raises(ModelError, match=f"{message} MiB more; give smaller inputs$") as caught:
+        bench(path, path, threads=[1], seconds=0.01, shapes={"x": (1 << 24, 1)})
+    assert "onnxruntime_src" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Non-zero status code returned while running Add node. "
+            "Name:'add' Status Message: /src/bfc_arena.cc:360 void* A::B(size_t, bool, C*) Failed "
+            "to allocate memory for requested buffer of size 640000000\n",
+            "out of memory: node 'add' asks for 610 MiB more; give smaller inputs",
+        ),
+        ("std::bad_alloc", "out of memory; give smaller inputs"),
+        (
+            "FAIL : /src/core/model.cc:340 M::Model(onnx::ModelProto&&, const L::Logger&) Local "
+            "functions must\nnot be recursive",
+            "FAIL : Local functions must not be recursive",
+        ),
+        ("", "RuntimeError"),
+    ],
+)
+def test_what_onnxruntime_says_in_one_line(said, told):
+    assert said_by_ort(RuntimeError(said)) == told
 
 
 PAST = Input("past_key_values.0.key", "tensor(float)", ["batch", 3, "past", 64])

@@ -93,30 +93,6 @@ def test_symbolic_links_as_in_a_hub_cache(tmp_path):
         qcompiler.compile(hub / "m.onnx", "arm-int8", tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (np.nan, "weight 'w', which '.*' reads, holds 1 NaN: the model is damaged"),
-        (np.inf, "'w' of '.*' holds 1 NaN or Inf; repair the model, or keep the node float"),
-    ],
-)
-def test_weights_that_are_not_finite(tmp_path, bad, message):
-    weight = W.copy()
-    weight[0, 0] = bad
-    with pytest.raises(ModelError, match=message):
-        qcompiler.compile(model_of(MATMUL, {"w": weight}), "arm-int8", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_nan_in_a_weight_that_is_not_quantized(tmp_path):
-    bias = np.array([0, np.nan], np.float32)
-    model = model_of("g (float[n,2] x) => (float[n,2] y) { y = Add (x, b) }", {"b": bias})
-    with pytest.raises(ModelError, match="weight 'b', which 'node' reads, holds 1 NaN"):
-        qcompiler.compile(model, "arm-int8", tmp_path / "b")
-    model = model_of("g (float[n,2] x) => (float[n,2] y) { y = Add (x, b) }", {"b": bias[1]})
-    qcompiler.compile(model, "arm-int8", tmp_path / "b")  # a single one may be meant
-
-
 @pytest.mark.parametrize("output", [None, "out"])
 @pytest.mark.parametrize(
     ("source", "message"),

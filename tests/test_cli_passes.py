@@ -184,6 +184,10 @@ def test_dumps_do_not_delete_the_model(args):
         (["fold-qdq", MODEL, "o.onnx", "--stop-after", "float"], 1, "nothing to do up to stage"),
         ([FLOATS, MODEL, "o.onnx", "--calib", CALIB], 2, "none of these passes reads --calib; ch"),
         (["--list", "fold-qdq"], 2, "--list takes no passes or files: leave out fold-qdq"),
+        (["--list", "--target", "x86-int8"], 2, "whatever --target says: leave that out"),
+        (["--json", "--calib", "d", "--list"], 2, "whatever --calib says: leave that out"),
+        (["--list", "--pipeline", "awq"], 2, "whatever --pipeline says: leave that out"),
+        (["--list", "--dump-dir", "d"], 2, "whatever --dump-dir says: leave that out"),
     ],
 )
 def test_passes_that_are_refused(args, code, message):

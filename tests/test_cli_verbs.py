@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,16 @@ def test_inspect_a_bundle(bundle):
         assert "ONNX Runtime 1.23 or newer" in flat
         assert "keep_float = ['Conv']" in flat
         assert "13 function body QMatMulW8A8" in flat
+        assert re.search(r"Kernels none: [0-9]+ nodes of ours run as function bodies", flat)
         assert "Content" in flat
         assert "intact" in flat
+
+
+def test_inspect_a_bundle_of_floats():
+    assert qcompile(MODEL, "--target", "arm-int8", "--keep-float", "*", "-o", "b").exit_code == 0
+    flat = " ".join(qcompile("inspect", "b").stdout.split())
+    assert "Kernels none needed: every node is ONNX Runtime's own" in flat
+    assert "function bod" not in flat
 
 
 def test_inspect_a_bundle_as_json(bundle):

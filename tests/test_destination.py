@@ -196,7 +196,7 @@ def refuse_passes(*_, **__):
         ),
         (
             {"output": "/proc/a/out"},
-            "output /proc/a/out cannot be written: /proc: .*; name another",
+            "output /proc/a/out cannot be written: /proc: nothing can be made in it; name another",
         ),
         (
             {"output": "file/y.onnx", "stop_after": "qdq"},
@@ -223,6 +223,18 @@ def test_what_cannot_be_written_is_found_first(matmul, tmp_path, monkeypatch, op
     with pytest.raises(OptionError, match=message):
         qcompiler.compile(matmul, "arm-int8", **{"output": "out"} | options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "matmul.onnx"]
+
+
+@pytest.mark.parametrize("name", ["pipe", "pipe.link"])
+def test_a_device_is_not_replaced(matmul, tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "pipe.link").symlink_to("pipe")
+    message = f"output .*{name} is no regular file; name another file"
+    with pytest.raises(OptionError, match=message):
+        qcompiler.compile(matmul, "arm-int8", tmp_path / name, stop_after="qdq")
+    with pytest.raises(OptionError, match=f"output .*{name} is a file; name a folder"):
+        qcompiler.compile(matmul, "arm-int8", tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_folders_that_are_not_there_are_made(matmul, tmp_path):

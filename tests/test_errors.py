@@ -45,7 +45,7 @@ def test_no_calibration_where_it_is_needed(conv, tmp_path):
         ),
         (
             [{"x": IMAGE.astype("f8")}],
-            r"0.npz .*: input 'x' is float64, the model takes float32; save it as array.astype",
+            r"0.npz .*: input 'x' is float64, the model takes float32; give array.astype",
         ),
         (
             [{"x": IMAGE[0]}],
@@ -54,7 +54,7 @@ def test_no_calibration_where_it_is_needed(conv, tmp_path):
         ([{"x": IMAGE[:, :1]}], "0.npz .*: input 'x' has shape .1, 1, 8, 8., the model takes"),
         (
             [{"x": IMAGE}, {"x": IMAGE * np.nan}],
-            r"1.npz \(sample 2 of 2\): input 'x' holds 128 NaN or Inf; repair or remove the file",
+            r"1.npz \(sample 2 of 2\): input 'x' holds 128 NaN or Inf; repair the sample",
         ),
         ([{"x": np.full_like(IMAGE, 3e38)}], "0.npz .*: .* (NaN or Inf|holds)"),
         ([{"x": IMAGE[:0]}], "are empty: .* never held a value in .*calib; give some"),

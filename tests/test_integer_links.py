@@ -259,6 +259,7 @@ def test_convolutions_of_every_form(shape, more):
     ({"a": TensorStats(0.0, 0.0)}, "'a' was nothing but 0"),
     ({"a": None}, "'a' was never there"),
     ({"x": TensorStats(0.0, 0.0)}, "'x' was nothing but 0"),
+    ({"x": TensorStats(-1e-30, 1e-29)}, "'x' was 1e-29 at most, below one step of the smallest"),
 ])  # fmt: skip
 def test_a_tensor_of_which_nothing_is_known_keeps_its_ops_float(seen, why):
     model = prepared("t = Sigmoid (a)")

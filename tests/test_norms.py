@@ -195,6 +195,23 @@ def test_rms_norm_in_pieces(square, root, order):
     fused(text, outlined("AddRMSNorm", "xqs"), "ab", "xqs", floor_db=60)
 
 
+def test_what_nobody_reads_any_more_is_gone(tmp_path, capfd):
+    """ONNX Runtime warns of each such constant whenever the bundle is opened."""
+    text = (
+        f"g (float[m,{K}] x) => (float[m,8] z) {{ {SQUARE['pow']} {MEAN} e = Add (m, eps) "
+        f"r = Sqrt (e) {ROOT['inverse']} y = Mul (u, gamma) z = MatMul (y, w) }}"
+    )
+    weight = RNG.standard_normal((K, 8), dtype=np.float32)
+    model = model_of(text, WEIGHTS | {"w": weight})
+    report = qcompiler.compile(model, "x86-int8", tmp_path / "b", timing=False)
+    assert any("RMSNorm" in decision.op for decision in report.decisions)
+    kept = ir.load(report.bundle / "model.onnx").graph.initializers.values()
+    assert all(value.uses() for value in kept), [value.name for value in kept if not value.uses()]
+    capfd.readouterr()
+    qcompiler.load(report.bundle)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_rms_normalization():
     text = f"{A} => ({Y}) {{ y = RMSNormalization <epsilon = 1e-5> (a, gamma) }}"
     model = ir.from_onnx_text(

@@ -2,6 +2,8 @@
 
 import numpy as np
 import onnx
+import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from golden import model_of, sqnr
 from instruction_sets import needs_kernels
@@ -102,6 +104,23 @@ def test_huge_rows_overflow_in_bodies_before_they_do_in_kernels(bundle):
         assert sqnr((row / 1e30) @ W, found / 1e30) > 35
     assert sqnr(native[0] / 1e30, body[0] / 1e30) > 60
     assert np.isinf(body[1]).any()
+
+
+@pytest.mark.parametrize("size", [1e18, 1e20, 1e25, 1e28, 1e33, 1e36])
+def test_norms_of_huge_rows_are_beta_as_in_onnxruntime(bundle, size):
+    rows = [plain(), plain() * np.float32(size)]
+    float_model = ort.InferenceSession(ir.to_proto(MODEL).SerializeToString())
+    exact = dict(zip(OUTPUTS, float_model.run(None, {"x": np.stack(rows)}), strict=True))
+    for native in (True, False):
+        found = answers(bundle, rows, native=native)
+        for row in (0, 1):
+            assert sqnr(exact["normed"][row], found["normed"][row]) > 35, (row, native)
+
+
+def test_norms_whose_sum_overflows_are_nan_in_kernels(bundle):
+    rows = [np.full(K, np.float32(3e37)), plain(), np.full(K, np.float32(3e38))]
+    found = answers(bundle, rows, native=True)["normed"]
+    assert np.isnan(found[[0, 2]]).all() and np.isfinite(found[1]).all()
 
 
 @pytest.mark.parametrize(

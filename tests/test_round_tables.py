@@ -77,6 +77,14 @@ def test_without_a_rule_a_table_stays_float():
     assert "stays float unless a rule" in decision_of(model.graph[0]).why
 
 
+def test_rows_below_the_smallest_scale_are_said():
+    small = TABLE.copy()
+    small[7] *= np.float32(1e-40)
+    model = planned(LOOKUP, {"op": "Gather", "precision": "int8"}, small)
+    RoundTables()(model)
+    assert "weights of 1 scales are below the smallest" in decision_of(model.graph[-1]).why
+
+
 def test_nan():
     broken = TABLE.copy()
     broken[1, 2] = np.nan

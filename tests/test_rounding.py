@@ -268,6 +268,22 @@ def test_weights_below_the_smallest_scale_are_said(tmp_path, target):
     assert "smallest" not in first
 
 
+@pytest.mark.parametrize(
+    ("rounding", "target"),
+    [("hqq", "cuda-int4"), ("awq", "cuda-int4"), ("gptq", "arm-int8"), ("nearest", "cuda-fp8")],
+)
+def test_all_roundings_say_it(tmp_path, rounding, target):
+    weights = {"v": W["v"].copy(), "w": W["w"].copy()}
+    weights["w"][:, 3] *= np.float32(1e-40)
+    report = qcompiler.compile(
+        model(weights=weights), target, tmp_path / "b", timing=False, calibration=samples,
+        recipe=qcompiler.Recipe(rounding=rounding),
+    )  # fmt: skip
+    first, second = (d.why for d in report.decisions if d.node in ("node_0", "node_2"))
+    assert "scales are below the smallest, and lose bits or all" in second
+    assert "smallest" not in first
+
+
 def test_inside_of_a_branch_there_is_only_rounding_to_nearest():
     text = (
         f"g (float[n,{K}] x, bool c) => (float[n,{N}] y) {{ y = If (c) <"

@@ -1,5 +1,6 @@
 """Where samples come from: files, folders, images and functions, and what is wrong with them."""
 
+import re
 import sys
 
 import numpy as np
@@ -188,6 +189,42 @@ def test_lists():
         arrays([X, X[0]])
     with pytest.raises(CalibrationError, match="no samples: the list gives none"):
         arrays([])
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"z": X}, r"has no array for input 'x', only ..z..; name it so: .* in Python {'x': …}"),
+        ({"x": X.astype("f8")}, "input 'x' is float64, the model takes float32; give array.astype"),
+        ({"x": X * np.nan}, "input 'x' holds 12 NaN or Inf; repair the sample, or leave it out"),
+    ],
+)
+def test_what_is_wrong_in_memory_does_not_speak_of_files(bad, message):
+    with pytest.raises(CalibrationError, match=f"^sample 2 of the list:? {message}") as caught:
+        arrays([{"x": X}, bad])
+    assert "the file" not in str(caught.value)
+
+
+def test_lists_of_paths(tmp_path):
+    np.savez(tmp_path / "a.npz", x=X)
+    np.save(tmp_path / "b.npy", X + 1)
+    first, second, third = arrays([tmp_path / "a.npz", str(tmp_path / "b.npy"), {"x": X + 2}])
+    assert [s["x"][0, 0, 0] for s in (first, second, third)] == [0, 1, 2]
+    np.savez(tmp_path / "z.npz", z=X)
+    (tmp_path / "text.npz").write_text("no zip")
+    picture(tmp_path / "i.png", 4, 4)
+    for name, message in [
+        ("none.npz", r": no samples: .*none.npz does not exist"),
+        ("z.npz", r" has no array for input 'x', only ..z"),
+        ("text.npz", r" is not an .npz of plain arrays: it holds pickled objects"),
+        ("i.png", r" is no .npz or .npy file: a folder, or images, are a source of their own"),
+        ("", r" is no .npz or .npy file|: .* holds .* and images"),
+    ]:
+        with pytest.raises(CalibrationError) as caught:
+            arrays([tmp_path / "a.npz", tmp_path / name])
+        said = str(caught.value)
+        assert said.startswith(f"{tmp_path / name} (sample 2 of the list)")
+        assert re.search(message, said), said
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_what_others_spoil_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setattr("qcompiler.timing.measure.are_busy", lambda load: True)
     watch = Stopwatch(KernelCache(tmp_path), "", (1,))
     (found,) = watch.time([site], lambda text, share: heard.append(text))
-    assert found.source == "timed"
+    assert found.source == "timed" and found.busy
     assert heard[0] == "others keep the cores busy: what is timed now may be wrong"
     monkeypatch.setattr(Stopwatch, "_measure", None)
     assert watch.time([site], SILENT) == [None]
@@ -232,6 +232,41 @@ def test_a_whole_that_is_slower_is_timed_again(tmp_path, monkeypatch):
     assert [(time.threads, time.speedup) for time in found] == [(1, 1.02), (2, 0.5)]
     assert speeds == []
     assert time_whole(bundle, bundle / "model.onnx", None, None) == found
+    monkeypatch.setattr("qcompiler.timing.whole.are_busy", lambda load: True)
+    speeds[:] = [0.5, 0.6]
+    for speed in (0.5, 0.6):
+        (spoiled,) = time_whole(bundle, bundle / "model.onnx", {"x": (1,)}, None)
+        assert (spoiled.busy, spoiled.speedup) == (True, speed)  # and not kept
+
+
+def said_of_busy_cores(report):
+    manifest = json.loads((report.bundle / "manifest.json").read_text())
+    said = [warning for warning in report.warnings if "others kept the cores busy" in warning]
+    assert said == [warning for warning in report.to_dict()["warnings"] if "busy" in warning]
+    assert manifest["choices"]["busy"] is bool(said)
+    return said
+
+
+def test_that_the_machine_was_busy_is_a_warning(tmp_path, timed, whole, samples, monkeypatch):
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("qcompiler.timing.measure.are_busy", lambda load: True)
+    busy = qcompiler.compile(conv_net(), "x86-int8", tmp_path / "a", calibration=samples)
+    (said,) = said_of_busy_cores(busy)
+    assert "compile again on a quiet machine (these times are not kept), or with --no-t" in said
+    again = qcompiler.compile(conv_net(), "x86-int8", tmp_path / "b", choices=tmp_path / "a",
+                              calibration=samples)  # fmt: skip
+    assert said_of_busy_cores(again) == [said]
+    monkeypatch.setattr("qcompiler.timing.measure.are_busy", lambda load: False)
+    quiet = qcompiler.compile(conv_net(), "x86-int8", tmp_path / "c", calibration=samples)
+    assert not said_of_busy_cores(quiet)
+
+
+def test_a_retreat_on_a_busy_machine_is_a_warning(tmp_path, timed, monkeypatch):
+    monkeypatch.setattr("qcompiler.timing.exact_source.sums_saturate", lambda: False)
+    slow = [WholeTime(1, 3.0, 4.0, 0.75, busy=True)]
+    monkeypatch.setattr("qcompiler.chooser.time_whole", lambda *arguments: slow)
+    report = qcompiler.compile(imported(), "x86-int8", tmp_path / "a")
+    assert report.choices["lost"] and len(said_of_busy_cores(report)) == 1
 
 
 def test_timed_and_replayed_bundles_are_the_same_bytes(tmp_path, timed, whole, samples):

@@ -20,7 +20,7 @@ from qcompiler.ir.errors import BundleError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from qcompiler.bundle import Manifest
+    from qcompiler.bundle import LibraryEntry, Manifest
     from qcompiler.report import Group
 
 __all__ = ["inspect_command"]
@@ -207,20 +207,27 @@ def _groups(path: Path, manifest: Manifest) -> list[Group]:
         raise BundleError(f"{path}: its manifest holds unreadable decisions ({error})") from error
 
 
+def _kernels(library: LibraryEntry | None, groups: list[Group]) -> str:
+    """Who computes what is quantized."""
+    if library is not None:
+        isa, glibc = ", ".join(library.isa), library.minimum_glibc
+        return f"{isa} on {library.machine}, glibc {glibc} or newer"
+    count = sum(group.count for group in groups if group.action == "body")
+    if not count:
+        return "none needed: every node is ONNX Runtime's own"
+    return f"none: {count} node{'s' if count > 1 else ''} of ours run as function bodies"
+
+
 def _print_bundle(
     terminal: Terminal, path: Path, manifest: Manifest, files: list[dict[str, Any]],
     groups: list[Group],
 ) -> None:  # fmt: skip
-    library, out = manifest.library, terminal.out
-    kernels = "none: runs as function bodies"
-    if library is not None:
-        isa, glibc = ", ".join(library.isa), library.minimum_glibc
-        kernels = f"{isa} on {library.machine}, glibc {glibc} or newer"
+    out = terminal.out
     recipe = _recipe_in_brief(path, manifest)
     out.print(Text.assemble("\n", (str(path), "bold"), f"  a bundle for {manifest.target}\n"))
     out.print(facts(
         ("Needs", f"ONNX Runtime {manifest.minimum_ort} or newer"),
-        ("Kernels", kernels),
+        ("Kernels", _kernels(manifest.library, groups)),
         ("Recipe", recipe or "the target's defaults"),
         ("Made by", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
     ))  # fmt: skip

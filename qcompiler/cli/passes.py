@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
+from click import get_current_context
+from click.core import ParameterSource
 from rich.text import Text
 
 from qcompiler.cli.console import Terminal
@@ -55,8 +57,7 @@ def pass_command(
     that fold-qdq left takes only the passes after it, and a compiled model none.
     """
     if listed:
-        if words:
-            raise click.UsageError(f"--list takes no passes or files: leave out {words[0]}")
+        _check_alone(words)
         _list(terminal, as_json)
         return
     text, source, output = _operands(words, debugging.pipeline)
@@ -89,6 +90,22 @@ def pass_command(
         table.add_row(row["pass"], str(row["nodes_before"]), str(row["nodes_after"]), note)
     terminal.out.print(table)
     terminal.out.print(f"\nWritten to {output}")
+
+
+def _check_alone(words: Sequence[str]) -> None:
+    """Refuse what `--list` would not heed.
+
+    Raises:
+        UsageError: Names the first of it.
+    """
+    if words:
+        raise click.UsageError(f"--list takes no passes or files: leave out {words[0]}")
+    context = get_current_context()
+    for option in context.command.params:
+        given = context.get_parameter_source(option.name or "") is ParameterSource.COMMANDLINE
+        if given and option.name not in ("listed", "as_json", "verbose"):
+            name = max(option.opts, key=len)
+            raise click.UsageError(f"--list lists all passes, whatever {name} says: leave that out")
 
 
 def _operands(words: Sequence[str], pipeline: str | None) -> tuple[str, Path, Path]:

@@ -8,6 +8,7 @@ busy is used, and not kept.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
@@ -88,10 +89,11 @@ class Stopwatch:
                 for index, site in enumerate(missing):
                     tell(f"time {site.name}", index / len(missing))
                     try:
-                        found[site] = self._measure(site, domain, library)
+                        costs = self._measure(site, domain, library)
                     except Exception:
                         # ORT raises bare RuntimeErrors as well as its own types.
                         continue
+                    found[site] = dataclasses.replace(costs, busy=busy)
                     if not busy:
                         self.cache.keep(self._key(site), found[site].to_dict())
         return [found.get(site) for site in sites]

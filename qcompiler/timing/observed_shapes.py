@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler.installed import import_onnxruntime
-from qcompiler.ir.errors import ModelError
+from qcompiler.ir.errors import ModelError, said_by_ort
 from qcompiler.random_inputs import Feed
 from qcompiler.runtime import open_session
 from qcompiler.session_options import QUIET
@@ -76,7 +76,8 @@ def observed_shapes(
             found: Sequence[Any] = session.run(None, feed)
         except Exception as error:
             # ORT raises bare RuntimeErrors as well as its own types.
-            raise ModelError(f"the model fails on inputs of these shapes: {error}") from error
+            said = said_by_ort(error)
+            raise ModelError(f"the model fails on inputs of these shapes: {said}") from error
     return known | {n: tuple(map(int, s)) for n, s in zip(wanted, found, strict=True)}
 
 

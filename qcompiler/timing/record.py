@@ -26,12 +26,14 @@ class Record:
         lost: Why nothing is quantized and no kernel of ours computes anything, where that is so.
         whole: The bundle against its model; empty where it was not timed.
         model_error: By how much the cost model was off, see `model_error`.
+        busy: Whether others kept the cores busy while times were taken that a choice was made on.
     """
 
     sites: tuple[Choice, ...] = ()
     lost: str | None = None
     whole: tuple[WholeTime, ...] = ()
     model_error: Mapping[Candidate, float] = dataclasses.field(default_factory=dict)
+    busy: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -41,7 +43,8 @@ class Record:
         ]  # fmt: skip
         whole = [dataclasses.asdict(time) for time in self.whole]
         errors = dict(self.model_error)
-        return {"sites": sites, "lost": self.lost, "whole": whole, "model_error": errors}
+        return {"sites": sites, "lost": self.lost, "whole": whole, "model_error": errors,
+                "busy": self.busy}  # fmt: skip
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Record:
@@ -60,7 +63,8 @@ class Record:
         whole = tuple(WholeTime(**entry) for entry in content["whole"])
         if not isinstance(content["lost"], str | None):
             raise ValueError(f"lost is {content['lost']!r}, not a text")
-        return cls(tuple(sites), content["lost"], whole, dict(content["model_error"]))
+        errors, busy = dict(content["model_error"]), content.get("busy", False) is True
+        return cls(tuple(sites), content["lost"], whole, errors, busy)
 
     @classmethod
     def read(cls, path: str | os.PathLike[str], target: str) -> Record:

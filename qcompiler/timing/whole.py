@@ -39,12 +39,14 @@ class WholeTime:
         model: The model as it came.
         bundle: The bundle.
         speedup: Of medians or of fastest runs, whichever is higher.
+        busy: Whether others kept the cores busy meanwhile, so that times may be wrong.
     """
 
     threads: int
     model: float
     bundle: float
     speedup: float
+    busy: bool = False
 
 
 def time_whole(
@@ -66,8 +68,9 @@ def time_whole(
         return [WholeTime(**entry) for entry in json.loads(content)]
     busy = are_busy(busy_cores())
     times = _measure(bundle, model, shapes, data)
-    if not busy:
-        cache.keep(key, [dataclasses.asdict(time) for time in times])
+    if busy:
+        return [dataclasses.replace(time, busy=True) for time in times]
+    cache.keep(key, [dataclasses.asdict(time) for time in times])
     return times
 
 

@@ -28,14 +28,18 @@ static struct qc_norm_args from_row(const struct norm_run *run, int64_t row) {
     return args;
 }
 
-/* As `qc_keep_nan`, of a y that need not be stored: it is NaN throughout if x is not finite. */
+/* As `qc_keep_nan`, of a y that need not be stored: it is NaN throughout if x is not finite, and of a
+ * LayerNorm if the sum of x is not. */
 static void keep_nan(const struct qc_norm_args *args, int64_t k) {
     for (int64_t row = 0; row < args->rows; row++) {
         if (!qc_has_least_scale(args->s[row])) continue;
-        float sum = 0;
-        for (int64_t i = row * k; i < (row + 1) * k; i++)
-            sum += 0 * (args->x ? args->x[i] : args->a[i] + args->b[i]);
-        if (isnan(sum)) args->s[row] = sum;
+        float sum = 0, magnitudes = 0;
+        for (int64_t i = row * k; i < (row + 1) * k; i++) {
+            float x = args->x ? args->x[i] : args->a[i] + args->b[i];
+            sum += 0 * x;
+            if (args->beta) magnitudes += fabsf(x);
+        }
+        if (isnan(sum) || isinf(magnitudes)) args->s[row] = NAN;
     }
 }
 

@@ -11,6 +11,9 @@ neither is, it is added again.
 
 mean(c) would be 0 but for rounding.  Taking it out once more makes rows whose mean is thousands of
 times their deviation as exact as all others, for one addition per vector.
+
+Where squares leave float32, for values about 1e19 and above, y is beta (0 for RMSNorm), as in ONNX
+Runtime; where the sum of a row does, it is NaN.
 """
 
 from __future__ import annotations
@@ -163,8 +166,9 @@ class _Norm:
         sweep(self._k, chains, update)
         for row, (deviations, squares) in zip(rows, totals, strict=True):
             rest = Register("float32", self._average(deviations)).value
-            variance = tir.maximum(self._average(squares) - rest * rest, tir.broadcast(0.0))
-            row.factor = self._factor(variance)
+            # One fma: of huge rows inf - inf would be NaN, of which a maximum would make 0.
+            variance = fma(tir.broadcast(0.0) - rest, rest, self._average(squares))
+            row.factor = self._factor(tir.maximum(tir.broadcast(0.0), variance))
             row.offset = Register("float32", (tir.broadcast(0.0) - rest) * row.factor.value)
 
     def _store_y(self, rows: Sequence[_Row], chains: int) -> None:
