@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from qcompiler.exact_copy import save_exact
 from qcompiler.ir.errors import CalibrationError, ModelError, NumericsError, OptionError
+from qcompiler.ir.graph import every_node
 from qcompiler.output_error import ErrorSums, OutputError
 from qcompiler.runtime import open_session
 from qcompiler.samples import Samples, check_sample
@@ -189,7 +190,7 @@ class CheckNumerics(Watcher):
 
 
 def _usual_bound(model: ir.Model) -> float:
-    nodes = list(model.graph.all_nodes())
+    nodes = list(every_node(model.graph))
     if any(node.op_type.startswith(_ROUNDING) for node in nodes):
         return _QUANTIZED
     half = ir.DataType.FLOAT16

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qcompiler.ir import dialect
 from qcompiler.ir.errors import ModelError
-from qcompiler.ir.graph import every_node, label
+from qcompiler.ir.graph import every_graph, every_node, label
 
 __all__ = [
     "check_not_compiled",
@@ -109,7 +109,7 @@ def check_not_compiled(model: ir.Model) -> None:
     Raises:
         ModelError: Names one.
     """
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         if dialect.is_ours(node.domain):
             raise ModelError(
                 f"the model was compiled before: node {node.name!r} is {node.domain}:"
@@ -118,7 +118,7 @@ def check_not_compiled(model: ir.Model) -> None:
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:
-    for graph in [model.graph, *model.graph.subgraphs()]:
+    for graph in every_graph(model.graph):
         yield from graph.initializers.values()
 
 
@@ -145,7 +145,7 @@ def foreign_domains(model: ir.Model) -> list[str]:
     defined = {(function.domain, function.name) for function in model.functions.values()}
     used = {
         node.domain
-        for node in model.graph.all_nodes()
+        for node in every_node(model.graph)
         if (node.domain, node.op_type) not in defined
     }
     ours = {d for d in used if d == dialect.DOMAIN or d.startswith(f"{dialect.DOMAIN}.")}
