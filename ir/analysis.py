@@ -10,10 +10,12 @@ from __future__ import annotations
 import enum
 import functools
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import networkx as nx
 import onnx_ir as ir
+
+from qcompiler.ir.graph import bodies, every_graph
 
 __all__ = ["End", "GraphView", "Place"]
 
@@ -183,10 +185,6 @@ class _Tree:
         return a
 
 
-def _bodies(node: ir.Node) -> Iterator[ir.Graph]:
-    """The graphs of its attributes, and those inside of them."""
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-            for inner in attribute.as_graph():
-                yield from _bodies(inner)
+def _bodies(node: ir.Node) -> list[ir.Graph]:
+    """The graphs inside a node, and those inside of them."""
+    return [graph for body in bodies(node) for graph in every_graph(body)]

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import region_of
 from qcompiler.ir.errors import VerifyError
-from qcompiler.ir.graph import every_node, label
+from qcompiler.ir.graph import bodies, every_node, label
 from qcompiler.ir.onnx_rules import onnx_problems
 from qcompiler.ir.qdq_rules import qdq_problems
 from qcompiler.ir.signature_rules import signature_problems
@@ -153,9 +153,8 @@ def _scopes(graph: ir.Graph, seen: dict[str, ir.Value]) -> _Problems:
             if value is not None and seen.get(value.name or "") is not value:
                 problem = f"reads {value.name!r} before it is defined"
                 yield "defined-before-read", label(node), problem
-        for attribute in node.attributes.values():
-            if attribute.type is ir.AttributeType.GRAPH:
-                yield from _scopes(attribute.as_graph(), seen)
+        for body in bodies(node):
+            yield from _scopes(body, seen)
         yield from define((value for value in node.outputs if value.name != ""), label(node))
     for value in graph.outputs:
         if seen.get(value.name or "") is not value:

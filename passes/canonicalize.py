@@ -18,11 +18,19 @@ from onnx_ir.passes import common
 from onnxscript import optimizer
 
 from qcompiler.ir.errors import ModelError, first_cause
-from qcompiler.ir.graph import constant, every_node, new_initializer, replace_nodes
+from qcompiler.ir.graph import (
+    bodies,
+    constant,
+    every_graph,
+    every_node,
+    new_initializer,
+    replace_nodes,
+)
 from qcompiler.ir.qdq_rules import qdq_problems
 from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.infer_shapes import SMALL, InferShapes
+from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.passes.raise_opset import RaiseOpset
+from qcompiler.passes.weightless import SMALL
 
 __all__ = ["OPSET", "Canonicalize"]
 
@@ -69,8 +77,9 @@ class Canonicalize(ir.passes.InPlacePass):
 
 def _signature(model: ir.Model) -> tuple[object, ...]:
     """What this pass may change; shapes and names that were missing do not count."""
-    nodes = tuple((node.op_type, len(node.inputs)) for node in every_node(model.graph))
-    return nodes, dict(model.graph.opset_imports), len(model.functions)
+    nodes = list(every_node(model.graph))
+    ops, operands = [node.op_type for node in nodes], [len(node.inputs) for node in nodes]
+    return ops, operands, dict(model.graph.opset_imports), len(model.functions)
 
 
 def _normalise(model: ir.Model) -> None:
@@ -96,7 +105,7 @@ def _lift_constants(model: ir.Model) -> None:
 
 def _lift_weights(model: ir.Model) -> None:
     """Move weights out of bodies; small constants stay, where shape inference looks for them."""
-    for graph in list(model.graph.subgraphs()):
+    for graph in list(every_graph(model.graph))[1:]:
         for name, value in list(graph.initializers.items()):
             outer = value.is_graph_input() or value.is_graph_output()
             if not outer and value.const_value and value.const_value.nbytes > SMALL:
@@ -131,11 +140,8 @@ def _is_sorted(graph: ir.Graph, made: set[ir.Value]) -> bool:
     for node in graph:
         if not all(value in made for value in node.inputs if value and value.producer()):
             return False
-        for attribute in node.attributes.values():
-            if attribute.type is ir.AttributeType.GRAPH and not _is_sorted(
-                attribute.as_graph(), made
-            ):
-                return False
+        if not all(_is_sorted(body, made) for body in bodies(node)):
+            return False
         made.update(node.outputs)
     return True
 
@@ -149,17 +155,13 @@ def _simplify(model: ir.Model) -> None:
         changed = changed or folded or expanded
         if not (folded or expanded):
             break
-    if not any(True for _ in model.graph.subgraphs()):
+    if not any(bodies(node) for node in model.graph):
         # onnx_ir 1.1 fails on an Identity that hands an outer value out of an If branch.
         common.IdentityEliminationPass()(model)
-    if not any(_is_drawn(node) for node in every_node(model.graph)):
+    if _has_twins(model.graph) and not any(_is_drawn(node) for node in every_node(model.graph)):
         common.CommonSubexpressionEliminationPass()(model)
-    ir.passes.Sequential(
-        common.RemoveUnusedNodesPass(),
-        common.RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
-        common.RemoveUnusedOpsetsPass(),
-        FixNames(),
-    )(model)
+    _drop_unused(model)
+    FixNames()(model)
     if changed:
         InferShapes()(model)
     # Metadata on nodes came with IR 10; more than the opset needs would shut out older ORTs.
@@ -167,6 +169,34 @@ def _simplify(model: ir.Model) -> None:
         [onnx.helper.make_opsetid("", model.graph.opset_imports[""])]
     )
     model.ir_version = max(needed, 10)
+
+
+def _has_twins(graph: ir.Graph) -> bool:
+    """Whether two nodes may be the same: numbers are made sooner than what onnx_ir compares."""
+    simple = (node for node in graph if not bodies(node))
+    nodes = [hash((node.op_type, *map(id, node.inputs))) for node in simple]
+    return len(set(nodes)) < len(nodes)
+
+
+def _drop_unused(model: ir.Model) -> None:
+    """Let onnx_ir remove what nothing reads, where a quicker look says that there is any."""
+    constants = (v for v in model.graph.initializers.values() if not v.is_graph_input())
+    unread = any(not v.uses() and not v.is_graph_output() for v in constants)
+    if model.functions or unread or any(_is_slack(node) for node in every_node(model.graph)):
+        common.RemoveUnusedNodesPass()(model)
+    if model.functions:
+        common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    if len(model.graph.opset_imports) > 1:
+        common.RemoveUnusedOpsetsPass()(model)
+
+
+def _is_slack(node: ir.Node) -> bool:
+    """Whether a node has results that nothing reads, operands left out at the end, or a mode."""
+    return (
+        any(not value.uses() and not value.is_graph_output() for value in node.outputs)
+        or (len(node.inputs) > 0 and node.inputs[-1] is None)
+        or "training_mode" in node.attributes.data
+    )
 
 
 def _is_drawn(node: ir.Node) -> bool:
@@ -191,10 +221,21 @@ class _FoldConstants(optimizer.constant_folding.FoldConstantsPass):  # type: ign
     def process_node(self, node: ir.Node, is_function: bool) -> Any:
         if node.op_type == "CastLike" and node.attributes:
             return None  # its rule loses `saturate`
+        if not self._may_fold(node):
+            return None
         try:
             return super().process_node(node, is_function)
         except RuntimeError:
             return None
+
+    def _may_fold(self, node: ir.Node) -> bool:
+        """A look at what most nodes lack: constant operands, replaced ones, or a rule."""
+        replaced = self._state.symbolic_value_map
+        return (
+            (node.domain, node.op_type) in optimizer.constant_folding.registry.op_evaluators
+            or all(value is None or value.const_value is not None for value in node.inputs)
+            or any(value in replaced for value in node.inputs if value is not None)
+        )
 
 
 def _should_fold(node: ir.Node) -> bool | None:

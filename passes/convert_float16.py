@@ -43,7 +43,7 @@ from qcompiler.passes.float16_rules import (
 from qcompiler.passes.float16_scales import note_small_scales
 from qcompiler.passes.float16_types import following_inputs, following_outputs, reads_any_type
 from qcompiler.passes.mask_constants import clamp_masks
-from qcompiler.passes.product_error import Sampler
+from qcompiler.passes.planned_products import Sampler
 from qcompiler.passes.widen_floats import border_cast, drop_idle_casts
 
 __all__ = ["FLOAT_TYPES", "ConvertFloat16", "check_float_type"]

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from qcompiler.ir.graph import new_initializer
 from qcompiler.passes.float16_rules import MOVING
-from qcompiler.passes.product_error import Sampler
+from qcompiler.passes.planned_products import Sampler
 
 __all__ = ["magnitudes"]
 

@@ -12,17 +12,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import onnx
 import onnx_ir as ir
 
-from qcompiler.ir.graph import every_node
+from qcompiler.ir.graph import bodies, every_node
+from qcompiler.passes.weightless import weightless_proto
 
-__all__ = ["SMALL", "InferShapes", "weights_as_inputs"]
+__all__ = ["InferShapes"]
 
-SMALL = 1024
-"""Bytes up to which a tensor may be a shape, an axis or a scale, whose values matter."""
 _FLOAT = onnx.TensorProto.FLOAT
 _PRODUCT = "MatMulNBits"
 
@@ -32,8 +32,7 @@ class InferShapes(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Infer in place; what cannot be inferred is no error."""
-        with weights_as_inputs(model):
-            proto = ir.to_proto(model)
+        proto = weightless_proto(model)
         if any(node.op_type == _PRODUCT for node in every_node(model.graph)):
             inputs = proto.graph.input
             kinds = {value.name: value.type.tensor_type.elem_type for value in inputs}
@@ -70,43 +69,12 @@ def _learn_leniently(model: ir.Model, proto: onnx.ModelProto) -> bool:
     return _learn(model.graph, proto.graph)
 
 
-@contextlib.contextmanager
-def weights_as_inputs(model: ir.Model) -> Iterator[list[ir.Value]]:
-    """Inside the block, initializers of the main graph are its last inputs, large ones only that.
-
-    The model can then go through protobuf; small ones are inputs because before IR 4 all must be.
-    """
-    graph = model.graph
-    inputs, initializers = list(graph.inputs), list(graph.initializers.values())
-    declared = set(inputs)
-    moved = [value for value in initializers if value not in declared and value.const_value]
-    for value in moved:
-        assert value.const_value is not None
-        value.type = ir.TensorType(value.const_value.dtype)
-        value.shape = ir.Shape(value.const_value.shape.numpy())
-        if value.const_value.nbytes > SMALL:
-            del graph.initializers[str(value.name)]
-        elif isinstance(value.const_value, ir.ExternalTensor):
-            # Axes and shapes, which C++ would not find in another file.
-            array = value.const_value.numpy().copy()
-            value.const_value = ir.Tensor(array, dtype=value.dtype, name=value.name)
-    graph.inputs.extend(moved)
-    try:
-        yield moved
-    finally:
-        graph.inputs.clear()
-        graph.inputs.extend(inputs)
-        graph.initializers.clear()
-        for value in initializers:
-            graph.register_initializer(value)
-
-
 def _branches(
     graph: ir.Graph, proto: onnx.GraphProto
 ) -> Iterator[tuple[ir.Graph, onnx.GraphProto]]:
     """The graphs inside the nodes of a graph, each with its proto."""
     for node, written in zip(graph, proto.node, strict=True):
-        if any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values()):
+        if bodies(node):
             for attribute in written.attribute:
                 if attribute.type == onnx.AttributeProto.GRAPH:
                     yield node.attributes[attribute.name].as_graph(), attribute.g
@@ -125,33 +93,51 @@ def _forget(graph: ir.Graph, proto: onnx.GraphProto) -> None:
         _forget(inner, written)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """A tensor's type and dimensions, as far as a proto says them."""
+
+    dtype: ir.DataType | None
+    dimensions: list[int | ir.SymbolicDim] | None
+
+
 def _learn(graph: ir.Graph, proto: onnx.GraphProto) -> bool:
     """Take over what a proto says of a graph's results; whether anything was new."""
     known = {info.name: info.type for info in [*proto.value_info, *proto.output]}
+    read: dict[bytes, _Said] = {}
     changed = False
     for node in graph:
         for value in node.outputs:
             if value.name and value.name in known:
-                changed |= _learn_type(value, known[value.name])
+                changed |= _learn_type(value, known[value.name], read)
     for inner, written in _branches(graph, proto):
         changed |= _learn(inner, written)
     return changed
 
 
-def _learn_type(value: ir.Value, proto: onnx.TypeProto) -> bool:
+def _learn_type(value: ir.Value, proto: onnx.TypeProto, read: dict[bytes, _Said]) -> bool:
     if not proto.HasField("tensor_type"):
         type = ir.serde.deserialize_type_proto_for_type(proto)  # a sequence, an optional
         changed, value.type = type != value.type, type or value.type
         return changed
-    tensor, before = proto.tensor_type, (value.type, value.shape)
-    if tensor.elem_type and (value.type is None or value.type.dtype != tensor.elem_type):
-        value.type = ir.TensorType(ir.DataType(tensor.elem_type))
-    if tensor.HasField("shape"):
-        inferred = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
-                    for dim in tensor.shape.dim]  # fmt: skip
-        if value.shape is None or value.shape != inferred:
-            value.shape = _merge(ir.Shape(inferred), value.shape)
-    return before != (value.type, value.shape)
+    # Thousands of values are of a few types, and each field of a proto takes time to read.
+    key, changed = proto.SerializeToString(), False
+    said = read[key] if key in read else read.setdefault(key, _said(proto.tensor_type))
+    if said.dtype is not None and (value.type is None or value.type.dtype != said.dtype):
+        value.type, changed = ir.TensorType(said.dtype), True
+    if said.dimensions is not None and (value.shape is None or value.shape != said.dimensions):
+        before, value.shape = value.shape, _merge(ir.Shape(said.dimensions), value.shape)
+        changed = changed or before != value.shape
+    return changed
+
+
+def _said(tensor: onnx.TypeProto.Tensor) -> _Said:
+    dimensions = [
+        dim.dim_value if dim.HasField("dim_value") else ir.SymbolicDim(dim.dim_param or None)
+        for dim in tensor.shape.dim
+    ]
+    dtype = ir.DataType(tensor.elem_type) if tensor.elem_type else None
+    return _Said(dtype, dimensions if tensor.HasField("shape") else None)
 
 
 def _merge(inferred: ir.Shape, said: ir.Shape | None) -> ir.Shape:

@@ -63,16 +63,17 @@ class KnownRanges:
 
 
 def content_of(graph: ir.Graph) -> list[object]:
-    """What the tensors of a graph depend on; constants by identity, as copies share them."""
-    nodes = [
-        (
-            *(node.domain, node.op_type),
-            [value and value.name for value in node.inputs],
-            [value.name for value in node.outputs],
-            [(k, a.value) for k, a in node.attributes.items() if isinstance(a.value, _PLAIN)],
-        )
-        for node in every_node(graph)
-    ]
+    """What the tensors of a graph depend on; constants by identity, as copies share them.
+
+    A text for each node, which the garbage collector need not look through.
+    """
+    nodes: list[object] = []
+    for node in every_node(graph):
+        attributes = node.attributes.data.items()
+        plain = [(key, a.value) for key, a in attributes if isinstance(a.value, _PLAIN)]
+        read = [value and value.name for value in node.inputs]
+        made = [value.name for value in node.outputs]
+        nodes.append(repr((node.domain, node.op_type, read, made, plain)))
     constants = [(name, _Same(value.const_value)) for name, value in graph.initializers.items()]
     return [*nodes, *constants]
 

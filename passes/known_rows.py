@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from qcompiler.passes.known_ranges import content_of
-from qcompiler.passes.product_error import Rows, Sampler
+from qcompiler.passes.planned_products import Rows, Sampler
 
 __all__ = ["KnownRows"]
 

@@ -18,7 +18,7 @@ from onnxscript import version_converter
 
 from qcompiler.ir.errors import ModelError
 from qcompiler.ir.graph import constant, every_node, new_initializer, replace_nodes
-from qcompiler.passes.infer_shapes import weights_as_inputs
+from qcompiler.passes.weightless import weightless_proto
 
 __all__ = ["RaiseOpset"]
 
@@ -74,8 +74,7 @@ def _convert(model: ir.Model, opset: int, aside: Sequence[str]) -> None:
             node.domain = _ASIDE
             model.graph.opset_imports[_ASIDE] = 1
     inputs = len(model.graph.inputs)
-    with weights_as_inputs(model) as initializers:
-        proto = ir.to_proto(model)
+    proto = weightless_proto(model)
     try:
         converted = onnx.version_converter.convert_version(proto, opset)
     except Exception as error:
@@ -86,8 +85,9 @@ def _convert(model: ir.Model, opset: int, aside: Sequence[str]) -> None:
             "with a newer opset"
         ) from error
     graph = ir.from_proto(converted).graph
-    for value, original in zip(graph.inputs[inputs:], initializers, strict=True):
-        if value.const_value is None:
+    for value in graph.inputs:
+        original = model.graph.initializers.get(value.name or "")
+        if original is not None and value.const_value is None:
             value.const_value = original.const_value
             graph.register_initializer(value)
     declared = list(graph.inputs[:inputs])

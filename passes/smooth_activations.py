@@ -21,6 +21,7 @@ whatever the tokens were.  It is a float model again: a static range is observed
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -31,15 +32,8 @@ from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constan
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.known_rows import KnownRows
-from qcompiler.passes.product_error import (
-    Products,
-    Rows,
-    Sampler,
-    exact_products,
-    is_norm,
-    rounding_errors,
-    sampled_products,
-)
+from qcompiler.passes.planned_products import Products, Rows, Sampler, is_norm, sampled_products
+from qcompiler.passes.product_error import AT_ONCE, Trial, rounding_errors
 
 __all__ = ["SmoothActivations"]
 
@@ -102,32 +96,45 @@ class SmoothActivations(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Smooth every value of the main graph where that pays."""
-        smoothed = 0
-        rows: dict[ir.Value, Rows] = {}
-        sites = sampled_products(model, self.sample, _NOT, made_up=self.made_up, ranges=self.ranges)
-        for site, tokens in sites:
-            factors = self._try_smooth(model.graph, site, tokens)
-            smoothed += factors is not None
-            read = site.nodes[0].inputs[0]
-            assert read is not None
-            rows[read] = tokens if factors is None else tokens / factors
+        smoothed, rows = 0, dict[ir.Value, Rows]()
+        with sampled_products(
+            model, self.sample, _NOT, made_up=self.made_up, ranges=self.ranges
+        ) as sites:
+            for some in _in_batches(self._plan(site, tokens) for site, tokens in sites):
+                trials = [plan.trial for plan in some]
+                for plan, errors in zip(some, rounding_errors(trials), strict=True):
+                    factors = self._try_smooth(model.graph, plan, errors)
+                    smoothed += factors is not None
+                    read = plan.site.nodes[0].inputs[0]
+                    assert read is not None
+                    rows[read] = plan.tokens if factors is None else plan.tokens / factors
         if smoothed:
             FixNames()(model)
         if isinstance(self.sample, KnownRows):
             self.sample.keep(model, {value.name or "": tokens for value, tokens in rows.items()})
         return ir.passes.PassResult(model, smoothed > 0)
 
-    def _try_smooth(self, graph: ir.Graph, site: Products, tokens: Rows) -> Rows | None:
+    def _plan(self, site: Products, tokens: Rows) -> _Plan:
+        """What could be done to one value; nothing where no channel is outlying."""
+        spread, alphas = _spread(tokens), self.options.alpha
+        if not _factors(spread, max(alphas)).max(initial=1) > 1:
+            return _Plan(site, tokens, "", {}, Trial(tokens, {}, []))
+        absorber = _absorber(site)
+        tried = _factors(spread, np.array(alphas, np.float32)[:, None])
+        tied = {a: _tied(each, absorber) for a, each in zip(alphas, tried, strict=True)}
+        # Of a short range of powers of two several are often the same.
+        distinct = {each.tobytes(): each for each in [np.ones_like(spread), *tied.values()]}
+        trial = Trial(tokens, site.weights(), list(distinct.values()))
+        return _Plan(site, tokens, absorber, tied, trial)
+
+    def _try_smooth(self, graph: ir.Graph, plan: _Plan, errors: list[float]) -> Rows | None:
         """Smooth one value if that is worth it; notes what was done, or why not where it could.
 
         Returns:
             What its channels were divided by, [K].
         """
-        spread = _spread(tokens)
-        if not _factors(spread, max(self.options.alpha)).max(initial=1) > 1:
-            return None  # nothing is outlying
-        absorber = _absorber(site)
-        alpha, left = self._best_alpha(tokens, spread, site, absorber)
+        site, absorber = plan.site, plan.absorber
+        alpha, left = plan.best(errors)
         rest = f"{left:.2g} of the error"
         if left >= self.options.worth:
             return None
@@ -138,7 +145,7 @@ class SmoothActivations(ir.passes.InPlacePass):
                 site.note(f"{_NOT}, which would leave {rest}: {why}")
                 return None
             rest += f"; by a Mul, because {absorber}"
-        factors = _tied(_factors(spread, alpha), absorber)
+        factors = plan.factors[alpha]
         if isinstance(absorber, str):
             _insert_mul(graph, site, np.reciprocal(factors))
         else:
@@ -149,24 +156,52 @@ class SmoothActivations(ir.passes.InPlacePass):
         site.note(f"activations smoothed with alpha={alpha:g}, which leaves {rest}")
         return factors
 
-    def _best_alpha(
-        self, tokens: Rows, spread: Rows, site: Products, absorber: Absorber | str
-    ) -> tuple[float, float]:
-        """The alpha of the least error, and the part of the error that it leaves."""
-        columns = site.weights()
-        factors = {a: _tied(_factors(spread, a), absorber) for a in self.options.alpha}
-        # Of a short range of powers of two several are often the same.
-        distinct = {each.tobytes(): each for each in factors.values()}
-        plain = np.ones_like(spread)
-        distinct[plain.tobytes()] = plain
-        # Powers of two change no bit of the products.
-        exact = exact_products(tokens, columns)
-        errors = rounding_errors(tokens, columns, list(distinct.values()), exact)
-        error_of = dict(zip(distinct, errors, strict=True))
-        best = min(factors, key=lambda alpha: error_of[factors[alpha].tobytes()])
-        before, after = error_of[plain.tobytes()], error_of[factors[best].tobytes()]
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What may be done to one value.
+
+    Attributes:
+        site: The products that read it.
+        tokens: Its tokens, [tokens, K].
+        absorber: What takes the factors, or why nothing can.
+        factors: What channels would be divided by, [K], by alpha; none if none is outlying.
+        trial: The products with all different factors, those of 1 first.
+    """
+
+    site: Products
+    tokens: Rows
+    absorber: Absorber | str
+    factors: Mapping[float, Rows]
+    trial: Trial
+
+    def best(self, errors: list[float]) -> tuple[float, float]:
+        """The alpha of the least error of the trial's, and the part of the error that it leaves."""
+        if not self.factors:
+            return 0.0, 1.0
+        keys = (factors.tobytes() for factors in self.trial.factors)
+        error_of = dict(zip(keys, errors, strict=True))
+        best = min(self.factors, key=lambda alpha: error_of[self.factors[alpha].tobytes()])
+        before, after = errors[0], error_of[self.factors[best].tobytes()]
         # Without an error, or one that is not finite, there is nothing to gain.
         return best, after / before if 0 < before < np.inf else 1.0
+
+
+def _in_batches(plans: Iterable[_Plan]) -> Iterator[list[_Plan]]:
+    """Some at a time: large products alone, small ones together.
+
+    What is done to one changes none of those behind it: no weight but its own, and of what makes
+    its value.
+    """
+    batch: list[_Plan] = []
+    elements = 0
+    for plan in plans:
+        batch.append(plan)
+        elements += plan.trial.size * len(plan.trial.factors)
+        if elements >= AT_ONCE:
+            yield batch
+            batch, elements = [], 0
+    yield batch
 
 
 def _absorber(site: Products) -> Absorber | str:
@@ -186,8 +221,8 @@ def _spread(tokens: Rows) -> Rows:
     return np.log2(np.maximum(largest / middle, 1.0)) if middle else np.zeros_like(largest)
 
 
-def _factors(spread: Rows, alpha: float) -> Rows:
-    """T: how much smaller each channel becomes, [K]."""
+def _factors(spread: Rows, alpha: float | Rows) -> Rows:
+    """T: how much smaller each channel becomes, [K], or for alphas [A, 1] each [A, K]."""
     return np.asarray(np.exp2(np.rint(alpha * spread)), np.float32)
 
 

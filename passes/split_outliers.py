@@ -30,13 +30,8 @@ from qcompiler.ir.graph import constant, drop_if_unread, new_initializer, place_
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.known_rows import KnownRows
-from qcompiler.passes.product_error import (
-    Products,
-    Rows,
-    Sampler,
-    rounding_error,
-    sampled_products,
-)
+from qcompiler.passes.planned_products import Products, Rows, Sampler, sampled_products
+from qcompiler.passes.product_error import rounding_error
 
 __all__ = ["SplitOutliers"]
 
@@ -109,9 +104,11 @@ class SplitOutliers(ir.passes.InPlacePass):
                 self.sample.forget()
             return ir.passes.PassResult(model, False)
         split = 0
-        sites = sampled_products(model, self.sample, _NOT, made_up=self.made_up, ranges=self.ranges)
-        for site, tokens in sites:
-            split += self._try_split(model.graph, site, tokens)
+        with sampled_products(
+            model, self.sample, _NOT, made_up=self.made_up, ranges=self.ranges
+        ) as sites:
+            for site, tokens in sites:
+                split += self._try_split(model.graph, site, tokens)
         if split:
             FixNames()(model)
         return ir.passes.PassResult(model, split > 0)

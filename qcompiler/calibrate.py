@@ -38,6 +38,9 @@ _TOKENS = 512
 _RUNS = 32
 """The most samples that it runs, evenly spaced: 16 tokens of each say as much as 4 of 128."""
 
+_ROWS = 64
+"""Rows that are made up for an input that takes any number of them."""
+
 _OPSET = 18
 """The first in which all reductions take their axes as an input."""
 
@@ -209,13 +212,23 @@ def sample_tokens(
     limits = _vocabularies(model)
 
     def made_up(inputs: Sequence[Any]) -> Iterator[tuple[str, Sample]]:
-        yield "made-up inputs", random_feed(inputs, {}, limits)[0]
+        yield "made-up inputs", random_feed(inputs, _many_rows(inputs), limits)[0]
 
     try:
         with Probe(model, names) as probe:
             return _some_rows(probe.run(made_up, optimized=False), _TOKENS)
     except (CalibrationError, ModelError, OptionError):
         return {}  # whatever is wrong with inputs that nobody gave is nobody's mistake
+
+
+def _many_rows(inputs: Sequence[Any]) -> dict[str, tuple[int, ...]]:
+    """Shapes for inputs that are rows of features, as many as one likes: of one nothing is learned.
+
+    The largest of a channel over a single row is chance, and the rows of a batch need no more runs.
+    """
+    rows = (each for each in inputs if len(each.shape) == 2 and "float" in each.type)
+    free = (each for each in rows if isinstance(each.shape[1], int))
+    return {e.name: (_ROWS, e.shape[1]) for e in free if not isinstance(e.shape[0], int)}
 
 
 def _some_rows(runs: Runs, share: int) -> dict[str, NDArray[np.float32]]:

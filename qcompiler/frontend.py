@@ -17,7 +17,7 @@ from qcompiler.bundle import MANIFEST
 from qcompiler.faults import fault_of
 from qcompiler.from_torch import is_torch_file, is_torch_object, load_torch
 from qcompiler.ir.errors import ModelError, OptionError, QCompilerError, first_cause
-from qcompiler.ir.graph import function_label
+from qcompiler.ir.graph import every_graph, function_label
 from qcompiler.ir.onnx_rules import problems_in
 from qcompiler.ir.sparse import densify
 from qcompiler.old_functions import inline_old_functions
@@ -199,7 +199,7 @@ def _refusal(
 def _check_external_data(model: ir.Model, path: Path) -> None:
     """Every external tensor must lie inside the model's folder and be complete."""
     folder = path.parent.absolute()
-    for graph in [model.graph, *model.graph.subgraphs()]:
+    for graph in every_graph(model.graph):
         for value in graph.initializers.values():
             tensor = value.const_value
             if not isinstance(tensor, ir.ExternalTensor):

@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qcompiler.ir.errors import ModelError, OptionError, first_cause
+from qcompiler.ir.graph import every_graph
 
 __all__ = ["WeightFile", "beside", "save_model", "saving", "weight_files"]
 
@@ -117,7 +118,7 @@ def saving(path: Path) -> Iterator[None]:
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:
     """Those of the graph and of its branches and loops that hold a tensor."""
-    for graph in [model.graph, *model.graph.subgraphs()]:
+    for graph in every_graph(model.graph):
         for value in graph.initializers.values():
             if value.const_value is not None:
                 yield value

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import onnx
 import onnx_ir as ir
 
+from qcompiler.ir.graph import bodies
 from qcompiler.model_file import saving
 
 __all__ = ["save_part"]
@@ -69,12 +70,10 @@ def _needed(graph: ir.Graph, tensors: Sequence[ir.Value]) -> tuple[list[ir.Node]
 def _reads(node: ir.Node) -> Iterator[ir.Value | None]:
     """What a node reads, and the graphs inside it, which may also hand out what lies outside."""
     yield from node.inputs
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH and not attribute.is_ref():
-            body = attribute.as_graph()
-            yield from body.outputs
-            for inner in body:
-                yield from _reads(inner)
+    for body in bodies(node):
+        yield from body.outputs
+        for inner in body:
+            yield from _reads(inner)
 
 
 def _describe(proto: onnx.GraphProto, node: ir.Node, outputs: Sequence[ir.Value]) -> None:
@@ -87,15 +86,19 @@ def _write(proto: onnx.TensorProto, value: ir.Value, file: BinaryIO) -> None:
     """One constant: small ones and texts into the model, others into the file."""
     tensor = value.const_value
     assert tensor is not None
-    if tensor.nbytes <= _SMALL or tensor.dtype is ir.DataType.STRING:
+    if tensor.dtype is ir.DataType.STRING:
         ir.serde.serialize_tensor_into(proto, tensor)
+        proto.name = value.name or ""
+        return
+    proto.name = value.name or ""
+    proto.data_type = int(tensor.dtype)
+    proto.dims.extend(tensor.shape.numpy())
+    if tensor.nbytes <= _SMALL:
+        proto.raw_data = tensor.tobytes()
     else:
         file.write(bytes(-file.tell() % _PAGE))
         place = {"location": Path(file.name).name, "offset": file.tell(), "length": tensor.nbytes}
         for key, number in place.items():
             proto.external_data.add(key=key, value=str(number))
         proto.data_location = onnx.TensorProto.EXTERNAL
-        proto.data_type, dims = int(tensor.dtype), tensor.shape.numpy()
-        proto.dims.extend(dims)
         file.write(tensor.tobytes())
-    proto.name = value.name or ""

@@ -14,7 +14,7 @@ from qcompiler.calibrate import observe, run_exactly, sample_tokens
 from qcompiler.clipping import Clipping
 from qcompiler.ir.types import TensorStats
 from qcompiler.passes.insert_qdq import Observer
-from qcompiler.passes.product_error import Sampler
+from qcompiler.passes.planned_products import Sampler
 from qcompiler.passes.second_moments import LayerRuns, Walk
 from qcompiler.passes.side_by_side import Runner
 from qcompiler.samples import Samples

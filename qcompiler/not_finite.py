@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.errors import ModelError
-from qcompiler.ir.graph import every_node, label
+from qcompiler.ir.graph import every_graph, every_node, label
 
 __all__ = ["notes_on_infinity", "refuse_nan"]
 
@@ -69,7 +69,7 @@ def notes_on_infinity(model: ir.Model) -> tuple[str, ...]:
 
 def _constants(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
     """Initializers and Constant nodes of floats, those of bodies and functions too."""
-    for graph in [model.graph, *model.graph.subgraphs()]:
+    for graph in every_graph(model.graph):
         for value in graph.initializers.values():
             tensor = value.const_value
             if tensor is not None and _has_floats(tensor):

@@ -29,6 +29,7 @@ from qcompiler.ir.errors import (
     OptionError,
     said_by_ort,
 )
+from qcompiler.ir.graph import every_node
 from qcompiler.output_error import ErrorSums, OutputError
 from qcompiler.runtime import open_session
 from qcompiler.samples import Samples, check_sample
@@ -195,7 +196,7 @@ class CheckNumerics(Watcher):
 
 
 def _usual_bound(model: ir.Model) -> float:
-    nodes = list(model.graph.all_nodes())
+    nodes = list(every_node(model.graph))
     if any(node.op_type.startswith(_ROUNDING) for node in nodes):
         return _QUANTIZED
     half = ir.DataType.FLOAT16

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from qcompiler.checkpoint_layers import CheckpointLayer, method_of, unpack_layer
 from qcompiler.ir.decisions import decide
 from qcompiler.ir.errors import ModelError, OptionError, did_you_mean
-from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer
+from qcompiler.ir.graph import constant, drop_if_unread, every_node, label, new_initializer
 from qcompiler.ir.types import PerGroup, QuantType
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.fix_names import FixNames
@@ -129,7 +129,7 @@ def _is_less_one(path: Path) -> bool:
 def _products(model: ir.Model) -> dict[str, ir.Node]:
     """MatMuls by constant matrices, by every name that they go by."""
     found: dict[str, ir.Node] = {}
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         array = constant(weight)
         if weight is not None and array is not None and array.ndim == 2:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from qcompiler.ir import dialect
 from qcompiler.ir.errors import ModelError
-from qcompiler.ir.graph import every_node, function_label, label
+from qcompiler.ir.graph import every_graph, every_node, function_label, label
 from qcompiler.not_finite import refuse_nan
 
 __all__ = [
@@ -102,7 +102,7 @@ def _missing(model: ir.Model, owner: ir.Graph | ir.Function, called: str) -> Ite
     for value in owner.outputs:
         if _is_undefined(value):
             yield f"the output {value.name!r} is no result of a node"
-    for graph in (owner, *owner.subgraphs()) if isinstance(owner, ir.Graph) else ():
+    for graph in every_graph(owner) if isinstance(owner, ir.Graph) else ():
         for value in graph.initializers.values():
             for problem in _untyped(value.const_value):
                 yield f"the weight {value.name!r} {problem}"
@@ -126,7 +126,7 @@ def check_not_compiled(model: ir.Model) -> None:
     Raises:
         ModelError: Names one.
     """
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         if dialect.is_ours(node.domain):
             raise ModelError(
                 f"the model was compiled before: node {node.name!r} is {node.domain}:"
@@ -146,7 +146,7 @@ def foreign_domains(model: ir.Model) -> list[str]:
     defined = {(function.domain, function.name) for function in model.functions.values()}
     used = {
         node.domain
-        for node in model.graph.all_nodes()
+        for node in every_node(model.graph)
         if (node.domain, node.op_type) not in defined
     }
     ours = {d for d in used if d == dialect.DOMAIN or d.startswith(f"{dialect.DOMAIN}.")}

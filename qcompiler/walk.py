@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.analysis import End, GraphView
 from qcompiler.ir.errors import CalibrationError, said_by_ort
-from qcompiler.ir.graph import let_go, new_initializer
+from qcompiler.ir.graph import every_graph, every_node, let_go, new_initializer
 from qcompiler.passes.second_moments import Walker
 from qcompiler.passes.widen_constants import dequantized_constant
 from qcompiler.runtime import open_session
@@ -196,14 +196,14 @@ def _constant_nodes(view: GraphView) -> set[ir.Node]:
 def _digest_of(model: ir.Model) -> str:
     """Hash of what the model computes: decisions and notes, which tell of times, do not count."""
     digest = hashlib.sha256()
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         names = [None if value is None else value.name for value in [*node.inputs, *node.outputs]]
         digest.update(repr((node.domain, node.op_type, len(node.inputs), names)).encode())
         for name, attribute in sorted(node.attributes.items()):
             if attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
                 proto = ir.serde.serialize_attribute(attribute)
                 digest.update(name.encode() + proto.SerializeToString(deterministic=True))
-    for graph in [model.graph, *model.graph.subgraphs()]:
+    for graph in every_graph(model.graph):
         for name, value in sorted(graph.initializers.items()):
             tensor = value.const_value
             if tensor is not None:

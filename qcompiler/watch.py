@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from qcompiler.destination import check_writable
 from qcompiler.ir.errors import OptionError, did_you_mean
+from qcompiler.ir.graph import every_graph
 from qcompiler.model_file import WeightFile, saving
 from qcompiler.step import Step, Watcher
 
@@ -108,7 +109,7 @@ class DumpModels(Watcher):
             )
 
     def _check_weights(self, model: ir.Model) -> None:
-        for graph in [model.graph, *model.graph.subgraphs()]:
+        for graph in every_graph(model.graph):
             for value in graph.initializers.values():
                 if isinstance(value.const_value, ir.ExternalTensor):
                     self.check_apart("weights", Path(value.const_value.path))

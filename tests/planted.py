@@ -8,7 +8,7 @@ from golden import Feeds, run
 from numpy.typing import NDArray
 
 from qcompiler.passes.assign_precision import AssignPrecision
-from qcompiler.passes.product_error import Sampler
+from qcompiler.passes.planned_products import Sampler
 from qcompiler.targets.catalog import TARGETS
 
 

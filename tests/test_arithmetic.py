@@ -15,6 +15,7 @@ from qcompiler.installed import version_of
 from qcompiler.ir.arithmetic import (
     broadcast_scale,
     dequantize,
+    fake_quantize,
     quantize,
     scale_and_zero_point,
     weight_scale,
@@ -84,6 +85,7 @@ def ours(values, scale, zero_point, type):
     assert stored.dtype == type.storage.numpy()
     back = dequantize(stored, scale, type, zero_point)
     assert back.dtype == type.expressed.numpy()
+    assert fake_quantize(values, scale, type, zero_point).tobytes() == back.tobytes()
     return stored.astype(np.float32), back.astype(np.float32)
 
 

@@ -10,12 +10,8 @@ from qcompiler.ir.errors import OptionError
 from qcompiler.model_part import save_part
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.known_rows import KnownRows
-from qcompiler.passes.product_error import (
-    exact_products,
-    rounding_error,
-    rounding_errors,
-    sampled_products,
-)
+from qcompiler.passes.planned_products import sampled_products
+from qcompiler.passes.product_error import Trial, rounding_error, rounding_errors
 from qcompiler.targets.catalog import TARGETS
 
 RNG = np.random.default_rng(0)
@@ -104,13 +100,23 @@ def test_errors_of_several_factors_are_those_of_each(target):
     model.graph[0].name = "product"
     AssignPrecision(TARGETS[target].scheme)(model)
     tokens = RNG.standard_normal((5, 64), dtype=np.float32)
-    sites = sampled_products(model, lambda *_: {"x": tokens}, "x", made_up=False, ranges=None)
-    ((site, _),) = sites
+    with sampled_products(
+        model, lambda *_: {"x": tokens}, "x", made_up=False, ranges=None
+    ) as sites:
+        ((site, _),) = sites
     weights = site.weights()
+    others = {plan: part[:, :3] for plan, part in weights.items()}
     factors = [np.exp2(RNG.integers(0, 4, 64)).astype(np.float32) for _ in range(3)]
-    exact = exact_products(tokens, weights)
-    found = rounding_errors(tokens, weights, factors, exact)
-    for error, each in zip(found, factors, strict=True):
-        scaled = {plan: part * each[:, None] for plan, part in weights.items()}
-        assert error == pytest.approx(rounding_error(tokens / each, scaled, exact), rel=1e-3)
-    assert len(set(found)) == 3
+    trials = [
+        Trial(tokens, weights, factors[:2]),
+        Trial(tokens, others, factors),
+        Trial(-2 * tokens, weights, factors[2:]),
+        Trial(tokens, {}, []),
+    ]
+    found = rounding_errors(trials)
+    for trial, errors in zip(trials, found, strict=True):
+        for error, each in zip(errors, trial.factors, strict=True):
+            scaled = {plan: part * each[:, None] for plan, part in trial.weights.items()}
+            alone = rounding_error(trial.tokens / each, scaled)
+            assert error == pytest.approx(alone, rel=1e-3)
+    assert len({error for errors in found for error in errors}) == 6

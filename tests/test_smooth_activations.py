@@ -182,6 +182,24 @@ def test_made_up_token_ids_are_of_the_whole_vocabulary():
     assert max(ids) > VOCABULARY * 0.9
 
 
+@pytest.mark.parametrize(("rows", "given", "told"), [("n", 64, True), (3, 3, False), (9, 9, True)])
+def test_what_a_single_made_up_row_holds_is_chance(rows, given, told):
+    x = f"g (float[{rows},{K}] x)"
+    model = planned(f"{x} => ({OUT} z) {{ {NORM} z = MatMul (y, w) }}")
+    asked = []
+
+    def counting(model, names):
+        tokens = sample_tokens(model, names)
+        asked.extend(len(each) for each in tokens.values())
+        return tokens
+
+    SmoothActivations(counting, made_up=True)(model)
+    reason = decision_of(model.graph.node("node_1"))
+    assert asked == [given]
+    assert ("smoothed with alpha" in str(reason)) == told
+    assert ("3 made-up tokens tell nothing" in str(reason)) != told
+
+
 def test_samples_are_shared_out(tmp_path):
     model = model_of(TOKENS, WEIGHTS)
     for index, size in enumerate((1, 700)):

@@ -16,6 +16,7 @@ from qcompiler.cli.decisions import decision_table
 from qcompiler.cli.figures import FigureTable, facts, size
 from qcompiler.cli.options import FILE, Command, json_option, verbose_option
 from qcompiler.ir.errors import BundleError
+from qcompiler.ir.graph import every_node
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -119,10 +120,10 @@ def _model_facts(path: Path, model: ir.Model) -> dict[str, Any]:
     for tensor in tensors:
         weights[tensor.dtype.name.lower()] += tensor.nbytes
     given = [v for v in graph.inputs if v.name not in graph.initializers]
-    ops = collections.Counter(node.op_type for node in graph.all_nodes())
+    ops = collections.Counter(node.op_type for node in every_node(graph))
     quantized = collections.Counter(
         node.op_type
-        for node in graph.all_nodes()
+        for node in every_node(graph)
         if node.op_type in _QUANTIZED or node.domain.startswith("qcompiler")
     )
     return {

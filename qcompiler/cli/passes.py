@@ -16,6 +16,7 @@ from qcompiler.cli.console import Terminal
 from qcompiler.cli.debugging import Debugging, debugging_options
 from qcompiler.cli.figures import FigureTable
 from qcompiler.cli.options import FILE, Command, TargetName, json_option, verbose_option
+from qcompiler.ir.graph import every_node
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -188,4 +189,4 @@ def _count_nodes(rows: list[dict[str, Any]], model: ir.Model) -> Any:
 
 
 def _count(model: ir.Model) -> int:
-    return sum(1 for _ in model.graph.all_nodes())
+    return sum(1 for _ in every_node(model.graph))

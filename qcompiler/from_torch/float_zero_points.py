@@ -20,6 +20,7 @@ from qcompiler.ir.graph import (
     constant,
     dequantize_of,
     drop_if_unread,
+    every_node,
     new_initializer,
     replace_nodes,
 )
@@ -31,7 +32,7 @@ __all__ = ["float_zero_points"]
 
 def float_zero_points(model: ir.Model) -> None:
     """Rewrite each difference that has one of these forms, in place."""
-    for node in list(model.graph.all_nodes()):
+    for node in list(every_node(model.graph)):
         dequantize = dequantize_of(node.inputs[0]) if node.op_type == "Sub" else None
         offsets = None if dequantize is None else constant(node.inputs[1])
         if dequantize is None or offsets is None or len(dequantize.inputs) > 2:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from qcompiler.ir.graph import constant, new_initializer
+from qcompiler.ir.graph import constant, every_node, new_initializer
 
 __all__ = ["pack_constants"]
 
 
 def pack_constants(model: ir.Model) -> None:
     """Bring the constants of every Q and DQ into their own types, in place."""
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
             for index in range(len(node.inputs)):
                 _try_pack(model.graph, node, index)

@@ -15,14 +15,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.from_torch.translate import RANGE
-from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
+from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer
 
 __all__ = ["unsigned_pairs"]
 
 
 def unsigned_pairs(model: ir.Model) -> None:
     """Shift every static pair of int8 whose integers only its DequantizeLinear reads, in place."""
-    for node in list(model.graph.all_nodes()):
+    for node in list(every_node(model.graph)):
         if node.op_type == "QuantizeLinear":
             _try_shift(model.graph, node)
 

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.installed import import_onnxruntime
-from qcompiler.ir.graph import constant, new_initializer
+from qcompiler.ir.graph import constant, every_node, new_initializer
 from qcompiler.passes.shift_weights import ShiftWeights
 
 __all__ = ["exact_source", "sums_saturate"]
@@ -47,7 +47,7 @@ def _is_wide(model: ir.Model) -> bool:
 
     Some tools keep weights to 7 bits, for the sake of such processors.
     """
-    operands = (value for node in model.graph.all_nodes() for value in node.inputs if value)
+    operands = (value for node in every_node(model.graph) for value in node.inputs if value)
     weights = {value for value in operands if value.dtype is ir.DataType.INT8}
     arrays = (array for value in weights if (array := constant(value)) is not None)
     return any(np.abs(array.astype(np.int16)).max(initial=0) > _EXACT for array in arrays)
