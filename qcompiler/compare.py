@@ -88,7 +88,8 @@ def compare(
     merit = None if metric is None else find_metric(metric)
     with onnx_file(model) as source:
         first, second = _open_exact(source), open_model(bundle, native=native)
-        names = [output.name for output in first.get_outputs()]
+        declared = {output.name: output.shape or () for output in first.get_outputs()}
+        names = list(declared)
         missing = set(names) - {output.name for output in second.get_outputs()}
         if missing:
             raise BundleError(f"{bundle} is not of {model}: it has no output {sorted(missing)}")
@@ -100,7 +101,7 @@ def compare(
         pairs = zip(names, _run(first, names, feed, model, file),
                     _run(second, names, feed, bundle, file), strict=True)  # fmt: skip
         for name, expected, actual in pairs:
-            if np.shape(expected) != np.shape(actual):
+            if not _may_differ(np.shape(expected), np.shape(actual), declared[name]):
                 raise BundleError(
                     f"{file}: output {name!r} has shape {list(np.shape(actual))} in {bundle}, "
                     f"{list(np.shape(expected))} in {model}"
@@ -134,6 +135,17 @@ def _open_exact(source: Path) -> Any:
         file = Path(folder) / "model.onnx"
         disabled = save_exact(model, file)
         return open_session(file, disabled=disabled)
+
+
+def _may_differ(
+    expected: tuple[int, ...], actual: tuple[int, ...], declared: Sequence[int | str | None]
+) -> bool:
+    """Whether both shapes may be of one output: where sizes differ it must have said none."""
+    open_sizes = declared or [None] * len(expected)
+    return len(expected) == len(actual) and all(
+        size == other or not isinstance(known, int)
+        for size, other, known in zip(expected, actual, open_sizes, strict=False)
+    )
 
 
 def _check_rows(file: str, truth: NDArray[Any], sums: Iterable[ErrorSums]) -> None:

@@ -187,6 +187,12 @@ def _rest(outputs: Sequence[OutputError]) -> str:
 
 
 def _warn(terminal: Terminal, found: Comparison) -> None:
+    for output in found.outputs:
+        if output.resized:
+            terminal.warning(
+                f"output {output.name!r} has another size on {output.resized} of {found.samples} "
+                "samples, which are left out of its figures: how much it holds depends on values"
+            )
     broken = [output for output in found.outputs if output.not_finite]
     if not broken:
         return
