@@ -159,7 +159,7 @@ class KeepSensitive(MeasuringPass):
             if (node.name or "") not in names:
                 drop_plan(node)
         joined, found = output_errors(model, quantized_copy(planned, self.observe))
-        if not found:  # outputs of float16, say
+        if not found:  # nothing that it makes is of floats
             return math.nan
         rows = self.run(joined, [name for means in found for name in means.names])
         return min(means.overall(rows) for means in found) if rows else math.nan

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from qcompiler.ir.decisions import bias_shift, plan_of, set_plan
 from qcompiler.ir.graph import constant, every_node, new_initializer, rectified
 from qcompiler.passes.insert_qdq import InsertQDQ, Observer
+from qcompiler.passes.judged_values import judged_values
 from qcompiler.passes.round_to_nearest import RoundToNearest
 
 __all__ = [
@@ -112,16 +113,20 @@ def channel_maxima(model: ir.Model, values: Sequence[ir.Value]) -> tuple[ir.Mode
 
 
 def output_errors(model: ir.Model, quantized: ir.Model) -> tuple[ir.Model, list[Comparison]]:
-    """Both models with the same inputs, and what differs at each float output of the first.
+    """Both models with the same inputs, and what differs at each output of the first.
 
     Nothing is compared where one of the two is not finite: the logarithm of 0, or what is masked.
 
     Args:
         model: It is not changed.
         quantized: The same with some nodes quantized; it is taken apart.
+
+    Returns:
+        The model to run, and what to compare: outputs of floats, and of others what they are made
+        of, see `judged_values`.
     """
+    names = [value.name or "" for value in judged_values(model.graph)]
     joined = _Joined(model, quantized, exact=False)
-    names = [value.name or "" for value in model.graph.outputs if value.dtype is ir.DataType.FLOAT]
     pairs = [(joined.left[name], joined.right[name]) for name in names if name in joined.right]
     return joined.model, [joined.compare(*joined.finite(*pair), None) for pair in pairs]
 
@@ -192,7 +197,13 @@ class _Joined:
         return exact, other
 
     def finite(self, exact: ir.Value, other: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Both, and 0 where their difference is no finite number."""
+        """Both in float32, and 0 where their difference is no finite number."""
+        exact, other = (
+            value
+            if value.dtype is ir.DataType.FLOAT
+            else self.append("Cast", [value], {"to": ir.DataType.FLOAT})
+            for value in (exact, other)
+        )
         difference = self.append("Sub", [exact, other])
         nothing = new_initializer(self.model.graph, "nothing", np.asarray(0, np.float32))
         # What is infinite or NaN differs from itself by NaN, which equals nothing.

@@ -1,8 +1,8 @@
 """Calibration: run the float model on samples and remember what its tensors held.
 
-One sample is in memory at a time, and only the tensors that a target needs are computed; what
-leaves the graph is a summary of each (`summaries`).  Ranges that were found once are found again by
-the hash of the model and of all samples.
+One batch is in memory at a time, or two samples of one row, and only the tensors that a target
+needs are computed; what leaves the graph is a summary of each (`summaries`).  Ranges that were
+found once are found again by the hash of the model and of all samples.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ _RUNS = 32
 
 _ROWS = 64
 """Rows that are made up for an input that takes any number of them."""
+
+_AT_ONCE = 2
+"""Samples of one row that run side by side; a batch keeps all cores busy, and is larger."""
 
 _OPSET = 18
 """The first in which all reductions take their axes as an input."""
@@ -83,7 +86,8 @@ def observe(
         if (known := cache.get(key)) is not None:
             return {name: TensorStats(*ends) for name, ends in json.loads(known).items()}
         seen = {name: Observed(clippings[name]) for name in names}
-        for done, (label, tensors) in enumerate(probe.run(lambda inputs: samples), 1):
+        runs = probe.run(lambda inputs: samples, at_once=_AT_ONCE if samples.rows == 1 else 1)
+        for done, (label, tensors) in enumerate(runs, 1):
             if (broken := _look(tensors, summaries, seen)) is not None:
                 sample = next(itertools.islice(samples, done - 1, None))
                 raise _not_finite(label, _origin(model, list(names), sample) or broken)

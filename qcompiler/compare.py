@@ -87,39 +87,74 @@ def compare(
     samples = samples_from(data)
     merit = None if metric is None else find_metric(metric)
     with onnx_file(model) as source:
-        first, second = _open_exact(source), open_model(bundle, native=native)
-        names = [output.name for output in first.get_outputs()]
-        missing = set(names) - {output.name for output in second.get_outputs()}
-        if missing:
-            raise BundleError(f"{bundle} is not of {model}: it has no output {sorted(missing)}")
+        sides = _Sides(model, bundle, _open_exact(source), open_model(bundle, native=native))
+        sides.check()
         inside = tuple(node_errors(source, bundle, samples, native=native)) if nodes else ()
-    sums = {name: ErrorSums(name) for name in names}
-    for index, (file, sample) in enumerate(samples):
-        feed = check_sample(file, sample, first.get_inputs())
-        truth = None if labels is None else _labels_of(file, sample, labels)
-        pairs = zip(names, _run(first, names, feed, model, file),
-                    _run(second, names, feed, bundle, file), strict=True)  # fmt: skip
-        for name, expected, actual in pairs:
-            if np.shape(expected) != np.shape(actual):
-                raise BundleError(
-                    f"{file}: output {name!r} has shape {list(np.shape(actual))} in {bundle}, "
-                    f"{list(np.shape(expected))} in {model}"
-                )
-            sums[name].add(np.asarray(expected), np.asarray(actual), truth)
-        if truth is not None:
-            _check_rows(file, truth, sums.values())
-        if progress is not None:
-            progress("sample", index + 1, len(samples))
-    outputs = tuple(total.result() for total in sums.values())
+    outputs = sides.outputs(samples, labels, progress)
     if labels is not None and all(output.accuracy is None for output in outputs):
         raise OptionError(
             f"labels {labels!r}: no output is a float of [N, classes] with a row per label"
         )
     values = None
     if merit is not None:
-        before, after = (measure(*merit, side, samples) for side in (first, second))
+        before, after = (measure(*merit, side, samples) for side in (sides.first, sides.second))
         values = MetricValues(merit[0], before, after)
     return Comparison(model, bundle, native, len(samples), outputs, inside, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sides:
+    """What is compared: the model's session first, then the bundle's."""
+
+    model: Path
+    bundle: Path
+    first: Any
+    second: Any
+
+    def check(self) -> None:
+        """Refuse a bundle that lacks an output."""
+        names = {output.name for output in self.first.get_outputs()}
+        missing = names - {output.name for output in self.second.get_outputs()}
+        if missing:
+            raise BundleError(
+                f"{self.bundle} is not of {self.model}: it has no output {sorted(missing)}"
+            )
+
+    def outputs(
+        self,
+        samples: Samples,
+        labels: str | None,
+        progress: Callable[[str, float, int], None] | None,
+    ) -> tuple[OutputError, ...]:
+        """Run both on every sample."""
+        sums = {output.name: ErrorSums(output.name) for output in self.first.get_outputs()}
+        for index, (file, sample) in enumerate(samples):
+            feed = check_sample(file, sample, self.first.get_inputs())
+            truth = None if labels is None else _labels_of(file, sample, labels)
+            for name, (expected, actual) in self._run(file, feed).items():
+                sums[name].add(expected, actual, truth)
+            if truth is not None:
+                _check_rows(file, truth, sums.values())
+            if progress is not None:
+                progress("sample", index + 1, len(samples))
+        return tuple(total.result() for total in sums.values())
+
+    def _run(
+        self, file: str, feed: dict[str, NDArray[Any]]
+    ) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+        """What either side makes of one sample, by the name of the output."""
+        outputs = self.first.get_outputs()
+        names = [output.name for output in outputs]
+        before = _run(self.first, names, feed, self.model, file)
+        after = _run(self.second, names, feed, self.bundle, file)
+        for output, expected, actual in zip(outputs, before, after, strict=True):
+            if not _may_differ(np.shape(expected), np.shape(actual), output.shape or ()):
+                raise BundleError(
+                    f"{file}: output {output.name!r} has shape {list(np.shape(actual))} in "
+                    f"{self.bundle}, {list(np.shape(expected))} in {self.model}"
+                )
+        pairs = zip(map(np.asarray, before), map(np.asarray, after), strict=True)
+        return dict(zip(names, pairs, strict=True))
 
 
 def _open_exact(source: Path) -> Any:
@@ -134,6 +169,17 @@ def _open_exact(source: Path) -> Any:
         file = Path(folder) / "model.onnx"
         disabled = save_exact(model, file)
         return open_session(file, disabled=disabled)
+
+
+def _may_differ(
+    expected: tuple[int, ...], actual: tuple[int, ...], declared: Sequence[int | str | None]
+) -> bool:
+    """Whether both shapes may be of one output: where sizes differ it must have said none."""
+    open_sizes = declared or [None] * len(expected)
+    return len(expected) == len(actual) and all(
+        size == other or not isinstance(known, int)
+        for size, other, known in zip(expected, actual, open_sizes, strict=False)
+    )
 
 
 def _check_rows(file: str, truth: NDArray[Any], sums: Iterable[ErrorSums]) -> None:

@@ -92,7 +92,8 @@ class Preprocess:
                 raise OptionError(f"preprocess {part!r}: {key} is given twice")
             if key not in _PARSERS or not found:
                 hint = did_you_mean(key, _PARSERS) or f"; the keys are {', '.join(_PARSERS)}"
-                raise OptionError(f"preprocess {part!r} is not KEY=VALUE{hint}")
+                wrong = f"has no key {key!r}" if found else "is not KEY=VALUE"
+                raise OptionError(f"preprocess {part!r} {wrong}{'' if key in _PARSERS else hint}")
             try:
                 values[key] = _PARSERS[key](value)
             except ValueError as error:

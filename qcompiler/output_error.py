@@ -43,6 +43,8 @@ class OutputError:
         rows: Rows of scores compared, 0 if this does not look like class scores.
         top1: Share of rows whose largest score is in the same place.
         accuracy: Against labels, if there are any.
+        resized: Samples on which the bundle makes another size of it, as values decide how many
+            boxes there are; left out of the rest. If it is all of them, SQNR is -300 dB.
     """
 
     name: str
@@ -54,6 +56,7 @@ class OutputError:
     rows: int = 0
     top1: float | None = None
     accuracy: Accuracy | None = None
+    resized: int = 0
 
 
 @dataclasses.dataclass
@@ -66,6 +69,7 @@ class ErrorSums:
     name: str
     values: int = 0
     not_finite: int = 0
+    resized: int = 0
     signal: float = 0.0
     other: float = 0.0
     product: float = 0.0
@@ -85,6 +89,9 @@ class ErrorSums:
     ) -> None:
         """Add one sample."""
         if expected.dtype.kind not in "fiub":
+            return
+        if expected.shape != actual.shape:
+            self.resized += 1
             return
         if expected.dtype.kind == "f" and _holds_scores(self.name, expected.shape):
             self._add_scores(expected, actual, truth)
@@ -120,20 +127,22 @@ class ErrorSums:
     def result(self) -> OutputError:
         """The sums as figures."""
         norms = math.sqrt(self.signal) * math.sqrt(self.other)
-        equal = self.noise == 0.0 and not self.not_finite
+        equal = self.noise == 0.0 and not self.not_finite and not self.resized
+        sqnr = _decibels(self.signal, self.noise) if self.values else -300.0
         accuracy = None
         if self.labelled:
             accuracy = Accuracy(*(hits / self.labelled for hits in self.right))
         return OutputError(
             name=self.name,
             values=self.values,
-            sqnr=None if equal else _decibels(self.signal, self.noise),
+            sqnr=None if equal else sqnr,
             cosine=self.product / norms if norms else None,
             max_error=self.max_error,
             not_finite=self.not_finite,
             rows=self.rows,
             top1=self.agreeing / self.rows if self.rows else None,
             accuracy=accuracy,
+            resized=self.resized,
         )
 
 

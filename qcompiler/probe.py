@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
+import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler.bundle import sha256_of
+from qcompiler.cores import available_cores
 from qcompiler.exact_copy import make_exact
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import CalibrationError, said_by_ort
@@ -72,12 +76,15 @@ class Probe:
         draw: Callable[[Sequence[Any]], Iterable[tuple[str, Sample]]],
         *,
         optimized: bool = True,
+        at_once: int = 1,
     ) -> Iterator[tuple[str, Sample]]:
-        """What messages call each sample, and the tensors on it, one sample in memory at a time.
+        """What messages call each sample, and the tensors on it, in the order of the samples.
 
         Args:
             draw: Given the session's inputs, gives samples and what to call them.
             optimized: Let ORT optimize the graph first: a single run is over before that is.
+            at_once: How many samples run side by side, and are in memory then: two samples on one
+                core each take less time than one after the other on both.
 
         Raises:
             CalibrationError: A sample that does not fit, or that the model fails on.
@@ -88,12 +95,19 @@ class Probe:
         options.log_severity_level = QUIET  # it warns of weights that only other outputs needed
         if not optimized:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        at_once = min(at_once, available_cores())
+        if at_once > 1:  # those who call it compute, too, and share the others that it has
+            options.intra_op_num_threads = available_cores() - at_once + 1
         session = open_session(self._path, options=options, disabled=self._disabled)
         inputs = session.get_inputs()
-        for label, sample in draw(inputs):
+
+        def look(labelled: tuple[str, Sample]) -> tuple[str, Sample]:
+            label, sample = labelled
             feeds = check_sample(label, sample, inputs)
             tensors = feeds | self._compute(session, label, feeds)
-            yield label, {name: tensors[name] for name in self.names}
+            return label, {name: tensors[name] for name in self.names}
+
+        yield from _in_order(look, draw(inputs), at_once)
 
     def _compute(self, session: Any, label: str, feeds: Sample) -> Sample:
         if not self._computed:
@@ -107,6 +121,26 @@ class Probe:
     @property
     def _path(self) -> Path:
         return Path(self._folder.name) / _FILE
+
+
+def _in_order(
+    look: Callable[[tuple[str, Sample]], tuple[str, Sample]],
+    samples: Iterable[tuple[str, Sample]],
+    at_once: int,
+) -> Iterator[tuple[str, Sample]]:
+    """What `look` makes of each sample, so many at a time; one more is read meanwhile."""
+    if at_once == 1:
+        yield from map(look, samples)
+        return
+    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+        left = iter(samples)
+        running = collections.deque(
+            pool.submit(look, sample) for sample in itertools.islice(left, at_once + 1)
+        )
+        while running:
+            done = running.popleft().result()
+            running.extend(pool.submit(look, sample) for sample in itertools.islice(left, 1))
+            yield done
 
 
 def _has_int8(model: ir.Model) -> bool:

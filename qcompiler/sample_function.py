@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qcompiler.images import IMAGES
-from qcompiler.ir.errors import CalibrationError, OptionError
+from qcompiler.ir.errors import CalibrationError, OptionError, did_you_mean
 from qcompiler.sample_files import Sample, find_files, read_file
 
 __all__ = ["find_function", "samples_of"]
@@ -48,7 +48,9 @@ def find_function(text: str | os.PathLike[str]) -> SampleFunction | None:
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise OptionError(f"{name}: {module_name} has no function {function_name!r}")
+        known = [each for each, made in vars(module).items() if callable(made)]
+        hint = did_you_mean(function_name, known)
+        raise OptionError(f"{name}: {module_name} has no function {function_name!r}{hint}")
     found: SampleFunction = function
     return found
 
@@ -71,7 +73,13 @@ def samples_of(name: str, function: SampleFunction) -> Iterator[tuple[str, Sampl
 
 def _guarded(name: str, function: SampleFunction) -> Iterator[Any]:
     try:
-        yield from function()
+        given: Any = function()
+        if not isinstance(given, Iterable):
+            raise CalibrationError(
+                f"{name} returns a {type(given).__name__}: let it return a list of samples, or "
+                "yield one after the other"
+            )
+        yield from given
     except CalibrationError:
         raise
     except (Exception, SystemExit) as error:

@@ -56,6 +56,7 @@ class Samples:
         self._preprocess = preprocess
         self._count = len(self._files)
         self._digest: str | None = None
+        self._rows = 0
 
     def __len__(self) -> int:
         """How many there are; a function is asked for all of them to find out."""
@@ -98,6 +99,12 @@ class Samples:
             self._digest = self._hash(self)
         return self._digest
 
+    @property
+    def rows(self) -> int:
+        """The longest first axis of any array: 1 if no sample is a batch of several."""
+        _ = self.digest
+        return self._rows
+
     def check(self, inputs: Sequence[Any]) -> None:
         """Read every sample and check it against a model's inputs, see `check_sample`.
 
@@ -119,6 +126,7 @@ class Samples:
             for key, array in sample.items():
                 digest.update(f"{count} {key} {array.dtype} {array.shape} ".encode())
                 digest.update(np.ascontiguousarray(array).data if array.size else b"")
+                self._rows = max(self._rows, array.shape[0] if array.ndim else 1)
         self._count = count
         return digest.hexdigest()
 

@@ -45,7 +45,7 @@ def test_ranges_are_found_again_for_the_same_model_and_samples(tmp_path, monkeyp
     monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path))
     first = observe(MODEL, ["x", "e"], Samples(batches), clipping=Clipping("mse"))
     runs, run = [], Probe.run
-    monkeypatch.setattr(Probe, "run", lambda self, draw: runs.append(1) or run(self, draw))
+    monkeypatch.setattr(Probe, "run", lambda self, *a, **k: runs.append(1) or run(self, *a, **k))
     assert observe(MODEL, ["x", "e"], Samples(batches), clipping=Clipping("mse")) == first
     assert not runs
     other = model_of("g (float[n,4] x) => (float[n,4] y) { e = Exp (x) y = Abs (e) }", {})

@@ -172,6 +172,27 @@ def test_what_is_not_finite_in_an_output_hides_nothing(masked):
     assert kept(text, weights, outputs=-100)[1] == {}
 
 
+@pytest.mark.parametrize(
+    ("type", "ends"),
+    [
+        ("float16[1,8,2,2]", "z = Cast <to = 10> (t)"),
+        ("double[1,8,2,2]", "z = Cast <to = 11> (t)"),
+        ("bfloat16[1,8,2,2]", "z = Cast <to = 16> (t)"),
+        ("int64[1,1,2,2]", "z = ArgMax <axis = 1> (t)"),
+        ("int64[4,m]", "z = NonZero (t)"),
+        ("float[m]", "b = Greater (t, zero) z = Compress (t, b)"),
+    ],
+)
+def test_outputs_of_any_kind_are_judged(type, ends):
+    text = CHAIN.replace("float[1,8,2,2] z", f"{type} z").replace("z = Neg (t)", ends)
+    weights = CHAIN_WEIGHTS | {"zero": np.float32(0)}
+    _, reasons = kept(text, weights, outputs=200)
+    plain = CHAIN.replace("Neg (t)", "Identity (t)")
+    assert list(reasons) == list(kept(plain, CHAIN_WEIGHTS, outputs=200)[1])
+    assert all("below 200" in why for why in reasons.values())
+    assert kept(text, weights, outputs=-100)[1] == {}
+
+
 def test_dynamic_products_answer_for_themselves_only():
     text = (
         "g (float[1,4,8,8] x) => (float[1,8,6,5] z) "

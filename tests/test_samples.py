@@ -130,7 +130,8 @@ def test_images_that_do_not_decode(tmp_path):
     [
         ("size=8,size=9", "size is given twice"),
         ("224", "'224' is not KEY=VALUE; the keys are size, resize"),
-        ("sise=224", "'sise=224' is not KEY=VALUE; did you mean 'size'"),
+        ("sise=224", "'sise=224' has no key 'sise'; did you mean 'size'"),
+        ("size", "'size' is not KEY=VALUE$"),
         ("mean=0.5", "'mean=0.5' does not say size="),
         ("size=2x3x4", "HEIGHTxWIDTH, or one number for both"),
         ("size=big", "invalid literal"),
@@ -231,7 +232,7 @@ def test_lists_of_paths(tmp_path):
     ("function", "message"),
     [
         (fails, "fails fails: KeyError: 'lost'"),
-        (lambda: 3, "fails: TypeError"),
+        (lambda: 3, "returns a int: let it return a list of samples, or yield"),
         (lambda: [], "no samples: .* gives none"),
         (lambda: ONCE, "gave 2 samples at first and 0 when it was asked again"),
         (lambda: sys.exit(3), "fails: SystemExit: 3"),
@@ -250,6 +251,7 @@ def test_bad_functions(function, message):
     [
         ("no_such_module:data", "no_such_module:data: cannot import no_such_module"),
         ("json:data", "json has no function 'data'"),
+        ("json:lods", "json has no function 'lods'; did you mean 'loads'?"),
         ("json:__name__", "json has no function '__name__'"),
     ],
 )

@@ -96,10 +96,16 @@ def compare_command(
     if as_json:
         terminal.json(found.to_dict())
         return
+    _show(terminal, found, nodes)
+    _warn(terminal, found)
+
+
+def _show(terminal: Terminal, found: Comparison, nodes: int) -> None:
+    """Tables of the outputs and of the nodes that err most."""
     plural = "s" if found.samples > 1 else ""
-    how = "" if native else ", function bodies only"
+    how = "" if found.native else ", function bodies only"
     terminal.out.print(Text.assemble(
-        "\n", (str(model), "bold"), " → ", (str(bundle), "bold"),
+        "\n", (str(found.model), "bold"), " → ", (str(found.bundle), "bold"),
         (f"  {found.samples} sample file{plural}{how}\n", "dim"),
     ))  # fmt: skip
     many = len(found.outputs) > _MANY_OUTPUTS and not terminal.verbose
@@ -117,7 +123,6 @@ def compare_command(
             "\n--keep-worst N > recipe.toml keeps the N worst of them float (qcompile --recipe)\n",
             style="dim",
         )
-    _warn(terminal, found)
 
 
 def _worst(errors: Sequence[NodeError], count: int | None) -> FigureTable:
@@ -187,6 +192,12 @@ def _rest(outputs: Sequence[OutputError]) -> str:
 
 
 def _warn(terminal: Terminal, found: Comparison) -> None:
+    for output in found.outputs:
+        if output.resized:
+            terminal.warning(
+                f"output {output.name!r} has another size on {output.resized} of {found.samples} "
+                "samples, which are left out of its figures: how much it holds depends on values"
+            )
     broken = [output for output in found.outputs if output.not_finite]
     if not broken:
         return
