@@ -7,7 +7,7 @@ from typing import Any
 
 from qcompiler.ir.errors import OptionError
 
-__all__ = ["require", "require_path"]
+__all__ = ["require", "require_path", "require_utf8"]
 
 _MOST_LETTERS = 80
 """Of a value in a message: an array would fill the screen."""
@@ -35,6 +35,21 @@ def require_path(name: str, value: object) -> None:
         raise OptionError(f"{name} is empty; give a path, or '.' for the current folder")
     if text is not None and "\0" in text:
         raise OptionError(f"{name} {value!r} holds a NUL, which no path may")
+
+
+def require_utf8(name: str, path: Any) -> None:
+    """Refuse a path with bytes that are no UTF-8: ONNX Runtime opens none of those.
+
+    Raises:
+        OptionError: Names the argument and the path.
+    """
+    try:
+        b"" if path is None else os.fsdecode(path).encode()
+    except UnicodeEncodeError:
+        raise OptionError(
+            f"{name} {os.fsdecode(path)!r} has bytes that are no UTF-8, and ONNX Runtime opens no "
+            "such path: rename it"
+        ) from None
 
 
 def _short(value: object) -> str:

@@ -295,11 +295,12 @@ class Clipping:
             raise OptionError(f"calibration must be a text such as 'mse', not {text!r}")
         method, given, amount = text.partition("=")
         try:
-            return cls(method.strip(), float(amount) if given else math.nan)
-        except ValueError as error:
-            if isinstance(error, OptionError):
-                raise
-            raise OptionError(f"calibration {text!r}: {amount!r} is not a number") from None
+            number = float(amount) if given else math.nan
+        except ValueError:
+            number = math.nan
+        if given and math.isnan(number):
+            raise OptionError(f"calibration {text!r}: {amount!r} is not a number")
+        return cls(method.strip(), number)
 
     def __str__(self) -> str:
         return self.method if math.isnan(self.amount) else f"{self.method}={self.amount:g}"

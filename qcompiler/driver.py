@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-from qcompiler.arguments import require, require_path
+from qcompiler.arguments import require, require_path, require_utf8
 from qcompiler.chooser import Chooser, Wishes
 from qcompiler.clipping import Clipping
 from qcompiler.destination import check_file, check_folder, staged_folder
@@ -139,6 +139,7 @@ def _check_arguments(
     require("shapes", shapes, Mapping, "sizes by input name, {'input_ids': (1, 128)}")
     require("progress", progress, Callable, "a function")
     require_path("output", output)
+    require_utf8("output", output)
     require_path("choices", choices)
     require("executor", executor, concurrent.futures.Executor, "a concurrent.futures.Executor")
     check_watchers(watchers)

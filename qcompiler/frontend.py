@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx_ir as ir
 
+from qcompiler.arguments import require_utf8
 from qcompiler.bundle import MANIFEST
 from qcompiler.faults import fault_of
 from qcompiler.from_torch import is_torch_file, is_torch_object, load_torch
@@ -115,12 +116,13 @@ def check_opens(source: str | os.PathLike[str] | ir.Model) -> None:
 def _load_file(path: Path) -> ir.Model:
     if not path.exists():
         raise ModelError(f"no model: {path} does not exist")
-    if (path / MANIFEST).is_file():
+    if (path / MANIFEST).is_file() or path.name == MANIFEST:
         raise ModelError(f"{path} is a bundle; give the model that it was compiled from")
     if path.is_dir():
         raise ModelError(f"{path} is a folder; give the .onnx file inside it")
     if not path.is_file():
         raise ModelError(f"{path} is no regular file")
+    require_utf8("model", path)
     model = _read(path)
     if not len(model.graph):
         raise ModelError(f"{path} holds no nodes: not an ONNX model, or an empty one")

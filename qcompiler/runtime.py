@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompiler.arguments import require, require_path
+from qcompiler.arguments import require, require_path, require_utf8
 from qcompiler.bundle import MANIFEST, MODEL, LibraryEntry, Manifest
 from qcompiler.installed import import_onnxruntime, version_of
 from qcompiler.ir.errors import BundleError, ModelError, OptionError, said_by_ort
@@ -120,9 +120,10 @@ def open_session(
 
     Raises:
         ModelError: ORT cannot load the file.
-        OptionError: `threads` below 1 or an unknown provider.
+        OptionError: `threads` below 1, an unknown provider, or a path that is no UTF-8.
         RuntimeMissingError: No ONNX Runtime is installed.
     """
+    require_utf8("model", model)
     ort = import_onnxruntime()
     if options is None:
         options = ort.SessionOptions()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from qcompiler.images import IMAGES
 from qcompiler.ir.errors import CalibrationError
 
-__all__ = ["Sample", "find_files", "read_file"]
+__all__ = ["Sample", "find_files", "is_folder_of_files", "read_file"]
 
 Sample = dict[str, NDArray[Any]]
 """An array per input, by its name, or "#0", "#1", ... in order where arrays have no names."""
@@ -45,6 +45,11 @@ def find_files(root: Path) -> list[Path]:
     if len(found) > 1:
         raise CalibrationError(f"{root} holds {' and '.join(found)}: give a folder of one kind")
     return found.popitem()[1]
+
+
+def is_folder_of_files(path: Path) -> bool:
+    """Whether this is a folder, but not one that is a sample itself."""
+    return path.is_dir() and _kind(path) is None
 
 
 def read_file(path: Path) -> Sample:

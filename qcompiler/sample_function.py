@@ -14,7 +14,7 @@ import numpy as np
 
 from qcompiler.images import IMAGES
 from qcompiler.ir.errors import CalibrationError, OptionError, did_you_mean
-from qcompiler.sample_files import Sample, find_files, read_file
+from qcompiler.sample_files import Sample, find_files, is_folder_of_files, read_file
 
 __all__ = ["find_function", "samples_of"]
 
@@ -74,7 +74,8 @@ def samples_of(name: str, function: SampleFunction) -> Iterator[tuple[str, Sampl
 def _guarded(name: str, function: SampleFunction) -> Iterator[Any]:
     try:
         given: Any = function()
-        if not isinstance(given, Iterable):
+        texts = str | bytes | os.PathLike | Mapping  # whose letters or keys are no samples
+        if not isinstance(given, Iterable) or isinstance(given, texts):
             raise CalibrationError(
                 f"{name} returns a {type(given).__name__}: let it return a list of samples, or "
                 "yield one after the other"
@@ -93,10 +94,10 @@ def _read(label: str, path: Path) -> Sample:
         CalibrationError: It is no single file of arrays.
     """
     try:
-        files = find_files(path)
+        alone = not is_folder_of_files(path) and find_files(path) == [path]
     except CalibrationError as error:
         raise CalibrationError(f"{label}: {error}") from error
-    if files != [path] or path.suffix.lower() in IMAGES:
+    if not alone or path.suffix.lower() in IMAGES:
         raise CalibrationError(
             f"{label} is no .npz or .npy file: a folder, or images, are a source of their own; "
             "give that instead of the list"

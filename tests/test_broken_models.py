@@ -1,6 +1,8 @@
 """What a model that is broken, or none, gets: an error that names the tensor, node or file."""
 
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,9 +13,7 @@ from golden import model_of
 
 import qcompiler
 from qcompiler.frontend import load_model
-from qcompiler.ir.errors import (
-    ModelError,
-)
+from qcompiler.ir.errors import ModelError, OptionError
 
 RNG = np.random.default_rng(0)
 
@@ -29,8 +29,9 @@ def test_folder_as_model(tmp_path):
 
 
 def test_bundle_as_model(bundle, tmp_path):
-    with pytest.raises(ModelError, match="is a bundle; give the model that it was compiled from"):
-        qcompiler.compile(bundle, "arm-int8", tmp_path / "out")
+    for source in (bundle, bundle / "manifest.json"):
+        with pytest.raises(ModelError, match="is a bundle; give the model that it was compiled"):
+            qcompiler.compile(source, "arm-int8", tmp_path / "out")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x09\x12\xff\xff\xff"])
@@ -126,6 +127,22 @@ def test_a_model_that_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.onnx")
     with pytest.raises(ModelError, match=r"pipe\.onnx is no regular file"):
         qcompiler.compile(tmp_path / "pipe.onnx", "arm-int8", tmp_path / "b")
+
+
+def test_a_path_that_is_no_text(matmul, tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    folder.mkdir()
+    shutil.copy(matmul, folder / "m.onnx")
+    with pytest.raises(
+        OptionError, match=r"model '.*m.onnx' has bytes that are no UTF-8, .*rename"
+    ):
+        qcompiler.compile(folder / "m.onnx", "arm-int8", tmp_path / "out")
+    with pytest.raises(OptionError, match="output '.*' has bytes that are no UTF-8"):
+        qcompiler.compile(matmul, "arm-int8", folder / "out")
+    bundle = qcompiler.compile(matmul, "arm-int8", tmp_path / "out").bundle
+    shutil.copytree(bundle, folder / "b")
+    with pytest.raises(OptionError, match="model '.*model.onnx' has bytes that are no UTF-8"):
+        qcompiler.load(folder / "b")
 
 
 def test_an_opset_of_the_future(tmp_path):

@@ -68,6 +68,7 @@ def test_usage_errors(args, message):
 
 def test_usage_errors_say_where_to_look():
     assert "'qcompile bench --help' shows" in qcompile("bench", "x").stderr
+    assert "'qcompile bench --help' shows" in qcompile("bench", "x", "--against").stderr
     assert "'qcompile --help' shows" in qcompile(MODEL).stderr
 
 

@@ -138,6 +138,8 @@ def test_text_form(method, amount):
         ("minmax", "unknown calibration method 'minmax'; did you mean 'min-max'"),
         ("x", "unknown calibration method 'x'; one of min-max, moving-average"),
         ("percentile=high", "'high' is not a number"),
+        ("percentile=nan", "'nan' is not a number"),
+        ("mse=nan", "'nan' is not a number"),
         ("percentile=50", "percentile=50: must be above 50 and at most 100"),
         ("percentile=101", "must be above 50 and at most 100"),
         ("sigma=0", "sigma=0: must be above 0"),

@@ -219,7 +219,7 @@ def test_lists_of_paths(tmp_path):
         ("z.npz", r" has no array for input 'x', only ..z"),
         ("text.npz", r" is not an .npz of plain arrays: it holds pickled objects"),
         ("i.png", r" is no .npz or .npy file: a folder, or images, are a source of their own"),
-        ("", r" is no .npz or .npy file|: .* holds .* and images"),
+        ("", r" is no .npz or .npy file: a folder"),
     ]:
         with pytest.raises(CalibrationError) as caught:
             arrays([tmp_path / "a.npz", tmp_path / name])
@@ -236,6 +236,8 @@ def test_lists_of_paths(tmp_path):
         (lambda: [], "no samples: .* gives none"),
         (lambda: ONCE, "gave 2 samples at first and 0 when it was asked again"),
         (lambda: sys.exit(3), "fails: SystemExit: 3"),
+        (lambda: "/a/path", "returns a str: let it return a list of samples"),
+        (lambda: {"x": X}, "returns a dict: let it return a list"),
         (lambda: [{"x": {}}], "sample 1 of .*: 'x' is no array; give a dictionary"),
         (lambda: [(X, X, X)], "has 3 arrays without names, the model takes ..x.."),
         (lambda: [{"z": X}], "sample 1 of .* has no array for input 'x', only ..z"),

@@ -38,7 +38,11 @@ class Command(click.RichCommand):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Refuse a second value, which would silently replace the first."""
         if not ctx.resilient_parsing:
-            _, _, given = self.make_parser(ctx).parse_args(list(args))
+            try:
+                _, _, given = self.make_parser(ctx).parse_args(list(args))
+            except click.UsageError as error:
+                error.ctx = ctx  # so that the help of this verb is pointed at
+                raise
             for option in given:
                 if not isinstance(option, click.Option) or option.multiple:
                     continue
