@@ -74,8 +74,8 @@ def samples_of(name: str, function: SampleFunction) -> Iterator[tuple[str, Sampl
 def _guarded(name: str, function: SampleFunction) -> Iterator[Any]:
     try:
         given: Any = function()
-        texts = str | bytes | os.PathLike | Mapping  # whose letters or keys are no samples
-        if not isinstance(given, Iterable) or isinstance(given, texts):
+        # Letters and keys are no samples.
+        if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping):
             raise CalibrationError(
                 f"{name} returns a {type(given).__name__}: let it return a list of samples, or "
                 "yield one after the other"

@@ -16,7 +16,6 @@ from qcompiler.cli.decisions import decision_table
 from qcompiler.cli.figures import FigureTable, facts, size
 from qcompiler.cli.options import FILE, Command, json_option, verbose_option
 from qcompiler.ir.errors import BundleError
-from qcompiler.ir.graph import every_node
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -114,6 +113,8 @@ def _recipe_in_brief(path: Path, manifest: Manifest) -> str:
 
 
 def _model_facts(path: Path, model: ir.Model) -> dict[str, Any]:
+    from qcompiler.ir.graph import every_node
+
     graph = model.graph
     tensors = [v.const_value for v in graph.initializers.values() if v.const_value is not None]
     weights = collections.Counter[str]()

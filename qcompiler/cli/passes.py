@@ -16,7 +16,6 @@ from qcompiler.cli.console import Terminal
 from qcompiler.cli.debugging import Debugging, debugging_options
 from qcompiler.cli.figures import FigureTable
 from qcompiler.cli.options import FILE, Command, TargetName, json_option, verbose_option
-from qcompiler.ir.graph import every_node
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -189,4 +188,6 @@ def _count_nodes(rows: list[dict[str, Any]], model: ir.Model) -> Any:
 
 
 def _count(model: ir.Model) -> int:
+    from qcompiler.ir.graph import every_node
+
     return sum(1 for _ in every_node(model.graph))
