@@ -46,16 +46,21 @@ class Stage(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Interface:
-    """What callers feed and read, in order; inputs that have values of their own are none of it."""
+    """What callers feed and read, in order; inputs that have values of their own are none of it.
+
+    And the opset of ai.onnx, in which ops mean what they mean.
+    """
 
     inputs: tuple[str | None, ...]
     outputs: tuple[str | None, ...]
+    opset: int
 
     @classmethod
     def of(cls, model: ir.Model) -> Interface:
         """That of a model."""
         fed = (v.name for v in model.graph.inputs if v.name not in model.graph.initializers)
-        return cls(tuple(fed), tuple(value.name for value in model.graph.outputs))
+        made = (value.name for value in model.graph.outputs)
+        return cls(tuple(fed), tuple(made), model.graph.opset_imports.get("", 0))
 
 
 def verify(
@@ -105,9 +110,11 @@ def _problems(model: ir.Model, stage: Stage) -> _Problems:
 
 
 def _interface_problems(model: ir.Model, before: Interface | None) -> _Problems:
-    """Inputs and outputs keep their names and their order."""
+    """Inputs and outputs keep their names and their order, and the opset does not fall."""
     now, owner = Interface.of(model), model.graph.name or "the graph"
     before = before or now
+    if now.opset < before.opset:
+        yield "opset", owner, f"its opset of ai.onnx was {before.opset}, and is {now.opset}"
     for kind, old, new in (
         ("inputs", before.inputs, now.inputs),
         ("outputs", before.outputs, now.outputs),

@@ -280,6 +280,15 @@ def test_inputs_and_outputs_keep_their_names_and_their_order(what, problem):
     Step("mine", Rewires(what, changes_interface=True), Stage.FLOAT).apply(two_of_each())
 
 
+def test_the_opset_does_not_fall():
+    def lower(graph):
+        graph.opset_imports[""] = 9
+
+    message = "^after mine: g: its opset of ai.onnx was 21, and is 9 .rule opset, stage float.$"
+    with pytest.raises(VerifyError, match=message):
+        Step("mine", Rewires(lower), Stage.FLOAT).apply(two_of_each())
+
+
 def test_an_input_with_a_value_of_its_own_may_go():
     model = two_of_each()
     value = model.graph.inputs[1]
