@@ -26,6 +26,7 @@ from qcompiler.random_inputs import random_feed
 from qcompiler.samples import Sample, Samples
 from qcompiler.summaries import Summary, summarized
 from qcompiler.targets.cache import KernelCache, content_key
+from qcompiler.walk import walker
 
 __all__ = ["observe", "run_exactly", "sample_tokens"]
 
@@ -47,9 +48,9 @@ _AT_ONCE = 2
 _OPSET = 18
 """The first in which all reductions take their axes as an input."""
 
-_LARGEST_FOR_MADE_UP = 1 << 30
-"""Bytes of weights: a larger model is only run where somebody gave samples to run it on, because
-that takes memory for all of it."""
+_LARGEST_AT_ONCE = 1 << 30
+"""Bytes of weights: to run a larger model would take memory for all of it. On samples that somebody
+gave it is run part by part, on others not at all."""
 
 
 def observe(
@@ -204,14 +205,17 @@ def sample_tokens(
     Raises:
         CalibrationError: A bad sample, or a tensor that is NaN or Inf on one; names both.
     """
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    is_large = sum(tensor.nbytes for tensor in weights if tensor is not None) > _LARGEST_AT_ONCE
+    if samples is not None and is_large and (stops := _stops(model, names)):
+        return _walked(model, stops, samples)
     if samples is not None:
         step = -(-len(samples) // _RUNS)
         with Probe(model, names) as probe:
             share = max(1, _TOKENS * step // len(samples))
             some = probe.run(lambda inputs: itertools.islice(samples, 0, None, step))
             return _some_rows(some, share)
-    weights = [value.const_value for value in model.graph.initializers.values()]
-    if sum(tensor.nbytes for tensor in weights if tensor is not None) > _LARGEST_FOR_MADE_UP:
+    if is_large:
         return {}
     limits = _vocabularies(model)
 
@@ -233,6 +237,31 @@ def _many_rows(inputs: Sequence[Any]) -> dict[str, tuple[int, ...]]:
     rows = (each for each in inputs if len(each.shape) == 2 and "float" in each.type)
     free = (each for each in rows if isinstance(each.shape[1], int))
     return {e.name: (_ROWS, e.shape[1]) for e in free if not isinstance(e.shape[0], int)}
+
+
+def _stops(model: ir.Model, names: Sequence[str]) -> list[ir.Value]:
+    """The named tensors in the order of their first readers; none where parts cannot be run."""
+    order = {node: index for index, node in enumerate(model.graph)}
+    values = [*model.graph.inputs, *(value for node in order for value in node.outputs)]
+    first: dict[ir.Value, int] = {}
+    for value in values:
+        readers = [order[use.node] for use in value.uses() if use.node in order]
+        if value.name in names and readers:
+            first[value] = min(readers)
+    has_all = len(first) == len(set(names)) and not model.functions
+    return sorted(first, key=first.__getitem__) if has_all else []
+
+
+def _walked(
+    model: ir.Model, stops: Sequence[ir.Value], samples: Samples
+) -> dict[str, NDArray[np.float32]]:
+    """Rows of these values, one after the other, with the weights between two in memory."""
+    share, rows = max(1, _TOKENS // len(samples)), dict[str, NDArray[np.float32]]()
+    with walker(samples)(model, list(stops)) as walk:
+        for value in stops:
+            name = value.name or ""
+            rows |= _some_rows(((text, {name: part}) for text, part in walk.rows(value)), share)
+    return rows
 
 
 def _some_rows(runs: Runs, share: int) -> dict[str, NDArray[np.float32]]:
