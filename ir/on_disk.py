@@ -36,7 +36,7 @@ def on_disk(array: NDArray[Any]) -> NDArray[Any]:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError:
         return array
-    return np.ndarray(flat.shape, flat.dtype, buffer=mapped)
+    return np.ndarray(array.shape, flat.dtype, buffer=mapped)
 
 
 def let_go(value: ir.Value) -> None:

@@ -170,6 +170,8 @@ class AWQ(ir.passes.InPlacePass):
             first = first or error
             if error < least:
                 best, least = (float(alpha), factors), error
+        if (best[1] == 1).all():
+            return _Found(blocks, ones, "not scaled by awq: no exponent is better than 0")
         gain = 10 * np.log10(max(first, 1e-30) / max(least, 1e-30))
         return _Found(
             blocks, best[1], f"scaled by awq with alpha={best[0]:g}, {gain:.1f} dB better"
