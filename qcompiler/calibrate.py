@@ -26,14 +26,13 @@ from qcompiler.random_inputs import random_feed
 from qcompiler.samples import Sample, Samples
 from qcompiler.summaries import Summary, summarized
 from qcompiler.targets.cache import KernelCache, content_key
-from qcompiler.walk import walker
 
-__all__ = ["observe", "run_exactly", "sample_tokens"]
+__all__ = ["TOKENS", "is_large", "observe", "run_exactly", "sample_tokens", "some_rows"]
 
 Runs = Iterable[tuple[str, Sample]]
 """What messages call each sample, and the tensors on it."""
 
-_TOKENS = 512
+TOKENS = 512
 """The most tokens of one tensor that `sample_tokens` returns."""
 
 _RUNS = 32
@@ -48,9 +47,9 @@ _AT_ONCE = 2
 _OPSET = 18
 """The first in which all reductions take their axes as an input."""
 
-_LARGEST_AT_ONCE = 1 << 30
+_LARGEST = 1 << 30
 """Bytes of weights: to run a larger model would take memory for all of it. On samples that somebody
-gave it is run part by part, on others not at all."""
+gave it may be run part by part (`sampled_parts`), on others it is not."""
 
 
 def observe(
@@ -205,17 +204,13 @@ def sample_tokens(
     Raises:
         CalibrationError: A bad sample, or a tensor that is NaN or Inf on one; names both.
     """
-    weights = [value.const_value for value in model.graph.initializers.values()]
-    is_large = sum(tensor.nbytes for tensor in weights if tensor is not None) > _LARGEST_AT_ONCE
-    if samples is not None and is_large and (stops := _stops(model, names)):
-        return _walked(model, stops, samples)
     if samples is not None:
         step = -(-len(samples) // _RUNS)
         with Probe(model, names) as probe:
-            share = max(1, _TOKENS * step // len(samples))
+            share = max(1, TOKENS * step // len(samples))
             some = probe.run(lambda inputs: itertools.islice(samples, 0, None, step))
-            return _some_rows(some, share)
-    if is_large:
+            return some_rows(some, share)
+    if is_large(model):
         return {}
     limits = _vocabularies(model)
 
@@ -224,7 +219,7 @@ def sample_tokens(
 
     try:
         with Probe(model, names) as probe:
-            return _some_rows(probe.run(made_up, optimized=False), _TOKENS)
+            return some_rows(probe.run(made_up, optimized=False), TOKENS)
     except (CalibrationError, ModelError, OptionError):
         return {}  # whatever is wrong with inputs that nobody gave is nobody's mistake
 
@@ -239,32 +234,13 @@ def _many_rows(inputs: Sequence[Any]) -> dict[str, tuple[int, ...]]:
     return {e.name: (_ROWS, e.shape[1]) for e in free if not isinstance(e.shape[0], int)}
 
 
-def _stops(model: ir.Model, names: Sequence[str]) -> list[ir.Value]:
-    """The named tensors in the order of their first readers; none where parts cannot be run."""
-    order = {node: index for index, node in enumerate(model.graph)}
-    values = [*model.graph.inputs, *(value for node in order for value in node.outputs)]
-    first: dict[ir.Value, int] = {}
-    for value in values:
-        readers = [order[use.node] for use in value.uses() if use.node in order]
-        if value.name in names and readers:
-            first[value] = min(readers)
-    has_all = len(first) == len(set(names)) and not model.functions
-    return sorted(first, key=first.__getitem__) if has_all else []
+def is_large(model: ir.Model) -> bool:
+    """Whether running all of a model at once takes more memory than its passes may."""
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    return sum(tensor.nbytes for tensor in weights if tensor is not None) > _LARGEST
 
 
-def _walked(
-    model: ir.Model, stops: Sequence[ir.Value], samples: Samples
-) -> dict[str, NDArray[np.float32]]:
-    """Rows of these values, one after the other, with the weights between two in memory."""
-    share, rows = max(1, _TOKENS // len(samples)), dict[str, NDArray[np.float32]]()
-    with walker(samples)(model, list(stops)) as walk:
-        for value in stops:
-            name = value.name or ""
-            rows |= _some_rows(((text, {name: part}) for text, part in walk.rows(value)), share)
-    return rows
-
-
-def _some_rows(runs: Runs, share: int) -> dict[str, NDArray[np.float32]]:
+def some_rows(runs: Runs, share: int) -> dict[str, NDArray[np.float32]]:
     """Up to `share` rows of every tensor of each run, evenly spaced."""
     rows: dict[str, list[NDArray[Any]]] = {}
     for label, tensors in runs:
@@ -273,7 +249,7 @@ def _some_rows(runs: Runs, share: int) -> dict[str, NDArray[np.float32]]:
                 raise _not_finite(label, name)
             tokens = array.reshape(-1, array.shape[-1])
             rows.setdefault(name, []).append(tokens[:: max(1, -(-len(tokens) // share))])
-    joined = {name: np.concatenate(parts)[:_TOKENS] for name, parts in rows.items()}
+    joined = {name: np.concatenate(parts)[:TOKENS] for name, parts in rows.items()}
     return {name: tokens for name, tokens in joined.items() if len(tokens)}
 
 

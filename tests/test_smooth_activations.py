@@ -13,6 +13,7 @@ from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.pipeline import Pipeline
+from qcompiler.sampled_parts import sample_large
 from qcompiler.samples import Samples
 from qcompiler.targets.catalog import TARGETS
 
@@ -218,14 +219,14 @@ def test_a_large_model_is_sampled_part_by_part(tmp_path, monkeypatch):
     for index in range(2):
         np.savez(tmp_path / f"{index}.npz", ids=np.full((1, 9), index))
     expected = sample_tokens(model, ["e", "x", "y"], Samples(tmp_path))
-    monkeypatch.setattr("qcompiler.calibrate._LARGEST_AT_ONCE", 0)
+    monkeypatch.setattr("qcompiler.calibrate._LARGEST", 0)
     with monkeypatch.context() as patch:
         patch.setattr("qcompiler.calibrate.Probe", None)
-        found = sample_tokens(model, ["e", "x", "y"], Samples(tmp_path))
+        found = sample_large(model, ["e", "x", "y"], Samples(tmp_path))
     assert set(found) == set(expected)
     for name, rows in expected.items():
         np.testing.assert_allclose(found[name], rows, rtol=1e-4, atol=1e-5)
-    assert len(sample_tokens(model, ["o"], Samples(tmp_path))["o"]) == 18  # read by nothing
+    assert len(sample_large(model, ["o"], Samples(tmp_path))["o"]) == 18  # read by nothing
 
 
 def test_what_does_not_run_is_not_sampled(tmp_path):
