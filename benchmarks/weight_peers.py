@@ -21,6 +21,50 @@ ONNXSIM_GROUP = 32
 def of_onnxruntime(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
     """What writes a quantized file for a model file and a group size, by name."""
     from onnxruntime.quantization import matmul_nbits_quantizer as nbits
+
+    def default(symmetric: bool) -> Write:
+        def write(source: Path, output: Path, group: int) -> None:
+            config = nbits.DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=symmetric)
+            _quantize(config, head, source, output, group, is_symmetric=symmetric)
+
+        return write
+
+    def hqq(source: Path, output: Path, group: int) -> None:
+        config = nbits.HQQWeightOnlyQuantConfig(block_size=group)
+        _quantize(config, head, source, output, group)
+
+    def k_quant(source: Path, output: Path, group: int) -> None:
+        _quantize(nbits.KQuantWeightOnlyQuantConfig(), head, source, output, group)
+
+    def gptq(source: Path, output: Path, group: int) -> None:
+        config = nbits.GPTQWeightOnlyQuantConfig(_reader(calibration), block_size=group)
+        _quantize(config, head, source, output, group)
+
+    return {
+        "ORT RTN, asymmetric": default(False),
+        "ORT RTN, symmetric": default(True),
+        "ORT HQQ, float zero points": hqq,
+        "ORT k-quant": k_quant,
+        "ORT GPTQ": gptq,
+    }
+
+
+def _quantize(config: Any, head: str, source: Path, output: Path, group: int, **more: Any) -> None:
+    """By ONNX Runtime, in one of its ways."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    excluded = [head] if head else []
+    quantizer = MatMulNBitsQuantizer(
+        str(source), block_size=group, nodes_to_exclude=excluded, algo_config=config, **more
+    )
+    quantizer.process()
+    # GPTQ does not look at nodes_to_exclude.
+    with_float_head(quantizer.model.model, source, head)
+    quantizer.model.save_model_to_file(str(output), use_external_data_format=True)
+
+
+def _reader(calibration: Sequence[Feeds]) -> Any:
+    """Samples as ONNX Runtime reads them."""
     from onnxruntime.quantization.calibrate import CalibrationDataReader
 
     class Reader(CalibrationDataReader):
@@ -36,42 +80,7 @@ def of_onnxruntime(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
         def __deepcopy__(self, memo: object) -> Reader:
             return Reader()
 
-    def run(config: Any, source: Path, output: Path, group: int, **more: Any) -> None:
-        quantizer = nbits.MatMulNBitsQuantizer(
-            str(source),
-            block_size=group,
-            nodes_to_exclude=[head] if head else [],
-            algo_config=config,
-            **more,
-        )
-        quantizer.process()
-        # GPTQ does not look at nodes_to_exclude.
-        with_float_head(quantizer.model.model, source, head)
-        quantizer.model.save_model_to_file(str(output), use_external_data_format=True)
-
-    def default(symmetric: bool) -> Callable[[Path, Path, int], None]:
-        def write(source: Path, output: Path, group: int) -> None:
-            config = nbits.DefaultWeightOnlyQuantConfig(block_size=group, is_symmetric=symmetric)
-            run(config, source, output, group, is_symmetric=symmetric)
-
-        return write
-
-    def hqq(source: Path, output: Path, group: int) -> None:
-        run(nbits.HQQWeightOnlyQuantConfig(block_size=group), source, output, group)
-
-    def k_quant(source: Path, output: Path, group: int) -> None:
-        run(nbits.KQuantWeightOnlyQuantConfig(), source, output, group)
-
-    def gptq(source: Path, output: Path, group: int) -> None:
-        run(nbits.GPTQWeightOnlyQuantConfig(Reader(), block_size=group), source, output, group)
-
-    return {
-        "ORT RTN, asymmetric": default(False),
-        "ORT RTN, symmetric": default(True),
-        "ORT HQQ, float zero points": hqq,
-        "ORT k-quant": k_quant,
-        "ORT GPTQ": gptq,
-    }
+    return Reader()
 
 
 def of_onnxsim(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:

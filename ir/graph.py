@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import collections
-import contextlib
-import mmap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
 from numpy.typing import NDArray
+
+from qcompiler.ir.on_disk import on_disk
 
 __all__ = [
     "added_bias",
@@ -22,7 +22,6 @@ __all__ = [
     "every_node",
     "function_label",
     "label",
-    "let_go",
     "new_initializer",
     "only_consumer",
     "place_after",
@@ -90,14 +89,6 @@ def function_label(function: ir.Function) -> str:
     return f"function '{function.domain}.{function.name}'"
 
 
-def let_go(value: ir.Value) -> None:
-    """Let the system take back the pages of a weight that is mapped from a file, for now."""
-    tensor = value.const_value
-    if isinstance(tensor, ir.ExternalTensor) and tensor.raw is not None:
-        with contextlib.suppress(AttributeError):  # not every system has MADV_DONTNEED
-            tensor.raw.madvise(mmap.MADV_DONTNEED)
-
-
 def only_consumer(value: ir.Value) -> ir.Node | None:
     """The one node that reads `value`; None if several do, or if it leaves the graph."""
     readers = {use.node for use in value.uses()}
@@ -160,9 +151,9 @@ def unique_name(graph: ir.Graph, stem: str) -> str:
 def new_initializer(
     graph: ir.Graph, stem: str, array: NDArray[Any], dtype: ir.DataType | None = None
 ) -> ir.Value:
-    """Register a constant under a fresh name and return its value."""
+    """Register a constant under a fresh name and return its value; a large one lies on disk."""
     name = unique_name(graph, stem)
-    tensor = ir.Tensor(array, dtype=dtype, name=name)
+    tensor = ir.Tensor(on_disk(array), dtype=dtype, name=name)
     value = ir.Value(
         name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
     )

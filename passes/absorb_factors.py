@@ -25,6 +25,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer, unique_name
+from qcompiler.ir.on_disk import let_go
 from qcompiler.passes.channel_maps import Channels, regrouped, trimmed
 from qcompiler.passes.match_norms import Norm, match_norm
 
@@ -101,6 +102,7 @@ def scale_constant(
     scaled = new_initializer(
         graph, f"{operand.name}_smoothed", (array * factors).astype(array.dtype)
     )
+    let_go(operand)
     for node in readers:
         node.replace_input_with(index, scaled)
     drop_if_unread(operand)

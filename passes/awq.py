@@ -26,6 +26,7 @@ import onnx_ir as ir
 from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import constant
+from qcompiler.ir.on_disk import let_go
 from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constant
 from qcompiler.passes.clip_search import BLOCK, diagonal_blocks, searched_grid
 from qcompiler.passes.fix_names import FixNames
@@ -137,17 +138,18 @@ class AWQ(ir.passes.InPlacePass):
         found, tell = list[_Found](), self.runs.progress()
         with walk(model, [site.data for site in sites]) as running:
             cache = LayerCache("awq", running.digest, repr(self.options), layers)
+            tell(f"inputs: {cache.found([site.data.name or '' for site in sites])}", 0)
             for done, site in enumerate(sites, 1):
                 name = site.data.name or ""
-                kept = cache.get(name)
+                kept, unkept = cache.get(name), ""
                 if kept is None:
                     depth = len(constant(site.layers[0].weight))  # type: ignore[arg-type]
                     facts = self._choose(site, Moments.of(running.rows(site.data), depth, name))
-                    cache.put(name, {"blocks": facts.blocks, "factors": facts.factors,
-                                     "note": np.asarray(facts.note)})  # fmt: skip
+                    unkept = cache.put(name, {"blocks": facts.blocks, "factors": facts.factors,
+                                              "note": np.asarray(facts.note)})  # fmt: skip
                 else:
                     facts = _Found(kept["blocks"], kept["factors"], str(kept["note"]))
-                tell(f"{name}: {facts.note}", done / len(sites))
+                tell(f"{name}: {facts.note}{unkept}", done / len(sites), kept=kept is not None)
                 found.append(facts)
         return found
 
@@ -168,6 +170,8 @@ class AWQ(ir.passes.InPlacePass):
             first = first or error
             if error < least:
                 best, least = (float(alpha), factors), error
+        if (best[1] == 1).all():
+            return _Found(blocks, ones, "not scaled by awq: no exponent is better than 0")
         gain = 10 * np.log10(max(first, 1e-30) / max(least, 1e-30))
         return _Found(
             blocks, best[1], f"scaled by awq with alpha={best[0]:g}, {gain:.1f} dB better"
@@ -184,7 +188,9 @@ def _absorber(data: ir.Value, layers: Sequence[Layer]) -> Absorber | str:
 
 def _some_columns(layer: Layer) -> Rows:
     array = finite_weight(layer.nodes[0], layer.weight)
-    return np.ascontiguousarray(array[:, :: -(-array.shape[1] // _COLUMNS)])
+    columns = array[:, :: -(-array.shape[1] // _COLUMNS)].copy()
+    let_go(layer.weight)
+    return columns
 
 
 def _factors(magnitude: Rows, alpha: float) -> Rows:

@@ -22,9 +22,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import CalibrationError, OptionError
@@ -46,6 +48,25 @@ __all__ = ["GPTQ", "gptq", "round_one"]
 _MOST_DAMPING = 1.0
 """Of the mean of H's diagonal: a matrix that is singular with so much on its diagonal holds
 nonsense."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A layer that is done.
+
+    Attributes:
+        layer: Which one.
+        rounded: Its weight.
+        note: How good it is, for people.
+        kept: Whether an earlier run did it.
+        unkept: Why a later run will not find it, for people; nothing if it will.
+    """
+
+    layer: Layer
+    rounded: RoundedWeight
+    note: str
+    kept: bool = False
+    unkept: str = ""
 
 
 class GPTQ(ir.passes.InPlacePass):
@@ -106,36 +127,35 @@ class GPTQ(ir.passes.InPlacePass):
         groups, tell = by_data(layers), self.runs.progress()
         with self.runs.walker_for(layers, "gptq rounds")(model, list(groups)) as walk:
             cache = LayerCache("gptq", walk.digest, repr(self.options), layers)
-            rounding = self._rounded(groups, walk, cache)
-            for done, (layer, rounded, note, kept) in enumerate(rounding, 1):
-                layer.replace(model.graph, rounded)
+            tell(f"layers: {cache.found([layer.name for layer in layers])}", 0)
+            for done, found in enumerate(self._rounded(groups, walk, cache), 1):
+                layer, again = found.layer, "kept from an earlier run: " if found.kept else ""
+                layer.replace(model.graph, found.rounded)
                 for node in layer.nodes:
-                    add_note(node, note)
-                again = "kept from an earlier run: " if kept else ""
-                tell(f"{layer.name}: {again}{note}", done / len(layers))
+                    add_note(node, found.note)
+                said = f"{layer.name}: {again}{found.note}{found.unkept}"
+                tell(said, done / len(layers), kept=found.kept)
         FixNames()(model)
         return ir.passes.PassResult(model, True)
 
     def _rounded(
         self, groups: Mapping[ir.Value, Sequence[Layer]], walk: Walk, cache: LayerCache
-    ) -> Iterator[tuple[Layer, RoundedWeight, str, bool]]:
-        """Each layer, rounded, what to say of it, and whether it was there already.
-
-        The model must be changed between them.
-        """
+    ) -> Iterator[_Found]:
+        """Each layer; the model must be changed between them."""
         for data, layers in groups.items():
             kept = [cache.get(layer.name) for layer in layers]
             if all(arrays is not None for arrays in kept):
                 for layer, arrays in zip(layers, kept, strict=True):
                     assert arrays is not None
                     note = str(arrays["note"])
-                    yield layer, RoundedWeight.from_arrays(arrays, layer.type), note, True
+                    rounded = RoundedWeight.from_arrays(arrays, layer.type)
+                    yield _Found(layer, rounded, note, kept=True)
                 continue
             depth = finite_weight(layers[0].nodes[0], layers[0].weight).shape[0]
             moments = Moments.of(walk.rows(data), depth, data.name or "")
             for layer, (rounded, note) in zip(layers, self._round(layers, moments), strict=True):
-                cache.put(layer.name, rounded.to_arrays() | {"note": np.asarray(note)})
-                yield layer, rounded, note, False
+                arrays = rounded.to_arrays() | {"note": np.asarray(note)}
+                yield _Found(layer, rounded, note, unkept=cache.put(layer.name, arrays))
 
     def _round(self, layers: Sequence[Layer], moments: Moments) -> list[tuple[RoundedWeight, str]]:
         """Round the layers that read the same activations."""
@@ -179,7 +199,6 @@ def gptq(
     Raises:
         CalibrationError: The Hessian is singular with any damping.
     """
-    size = type.granularity.group_size if isinstance(type.granularity, PerGroup) else len(weight)
     order = np.arange(len(weight))
     if options.act_order:
         order = np.argsort(-np.diag(hessian), kind="stable")
@@ -188,11 +207,20 @@ def gptq(
     # for, 1 / R[k, k]^2, gains 0.3 dB in a layer and loses in the model: SmolLM2 has a perplexity
     # of 22.4 in place of 22.1 in groups of 64, 22.9 in place of 22.4 in groups of 128.
     grid = weight_grid(weight, type, options.range, np.diag(hessian))
+    storage = _integers(weight, order, factor, grid, type, options.block)
+    return RoundedWeight(storage, grid.scale, grid.zero_point, grid.offset), damping
+
+
+def _integers(
+    weight: Rows, order: NDArray[np.intp], factor: Rows, grid: Grid, type: QuantType, block: int
+) -> NDArray[Any]:
+    """What is stored, [K, N]: inputs in order, errors passed on by `block` of them at a time."""
+    size = type.granularity.group_size if isinstance(type.granularity, PerGroup) else len(weight)
     scales, zeros, offsets = _by_group(grid, type)
     stored = np.empty(weight.shape, np.float32)
     rest, (lowest, highest) = weight[order], type.range
-    for start in range(0, len(order), options.block):
-        end = min(start + options.block, len(order))
+    for start in range(0, len(order), block):
+        end = min(start + block, len(order))
         errors = np.empty((end - start, weight.shape[1]), np.float32)
         for row in range(start, end):
             at = order[row] // size
@@ -204,8 +232,7 @@ def gptq(
             errors[row - start] = error
             rest[row + 1 : end] -= factor[row, row + 1 : end, None] * error
         rest[end:] -= factor[start:end, end:].T @ errors
-    storage = stored.astype(type.storage.numpy())
-    return RoundedWeight(storage, grid.scale, grid.zero_point, grid.offset), damping
+    return stored.astype(type.storage.numpy())
 
 
 def _by_group(grid: Grid, type: QuantType) -> list[Rows]:

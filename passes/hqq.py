@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from qcompiler.ir.arithmetic import as_scale, broadcast_scale, reduce_slices
 from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import OptionError
-from qcompiler.ir.graph import every_node, let_go
+from qcompiler.ir.graph import every_node
 from qcompiler.ir.two_level import on_two_levels
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
@@ -92,7 +92,6 @@ class HQQ(ir.passes.InPlacePass):
         for done, layer in enumerate(layers, 1):
             weight = finite_weight(layer.nodes[0], layer.weight)
             layer.replace(model.graph, hqq(weight, layer.type, self.options))
-            let_go(layer.weight)
             for node in layer.nodes:
                 add_note(node, "rounded by hqq")
             tell(layer.name, done / len(layers))

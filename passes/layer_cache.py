@@ -51,12 +51,25 @@ class LayerCache:
         with np.load(io.BytesIO(zlib.decompress(content)), allow_pickle=False) as arrays:
             return dict(arrays)
 
-    def put(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep arrays, if the folder can be written: only time depends on it."""
+    def found(self, names: Sequence[str]) -> str:
+        """How many of some are there from an earlier run, for people."""
+        count = sum(content_key(self._key, name) in self._cache for name in names)
+        return (
+            f"{count or 'none'} of {len(names)} are there from an earlier run on this model with "
+            f"these samples and options ({self._cache.folder})"
+        )
+
+    def put(self, name: str, arrays: Mapping[str, NDArray[Any]]) -> str:
+        """Keep arrays.
+
+        Returns:
+            What to say of it: nothing, or why they are not kept, on which only time depends.
+        """
         content = io.BytesIO()
         np.savez(content, allow_pickle=False, **arrays)
         try:
             packed = zlib.compress(content.getvalue(), _LEVEL)
             self._cache.put(content_key(self._key, name), packed)
-        except ToolchainError:
-            return
+        except ToolchainError as error:
+            return f", and not kept for another run: {error}"
+        return ""

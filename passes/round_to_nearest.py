@@ -28,9 +28,9 @@ from qcompiler.ir.graph import (
     dequantize_of,
     drop_if_unread,
     every_node,
-    let_go,
     new_initializer,
 )
+from qcompiler.ir.on_disk import let_go
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.rounded_weight import finite_weight, note_small_weights, place_dequantize

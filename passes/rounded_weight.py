@@ -22,6 +22,7 @@ from qcompiler.ir.arithmetic import broadcast_scale, dequantize, slices_below_sc
 from qcompiler.ir.decisions import add_note, plan_of
 from qcompiler.ir.errors import ModelError
 from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer
+from qcompiler.ir.on_disk import let_go
 from qcompiler.ir.two_level import split_scale
 from qcompiler.ir.types import PerAxis, PerGroup, QuantType
 
@@ -115,6 +116,7 @@ class Layer:
         dequantize = place_dequantize(graph, self.weight, self.type, rounded)
         for node in self.nodes:
             node.replace_input_with(1, dequantize.outputs[0])
+        let_go(self.weight)
         drop_if_unread(self.weight)
 
 

@@ -21,11 +21,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.errors import CalibrationError
-from qcompiler.ir.graph import let_go
+from qcompiler.ir.errors import CalibrationError, OptionError, QCompilerError
+from qcompiler.ir.on_disk import let_go
 from qcompiler.passes.rounded_weight import Layer, finite_weight
 
-__all__ = ["LayerRuns", "Moments", "Walk", "Walker"]
+__all__ = ["LayerRuns", "Moments", "Progress", "Walk", "Walker"]
 
 T = TypeVar("T")
 
@@ -75,19 +75,17 @@ class LayerRuns:
     Attributes:
         walk: Runs the model; None if there are no samples.
         executor: Where layers that read the same activations are treated, side by side.
-        tell: Hears what was done, which share of all that is, and how many seconds it took so far.
+        tell: Hears what was done, which share of all that is, and how many seconds the rest will
+            take; 0 where that is not known.
     """
 
     walk: Walker | None = None
     executor: concurrent.futures.Executor | None = None
     tell: Callable[[str, float, float], None] | None = None
 
-    def progress(self) -> Callable[[str, float], None]:
+    def progress(self) -> Progress:
         """Starts the clock: what to tell of each layer from now on."""
-        start, tell = time.perf_counter(), self.tell
-        if tell is None:
-            return lambda text, share: None
-        return lambda text, share: tell(text, share, time.perf_counter() - start)
+        return Progress(self.tell or (lambda text, share, left: None))
 
     def walker_for(self, layers: Sequence[Layer], does: str) -> Walker:
         """What runs the model to see what goes into layers.
@@ -111,9 +109,39 @@ class LayerRuns:
         return self.walk
 
     def map(self, function: Callable[..., T], *arguments: Iterable[Any]) -> list[T]:
-        """What the function makes of each, in order."""
-        each = map if self.executor is None else self.executor.map
-        return list(each(function, *arguments))
+        """What the function makes of each, in order.
+
+        Raises:
+            OptionError: The executor is shut down, or fails.
+        """
+        if self.executor is None:
+            return list(map(function, *arguments))
+        try:
+            return list(self.executor.map(function, *arguments))
+        except (QCompilerError, MemoryError):
+            raise
+        except Exception as error:
+            # Those of clusters raise types of their own.
+            raise OptionError(
+                f"the executor fails: {type(error).__name__}: {error}; give one that is not shut "
+                "down, whose workers can import qcompiler, or leave it out"
+            ) from error
+
+
+class Progress:
+    """Tells of one layer after the other, and how long the rest will take at that rate."""
+
+    def __init__(self, tell: Callable[[str, float, float], None]) -> None:
+        """Start the clock; for `tell` see `LayerRuns`."""
+        self._tell, self._since, self._kept = tell, time.perf_counter(), 0.0
+
+    def __call__(self, text: str, share: float, *, kept: bool = False) -> None:
+        """Say what was done, and the share of all that it ends; what was kept took no time."""
+        if kept:
+            self._since, self._kept = time.perf_counter(), share
+        done = share - self._kept
+        left = (time.perf_counter() - self._since) * (1 - share) / done if done > 0 else 0.0
+        self._tell(text, share, left)
 
 
 class Moments:

@@ -27,12 +27,12 @@ from qcompiler.samples import Sample, Samples
 from qcompiler.summaries import Summary, summarized
 from qcompiler.targets.cache import KernelCache, content_key
 
-__all__ = ["observe", "run_exactly", "sample_tokens"]
+__all__ = ["TOKENS", "is_large", "observe", "run_exactly", "sample_tokens", "some_rows"]
 
 Runs = Iterable[tuple[str, Sample]]
 """What messages call each sample, and the tensors on it."""
 
-_TOKENS = 512
+TOKENS = 512
 """The most tokens of one tensor that `sample_tokens` returns."""
 
 _RUNS = 32
@@ -47,9 +47,9 @@ _AT_ONCE = 2
 _OPSET = 18
 """The first in which all reductions take their axes as an input."""
 
-_LARGEST_FOR_MADE_UP = 1 << 30
-"""Bytes of weights: a larger model is only run where somebody gave samples to run it on, because
-that takes memory for all of it."""
+_LARGEST = 1 << 30
+"""Bytes of weights: to run a larger model would take memory for all of it. On samples that somebody
+gave it may be run part by part (`sampled_parts`), on others it is not."""
 
 
 def observe(
@@ -207,11 +207,10 @@ def sample_tokens(
     if samples is not None:
         step = -(-len(samples) // _RUNS)
         with Probe(model, names) as probe:
-            share = max(1, _TOKENS * step // len(samples))
+            share = max(1, TOKENS * step // len(samples))
             some = probe.run(lambda inputs: itertools.islice(samples, 0, None, step))
-            return _some_rows(some, share)
-    weights = [value.const_value for value in model.graph.initializers.values()]
-    if sum(tensor.nbytes for tensor in weights if tensor is not None) > _LARGEST_FOR_MADE_UP:
+            return some_rows(some, share)
+    if is_large(model):
         return {}
     limits = _vocabularies(model)
 
@@ -220,7 +219,7 @@ def sample_tokens(
 
     try:
         with Probe(model, names) as probe:
-            return _some_rows(probe.run(made_up, optimized=False), _TOKENS)
+            return some_rows(probe.run(made_up, optimized=False), TOKENS)
     except (CalibrationError, ModelError, OptionError):
         return {}  # whatever is wrong with inputs that nobody gave is nobody's mistake
 
@@ -235,7 +234,13 @@ def _many_rows(inputs: Sequence[Any]) -> dict[str, tuple[int, ...]]:
     return {e.name: (_ROWS, e.shape[1]) for e in free if not isinstance(e.shape[0], int)}
 
 
-def _some_rows(runs: Runs, share: int) -> dict[str, NDArray[np.float32]]:
+def is_large(model: ir.Model) -> bool:
+    """Whether running all of a model at once takes more memory than its passes may."""
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    return sum(tensor.nbytes for tensor in weights if tensor is not None) > _LARGEST
+
+
+def some_rows(runs: Runs, share: int) -> dict[str, NDArray[np.float32]]:
     """Up to `share` rows of every tensor of each run, evenly spaced."""
     rows: dict[str, list[NDArray[Any]]] = {}
     for label, tensors in runs:
@@ -244,7 +249,7 @@ def _some_rows(runs: Runs, share: int) -> dict[str, NDArray[np.float32]]:
                 raise _not_finite(label, name)
             tokens = array.reshape(-1, array.shape[-1])
             rows.setdefault(name, []).append(tokens[:: max(1, -(-len(tokens) // share))])
-    joined = {name: np.concatenate(parts)[:_TOKENS] for name, parts in rows.items()}
+    joined = {name: np.concatenate(parts)[:TOKENS] for name, parts in rows.items()}
     return {name: tokens for name, tokens in joined.items() if len(tokens)}
 
 

@@ -124,9 +124,8 @@ class Job:
             return self.on_samples.runs(self.executor, self._tell_layer)
         return ModelRuns(layers=LayerRuns(executor=self.executor, tell=self._tell_layer))
 
-    def _tell_layer(self, text: str, share: float, seconds: float) -> None:
-        left = seconds * (1 - share) / share
-        self.clock.detail(f"{text}, {left:.0f} s left" if left > 1 else text, share)
+    def _tell_layer(self, text: str, share: float, left: float) -> None:
+        self.clock.detail(f"{text}, {_duration(left)} left" if left > 1 else text, share)
 
     def is_large(self, stage: Path) -> bool:
         """Whether a session of the model or of its bundle would take more memory than this."""
@@ -195,6 +194,14 @@ class Job:
             named = ", ".join(self.defaults)
             notes = (f"the values that inputs {named} have by default are constants now", *notes)
         return notes
+
+
+def _duration(seconds: float) -> str:
+    """As people say it, good to a percent or so."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 _READERS = {

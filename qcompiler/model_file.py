@@ -103,14 +103,14 @@ class WeightFile:
 
 
 @contextlib.contextmanager
-def saving(path: Path) -> Iterator[None]:
-    """Explain what goes wrong while `path` is written."""
+def saving(path: Path, hint: str = "") -> Iterator[None]:
+    """Explain what goes wrong while `path` is written, and what to do where the disk refuses."""
     try:
         yield
     except OSError as error:
         # numpy's own message is a count of bytes.
         reason = error.strerror or f"is the disk full? ({error})"
-        raise OptionError(f"cannot write {path}: {reason}") from error
+        raise OptionError(f"cannot write {path}: {reason}{hint}") from error
     except Exception as error:
         # Names that are not UTF-8, for one, come as far as this.
         raise ModelError(f"the model cannot be saved: {first_cause(error)}") from error

@@ -17,6 +17,7 @@ from qcompiler.passes.insert_qdq import Observer
 from qcompiler.passes.planned_products import Sampler
 from qcompiler.passes.second_moments import LayerRuns, Walk
 from qcompiler.passes.side_by_side import Runner
+from qcompiler.sampled_parts import sample_large
 from qcompiler.samples import Samples
 from qcompiler.walk import walker
 
@@ -88,7 +89,7 @@ class SampleRuns:
     def sample(self, model: ir.Model, names: Sequence[str]) -> Mapping[str, NDArray[np.float32]]:
         """Some of their rows, see `calibrate.sample_tokens`."""
         self.was_asked = True
-        return sample_tokens(model, names, self.samples)
+        return sample_large(model, names, self.samples)
 
     def run(self, model: ir.Model, names: Sequence[str]) -> Mapping[str, NDArray[np.float32]]:
         """Tensors of one row each, see `calibrate.run_exactly`."""

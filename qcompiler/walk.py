@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +23,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompiler.held_folder import HeldFolder
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.analysis import End, GraphView
 from qcompiler.ir.errors import CalibrationError, said_by_ort
-from qcompiler.ir.graph import every_graph, every_node, let_go, new_initializer
+from qcompiler.ir.graph import every_graph, every_node, new_initializer
+from qcompiler.ir.on_disk import let_go
+from qcompiler.model_file import saving
 from qcompiler.passes.second_moments import Walker
 from qcompiler.passes.widen_constants import dequantized_constant
 from qcompiler.runtime import open_session
@@ -38,6 +40,7 @@ from qcompiler.timing.observed_shapes import model_inputs
 __all__ = ["SampleWalk", "walker"]
 
 _FILE = "stretch.onnx"
+_HINT = "; TMPDIR says where what is read later of each sample lies"
 _RANDOM = frozenset({"RandomNormal", "RandomUniform", "Multinomial", "Bernoulli"})
 
 
@@ -69,7 +72,7 @@ class SampleWalk:
         self.digest = content_key(
             _digest_of(model), samples.digest, import_onnxruntime().__version__
         )
-        self._folder = tempfile.TemporaryDirectory(prefix="qcompiler-walk-")
+        self._folder = HeldFolder("qcompiler-walk-")
 
     def __enter__(self) -> SampleWalk:
         return self
@@ -80,7 +83,7 @@ class SampleWalk:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._folder.cleanup()
+        self._folder.remove()
 
     def rows(self, value: ir.Value) -> Iterator[tuple[str, NDArray[np.float32]]]:
         """The rows that `value` has on each sample, see `Walk.rows`.
@@ -107,7 +110,7 @@ class SampleWalk:
         names = [value.name or "" for value in made]
         for number, (label, sample) in enumerate(self._samples):
             given = check_sample(label, sample, self._inputs)
-            file = Path(self._folder.name) / f"{number}.npz"
+            file = self._folder.path / f"{number}.npz"
             kept = _load(file) if before else {}
             if compute is not None:
                 kept |= dict(zip(names, compute(label, given | kept), strict=True))
@@ -120,10 +123,13 @@ class SampleWalk:
     ) -> Callable[[str, Sample], list[NDArray[Any]]]:
         """A function from the tensors at one stop to those made on the way to the next."""
         part = self._extract(before, made)
-        path = Path(self._folder.name) / _FILE
-        ir.save(part, path, external_data=f"{_FILE}.data")
-        for value in self._model.graph.initializers.values():
+        path = self._folder.path / _FILE
+        with saving(path, _HINT):
+            ir.save(part, path, external_data=f"{_FILE}.data")
+        for value in [*part.graph.initializers.values(), *self._model.graph.initializers.values()]:
             let_go(value)
+        for value in part.graph.initializers.values():
+            value.const_value = None  # a graph, being full of cycles, is collected late
         session = open_session(path)
         read = [expected.name for expected in session.get_inputs()]
         names = [value.name for value in made]
@@ -215,7 +221,8 @@ def _digest_of(model: ir.Model) -> str:
 
 def _save(file: Path, tensors: Sample) -> None:
     # By number: names of tensors may hold what names of files may not.
-    np.savez(file, *tensors.values(), names=np.asarray(list(tensors), dtype=np.str_))
+    with saving(file, _HINT):
+        np.savez(file, *tensors.values(), names=np.asarray(list(tensors), dtype=np.str_))
 
 
 def _load(file: Path) -> Sample:

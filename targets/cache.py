@@ -40,6 +40,10 @@ class KernelCache:
         digest, content = entry[:_DIGEST_BYTES], entry[_DIGEST_BYTES:]
         return content if hashlib.sha256(content).digest() == digest else None
 
+    def __contains__(self, key: str) -> bool:
+        """Whether there is an entry, which may be damaged."""
+        return self._path(key).is_file()
+
     def put(self, key: str, content: bytes) -> None:
         """Store `content` under `key`.
 

@@ -251,23 +251,76 @@ def test_layers_side_by_side_are_the_same():
     GPTQ(RUNS)(first)
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         os.environ["QCOMPILER_CACHE"] += "2"
-        runs = LayerRuns(WALK, executor, lambda text, share, seconds: told.append((text, share)))
+        runs = LayerRuns(WALK, executor, lambda text, share, left: told.append((text, share)))
         GPTQ(runs)(second)
     for name, array in constants(first).items():
         np.testing.assert_array_equal(array.astype(np.float32),
                                       constants(second)[name].astype(np.float32))  # fmt: skip
-    assert [share for _, share in told] == [0.25, 0.5, 0.75, 1]
-    assert told[0][0].startswith("node_0: rounded by gptq to ")
+    assert [share for _, share in told] == [0, 0.25, 0.5, 0.75, 1]
+    assert told[1][0].startswith("node_0: rounded by gptq to ")
 
 
 def test_it_is_said_what_was_kept_from_an_earlier_run():
     def told(model):
         lines = []
         GPTQ(LayerRuns(WALK, tell=lambda text, *_: lines.append(text)))(model)
-        return ["kept from an earlier run: rounded by gptq" in line for line in lines]
+        kept = ["kept from an earlier run: rounded by gptq" in line for line in lines[1:]]
+        return lines[0].partition(" are there from an earlier run on this model")[0], kept
 
-    assert told(planned()) == [False] * 4 and told(planned()) == [True] * 4
-    assert told(planned(weights=WEIGHTS | {"d": WEIGHTS["a"]})) == [False] * 4
+    none, all_of_them = ("layers: none of 4", [False] * 4), ("layers: 4 of 4", [True] * 4)
+    assert told(planned()) == none and told(planned()) == all_of_them
+    assert told(planned(weights=WEIGHTS | {"d": WEIGHTS["a"]})) == none
+
+
+def test_it_is_said_that_layers_cannot_be_kept(tmp_path, monkeypatch):
+    lines = []
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "file" / "cache"))
+    GPTQ(LayerRuns(WALK, tell=lambda text, *_: lines.append(text)))(planned())
+    assert all("not kept for another run: cannot write the kernel cache" in t for t in lines[1:])
+
+
+def test_what_was_kept_says_nothing_of_how_long_the_rest_takes(monkeypatch):
+    now, told = [0.0], []
+    monkeypatch.setattr("qcompiler.passes.second_moments.time.perf_counter", lambda: now[0])
+    tell = LayerRuns(tell=lambda text, share, left: told.append(left)).progress()
+    tell("layers", 0)
+    tell("a", 0.5, kept=True)
+    now[0] = 6.0
+    tell("b", 0.625)
+    assert told == [0, 0, 18]  # an eighth took 6 s, and three more are left
+
+
+class Cluster(concurrent.futures.Executor):
+    def map(self, function, *arguments, **options):
+        raise KeyError("no such worker")
+
+
+def test_an_executor_that_fails_is_named():
+    closed = concurrent.futures.ThreadPoolExecutor(1)
+    closed.shutdown()
+    for executor, why in (closed, "RuntimeError: .*shutdown"), (Cluster(), "KeyError: 'no such"):
+        with pytest.raises(OptionError, match=f"the executor fails: {why}.* not shut down"):
+            GPTQ(LayerRuns(WALK, executor))(planned())
+    weight = np.full((K, K), 3e30, np.float32)
+    with (
+        concurrent.futures.ThreadPoolExecutor(1) as working,
+        pytest.raises(CalibrationError, match="weight too"),
+    ):
+        LayerRuns(executor=working).map(_refuse, [weight])
+
+
+def _refuse(weight):
+    raise CalibrationError(f"a weight too large: {weight.max():g}")
+
+
+def test_a_disk_that_is_full_is_named(monkeypatch):
+    def full(*arrays, **named):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qcompiler.walk.np.savez", full)
+    with pytest.raises(OptionError, match=r"cannot write .*npz: No space left .*TMPDIR says where"):
+        GPTQ(RUNS)(planned())
 
 
 def test_another_model_or_samples_find_nothing_in_the_cache():
@@ -296,7 +349,7 @@ import sys, time
 sys.path[:0] = {path!r}
 import test_gptq as t
 from qcompiler.passes.gptq import GPTQ
-def tell(text, share, seconds):
+def tell(text, share, left):
     print(text, flush=True)
     time.sleep({pause})
 model = t.planned()
@@ -318,7 +371,7 @@ def test_goes_on_after_a_kill_with_the_same_bytes(tmp_path, layers):
 
     whole = start("whole", 0).communicate(timeout=120)[0].splitlines()[-1]
     killed = start("killed", 1)
-    for _ in range(layers):
+    for _ in range(1 + layers):  # the first line says what there is
         assert killed.stdout.readline()
     killed.send_signal(signal.SIGKILL)
     killed.wait()

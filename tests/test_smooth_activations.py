@@ -13,6 +13,7 @@ from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.pipeline import Pipeline
+from qcompiler.sampled_parts import sample_large
 from qcompiler.samples import Samples
 from qcompiler.targets.catalog import TARGETS
 
@@ -208,6 +209,24 @@ def test_samples_are_shared_out(tmp_path):
     assert 200 < len(rows) <= 256 + 1
     np.testing.assert_array_equal(rows[0], WEIGHTS["table"][0])
     np.testing.assert_array_equal(rows[-1], WEIGHTS["table"][1])
+
+
+def test_a_large_model_is_sampled_part_by_part(tmp_path, monkeypatch):
+    """The same rows, and never a session of the whole."""
+    text = TOKENS.replace("float[b,s,48] o", "float[b,s,64] o, float[b,s,64] e")
+    text = text.replace("o = MatMul (y, w)", "p = MatMul (y, q) e = Tanh (p) o = MatMul (e, q)")
+    model = model_of(text, WEIGHTS | {"q": RNG.standard_normal((K, K), dtype=np.float32)})
+    for index in range(2):
+        np.savez(tmp_path / f"{index}.npz", ids=np.full((1, 9), index))
+    expected = sample_tokens(model, ["e", "x", "y"], Samples(tmp_path))
+    monkeypatch.setattr("qcompiler.calibrate._LARGEST", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("qcompiler.calibrate.Probe", None)
+        found = sample_large(model, ["e", "x", "y"], Samples(tmp_path))
+    assert set(found) == set(expected)
+    for name, rows in expected.items():
+        np.testing.assert_allclose(found[name], rows, rtol=1e-4, atol=1e-5)
+    assert len(sample_large(model, ["o"], Samples(tmp_path))["o"]) == 18  # read by nothing
 
 
 def test_what_does_not_run_is_not_sampled(tmp_path):

@@ -1,0 +1,56 @@
+"""Large constants lie on disk."""
+
+import gc
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from golden import model_of
+
+from qcompiler.ir import on_disk as module
+from qcompiler.ir.graph import new_initializer
+from qcompiler.ir.on_disk import let_go, on_disk
+
+LARGE = np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024)
+
+
+def mapped(array):
+    return module._mapping(array) is not None
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.FLOAT, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN])
+def test_a_large_array_is_mapped_and_holds_the_same(dtype):
+    array = (LARGE % 8).astype(dtype.numpy()).T  # not contiguous
+    graph = model_of("g (float[2] x) => (float[2] y) { y = Neg (x) }").graph
+    value = new_initializer(graph, "w", array, dtype)
+    found = value.const_value
+    assert mapped(found.numpy()) and found.dtype is dtype
+    let_go(value)
+    np.testing.assert_array_equal(found.numpy().astype(np.float32), array.astype(np.float32))
+    assert found.tobytes() == ir.Tensor(np.ascontiguousarray(array), dtype=dtype).tobytes()
+    with pytest.raises(ValueError, match="read-only"):
+        found.numpy()[0] = 0
+
+
+def test_what_is_small_or_mapped_already_stays():
+    assert on_disk(LARGE[:8]) is not None and on_disk(LARGE[:8].copy()).flags.writeable
+    once = on_disk(LARGE)
+    assert on_disk(once) is once and on_disk(once[1:]).base is not None
+
+
+def test_it_stays_in_memory_where_the_disk_refuses(monkeypatch):
+    def full(**options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.tempfile, "TemporaryFile", full)
+    assert on_disk(LARGE) is LARGE
+
+
+def test_no_file_is_left(monkeypatch, tmp_path):
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+    array = on_disk(LARGE)
+    assert mapped(array) and not list(tmp_path.iterdir())
+    view = array[3]
+    del array
+    gc.collect()
+    np.testing.assert_array_equal(view, LARGE[3])
