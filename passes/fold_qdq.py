@@ -25,7 +25,7 @@ from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decide, decision_of, inherit, plan_of
-from qcompiler.ir.graph import dequantize_of, every_node, replace_nodes
+from qcompiler.ir.graph import constant, dequantize_of, every_node, replace_nodes
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.fold_conv import try_fold_conv
 from qcompiler.passes.fold_gather import try_fold_gather
@@ -35,6 +35,7 @@ from qcompiler.passes.fold_offsets import add_offsets, insert_group_sums
 from qcompiler.passes.guard_scales import try_guard_scales
 from qcompiler.passes.left_to_ort import FUSED_BY_ORT, left_to_ort, moves_stored
 from qcompiler.passes.matrix_weights import matrix_weight
+from qcompiler.passes.node_plans import IMPORTED
 from qcompiler.passes.token_pairs import has_token_scale, insert_quantize, token_pair
 from qcompiler.passes.widen_constants import try_widen_constant
 
@@ -165,4 +166,8 @@ def _explain(node: ir.Node, reason: str, images: bool) -> None:
         decide(node, "float", f"{why}: {reason}", expected=False)
     elif found is not None and (before.action == "float" or reason):
         action, why = found
+        planned = bool(before.why) and not before.why.startswith(IMPORTED)
+        kept = node.op_type in ("Conv", "MatMul") and constant(node.inputs[1]) is not None
+        if reason and kept and planned and action == before.action == "float":
+            return  # why it was left float says more than what it lacks now
         decide(node, action, f"{reason}: {why}" if reason else why)

@@ -21,7 +21,7 @@ from qcompiler.passes.node_rules import FEWER_BITS, PRECISIONS, NodeRules
 from qcompiler.passes.sub_pixel import no_convolution_of
 from qcompiler.targets.target import Scheme
 
-__all__ = ["NodePlanner", "StayFloat"]
+__all__ = ["IMPORTED", "NodePlanner", "StayFloat"]
 
 _SENSITIVE = frozenset({
     "Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization", "GroupNormalization",
@@ -44,7 +44,8 @@ class StayFloat:
 
 
 _UNSEEN = "static ranges are not observed inside branches and loops"
-_IMPORTED = StayFloat("already quantized in the source: left to ORT as it is")
+IMPORTED = "already quantized in the source: left to ORT as it is"
+_IMPORTED = StayFloat(IMPORTED)
 
 
 @dataclasses.dataclass(frozen=True)

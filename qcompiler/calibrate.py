@@ -1,6 +1,6 @@
 """Calibration: run the float model on samples and remember what its tensors held.
 
-One batch is in memory at a time, or two samples of one row, and only the tensors that a target
+One batch is in memory at a time, or two small samples, and only the tensors that a target
 needs are computed; what leaves the graph is a summary of each (`summaries`).  Ranges that were
 found once are found again by the hash of the model and of all samples.
 """
@@ -42,7 +42,7 @@ _ROWS = 64
 """Rows that are made up for an input that takes any number of them."""
 
 _AT_ONCE = 2
-"""Samples of one row that run side by side; a batch keeps all cores busy, and is larger."""
+"""Small samples that run side by side; large ones keep all cores busy, and take memory."""
 
 _OPSET = 18
 """The first in which all reductions take their axes as an input."""
@@ -86,7 +86,7 @@ def observe(
         if (known := cache.get(key)) is not None:
             return {name: TensorStats(*ends) for name, ends in json.loads(known).items()}
         seen = {name: Observed(clippings[name]) for name in names}
-        runs = probe.run(lambda inputs: samples, at_once=_AT_ONCE if samples.rows == 1 else 1)
+        runs = probe.run(lambda inputs: samples, at_once=_AT_ONCE if samples.are_small else 1)
         for done, (label, tensors) in enumerate(runs, 1):
             if (broken := _look(tensors, summaries, seen)) is not None:
                 sample = next(itertools.islice(samples, done - 1, None))

@@ -26,7 +26,7 @@ from qcompiler.ir.errors import (
     said_by_ort,
 )
 from qcompiler.metric import Metric, MetricValues, find_metric, measure
-from qcompiler.node_errors import NodeError, node_errors
+from qcompiler.node_errors import NodeError, node_errors, worst_first
 from qcompiler.output_error import Accuracy, ErrorSums, OutputError
 from qcompiler.passes.shift_weights import ShiftWeights
 from qcompiler.runtime import open_model, open_session
@@ -48,9 +48,12 @@ class Comparison:
     metric: MetricValues | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Plain values, for JSON; nodes in the graph's order, and the names of the worst first."""
         content = dataclasses.asdict(self)
-        return content | {"bundle": str(self.bundle), "model": str(self.model)}
+        for entry, node in zip(content["nodes"], self.nodes, strict=True):
+            entry["remedy"] = node.remedy
+        worst = [node.node for node in worst_first(self.nodes)]
+        return content | {"bundle": str(self.bundle), "model": str(self.model), "worst": worst}
 
 
 def compare(

@@ -74,8 +74,9 @@ def samples_of(name: str, function: SampleFunction) -> Iterator[tuple[str, Sampl
 def _guarded(name: str, function: SampleFunction) -> Iterator[Any]:
     try:
         given: Any = function()
+        iterates = hasattr(given, "__iter__") or hasattr(given, "__getitem__")
         # Letters and keys are no samples.
-        if not isinstance(given, Iterable) or isinstance(given, str | bytes | Mapping):
+        if isinstance(given, str | bytes | Mapping) or not iterates:
             raise CalibrationError(
                 f"{name} returns a {type(given).__name__}: let it return a list of samples, or "
                 "yield one after the other"

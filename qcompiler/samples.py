@@ -18,6 +18,9 @@ from qcompiler.sample_function import find_function, samples_of
 
 __all__ = ["Sample", "Samples", "Source", "check_sample", "samples_from"]
 
+_SMALL = 1 << 20
+"""Bytes of a small array: a picture of 224 x 224 has 588 KiB."""
+
 Source = str | os.PathLike[str] | Callable[[], Any] | list[Any]
 """A folder or file, "module:function", the function itself, or a list of samples."""
 
@@ -56,7 +59,7 @@ class Samples:
         self._preprocess = preprocess
         self._count = len(self._files)
         self._digest: str | None = None
-        self._rows = 0
+        self._all_small = True
 
     def __len__(self) -> int:
         """How many there are; a function is asked for all of them to find out."""
@@ -100,10 +103,10 @@ class Samples:
         return self._digest
 
     @property
-    def rows(self) -> int:
-        """The longest first axis of any array: 1 if no sample is a batch of several."""
+    def are_small(self) -> bool:
+        """Whether no sample is a batch of several rows, or more than 1 MiB."""
         _ = self.digest
-        return self._rows
+        return self._all_small
 
     def check(self, inputs: Sequence[Any]) -> None:
         """Read every sample and check it against a model's inputs, see `check_sample`.
@@ -126,7 +129,8 @@ class Samples:
             for key, array in sample.items():
                 digest.update(f"{count} {key} {array.dtype} {array.shape} ".encode())
                 digest.update(np.ascontiguousarray(array).data if array.size else b"")
-                self._rows = max(self._rows, array.shape[0] if array.ndim else 1)
+                small = array.shape[:1] in ((), (0,), (1,)) and array.nbytes <= _SMALL
+                self._all_small = self._all_small and small
         self._count = count
         return digest.hexdigest()
 

@@ -139,7 +139,13 @@ def test_table(spiked):
     none = qcompile("compare", source, bundle, "--data", source.parent / "x.npz", "--nodes", "0")
     assert "Own" not in none.stdout
     found = qcompile("compare", source, bundle, "--data", source.parent / "x.npz", "--json")
-    assert len(json.loads(found.stdout)["nodes"]) == 3
+    content = json.loads(found.stdout)
+    assert len(content["nodes"]) == 3
+    assert content["worst"] == [error.node for error in worst_first(node_errors(
+        source, bundle, Samples(source.parent / "x.npz")))]  # fmt: skip
+    by_name = {entry["node"]: entry for entry in content["nodes"]}
+    worst = content["worst"][0]
+    assert by_name[worst]["remedy"].startswith(f"--keep-float {worst}")
 
 
 def test_a_recipe_that_keeps_the_worst(spiked, tmp_path):

@@ -70,6 +70,30 @@ def test_all_six_layers_are_integers(tmp_path, order, activation):
     assert sqnr(exact, got) > 25
 
 
+@pytest.mark.parametrize(
+    ("keep", "why"),
+    [
+        ((), "its result leaves the graph"),
+        (("node_d",), "kept float by request"),
+    ],
+)
+def test_what_stays_float_behind_integers_says_its_own_reason(tmp_path, keep, why):
+    """Not what it lacks once its neighbour is quantized."""
+    text = """g (float[n,4,12,12] x) => (float[n,16,10,10] y) {
+        c = Conv <pads = [1,1,1,1]> (x, k0, b0) r = Relu (c) d = Conv <group = 16> (r, k1, b1)
+        y = Relu (d)
+    }"""
+    model = model_of(text, WEIGHTS)
+    model.graph[2].name = "node_d"
+    recipe = qcompiler.Recipe(keep_float=keep)
+    report = qcompiler.compile(
+        model, "arm-int8", tmp_path / "bundle", recipe=recipe, calibration=SAMPLES
+    )
+    reasons = {one.node: one.why for one in report.decisions if one.op in ("Conv", "QConv")}
+    assert len(reasons) == 2 and why in reasons["node_d"], reasons
+    assert "not quantized" not in reasons["node_d"]
+
+
 def test_an_order_that_would_undo_a_pass_is_refused(tmp_path):
     with pytest.raises(OptionError, match="equalize-layers must run before bias-correction"):
         compiled(tmp_path, (SMOOTH, CORRECT, EQUALIZE, SPLIT), "static")

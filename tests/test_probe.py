@@ -112,9 +112,21 @@ def test_ranges_are_those_of_one_at_a_time(method, monkeypatch, tmp_path, widest
     assert widest == [2]
 
 
-def test_batches_are_run_one_by_one(widest):
-    observe(MODEL, ["e"], Samples(lambda: [np.concatenate(ROWS[:2])] * 3))
-    assert widest == [1]
+LONG = model_of("g (float[1,n] x) => (float[1,n] y) { e = Exp (x) y = Neg (e) }", {})
+
+
+@pytest.mark.parametrize(
+    ("model", "sample", "at_once"),
+    [
+        (MODEL, np.ones((1, 64), np.float32), 2),
+        (MODEL, np.ones((2, 64), np.float32), 1),
+        (LONG, np.ones((1, 1 << 18), np.float32), 2),
+        (LONG, np.ones((1, (1 << 18) + 1), np.float32), 1),
+    ],
+)
+def test_batches_and_large_samples_are_run_one_by_one(widest, model, sample, at_once):
+    observe(model, ["e"], Samples(lambda: [sample] * 4))
+    assert widest == [at_once]
 
 
 def test_one_that_is_not_finite_is_named():

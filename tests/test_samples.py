@@ -11,6 +11,7 @@ from onnx import numpy_helper
 import qcompiler
 from qcompiler.images import Preprocess
 from qcompiler.ir.errors import CalibrationError, OptionError
+from qcompiler.sample_function import samples_of
 from qcompiler.samples import Samples, check_sample
 
 PIL = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
@@ -233,11 +234,12 @@ def test_lists_of_paths(tmp_path):
     [
         (fails, "fails fails: KeyError: 'lost'"),
         (lambda: 3, "returns a int: let it return a list of samples, or yield"),
+        (lambda: {"x": X}, "returns a dict: let it return a list"),
+        (lambda: "batch.npz", "returns a str: let it return a list"),
         (lambda: [], "no samples: .* gives none"),
         (lambda: ONCE, "gave 2 samples at first and 0 when it was asked again"),
         (lambda: sys.exit(3), "fails: SystemExit: 3"),
         (lambda: "/a/path", "returns a str: let it return a list of samples"),
-        (lambda: {"x": X}, "returns a dict: let it return a list"),
         (lambda: [{"x": {}}], "sample 1 of .*: 'x' is no array; give a dictionary"),
         (lambda: [(X, X, X)], "has 3 arrays without names, the model takes ..x.."),
         (lambda: [{"z": X}], "sample 1 of .* has no array for input 'x', only ..z"),
@@ -277,3 +279,13 @@ def test_compiling_with_a_function(tmp_path):
     report = qcompiler.compile(model, "arm-int8", tmp_path / "b", calibration=lambda: images)
     assert report.count("qdq") > 0
     assert not report.notes
+
+
+def test_what_a_function_may_return():
+    class Indexed:
+        def __getitem__(self, index):
+            return [X, 2 * X][index]
+
+    for given in (Indexed(), np.stack([X, 2 * X]), (X, 2 * X), iter([X, 2 * X])):
+        found = [sample["#0"] for _, sample in samples_of("f", lambda given=given: given)]
+        np.testing.assert_array_equal(found, [X, 2 * X])
