@@ -150,6 +150,8 @@ def open_session(
     except Exception as error:
         # ORT raises a dozen unrelated exception types here, some of them bare RuntimeError.
         reason = said_by_ort(error).replace(f"Load model from {model} failed:", "")
+        if "Protobuf parsing failed" in reason:
+            reason = "it is no ONNX model, or damaged; export it again"
         raise ModelError(f"ONNX Runtime cannot load {model}: {reason}") from error
 
 

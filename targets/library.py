@@ -81,10 +81,7 @@ def build_library(
         return linker.link(objects, [_ENTRY_POINT], backend.link_flags)
 
     image = cache.get_or_make(key, make)
-    try:
-        write_atomically(output, image, mode=0o755)
-    except OSError as error:
-        raise OptionError(f"cannot write {output}: {error.strerror}") from error
+    _write(output, image)
     return Library(
         path=output,
         isa=isas,
@@ -92,3 +89,10 @@ def build_library(
         linker=linker.name,
         seconds=time.perf_counter() - start,
     )
+
+
+def _write(output: Path, image: bytes) -> None:
+    try:
+        write_atomically(output, image, mode=0o755)
+    except OSError as error:
+        raise OptionError(f"cannot write {output}: {error.strerror}") from error

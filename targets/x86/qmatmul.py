@@ -20,11 +20,11 @@ from typing import Any
 
 from qcompiler.ir.region import Region
 from qcompiler.targets import tir
-from qcompiler.targets.epilogue import apply_steps
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
 from qcompiler.targets.x86.activations import ByteRows, Excess, Part, SplitRows
 from qcompiler.targets.x86.families import differences, most_lacking
 from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
+from qcompiler.targets.x86.results import Results
 from qcompiler.targets.x86.tile import tile_shape
 from qcompiler.targets.x86.units import unit_of
 from qcompiler.targets.x86.vector import VectorUnit, load_lanes, store_lanes
@@ -203,37 +203,16 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
     """
     k, n, unit = region.size("K"), region.size("N"), unit_of(isa)
     most, pairs = most_lacking(region.anchor, isa), differences(region, isa)
-    per_tensor = region.anchor != "QMatMulW8A8"
-    extra_count, y_type = len(region.extras), "uint8" if region.is_quantized else "float32"
-    extra_parameters = [Parameter(f"extra{i}", "float32") for i in range(extra_count)]
+    extra_count = len(region.extras)
 
     def body(q: Expr, s: Expr, weights: Expr, init: Expr, *rest: Expr) -> None:
         excess, rest = (Excess(rest[0], rest[1], rest[2], most), rest[3:]) if most else (None, rest)
         ws, rest = rest[0], rest[1:]
-        numbers, rest = rest[: len(pairs)], rest[len(pairs) :]
+        subtracted, rest = rest[: len(pairs)], rest[len(pairs) :]
         extras, (y, rows, begin, end, *part) = rest[:extra_count], rest[extra_count:]
-        y_columns, y_first = part or (n, 0)
-
-        def finish(sums: Sequence[Expr], row: Expr, first_column: Expr, columns: int) -> None:
-            for index, total in enumerate(sums):
-                column = first_column + index * LANES
-                count = min(LANES, columns - index * LANES)
-                for of_row, of_column in zip(numbers[::2], numbers[1::2], strict=True):
-                    factors = load_lanes(of_column, column, LANES, "int32")
-                    total = total - tir.broadcast(of_row[row]) * factors
-                scale = tir.broadcast(s[0 if per_tensor else row]) * load_lanes(ws, column, LANES)
-                anchor = tir.cast("float32x16", total) * scale
-                values = [
-                    load_lanes(extra, column if kind == "channel" else row * n + column, count)
-                    for extra, kind in zip(extras, region.extras, strict=True)
-                ]
-                result = apply_steps(unit, region, anchor, values)
-                if region.is_quantized:
-                    result = tir.cast("uint8x16", unit.round_to_int32(result))
-                store_lanes(y, result, row * y_columns + (column - y_first), count, y_type)
-
+        results = Results(region, unit, s, ws, subtracted, extras, y, *(part or (n, 0)))
         operands = Operands(q, weights, init, rows, begin, end, excess)
-        Loops(k, n, unit, isa, operands, finish).emit()
+        Loops(k, n, unit, isa, operands, results).emit()
 
     return tir.function(
         [
@@ -244,8 +223,8 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
             *(_EXCESS if most else ()),
             Parameter("ws", "float32"),
             *(Parameter(name, "int32") for name in pairs),
-            *extra_parameters,
-            Parameter("y", y_type),
+            *(Parameter(f"extra{i}", "float32") for i in range(extra_count)),
+            Parameter("y", "uint8" if region.is_quantized else "float32"),
             *_RANGE,
             *(_PART if region.widths else ()),
         ],
