@@ -21,7 +21,7 @@ __all__ = ["sample_large"]
 def sample_large(
     model: ir.Model, names: Sequence[str], samples: Samples
 ) -> Mapping[str, NDArray[np.float32]]:
-    """What `sample_tokens` returns; a large float model is run part by part.
+    """What `sample_tokens` returns; a large model is run part by part.
 
     Args:
         model: It is not changed.
@@ -51,5 +51,5 @@ def _stops(model: ir.Model, names: Sequence[str]) -> list[ir.Value]:
         readers = [order[use.node] for use in value.uses() if use.node in order]
         if value.name in names and readers:
             first[value] = min(readers)
-    has_all = len(first) == len(set(names)) and not model.functions
+    has_all = len(first) == len(set(names))
     return sorted(first, key=first.__getitem__) if has_all else []

@@ -164,7 +164,8 @@ class SampleWalk:
         for value in used:
             if value not in graph.outputs:
                 del graph.initializers[value.name or ""]
-        return ir.Model(graph, ir_version=self._model.ir_version)
+        functions = list(self._model.functions.values())
+        return ir.Model(graph, ir_version=self._model.ir_version, functions=functions)
 
 
 def _live_at(view: GraphView, stops: Sequence[ir.Value]) -> list[list[ir.Value]]:
