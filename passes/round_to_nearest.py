@@ -102,8 +102,8 @@ class RoundToNearest(ir.passes.InPlacePass):
                 )
                 let_go(weight)
             array, scale = constant(weight), constant(rounded[key].inputs[1])
-            assert array is not None and scale is not None
-            note_small_weights([node], array, scale, plan.weight)
+            if array is not None and scale is not None:  # scales of two levels are products
+                note_small_weights([node], array, scale, plan.weight)
             node.replace_input_with(1, rounded[key].outputs[0])
             if node.op_type == "Conv":
                 _round_bias(model.graph, node, rounded[key])

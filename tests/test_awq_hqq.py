@@ -11,7 +11,7 @@ from qcompiler.ir.types import PerAxis, PerGroup, QuantType
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ
-from qcompiler.passes.hqq import HQQ
+from qcompiler.passes.hqq import HQQ, hqq
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.passes.weight_grid import rounded_on, weight_grid
@@ -170,18 +170,31 @@ def test_hqq_becomes_the_same_graph_as_rounding_to_nearest():
     assert_rewrites(HQQ(), planned(rounding="hqq"), after, FEEDS, exact=False, floor_db=17)
 
 
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("granularity", [PerGroup(0, 32), PerGroup(0, 24), PerAxis(1)])
+@pytest.mark.parametrize("granularity", [PerGroup(0, 32), PerGroup(0, 24), PerGroup(0, K)])
 @pytest.mark.parametrize("start", ["max", "mse"])
-def test_hqq_lowers_the_norm_that_it_is_about(symmetric, granularity, start):
-    from qcompiler.passes.hqq import hqq
-
-    type = QuantType(ir.DataType.INT4, granularity=granularity, symmetric=symmetric)
+def test_hqq_lowers_the_norm_that_it_is_about(granularity, start):
+    type = QuantType(ir.DataType.INT4, granularity=granularity, offset=True)
     weight = RNG.standard_t(3, (K, N)).astype(np.float32)
     first = rounded_on(weight, type, weight_grid(weight, type, start))
     fitted = hqq(weight, type, HQQ.Options(range=start))
     losses = [np.power(np.abs(weight - r.floats(type)), 0.7).sum() for r in (first, fitted)]
     assert losses[1] < losses[0]
+    np.testing.assert_array_equal(fitted.scale, first.scale)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_without_offsets_hqq_rounds_to_nearest_and_says_so(symmetric):
+    type = QuantType(ir.DataType.INT4, granularity=PerGroup(0, 32), symmetric=symmetric)
+    weight = np.random.default_rng(1).standard_t(3, (K, N)).astype(np.float32)
+    nearest = rounded_on(weight, type, weight_grid(weight, type, "max"))
+    fitted = hqq(weight, type, HQQ.Options())
+    np.testing.assert_array_equal(fitted.floats(type), nearest.floats(type))
+    model = planned(rounding="hqq")
+    HQQ()(model)
+    assert (
+        "rounded to nearest: hqq fits zero points that are floats"
+        in decision_of(model.graph[-1]).why
+    )
 
 
 @pytest.mark.parametrize("range", ["max", "mse"])
@@ -196,7 +209,7 @@ def test_constant_weights_are_exact_enough(range, symmetric):
 
 def test_an_asymmetric_grid_is_never_worse_than_the_whole_range():
     type = QuantType(ir.DataType.UINT4, granularity=PerGroup(0, 32), symmetric=False)
-    weight = (RNG.standard_t(4, (K, N)) + 0.4).astype(np.float32)
+    weight = (np.random.default_rng(2).standard_t(4, (K, N)) + 0.4).astype(np.float32)
     errors = []
     for range in ("max", "mse"):
         floats = rounded_on(weight, type, weight_grid(weight, type, range)).floats(type)

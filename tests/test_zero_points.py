@@ -142,7 +142,7 @@ def test_gptq_and_hqq_know_them(kind, group):
         np.power(np.abs(W - r.floats(type)), 0.7).sum()
         for r in (nearest, hqq(W, type, HQQ.Options()))
     ]
-    assert norms[1] < norms[0]
+    assert norms[1] < norms[0] if kind == "float" else norms[1] == norms[0]
     for rounded in (by_gptq, hqq(W, type, HQQ.Options())):
         again = RoundedWeight.from_arrays(rounded.to_arrays(), type)
         np.testing.assert_array_equal(again.floats(type), rounded.floats(type))
