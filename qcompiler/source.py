@@ -58,9 +58,11 @@ def check_whole(model: ir.Model, name: str) -> None:
             is missing, in it or in one of its functions.
     """
     opset = model.graph.opset_imports.get("", _OLDEST_OPSET)
-    if opset < _OLDEST_OPSET:
+    old = next((node for node in every_node(model.graph) if _is_too_old(node, opset)), None)
+    if opset < 1 or old is not None:
+        op = "ops" if old is None else f"ops such as {old.op_type}"
         raise ModelError(
-            f"{name} is of opset {opset}, and ONNX Runtime has no kernels of ops below "
+            f"{name} is of opset {opset}, and ONNX Runtime has no kernels of {op} below "
             f"{_OLDEST_OPSET}, so that nothing could be compared with it: export it again, or "
             f"convert it with onnx.version_converter.convert_version(model, {_OLDEST_OPSET})"
         )
@@ -106,6 +108,17 @@ def _missing(model: ir.Model, owner: ir.Graph | ir.Function, called: str) -> Ite
         for value in graph.initializers.values():
             for problem in _untyped(value.const_value):
                 yield f"the weight {value.name!r} {problem}"
+
+
+def _is_too_old(node: ir.Node, opset: int) -> bool:
+    """Whether an op changed before the first opset that ONNX Runtime has kernels of."""
+    if opset >= _OLDEST_OPSET or node.domain not in ("", "ai.onnx"):
+        return False
+    try:
+        versions = [onnx.defs.get_schema(node.op_type, n) for n in (opset, _OLDEST_OPSET)]
+    except onnx.defs.SchemaError:
+        return True
+    return len({schema.since_version for schema in versions}) > 1
 
 
 def _is_undefined(value: ir.Value) -> bool:

@@ -154,9 +154,15 @@ def test_an_opset_of_the_future(tmp_path):
 
 @pytest.mark.parametrize("opset", [-1, 0, 1, 6])
 def test_an_opset_before_onnxruntime(tmp_path, opset):
-    model = model_of(MATMUL, {"w": W}, head=f'<ir_version: 3, opset_import: ["" : {opset}]>\n')
+    text = MATMUL.replace("MatMul (x, w)", "Add (x, x)") if opset > 0 else MATMUL
+    model = model_of(text, {"w": W}, head=f'<ir_version: 3, opset_import: ["" : {opset}]>\n')
     with pytest.raises(ModelError, match=rf"opset {opset}, .* below 7.*convert_version.model, 7"):
         qcompiler.compile(model, "arm-int8", tmp_path / "b")
+
+
+def test_ops_that_are_older_than_onnxruntime_and_did_not_change(tmp_path):
+    model = model_of(MATMUL, {"w": W}, head='<ir_version: 3, opset_import: ["" : 6]>\n')
+    assert qcompiler.compile(model, "arm-int8", tmp_path / "b").bundle.is_dir()
 
 
 def test_inputs_with_defaults(tmp_path):
