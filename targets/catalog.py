@@ -90,6 +90,4 @@ def fingerprint(target: Target) -> str:
 
 def _backend(target: Target) -> Backend | None:
     """What makes the target's kernels; None while it has none."""
-    if target.arch == "x86" and target.scheme.name != "int8":
-        return None
     return backend_of(target.arch)

@@ -51,10 +51,10 @@ def test_golden_nothing_to_bind():
         outputs y""",
         """inputs x
         v2, v3 = qcompiler.Quantize {'block_size': '64'} (x)
-        # body, unexpected: no x86-int4 kernels yet
+        # body, unexpected: no arm-int4 kernels yet
         y = qcompiler.QMatMulW4A8 {'block_size': '32'} (v2, v3, v4, v5)
-        # body, unexpected: no x86-int4 kernels yet
+        # body, unexpected: no arm-int4 kernels yet
         outputs y""",
-        target="x86-int4",
+        target="arm-int4",
         notes=True,
     )

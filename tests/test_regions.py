@@ -282,11 +282,11 @@ def test_golden_a_product_without_a_kernel():
         outputs y""",
         """inputs x
         v2, v3 = qcompiler.Quantize {'block_size': '64'} (x)
-        # body, unexpected: no x86-int4 kernels yet
+        # body, unexpected: no arm-int4 kernels yet
         v6 = qcompiler.QMatMulW4A8 {'block_size': '32'} (v2, v3, v4, v5)
-        # body, unexpected: no x86-int4 kernels yet
+        # body, unexpected: no arm-int4 kernels yet
         y = Relu  (v6)
         outputs y""",
-        target="x86-int4",
+        target="arm-int4",
         notes=True,
     )

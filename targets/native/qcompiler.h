@@ -92,6 +92,7 @@ struct qc_variant {
     void (*attention)(const struct qc_attention_args *);
     int tile_rows, tile_vectors;
     int most_lacking; /* of split rows, see split_rows.c; 0: it reads activations as they are */
+    int chunk, chunks; /* of int4 weights: elements that are added up as integers, and how many so */
     int block_rows; /* the most rows of one call of attention */
     const struct qc_cuda_kernels *cuda;
 };
@@ -122,7 +123,7 @@ struct qc_anchor {
 
 extern const struct qc_anchor qc_quantize;
 extern const struct qc_anchor qc_qmatmul_w8a8, qc_qmatmul_u8s8, qc_qmatmul_u8u8;
-extern const struct qc_anchor qc_dynamic_qmatmul_w8a8;
+extern const struct qc_anchor qc_dynamic_qmatmul_w8a8, qc_qmatmul_w4a8;
 extern const struct qc_anchor qc_attention, qc_masked_attention;
 extern const struct qc_anchor qc_layer_norm, qc_add_layer_norm, qc_rms_norm, qc_add_rms_norm;
 

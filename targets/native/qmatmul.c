@@ -98,7 +98,7 @@ static OrtStatus *quantize_then_run(struct qmatmul_run *run, OrtKernelContext *c
     return qc_run_qmatmul(run, context);
 }
 
-static OrtStatus *bind(struct qmatmul_run *run, OrtKernelContext *context) {
+OrtStatus *qc_bind_qmatmul(struct qmatmul_run *run, OrtKernelContext *context) {
     const struct qc_op *op = run->kernel->op;
     struct qc_shape shape;
     QC_TRY(bind_activations(run, context, &shape));
@@ -120,7 +120,7 @@ static struct qmatmul_run start(const struct qmatmul *kernel) {
 
 static OrtStatus *qmatmul_compute(void *state, OrtKernelContext *context) {
     struct qmatmul_run run = start(state);
-    QC_TRY(bind(&run, context));
+    QC_TRY(qc_bind_qmatmul(&run, context));
     if (run.rows == 0) return NULL;
     if (run.x && run.rows <= QUANTIZED_ROWS && run.rows * run.kernel->op->spec->k <= FEW_BYTES)
         return quantize_then_run(&run, context);
@@ -130,7 +130,7 @@ static OrtStatus *qmatmul_compute(void *state, OrtKernelContext *context) {
 static OrtStatus *qmatmul_u8_compute(void *state, OrtKernelContext *context) {
     struct qmatmul_run run = start(state);
     int32_t few[FEW_NUMBERS], *allocated = NULL;
-    QC_TRY(bind(&run, context));
+    QC_TRY(qc_bind_qmatmul(&run, context));
     if (run.rows == 0) return NULL;
     OrtStatus *status = bind_zero_point(&run, context, few, &allocated);
     if (!status) status = qc_run_qmatmul(&run, context);
@@ -146,7 +146,7 @@ static void qmatmul_destroy(void *state) {
 
 /* Large weights in large pages, if the system gives them to who asks: one row is multiplied 1.7 times
  * as fast then.  64: so that no load of a whole vector crosses a cache line. */
-static void *allocate(size_t bytes) {
+void *qc_allocate(size_t bytes) {
     const size_t page = (size_t)2 << 20;
     const int is_large = bytes >= 2 * page;
     void *memory = NULL;
@@ -191,7 +191,7 @@ static OrtStatus *qmatmul_create(const struct qc_op *op, const OrtKernelInfo *in
     const size_t columns = (size_t)(panels * panel_columns);
     const size_t weight_bytes = columns * (size_t)ceil_div(k, 4) * 4;
     struct qmatmul *kernel = malloc(sizeof *kernel);
-    void *memory = kernel ? allocate(weight_bytes + columns * 12) : NULL;
+    void *memory = kernel ? qc_allocate(weight_bytes + columns * 12) : NULL;
     if (!memory) {
         free(kernel);
         return qc_error(op, "out of memory for %zu bytes of packed weights", weight_bytes);

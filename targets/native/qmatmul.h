@@ -29,6 +29,14 @@ struct split_rows {
     uint16_t *groups;
 };
 
+/* Activations less 128, in whole chunks, and where the sums of each chunk start, see centred_rows.c. */
+struct centred_rows {
+    const uint8_t *q;
+    int64_t rows, k, chunk, chunks, tasks;
+    int8_t *centred;
+    int32_t *starts;
+};
+
 struct qmatmul_run {
     const struct qmatmul *kernel;
     struct qc_qmatmul_args args; /* of the whole; y, rows and panels are set per task */
@@ -37,6 +45,7 @@ struct qmatmul_run {
     char *y[QC_MAX_PARTS];
     int64_t rows, block_rows, panel_groups;
     struct split_rows split;
+    struct centred_rows centred; /* of int4 weights */
 };
 
 struct quantized {
@@ -81,6 +90,18 @@ void qc_place_split(struct split_rows *split, char *memory);
 OrtStatus *qc_split(struct split_rows *split, OrtKernelContext *context);
 /* Lets args read the block from `row` on. */
 void qc_read_split(const struct split_rows *split, int64_t row, struct qc_qmatmul_args *args);
+
+/* The memory that centred rows take. */
+size_t qc_plan_centred(const struct centred_rows *centred);
+void qc_place_centred(struct centred_rows *centred, char *memory);
+OrtStatus *qc_centre(struct centred_rows *centred, OrtKernelContext *context);
+/* Lets args read the rows from `row` on. */
+void qc_read_centred(const struct centred_rows *centred, int64_t row, struct qc_qmatmul_args *args);
+
+/* Memory for packed weights, to be freed. */
+void *qc_allocate(size_t bytes);
+/* The operands and results of a run by activations with a scale per row. */
+OrtStatus *qc_bind_qmatmul(struct qmatmul_run *run, OrtKernelContext *context);
 
 /* Cuts the work into blocks of rows times groups of panels, and runs it. */
 OrtStatus *qc_run_qmatmul(struct qmatmul_run *run, OrtKernelContext *context);

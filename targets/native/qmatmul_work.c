@@ -86,6 +86,8 @@ static void qmatmul_task(void *argument, size_t index) {
     }
     if (run->split.split)
         qc_read_split(&run->split, row, &args);
+    else if (run->centred.centred)
+        qc_read_centred(&run->centred, row, &args);
     else
         args.q += row * spec->k;
     if (!has_zero_point(kernel->op)) args.s += row;
@@ -138,9 +140,24 @@ static int64_t split(struct qmatmul_run *run) {
     return blocks * run->panel_groups;
 }
 
+static OrtStatus *centre_and_run(struct qmatmul_run *run, size_t tasks, OrtKernelContext *context) {
+    const struct qc_op *op = run->kernel->op;
+    run->centred = (struct centred_rows){.q = run->args.q, .rows = run->rows, .k = op->spec->k,
+                                         .chunk = op->variant->chunk, .chunks = op->variant->chunks};
+    const size_t bytes = qc_plan_centred(&run->centred);
+    char *memory = malloc(bytes);
+    if (!memory) return qc_error(op, "out of memory for %zu bytes of activations", bytes);
+    qc_place_centred(&run->centred, memory);
+    OrtStatus *status = qc_centre(&run->centred, context);
+    if (!status) status = qc_parallel(context, qmatmul_task, tasks, run);
+    free(memory);
+    return status;
+}
+
 OrtStatus *qc_run_qmatmul(struct qmatmul_run *run, OrtKernelContext *context) {
     const struct qc_op *op = run->kernel->op;
     const size_t tasks = (size_t)split(run);
+    if (op->variant->chunk) return centre_and_run(run, tasks, context);
     if (run->x || !op->variant->most_lacking) return qc_parallel(context, qmatmul_task, tasks, run);
     run->split = rows_to_split(run, run->args.q, run->rows, run->block_rows);
     const size_t bytes = qc_plan_split(&run->split);

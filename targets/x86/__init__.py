@@ -13,7 +13,8 @@ from pathlib import Path
 from qcompiler.ir.attention import BFLOAT16
 from qcompiler.ir.region import HALF, Region
 from qcompiler.targets.cache import content_key
-from qcompiler.targets.x86.families import FAMILIES, MAX_ELEMENTS
+from qcompiler.targets.x86.families import FAMILIES
+from qcompiler.targets.x86.family import MAX_ELEMENTS
 from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
 
 __all__ = [

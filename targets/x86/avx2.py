@@ -37,6 +37,20 @@ class Avx2(VectorUnit):
         ones = tir.broadcast(tir.constant(1, "int16"), 2 * LANES)
         return total + _by_halves("int32", "llvm.x86.avx2.pmadd.wd", sum(second, first), ones)
 
+    nibble_sums = ("int16", 2 * LANES)
+
+    def add_nibbles(self, total: Expr, nibbles: Expr, activations: Expr) -> Expr:
+        """`total` plus two products per lane (vpmaddubsw, vpaddw); 16 of 15 * 128 fit."""
+        everywhere = tir.reinterpret("int8x64", tir.broadcast(activations))
+        return total + _by_halves(
+            "int16", "llvm.x86.avx2.pmadd.ub.sw", nibbles, everywhere, width=16
+        )
+
+    def whole_sums(self, total: Expr) -> Expr:
+        """The int32x16 that a total of `add_nibbles` is (vpmaddwd by 1)."""
+        ones = tir.broadcast(tir.constant(1, "int16"), 2 * LANES)
+        return _by_halves("int32", "llvm.x86.avx2.pmadd.wd", total, ones)
+
     def round_to_int32(self, value: Expr) -> Expr:
         """Nearest integer, ties to even."""
         return _by_halves("int32", "llvm.x86.avx.cvt.ps2dq.256", value)
@@ -86,6 +100,13 @@ class AvxVnni(Avx2):
 
     splits = False
     dot_products_u8s8 = VectorUnit.dot_products_u8s8
+    nibble_sums = VectorUnit.nibble_sums
+    whole_sums = VectorUnit.whole_sums
+
+    def add_nibbles(self, total: Expr, nibbles: Expr, activations: Expr) -> Expr:
+        """`total` plus four products per lane (vpdpbusd)."""
+        everywhere = tir.reinterpret("int8x64", tir.broadcast(activations))
+        return _by_halves("int32", "llvm.x86.avx512.vpdpbusd.256", total, nibbles, everywhere)
 
     def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
         """`total` plus four products per lane (vpdpbusd)."""

@@ -35,6 +35,11 @@ class Avx512(VectorUnit):
         """The same of a uint8x64 and an int8x64."""
         return tir.intrinsic("int32x16", "llvm.x86.avx512.vpdpbusd.512", total, unsigned, signed)
 
+    def add_nibbles(self, total: Expr, nibbles: Expr, activations: Expr) -> Expr:
+        """`total` plus four products per lane (vpdpbusd)."""
+        everywhere = tir.reinterpret("int8x64", tir.broadcast(activations))
+        return self.dot_product_bytes(total, nibbles, everywhere)
+
     def round_to_int32(self, value: Expr) -> Expr:
         """Nearest integer, ties to even; `T.round` rounds ties away from zero."""
         return _masked("int32x16", "llvm.x86.avx512.mask.cvtps2dq.512", value, tir.broadcast(0))

@@ -6,7 +6,6 @@ One row per anchor.  Nothing here imports tvm; a row's generator does when it is
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from qcompiler.ir.attention import INT8
@@ -15,14 +14,14 @@ from qcompiler.ir.region import Region
 from qcompiler.targets.epilogue import unsupported_epilogue
 from qcompiler.targets.x86.attention_shape import MAX_DEPTH as MAX_HEAD
 from qcompiler.targets.x86.attention_shape import attention_shape, int8_attention_shape
+from qcompiler.targets.x86.family import MAX_ELEMENTS, Family
 from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
+from qcompiler.targets.x86.w4_family import W4A8
 
-__all__ = ["FAMILIES", "MAX_ELEMENTS", "Family", "differences", "most_lacking", "norm_operands"]
+__all__ = ["FAMILIES", "differences", "most_lacking", "norm_operands"]
 
 MAX_PARTS = 8
-MAX_ELEMENTS = 1 << 30
-"""Kernels index a row, and the packed weights, with int32."""
 MAX_QUANTIZED_DEPTH = 4096
 """A tile of such rows fits the 64 KiB that DynamicQMatMulW8A8 quantizes into."""
 MAX_QUANTIZED_WIDTH = 1024
@@ -37,35 +36,6 @@ MAX_ASYMMETRIC_DEPTH = {
     "QMatMulU8U8": (1 << 31) // (255 * 255) - 1,
 }
 """The same where a zero point of 0 or 255 makes factors as large as 255."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """Kernels of one anchor op.
-
-    Attributes:
-        sizes: Names of a region's sizes, in order.
-        anchor: The `struct qc_anchor` that runs them, in targets/native/.
-        member: The function pointer of `struct qc_variant`; its arguments are
-            `struct qc_<member>_args`.
-        parameters: C type and expression (from the arguments `a`) of each kernel parameter.
-        unsupported: Why a region has no kernel, or None.
-        generate: The TIR of a region's kernel for an instruction set; None for one that is made of
-            others'.
-        parts: The regions whose kernels it is made of.
-        constants: Further members of `struct qc_variant`, as C initializers.
-        isas: The instruction sets it is compiled for, in order of preference.
-    """
-
-    sizes: tuple[str, ...]
-    anchor: str
-    member: str
-    parameters: Callable[[Region, Isa], list[tuple[str, str]]]
-    unsupported: Callable[[Region], str | None]
-    generate: Callable[[Region, Isa], Any] | None
-    constants: Callable[[Region, Isa], dict[str, int]] = lambda region, isa: {}
-    isas: tuple[Isa, ...] = (AVX512_VNNI, AVX2)
-    parts: Callable[[Region], tuple[Region, ...]] = lambda region: ()
 
 
 def _generate_quantize(region: Region, isa: Isa) -> Any:
@@ -298,6 +268,7 @@ FAMILIES = {
         (AVX512_VNNI, AVX_VNNI, AVX2),
         _dynamic_parts,
     ),
+    "QMatMulW4A8": W4A8,
     "LayerNorm": _norm("qc_layer_norm"),
     "AddLayerNorm": _norm("qc_add_layer_norm"),
     "RMSNorm": _norm("qc_rms_norm"),

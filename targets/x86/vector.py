@@ -203,6 +203,20 @@ class VectorUnit(ABC):
             lambda so_far, pair: self.dot_product_u8s8(so_far, *pair), factors, total
         )
 
+    nibble_sums = ("int32", LANES)
+    """Type and lanes of what `add_nibbles` adds up."""
+
+    @abstractmethod
+    def add_nibbles(self, total: Expr, nibbles: Expr, activations: Expr) -> Expr:
+        """`total` plus the products of a uint8x64 below 16 and the int8 of `activations`.
+
+        Those are the bits of an int32, used for all lanes.
+        """
+
+    def whole_sums(self, total: Expr) -> Expr:
+        """The int32x16 that a total of `add_nibbles` is."""
+        return total
+
     @abstractmethod
     def round_to_int32(self, value: Expr) -> Expr:
         """Nearest integer, ties to even; `T.round` rounds ties away from zero."""

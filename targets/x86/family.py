@@ -1,0 +1,44 @@
+"""What a family of kernels is.  Imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from qcompiler.ir.region import Region
+from qcompiler.targets.x86.isa import AVX2, AVX512_VNNI, Isa
+
+__all__ = ["MAX_ELEMENTS", "Family"]
+
+MAX_ELEMENTS = 1 << 30
+"""Kernels index a row, and the packed weights, with int32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Kernels of one anchor op.
+
+    Attributes:
+        sizes: Names of a region's sizes, in order.
+        anchor: The `struct qc_anchor` that runs them, in targets/native/.
+        member: The function pointer of `struct qc_variant`; its arguments are
+            `struct qc_<member>_args`.
+        parameters: C type and expression (from the arguments `a`) of each kernel parameter.
+        unsupported: Why a region has no kernel, or None.
+        generate: The TIR of a region's kernel for an instruction set; None for one that is made of
+            others'.
+        parts: The regions whose kernels it is made of.
+        constants: Further members of `struct qc_variant`, as C initializers.
+        isas: The instruction sets it is compiled for, in order of preference.
+    """
+
+    sizes: tuple[str, ...]
+    anchor: str
+    member: str
+    parameters: Callable[[Region, Isa], list[tuple[str, str]]]
+    unsupported: Callable[[Region], str | None]
+    generate: Callable[[Region, Isa], Any] | None
+    constants: Callable[[Region, Isa], dict[str, int]] = lambda region, isa: {}
+    isas: tuple[Isa, ...] = (AVX512_VNNI, AVX2)
+    parts: Callable[[Region], tuple[Region, ...]] = lambda region: ()

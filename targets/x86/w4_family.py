@@ -1,0 +1,121 @@
+"""The kernels of `QMatMulW4A8`: which products have one, and what it is called with."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from qcompiler.ir.region import Region
+from qcompiler.targets.epilogue import unsupported_epilogue
+from qcompiler.targets.x86.family import MAX_ELEMENTS, Family
+from qcompiler.targets.x86.isa import AVX2, AVX512_VNNI, AVX_VNNI, Isa
+from qcompiler.targets.x86.tile import TileShape
+
+__all__ = ["EIGHT", "W4A8", "Chunks", "chunks_of", "w4_tile"]
+
+EIGHT = 8
+"""Rows of weights that bytes hold two by two."""
+
+_WIDENED = 32
+"""After so many products AVX2 widens an int16."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """How K is cut: into groups, and those into what is added up in integers.
+
+    Attributes:
+        size: Elements of a chunk, a multiple of 8.
+        per_group: Chunks of a group.
+        groups: How many there are, as many as scales of a column.
+    """
+
+    size: int
+    per_group: int
+    groups: int
+
+    @property
+    def count(self) -> int:
+        """Of all chunks."""
+        return self.per_group * self.groups
+
+    @property
+    def padded_k(self) -> int:
+        """Elements of a row of activations."""
+        return self.count * self.size
+
+    @property
+    def eights(self) -> int:
+        """Of a panel."""
+        return self.padded_k // EIGHT
+
+
+def chunks_of(region: Region, isa: Isa) -> Chunks:
+    """The chunks of a region; a single group is padded to whole ones."""
+    k, group = region.size("K"), region.size("G")
+    groups = -(-k // group)
+    if groups == 1:
+        group = -(-k // EIGHT) * EIGHT
+    size = math.gcd(group, _WIDENED) if isa == AVX2 else group
+    return Chunks(size, group // size, groups)
+
+
+def w4_tile(isa: Isa) -> TileShape:
+    """The tile for an instruction set."""
+    return TileShape(8, 2) if isa == AVX512_VNNI else TileShape(4, 1)
+
+
+def _unsupported(region: Region) -> str | None:
+    k, n, group = (region.size(name) for name in ("K", "N", "G"))
+    if group < k and group % EIGHT:
+        return f"groups of {group}: kernels take multiples of {EIGHT}, or all of K"
+    if region.widths:
+        return "kernels of int4 weights have one result"
+    columns = w4_tile(AVX512_VNNI).columns
+    if -(-n // columns) * columns * (k + group) > MAX_ELEMENTS:
+        return f"{k} x {n} weights: kernels take up to 2^30"
+    return unsupported_epilogue(region)
+
+
+def _generate(region: Region, isa: Isa) -> Any:
+    from qcompiler.targets.x86.qmatmul_w4 import qmatmul_w4_function
+
+    return qmatmul_w4_function(region, isa)
+
+
+def _parameters(region: Region, isa: Isa) -> list[tuple[str, str]]:
+    return [
+        ("const uint8_t *", "a->q"),
+        ("const int32_t *", "a->init"),
+        ("const float *", "a->s"),
+        ("const int8_t *", "a->weights"),
+        ("const float *", "a->ws"),
+        *(("const float *", f"a->extra[{i}]") for i in range(len(region.extras))),
+        ("uint8_t *" if region.is_quantized else "float *", "a->y"),
+        ("int32_t", "a->rows"),
+        ("int32_t", "a->panel_begin"),
+        ("int32_t", "a->panel_end"),
+    ]
+
+
+def _constants(region: Region, isa: Isa) -> dict[str, int]:
+    tile, chunks = w4_tile(isa), chunks_of(region, isa)
+    return {
+        "tile_rows": tile.rows,
+        "tile_vectors": tile.vectors,
+        "chunk": chunks.size,
+        "chunks": chunks.count,
+    }
+
+
+W4A8 = Family(
+    ("K", "N", "G"),
+    "qc_qmatmul_w4a8",
+    "qmatmul",
+    _parameters,
+    _unsupported,
+    _generate,
+    _constants,
+    (AVX512_VNNI, AVX_VNNI, AVX2),
+)
