@@ -22,6 +22,19 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """How groups are stored, by the name in the table."""
 
+WAYS: dict[str, tuple[str, ...]] = {
+    "int4": ("nearest, max", "nearest, mse", "awq", "gptq", "awq_gptq"),
+    "uint4 with zero points": ("nearest, max", "awq", "gptq"),
+    "int4 with float zero points": ("nearest, max", "hqq", "awq", "gptq"),
+    "int4, int8 scales": ("nearest, max", "gptq"),
+    "int4, int8 scales and zero points": ("nearest, max", "hqq", "awq", "gptq"),
+    "int3": ("nearest, max", "gptq"),
+    "int3 with float zero points": ("nearest, max", "gptq"),
+    "int2": ("nearest, max", "gptq"),
+    "int2 with float zero points": ("nearest, max", "hqq", "gptq"),
+}
+"""How they are rounded in the table; hqq without float zero points rounds to nearest."""
+
 
 def type_of(group: int, kind: str, depth: int) -> QuantType:
     """The type of a matrix of `depth` rows; a channel is a group of all of them."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import tempfile
+import types
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import version_converter
 from weight_cases import Feeds
 
@@ -15,7 +21,17 @@ Write = Callable[[Path, Path, int], None]
 """From a float file to a quantized one, with so many weights per scale."""
 
 ONNXSIM_GROUP = 32
-"""The only one that it has."""
+"""The only one that its own passes have, and llama.cpp, and ONNX Runtime's k-quant."""
+
+
+def peers_of(group: int) -> list[str]:
+    """The names of those that have groups of a size; 0 is one scale per channel."""
+    names = ["ORT RTN, asymmetric", "ORT RTN, symmetric", "ORT HQQ, float zero points"]
+    names += ["ORT GPTQ", "ORT GPTQ, symmetric"]
+    if group != ONNXSIM_GROUP:
+        return [*names, *(f"onnxsim MatMulNBits, {way}" for way in ("HQQ", "GPTQ") if group)]
+    names += ["ORT k-quant", *(f"onnxsim {way}" for way in ("RTN", "GPTQ", "AWQ", "HQQ"))]
+    return [*names, *(f"llama.cpp {way}" for way in ("Q4_0", "Q4_1", "Q4_K"))]
 
 
 def of_onnxruntime(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
@@ -36,17 +52,51 @@ def of_onnxruntime(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
     def k_quant(source: Path, output: Path, group: int) -> None:
         _quantize(nbits.KQuantWeightOnlyQuantConfig(), head, source, output, group)
 
-    def gptq(source: Path, output: Path, group: int) -> None:
-        config = nbits.GPTQWeightOnlyQuantConfig(_reader(calibration), block_size=group)
-        _quantize(config, head, source, output, group)
+    def gptq(symmetric: bool) -> Write:
+        def write(source: Path, output: Path, group: int) -> None:
+            config = nbits.GPTQWeightOnlyQuantConfig(_reader(calibration), block_size=group)
+            with _each_sample_once():
+                _quantize(config, head, source, output, group, is_symmetric=symmetric)
+
+        return write
 
     return {
         "ORT RTN, asymmetric": default(False),
         "ORT RTN, symmetric": default(True),
         "ORT HQQ, float zero points": hqq,
         "ORT k-quant": k_quant,
-        "ORT GPTQ": gptq,
+        "ORT GPTQ": gptq(False),
+        "ORT GPTQ, symmetric": gptq(True),
     }
+
+
+@contextlib.contextmanager
+def _each_sample_once() -> Iterator[None]:
+    """Spare ONNX Runtime's GPTQ most of its time, and change no value.
+
+    It runs the whole model with all samples once more for every product's input, 120 times for
+    SmolLM2, which was not done in 15 minutes.  Here all inputs are written down the first time.
+    """
+    from onnxruntime.quantization.neural_compressor import weight_only
+
+    with tempfile.TemporaryDirectory() as folder:
+
+        class Session(ort.InferenceSession):  # type: ignore[misc]
+            def run(self, names: Sequence[str], feed: Feeds) -> list[Any]:
+                there = Path(folder) / f"{id(feed)}"
+                if not there.exists():
+                    there.mkdir()
+                    outputs = [value.name for value in self.get_outputs()]
+                    for name, array in zip(outputs, super().run(outputs, feed), strict=True):
+                        np.save(there / f"{outputs.index(name)}.npy", array)
+                numbers = {value.name: i for i, value in enumerate(self.get_outputs())}
+                return [np.load(there / f"{numbers[name]}.npy") for name in names]
+
+        replaced = types.SimpleNamespace(
+            InferenceSession=Session, SessionOptions=ort.SessionOptions
+        )
+        with mock.patch.object(weight_only, "ort", replaced):
+            yield
 
 
 def _quantize(config: Any, head: str, source: Path, output: Path, group: int, **more: Any) -> None:
@@ -84,7 +134,7 @@ def _reader(calibration: Sequence[Feeds]) -> Any:
 
 
 def of_onnxsim(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
-    """onnxsim's, of groups of 32: they spare no product, so that the head is put back."""
+    """What onnxsim has itself, of groups of 32: no product is spared, so the head is put back."""
     import onnxsim
 
     def of_opset_21(source: Path) -> onnx.ModelProto:
@@ -111,6 +161,39 @@ def of_onnxsim(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
         write(with_float_head(rounded, source, head), output)
 
     return {"onnxsim RTN": nearest, "onnxsim GPTQ": gptq, "onnxsim AWQ": awq, "onnxsim HQQ": hqq}
+
+
+def of_onnxsim_in_groups(calibration: Sequence[Feeds], head: str) -> dict[str, Write]:
+    """Its MatMulNBits, of any groups, as AMD's Quark makes them; per channel without HQQ.
+
+    GPTQ passes errors on only if it is asked to, and reads one sample: here all, side by side.
+    """
+    from onnxsim.quark_matmul_nbits import quantize_matmul_nbits
+
+    names = list(calibration[0])
+    first = calibration[0][names[0]].shape
+    same = [feeds for feeds in calibration if feeds[names[0]].shape == first]
+    batch = {name: np.concatenate([feeds[name] for feeds in same]) for name in names}
+
+    def written(algorithm: str) -> Write:
+        def write(source: Path, output: Path, group: int) -> None:
+            rounded, _ = quantize_matmul_nbits(
+                onnx.load(source),
+                group_size=group,
+                algorithm=algorithm,
+                exclude_nodes=[head] if head else (),
+                gptq_params={"GroupSize": group, "PerChannel": True, "WeightSymmetric": False,
+                             "Compensate": True},
+                calibration=[batch],
+            )  # fmt: skip
+            onnx.save(rounded, output, save_as_external_data=True, location=f"{output.name}.data")
+
+        return write
+
+    return {
+        "onnxsim MatMulNBits, HQQ": written("HQQ"),
+        "onnxsim MatMulNBits, GPTQ": written("GPTQ"),
+    }
 
 
 def stored_bits(file: Path) -> float:

@@ -87,7 +87,8 @@ def markdown(results: dict[str, Any]) -> str:
 def _figures(cell: dict[str, Any]) -> str:
     """Its scores, or why there are none."""
     if "error" in cell:
-        return str(cell["error"]).partition(":")[0]
+        kind, _, why = str(cell["error"]).partition(": ")
+        return f"{kind}: {why.rpartition('] ')[2][:70]}".replace(" || ", " or ").strip(" |")
     return ", ".join(
         f"{cell[score]:.1f} dB" if score == "sqnr_db" else f"{cell[score]:.2f}"
         for score in SCORES

@@ -1,12 +1,14 @@
 """4-bit weights of three models, rounded in several ways: scores, time and memory.
 
     pip install '.[cpu]' torch transformers accelerate gguf tokenizers scipy onnxsim
-    python benchmarks/weights.py smollm2 --text wikitext2-valid.txt --json FILE
-    python benchmarks/weights.py minilm --sts sts-dev.csv --train sts-train.csv --json FILE
-    python benchmarks/weights.py whisper --sts sts-dev.csv --json FILE
+    python benchmarks/weights.py --text WIKITEXT2 --sts STS_DEV --train STS_TRAIN --json FILE
+
+fills the whole table of docs/weights.md, ours and all peers.  Each figure is measured by a process
+of its own and written down at once, so that the command goes on where it was stopped.  `--model`,
+`--group`, `--kind` and `--only` choose some.
 
 SmolLM2 is scored by its perplexity on windows of 512 tokens from the beginning of WikiText-2's
-validation part (CC BY-SA 3.0), and calibrated with 32 windows of its end.  MiniLM is scored on the
+validation part (CC BY-SA 3.0), and calibrated with windows of its end.  MiniLM is scored on the
 dev split of the STS benchmark, and calibrated with sentences of the training split.  The decoder of
 Whisper tiny.en is scored on sentences of that split that espeak-ng says.  The matrices
 of all layers are rounded; embeddings, and the head that shares its table with one, stay float; so
@@ -20,196 +22,81 @@ float, so that groups of 32 are easy, above all with such zero points (ONNX Runt
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import dataclasses
+import json
 import logging
-import resource
-import tempfile
-import time
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-from llama_cpp import bits_of, rounded
 from weight_cases import Case, minilm, smollm2, whisper_decoder
-from weight_kinds import KINDS, bits_of_kind, type_of
-from weight_peers import ONNXSIM_GROUP, of_onnxruntime, of_onnxsim, stored_bits
+from weight_cells import measure
+from weight_kinds import KINDS, WAYS
+from weight_peers import peers_of
 from weight_table import Table
 
-from qcompiler.frontend import load_model
-from qcompiler.ir.decisions import NodePlan, plan_of, set_plan
-from qcompiler.ir.graph import constant, new_initializer
-from qcompiler.passes.awq import AWQ
-from qcompiler.passes.gptq import GPTQ
-from qcompiler.passes.hqq import HQQ
-from qcompiler.passes.round_to_nearest import RoundToNearest
-from qcompiler.passes.second_moments import LayerRuns
-from qcompiler.passes.widen_constants import dequantized_constant
-from qcompiler.pipeline import Pipeline
-from qcompiler.recipe import Recipe
-from qcompiler.samples import Samples
-from qcompiler.walk import walker
+GROUPS = {"smollm2": (32, 64, 128, 0), "minilm": (64,), "whisper": (64,)}
+"""Weights per scale of each model; 0: one scale per channel."""
 
-GROUPS = (32, 64, 128, 0)
-"""Weights per scale; 0: one scale per channel."""
+COUNTS = {"smollm2": (8, 8), "minilm": (400, 64), "whisper": (56, 12)}
+"""Windows, pairs or sentences that are scored, and that calibrate."""
 
-LLAMA_CPP = ("Q4_0", "Q4_1", "Q4_K")
-LLAMA_CPP_GROUP = 32
-"""All have groups of it."""
-
-Score = Callable[[Path], dict[str, float]]
+WANTED = {"smollm2": ("text",), "minilm": ("sts", "train"), "whisper": ("sts",)}
+"""The files that a model is scored and calibrated with."""
 
 
-def planned(source: Path, head: str) -> ir.Model:
-    """The model with its layers planned, float activations."""
-    recipe = Recipe(keep_float=(head,) if head else ())
-    pipeline = Pipeline.default("cuda-int4", recipe)
-    names = [step.name for step in pipeline]
-    for name in names[names.index("assign-precision") + 1 :]:
-        pipeline.remove(name)
-    return pipeline.run(load_model(source))
-
-
-def with_type(model: ir.Model, group: int, kind: str, rounding: str) -> ir.Model:
-    """A copy whose layers are to be stored, and rounded, so."""
-    copy = model.clone()
-    for old, new in zip(model.graph, copy.graph, strict=True):
-        if plan_of(old) is not None:
-            type = type_of(group, kind, _shape(new)[0])
-            set_plan(new, NodePlan(type, None, rounding=rounding.split(",")[0]))
-    return copy
-
-
-def _shape(product: ir.Node) -> tuple[int, int]:
-    weight = product.inputs[1]
-    assert weight is not None and weight.const_value is not None
-    depth, width = weight.const_value.shape.numpy()
-    return depth, width
-
-
-def save_floats(model: ir.Model, path: Path) -> None:
-    """Write the model with its rounded weights as floats: how ORT computes does not matter then."""
-    for node in list(model.graph):
-        if node.op_type == "DequantizeLinear":
-            floats = dequantized_constant(node.outputs[0])
-            if floats is None:
-                continue  # offsets of 8 bits, which are looked up as they are stored
-            value = new_initializer(model.graph, f"{node.name}_float", floats)
-            ir.convenience.replace_all_uses_with(node.outputs[0], value)
-            model.graph.remove(node, safe=True)
-    for value in list(model.graph.initializers.values()):
-        if not value.uses() and not value.is_graph_output():
-            del model.graph.initializers[value.name or ""]
-    ir.save(model, path, external_data=f"{path.name}.data")
-
-
-ROUNDINGS = ("nearest, max", "nearest, mse", "hqq", "awq", "gptq", "awq_gptq")
-"""Ours: to nearest by two kinds of scales, and by the passes of that name."""
-
-
-def round_weights(model: ir.Model, rounding: str, runs: LayerRuns) -> None:
-    """Round all planned layers."""
-    scale = "max" if rounding.endswith("max") else "mse"
-    for rewrite in (AWQ(runs), HQQ(runs), GPTQ(runs),
-                    RoundToNearest(RoundToNearest.Options(scale=scale))):  # fmt: skip
-        rewrite(model)
-
-
-def measure_ours(
-    model: ir.Model,
-    group: int,
-    kind: str,
-    rounding: str,
-    runs: LayerRuns,
-    score: Score,
-) -> dict[str, Any]:
-    """Scores, and what rounding took."""
-    copy = with_type(model, group, kind, rounding)
-    shapes = [_shape(node) for node in model.graph if plan_of(node) is not None]
-    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-    round_weights(copy, rounding, runs)
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    took = {
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "peak_mib": after.ru_maxrss / 1024,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        save_floats(copy, Path(folder) / "model.onnx")
-        bits = bits_of_kind(shapes, group, kind)
-        return {**score(Path(folder) / "model.onnx"), "bits": bits, **took}
-
-
-def measure_llama_cpp(model: ir.Model, kind: str, score: Score) -> dict[str, Any]:
-    """Scores with the values that llama.cpp rounds weights to, and bits per weight."""
-    copy = model.clone()
-    for old, new in zip(model.graph, copy.graph, strict=True):
-        if plan_of(old) is not None:
-            floats = constant(new.inputs[1])
-            assert floats is not None
-            value = new_initializer(copy.graph, f"{new.name}_{kind}", rounded(floats, kind))
-            new.replace_input_with(1, value)
-    with tempfile.TemporaryDirectory() as folder:
-        save_floats(copy, Path(folder) / "model.onnx")
-        return {**score(Path(folder) / "model.onnx"), "bits": bits_of(kind)}
-
-
-def measure_peer(
-    write: Callable[[Path, Path, int], None], source: Path, group: int, score: Score
-) -> dict[str, Any]:
-    """Scores, or why there are none."""
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "model.onnx"
-        try:
-            write(source, output, group)
-            seconds = time.perf_counter() - start
-            return {**score(output), "bits": stored_bits(output), "seconds": seconds}
-        except Exception as error:  # what a peer cannot do is a result
-            return {"error": f"{type(error).__name__}: {str(error)[:300]}"}
-
-
-def case_of(arguments: argparse.Namespace) -> Case:
-    """The model that was asked for."""
-    if arguments.model == "smollm2":
-        if arguments.text is None:
-            raise SystemExit("smollm2 wants --text")
-        counts = (arguments.count or 32, arguments.calibrate or 32)
-        return smollm2(arguments.text, *counts, held_out=arguments.held_out)
-    if arguments.model == "whisper":
-        if arguments.sts is None:
-            raise SystemExit("whisper wants --sts")
-        return whisper_decoder(arguments.sts, arguments.count or 40, arguments.calibrate or 16)
-    if arguments.sts is None or arguments.train is None:
-        raise SystemExit("minilm wants --sts and --train")
-    count, calibrate = arguments.count or 1500, arguments.calibrate or 256
+def case_of(model: str, arguments: argparse.Namespace) -> Case:
+    """A model with its samples."""
+    count, calibrate = counts_of(model, arguments)
+    if model == "smollm2":
+        return smollm2(arguments.text, count, calibrate, held_out=arguments.held_out)
+    if model == "whisper":
+        return whisper_decoder(arguments.sts, count, calibrate)
     return minilm(arguments.sts, arguments.train, count, calibrate)
 
 
-def measure_group(
-    table: Table, case: Case, model: ir.Model, group: int, kinds: Sequence[str], runs: LayerRuns
-) -> None:
-    """All contenders with so many weights per scale."""
-    for rounding in ROUNDINGS:
-        for kind in kinds:
-            asked = (model, group, kind, rounding, runs, case.score)
-            table.note(f"{rounding}, {kind}", group, partial(measure_ours, *asked))
-    writers = of_onnxruntime(case.calibration, case.head)
-    if group == ONNXSIM_GROUP:
-        writers |= of_onnxsim(case.calibration, case.head)
-    for name, write in writers.items():
-        # Per channel is one block longer than any column; it must be a power of two.
-        size = group or 2048
-        table.note(name, group, partial(measure_peer, write, case.source, size, case.score))
-    for kind in LLAMA_CPP if group == LLAMA_CPP_GROUP else ():
-        table.note(f"llama.cpp {kind}", group, partial(measure_llama_cpp, model, kind, case.score))
+def counts_of(model: str, arguments: argparse.Namespace) -> tuple[int, int]:
+    """How much is scored, and how much calibrates."""
+    count, calibrate = COUNTS[model]
+    return arguments.count or count, arguments.calibrate or calibrate
+
+
+def contenders(group: int, kinds: list[str]) -> Iterator[str]:
+    """The names of all, ours first, in groups of a size."""
+    for kind in kinds:
+        yield from (f"{way}, {kind}" for way in WAYS[kind])
+    yield from peers_of(group)
+
+
+def in_a_process(given: list[str], model: str, group: int, name: str) -> dict[str, Any]:
+    """Figures that another process measures: what it leaves in memory, or dies of, is its own."""
+    command = [sys.executable, __file__, *given, "--model", model, "--cell", f"{group}|{name}"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return {"error": f"the process ended with {done.returncode}"}
+    return dict(json.loads(lines[-1]))
+
+
+def fill(model: str, arguments: argparse.Namespace, given: list[str]) -> None:
+    """Measure what is not there yet of one model."""
+    if missing := [name for name in WANTED[model] if getattr(arguments, name) is None]:
+        raise SystemExit(f"{model} wants --{' and --'.join(missing)}")
+    count, calibrate = counts_of(model, arguments)
+    facts = {"count": count, "calibrate": calibrate}
+    facts |= {"held_out": True} if arguments.held_out else {}
+    table = Table(arguments.json, model, facts, arguments.only or ())
+    table.note("float", None, partial(in_a_process, given, model, 0, "float"))
+    for group in arguments.group or GROUPS[model]:
+        for name in contenders(group, arguments.kind or list(KINDS)):
+            table.note(name, group, partial(in_a_process, given, model, group, name))
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", choices=["smollm2", "minilm", "whisper"])
+    parser.add_argument("--model", action="append", choices=list(GROUPS), help="default all")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--sts", type=Path)
     parser.add_argument("--train", type=Path)
@@ -219,28 +106,21 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", help="contenders whose names begin so")
     parser.add_argument("--kind", action="append", choices=KINDS, help="of groups; default all")
     parser.add_argument("--held-out", action="store_true", help="score windows between those")
-    parser.add_argument("--workers", type=int, default=1, help="layers rounded side by side")
     parser.add_argument("--json", type=Path, help="results are added to those that are there")
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
     return parser
 
 
 def main() -> None:
     arguments = parser().parse_args()
     logging.disable(logging.WARNING)
-    case = case_of(arguments)
-    facts = {"count": case.count, "calibrate": len(case.calibration)}
-    facts |= {"held_out": True} if arguments.held_out else {}
-    table = Table(arguments.json, arguments.model, facts, arguments.only or ())
-    table.note("float", None, lambda: case.score(case.source))
-    runs = LayerRuns(walker(Samples(lambda: iter(case.calibration))))
-    if arguments.workers > 1:
-        executor = concurrent.futures.ThreadPoolExecutor(arguments.workers)
-        runs = dataclasses.replace(runs, executor=executor)
-    model = planned(case.source, case.head)
-    for group in arguments.group or GROUPS:
-        measure_group(table, case, model, group, arguments.kind or list(KINDS), runs)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory of this process: {peak:.0f} MiB")
+    if arguments.cell is not None:  # the last --model is that of the process
+        group, _, name = arguments.cell.partition("|")
+        found = measure(case_of(arguments.model[-1], arguments), int(group), name)
+        print("\n" + json.dumps(found))  # peers leave lines unfinished
+        return
+    for model in arguments.model or GROUPS:
+        fill(model, arguments, sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -45,7 +45,10 @@ def tokens_of(text: str, tokenizer: str | None) -> list[int]:
         return list(text.encode())
     from tokenizers import Tokenizer
 
-    return list(Tokenizer.from_file(tokenizer).encode(text).ids)
+    made = Tokenizer.from_file(tokenizer)
+    made.no_truncation()  # its file may say that a text ends after 128 tokens, or is filled up
+    made.no_padding()
+    return list(made.encode(text).ids)
 
 
 if __name__ == "__main__":

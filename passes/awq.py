@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -27,11 +28,18 @@ from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import constant
 from qcompiler.ir.on_disk import let_go
+from qcompiler.ir.types import QuantType
 from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constant
 from qcompiler.passes.clip_search import BLOCK, diagonal_blocks, searched_grid
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.layer_cache import LayerCache
-from qcompiler.passes.rounded_weight import Layer, by_data, finite_weight, layers_of
+from qcompiler.passes.rounded_weight import (
+    Layer,
+    RoundedWeight,
+    by_data,
+    finite_weight,
+    layers_of,
+)
 from qcompiler.passes.second_moments import LayerRuns, Moments, Rows, Walker
 from qcompiler.passes.weight_grid import rounded_on, weight_grid
 
@@ -75,7 +83,7 @@ class AWQ(ir.passes.InPlacePass):
     """Scale, and round, the matrices of planned MatMuls.
 
     Attributes:
-        runs: How the model is run.
+        runs: How the model is run, and where layers are rounded side by side.
         options: What to try.
     """
 
@@ -124,10 +132,12 @@ class AWQ(ir.passes.InPlacePass):
         for site, facts in zip(sites, found, strict=True):
             _scale(model.graph, site, facts)
         facts_of = {id(site.data): facts for site, facts in zip(sites, found, strict=True)}
-        for layer in layers_of(model.graph, "awq"):
-            weight = finite_weight(layer.nodes[0], layer.weight)
-            grid = searched_grid(weight, layer.type, _scaled_blocks(facts_of[id(layer.data)]))
-            layer.replace(model.graph, rounded_on(weight, layer.type, grid))
+        for data, group in by_data(layers_of(model.graph, "awq")).items():
+            weights = [finite_weight(layer.nodes[0], layer.weight) for layer in group]
+            work = partial(_rounded, blocks=_scaled_blocks(facts_of[id(data)]))
+            rounded = self.runs.map(work, weights, [layer.type for layer in group])
+            for layer, one in zip(group, rounded, strict=True):
+                layer.replace(model.graph, one)
         FixNames()(model)
         return ir.passes.PassResult(model, True)
 
@@ -199,6 +209,11 @@ def _factors(magnitude: Rows, alpha: float) -> Rows:
     floor = magnitude[magnitude > 0].min()
     factors = np.maximum(magnitude, floor).astype(np.float64) ** alpha
     return np.asarray(factors / np.sqrt(factors.max() * factors.min()), np.float32)
+
+
+def _rounded(weight: Rows, type: QuantType, blocks: Rows) -> RoundedWeight:
+    """A scaled weight on scales that cut its ranges where that lowers the error."""
+    return rounded_on(weight, type, searched_grid(weight, type, blocks))
 
 
 def _scaled_blocks(facts: _Found) -> Rows:

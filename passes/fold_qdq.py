@@ -160,8 +160,10 @@ def _explain(node: ir.Node, reason: str, images: bool) -> None:
         expected = plan_of(node) is None
         decide(node, "float", f"{reason}: computes what was dequantized", expected=expected)
         return
-    found, before = left_to_ort(node), decision_of(node)
-    if reason and (plan_of(node) is not None or (before.action == "qdq" and found is None)):
+    found, before, plan = left_to_ort(node), decision_of(node), plan_of(node)
+    if found is not None and found[0] == "qdq" and plan is not None and plan.activation is None:
+        decide(node, *found)  # as planned: only weights are quantized, and not by an op of ours
+    elif reason and (plan is not None or (before.action == "qdq" and found is None)):
         why = "planned, but its surroundings did not let it be folded"
         decide(node, "float", f"{why}: {reason}", expected=False)
     elif found is not None and (before.action == "float" or reason):

@@ -5,6 +5,7 @@
     MatMul   int8 per channel             static uint8 per tensor     by a rule
     MatMul   int4 in groups along K       dynamic int8 per token      (W4A8)
     MatMul   int4 in groups along K       float                       (W4A16)
+    MatMul   int8 in groups along K       float                       ORT's MatMulNBits, by a rule
     MatMul   int3, int2: as int4, with fewer steps; groups may have zero points
     MatMul   fp8 per channel              dynamic fp8 per token       where the target has fp8
     Conv     int8 per channel             static uint8 per tensor
@@ -27,11 +28,12 @@ __all__ = ["Form", "Usual", "form_of"]
 _INT8, _INT4, _FP8 = ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN
 
 _GROUPS = (32, 64, 128)
-"""Of int4 weights where the scheme has none: rounded to nearest, small groups lose least."""
+"""Of weights in groups where the scheme has none: rounded to nearest, small groups lose least."""
 
 _MATMULS = {
     (_INT8, "dynamic"),
     (_INT8, "static"),
+    (_INT8, "float"),
     (_INT4, "dynamic"),
     (_INT4, "float"),
     (_FP8, "dynamic"),
@@ -45,8 +47,8 @@ class Form:
     Attributes:
         weight: Storage of its weights.
         activation: Scales of its activations: "dynamic", "static" or "float".
-        group_sizes: Weights per scale, in order of preference; of int4 weights 0 stands for a scale
-            per channel, of others nothing does.
+        group_sizes: Weights per scale, in order of preference; of weights in groups 0 stands for a
+            scale per channel, of others nothing does.
         calibration: Where static ranges are cut off; None as for all.
         rounding: How the weights are rounded.
         requested: Whether a rule asked for this precision.
@@ -99,30 +101,19 @@ def form_of(
         usual: What it is, where the rule says nothing of it.
         refuse: Told each key of `asked` that cannot be, and why; it is then as if not asked for.
     """
-    while asked is not None and (misfit := _misfit(op, scheme, asked, usual)) is not None:
-        key, why = misfit
-        refuse(key, why)
-        left = asked.to_dict()
-        del left[key]
-        asked = NodeRule(**left) if left else None
+    asked = _possible(op, scheme, asked, usual, refuse)
     weight, activation = _storage(op, scheme, asked), _activation(op, scheme, asked)
     rounding = usual.rounding if _misfit_of_rounding(op, weight) is None else "nearest"
-    groups = _groups(weight, usual.group_sizes)
-    zeros = usual.zero_points if groups else "none"
-    two_level = bool(groups) and usual.scales == "int8"
+    in_groups = _is_in_groups(op, weight, activation)
+    groups = (usual.group_sizes or _GROUPS) if in_groups else ()
+    zeros = usual.zero_points if weight is _INT4 else "none"
+    two_level = weight is _INT4 and usual.scales == "int8"
     if asked is None:
-        return Form(
-            weight,
-            activation,
-            groups,
-            rounding=rounding,
-            zero_points=zeros,
-            two_level=two_level,
-        )
+        return Form(weight, activation, groups, None, rounding, False, zeros, None, two_level)
     return Form(
         weight,
         activation,
-        groups if asked.group_size is None else _groups(weight, (asked.group_size,)),
+        groups if asked.group_size is None or not in_groups else (asked.group_size,),
         asked.calibration,
         asked.rounding or rounding,
         asked.precision is not None,
@@ -130,6 +121,23 @@ def form_of(
         FEWER_BITS.get(asked.precision or ""),
         two_level if asked.scales is None else asked.scales == "int8",
     )
+
+
+def _possible(
+    op: str,
+    scheme: Scheme,
+    asked: NodeRule | None,
+    usual: Usual,
+    refuse: Callable[[str, str], None],
+) -> NodeRule | None:
+    """What can be of what is asked for."""
+    while asked is not None and (misfit := _misfit(op, scheme, asked, usual)) is not None:
+        key, why = misfit
+        refuse(key, why)
+        left = asked.to_dict()
+        del left[key]
+        asked = NodeRule(**left) if left else None
+    return asked
 
 
 def _storage(op: str, scheme: Scheme, asked: NodeRule | None) -> ir.DataType:
@@ -149,8 +157,9 @@ def _activation(op: str, scheme: Scheme, asked: NodeRule | None) -> str:
     return "float" if scheme.activation is None else "dynamic"
 
 
-def _groups(weight: ir.DataType, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    return (sizes or _GROUPS) if weight is _INT4 else ()
+def _is_in_groups(op: str, weight: ir.DataType, activation: str) -> bool:
+    """Whether there is a scale per group: int8 weights of integer products have one per channel."""
+    return weight is _INT4 or (op == "MatMul" and (weight, activation) == (_INT8, "float"))
 
 
 def _misfit(op: str, scheme: Scheme, asked: NodeRule, usual: Usual) -> tuple[str, str] | None:
@@ -169,8 +178,9 @@ def _misfit(op: str, scheme: Scheme, asked: NodeRule, usual: Usual) -> tuple[str
         if asked.activation is None:
             return "precision", f'{why}; activation = "dynamic" beside it would do'
         return "activation", why
-    if asked.group_size is not None and weight is not _INT4:
-        return "group_size", "these weights have a scale per channel; only int4 ones have groups"
+    if asked.group_size is not None and not _is_in_groups(op, weight, activation):
+        why = "these weights have a scale per channel; int4 ones have groups, and int8 ones beside "
+        return "group_size", f'{why}activation = "float"'
     if asked.calibration is not None and activation != "static":
         return "calibration", f"its activations are {activation}, nothing of them is calibrated"
     unrounded = _misfit_of_rounding(op, weight)

@@ -18,6 +18,7 @@ clips what is large, and took 5 dB from Whisper's decoder.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from functools import partial
 
 import numpy as np
@@ -31,7 +32,7 @@ from qcompiler.ir.graph import every_node
 from qcompiler.ir.two_level import on_two_levels
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.rounded_weight import RoundedWeight, finite_weight, layers_of
+from qcompiler.passes.rounded_weight import RoundedWeight, by_data, finite_weight, layers_of
 from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.passes.weight_grid import Grid, rounded_on, weight_grid
 
@@ -46,7 +47,7 @@ class HQQ(ir.passes.InPlacePass):
     """Round the matrices of planned MatMuls; what is not one is left to round-to-nearest.
 
     Attributes:
-        runs: Who hears of each layer.
+        runs: Where layers are rounded side by side, and who hears of each.
         options: How to round.
     """
 
@@ -91,13 +92,16 @@ class HQQ(ir.passes.InPlacePass):
             ModelError: A weight holds NaN or Inf.
         """
         layers, tell = layers_of(every_node(model.graph), "hqq"), self.runs.progress()
-        for done, layer in enumerate(layers, 1):
-            weight = finite_weight(layer.nodes[0], layer.weight)
-            layer.replace(model.graph, hqq(weight, layer.type, self.options))
-            note = "rounded by hqq" if layer.type.offset else _NOTHING_TO_FIT
-            for node in layer.nodes:
-                add_note(node, note)
-            tell(layer.name, done / len(layers))
+        work, told = partial(hqq, options=self.options), itertools.count(1)
+        for group in by_data(layers).values():
+            weights = [finite_weight(layer.nodes[0], layer.weight) for layer in group]
+            found = self.runs.map(work, weights, [layer.type for layer in group])
+            for layer, rounded in zip(group, found, strict=True):
+                layer.replace(model.graph, rounded)
+                note = "rounded by hqq" if layer.type.offset else _NOTHING_TO_FIT
+                for node in layer.nodes:
+                    add_note(node, note)
+                tell(layer.name, next(told) / len(layers))
         FixNames()(model)
         return ir.passes.PassResult(model, bool(layers))
 

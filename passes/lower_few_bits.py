@@ -7,8 +7,8 @@
 The inverse of `lift_few_bits`: the same values, in ORT's layout, one row per column of the product,
 the first value in the lowest bits.  ORT would make this op of the first form itself; of the second
 it does not, because of the pair, and would dequantize the weight in every run.  The pair goes: at
-accuracy_level 4 ORT rounds activations to 8 bits inside, per block instead of per token.  Scales
-per column are repeated for blocks of 128.
+accuracy_level 4 ORT rounds activations to 8 bits inside, per block instead of per token.  Scales of
+whole columns, or of larger groups than ORT has, are repeated for blocks of 128.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ from qcompiler.passes.matrix_weights import split_offsets
 __all__ = ["LowerFewBits"]
 
 _DOMAIN = "com.microsoft"
-_COLUMN = 128
-"""The block that a scale per column is repeated for: ORT has kernels of 16 to 256."""
+_COLUMN, _LARGEST = 128, 256
+"""The block that a scale per column is repeated for, and the largest that ORT 1.31 opens; of 2 bits
+ORT 1.32 opens no larger one either."""
 
 
 class LowerFewBits(ir.passes.InPlacePass):
@@ -90,7 +91,7 @@ def _block(params: QuantParams) -> int | None:
     """Rows that share a scale, in the op; None if they have no such form."""
     match params.type.granularity:
         case PerGroup(axis, size) if axis % 2 == 0 and size >= 16 and not size & (size - 1):
-            return size
+            return size if size <= _LARGEST else _COLUMN
         case PerAxis(axis) if axis % 2 == 1:
             return _COLUMN
     return None
@@ -120,10 +121,10 @@ def _operands(
     codes = np.zeros((n, blocks * block), np.int16)
     codes[:, :k] = stored.T.astype(np.int16)
     codes[:, :k] += offset
-    scales = np.asarray(params.scales)
+    scales = np.atleast_2d(np.asarray(params.scales))  # [groups, n]
     zeros = np.broadcast_to(np.asarray(params.zeros).astype(np.int16), scales.shape) + offset
-    if scales.ndim == 1:  # per column
-        scales, zeros = np.tile(scales, (blocks, 1)), np.tile(zeros, (blocks, 1))
+    group = _of_each_block(params, block, blocks)
+    scales, zeros = scales[group], zeros[group]
     name = node.name or "product"
     packed = _packed(codes.reshape(n, blocks, block), bits)
     inputs: list[ir.Value | None] = [
@@ -131,11 +132,19 @@ def _operands(
         new_initializer(graph, f"{name}_scales", np.ascontiguousarray(scales.T)),
     ]
     if offsets is not None:
-        points = np.asarray(zeros - offsets / scales, np.float32)
+        points = np.asarray(zeros - offsets[group] / scales, np.float32)
         inputs.append(new_initializer(graph, f"{name}_zero_points", np.ascontiguousarray(points.T)))
     elif (zeros != 2 ** (bits - 1)).any():
         inputs.append(new_initializer(graph, f"{name}_zero_points", _packed(zeros.T, bits)))
     return inputs
+
+
+def _of_each_block(params: QuantParams, block: int, blocks: int) -> NDArray[np.intp]:
+    """The group that each block lies in; a column is one."""
+    match params.type.granularity:
+        case PerGroup(_, size):
+            return np.arange(blocks) * block // size
+    return np.zeros(blocks, np.intp)
 
 
 def _packed(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:

@@ -28,6 +28,7 @@ from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.hqq import HQQ
 from qcompiler.passes.insert_qdq import InsertQDQ
 from qcompiler.passes.join_integers import JoinIntegers
+from qcompiler.passes.keep_from_gemm import KeepFromGemm
 from qcompiler.passes.keep_sensitive import KeepSensitive
 from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.known_rows import KnownRows
@@ -150,6 +151,7 @@ def default_steps(
         ),
         Step("merge-siblings", MergeSiblings(supports), Stage.KERNEL, "target"),
         Step("fuse-quantize", FuseQuantize(supports), Stage.KERNEL, "target"),
+        Step("keep-from-gemm", KeepFromGemm(), Stage.KERNEL),
         Step("bind-kernels", BindKernels(catalog.fingerprint(target)), Stage.KERNEL, "target"),
     ]
 

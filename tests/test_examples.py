@@ -63,3 +63,16 @@ def test_language_model(tmp_path, monkeypatch, capsys):
     (tmp_path / "text.txt").write_text("Too short.")
     with pytest.raises(CalibrationError, match="the text has 10 tokens, a window takes 512"):
         example("language_model").main("model.onnx", "text.txt")
+
+
+def test_a_tokenizer_that_cuts_texts_off(tmp_path):
+    """As the files of models for sentences say; a text for calibration is longer."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
+    made = tokenizers.Tokenizer(words)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.enable_truncation(4)
+    made.enable_padding(length=16)
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokens_of = example("language_model").tokens_of
+    assert tokens_of("a b a b a c", str(tmp_path / "tokenizer.json")) == [0, 1, 0, 1, 0, 2]

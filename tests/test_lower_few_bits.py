@@ -63,6 +63,21 @@ def test_values_are_the_same(bits, k, granularity, signed, symmetric):
     np.testing.assert_array_equal(dequantized_constant(model.graph[-1].inputs[1]), floats)
 
 
+@pytest.mark.parametrize("storage", [ir.DataType.INT2, ir.DataType.UINT4, ir.DataType.INT8])
+@pytest.mark.parametrize("size", [512, 1024])
+def test_groups_larger_than_onnx_runtime_has(storage, size):
+    """ORT 1.31 opens blocks of 256 at most, ORT 1.32 larger ones but of 2 bits."""
+    symmetric = storage.is_signed()
+    model = stored_as(QuantType(storage, granularity=PerGroup(0, size), symmetric=symmetric), 1100)
+    feeds = {"x": RNG.standard_normal((5, 1100), dtype=np.float32)}
+    floats = dequantized_constant(model.graph[1].inputs[1])
+    assert LowerFewBits()(model).modified
+    assert model.graph[0].attributes.get_int("block_size") == 128
+    np.testing.assert_allclose(run(model, feeds)[0], feeds["x"] @ floats, rtol=1e-3, atol=2e-3)
+    LIFT(model)
+    np.testing.assert_array_equal(dequantized_constant(model.graph[-1].inputs[1]), floats)
+
+
 def test_two_bits():
     model = stored_as(QuantType(ir.DataType.INT2, granularity=PerGroup(0, 32)), 64)
     floats = dequantized_constant(model.graph[1].inputs[1])

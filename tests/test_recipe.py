@@ -172,12 +172,25 @@ def test_a_rule_that_later_ones_overrule_is_told_of():
             "int8 targets do not multiply fp8",
         ),
         (
-            {"precision": "int8"},
-            "cuda-int4",
-            'int4 targets multiply no int8 weights by float activations; activation = "dynamic" b',
+            {"precision": "fp8", "activation": "float"},
+            "cuda-fp8",
+            "fp8 targets multiply no fp8 weights by float activations$",
         ),
-        ({"activation": "float"}, "x86-int8", "multiply no int8 weights by float activations$"),
-        ({"group_size": 32}, "x86-int8", "have a scale per channel; only int4 ones have groups"),
+        (
+            {"group_size": 32},
+            "x86-int8",
+            'int4 ones have groups, and int8 ones beside activation = "float"$',
+        ),
+        (
+            {"precision": "int8", "activation": "float", "zero_points": "float"},
+            "x86-int8",
+            "only groups of int4 weights may have zero points",
+        ),
+        (
+            {"precision": "int8", "activation": "float", "scales": "int8"},
+            "x86-int4",
+            "only scales of int4 groups without integer zero points are stored in 8 bits",
+        ),
         ({"calibration": "mse"}, "x86-int8", "activations are dynamic, nothing of them is calibr"),
         (
             {"precision": "int8", "zero_points": "integer"},

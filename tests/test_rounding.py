@@ -1,6 +1,7 @@
 """Rounding as a recipe asks for it, from compile to what ONNX Runtime computes."""
 
 import concurrent.futures
+import pickle
 
 import numpy as np
 import onnx_ir as ir
@@ -84,12 +85,72 @@ def test_eight_bits_too(tmp_path):
     assert found > 15
 
 
+@pytest.mark.parametrize("target", ["x86-int4", "cuda-int4"])
+@pytest.mark.parametrize(("group", "block"), [(32, 32), (0, 128)])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "awq"])
+def test_eight_bits_in_groups(tmp_path, target, group, block, rounding):
+    """Of float activations: ONNX Runtime's own op, whose values a file for it alone has too."""
+    weights = {"v": np.tile(W["v"], (5, 1))[:300] / 2, "w": W["w"]}
+    text = TEXT.replace("[n,64]", "[n,300]")
+    feeds = [{"x": np.tile(rows(seed), 5)[:, :300]} for seed in range(3)]
+    rule = {"op": "MatMul", "precision": "int8", "activation": "float", "group_size": group}
+    facts = {
+        "recipe": qcompiler.Recipe(nodes=[rule], rounding=rounding, zero_points="none"),
+        "calibration": lambda: feeds[1:],
+        "timing": False,
+    }
+    report = qcompiler.compile(model(text, weights), target, tmp_path / "b", strict=True, **facts)
+    said = [d for d in report.decisions if d.op == "MatMul"]
+    assert [d.action for d in said] == ["qdq", "qdq"]
+    assert all("as they are stored: ORT's own MatMulNBits" in d.why for d in said)
+    assert rounding == "nearest" or all(rounding in d.why for d in said)
+    file = qcompiler.compile(
+        model(text, weights), target, tmp_path / "m.onnx", emit="ort", **facts
+    ).bundle
+    found = [(node.attributes.get_int("bits"), node.attributes.get_int("block_size"))
+             for node in ir.load(file).graph if node.op_type == "MatMulNBits"]  # fmt: skip
+    assert found == [(8, block), (8, block if group else 64)]
+    expected = run(model(text, weights), feeds[0])[0]
+    session = qcompiler.load(report.bundle, native=False, providers=["CPUExecutionProvider"])
+    assert sqnr(expected, session.run(None, feeds[0])[0]) > 36
+    assert sqnr(expected, ort.InferenceSession(file).run(None, feeds[0])[0]) > 40
+
+
 def test_layers_in_an_executor(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         _, report = compiled(tmp_path, "gptq", executor=executor)
     assert any("rounded by gptq" in decision.why for decision in report.decisions)
     with pytest.raises(OptionError, match="executor must be a concurrent.futures.Executor"):
         qcompiler.compile(model(), "cuda-int4", tmp_path / "b", executor=3)
+
+
+class Workers(concurrent.futures.Executor):
+    """As a cluster has them: `submit` is all there is, and what is sent is pickled."""
+
+    def __init__(self):
+        self.jobs = 0
+
+    def submit(self, function, /, *arguments, **named):
+        sent = pickle.dumps((function, arguments, named))
+        self.jobs += 1
+        result = concurrent.futures.Future()
+        function, arguments, named = pickle.loads(sent)
+        result.set_result(function(*arguments, **named))
+        return result
+
+
+@pytest.mark.parametrize("rounding", ["hqq", "awq", "gptq", "awq_gptq"])
+def test_an_executor_of_ones_own(tmp_path, rounding, monkeypatch):
+    stored = []
+    for number, workers in enumerate([None, Workers()]):
+        monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / f"cache{number}"))
+        file = qcompiler.compile(
+            model(), "cuda-int4", tmp_path / f"{number}.onnx", calibration=samples,
+            recipe=qcompiler.Recipe(rounding=rounding, zero_points="float"), timing=False,
+            executor=workers, stop_after="qdq",
+        ).bundle  # fmt: skip
+        stored.append(file.read_bytes())
+    assert workers.jobs == 2 and stored[0] == stored[1]
 
 
 @pytest.mark.parametrize("rounding", ["gptq", "awq", "awq_gptq"])
