@@ -67,9 +67,20 @@ class Step:
         known = source_problems(model) if known is None else known
         changes = getattr(self.rewrite, "changes_interface", False)
         interface = None if changes else Interface.of(model)
+        result = self.rewritten(model)
+        verify(result.model, stage or self.stage, self.name, known, interface)
+        return result
+
+    def rewritten(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run the pass, and verify nothing.
+
+        Raises:
+            QCompilerError: A mistake in the input, as the pass found it.
+            onnx_ir.passes.PassError: Anything else that it raised, with its name.
+        """
         try:
             with _uncollected():
-                result = self.rewrite(model)
+                return self.rewrite(model)
         except (QCompilerError, OSError, MemoryError, ImportError):
             raise  # not about the pass
         except Exception as error:
@@ -77,8 +88,6 @@ class Step:
             if isinstance(error.__cause__, QCompilerError):
                 raise error.__cause__ from None
             raise ir.passes.PassError(f"{self.name}: {type(error).__name__}: {error}") from error
-        verify(result.model, stage or self.stage, self.name, known, interface)
-        return result
 
 
 @contextlib.contextmanager
