@@ -198,9 +198,16 @@ def sources(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path, Path | 
         original = next(
             (f for stem, f in floats.items() if model.stem.startswith(f"{stem}-")), None
         )
-        with onnx_file(model) as file:
-            stem = model.stem if original is None else original.stem
-            yield model, samples_of(file, arguments.data, arguments.work, stem), original
+        stem = model.stem if original is None else original.stem
+        try:
+            with onnx_file(model) as file:
+                data = samples_of(file, arguments.data, arguments.work, stem)
+        except Exception as error:
+            print(
+                f"{model.stem}: not taken: {type(error).__name__}: {str(error)[:300]}", flush=True
+            )
+        else:
+            yield model, data, original
 
 
 def samples_in(data: Path) -> list[Feeds]:

@@ -76,9 +76,9 @@ def main() -> None:
         path = arguments.output / f"minilm-{way}.pt2"
         try:
             quantized = WAYS[way](module, example, shapes, samples)
-            torch.export.save(
-                torch.export.export(quantized, example, dynamic_shapes=shapes), str(path)
-            )
+            program = torch.export.export(quantized, example, dynamic_shapes=shapes)
+            # Weights of torchao's own kinds would lie in the file as pickles, which are refused.
+            torch.export.save(program.run_decompositions({}), str(path))
             print(path)
         except Exception as error:
             # What a tool cannot do to a model is its own affair.
