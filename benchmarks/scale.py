@@ -146,17 +146,18 @@ def measure_files(folder: Path) -> list[dict[str, Any]]:
 
 def measure_passes(nodes: int, target: str) -> dict[str, Any]:
     """Processor seconds per pass, and for verifying the model after it."""
-    from qcompiler.ir.stages import verify
+    from qcompiler.ir.stages import source_problems, verify
     from qcompiler.pipeline import Pipeline
     from qcompiler.targets.catalog import get_target
 
     model = GraphBuilder().build(nodes)
     passes, verifying = {}, {}
+    known = source_problems(model)
     for step in Pipeline.default(get_target(target)):
         start = time.process_time()
-        model = step.rewrite(model).model
+        model = step.rewritten(model).model
         passes[step.name] = time.process_time() - start
-        verify(model, step.stage, after=step.name)
+        verify(model, step.stage, step.name, known)
         verifying[step.name] = time.process_time() - start - passes[step.name]
     return {"nodes": nodes, "target": target, "passes": passes, "verify": verifying}
 

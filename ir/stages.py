@@ -6,9 +6,9 @@ quantized  pairs folded into ops of the `qcompiler` domain
 kernel     regions outlined into a domain of their own
 
 At every stage values are defined before they are read, initializers are what they are said to be,
-each op of ai.onnx exists and takes what it is given (`onnx_rules`), and each Q and DQ has the
-operands that ONNX asks for (`qdq_rules`); where ops of ours are allowed,
-they fit their signatures (`signature_rules`).
+each op of ai.onnx exists and takes what it is given (`onnx_rules`), results have the shapes that
+follow (`shape_rules`), each Q and DQ has the operands that ONNX asks for (`qdq_rules`); where ops
+of ours are allowed, they fit their signatures (`signature_rules`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from qcompiler.ir.errors import VerifyError
 from qcompiler.ir.graph import bodies, every_node, label
 from qcompiler.ir.onnx_rules import onnx_problems
 from qcompiler.ir.qdq_rules import qdq_problems
+from qcompiler.ir.shape_rules import shape_problems
 from qcompiler.ir.signature_rules import signature_problems
 
-__all__ = ["Interface", "Stage", "verify"]
+__all__ = ["Interface", "Stage", "source_problems", "verify"]
 
 _Problems = Iterator[tuple[str, str, str]]
 """The rule, the node and what is wrong with it."""
@@ -76,8 +77,8 @@ def verify(
         model: The model to check.
         stage: The stage it claims to be in.
         after: The pass that ran last, named in the message.
-        known: Rules and problems of `onnx_problems` that there were before it; by default that is
-            not looked for.
+        known: The `source_problems` that there were before it; by default those rules are not
+            looked at.
         interface: The inputs and outputs that there were before it, and that must be there still;
             by default that is not looked at.
 
@@ -89,9 +90,15 @@ def verify(
     for rule, node, problem in _problems(model, stage):
         raise _broken(rule, node, problem, stage, after)
     if known is not None:
-        for rule, node, problem in onnx_problems(model):
+        for rule, node, problem in itertools.chain(onnx_problems(model), shape_problems(model)):
             if (rule, problem) not in known:
                 raise _broken(rule, node, problem, stage, after)
+
+
+def source_problems(model: ir.Model) -> set[tuple[str, str]]:
+    """What a source has wrong and ONNX Runtime may still run: no pass is blamed for it."""
+    found = itertools.chain(onnx_problems(model), shape_problems(model))
+    return {(rule, problem) for rule, _, problem in found}
 
 
 def _broken(rule: str, node: str, problem: str, stage: Stage, after: str) -> VerifyError:

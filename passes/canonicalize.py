@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import Any
 
@@ -27,6 +28,7 @@ from qcompiler.ir.graph import (
     replace_nodes,
 )
 from qcompiler.ir.qdq_rules import qdq_problems
+from qcompiler.ir.shape_rules import shape_problems
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.passes.raise_opset import RaiseOpset
@@ -49,7 +51,7 @@ class Canonicalize(ir.passes.InPlacePass):
 
         Raises:
             ModelError: The opset cannot be raised, or the model is inconsistent: ONNX's checker
-                looks at no shapes of scales.
+                looks at no shapes, neither of scales nor of operands that do not fit.
         """
         before = _signature(model)
         levels = {name: logging.getLogger(name).level for name in _QUIET}
@@ -59,7 +61,8 @@ class Canonicalize(ir.passes.InPlacePass):
                 logging.getLogger(name).setLevel(logging.ERROR)
             _normalise(model)
             RaiseOpset(OPSET)(model)
-            InferShapes()(model)
+            inference = InferShapes()
+            inference(model)
             _simplify(model)
         except ModelError:
             raise
@@ -70,7 +73,8 @@ class Canonicalize(ir.passes.InPlacePass):
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
-        for _, node, problem in qdq_problems(model):
+        mistaken = shape_problems(model) if inference.in_doubt else ()
+        for _, node, problem in itertools.chain(qdq_problems(model), mistaken):
             raise ModelError(f"the model is not valid ONNX: {node}: {problem}")
         return ir.passes.PassResult(model, _signature(model) != before)
 

@@ -21,11 +21,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decide, decision_of, inherit, plan_of
-from qcompiler.ir.graph import constant, dequantize_of, every_node, replace_nodes
+from qcompiler.ir.graph import (
+    constant,
+    dequantize_of,
+    every_node,
+    remove_unread,
+    replace_nodes,
+)
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.fold_conv import try_fold_conv
 from qcompiler.passes.fold_gather import try_fold_gather
@@ -89,7 +94,7 @@ class FoldQDQ(ir.passes.InPlacePass):
         changed += sum(try_guard_scales(model.graph, node) for node in nodes)
         changed += sum(try_widen_constant(model.graph, node) for node in nodes)
         if changed:
-            common.RemoveUnusedNodesPass()(model)
+            remove_unread(model.graph)
             FixNames()(model)
             dialect.declare(model)
         return ir.passes.PassResult(model, changed > 0)
@@ -160,7 +165,10 @@ def _explain(node: ir.Node, reason: str, images: bool) -> None:
         expected = plan_of(node) is None
         decide(node, "float", f"{reason}: computes what was dequantized", expected=expected)
         return
-    found, before, plan = left_to_ort(node), decision_of(node), plan_of(node)
+    found = left_to_ort(node)
+    if found is None and not reason:
+        return
+    before, plan = decision_of(node), plan_of(node)
     if found is not None and found[0] == "qdq" and plan is not None and plan.activation is None:
         decide(node, *found)  # as planned: only weights are quantized, and not by an op of ours
     elif reason and (plan is not None or (before.action == "qdq" and found is None)):

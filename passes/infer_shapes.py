@@ -28,10 +28,19 @@ _PRODUCT = "MatMulNBits"
 
 
 class InferShapes(ir.passes.InPlacePass):
-    """Give each value a type and a shape, as far as they can be known."""
+    """Give each value a type and a shape, as far as they can be known.
+
+    Attributes:
+        in_doubt: Whether the last model was contradictory, or had something ONNX cannot infer.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_doubt = False
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Infer in place; what cannot be inferred is no error."""
+        self.in_doubt = False
         proto = weightless_proto(model)
         if any(node.op_type == _PRODUCT for node in every_node(model.graph)):
             inputs = proto.graph.input
@@ -42,7 +51,7 @@ class InferShapes(ir.passes.InPlacePass):
             return ir.passes.PassResult(model, _learn(model.graph, inferred.graph))
         except Exception:
             # Contradictions are among what strict inference refuses, and C++ errors of all kinds.
-            changed = _learn_leniently(model, proto)
+            self.in_doubt, changed = True, _learn_leniently(model, proto)
             _forget(model.graph, proto.graph)
             return ir.passes.PassResult(model, _learn_leniently(model, proto) or changed)
 

@@ -16,7 +16,7 @@ from qcompiler.ir.graph import dequantize_of, only_consumer
 from qcompiler.ir.params import quant_params
 from qcompiler.ir.types import PerAxis, PerGroup, PerTensor
 
-__all__ = ["FUSED_BY_ORT", "MOVES", "left_to_ort", "misfit", "moves_stored"]
+__all__ = ["FUSED_BY_ORT", "MOVES", "left_to_ort", "misfit", "moves_stored", "reads_16_bits"]
 
 FUSED_BY_ORT = {
     "Add": "QLinearAdd", "Mul": "QLinearMul", "Sigmoid": "QLinearSigmoid", "Where": "QLinearWhere",
@@ -112,6 +112,18 @@ def _matmul_nbits(node: ir.Node, float_activations: bool) -> tuple[Action, str] 
         return None
     rounded = "" if float_activations else ", its activations rounded to 8 bits"
     return "qdq", f"its weights stay as they are stored{rounded}: ORT's own MatMulNBits"
+
+
+def reads_16_bits(node: ir.Node) -> bool:
+    """Whether a product multiplies what 16 bits stand for by a matrix that ORT could read stored.
+
+    ORT 1.32 makes MatMulNBits of it, which rounds its activations to 8 bits.
+    """
+    return (
+        node.op_type == "MatMul"
+        and _storage(dequantize_of(node.inputs[0])) in _16_BITS
+        and _is_matrix(node.inputs[1])
+    )
 
 
 def misfit(node: ir.Node) -> str | None:

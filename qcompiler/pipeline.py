@@ -14,7 +14,7 @@ from qcompiler.arguments import require
 from qcompiler.default_steps import OPTIONS_OF_RECIPE, default_steps
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.region import Region
-from qcompiler.ir.stages import Stage
+from qcompiler.ir.stages import Stage, source_problems
 from qcompiler.model_runs import ModelRuns
 from qcompiler.passes.choose_kernels import ChooseKernels
 from qcompiler.passes.options import configured
@@ -252,7 +252,7 @@ class Pipeline:
         if not isinstance(model, ir.Model):
             raise OptionError(f"run takes an onnx_ir.Model, not {model!r}: onnx_ir.load(path)")
         check_watchers(watchers)
-        stage = Stage.FLOAT
+        stage, known = Stage.FLOAT, source_problems(model)
         for watcher in watchers:
             watcher.start(self.steps, model)
         for step in self.steps:
@@ -262,7 +262,7 @@ class Pipeline:
                 watcher.before(step, model)
             # A pass for floats may run late, on what is left of them.
             stage = max(stage, step.stage)
-            result = step.apply(model, stage)
+            result = step.apply(model, stage, known)
             model = result.model
             for watcher in watchers:
                 watcher.after(step, model, result.modified)

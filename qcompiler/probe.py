@@ -95,6 +95,8 @@ class Probe:
         options.log_severity_level = QUIET  # it warns of weights that only other outputs needed
         if not optimized:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            # Threads that wait for more to do would keep the cores busy long after it is over.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         at_once = min(at_once, available_cores())
         if at_once > 1:  # those who call it compute, too, and share the others that it has
             options.intra_op_num_threads = available_cores() - at_once + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
 import onnx_ir as ir
@@ -13,8 +13,7 @@ from onnx_ir.passes import common
 from onnxscript import rewriter
 
 from qcompiler.ir.errors import OptionError, QCompilerError
-from qcompiler.ir.onnx_rules import onnx_problems
-from qcompiler.ir.stages import Interface, Stage, verify
+from qcompiler.ir.stages import Interface, Stage, source_problems, verify
 
 __all__ = ["Rewrite", "Step", "Watcher", "as_pass", "check_watchers"]
 
@@ -46,25 +45,42 @@ class Step:
         """Whether the pass says of itself (`rounds = True`) that it may change the numbers."""
         return bool(getattr(self.rewrite, "rounds", False))
 
-    def apply(self, model: ir.Model, stage: Stage | None = None) -> ir.passes.PassResult:
+    def apply(
+        self,
+        model: ir.Model,
+        stage: Stage | None = None,
+        known: Collection[tuple[str, str]] | None = None,
+    ) -> ir.passes.PassResult:
         """Run the pass and verify what it leaves.
 
         Args:
             model: Changed in place by a pass that works in place.
             stage: What the model must satisfy, if it was beyond the stage of this pass already.
+            known: The `source_problems` of the model before this pass, or before one that ran
+                earlier; by default they are looked for.
 
         Raises:
             QCompilerError: A mistake in the input, as the pass found it.
             VerifyError: The pass broke a rule of its stage.
             onnx_ir.passes.PassError: Anything else that it raised, with its name.
         """
-        # What the source has wrong, ONNX Runtime may still run: it is not the pass that did it.
-        known = {(rule, problem) for rule, _, problem in onnx_problems(model)}
+        known = source_problems(model) if known is None else known
         changes = getattr(self.rewrite, "changes_interface", False)
         interface = None if changes else Interface.of(model)
+        result = self.rewritten(model)
+        verify(result.model, stage or self.stage, self.name, known, interface)
+        return result
+
+    def rewritten(self, model: ir.Model) -> ir.passes.PassResult:
+        """Run the pass, and verify nothing.
+
+        Raises:
+            QCompilerError: A mistake in the input, as the pass found it.
+            onnx_ir.passes.PassError: Anything else that it raised, with its name.
+        """
         try:
             with _uncollected():
-                result = self.rewrite(model)
+                return self.rewrite(model)
         except (QCompilerError, OSError, MemoryError, ImportError):
             raise  # not about the pass
         except Exception as error:
@@ -72,8 +88,6 @@ class Step:
             if isinstance(error.__cause__, QCompilerError):
                 raise error.__cause__ from None
             raise ir.passes.PassError(f"{self.name}: {type(error).__name__}: {error}") from error
-        verify(result.model, stage or self.stage, self.name, known, interface)
-        return result
 
 
 @contextlib.contextmanager

@@ -128,6 +128,61 @@ def test_float_convolutions(body: str, ops: list[str]) -> None:
     assert [node.op_type for node in model.graph] == ops
 
 
+SIXTEEN = "q = QuantizeLinear (x, sx, zx) d = DequantizeLinear (q, sx, zx) "
+AFTER = " r = QuantizeLinear (p, sy, zx) y = DequantizeLinear (r, sy, zx)"
+
+
+@pytest.mark.parametrize(
+    ("body", "op"),
+    [
+        ("f = DequantizeLinear <axis = 1> (w, sw) y = MatMul (d, f)", "MatMul"),
+        ("f = DequantizeLinear <axis = 0> (wt, sw) y = Gemm <transB = 1> (d, f, b)", "Add"),
+        ("f = DequantizeLinear <axis = 1> (w, sw) y = Gemm (d, f, b)", "Add"),
+        (
+            "f = DequantizeLinear <axis = 1> (w, sw) m = MatMul (d, f) p = Add (b, m)" + AFTER,
+            "Sub",
+        ),
+        (
+            "f = DequantizeLinear <axis = 0> (wt, sw) p = Gemm <transB = 1> (d, f, b)" + AFTER,
+            "Sub",
+        ),
+    ],
+)
+def test_activations_of_16_bits_keep_them(body: str, op: str) -> None:
+    """ONNX Runtime's MatMulNBits would round them to 8."""
+    stored = RNG.integers(-60, 60, (64, 32)).astype(np.int8)
+    values = {
+        "sx": np.float32(1e-4), "zx": np.uint16(32768), "w": stored, "wt": stored.T.copy(),
+        "sw": np.linspace(0.01, 0.03, 32, dtype=np.float32), "sy": np.float32(0.01),
+        "b": RNG.standard_normal(32).astype(np.float32),
+    }  # fmt: skip
+    model = model_of(f"g (float[5,64] x) => (float[5,32] y) {{ {SIXTEEN} {body} }}", values)
+    outlying = np.where(np.arange(64) % 13 == 0, 1, 0.05)
+    feeds = {"x": (RNG.standard_normal((5, 64)) * outlying).astype(np.float32)}
+    want = run(model, feeds, plainly=True)[0]
+    compiled = Pipeline.default("x86-int8").run(model)
+    (product,) = (node for node in compiled.graph if node.op_type == "MatMul")
+    assert "have 16 bits, of which ORT's MatMulNBits would keep 8" in decision_of(product).why
+    assert op in {node.op_type for node in compiled.graph}
+    atol = 0.0101 if AFTER in body else 1e-5  # a step of the result
+    for plainly in (True, False):
+        np.testing.assert_allclose(run(compiled, feeds, plainly=plainly)[0], want, atol=atol)
+    assert (run(compiled, feeds)[0] != want).mean() < 0.02 or AFTER not in body
+
+
+def test_groups_under_16_bits_stay_and_say_what_it_costs() -> None:
+    values = {
+        "sx": np.float32(1e-4), "zx": np.uint16(32768),
+        "w": RNG.integers(-8, 8, (64, 32)).astype(ir.DataType.INT4.numpy()),
+        "sw": RNG.uniform(0.01, 0.03, (2, 32)).astype(np.float32),
+    }  # fmt: skip
+    body = "f = DequantizeLinear <axis = 0, block_size = 32> (w, sw) y = MatMul (d, f)"
+    model = model_of(f"g (float[5,64] x) => (float[5,32] y) {{ {SIXTEEN} {body} }}", values)
+    compiled = Pipeline.default("x86-int8").run(model)
+    (product,) = (node for node in compiled.graph if node.op_type == "MatMul")
+    assert "its activations rounded to 8 bits" in decision_of(product).why
+
+
 def test_a_weight_inside_a_branch() -> None:
     model = model_of(
         "g (float[1,16,9,9] x, bool c) => (float[1,16,7,7] y) { y = If (c) <then_branch = a () => "
