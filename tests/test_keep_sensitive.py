@@ -1,6 +1,5 @@
 """keep-sensitive: what is dropped, in which order, and what the reason says."""
 
-import math
 import re
 
 import numpy as np
@@ -10,11 +9,13 @@ from calibrated import facts, output_sqnr, planned
 from golden import model_of, text_of
 
 import qcompiler
-from qcompiler.ir.decisions import add_note, decide, decision_of, plan_of
+from qcompiler.ir.decisions import add_note, decide, decision_of, is_kept_float, plan_of
 from qcompiler.ir.errors import CalibrationError, OptionError
+from qcompiler.passes.join_integers import JoinIntegers
 from qcompiler.passes.keep_sensitive import KeepSensitive
 from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.options import configured
+from qcompiler.passes.worst_output import WorstOutput
 
 RNG = np.random.default_rng(0)
 # A head of boxes and scores: half of its channels a thousand times as large as the others.
@@ -38,6 +39,11 @@ CHAIN = (
 CHAIN_WEIGHTS = WEIGHTS | {
     f"k{i}": RNG.standard_normal((8, 8, 3, 3), dtype=np.float32) for i in range(2)
 }
+BETWEEN = (
+    "g (float[1,4,8,8] x) => (float[1,8,4,4] z) "
+    "{ c = Conv (x, a) u = Add (c, high) v = Add (u, low) d = Conv (v, k0) z = Neg (d) }"
+)
+BETWEEN_WEIGHTS = CHAIN_WEIGHTS | {"high": np.float32(1e4), "low": np.float32(-1e4)}
 
 
 def kept(text, weights=WEIGHTS, **options):
@@ -109,10 +115,11 @@ def test_runs_bound_the_search():
 def test_nodes_that_only_together_make_noise(monkeypatch):
     """The search ends with all left out, also those whose noise alone is 0."""
 
-    def outputs(self, model, names):
-        return math.inf if names in ({"node_0"}, {"node_2"}) else 5.0
+    def noise(self, layers, links):
+        self.heard.append(5.0)
+        return 0.0 if list(layers) in (["node_0"], ["node_2"]) else 10**-0.5
 
-    monkeypatch.setattr(KeepSensitive, "_outputs", outputs)
+    monkeypatch.setattr(WorstOutput, "noise", noise)
     _, reasons = kept(CHAIN, CHAIN_WEIGHTS)
     assert list(reasons) == ["node_0", "node_2", "node_4"]
     assert "quantized alone it leaves the worst output inf dB" in reasons["node_0"]
@@ -159,6 +166,38 @@ def test_what_costs_the_output_stays_float_not_what_errs_most_itself():
     assert kept(own=-300, outputs=20) == ["node_0"]
 
 
+def test_what_is_rounded_between_two_layers_counts():
+    """Up by much and down again, in integers: nothing is left, though both layers are good."""
+    alone, joined = (planned(BETWEEN, BETWEEN_WEIGHTS) for _ in range(2))
+    JoinIntegers()(joined)
+    assert output_sqnr(alone, FEEDS[0], OBSERVE) > 25
+    assert output_sqnr(joined, FEEDS[0], OBSERVE) < 5
+    model, heard = planned(BETWEEN, BETWEEN_WEIGHTS), []
+    told = lambda *what: heard.append(what[0])  # noqa: E731
+    assert KeepSensitive(RUN, OBSERVE, progress=lambda: told)(model).modified
+    JoinIntegers()(model)
+    assert output_sqnr(model, FEEDS[0], OBSERVE) > 25
+    assert [plan_of(node) is not None for node in model.graph] == [1, 0, 0, 1, 0]
+    floats = [decision_of(node).why for node in model.graph if is_kept_float(node)]
+    assert floats and all(
+        re.fullmatch(
+            r"kept float: in integers alone( with 1 more)? it leaves the worst output -?\d+\.\d dB, "
+            r"and all together -?\d\.\d dB, below 20", why,
+        )
+        for why in floats
+    )  # fmt: skip
+    assert re.match(r"run 1 of .* 2 layers and 2 between them quantized: -", heard[0])
+    assert re.match(r"run 2 of .* 2 layers quantized: 3", heard[1])
+
+
+def test_few_runs_look_at_all_together():
+    model = planned(BETWEEN, BETWEEN_WEIGHTS)
+    KeepSensitive(RUN, OBSERVE, KeepSensitive.Options(runs=3))(model)
+    JoinIntegers()(model)
+    assert not any(plan_of(node) for node in model.graph)
+    assert output_sqnr(model, FEEDS[0], OBSERVE) > 25
+
+
 @pytest.mark.parametrize("masked", ["Add (t, low)", "Log (t)"])
 def test_what_is_not_finite_in_an_output_hides_nothing(masked):
     ends = "=> (float[1,8,2,2] z, float[1,8,2,2] u)", f"z = Neg (t) u = {masked}"
@@ -175,20 +214,20 @@ def test_what_is_not_finite_in_an_output_hides_nothing(masked):
 @pytest.mark.parametrize(
     ("type", "ends"),
     [
-        ("float16[1,8,2,2]", "z = Cast <to = 10> (t)"),
-        ("double[1,8,2,2]", "z = Cast <to = 11> (t)"),
-        ("bfloat16[1,8,2,2]", "z = Cast <to = 16> (t)"),
-        ("int64[1,1,2,2]", "z = ArgMax <axis = 1> (t)"),
-        ("int64[4,m]", "z = NonZero (t)"),
-        ("float[m]", "b = Greater (t, zero) z = Compress (t, b)"),
+        ("float16[1,8,2,2]", "z = Cast <to = 10> (n)"),
+        ("double[1,8,2,2]", "z = Cast <to = 11> (n)"),
+        ("bfloat16[1,8,2,2]", "z = Cast <to = 16> (n)"),
+        ("int64[1,1,2,2]", "z = ArgMax <axis = 1> (n)"),
+        ("int64[4,m]", "z = NonZero (n)"),
+        ("float[m]", "b = Greater (n, zero) z = Compress (n, b)"),
     ],
 )
 def test_outputs_of_any_kind_are_judged(type, ends):
-    text = CHAIN.replace("float[1,8,2,2] z", f"{type} z").replace("z = Neg (t)", ends)
+    text = CHAIN.replace("float[1,8,2,2] z", f"{type} z").replace("z =", "n =")
+    text = text.replace("n = Neg (t)", f"n = Neg (t) {ends}")
     weights = CHAIN_WEIGHTS | {"zero": np.float32(0)}
     _, reasons = kept(text, weights, outputs=200)
-    plain = CHAIN.replace("Neg (t)", "Identity (t)")
-    assert list(reasons) == list(kept(plain, CHAIN_WEIGHTS, outputs=200)[1])
+    assert list(reasons) == list(kept(CHAIN, CHAIN_WEIGHTS, outputs=200)[1])
     assert all("below 200" in why for why in reasons.values())
     assert kept(text, weights, outputs=-100)[1] == {}
 
