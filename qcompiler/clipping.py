@@ -271,7 +271,8 @@ class Clipping:
         elif not method.least < self.amount <= method.most or math.isinf(self.amount):
             top = f"at most {method.most:g}" if math.isfinite(method.most) else "finite"
             raise OptionError(
-                f"calibration {self.method}={self.amount:g}: must be above {method.least:g} and {top}"
+                f"calibration {self.method}={self.amount:g}: must be above {method.least:g} and "
+                f"{top}"
             )
 
     @property
