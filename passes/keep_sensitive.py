@@ -39,11 +39,12 @@ __all__ = ["KeepSensitive"]
 _MOST = 1000
 """dB: its power is still a float."""
 
-_OF_LINKS = 1 / 3
+_OF_LINKS = 1 / 4
 """The part of the noise that is left to ops between layers, where there are some."""
 
 _FEWEST = 20
-"""Runs with which layers and what lies between them are looked at one after the other."""
+"""Runs with which layers and what lies between them are looked at one after the other: two of three
+for layers."""
 
 
 class KeepSensitive(MeasuringPass):
@@ -70,7 +71,7 @@ class KeepSensitive(MeasuringPass):
 
         own: float = 10.0
         outputs: float = 20.0
-        runs: int = 40
+        runs: int = 60
 
         def __post_init__(self) -> None:
             """Check the values.
@@ -140,9 +141,8 @@ class KeepSensitive(MeasuringPass):
             return self._keep_groups(found, nodes, worst)
         if not worst.noise(layers, links) > allowed:
             return 0
-        most = 1 + most // 2
         room = allowed * (1 - _OF_LINKS)
-        found = sensitive_groups(layers, lambda some: worst.noise(some, ()), room, most)
+        found = sensitive_groups(layers, lambda some: worst.noise(some, ()), room, 2 * most // 3)
         count = self._keep_groups(found, nodes, worst)
         left = [name for name in layers if is_static(nodes[name])]
         return count + (self._reach_links(worst, left, allowed) if left else 0)

@@ -108,8 +108,8 @@ def test_runs_bound_the_search():
     options, told = KeepSensitive.Options(outputs=200), lambda *what: heard.append(what)
     KeepSensitive(counted, OBSERVE, options, lambda: told)(planned(CHAIN, CHAIN_WEIGHTS))
     assert asked == [9, *[3] * 5]  # all, one and two, and the two
-    assert [share for _, share in heard] == [run / 40 for run in range(1, 6)]
-    assert re.fullmatch(r"run 1 of at most 40, 3 layers quantized: \d+\.\d dB", heard[0][0])
+    assert [share for _, share in heard] == [run / 60 for run in range(1, 6)]
+    assert re.fullmatch(r"run 1 of at most 60, 3 layers quantized: \d+\.\d dB", heard[0][0])
 
 
 def test_nodes_that_only_together_make_noise(monkeypatch):
