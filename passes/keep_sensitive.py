@@ -5,8 +5,8 @@
    static quantized as planned the worst output is good to a bound.  What a node costs an output is
    measured there, with that node or a few quantized alone (`sensitive_groups`): its own error says
    little of that.
-3. Of the ops between them that are to hand on integers (`join_integers`), those that take the
-   worst output below the bound again.
+3. Of the ops between them that are to hand on integers (`join_integers`), and of products of two
+   activations, those that take the worst output below the bound again.
 
 Scales that are computed token by token fit every token: nothing with those is looked at, and no
 model without static scales is run.
@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from qcompiler.ir.decisions import add_note, keep_float
+from qcompiler.ir.decisions import add_note, keep_float, operand_plan_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.passes.insert_qdq import Observer, is_static
 from qcompiler.passes.measuring_pass import MeasuringPass
@@ -108,16 +108,17 @@ class KeepSensitive(MeasuringPass):
             CalibrationError: A static plan, and nothing to calibrate it with.
         """
         nodes = {node.name or "": node for node in model.graph if is_static(node)}
-        if not nodes or self.run is None:
+        products = any(operand_plan_of(node) for node in model.graph)
+        if not (nodes or products) or self.run is None:
             return ir.passes.PassResult(model, False)
-        errors = self._own(model, list(nodes))
+        errors = self._own(model, list(nodes)) if nodes else {}
         bound = self.options.own
         for name, error in errors.items():
             if error < bound:
                 _keep(nodes[name], f"its own error is {error:.1f} dB, below {bound:g}")
         kept = sum(error < bound for error in errors.values())
         left = [name for name, node in nodes.items() if name in errors and is_static(node)]
-        if left and self.options.runs:
+        if (left or products) and self.options.runs:
             kept += self._reach(model, {name: nodes[name] for name in left})
         return ir.passes.PassResult(model, kept > 0)
 
@@ -145,7 +146,7 @@ class KeepSensitive(MeasuringPass):
         found = sensitive_groups(layers, lambda some: worst.noise(some, ()), room, 2 * most // 3)
         count = self._keep_groups(found, nodes, worst)
         left = [name for name in layers if is_static(nodes[name])]
-        return count + (self._reach_links(worst, left, allowed) if left else 0)
+        return count + self._reach_links(worst, left, allowed)
 
     def _reach_links(self, worst: WorstOutput, layers: Sequence[str], allowed: float) -> int:
         """The same of what lies between layers, which are good enough by themselves."""

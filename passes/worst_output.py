@@ -65,14 +65,16 @@ class WorstOutput:
         return math.pow(10, -worst / 10)
 
     def links(self, layers: Collection[str]) -> list[str]:
-        """Names of the ops that would hand on integers between these layers."""
+        """Names of the ops that would read integers between these layers, products among them."""
         planned = self._planned(layers, None)
-        return [node.name or "" for node in links_of(planned.graph) if operand_plan_of(node)]
+        return [node.name or "" for node in planned.graph if operand_plan_of(node)]
 
     def _planned(self, layers: Collection[str], links: Collection[str] | None) -> ir.Model:
         planned = self.model.clone()
         for node in every_node(planned.graph):
-            if (node.name or "") not in layers:
+            # Both operands of a product of activations are planned before: it is one in between.
+            joins = operand_plan_of(node) is not None and (links is None or node.name in links)
+            if (node.name or "") not in layers and not joins:
                 drop_plan(node)
         for node in links_of(planned.graph):
             if links is not None and node.name not in links:
