@@ -137,7 +137,7 @@ class KeepSensitive(MeasuringPass):
         allowed, most = math.pow(10, -self.options.outputs / 10), self.options.runs
         worst = WorstOutput(model, self.run, self.observe, self.progress(), most)
         layers, links = list(nodes), worst.links(nodes)
-        if not links or most < _FEWEST:
+        if layers and (not links or most < _FEWEST):
             found = sensitive_groups(layers, lambda some: worst.noise(some, links), allowed, most)
             return self._keep_groups(found, nodes, worst)
         if not worst.noise(layers, links) > allowed:

@@ -329,8 +329,8 @@ def test_samples_that_nothing_needs_are_named(tmp_path):
     assert [note for note in report.notes if "the calibration samples were not used" in note]
 
 
-@pytest.mark.parametrize("activation", ["static", "dynamic"])
-def test_a_product_of_activations_is_judged_where_it_was_asked_for(activation):
+@pytest.mark.parametrize(("activation", "runs"), [("static", 60), ("dynamic", 60), ("dynamic", 3)])
+def test_a_product_of_activations_is_judged_where_it_was_asked_for(activation, runs):
     """One channel is most of the range of what it reads, and nothing of what it makes."""
     outlier = np.where(np.arange(8) == 3, 1e4, 1).astype(np.float32)
     weights = {"w": RNG.standard_normal((8, 8), dtype=np.float32) * outlier}
@@ -353,7 +353,7 @@ def test_a_product_of_activations_is_judged_where_it_was_asked_for(activation):
     AssignPrecision(TARGETS["x86-int8"].scheme, options, rules)(model)
     assert operand_plan_of(model.graph[1])
     run, observe = facts(feeds)
-    assert KeepSensitive(run, observe)(model).modified
+    assert KeepSensitive(run, observe, KeepSensitive.Options(runs=runs))(model).modified
     assert plan_of(model.graph[0]) and not operand_plan_of(model.graph[1])
     why = decision_of(model.graph[1]).why
     assert re.match(r"kept float: in integers alone it leaves the worst output -?\d\.\d dB, ", why)
