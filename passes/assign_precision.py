@@ -4,7 +4,8 @@
    activation type per token, dynamic; or static, per tensor, if a rule asks for that.
 2. Conv and ConvTranspose by a constant kernel: the scheme's weight type per output channel, static
    activations.  The last layers of a network are known by where their results go: one that leaves
-   the graph is not rounded, unless asked for, as nothing that follows would average out the error.
+   the graph, as it is or through what averages nothing (`last_values`), is not rounded, unless
+   asked for.
 3. MatMul of two activations: left float, or static, if asked for.
 4. Gather of a constant matrix's rows: 8 or 4 bits if a rule asks for them.
 5. Everything else stays float, with the reason; so does all that a quantized source keeps float:
@@ -36,6 +37,7 @@ from qcompiler.ir.decisions import (
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer
 from qcompiler.passes.forms import Usual
+from qcompiler.passes.last_values import last_values
 from qcompiler.passes.node_plans import NodePlanner, StayFloat
 from qcompiler.passes.node_rules import (
     PRECISIONS,
@@ -184,6 +186,7 @@ class AssignPrecision(ir.passes.InPlacePass):
             ),
             options.products,
             options.outputs,
+            last_values(model.graph),
             self._asked,
         )
         for node in nodes:

@@ -184,7 +184,7 @@ def _factors(largest: Floats, pair: _Pair) -> Floats:
     groups = np.abs(_by_input(_weight(pair.second), pair.second))
     reading = groups.max(axis=(1, *range(3, groups.ndim))).reshape(-1)
     live = (largest > 0) & (reading > 0)
-    if not live.any():
+    if not live.any() or not np.isfinite(largest).all():  # calibration will name the sample
         return np.ones_like(largest)
     smallest = np.finfo(np.float32).tiny
     results, weights = (np.log2(np.maximum(array, smallest)) for array in (largest, reading))

@@ -5,6 +5,8 @@
    static quantized as planned the worst output is good to a bound.  What a node costs an output is
    measured there, with that node or a few quantized alone (`sensitive_groups`): its own error says
    little of that.
+3. Of the ops between them that are to hand on integers (`join_integers`), and of products of two
+   activations, those that take the worst output below the bound again.
 
 Scales that are computed token by token fit every token: nothing with those is looked at, and no
 model without static scales is run.
@@ -23,24 +25,26 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from qcompiler.ir.decisions import add_note, decide, drop_plan
+from qcompiler.ir.decisions import add_note, keep_float, operand_plan_of
 from qcompiler.ir.errors import OptionError
-from qcompiler.ir.graph import every_node
 from qcompiler.passes.insert_qdq import Observer, is_static
 from qcompiler.passes.measuring_pass import MeasuringPass
 from qcompiler.passes.second_moments import LayerRuns
-from qcompiler.passes.sensitive_groups import sensitive_groups
-from qcompiler.passes.side_by_side import (
-    Runner,
-    output_errors,
-    own_errors,
-    quantized_copy,
-)
+from qcompiler.passes.sensitive_groups import Group, sensitive_groups
+from qcompiler.passes.side_by_side import Runner, own_errors, quantized_copy
+from qcompiler.passes.worst_output import WorstOutput
 
 __all__ = ["KeepSensitive"]
 
 _MOST = 1000
 """dB: its power is still a float."""
+
+_OF_LINKS = 1 / 4
+"""The part of the noise that is left to ops between layers, where there are some."""
+
+_FEWEST = 20
+"""Runs with which layers and what lies between them are looked at one after the other: two of three
+for layers."""
 
 
 class KeepSensitive(MeasuringPass):
@@ -67,7 +71,7 @@ class KeepSensitive(MeasuringPass):
 
         own: float = 10.0
         outputs: float = 20.0
-        runs: int = 40
+        runs: int = 60
 
         def __post_init__(self) -> None:
             """Check the values.
@@ -104,16 +108,17 @@ class KeepSensitive(MeasuringPass):
             CalibrationError: A static plan, and nothing to calibrate it with.
         """
         nodes = {node.name or "": node for node in model.graph if is_static(node)}
-        if not nodes or self.run is None:
+        products = any(operand_plan_of(node) for node in model.graph)
+        if not (nodes or products) or self.run is None:
             return ir.passes.PassResult(model, False)
-        errors = self._own(model, list(nodes))
+        errors = self._own(model, list(nodes)) if nodes else {}
         bound = self.options.own
         for name, error in errors.items():
             if error < bound:
                 _keep(nodes[name], f"its own error is {error:.1f} dB, below {bound:g}")
         kept = sum(error < bound for error in errors.values())
         left = [name for name, node in nodes.items() if name in errors and is_static(node)]
-        if left and self.options.runs:
+        if (left or products) and self.options.runs:
             kept += self._reach(model, {name: nodes[name] for name in left})
         return ir.passes.PassResult(model, kept > 0)
 
@@ -128,44 +133,58 @@ class KeepSensitive(MeasuringPass):
 
     def _reach(self, model: ir.Model, nodes: Mapping[str, ir.Node]) -> int:
         """Keep as few nodes as the outputs need, and say how many."""
-        bound, most, whole = self.options.outputs, self.options.runs, list[float]()
-        tell = self.progress()
+        assert self.run is not None
+        allowed, most = math.pow(10, -self.options.outputs / 10), self.options.runs
+        worst = WorstOutput(model, self.run, self.observe, self.progress(), most)
+        layers, links = list(nodes), worst.links(nodes)
+        if layers and (not links or most < _FEWEST):
+            found = sensitive_groups(layers, lambda some: worst.noise(some, links), allowed, most)
+            return self._keep_groups(found, nodes, worst)
+        if not worst.noise(layers, links) > allowed:
+            return 0
+        room = allowed * (1 - _OF_LINKS)
+        found = sensitive_groups(layers, lambda some: worst.noise(some, ()), room, 2 * most // 3)
+        count = self._keep_groups(found, nodes, worst)
+        left = [name for name in layers if is_static(nodes[name])]
+        return count + self._reach_links(worst, left, allowed)
 
-        def noise(names: Sequence[str]) -> float:
-            worst = self._outputs(model, set(names))
-            whole.append(worst)
-            layers = f"{len(names)} layer{'s' * (len(names) > 1)} quantized: {worst:.1f} dB"
-            tell(f"run {len(whole)} of at most {most}, {layers}", len(whole) / most)
-            return math.pow(10, -worst / 10)
+    def _reach_links(self, worst: WorstOutput, layers: Sequence[str], allowed: float) -> int:
+        """The same of what lies between layers, which are good enough by themselves."""
+        base = worst.noise(layers, ())
+        if not base < allowed:
+            return 0  # it could not be measured, or the runs did not suffice
 
-        found = sensitive_groups(list(nodes), noise, math.pow(10, -bound / 10), most)
-        for group in found:
+        def more(links: Sequence[str]) -> float:
+            return max(worst.noise(layers, links) - base, 0.0)
+
+        links, left = worst.links(layers), self.options.runs - len(worst.heard)
+        found = sensitive_groups(links, more, allowed - base, max(left, 1)) if links else []
+        nodes = {node.name or "": node for node in worst.model.graph}
+        return self._keep_groups(found, nodes, worst, "in integers", base)
+
+    def _keep_groups(
+        self,
+        groups: Sequence[Group],
+        nodes: Mapping[str, ir.Node],
+        worst: WorstOutput,
+        how: str = "quantized",
+        base: float = 0.0,
+    ) -> int:
+        whole, bound = worst.heard[0], self.options.outputs
+        for group in groups:
             others = f" with {len(group.names) - 1} more" if len(group.names) > 1 else ""
             # Nothing was heard of some, but they may be left out with the others in the end.
-            alone = -10 * math.log10(group.noise) if group.noise else math.inf
+            noise = group.noise + base
+            alone = -10 * math.log10(noise) if noise else math.inf
             for name in group.names:
                 _keep(
                     nodes[name],
-                    f"quantized alone{others} it leaves the worst output {alone:.1f} dB, and all "
-                    f"together {whole[0]:.1f} dB, below {bound:g}",
+                    f"{how} alone{others} it leaves the worst output {alone:.1f} dB, and all "
+                    f"together {whole:.1f} dB, below {bound:g}",
                 )
-        return sum(len(group.names) for group in found)
-
-    def _outputs(self, model: ir.Model, names: set[str]) -> float:
-        """SQNR in dB of the worst output with only these nodes quantized."""
-        assert self.run is not None
-        planned = model.clone()
-        for node in every_node(planned.graph):
-            if (node.name or "") not in names:
-                drop_plan(node)
-        joined, found = output_errors(model, quantized_copy(planned, self.observe))
-        if not found:  # nothing that it makes is of floats
-            return math.nan
-        rows = self.run(joined, [name for means in found for name in means.names])
-        return min(means.overall(rows) for means in found) if rows else math.nan
+        return sum(len(group.names) for group in groups)
 
 
 def _keep(node: ir.Node, why: str) -> None:
-    drop_plan(node)
-    decide(node, "float", f"kept float: {why}")
+    keep_float(node, f"kept float: {why}")
     add_note(node, f"kept float: {why}")  # what is decided later says so too

@@ -57,6 +57,7 @@ class NodePlanner:
         usual: What the weights of products are, where no rule says otherwise.
         products: Whether MatMuls of two activations are planned.
         outputs: Whether convolutions whose results leave the graph are.
+        last: The values that its outputs are made of, see `last_values`.
         rules: What a recipe says of single nodes.
     """
 
@@ -64,6 +65,7 @@ class NodePlanner:
     usual: Usual
     products: bool
     outputs: bool
+    last: frozenset[ir.Value]
     rules: NodeRules
 
     def plan(self, node: ir.Node, in_branch: bool) -> NodePlan | OperandPlan | StayFloat | None:
@@ -186,12 +188,21 @@ class NodePlanner:
             return without
         if scheme.images and (why := _no_image(node)) is not None:
             return StayFloat(why)
-        if rectified(node.outputs[0]).is_graph_output() and not self.outputs:
-            return StayFloat("its result leaves the graph")
+        if (why := self._leaves(rectified(node.outputs[0]))) is not None and not self.outputs:
+            return StayFloat(why)
         activation, axis = self._static(), int(node.op_type == "ConvTranspose")
         form = self._form(node)
         output = None if scheme.images else activation
         return _node_plan(form, _per_channel(form.weight, axis), activation, output)
+
+    def _leaves(self, result: ir.Value) -> str | None:
+        """How a result leaves the graph, if nothing that follows averages its errors out."""
+        if result.is_graph_output():
+            return "its result leaves the graph"
+        if result not in self.last:
+            return None
+        readers = dict.fromkeys(use.node.op_type for use in result.uses() if use.node.outputs)
+        return f"its result leaves the graph, or decides what does, through {', '.join(readers)}"
 
     def _form(self, node: ir.Node) -> Form:
         """The form of a node that can be quantized; what rules ask for in vain is noted on it."""

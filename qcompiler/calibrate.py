@@ -7,6 +7,8 @@ found once are found again by the hash of the model and of all samples.
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,10 +81,11 @@ def observe(
     version = import_onnxruntime().__version__
     counted = [name for name in names if clippings[name].counts]
     wider, summaries = summarized(model, list(names), counted, total)
-    with Probe(wider, [part for s in summaries.values() for part in s.names]) as probe:
+    parts = [part for s in summaries.values() for part in s.names]
+    with _reading(samples) as digest, Probe(wider, parts) as probe:
         cache = KernelCache()
         methods = json.dumps({name: str(clippings[name]) for name in sorted(clippings)})
-        key = content_key("ranges", probe.digest, samples.digest, methods, version)
+        key = content_key("ranges", probe.digest, digest(), methods, version)
         if (known := cache.get(key)) is not None:
             return {name: TensorStats(*ends) for name, ends in json.loads(known).items()}
         seen = {name: Observed(clippings[name]) for name in names}
@@ -96,6 +99,13 @@ def observe(
     ranges = _ranges(seen, samples)
     cache.keep(key, ranges)
     return {name: TensorStats(*ends) for name, ends in ranges.items()}
+
+
+@contextlib.contextmanager
+def _reading(samples: Samples) -> Iterator[Callable[[], str]]:
+    """Hash samples while something else is done; gives what waits for that."""
+    with concurrent.futures.ThreadPoolExecutor(1) as beside:
+        yield beside.submit(lambda: samples.digest).result
 
 
 def _check_opset(model: ir.Model) -> None:

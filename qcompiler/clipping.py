@@ -233,7 +233,7 @@ class _Method:
 
 METHODS = {
     "min-max": _Method(_min_max, counts=False),
-    "moving-average": _Method(_moving_average, counts=False, default=0.9, most=1.0),
+    "moving-average": _Method(_moving_average, counts=False, default=0.9, most=0.999),
     "percentile": _Method(_percentile, default=99.99, least=50.0, most=100.0),
     "entropy": _Method(_entropy),
     "mse": _Method(_mse),
@@ -269,9 +269,10 @@ class Clipping:
         elif method.default is None:
             raise OptionError(f"calibration {self.method!r} takes no amount, not {self.amount:g}")
         elif not method.least < self.amount <= method.most or math.isinf(self.amount):
-            top = f" and at most {method.most:g}" if math.isfinite(method.most) else ""
+            top = f"at most {method.most:g}" if math.isfinite(method.most) else "finite"
             raise OptionError(
-                f"calibration {self.method}={self.amount:g}: must be above {method.least:g}{top}"
+                f"calibration {self.method}={self.amount:g}: must be above {method.least:g} and "
+                f"{top}"
             )
 
     @property

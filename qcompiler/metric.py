@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from qcompiler.ir.errors import OptionError
@@ -66,6 +66,11 @@ def measure(name: str, metric: Metric, session: Any, samples: Samples) -> float:
     inputs = session.get_inputs()
 
     def run(sample: Sample) -> Sample:
+        if not isinstance(sample, Mapping):
+            raise TypeError(
+                f"run takes the arrays of a sample, not {type(sample).__name__}: "
+                "for name, arrays in samples: run(arrays)"
+            )
         feed = {i.name: sample[i.name] for i in inputs if i.name in sample}
         return dict(zip(names, session.run(names, feed), strict=True))
 

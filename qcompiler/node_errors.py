@@ -125,16 +125,21 @@ def node_errors(
                 found = _run(session, tensors, bundle, label)
                 for cut, pair, actual in zip(cuts, sums, found, strict=True):
                     pair[index].add(tensors[cut.tensor], actual, None)
-    keepable = not any(node.op_type in _QUANTIZATION for node in source.graph)
+    keepable = {node.name or "" for node in source.graph}
+    if any(node.op_type in _QUANTIZATION for node in source.graph):
+        keepable = set()
     return [
         _error(cut, own.result(), total.result(), keepable)
         for cut, (own, total) in zip(cuts, sums, strict=True)
     ]
 
 
-def _error(cut: _Cut, own: OutputError, total: OutputError, keepable: bool) -> NodeError:
+def _error(cut: _Cut, own: OutputError, total: OutputError, names: Collection[str]) -> NodeError:
+    """The error of a node; `names` are those that the source has, none if it is quantized."""
     made = decision_of(cut.node)
-    can_stay = keepable and made.op.startswith(_KEEPABLE)
+    # What lies between layers hands on integers, or is left float as they are.
+    between = made.op not in _QUANTIZATION and made.node in names
+    can_stay = bool(names) and (between or made.op.startswith(_KEEPABLE))
     return NodeError(made.node, made.op, cut.tensor, made.action, made.why, own, total, can_stay)
 
 

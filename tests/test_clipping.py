@@ -143,8 +143,8 @@ def test_text_form(method, amount):
         ("percentile=50", "percentile=50: must be above 50 and at most 100"),
         ("percentile=101", "must be above 50 and at most 100"),
         ("sigma=0", "sigma=0: must be above 0"),
-        ("sigma=inf", "must be above 0"),
-        ("moving-average=1.5", "must be above 0 and at most 1"),
+        ("sigma=inf", "must be above 0 and finite"),
+        ("moving-average=1", "must be above 0 and at most 0.999"),
         ("entropy=3", "'entropy' takes no amount, not 3"),
     ],
 )

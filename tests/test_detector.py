@@ -45,7 +45,10 @@ def detector(tmp_path_factory):
     model, bundle = folder / "model.onnx", folder / "bundle"
     ir.save(model_of(TEXT, WEIGHTS), model)
     numerics = CheckNumerics(Samples(IMAGES))
-    qcompiler.compile(model, "arm-int8", bundle, calibration=IMAGES, watchers=[numerics])
+    recipe = qcompiler.Recipe(passes={"assign-precision": {"outputs": True}})  # so that it errs
+    qcompiler.compile(
+        model, "arm-int8", bundle, recipe=recipe, calibration=IMAGES, watchers=[numerics]
+    )
     assert any(out.resized for change in numerics.changes for out in change.outputs)
     return model, bundle
 
@@ -53,6 +56,16 @@ def detector(tmp_path_factory):
 def test_it_is_quantized(detector):
     nodes = ir.load(detector[1] / "model.onnx").graph.all_nodes()
     assert sum(node.op_type.startswith("QConv") for node in nodes) == 4
+
+
+def test_boxes_and_scores_are_not_rounded(tmp_path):
+    report = qcompiler.compile(
+        model_of(TEXT, WEIGHTS), "arm-int8", tmp_path / "bundle", calibration=IMAGES
+    )
+    heads = {d.why for d in report.decisions if d.op == "Conv" and d.action == "float"}
+    through = "its result leaves the graph, or decides what does, through "
+    assert heads == {through + "Transpose", through + "Sigmoid"}
+    assert sum(d.op.startswith("QConv") for d in report.decisions) == 2
 
 
 def test_samples_with_other_sizes_are_counted_and_left_out(detector):

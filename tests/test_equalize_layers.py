@@ -139,6 +139,14 @@ def test_dead_channels_have_no_factor():
     assert modified and after > before + 6
 
 
+def test_ranges_that_overflow_are_left_to_calibration(recwarn):
+    feeds = [{"x": np.full_like(FEEDS[0]["x"], 3e38)}]
+    run, _ = facts(feeds)
+    model = planned(RELU, WEIGHTS)
+    assert not EqualizeLayers(run, OBSERVE)(model).modified
+    assert not recwarn.list
+
+
 def test_without_samples_nothing_changes():
     assert_rewrites(EqualizeLayers(), planned(RELU, WEIGHTS), text_of(planned(RELU, WEIGHTS)))
     with pytest.raises(CalibrationError, match="--calib"):

@@ -61,11 +61,11 @@ def moved_as_integers(model, tmp_path):
     ("text", "pairs", "moved"),
     [
         # Between integer ops, whatever calibration saw of its result.
-        (f"c = {POOL} (b) d = Conv (c, w) y = Sigmoid (d)", "xabdc", ["MaxPool"]),
-        (f"c = {TURN} (b) d = Conv (c, w) y = Sigmoid (d)", "xabdc", ["Transpose"]),
+        (f"c = {POOL} (b) d = Conv (c, w) y = Neg (d)", "xabdc", ["MaxPool"]),
+        (f"c = {TURN} (b) d = Conv (c, w) y = Neg (d)", "xabdc", ["Transpose"]),
         # On the way out, where fewer bytes are left.
-        (f"c = {POOL} (b) y = Sigmoid (c)", "xabc", ["MaxPool"]),
-        (f"c = {TURN} (b) d = {POOL} (c) y = Sigmoid (d)", "xabcd", ["Transpose", "MaxPool"]),
+        (f"c = {POOL} (b) y = Neg (c)", "xabc", ["MaxPool"]),
+        (f"c = {TURN} (b) d = {POOL} (c) y = Neg (d)", "xabcd", ["Transpose", "MaxPool"]),
     ],
 )
 def test_moves_integers(text, pairs, moved, tmp_path):
@@ -85,7 +85,7 @@ def test_moves_integers(text, pairs, moved, tmp_path):
 @pytest.mark.parametrize(
     "text",
     [
-        f"c = {TURN} (b) y = Sigmoid (c)",
+        f"c = {TURN} (b) y = Neg (c)",
         "c = Reshape (b, shape) d = Exp (c) y = Neg (d)",
         f"y = {POOL} (b)",
         f"c = {POOL} (b) d = Tanh (b) e = {POOL} (d) y = Add (c, e)",

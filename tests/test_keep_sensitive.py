@@ -1,6 +1,5 @@
 """keep-sensitive: what is dropped, in which order, and what the reason says."""
 
-import math
 import re
 
 import numpy as np
@@ -10,11 +9,23 @@ from calibrated import facts, output_sqnr, planned
 from golden import model_of, text_of
 
 import qcompiler
-from qcompiler.ir.decisions import add_note, decide, decision_of, plan_of
+from qcompiler.ir.decisions import (
+    add_note,
+    decide,
+    decision_of,
+    is_kept_float,
+    operand_plan_of,
+    plan_of,
+)
 from qcompiler.ir.errors import CalibrationError, OptionError
+from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.passes.join_integers import JoinIntegers
 from qcompiler.passes.keep_sensitive import KeepSensitive
 from qcompiler.passes.known_ranges import KnownRanges
+from qcompiler.passes.node_rules import NodeRule
 from qcompiler.passes.options import configured
+from qcompiler.passes.worst_output import WorstOutput
+from qcompiler.targets.catalog import TARGETS
 
 RNG = np.random.default_rng(0)
 # A head of boxes and scores: half of its channels a thousand times as large as the others.
@@ -38,6 +49,11 @@ CHAIN = (
 CHAIN_WEIGHTS = WEIGHTS | {
     f"k{i}": RNG.standard_normal((8, 8, 3, 3), dtype=np.float32) for i in range(2)
 }
+BETWEEN = (
+    "g (float[1,4,8,8] x) => (float[1,8,4,4] z) "
+    "{ c = Conv (x, a) u = Add (c, high) v = Add (u, low) d = Conv (v, k0) z = Neg (d) }"
+)
+BETWEEN_WEIGHTS = CHAIN_WEIGHTS | {"high": np.float32(1e4), "low": np.float32(-1e4)}
 
 
 def kept(text, weights=WEIGHTS, **options):
@@ -102,17 +118,18 @@ def test_runs_bound_the_search():
     options, told = KeepSensitive.Options(outputs=200), lambda *what: heard.append(what)
     KeepSensitive(counted, OBSERVE, options, lambda: told)(planned(CHAIN, CHAIN_WEIGHTS))
     assert asked == [9, *[3] * 5]  # all, one and two, and the two
-    assert [share for _, share in heard] == [run / 40 for run in range(1, 6)]
-    assert re.fullmatch(r"run 1 of at most 40, 3 layers quantized: \d+\.\d dB", heard[0][0])
+    assert [share for _, share in heard] == [run / 60 for run in range(1, 6)]
+    assert re.fullmatch(r"run 1 of at most 60, 3 layers quantized: \d+\.\d dB", heard[0][0])
 
 
 def test_nodes_that_only_together_make_noise(monkeypatch):
     """The search ends with all left out, also those whose noise alone is 0."""
 
-    def outputs(self, model, names):
-        return math.inf if names in ({"node_0"}, {"node_2"}) else 5.0
+    def noise(self, layers, links):
+        self.heard.append(5.0)
+        return 0.0 if list(layers) in (["node_0"], ["node_2"]) else 10**-0.5
 
-    monkeypatch.setattr(KeepSensitive, "_outputs", outputs)
+    monkeypatch.setattr(WorstOutput, "noise", noise)
     _, reasons = kept(CHAIN, CHAIN_WEIGHTS)
     assert list(reasons) == ["node_0", "node_2", "node_4"]
     assert "quantized alone it leaves the worst output inf dB" in reasons["node_0"]
@@ -159,6 +176,36 @@ def test_what_costs_the_output_stays_float_not_what_errs_most_itself():
     assert kept(own=-300, outputs=20) == ["node_0"]
 
 
+def test_what_is_rounded_between_two_layers_counts():
+    """Up by much and down again, in integers: nothing is left, though both layers are good."""
+    alone, joined = (planned(BETWEEN, BETWEEN_WEIGHTS) for _ in range(2))
+    JoinIntegers()(joined)
+    assert output_sqnr(alone, FEEDS[0], OBSERVE) > 25
+    assert output_sqnr(joined, FEEDS[0], OBSERVE) < 5
+    model, heard = planned(BETWEEN, BETWEEN_WEIGHTS), []
+    told = lambda *what: heard.append(what[0])  # noqa: E731
+    assert KeepSensitive(RUN, OBSERVE, progress=lambda: told)(model).modified
+    JoinIntegers()(model)
+    assert output_sqnr(model, FEEDS[0], OBSERVE) > 25
+    assert [plan_of(node) is not None for node in model.graph] == [1, 0, 0, 1, 0]
+    floats = [decision_of(node).why for node in model.graph if is_kept_float(node)]
+    said = (
+        r"kept float: in integers alone it leaves the worst output \S+ dB, and all together \S+ dB"
+    )
+    said = "kept float: in integers alone with 1 more it leaves the worst output -"
+    assert len(floats) == 2 and all(why.startswith(said) for why in floats)
+    assert re.match(r"run 1 of .* 2 layers and 2 between them quantized: -", heard[0])
+    assert re.match(r"run 2 of .* 2 layers quantized: 3", heard[1])
+
+
+def test_few_runs_look_at_all_together():
+    model = planned(BETWEEN, BETWEEN_WEIGHTS)
+    KeepSensitive(RUN, OBSERVE, KeepSensitive.Options(runs=3))(model)
+    JoinIntegers()(model)
+    assert not any(plan_of(node) for node in model.graph)
+    assert output_sqnr(model, FEEDS[0], OBSERVE) > 25
+
+
 @pytest.mark.parametrize("masked", ["Add (t, low)", "Log (t)"])
 def test_what_is_not_finite_in_an_output_hides_nothing(masked):
     ends = "=> (float[1,8,2,2] z, float[1,8,2,2] u)", f"z = Neg (t) u = {masked}"
@@ -175,20 +222,20 @@ def test_what_is_not_finite_in_an_output_hides_nothing(masked):
 @pytest.mark.parametrize(
     ("type", "ends"),
     [
-        ("float16[1,8,2,2]", "z = Cast <to = 10> (t)"),
-        ("double[1,8,2,2]", "z = Cast <to = 11> (t)"),
-        ("bfloat16[1,8,2,2]", "z = Cast <to = 16> (t)"),
-        ("int64[1,1,2,2]", "z = ArgMax <axis = 1> (t)"),
-        ("int64[4,m]", "z = NonZero (t)"),
-        ("float[m]", "b = Greater (t, zero) z = Compress (t, b)"),
+        ("float16[1,8,2,2]", "z = Cast <to = 10> (n)"),
+        ("double[1,8,2,2]", "z = Cast <to = 11> (n)"),
+        ("bfloat16[1,8,2,2]", "z = Cast <to = 16> (n)"),
+        ("int64[1,1,2,2]", "z = ArgMax <axis = 1> (n)"),
+        ("int64[4,m]", "z = NonZero (n)"),
+        ("float[m]", "b = Greater (n, zero) z = Compress (n, b)"),
     ],
 )
 def test_outputs_of_any_kind_are_judged(type, ends):
-    text = CHAIN.replace("float[1,8,2,2] z", f"{type} z").replace("z = Neg (t)", ends)
+    text = CHAIN.replace("float[1,8,2,2] z", f"{type} z").replace("z =", "n =")
+    text = text.replace("n = Neg (t)", f"n = Neg (t) {ends}")
     weights = CHAIN_WEIGHTS | {"zero": np.float32(0)}
     _, reasons = kept(text, weights, outputs=200)
-    plain = CHAIN.replace("Neg (t)", "Identity (t)")
-    assert list(reasons) == list(kept(plain, CHAIN_WEIGHTS, outputs=200)[1])
+    assert list(reasons) == list(kept(CHAIN, CHAIN_WEIGHTS, outputs=200)[1])
     assert all("below 200" in why for why in reasons.values())
     assert kept(text, weights, outputs=-100)[1] == {}
 
@@ -280,3 +327,34 @@ def test_samples_that_nothing_needs_are_named(tmp_path):
         calibration=lambda: [np.zeros((2, 4), np.float32)],
     )
     assert [note for note in report.notes if "the calibration samples were not used" in note]
+
+
+@pytest.mark.parametrize(("activation", "runs"), [("static", 60), ("dynamic", 60), ("dynamic", 3)])
+def test_a_product_of_activations_is_judged_where_it_was_asked_for(activation, runs):
+    """One channel is most of the range of what it reads, and nothing of what it makes."""
+    outlier = np.where(np.arange(8) == 3, 1e4, 1).astype(np.float32)
+    weights = {"w": RNG.standard_normal((8, 8), dtype=np.float32) * outlier}
+    feeds = [
+        {
+            "x": RNG.standard_normal((1, 8, 8), dtype=np.float32),
+            "p": RNG.standard_normal((1, 8, 4), dtype=np.float32) / outlier[:, None] ** 2,
+        }
+        for _ in range(2)
+    ]
+    text = (
+        "g (float[1,8,8] x, float[1,8,4] p) => (float[1,8,4] z) "
+        "{ q = MatMul (x, w) s = MatMul (q, p) z = Neg (s) }"
+    )
+    model = model_of(text, weights)
+    for index, node in enumerate(model.graph):
+        node.name = f"node_{index}"
+    options = AssignPrecision.Options(products=True)
+    rules = (NodeRule(match="node_0", activation=activation),)
+    AssignPrecision(TARGETS["x86-int8"].scheme, options, rules)(model)
+    assert operand_plan_of(model.graph[1])
+    run, observe = facts(feeds)
+    assert KeepSensitive(run, observe, KeepSensitive.Options(runs=runs))(model).modified
+    assert plan_of(model.graph[0]) and not operand_plan_of(model.graph[1])
+    why = decision_of(model.graph[1]).why
+    assert re.match(r"kept float: in integers alone it leaves the worst output -?\d\.\d dB, ", why)
+    assert output_sqnr(model, feeds[0], observe) > 25

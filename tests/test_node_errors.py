@@ -1,6 +1,7 @@
 """Errors inside a bundle: whose they are, whether they add up, and what would take them away."""
 
 import json
+import re
 
 import numpy as np
 import onnx_ir as ir
@@ -159,6 +160,39 @@ def test_a_recipe_that_keeps_the_worst(spiked, tmp_path):
     assert made.exit_code == 0
 
 
+IMAGES = [RNG.standard_normal((1, 4, 12, 12), np.float32) for _ in range(4)]
+BETWEEN = """g (float[1,4,12,12] x) => (float[1,8,8,8] y) {
+    a = Conv (x, k) b = Conv <pads = [1,1,1,1]> (a, l) c = Mul (a, b) d = Conv (c, l) y = Neg (d)
+}"""
+
+
+def test_what_lies_between_layers_can_stay_float_too(tmp_path):
+    kernels = {
+        "k": RNG.standard_normal((8, 4, 3, 3), dtype=np.float32),
+        "l": RNG.standard_normal((8, 8, 3, 3), dtype=np.float32),
+    }
+    model = model_of(BETWEEN, kernels)
+    for node, letter in zip(model.graph, "abcde", strict=True):
+        node.name = f"node_{letter}"
+    ir.save(model, tmp_path / "m.onnx")
+    for index, image in enumerate(IMAGES):
+        np.savez(tmp_path / f"{index}.npz", x=image)
+    asked = ("compare", tmp_path / "m.onnx", tmp_path / "b", "--data", tmp_path / "0.npz")
+    compiled = ("--target", "arm-int8", "--calib", tmp_path, "-o", tmp_path / "b")
+    assert qcompile(tmp_path / "m.onnx", *compiled).exit_code == 0
+    found = json.loads(qcompile(*asked, "--json").stdout)
+    remedies = {entry["node"]: entry["remedy"] for entry in found["nodes"]}
+    assert remedies["node_c"] == "--keep-float node_c"
+    told = qcompile(*asked, "--keep-worst", "50")
+    assert re.search(r"only \d of its nodes err and could be kept float", told.stderr)
+    (tmp_path / "r.toml").write_text(told.stdout)
+    recipe = qcompiler.Recipe.read(tmp_path / "r.toml")
+    assert {"node_a", "node_b", "node_c", "node_d"} <= set(recipe.keep_float)
+    again = qcompile(tmp_path / "m.onnx", *compiled, "--recipe", tmp_path / "r.toml", "--json")
+    reasons = {d["node"]: d["why"] for d in json.loads(again.stdout)["decisions"]}
+    assert reasons["node_c"] == "kept float by request (node_c)"
+
+
 def test_metrics_of_samples_without_names_and_with_labels(spiked):
     source, bundle = spiked
     x = next(iter(data()()))["x"]
@@ -177,7 +211,10 @@ def test_metrics(spiked, tmp_path, monkeypatch):
     assert found.metric.name == "mean"
     assert found.metric.model == pytest.approx(found.metric.bundle, abs=0.05)
     assert found.metric.model != found.metric.bundle
-    (tmp_path / "merit.py").write_text("def two(run, samples):\n    return 2\n")
+    (tmp_path / "merit.py").write_text(
+        "def two(run, samples):\n    return 2\n"
+        "def pairs(run, samples):\n    return [run(sample) for sample in samples]\n"
+    )
     monkeypatch.chdir(tmp_path)
     arguments = ("compare", source, bundle, "--data", "x.npz", "--metric")
     assert "merit:two: 2 → 2" in qcompile(*arguments, "merit:two").stdout
@@ -185,6 +222,10 @@ def test_metrics(spiked, tmp_path, monkeypatch):
         ("two", "metric 'two' is not module:function"),
         ("merit:three", "merit has no function 'three'"),
         ("math:sqrt", "metric math:sqrt fails: TypeError"),
+        (
+            "merit:pairs",
+            r"TypeError: run takes the arrays of a sample, not tuple: for name, arrays",
+        ),
     ]:
         failed = qcompile(*arguments, metric)
         assert failed.exit_code == 1

@@ -386,6 +386,7 @@ def test_calibration_of_single_nodes(tmp_path):
                 passes={
                     "keep-sensitive": {"runs": 0, "own": 0.1},
                     "equalize-layers": {"gain": 1e3},
+                    "assign-precision": {"outputs": True},
                 },
             ),
         )  # fmt: skip

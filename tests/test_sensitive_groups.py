@@ -83,3 +83,16 @@ def test_groups_without_noise_that_make_some_together_are_asked_about_once():
     found = sensitive_groups(NAMES, together, 0.01, 40)
     assert sorted(name for group in found for name in group.names) == sorted(NAMES)
     assert len(asked) == len(set(asked))
+
+
+def test_what_only_together_makes_noise_is_left_out_together():
+    """A chain of which one alone is nothing: it is found, and not everything is left out."""
+    chain = {"n4", "n5", "n6"}
+
+    def noise(names):
+        return 0.5 * (chain <= set(names)) + 1e-5 * len(names)
+
+    found = sensitive_groups(NAMES, noise, 0.01, 40)
+    (group,) = [group for group in found if group.together]
+    assert chain <= set(group.names) and len(group.names) <= 10
+    assert [name for group in found for name in group.names] == list(group.names)

@@ -92,6 +92,8 @@ def compare_command(
         )  # fmt: skip
     if keep_worst is not None:
         terminal.out.print(_recipe(found, keep_worst), end="", highlight=False, soft_wrap=True)
+        if (count := len(_keepable(found))) < keep_worst:
+            terminal.warning(f"only {count} of its nodes err and could be kept float")
         return
     if as_json:
         terminal.json(found.to_dict())
@@ -145,15 +147,20 @@ def _recipe(found: Comparison, count: int) -> str:
         OptionError: The other side is no bundle, or all of its nodes are exact.
     """
     from qcompiler.bundle import Manifest
-    from qcompiler.node_errors import worst_first
     from qcompiler.recipe import Recipe
 
     recipe = Recipe.from_dict(Manifest.read(found.bundle).recipe)
-    worst = [error for error in worst_first(found.nodes) if error.can_stay_float][:count]
+    worst = _keepable(found)[:count]
     if not worst:
         raise OptionError(f"{found.bundle}: no node of it errs, so there is none to keep float")
     keep = [name for error in worst for name in error.node.split(" + ")]
     return dataclasses.replace(recipe, keep_float=(*recipe.keep_float, *keep)).to_toml()
+
+
+def _keepable(found: Comparison) -> list[NodeError]:
+    from qcompiler.node_errors import worst_first
+
+    return [error for error in worst_first(found.nodes) if error.can_stay_float]
 
 
 def _sqnr(error: OutputError) -> str:
