@@ -105,30 +105,31 @@ def form_of(
         left = asked.to_dict()
         del left[key]
         asked = NodeRule(**left) if left else None
-    weight, activation = _storage(op, scheme, asked), _activation(op, scheme, asked)
-    rounding = usual.rounding if _misfit_of_rounding(op, weight) is None else "nearest"
+    weight = _storage(op, scheme, asked)
     groups = _groups(weight, usual.group_sizes)
-    zeros = usual.zero_points if groups else "none"
-    two_level = bool(groups) and usual.scales == "int8"
-    if asked is None:
-        return Form(
-            weight,
-            activation,
-            groups,
-            rounding=rounding,
-            zero_points=zeros,
-            two_level=two_level,
-        )
-    return Form(
+    form = Form(
         weight,
-        activation,
-        groups if asked.group_size is None else _groups(weight, (asked.group_size,)),
-        asked.calibration,
-        asked.rounding or rounding,
-        asked.precision is not None,
-        asked.zero_points or zeros,
-        FEWER_BITS.get(asked.precision or ""),
-        two_level if asked.scales is None else asked.scales == "int8",
+        _activation(op, scheme, asked),
+        groups,
+        rounding=usual.rounding if _misfit_of_rounding(op, weight) is None else "nearest",
+        zero_points=usual.zero_points if groups else "none",
+        two_level=bool(groups) and usual.scales == "int8",
+    )
+    return form if asked is None else _as_asked(form, asked)
+
+
+def _as_asked(form: Form, asked: NodeRule) -> Form:
+    """A form, but for what a rule says beside storage and activations."""
+    sizes = None if asked.group_size is None else (asked.group_size,)
+    return dataclasses.replace(
+        form,
+        group_sizes=form.group_sizes if sizes is None else _groups(form.weight, sizes),
+        calibration=asked.calibration,
+        rounding=asked.rounding or form.rounding,
+        requested=asked.precision is not None,
+        zero_points=asked.zero_points or form.zero_points,
+        bits=FEWER_BITS.get(asked.precision or ""),
+        two_level=form.two_level if asked.scales is None else asked.scales == "int8",
     )
 
 
