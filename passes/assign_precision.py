@@ -38,16 +38,14 @@ from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer
 from qcompiler.passes.forms import Usual
 from qcompiler.passes.last_values import last_values
+from qcompiler.passes.node_names import check_pattern, matches, names_of
 from qcompiler.passes.node_plans import NodePlanner, StayFloat
 from qcompiler.passes.node_rules import (
     PRECISIONS,
     NodeRule,
     NodeRules,
     check_group_size,
-    check_pattern,
     check_word,
-    matches,
-    names_of,
 )
 from qcompiler.targets.target import Scheme
 
@@ -172,44 +170,28 @@ class AssignPrecision(ir.passes.InPlacePass):
         nodes = list(every_node(model.graph))
         self._patterns = self._known_patterns(nodes)
         self._asked = NodeRules(self.rules, nodes)
-        changed, is_quantized = False, any(map(_came_quantized, nodes))
+        is_quantized = any(map(_came_quantized, nodes))
         if is_quantized:
             self._check_nothing_asked()
-        options = self.options
-        planner = NodePlanner(
-            self.scheme,
-            Usual(
-                self.group_sizes,
-                options.rounding,
-                options.zero_points or self.scheme.zero_points,
-                options.scales,
-            ),
-            options.products,
-            options.outputs,
-            last_values(model.graph),
-            self._asked,
-        )
+        changed, planner = False, self._planner(model.graph)
         for node in nodes:
             plan = self._plan_tied(planner, model.graph, node)
             if isinstance(plan, NodePlan | OperandPlan) and is_quantized:
                 decide(node, "float", "the source is quantized, and keeps this op float")
-            elif isinstance(plan, OperandPlan):
-                changed = changed or operand_plan_of(node) != plan
-                set_operand_plan(node, plan)
-                decide(node, "qdq", f"both its operands {plan.operands}")
-            elif isinstance(plan, NodePlan):
-                changed = changed or plan_of(node) != plan
-                set_plan(node, plan)
-                decide(node, "qdq", str(plan))
-            elif plan is not None and is_kept_float(node):
-                decide(node, "float", plan.why)
-            elif plan is not None and decision_of(node).action != "qdq":
-                # What was imported quantized, and is left so, has its reason already.
-                decide(node, "float", plan.why, expected=plan.expected)
+            else:
+                changed |= _note_plan(node, plan)
             if not isinstance(plan, NodePlan):
                 self._refuse_all(node, plan.why if isinstance(plan, StayFloat) else NO_WEIGHTS)
         self.notes = self._asked.check()
         return ir.passes.PassResult(model, changed)
+
+    def _planner(self, graph: ir.Graph) -> NodePlanner:
+        options = self.options
+        zero_points = options.zero_points or self.scheme.zero_points
+        usual = Usual(self.group_sizes, options.rounding, zero_points, options.scales)
+        return NodePlanner(
+            self.scheme, usual, options.products, options.outputs, last_values(graph), self._asked
+        )
 
     def _check_nothing_asked(self) -> None:
         """Refuse requests about what is quantized already."""
@@ -281,6 +263,25 @@ class AssignPrecision(ir.passes.InPlacePass):
         if asked is not None and asked.precision == "float":
             return _kept(node, "precision")
         return planner.plan(node, in_branch)
+
+
+def _note_plan(node: ir.Node, plan: NodePlan | OperandPlan | StayFloat | None) -> bool:
+    """Attach a plan, or the reason for none; whether that changes anything."""
+    changed = False
+    if isinstance(plan, OperandPlan):
+        changed = operand_plan_of(node) != plan
+        set_operand_plan(node, plan)
+        decide(node, "qdq", f"both its operands {plan.operands}")
+    elif isinstance(plan, NodePlan):
+        changed = plan_of(node) != plan
+        set_plan(node, plan)
+        decide(node, "qdq", str(plan))
+    elif plan is not None and is_kept_float(node):
+        decide(node, "float", plan.why)
+    elif plan is not None and decision_of(node).action != "qdq":
+        # What was imported quantized, and is left so, has its reason already.
+        decide(node, "float", plan.why, expected=plan.expected)
+    return changed
 
 
 def _came_quantized(node: ir.Node) -> bool:

@@ -106,29 +106,20 @@ class NodePlanner:
         if in_branch and form.rounding not in ("nearest", "hqq"):
             add_note(node, f"rounded to nearest, not by {form.rounding}: inside of a branch")
             form = dataclasses.replace(form, rounding="nearest")
-        activation = None
-        if form.activation == "dynamic":
-            storage = form.weight if form.weight.is_floating_point() else ir.DataType.INT8
-            stored = QuantType(storage, granularity=PerGroup(-1, depth))
-            activation = QuantSpec(stored, "dynamic")
-        if form.activation == "static":
-            if in_branch:
-                return StayFloat(_UNSEEN, False)
-            activation = self._static()
-        if not form.group_sizes:
-            return _node_plan(form, _per_channel(form.weight, axis=1), activation)
-        size = _group_of(form.group_sizes, depth)
-        stored = QuantType(
-            form.weight,
-            granularity=PerGroup(0, size),
-            symmetric=form.zero_points != "integer",
-            bits=form.bits,
-            two_level=form.two_level,
-            offset=form.zero_points == "float",
-        )
-        if form.bits is not None:
+        if in_branch and form.activation == "static":
+            return StayFloat(_UNSEEN, False)
+        if form.bits is not None and form.group_sizes:
             add_note(node, f"weights of {form.bits} bits, stored in int4")
-        return _node_plan(form, stored, activation)
+        return _node_plan(form, _matrix_type(form, depth), self._activation(form, depth))
+
+    def _activation(self, form: Form, depth: int) -> QuantSpec | None:
+        """Of the left operand of a product, which has rows of `depth`."""
+        if form.activation == "static":
+            return self._static()
+        if form.activation == "float":
+            return None
+        storage = form.weight if form.weight.is_floating_point() else ir.DataType.INT8
+        return QuantSpec(QuantType(storage, granularity=PerGroup(-1, depth)), "dynamic")
 
     def _plan_product(self, node: ir.Node, in_branch: bool) -> OperandPlan | StayFloat:
         """MatMul of two activations: ORT's MatMulIntegerToFloat."""
@@ -213,6 +204,20 @@ class NodePlanner:
             add_note(node, f"{key} {getattr(asked, key)!r} of the recipe is not possible: {why}")
 
         return form_of(node.op_type, self.scheme, asked, self.usual, refuse)
+
+
+def _matrix_type(form: Form, depth: int) -> QuantType:
+    """Of a weight [depth, N]."""
+    if not form.group_sizes:
+        return _per_channel(form.weight, axis=1)
+    return QuantType(
+        form.weight,
+        granularity=PerGroup(0, _group_of(form.group_sizes, depth)),
+        symmetric=form.zero_points != "integer",
+        bits=form.bits,
+        two_level=form.two_level,
+        offset=form.zero_points == "float",
+    )
 
 
 def _group_of(sizes: Sequence[int], depth: int) -> int:

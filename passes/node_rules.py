@@ -6,23 +6,19 @@
     precision = "int8"
 
 A rule is about the nodes whose name and op type both fit; what it leaves out, it has no say in.
-Nodes that torch's exporter made, whose own names say little, also go by the module that they come
-from: "encoder.layer.0.attention.self.query".
+What a name may be, and which patterns fit it, says `node_names`.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import fnmatch
-import functools
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
 from qcompiler.ir.errors import OptionError, did_you_mean
+from qcompiler.passes.node_names import check_pattern, matches, names_of
 
 __all__ = [
     "ACTIVATIONS",
@@ -34,14 +30,8 @@ __all__ = [
     "NodeRule",
     "NodeRules",
     "check_group_size",
-    "check_pattern",
     "check_word",
-    "matches",
-    "names_of",
 ]
-
-_SCOPES = "pkg.torch.onnx.name_scopes"
-"""Where torch's exporter notes the modules that a node lies in, as a Python list of texts."""
 
 PRECISIONS = {
     "float": None,
@@ -78,20 +68,6 @@ _WORDS = {
     "rounding": ROUNDINGS,
 }
 _TEXTS = ("match", "op", "calibration", *_WORDS)
-
-
-def check_pattern(key: str, pattern: str) -> None:
-    """Check a pattern of names.
-
-    Raises:
-        OptionError: It begins with "re:", and no regular expression follows.
-    """
-    if pattern.startswith("re:"):
-        try:
-            re.compile(pattern[3:])
-        except re.error as error:
-            problem = f"{key} {pattern!r} is no regular expression: {error}"
-            raise OptionError(problem) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,30 +246,6 @@ def check_word(key: str, value: Any) -> None:
     if value not in words:
         hint = did_you_mean(str(value), words) or f"; one of {', '.join(words)}"
         raise OptionError(f"unknown {key} {value!r}{hint}")
-
-
-def matches(name: str, pattern: str) -> bool:
-    """As a regular expression, a shell pattern, or to the letter: node names may hold brackets."""
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], name) is not None
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)
-
-
-def names_of(node: ir.Node) -> list[str]:
-    """What a node may be called: its name, and the module of torch that it comes from."""
-    module = _module(node.metadata_props.get(_SCOPES, ""))
-    return [node.name or "", *([module] if module else [])]
-
-
-@functools.lru_cache(maxsize=4096)
-def _module(scopes: str) -> str:
-    """The innermost module of a list of scopes; the last one is the op itself."""
-    try:
-        names = ast.literal_eval(scopes)
-    except (SyntaxError, ValueError):
-        return ""
-    found = names[-2] if isinstance(names, list) and len(names) > 1 else ""
-    return found if isinstance(found, str) else ""
 
 
 def _saying() -> list[str]:

@@ -5,16 +5,14 @@ A narrower range has finer steps and cuts off more; each method finds its own ba
 min-max          everything that was seen
 moving-average   the average over samples of their ends, later ones weighing more
 percentile       all but the outermost of a hundred parts on either side
-entropy          the least loss of information (KL divergence), after Migacz, "8-bit inference with
-                 TensorRT" (2017), with a range of two ends
-mse              the least mean squared error of the rounded values
+entropy          the least loss of information (KL divergence), see `range_search`
+mse              the least mean squared error of the rounded values, see there too
 sigma            so many standard deviations around the mean
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,13 +22,9 @@ from numpy.typing import NDArray
 
 from qcompiler.histogram import Histogram
 from qcompiler.ir.errors import OptionError, did_you_mean
+from qcompiler.range_search import Range, least_divergence, least_error
 
 __all__ = ["METHODS", "Clipping", "Observed"]
-
-Range = tuple[float, float]
-
-_CANDIDATES = np.linspace(1.0, 0.05, 77)
-"""Shares of the whole range that the searches try."""
 
 _AT_ONCE = 1 << 15
 """Values to count together: one by one each call costs more than its values."""
@@ -117,99 +111,11 @@ def _sigma(seen: Observed, amount: float, levels: int) -> Range:
 
 
 def _mse(seen: Observed, amount: float, levels: int) -> Range:
-    """Search one end, then the other, then the first again."""
-    histogram = seen.histogram
-    held = np.flatnonzero(histogram.counts)
-    values, counts = histogram.centers[held], histogram.counts[held]
-
-    @functools.cache  # an end that is 0 has one candidate, and the second round often none
-    def error(low: float, high: float) -> float:
-        step, zero = _grid(low, high, levels)
-        missed = np.rint(values / step)  # in place from here on: it runs some dozen times
-        np.minimum(missed, levels - 1 - zero, out=missed)
-        np.maximum(missed, -zero, out=missed)
-        missed *= step
-        missed -= values
-        missed *= missed
-        return float(np.dot(counts, missed))
-
-    low, high = lowest, highest = min(seen.low, 0.0), max(seen.high, 0.0)
-    # A grid ends up to half a step beyond the range that it was made for.
-    slack = _grid(low, high, levels)[0] / 2
-    above = _cut_off(values, counts, highest * _CANDIDATES + slack)
-    below = _cut_off(-values[::-1], counts[::-1], -lowest * _CANDIDATES + slack)
-    for _ in range(2):
-        high = _least(highest, above, functools.partial(error, low))
-        low = _least(lowest, below, lambda end: error(end, high))  # noqa: B023
-    return low, high
-
-
-def _least(end: float, bounds: NDArray[np.float64], error: Callable[[float], float]) -> float:
-    """The share of `end` of the least error; `bounds` are below those of each, and grow."""
-    best, least = end, math.inf
-    for share, bound in zip(_CANDIDATES, bounds, strict=True):
-        if bound > least:
-            break
-        if (found := error(float(share * end))) < least:
-            best, least = float(share * end), found
-    return best
-
-
-def _cut_off(
-    values: NDArray[np.float64], counts: NDArray[np.int64], ends: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """The squared error of what lies above each of `ends`; `values` ascend."""
-    from_end = [np.cumsum((counts * values**power)[::-1]) for power in range(3)]
-    total, first, second = (np.append(sums[::-1], 0.0) for sums in from_end)
-    at = np.searchsorted(values, ends, side="right")
-    lost: NDArray[np.float64] = second[at] - 2 * ends * first[at] + ends**2 * total[at]
-    return lost
+    return least_error(seen.histogram, (seen.low, seen.high), levels)
 
 
 def _entropy(seen: Observed, amount: float, levels: int) -> Range:
-    histogram = seen.histogram
-    counts = histogram.counts.copy()
-    # Every range has a step for 0, and after a Relu half of all values would vote for that alone.
-    counts[-histogram.first] = 0
-    held = np.flatnonzero(counts)
-    low, high = min(seen.low, 0.0), max(seen.high, 0.0)
-    if not held.size:
-        return low, high
-    values, shares = histogram.centers[held], counts[held] / counts.sum()
-
-    def divergence(share: float) -> float:
-        """KL of the values, cut off at both ends, from what is left of them in steps."""
-        inside = np.clip(values, share * low, share * high)
-        _, steps = _rounded(values, share * low, share * high, levels)
-        # A step's share spreads evenly over the bins that it stands for and that hold anything.
-        bins, at = np.unique(inside, return_inverse=True)
-        true = np.bincount(at, weights=shares, minlength=bins.size)
-        kept = np.where(inside == values, shares, 0.0)
-        step_of_bin = np.zeros(bins.size, np.int64)
-        step_of_bin[at] = steps
-        mass = np.bincount(step_of_bin, weights=np.bincount(at, kept, bins.size), minlength=levels)
-        width = np.bincount(step_of_bin, minlength=levels)
-        told = mass[step_of_bin] / width[step_of_bin]
-        told = np.maximum(told / max(told.sum(), 1e-12), 1e-12)
-        return float(np.dot(true, np.log(np.maximum(true, 1e-12) / told)))
-
-    share = min(map(float, _CANDIDATES), key=divergence)
-    return share * low, share * high
-
-
-def _grid(low: float, high: float, levels: int) -> tuple[float, int]:
-    """The step of [low, high], and how many steps 0 lies above its start."""
-    step = max((high - low) / (levels - 1), math.ldexp(1.0, -149))
-    return step, round(-low / step)
-
-
-def _rounded(
-    values: NDArray[np.float64], low: float, high: float, levels: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """The values as `levels` steps of [low, high] give them back, and the steps, with 0 exact."""
-    step, zero = _grid(low, high, levels)
-    steps = np.clip(np.rint(values / step) + zero, 0, levels - 1)
-    return (steps - zero) * step, steps.astype(np.int64)
+    return least_divergence(seen.histogram, (seen.low, seen.high), levels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,7 @@ def compare(
         nodes: Look inside, too, see `node_errors`.
         metric: A function of your own, or "module:function": it is given something that runs a
             side, {input: array} -> {output: array}, and the samples, and returns a number.
-        progress: Told ("sample", done, total).
+        progress: Told (what is run, samples done, samples in all).
 
     Raises:
         CalibrationError: A sample that does not fit, or has no labels of that name.
@@ -92,7 +92,9 @@ def compare(
     with onnx_file(model) as source:
         sides = _Sides(model, bundle, _open_exact(source), open_model(bundle, native=native))
         sides.check()
-        inside = tuple(node_errors(source, bundle, samples, native=native)) if nodes else ()
+        inside = list[NodeError]()
+        if nodes:
+            inside = node_errors(source, bundle, samples, native=native, progress=progress)
     outputs = sides.outputs(samples, labels, progress)
     if labels is not None and all(output.accuracy is None for output in outputs):
         raise OptionError(
@@ -102,7 +104,7 @@ def compare(
     if merit is not None:
         before, after = (measure(*merit, side, samples) for side in (sides.first, sides.second))
         values = MetricValues(merit[0], before, after)
-    return Comparison(model, bundle, native, len(samples), outputs, inside, values)
+    return Comparison(model, bundle, native, len(samples), outputs, tuple(inside), values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +141,7 @@ class _Sides:
             if truth is not None:
                 _check_rows(file, truth, sums.values())
             if progress is not None:
-                progress("sample", index + 1, len(samples))
+                progress("the outputs", index + 1, len(samples))
         return tuple(total.result() for total in sums.values())
 
     def _run(

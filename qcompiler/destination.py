@@ -18,11 +18,17 @@ from qcompiler.bundle import MANIFEST, Manifest
 from qcompiler.ir.errors import BundleError, OptionError, QCompilerError
 from qcompiler.model_file import beside, weight_files
 
-__all__ = ["check_file", "check_folder", "check_writable", "staged_folder"]
+__all__ = ["check_file", "check_folder", "check_writable", "real_path", "staged_folder"]
 
 _ATTEMPTS = 100
 
 _ANOTHER_FOLDER = "name another folder with -o DIR"
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """Where a path leads: x/../y is y, though the system finds nothing by it where x is not."""
+    path = Path(path)
+    return Path(os.path.realpath(path)) if ".." in path.parts and not path.parent.exists() else path
 
 
 def check_folder(destination: Path, source: object = None) -> Path:

@@ -14,13 +14,13 @@ import onnx_ir as ir
 from qcompiler.arguments import require, require_path, require_utf8
 from qcompiler.chooser import Chooser, Wishes
 from qcompiler.clipping import Clipping
-from qcompiler.destination import check_file, check_folder, staged_folder
+from qcompiler.destination import check_file, check_folder, real_path, staged_folder
 from qcompiler.frontend import check_kind
 from qcompiler.ir.decisions import Decision, decisions
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.stages import Stage
 from qcompiler.job import Job, size_of
-from qcompiler.model_file import save_model
+from qcompiler.model_file import beside, save_model
 from qcompiler.model_runs import SampleRuns
 from qcompiler.pipeline import Pipeline
 from qcompiler.progress import Clock, Progress
@@ -244,13 +244,18 @@ def _report(job: Job, model: ir.Model, written: Path) -> Report:
         job.target.name,
         tuple(decisions(model)),
         job.bytes_before,
-        bytes_after=size_of(written) if made else 0,
+        bytes_after=size_of(written) if made else _size_of_file(written),
         bytes_of_kernels=size_of(written, "*.so") if made else 0,
         seconds=job.clock.seconds,
         peak_memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         notes=job.notes(),
         choices=None if job.chooser is None else job.chooser.record().to_dict(),
     )
+
+
+def _size_of_file(written: Path) -> int:
+    """Bytes of a model and of the weights beside it."""
+    return sum(file.stat().st_size for file in (written, beside(written)) if file.is_file())
 
 
 def _destination(
@@ -262,8 +267,8 @@ def _destination(
         raise OptionError("give output=...: only a model from a file has a name of its own")
     stem = f"{file.stem if file else ''}.{target}"
     if suffix is not None:
-        return check_file(Path(output or f"{stem}.{suffix}.onnx"), file)
-    return check_folder(Path(output or stem), source)
+        return check_file(real_path(output or f"{stem}.{suffix}.onnx"), file)
+    return check_folder(real_path(output or stem), source)
 
 
 def _refuse_fallbacks(made: Iterable[Decision]) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import onnx
 import onnx_ir as ir
 
-from qcompiler.arguments import require_utf8
+from qcompiler.arguments import require_path, require_utf8
 from qcompiler.bundle import MANIFEST
 from qcompiler.faults import fault_of
 from qcompiler.from_torch import is_torch_file, is_torch_object, load_torch
@@ -43,6 +43,8 @@ def check_kind(source: object) -> None:
             f"{what}: give a path, an onnx_ir.Model, a torch.export.ExportedProgram, or a "
             "torch.fx.GraphModule with example_inputs"
         )
+    if isinstance(source, str | os.PathLike):
+        require_path("source", source)
 
 
 def load_model(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,12 @@ class _Cut:
 
 
 def node_errors(
-    model: Path, bundle: Path, samples: Samples, *, native: bool = True
+    model: Path,
+    bundle: Path,
+    samples: Samples,
+    *,
+    native: bool = True,
+    progress: Callable[[str, float, int], None] | None = None,
 ) -> list[NodeError]:
     """The errors of every node that the bundle computes in its own way, in the graph's order.
 
@@ -100,6 +105,7 @@ def node_errors(
         bundle: Its bundle, or any ONNX file with tensors of the same names.
         samples: What both are run on.
         native: Use the bundle's kernels; False runs its functions' bodies.
+        progress: Told (what is run, samples done, samples in all).
 
     Raises:
         CalibrationError: A sample that does not fit.
@@ -108,23 +114,17 @@ def node_errors(
     source = load_model(model)
     path = bundle / MODEL if bundle.is_dir() else bundle
     InferShapes()(source)
-    inputs = [value.name or "" for value in source.graph.inputs]
     values = [*source.graph.inputs, *(v for node in source.graph for v in node.outputs)]
     floats = {v.name or "" for v in values if v.dtype is ir.DataType.FLOAT}
     cuts = _cuts(ir.load(path), floats)
     if not cuts:
         return []
-    sums = [(ErrorSums(cut.tensor), ErrorSums(cut.tensor)) for cut in cuts]
-    sessions = [
+    sides = [
         open_altered(bundle, _altered(path, cuts, exact=exact), native=native)
         for exact in (True, False)
     ]
-    with Probe(source, list(dict.fromkeys([*inputs, *(cut.tensor for cut in cuts)]))) as probe:
-        for label, tensors in probe.run(lambda given: samples):
-            for index, session in enumerate(sessions):
-                found = _run(session, tensors, bundle, label)
-                for cut, pair, actual in zip(cuts, sums, found, strict=True):
-                    pair[index].add(tensors[cut.tensor], actual, None)
+    tell = progress or (lambda label, done, total: None)
+    sums = _sum_up(source, cuts, sides, bundle, samples, tell)
     keepable = {node.name or "" for node in source.graph}
     if any(node.op_type in _QUANTIZATION for node in source.graph):
         keepable = set()
@@ -132,6 +132,23 @@ def node_errors(
         _error(cut, own.result(), total.result(), keepable)
         for cut, (own, total) in zip(cuts, sums, strict=True)
     ]
+
+
+def _sum_up(
+    source: ir.Model, cuts: Sequence[_Cut], sides: Sequence[Any], bundle: Path, samples: Samples,
+    tell: Callable[[str, float, int], None],
+) -> list[tuple[ErrorSums, ErrorSums]]:  # fmt: skip
+    """Of each tensor, how either side errs in it over all samples."""
+    sums = [(ErrorSums(cut.tensor), ErrorSums(cut.tensor)) for cut in cuts]
+    names = [value.name or "" for value in source.graph.inputs]
+    with Probe(source, list(dict.fromkeys([*names, *(cut.tensor for cut in cuts)]))) as probe:
+        for number, (label, tensors) in enumerate(probe.run(lambda given: samples), 1):
+            for index, session in enumerate(sides):
+                found = _run(session, tensors, bundle, label)
+                for cut, pair, actual in zip(cuts, sums, found, strict=True):
+                    pair[index].add(tensors[cut.tensor], actual, None)
+            tell("node by node", number, len(samples))
+    return sums
 
 
 def _error(cut: _Cut, own: OutputError, total: OutputError, names: Collection[str]) -> NodeError:

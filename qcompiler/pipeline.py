@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
 
 from qcompiler.arguments import require
-from qcompiler.default_steps import OPTIONS_OF_RECIPE, default_steps
+from qcompiler.default_steps import default_steps
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage, source_problems
 from qcompiler.model_runs import ModelRuns
 from qcompiler.passes.choose_kernels import ChooseKernels
 from qcompiler.passes.options import configured
-from qcompiler.pipeline_text import ALIASES, parse_pipeline
+from qcompiler.pipeline_recipe import recipe_of, told_by_recipe
+from qcompiler.pipeline_text import parse_pipeline
 from qcompiler.recipe import Recipe
-from qcompiler.step import Rewrite, Step, Watcher, as_pass, check_watchers
+from qcompiler.step import Rewrite, Step, Watcher, as_pass, check_watchers, name_of
 from qcompiler.targets import catalog
 from qcompiler.targets.target import Target
 
@@ -87,7 +87,7 @@ class Pipeline:
         pipeline = cls(steps, goal, recipe)
         if not recipe.smooth:
             pipeline.remove("smooth-activations")
-        pipeline._configure_all(recipe.passes)
+        pipeline.steps = told_by_recipe(pipeline.steps, recipe)
         return pipeline
 
     @classmethod
@@ -157,19 +157,7 @@ class Pipeline:
     @property
     def effective_recipe(self) -> Recipe:
         """The recipe with the options of all passes as they are, to do the same another time."""
-        passes: dict[str, dict[str, Any]] = {}
-        for step in self.steps:
-            options = getattr(step.rewrite, "options", None)
-            if dataclasses.is_dataclass(options) and not isinstance(options, type):
-                passes[step.name] = dataclasses.asdict(options)
-        told = {
-            key: passes[name].pop(option)
-            for (name, option), key in OPTIONS_OF_RECIPE.items()
-            if name in passes
-        }
-        return dataclasses.replace(
-            self.recipe, **told, passes={name: given for name, given in passes.items() if given}
-        )
+        return recipe_of(self.steps, self.recipe)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -268,35 +256,11 @@ class Pipeline:
                 watcher.after(step, model, result.modified)
         return model
 
-    def _configure_all(self, passes: Mapping[str, Mapping[str, Any]]) -> None:
-        """Set the options that a recipe gives passes.
-
-        Raises:
-            OptionError: No such pass or option, a value it does not take, or an option that is a
-                key of the recipe.
-        """
-        names = [step.name for step in self.steps]
-        for given, options in passes.items():
-            name = ALIASES.get(given, given)
-            if name == "smooth-activations" and not self.recipe.smooth:
-                raise OptionError(f"recipe: passes: {given!r} is left out by smooth = false")
-            if name not in names:
-                hint = did_you_mean(name, names) or f"; one of {', '.join(names)}"
-                raise OptionError(f"recipe: passes: no pass {given!r}{hint}")
-            for option in options:
-                if key := OPTIONS_OF_RECIPE.get((name, option)):
-                    raise OptionError(
-                        f"recipe: passes: {name}: {option} is what the recipe calls {key}: write "
-                        "that at the top"
-                    )
-            rewrite = configured(self.steps[names.index(name)].rewrite, name, options)
-            self.replace(name, rewrite)
-
     def _insert(
         self, index: int, name: str | Rewrite, rewrite: Rewrite | None, stage: Stage
     ) -> Pipeline:
         if rewrite is None:
-            name, rewrite = _name_of(name), name
+            name, rewrite = name_of(name), name
         if not isinstance(name, str):
             raise OptionError(f"the name of a pass is a text, not {name!r}")
         if any(step.name == name for step in self.steps):
@@ -311,18 +275,3 @@ class Pipeline:
         if name not in names:
             raise OptionError(f"no pass {name!r} in the pipeline{did_you_mean(str(name), names)}")
         return names.index(name)
-
-
-def _name_of(rewrite: object) -> str:
-    """What the class of a pass is called on the command line: MyPass is "my-pass".
-
-    Raises:
-        OptionError: It is no pass, or rules, which have no names.
-    """
-    if isinstance(rewrite, str):
-        raise OptionError(f"the pass to be called {rewrite!r} is missing: give it after its name")
-    as_pass(rewrite)
-    if not isinstance(rewrite, ir.passes.PassBase):
-        raise OptionError("rules have no name of their own: give one before them")
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(rewrite).__name__)
-    return words.strip("_").lower()

@@ -73,6 +73,11 @@ def _split(text: str) -> list[str]:
             raise OptionError(f"pipeline {text!r}: {problem}")
         if letter in ",+" and not depth:
             items.append("")
+        elif items[-1].rstrip().endswith("}") and letter == ".":
+            raise OptionError(
+                f"pipeline {text!r}: a range has options at its end only: put a comma after "
+                f"{items[-1].strip()!r}, and begin the range with the pass that comes next"
+            )
         elif items[-1].rstrip().endswith("}") and not letter.isspace():
             raise OptionError(f"pipeline {text!r}: a comma is missing after {items[-1].strip()!r}")
         else:

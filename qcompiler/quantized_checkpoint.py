@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from qcompiler.ir.graph import constant, drop_if_unread, every_node, label, new_
 from qcompiler.ir.types import PerGroup, QuantType
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.node_rules import names_of
+from qcompiler.passes.node_names import names_of
 from qcompiler.passes.rounded_weight import RoundedWeight, place_dequantize
 from qcompiler.safetensors import SafeTensors
 
@@ -59,29 +59,14 @@ def take_over_weights(
         OptionError: `zeros_less_one` of a checkpoint of AWQ, where it means nothing.
     """
     file = SafeTensors(checkpoint)
-    layers = [name.removesuffix(".qweight") for name in file if name.endswith(".qweight")]
-    if not layers:
-        raise ModelError(f"{file.name} holds no qweight: it is no checkpoint of GPTQ or AWQ")
-    for layer in names or {}:
-        if layer not in layers:
-            hint = did_you_mean(layer, layers) or f"; the first is {layers[0]!r}"
-            raise ModelError(f"{file.name} has no layer {layer!r}{hint}")
+    given = names or {}
+    layers = _layers_of(file, given)
     less_one = _is_less_one(Path(checkpoint)) if zeros_less_one is None else zeros_less_one
     Canonicalize()(model)
-    products = _products(model)
-    orders: dict[tuple[ir.Value, bytes], ir.Value] = {}
-    taken: dict[ir.Node, str] = {}
     methods = set()
-    for layer in layers:
-        node = _find(layer, (names or {}).get(layer), products, file.name)
-        if node in taken:
-            raise ModelError(
-                f"{file.name}: layers {taken[node]!r} and {layer!r} would both be {label(node)}; "
-                f"{_say_which(layer)}"
-            )
-        method, readers = _take_over(model.graph, node, file, layer, less_one, orders)
-        methods.add(method)
-        taken |= dict.fromkeys(readers, layer)
+    orders: dict[tuple[ir.Value, bytes], ir.Value] = {}
+    for layer, node in _nodes_of(layers, given, model, file.name).items():
+        methods.add(_take_over(model.graph, node, file, layer, less_one, orders))
     if methods == {"awq"} and zeros_less_one is not None:
         raise OptionError(
             f"zeros_less_one={zeros_less_one} (--zeros): {file.name} is of AWQ, whose zero points "
@@ -93,6 +78,35 @@ def take_over_weights(
     return layers
 
 
+def _layers_of(file: SafeTensors, names: Mapping[str, str]) -> list[str]:
+    """The rounded layers of a checkpoint; `names` must be about some of them."""
+    layers = [name.removesuffix(".qweight") for name in file if name.endswith(".qweight")]
+    if not layers:
+        raise ModelError(f"{file.name} holds no qweight: it is no checkpoint of GPTQ or AWQ")
+    for layer in names:
+        if layer not in layers:
+            hint = did_you_mean(layer, layers) or f"; the first is {layers[0]!r}"
+            raise ModelError(f"{file.name} has no layer {layer!r}{hint}")
+    return layers
+
+
+def _nodes_of(
+    layers: Iterable[str], names: Mapping[str, str], model: ir.Model, file: str
+) -> dict[str, ir.Node]:
+    """A product that each layer is; others may share its weight."""
+    products, taken = _products(model), dict[ir.Value | None, str]()
+    found = dict[str, ir.Node]()
+    for layer in layers:
+        node = found[layer] = _find(layer, names.get(layer), products, file)
+        other = taken.setdefault(node.inputs[1], layer)
+        if other != layer:
+            raise ModelError(
+                f"{file}: layers {other!r} and {layer!r} would both be {label(node)}; "
+                f"{_say_which(layer)}"
+            )
+    return found
+
+
 def _take_over(
     graph: ir.Graph,
     node: ir.Node,
@@ -100,17 +114,16 @@ def _take_over(
     layer: str,
     less_one: bool,
     orders: dict[tuple[ir.Value, bytes], ir.Value],
-) -> tuple[str, list[ir.Node]]:
-    """Take one layer over for all products of a weight; the method that rounded it, and these."""
+) -> str:
+    """Take one layer over for all products of a weight; the method that rounded it."""
     weight = node.inputs[1]
     assert weight is not None and weight.const_value is not None
     k, n = weight.const_value.shape.numpy()
     method = method_of(file, layer, k, n)
     unpacked = unpack_layer(file, layer, method, (k, n), less_one)
-    readers = _replace(graph, weight, unpacked, orders)
-    for reader in readers:
+    for reader in _replace(graph, weight, unpacked, orders):
         decide(reader, "qdq", f"weights of {method} as {Path(file.name).name} has them")
-    return method, readers
+    return method
 
 
 def _is_less_one(path: Path) -> bool:

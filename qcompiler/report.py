@@ -58,11 +58,12 @@ class Report:
         if self.count("kernel", "body", "qdq") == 0:
             first = "nothing was quantized: the bundle runs in float like the original"
             return (first, *self.notes)
-        lacking = sum(d.action == "body" and not d.expected for d in self.decisions)
+        lacking = [d.why for d in self.decisions if d.action == "body" and not d.expected]
         if self.count("kernel") == 0 and lacking:
             first = (
-                f"{self.target} has no kernels of its own for this model yet: its "
-                f"{lacking} quantized nodes run as ONNX Runtime runs their bodies"
+                f"{self.target} has no kernels of its own for this model: its {len(lacking)} "
+                "quantized nodes run as ONNX Runtime runs their bodies "
+                f"({collections.Counter(lacking).most_common(1)[0][0]})"
             )
             return (first, *self.notes)
         return self.notes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Literal, TypeAlias
 
@@ -15,7 +16,7 @@ from onnxscript import rewriter
 from qcompiler.ir.errors import OptionError, QCompilerError
 from qcompiler.ir.stages import Interface, Stage, source_problems, verify
 
-__all__ = ["Rewrite", "Step", "Watcher", "as_pass", "check_watchers"]
+__all__ = ["Rewrite", "Step", "Watcher", "as_pass", "check_watchers", "name_of"]
 
 Rewrite: TypeAlias = (
     "ir.passes.PassBase | rewriter.RewriteRule | rewriter.RewriteRuleSet "
@@ -159,3 +160,18 @@ def _check_rules(rules: object) -> None:
             )
     if not rules:
         raise OptionError("a list of rewrite rules is empty")
+
+
+def name_of(rewrite: object) -> str:
+    """What the class of a pass is called on the command line: MyPass is "my-pass".
+
+    Raises:
+        OptionError: It is no pass, or rules, which have no names.
+    """
+    if isinstance(rewrite, str):
+        raise OptionError(f"the pass to be called {rewrite!r} is missing: give it after its name")
+    as_pass(rewrite)
+    if not isinstance(rewrite, ir.passes.PassBase):
+        raise OptionError("rules have no name of their own: give one before them")
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", type(rewrite).__name__)
+    return words.strip("_").lower()

@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
-from qcompiler.ir.decisions import NO_WEIGHTS, decision_of, left_to_ort, plan_of
+from qcompiler.ir.decisions import (
+    NO_WEIGHTS,
+    bias_shift,
+    decision_of,
+    left_to_ort,
+    operand_plan_of,
+    plan_of,
+)
 from qcompiler.ir.stages import verify
 from qcompiler.passes.choose_kernels import ChooseKernels
 from qcompiler.passes.shift_weights import ShiftWeights
@@ -76,6 +83,10 @@ def _notes(node: ir.Node) -> list[str]:
     plan, decision = None if node.domain else plan_of(node), decision_of(node)
     kinds = ("weight", "activation", "output") if plan else ()
     notes = [f"# {kind} {getattr(plan, kind)}" for kind in kinds if getattr(plan, kind)]
+    if handed := operand_plan_of(node):
+        notes.append(f"# operands {handed.operands}, output {handed.output}")
+    if (shift := bias_shift(node)) is not None:
+        notes.append(f"# bias less {[round(float(value), 1) for value in shift]}")
     if plan and (why := left_to_ort(node)):
         notes.append(f"# left to ORT: {why}")
     if (decision.action, decision.why) != (("qdq", str(plan)) if plan else ("float", NO_WEIGHTS)):
@@ -148,7 +159,10 @@ def assert_rewrites(
 
 def _changeable(model: ir.Model) -> tuple[object, ...]:
     """What a pass that changes it must say it modified: decisions are not."""
-    plans = [(plan_of(node), left_to_ort(node)) for node in model.graph.all_nodes()]
+    plans = [
+        (plan_of(node), operand_plan_of(node), str(bias_shift(node)), left_to_ort(node))
+        for node in model.graph.all_nodes()
+    ]
     return text_of(model), plans
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from calibrated import facts, output_sqnr, planned
-from golden import model_of, run, text_of
+from golden import assert_rewrites, model_of, run, text_of
 
 from qcompiler.ir.decisions import (
     add_note,
@@ -62,6 +62,21 @@ def test_takes_the_shift_from_the_bias(text):
     assert drift(model) < 0.25 < 0.5 < shift
     assert "; bias corrected: " in decision_of(model.graph[0]).why
     assert not BiasCorrection(RUN, OBSERVE)(model).modified
+
+
+def test_golden_a_shift_beside_the_plan():
+    after = """inputs x
+        v4 = Conv {'pads': '(1, 1, 1, 1)'} (x, v2, v3)
+        # weight quant<int8:float, axis=0, narrow>
+        # activation static quant<uint8:float, tensor, asymmetric>
+        # output static quant<uint8:float, tensor, asymmetric>
+        # bias less [-1.8, 4.0, -1.1, -3.2, -1.3, 1.4, 2.6, -1.2]
+        # qdq: weight quant<int8:float, axis=0, narrow>, activation static \
+quant<uint8:float, tensor, asymmetric>; bias corrected: 85% of its squared error
+        y = Neg  (v4)
+        outputs y"""
+    rewrite = BiasCorrection(RUN, OBSERVE)
+    assert_rewrites(rewrite, planned(CONV, WEIGHTS), after, FEEDS[0], notes=True)
 
 
 LINEAR = "g (float[n,6,32] x) => (float[n,6,8] y) { c = MatMul (x, w) y = Add (c, b) }"

@@ -97,10 +97,14 @@ def test_symbolic_links_as_in_a_hub_cache(tmp_path):
 @pytest.mark.parametrize("output", [None, "out"])
 @pytest.mark.parametrize(
     ("source", "message"),
-    [(None, "no model was given: give a path, an onnx_ir.Model"), (3, "cannot read a int: give a")],
+    [
+        (None, "no model was given: give a path, an onnx_ir.Model"),
+        (3, "cannot read a int: give a"),
+        ("d\0.onnx", "holds a NUL, which no path may"),
+    ],
 )
 def test_something_that_is_no_model(source, output, message):
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises((ModelError, OptionError), match=message):
         qcompiler.compile(source, "arm-int8", output)
 
 

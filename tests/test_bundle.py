@@ -7,7 +7,9 @@ import subprocess
 import sys
 import threading
 
+import c_host
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from conftest import DIGITS, mlp
@@ -38,6 +40,7 @@ def test_native_and_bodies_agree(tmp_path):
     native = qcompiler.load(bundle).run(None, X)[0]
     bodies = qcompiler.load(bundle, native=False).run(None, X)[0]
     assert sqnr(bodies, native) > 60
+    assert not np.array_equal(bodies, native)  # they are not the same thing twice
 
 
 def test_three_plain_lines(tmp_path):
@@ -66,14 +69,17 @@ def test_altered_library_is_not_loaded(tmp_path):
         qcompiler.load(bundle)
 
 
-def test_stale_library_never_gives_wrong_numbers(tmp_path):
-    """The library of another model registers another domain: the bodies run."""
-    bundle, other = compiled(tmp_path / "b"), compiled(tmp_path / "o", depth=32)
+def test_stale_library_never_gives_wrong_numbers(tmp_path, monkeypatch):
+    """One of other sources has ops of the same names, in another domain: the bodies run."""
+    bundle = compiled(tmp_path / "b")
+    monkeypatch.setattr("qcompiler.targets.catalog.fingerprint", lambda target: "of others")
+    stale = library_of(compiled(tmp_path / "stale"))
+    assert stale.name != library_of(bundle).name
     options = ort.SessionOptions()
-    options.register_custom_ops_library(str(library_of(other)))
-    session = ort.InferenceSession(bundle / "model.onnx", options)
-    expected = qcompiler.load(bundle, native=False).run(None, X)[0]
-    np.testing.assert_array_equal(session.run(None, X)[0], expected)
+    options.register_custom_ops_library(str(stale))
+    (y,) = ort.InferenceSession(bundle / "model.onnx", options).run(None, X)
+    np.testing.assert_array_equal(y, qcompiler.load(bundle, native=False).run(None, X)[0])
+    assert not np.array_equal(y, qcompiler.load(bundle).run(None, X)[0])
 
 
 def test_two_bundles_in_one_process(tmp_path):
@@ -85,13 +91,33 @@ def test_two_bundles_in_one_process(tmp_path):
         assert sqnr(bodies, session.run(None, feeds)[0]) > 60
 
 
+def without_bodies(bundle, prefix=""):
+    """The model of a bundle, with nothing to run where a kernel is missing."""
+    model = onnx.load(bundle / "model.onnx")
+    assert model.functions
+    model.ClearField("functions")
+    return onnx.compose.add_prefix(model, prefix)
+
+
 def test_two_libraries_in_one_session(tmp_path):
+    """One model with the ops of both."""
     first, second = compiled(tmp_path / "a"), compiled(tmp_path / "b", depth=32)
     options = ort.SessionOptions()
     for bundle in (first, second):
         options.register_custom_ops_library(str(library_of(bundle)))
-    session = ort.InferenceSession(first / "model.onnx", options)
-    np.testing.assert_array_equal(session.run(None, X)[0], qcompiler.load(first).run(None, X)[0])
+    both, more = without_bodies(first), without_bodies(second, "second_")
+    for field in ("node", "initializer", "input", "output"):
+        getattr(both.graph, field).extend(getattr(more.graph, field))
+    known = {entry.domain for entry in both.opset_import}
+    both.opset_import.extend(entry for entry in more.opset_import if entry.domain not in known)
+    session = ort.InferenceSession(both.SerializeToString(), options)
+    feeds = X | {"second_x": X["x"][:, :32].copy()}
+    alone = [
+        qcompiler.load(bundle).run(None, {"x": x})[0]
+        for bundle, x in zip((first, second), feeds.values(), strict=True)
+    ]
+    for got, want in zip(session.run(None, feeds), alone, strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_recompile_while_a_session_lives(tmp_path):
@@ -129,16 +155,19 @@ def test_no_instruction_set_means_bodies(tmp_path):
 
 
 def test_two_sessions_on_four_threads_each(tmp_path):
-    first, second = compiled(tmp_path / "a"), compiled(tmp_path / "b", seed=1)
-    sessions = [qcompiler.load(first, threads=2), qcompiler.load(second, threads=2)]
-    inputs = [RNG.standard_normal((rows, 64), dtype=np.float32) for rows in (1, 3, 8, 33)]
+    """Large enough that each of their ops hands work out."""
+    sizes = {"depth": 256, "width": 192}
+    first, second = compiled(tmp_path / "a", **sizes), compiled(tmp_path / "b", seed=1, **sizes)
+    sessions = [qcompiler.load(first, threads=4), qcompiler.load(second, threads=4)]
+    inputs = [RNG.standard_normal((rows, 256), dtype=np.float32) for rows in (1, 40, 65, 130)]
     expected = [[s.run(None, {"x": x})[0] for x in inputs] for s in sessions]
     wrong: list[tuple[int, int]] = []
 
     def work(which: int, index: int) -> None:
-        for _ in range(1000):
-            result = sessions[which].run(None, {"x": inputs[index]})[0]
-            if not np.array_equal(result, expected[which][index]):
+        for turn in range(250):
+            x = (index + turn) % len(inputs)
+            result = sessions[which].run(None, {"x": inputs[x]})[0]
+            if not np.array_equal(result, expected[which][x]):
                 wrong.append((which, index))
 
     threads = [threading.Thread(target=work, args=(w, i)) for w in (0, 1) for i in range(4)]
@@ -146,7 +175,7 @@ def test_two_sessions_on_four_threads_each(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong  # in 1,000 runs of each of 2 x 4 threads
+    assert not wrong  # in 1,000 runs of either session
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 200])
@@ -186,25 +215,41 @@ def test_every_target_compiles_the_example(tmp_path, target):
     assert kept <= 1  # ten columns are too few to gain anything
 
 
-@pytest.mark.parametrize("version", ["1.23.2"])
-def test_in_another_onnxruntime(digits, tmp_path, version):
-    """The oldest ONNX Runtime the library supports runs the same bundle, natively."""
-    runtime = package(f"onnxruntime=={version}")
+def test_in_the_oldest_onnxruntime(digits, tmp_path):
+    """It runs the same bundle, and with its kernels: a model without bodies opens."""
+    runtime, bundle = package(f"onnxruntime=={c_host.OLDEST}"), tmp_path / "b"
+    shutil.copytree(digits.bundle, bundle)
+    onnx.save(without_bodies(bundle), bundle / "bare.onnx")
     script = (
-        "import sys, numpy as np, onnxruntime, qcompiler\n"
-        f"assert onnxruntime.__version__ == {version!r}, onnxruntime.__file__\n"
-        "x = np.load(sys.argv[2])\n"
-        "for native in (True, False):\n"
-        "    session = qcompiler.load(sys.argv[1], native=native)\n"
-        "    np.save(sys.argv[3] + str(native), session.run(None, {'image': x})[0])\n"
+        "import sys, pathlib, numpy as np, onnxruntime, qcompiler\n"
+        "bundle, x, y, version = sys.argv[1:]\n"
+        "assert onnxruntime.__version__ == version, onnxruntime.__file__\n"
+        "options = onnxruntime.SessionOptions()\n"
+        "qcompiler.load(bundle, session_options=options)\n"
+        "sessions = [qcompiler.load(bundle), qcompiler.load(bundle, native=False),\n"
+        "            onnxruntime.InferenceSession(pathlib.Path(bundle, 'bare.onnx'), options)]\n"
+        "image = {'image': np.load(x)}\n"
+        "np.save(y, [session.run(None, image)[0] for session in sessions])\n"
     )
     image = RNG.random((3, 1, 20, 20), dtype=np.float32)
-    np.save(tmp_path / "x.npy", image)
-    command = [sys.executable, "-c", script, digits.bundle, tmp_path / "x.npy", tmp_path / "y"]
+    x, y = tmp_path / "x.npy", tmp_path / "y.npy"
+    np.save(x, image)
+    command = [sys.executable, "-c", script, bundle, x, y, c_host.OLDEST]
     subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(runtime)})
-    expected = qcompiler.load(digits.bundle).run(None, {"image": image})[0]
-    for native in (True, False):
-        assert sqnr(expected, np.load(tmp_path / f"y{native}.npy")) > 25
+    native, bodies, bare = np.load(y)
+    np.testing.assert_array_equal(native, bare)
+    for got, options in ((native, {}), (bodies, {"native": False})):
+        assert sqnr(qcompiler.load(bundle, **options).run(None, {"image": image})[0], got) > 60
+
+
+@pytest.mark.parametrize("version", c_host.VERSIONS)
+def test_from_c(tmp_path, version):
+    bundle = compiled(tmp_path / "b")
+    y = c_host.run(version, library_of(bundle), bundle / "model.onnx", X["x"], 64, tmp_path)
+    assert sqnr(qcompiler.load(bundle).run(None, X)[0], y) > 60
+    onnx.save(without_bodies(bundle), bundle / "bare.onnx")
+    bare = c_host.run(version, library_of(bundle), bundle / "bare.onnx", X["x"], 64, tmp_path)
+    np.testing.assert_array_equal(y, bare)
 
 
 def test_moved_to_another_folder(digits, tmp_path):

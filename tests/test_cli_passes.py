@@ -78,7 +78,9 @@ def test_compile_stops_after_a_stage():
     assert result.stdout == "The model after stage quantized is digits.arm-int8.quantized.onnx\n"
     assert "QMatMulW8A8" in ops("digits.arm-int8.quantized.onnx")
     result = qcompile(MODEL, *ARM, "--stop-after", "float", "-o", "here.onnx", "--json")
-    assert json.loads(result.stdout)["bundle"] == "here.onnx"
+    found = json.loads(result.stdout)
+    assert found["bundle"] == "here.onnx"
+    assert found["bytes_after"] == Path("here.onnx").stat().st_size
     assert "Gelu" in ops("here.onnx")
 
 

@@ -1,5 +1,6 @@
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from terminal import ARM, CALIB, MODEL, TEST, fails, qcompile
 
 import qcompiler
+from qcompiler.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -164,11 +166,26 @@ def test_bench_with_samples(bundle):
         (["--against", MODEL, "--shapes", "imag=1x1"], 1, "did you mean 'image'?"),
         (["--against", MODEL, "--shapes", "image=1x1"], 1, "image=1x1 does not fit"),
         (["--against", MODEL, "--data", "nowhere"], 1, "nowhere does not exist"),
+        (["--against", MODEL, "--preprocess", "size=20"], 2, "is about samples: add --data"),
         (["--against", MODEL, "--data", CALIB, "--shapes", "image=1x1x20x20"], 1, "not both"),
     ],
 )
 def test_bench_with_bad_input(bundle, args, code, message):
     fails(code, message, "bench", bundle, *args)
+
+
+def test_bench_and_others_on_images(bundle):
+    image = pytest.importorskip("PIL.Image")
+    Path("images").mkdir()
+    image.fromarray(np.zeros((20, 20), np.uint8)).save("images/a.png")
+    images = ("images", "--preprocess", "size=20,order=gray")
+    timed = ("bench", bundle, "--against", MODEL, "--seconds", "0.01", "--threads", "1")
+    assert "first of 1 samples" in qcompile(*timed, "--data", *images).stdout
+    passes = ("pass", "..insert-qdq", MODEL, "o.onnx", "--target", "arm-int8")
+    result = qcompile(*passes, "--calib", *images)
+    assert result.exit_code == 0, result.output
+    message = "--check-numerics takes arrays, and images has images: give .npz or .npy files"
+    fails(2, message, "pass", "canonicalize", MODEL, "o.onnx", "--check-numerics", "images")
 
 
 # qcompile compare
@@ -208,6 +225,21 @@ def test_compare_sums_up_many_outputs():
     assert "and 14 more: worst SQNR 20.0 dB (y17); -v lists them" in stdout
     assert all(f"\n{name} " in qcompile(*command, "-v").stdout for name in names)
     assert len(json.loads(qcompile(*command, "--json").stdout)["outputs"]) == 20
+
+
+def test_compare_prints_a_recipe(bundle):
+    command = ("compare", MODEL, bundle, "--data", CALIB, "--keep-worst", "2")
+    text = qcompile(*command).stdout
+    found = json.loads(qcompile(*command, "--json").stdout)
+    assert Recipe.from_dict(found) == Recipe.from_dict(tomllib.loads(text))
+    assert len(found["keep_float"]) == 3  # Conv was before
+
+
+def test_compare_says_how_far_it_is(bundle):
+    result = qcompile("compare", MODEL, bundle, "--data", CALIB)
+    stages = [line.split(" s  ")[1] for line in result.stderr.splitlines()]
+    assert stages == ["node by node", "the outputs"]
+    assert qcompile("compare", MODEL, bundle, "--data", CALIB, "-q").stderr == ""
 
 
 def test_compare_equal_models():
@@ -255,6 +287,13 @@ def test_passes_in_pieces_do_what_they_do_together():
     assert "QMatMulW8A8" in {node.op_type for node in onnx.load("folded.onnx").graph.node}
 
 
+def test_pass_says_how_far_it_is():
+    result = qcompile("pass", "canonicalize+fold-qdq", MODEL, "out.onnx")
+    stages = [line.split(" s  ")[1] for line in result.stderr.splitlines()]
+    assert stages == ["load", "canonicalize", "fold-qdq", "write"]
+    assert qcompile("pass", "canonicalize", MODEL, "out.onnx", "--json").stderr == ""
+
+
 def test_pass_keeps_external_data_complete():
     onnx.save(onnx.load(MODEL), "in.onnx", save_as_external_data=True, location="in.data")
     Path("sub").mkdir()
@@ -273,6 +312,7 @@ def test_pass_keeps_external_data_complete():
         (["fuse-regions", MODEL, "o.onnx"], 1, "depends on the target: add --target TARGET"),
         (["insert-qdq", MODEL, "o.onnx"], 1, "needs the plans of assign-precision"),
         (["canonicalize", MODEL, MODEL], 1, "is the input; name another file"),
+        (["canonicalize", MODEL, "o.onnx", "--preprocess", "size=20"], 2, "samples: add --calib"),
         (["canonicalize", "nope.onnx", "o.onnx"], 1, "nope.onnx does not exist"),
         (["canonicalize", MODEL, f"{MODEL}/o.onnx"], 1, "digits.onnx: Not a directory"),
         (["assign-precision", MODEL, "o.onnx", "--target", "x"], 1, "unknown target 'x'"),

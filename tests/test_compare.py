@@ -42,7 +42,7 @@ def test_a_model_equals_itself(folder):
     assert output.sqnr is None
     assert output.cosine == pytest.approx(1.0)
     assert (output.values, output.max_error, output.rows, output.top1) == (12, 0.0, 4, 1.0)
-    assert told == [("sample", 1, 2), ("sample", 2, 2)]
+    assert told == [("the outputs", 1, 2), ("the outputs", 2, 2)]
 
 
 def test_figures_of_a_known_error(folder):

@@ -150,6 +150,17 @@ def test_a_full_temporary_folder(conv, tmp_path, monkeypatch):
         pass
 
 
+def test_a_way_that_leads_back(matmul, tmp_path, monkeypatch):
+    """Through a folder that is not there; the system would not find what was written."""
+    monkeypatch.chdir(tmp_path)
+    report = qcompiler.compile(matmul, "arm-int8", "nowhere/../out")
+    assert report.bundle == tmp_path / "out" and report.bytes_after > 0
+    assert qcompiler.load(report.bundle)
+    file = qcompiler.compile(matmul, "arm-int8", "nowhere/../q.onnx", stop_after="qdq").bundle
+    assert file == tmp_path / "q.onnx" and file.is_file()
+    assert not Path("nowhere").exists()
+
+
 @pytest.mark.parametrize(("size", "file"), [(4096, r"libqcompiler-\S*"), (2e5, None)])
 def test_a_full_disk(tmp_path, monkeypatch, size, file):
     bundle = qcompiler.compile(mlp(), "x86-int8", tmp_path / "out", timing=False).bundle

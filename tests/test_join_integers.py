@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from golden import model_of, run, sqnr
+from golden import assert_rewrites, model_of, run, sqnr
 
 from qcompiler.ir.types import TensorStats
 from qcompiler.passes.assign_precision import AssignPrecision
@@ -41,6 +41,29 @@ def inserted(text):
 
     InsertQDQ(observe)(model)
     return model, observed
+
+
+def test_golden_a_plan_for_what_moves_data_between_convolutions():
+    model = model_of(CONVS % f"c = {POOL} (b) d = Conv (c, w) y = Sigmoid (d)", WEIGHTS)
+    AssignPrecision(TARGETS["x86-int8"].scheme)(model)
+    byte = "quant<uint8:float, tensor, asymmetric>"
+    planned = f"""# weight quant<int8:float, axis=0, narrow>
+        # activation static {byte}
+        # output static {byte}"""
+    after = f"""inputs x
+        v3 = Conv  (x, v2)
+        {planned}
+        v5 = Conv  (v3, v4)
+        {planned}
+        v6 = MaxPool {{'kernel_shape': '(2, 2)', 'strides': '(2, 2)'}} (v5)
+        # operands static {byte}, output static {byte}
+        # qdq: between integer ops: in integers, as the ops around it
+        v7 = Conv  (v6, v4)
+        {planned}
+        y = Sigmoid  (v7)
+        # float: Sigmoid is sensitive: not rounded to 8 bits
+        outputs y"""
+    assert_rewrites(JoinIntegers(), model, after, FEEDS, notes=True)
 
 
 def moved_as_integers(model, tmp_path):

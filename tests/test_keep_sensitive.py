@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from calibrated import facts, output_sqnr, planned
-from golden import model_of, text_of
+from golden import assert_rewrites, model_of, text_of
 
 import qcompiler
 from qcompiler.ir.decisions import (
@@ -75,6 +75,22 @@ def test_a_head_with_one_scale_for_two_ranges_stays_float():
     found = re.fullmatch(r"kept float: its own error is (.*) dB, below 10", reasons["node_2"])
     assert found and -1 < float(found[1]) < 4  # half of its channels are lost
     assert before < 10 and output_sqnr(model, FEEDS[0], OBSERVE) > 30
+
+
+def test_golden_a_plan_is_taken_back_and_the_graph_is_not_changed():
+    after = """inputs x
+        v3 = Conv  (x, v2)
+        # weight quant<int8:float, axis=0, narrow>
+        # activation static quant<uint8:float, tensor, asymmetric>
+        # output static quant<uint8:float, tensor, asymmetric>
+        v4 = Relu  (v3)
+        v6 = Conv  (v4, v5)
+        # float: kept float: its own error is 3.0 dB, below 10
+        z = Mul  (v6, v7)
+        outputs z"""
+    assert_rewrites(
+        KeepSensitive(RUN, OBSERVE), planned(TEXT, WEIGHTS), after, FEEDS[0], notes=True
+    )
 
 
 def test_what_is_good_enough_stays_quantized():

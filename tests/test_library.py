@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-import subprocess
 import threading
 from pathlib import Path
 from typing import Any
 
+import c_host
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from feed_forward import (
     DOMAIN,
@@ -34,14 +33,9 @@ from raw_kernels import Array, quantize
 from registry import debian_package
 
 from qcompiler.cli.host import instruction_sets
-from qcompiler.targets import toolchain
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.library import Library, build_library
-from qcompiler.targets.toolchain import find_linker
 from qcompiler.targets.x86 import ISAS, Isa
-
-NATIVE = Path(toolchain.__file__).resolve().parent / "native"
-TESTS_NATIVE = Path(__file__).resolve().parent / "native"
 
 
 @pytest.fixture(scope="module")
@@ -218,11 +212,6 @@ def test_an_old_onnxruntime_gets_a_real_error(library: Library) -> None:
     ]
 
 
-def compile_program(source: Path, output: Path, *flags: str) -> None:
-    command = [*find_linker().command, "-std=c11", "-O1", f"-I{NATIVE}", str(source), *flags]
-    subprocess.run([*command, "-o", str(output)], check=True, capture_output=True, text=True)
-
-
 def official_header() -> Path:
     """The folder of ONNX Runtime's own header: named, installed, or out of Debian's package."""
     folders = [os.environ.get("QCOMPILER_ORT_INCLUDE", ""), "/usr/include/onnxruntime"]
@@ -233,26 +222,20 @@ def official_header() -> Path:
 
 
 def test_our_header_agrees_with_the_official_one(tmp_path: Path) -> None:
-    compile_program(
-        TESTS_NATIVE / "abi_check.c", tmp_path / "check.o", "-c", f"-I{official_header()}"
+    c_host.compile_program(
+        c_host.NATIVE / "abi_check.c", tmp_path / "check.o", "-c", f"-I{official_header()}"
     )
 
 
 @needs_kernels
-def test_an_application_in_c(library: Library, constants: dict[str, Array], tmp_path: Path) -> None:
-    runtimes = list(Path(ort.__file__).parent.glob("capi/libonnxruntime.so*"))
-    if not runtimes:
-        pytest.skip("this onnxruntime wheel has no libonnxruntime.so")
+@pytest.mark.parametrize("version", c_host.VERSIONS)
+def test_an_application_in_c(
+    library: Library, constants: dict[str, Array], tmp_path: Path, version: str
+) -> None:
     inputs: dict[str, tuple[int, list[Any]]] = {"x": (TensorProto.FLOAT, ["tokens", K])}
     proto = model(FEED_FORWARD, {"y": TensorProto.FLOAT}, constants, inputs)
     (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
-    compile_program(TESTS_NATIVE / "host.c", tmp_path / "host", "-ldl")
     x = np.random.default_rng(4).standard_normal((9, K)).astype(np.float32)
-    command = [tmp_path / "host", runtimes[0], library.path, tmp_path / "model.onnx"]
-    done = subprocess.run(
-        [str(part) for part in [*command, 9, K, N]], input=x.tobytes(), capture_output=True
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    y = np.frombuffer(done.stdout, np.float32).reshape(9, N)
+    y = c_host.run(version, library.path, tmp_path / "model.onnx", x, N, tmp_path)
     (expected,) = session(proto, library).run(None, {"x": x})
     np.testing.assert_array_equal(y, expected)

@@ -60,6 +60,7 @@ def test_options_of_a_range_are_its_last_pass_s():
         ("alpha{a={1}}", "a '{' inside of another"),
         ("alpha}", "a '}' that nothing opens"),
         ("alpha{a=1}beta", "a comma is missing after 'alpha{a=1}'"),
+        ("alpha{a=1}..gamma", "put a comma after 'alpha{a=1}', and begin the range with the pass"),
         ("alpha{1}", "alpha: '1' is not OPTION=VALUE"),
         ("alpha{a=1 a=2}", "alpha: a is given twice"),
         ("gamma..alpha", "gamma..alpha: alpha comes before gamma; turn it round"),

@@ -19,7 +19,8 @@ from qcompiler.ir.decisions import decision_of, plan_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.types import PerAxis, PerGroup
 from qcompiler.passes.assign_precision import AssignPrecision
-from qcompiler.passes.node_rules import ACTIVATIONS, PRECISIONS, ROUNDINGS, NodeRule, names_of
+from qcompiler.passes.node_names import names_of
+from qcompiler.passes.node_rules import ACTIVATIONS, PRECISIONS, ROUNDINGS, NodeRule
 from qcompiler.pipeline import Pipeline
 from qcompiler.recipe import Recipe
 from qcompiler.targets.catalog import TARGETS

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from golden import model_of, run, sqnr, text_of
+from golden import assert_rewrites, model_of, run, sqnr, text_of
 
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.stages import Stage, verify
@@ -70,6 +70,23 @@ def replaced(source, given):
 
 def ops(model):
     return [node.op_type for node in model.graph]
+
+
+def test_golden():
+    model = model_of(text(mask="m,1,s,s"), CONSTANTS)
+    after = """inputs q, k, v, mask
+        v6 = Max  (mask, v5)
+        v7 = Shape {'end': '2', 'start': '1'} (q)
+        v8 = Shape {'end': '2', 'start': '1'} (k)
+        v10 = Concat {'axis': '0'} (v9, v7, v8)
+        v11 = Expand  (v6, v10)
+        v12 = com.microsoft.MultiHeadAttention {'num_heads': '4', 'scale': '0.25'} \
+(q, k, v, -, -, v11)
+        v14 = Reshape  (v12, v13)
+        y = Reshape  (v14, v15)
+        outputs y"""
+    given = feeds(mask=(2, 1, 3, 3))
+    assert_rewrites(UseOrtAttention(), model, after, given, exact=False, floor_db=110)
 
 
 def test_projections_are_read_as_they_are():

@@ -18,7 +18,9 @@ from qcompiler.cli.options import (
     Shapes,
     ShapesType,
     json_option,
+    preprocess_option,
     quiet_option,
+    samples_of,
     verbose_option,
 )
 from qcompiler.cores import are_busy
@@ -63,7 +65,11 @@ class SecondsType(click.FloatRange):
 @click.option(
     "--shapes", type=ShapesType(), metavar="NAME=1x128,…", help="Shapes of random inputs."
 )
-@click.option("--data", type=FILE, metavar="DIR", help="Feed these .npz samples instead.")
+@click.option(
+    "--data", type=FILE, metavar="DIR",
+    help="Feed samples instead: a folder of .npz, .npy, test data or images, or module:function.",
+)  # fmt: skip
+@preprocess_option
 @click.option(
     "--seconds",
     type=SecondsType(min=0, min_open=True),
@@ -78,14 +84,17 @@ class SecondsType(click.FloatRange):
 @click.pass_obj
 def bench_command(
     terminal: Terminal, bundle: Path, against: Path, threads: tuple[int, ...],
-    shapes: Shapes | None, data: Path | None, seconds: float, quiet: bool,
-    as_json: bool,
+    shapes: Shapes | None, data: Path | None, preprocess: str | None, seconds: float,
+    quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Time a bundle against its model, in turn, in one process."""
     with terminal.progress(shown=not (quiet or as_json)) as progress:
         from qcompiler.bench import bench
 
-        found = bench(bundle, against, threads=threads, shapes=shapes, data=data,
+        if data is None and preprocess is not None:
+            raise click.UsageError("--preprocess is about samples: add --data")
+        samples = None if data is None else samples_of(data, preprocess)
+        found = bench(bundle, against, threads=threads, shapes=shapes, data=samples,
                       seconds=seconds, progress=progress)  # fmt: skip
     if as_json:
         terminal.json(found.to_dict())

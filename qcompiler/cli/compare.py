@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qcompiler.compare import Comparison
     from qcompiler.node_errors import NodeError
     from qcompiler.output_error import OutputError
+    from qcompiler.recipe import Recipe
 
 __all__ = ["compare_command"]
 
@@ -81,9 +82,7 @@ def compare_command(
     quiet: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Run a model and its bundle on samples, and measure the difference."""
-    # Without a bar there is nothing to say on the way: samples are no stages.
-    bar = not (quiet or as_json) and terminal.err.is_terminal
-    with terminal.progress(bar) as progress:
+    with terminal.progress(shown=not (quiet or as_json)) as progress:
         from qcompiler.compare import compare
 
         found = compare(
@@ -91,9 +90,13 @@ def compare_command(
             nodes=nodes > 0 or keep_worst is not None, metric=metric, progress=progress,
         )  # fmt: skip
     if keep_worst is not None:
-        terminal.out.print(_recipe(found, keep_worst), end="", highlight=False, soft_wrap=True)
         if (count := len(_keepable(found))) < keep_worst:
             terminal.warning(f"only {count} of its nodes err and could be kept float")
+        recipe = _recipe(found, keep_worst)
+        if as_json:
+            terminal.json(recipe.to_dict())
+        else:
+            terminal.out.print(recipe.to_toml(), end="", highlight=False, soft_wrap=True)
         return
     if as_json:
         terminal.json(found.to_dict())
@@ -140,8 +143,8 @@ def _worst(errors: Sequence[NodeError], count: int | None) -> FigureTable:
     return table
 
 
-def _recipe(found: Comparison, count: int) -> str:
-    """The bundle's recipe, with its worst nodes kept float, as TOML.
+def _recipe(found: Comparison, count: int) -> Recipe:
+    """The bundle's recipe, with its worst nodes kept float.
 
     Raises:
         OptionError: The other side is no bundle, or all of its nodes are exact.
@@ -154,7 +157,7 @@ def _recipe(found: Comparison, count: int) -> str:
     if not worst:
         raise OptionError(f"{found.bundle}: no node of it errs, so there is none to keep float")
     keep = [name for error in worst for name in error.node.split(" + ")]
-    return dataclasses.replace(recipe, keep_float=(*recipe.keep_float, *keep)).to_toml()
+    return dataclasses.replace(recipe, keep_float=(*recipe.keep_float, *keep))
 
 
 def _keepable(found: Comparison) -> list[NodeError]:

@@ -84,6 +84,7 @@ class Debugging:
         if self.dump_dir is not None:
             watchers.append(DumpModels(self.dump_dir))
         if self.samples is not None:
+            _refuse_images(self.samples)
             numerics = CheckNumerics(self.samples, *self.bounds)
             watchers.append(numerics)
         try:
@@ -92,6 +93,21 @@ class Debugging:
             if numerics is not None and numerics.changes and not as_json:
                 terminal.out.print(_numerics_table(numerics.changes))
                 terminal.out.print()
+
+
+def _refuse_images(samples: Path) -> None:
+    """Say what to give instead; --preprocess, which other options would name, is not for these.
+
+    Raises:
+        UsageError: There are images among the files.
+    """
+    from qcompiler.images import IMAGES
+
+    files = samples.rglob("*") if samples.is_dir() else [samples]
+    if any(file.suffix.lower() in IMAGES for file in files):
+        raise click.UsageError(
+            f"--check-numerics takes arrays, and {samples} has images: give .npz or .npy files"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,12 +15,23 @@ from rich.text import Text
 from qcompiler.cli.console import Terminal
 from qcompiler.cli.debugging import Debugging, debugging_options
 from qcompiler.cli.figures import FigureTable
-from qcompiler.cli.options import FILE, Command, TargetName, json_option, verbose_option
+from qcompiler.cli.options import (
+    FILE,
+    Command,
+    TargetName,
+    json_option,
+    preprocess_option,
+    samples_of,
+    verbose_option,
+)
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from qcompiler.cli.progress import ProgressCallback
     from qcompiler.pipeline import Pipeline
+    from qcompiler.samples import Samples
+    from qcompiler.step import Watcher
 
 __all__ = ["pass_command"]
 
@@ -43,13 +54,14 @@ _SAMPLED = (
     metavar="DIR",
     help="Samples, for passes that measure, and for insert-qdq.",
 )
+@preprocess_option
 @debugging_options
 @json_option
 @verbose_option
 @click.pass_obj
 def pass_command(
     terminal: Terminal, words: tuple[str, ...], listed: bool, target: str | None,
-    calib: Path | None, debugging: Debugging, as_json: bool,
+    calib: Path | None, preprocess: str | None, debugging: Debugging, as_json: bool,
 ) -> None:  # fmt: skip
     """List the passes, or run some of them on an ONNX file.
 
@@ -61,29 +73,54 @@ def pass_command(
         _list(terminal, as_json)
         return
     text, source, output = _operands(words, debugging.pipeline)
-    from qcompiler.destination import check_file
-    from qcompiler.frontend import load_model
-    from qcompiler.model_file import save_model
-    from qcompiler.watch import check_dumps
+    if preprocess is not None and calib is None:
+        raise click.UsageError("--preprocess is about samples: add --calib")
+    from qcompiler.destination import check_file, real_path
 
-    check_file(output, source)
-    pipeline = _pipeline(target, calib).select(text)
+    output = check_file(real_path(output), source)
+    pipeline = _pipeline(target, None if calib is None else samples_of(calib, preprocess))
+    pipeline = pipeline.select(text)
     if target is None:
         pipeline.check_needs_no_target()
     if debugging.stage is not None:
         pipeline = pipeline.up_to(debugging.stage)
     if calib is not None and not any(step.name in _SAMPLED for step in pipeline):
         raise click.UsageError(f"none of these passes reads --calib; {', '.join(_SAMPLED)} do")
-    rows: list[dict[str, Any]] = []
-    with debugging.watching(terminal, as_json) as watchers:
-        check_dumps(watchers.all, source, output)
-        model = load_model(source)
-        _check_order(model, pipeline)
-        model = pipeline.run(model, watchers=[_count_nodes(rows, model), *watchers.all])
-        save_model(model, output)
+    with (
+        debugging.watching(terminal, as_json) as watchers,
+        terminal.progress(shown=not as_json) as progress,
+    ):
+        rows = _run(pipeline, source, output, watchers.all, progress)
     if as_json:
         terminal.json({"output": str(output), "passes": rows} | watchers.to_dict())
-        return
+    else:
+        _show(terminal, rows, output)
+
+
+def _run(
+    pipeline: Pipeline, source: Path, output: Path, watchers: Sequence[Watcher],
+    progress: ProgressCallback,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Run the passes on the file `source`; a row for each."""
+    from qcompiler.frontend import load_model
+    from qcompiler.model_file import save_model
+    from qcompiler.progress import Clock
+    from qcompiler.watch import check_dumps
+
+    check_dumps(watchers, source, output)
+    rows, clock = list[dict[str, Any]](), Clock(progress)
+    clock.total = len(pipeline.steps) + 2
+    clock.start("load")
+    model = load_model(source)
+    _check_order(model, pipeline)
+    count = _count_nodes(rows, model)
+    model = pipeline.run(model, lambda step: clock.start(step.name), [count, *watchers])
+    clock.start("write")
+    save_model(model, output)
+    return rows
+
+
+def _show(terminal: Terminal, rows: Sequence[dict[str, Any]], output: Path) -> None:
     table = FigureTable("Pass", ">Nodes\nbefore", ">Nodes\nafter", "")
     for row in rows:
         note = "" if row["changed"] else Text("changed nothing", "yellow")
@@ -156,16 +193,14 @@ def _list(terminal: Terminal, as_json: bool) -> None:
     terminal.out.print(options)
 
 
-def _pipeline(target: str | None, calib: Path | None) -> Pipeline:
+def _pipeline(target: str | None, samples: Samples | None) -> Pipeline:
     """What a compilation runs, untimed; without a target some of its passes must not run."""
     from qcompiler.chooser import Chooser, Wishes
     from qcompiler.model_runs import ModelRuns
     from qcompiler.recipe import Recipe
-    from qcompiler.samples import Samples
     from qcompiler.targets.catalog import TARGETS, get_target
 
     goal = next(iter(TARGETS.values())) if target is None else get_target(target)
-    samples = None if calib is None else Samples(calib)
     chooser = Chooser(goal, Wishes(timing=False), samples, lambda text, share: None)
     runs = ModelRuns() if samples is None else ModelRuns.on(samples)
     return chooser.pipeline(Recipe(), runs)

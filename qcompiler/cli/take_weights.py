@@ -37,12 +37,12 @@ def take_weights_command(
     CHECKPOINT is a .safetensors file, or the folder of one.  OUT.onnx then compiles like any
     quantized model, or runs in ONNX Runtime as it is.
     """
-    from qcompiler.destination import check_file
+    from qcompiler.destination import check_file, real_path
     from qcompiler.frontend import load_model
     from qcompiler.model_file import save_model
     from qcompiler.quantized_checkpoint import take_over_weights
 
-    check_file(output, model)
+    output = check_file(real_path(output), model)
     given = _names(names)
     loaded = load_model(model)
     less_one = None if zeros is None else zeros == "less-one"
