@@ -46,8 +46,8 @@ _QUANTIZES = ("Quantize", "QuantizeFp8", "QuantizeImage")
 _LEFT_TO_ORT = ("QConv", "GroupSumsA8", "GroupSumsA16")
 
 _ANCHORS = frozenset({
-    *_QUANTIZES, "QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8", "QMatMulW4A8", "QMatMulW4A16",
-    "QMatMulW4Z4A16", "QMatMulFp8", "QConvW8A8",
+    *_QUANTIZES, "QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8", "QMatMulW4A8", "QMatMulW4S8A8",
+    "QMatMulW4A16", "QMatMulW4Z4A16", "QMatMulFp8", "QConvW8A8",
 })  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from scipy import special
 from qcompiler.ir.region import Region, Step
 from qcompiler.targets import toolchain, x86
 from qcompiler.targets.toolchain import find_linker
-from qcompiler.targets.x86 import ISAS, Isa
+from qcompiler.targets.x86 import AVX2, AVX512_VNNI, ISAS, Isa
 from qcompiler.targets.x86.tile import tile_shape
 
 NATIVE = Path(toolchain.__file__).resolve().parent / "native"
@@ -70,6 +70,27 @@ def test_sums_are_exact(isa: Isa, k: int, n: int, seed: int, tmp_path: Path) -> 
         q = rng.integers(0, 256, (m, k)).astype(np.uint8)
         y = guarded(np.full((m, n), -1, np.int32))
         rows, (weights, *rest), _ = operands(q, w, isa)
+        arrays = [*map(guarded, (rows, weights, *rest)), y]
+        kernel(*map(pointer, arrays), m, 0, weights.shape[0])
+        np.testing.assert_array_equal(y, accumulate(q, w))
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 1), (3, 17), (64, 48), (130, 64), (27, 193)])
+def test_loops_of_avx512_on_any_processor(
+    k: int, n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from plain_unit import PlainUnit
+
+    from qcompiler.targets.x86 import qmatmul
+
+    monkeypatch.setattr(qmatmul, "unit_of", lambda isa: PlainUnit())
+    kernel = load({"f": qmatmul.accumulator_function(k, n, AVX512_VNNI)}, tmp_path, AVX2).f
+    rng, guarded, shape = np.random.default_rng(n), Guarded(), tile_shape(n, AVX512_VNNI)
+    w = int8(rng, k, n)
+    for m in range(1, 2 * shape.rows + 2):
+        q = rng.integers(0, 256, (m, k)).astype(np.uint8)
+        y = guarded(np.full((m, n), -1, np.int32))
+        rows, (weights, *rest), _ = operands(q, w, AVX512_VNNI)
         arrays = [*map(guarded, (rows, weights, *rest)), y]
         kernel(*map(pointer, arrays), m, 0, weights.shape[0])
         np.testing.assert_array_equal(y, accumulate(q, w))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from instruction_sets import compiled_for_here, each_isa, offer
 from numpy.typing import NDArray
+from plain_unit import PlainUnit
+from raw_kernels import Guarded, load, pointer
 
 from qcompiler.ir import dialect
 from qcompiler.ir.region import Region, Step
 from qcompiler.session_options import new_session_options
 from qcompiler.targets import x86
 from qcompiler.targets.library import KernelCache, build_library
-from qcompiler.targets.x86 import Isa
+from qcompiler.targets.x86 import AVX2, AVX512_VNNI, Isa, qmatmul_w4
+from qcompiler.targets.x86.w4_family import chunks_of, w4_tile
 
 DOMAIN = "qcompiler.00b4d1e5"
 BIAS = Step("Add", (0, -1))
@@ -30,6 +34,10 @@ Array = NDArray[Any]
 
 def product(k: int, n: int, group: int, extras: tuple[Any, ...] = (), *steps: Step) -> Region:
     return Region("QMatMulW4A8", (("K", k), ("N", n), ("G", group)), extras, steps)
+
+
+def of_two_levels(region: Region) -> Region:
+    return dataclasses.replace(region, anchor="QMatMulW4S8A8")
 
 
 REGIONS = (
@@ -43,6 +51,8 @@ REGIONS = (
     product(130, 64, 130),
     product(256, 33, 128, ("channel",), BIAS, Step("Sigmoid", (1,)), Step("Mul", (1, 2))),
     product(520, 130, 64),
+    of_two_levels(product(70, 33, 32)),
+    of_two_levels(product(384, 50, 64, ("channel",), BIAS, Step("Relu", (1,)))),
 )
 
 
@@ -67,6 +77,9 @@ def constants(region: Region) -> dict[str, Array]:
         "w": rng.integers(-8, 8, (k, n)),
         "ws": (rng.uniform(0.1, 1.5, (-(-k // group), n)) / np.sqrt(k)).astype(np.float32),
     }
+    if region.anchor == "QMatMulW4S8A8":
+        values["cs"] = values.pop("ws").max(0) / 127
+        values["gs"] = rng.integers(-127, 128, (-(-k // group), n))
     for index, kind in enumerate(region.extras):
         if kind == "channel":
             values[f"extra{index}"] = rng.standard_normal(n).astype(np.float32)
@@ -82,7 +95,7 @@ def model_of(region: Region) -> bytes:
             dtype = ir.DataType.UINT8 if name == "q" else ir.DataType.FLOAT
             last = {"q": region.size("K"), "s": 1}.get(name, region.size("N"))
             return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(["m", last]))
-        dtype = ir.DataType.INT4 if name == "w" else ir.DataType.FLOAT
+        dtype = {"w": ir.DataType.INT4, "gs": ir.DataType.INT8}.get(name, ir.DataType.FLOAT)
         array = values[name].astype(dtype.numpy())
         tensor = ir.Tensor(array, dtype=dtype, name=name)
         return ir.Value(
@@ -154,7 +167,8 @@ def test_sums_are_exact(library: Path, isa: Isa, region: Region, extreme: int) -
     ones = np.ones((5, 1), np.float32)
     (got,) = session(region, 1, library, isa).run(None, {"q": q, "s": ones})
     values = constants(region)
-    wide = values["w"] * np.repeat(values["ws"].astype(np.float64), group, axis=0)[:k]
+    scales = values["ws"] if "ws" in values else values["gs"].astype("f4") * values["cs"]
+    wide = values["w"] * np.repeat(scales.astype(np.float64), group, axis=0)[:k]
     want = (q.astype(np.float64) - 128) @ wide
     assert sqnr(want, got) >= 120
 
@@ -169,3 +183,42 @@ def test_sums_are_exact(library: Path, isa: Isa, region: Region, extreme: int) -
 )
 def test_unsupported_regions_say_why(region: Region, reason: str) -> None:
     assert reason in str(x86.supports(region))
+
+
+def packed(region: Region, isa: Isa) -> tuple[Array, Array]:
+    """Weights and scales as native/qmatmul_w4.c lays them out."""
+    (k, n, _), chunks, vectors = sizes(region), chunks_of(region, isa), w4_tile(isa).vectors
+    values, panels = constants(region), -(-n // (16 * vectors))
+    codes = np.full((chunks.padded_k, panels * vectors * 16), 8, np.uint8)
+    codes[:k, :n] = values["w"] + 8
+    eights = codes.reshape(chunks.eights, 2, 4, panels, vectors, 16)
+    bytes_ = (eights[:, 0] | eights[:, 1] << 4).transpose(2, 0, 3, 4, 1)
+    scales = np.zeros((chunks.groups, panels, vectors * 16), np.float32)
+    scales.reshape(chunks.groups, -1)[:, :n] = values["ws"]
+    return np.ascontiguousarray(bytes_).reshape(-1), scales.transpose(1, 0, 2).copy()
+
+
+@pytest.mark.parametrize("isa", [AVX512_VNNI, AVX2], ids=lambda isa: isa.name)
+@pytest.mark.parametrize("region", [r for r in REGIONS[:10] if not r.steps], ids=lambda r: r.name)
+def test_each_layout(
+    isa: Isa, region: Region, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loops of either unit, which read and write nothing beyond their operands."""
+    if isa == AVX512_VNNI:
+        monkeypatch.setattr(qmatmul_w4, "unit_of", lambda isa: PlainUnit())
+    kernel = load({"f": qmatmul_w4.qmatmul_w4_function(region, isa)}, tmp_path, AVX2).f
+    (k, n, _), chunks, guarded = sizes(region), chunks_of(region, isa), Guarded()
+    weights, scales = packed(region, isa)
+    rng = np.random.default_rng(3)
+    for rows in (1, 2, 7, 13):
+        a = np.zeros((rows, chunks.padded_k), np.int8)
+        a[:, :k] = rng.integers(-128, 128, (rows, k))
+        starts = -8 * a.reshape(rows, chunks.count, chunks.size).sum(2, dtype=np.int32)
+        s = rng.uniform(0.5, 2, rows).astype(np.float32)
+        y = guarded(np.full((rows, n), np.nan, np.float32))
+        arrays = [*map(guarded, (a, starts.astype(np.int32), s, weights, scales)), y]
+        kernel(*map(pointer, arrays), rows, 0, len(scales))
+        group = chunks.size * chunks.per_group
+        wide = np.repeat(constants(region)["ws"].astype(np.float64), group, axis=0)[:k]
+        want = a[:, :k] @ (constants(region)["w"] * wide) * s[:, None]
+        assert sqnr(want, y) >= 120

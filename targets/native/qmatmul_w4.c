@@ -1,11 +1,12 @@
 /* y = epilogue(QMatMulW4A8(q, s, w, ws), extra...): int4 weights in groups of K with a scale each, int8
- * activations per row.  See x86/qmatmul_w4.py for the layouts. */
+ * activations per row.  QMatMulW4S8A8(q, s, w, gs, cs) has the scales gs cs, an int8 of each group times
+ * a float of each column.  See x86/qmatmul_w4.py for the layouts. */
 #include <stdlib.h>
 #include <string.h>
 
 #include "qmatmul.h"
 
-enum { INPUT_W = 2, INPUT_WS, EIGHT = 8, LANES = 16, VECTOR = 64 };
+enum { INPUT_W = 2, INPUT_WS, INPUT_GS = INPUT_WS, INPUT_CS, EIGHT = 8, LANES = 16, VECTOR = 64 };
 
 static int64_t eights(const struct qc_op *op) {
     return (int64_t)op->variant->chunk * op->variant->chunks / EIGHT;
@@ -53,20 +54,34 @@ static void pack_scales(const struct qmatmul *kernel, const float *ws) {
         }
 }
 
+/* gs cs [groups, n]; to be freed. */
+static OrtStatus *multiply_scales(const struct qc_op *op, const OrtKernelInfo *info, float **scales) {
+    const int64_t n = op->spec->n;
+    const struct qc_shape gs_shape = {2, {groups(op), n}}, cs_shape = {1, {n}};
+    const void *gs, *cs;
+    QC_TRY(qc_constant_input(op, info, INPUT_GS, "gs", &gs_shape, &gs));
+    QC_TRY(qc_constant_input(op, info, INPUT_CS, "cs", &cs_shape, &cs));
+    *scales = malloc((size_t)(groups(op) * n) * sizeof **scales);
+    if (!*scales) return qc_error(op, "out of memory for %lld scales", (long long)(groups(op) * n));
+    for (int64_t i = 0; i < groups(op) * n; i++)
+        (*scales)[i] = (float)((const int8_t *)gs)[i] * ((const float *)cs)[i % n];
+    return NULL;
+}
+
 static void qmatmul_w4_destroy(void *state) {
     struct qmatmul *kernel = state;
     free(kernel->weights);
     free(kernel);
 }
 
-static OrtStatus *qmatmul_w4_create(const struct qc_op *op, const OrtKernelInfo *info, void **state) {
+static OrtStatus *create(const struct qc_op *op, const OrtKernelInfo *info, const float *ws,
+                         void **state) {
     const int64_t n = op->spec->n, panels = ceil_div(n, panel_columns(op));
-    const struct qc_shape w_shape = {2, {op->spec->k, n}}, ws_shape = {2, {groups(op), n}};
+    const struct qc_shape w_shape = {2, {op->spec->k, n}};
     const size_t columns = (size_t)(panels * panel_columns(op));
     const size_t weight_bytes = columns * (size_t)eights(op) * EIGHT / 2;
-    const void *w, *ws;
+    const void *w;
     QC_TRY(qc_constant_input(op, info, INPUT_W, "w", &w_shape, &w));
-    QC_TRY(qc_constant_input(op, info, INPUT_WS, "ws", &ws_shape, &ws));
     struct qmatmul *kernel = calloc(1, sizeof *kernel);
     uint8_t *rows = malloc(EIGHT * columns);
     if (kernel)
@@ -86,6 +101,21 @@ static OrtStatus *qmatmul_w4_create(const struct qc_op *op, const OrtKernelInfo 
     return NULL;
 }
 
+static OrtStatus *qmatmul_w4_create(const struct qc_op *op, const OrtKernelInfo *info, void **state) {
+    const struct qc_shape shape = {2, {groups(op), op->spec->n}};
+    const void *ws;
+    QC_TRY(qc_constant_input(op, info, INPUT_WS, "ws", &shape, &ws));
+    return create(op, info, ws, state);
+}
+
+static OrtStatus *qmatmul_w4s8_create(const struct qc_op *op, const OrtKernelInfo *info, void **state) {
+    float *scales;
+    QC_TRY(multiply_scales(op, info, &scales));
+    OrtStatus *status = create(op, info, scales, state);
+    free(scales);
+    return status;
+}
+
 static OrtStatus *qmatmul_w4_compute(void *state, OrtKernelContext *context) {
     const struct qmatmul *kernel = state;
     struct qmatmul_run run = {.kernel = kernel, .args = {.weights = kernel->weights, .ws = kernel->ws}};
@@ -98,13 +128,16 @@ static int64_t columns(const struct qc_op *op, size_t output) {
     return op->spec->n;
 }
 
-const struct qc_anchor qc_qmatmul_w4a8 = {
-    .input_types = (const int[]){ORT_UINT8, ORT_FLOAT, ORT_INT4, ORT_FLOAT},
-    .input_count = 4,
-    .output_types = (const int[]){ORT_FLOAT},
-    .output_count = 1,
-    .create = qmatmul_w4_create,
-    .compute = qmatmul_w4_compute,
-    .destroy = qmatmul_w4_destroy,
-    .last_dimension = columns,
-};
+#define QMATMUL(types, inputs, make)                                                               \
+    {                                                                                              \
+        .input_types = types, .input_count = inputs, .output_types = FLOATS, .output_count = 1,    \
+        .create = make, .compute = qmatmul_w4_compute, .destroy = qmatmul_w4_destroy,              \
+        .last_dimension = columns,                                                                 \
+    }
+
+static const int FLOATS[] = {ORT_FLOAT};
+static const int Q_S_W_WS[] = {ORT_UINT8, ORT_FLOAT, ORT_INT4, ORT_FLOAT};
+static const int Q_S_W_GS_CS[] = {ORT_UINT8, ORT_FLOAT, ORT_INT4, ORT_INT8, ORT_FLOAT};
+
+const struct qc_anchor qc_qmatmul_w4a8 = QMATMUL(Q_S_W_WS, 4, qmatmul_w4_create);
+const struct qc_anchor qc_qmatmul_w4s8a8 = QMATMUL(Q_S_W_GS_CS, 5, qmatmul_w4s8_create);

@@ -17,7 +17,7 @@ from qcompiler.targets.x86.attention_shape import attention_shape, int8_attentio
 from qcompiler.targets.x86.family import MAX_ELEMENTS, Family
 from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
-from qcompiler.targets.x86.w4_family import W4A8
+from qcompiler.targets.x86.w4_family import W4_FAMILIES
 
 __all__ = ["FAMILIES", "differences", "most_lacking", "norm_operands"]
 
@@ -268,7 +268,7 @@ FAMILIES = {
         (AVX512_VNNI, AVX_VNNI, AVX2),
         _dynamic_parts,
     ),
-    "QMatMulW4A8": W4A8,
+    **W4_FAMILIES,
     "LayerNorm": _norm("qc_layer_norm"),
     "AddLayerNorm": _norm("qc_add_layer_norm"),
     "RMSNorm": _norm("qc_rms_norm"),

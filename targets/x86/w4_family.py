@@ -1,4 +1,7 @@
-"""The kernels of `QMatMulW4A8`: which products have one, and what it is called with."""
+"""The kernels of `QMatMulW4A8` and `QMatMulW4S8A8`: which products have one, and their arguments.
+
+Scales of two levels are multiplied when a session is made: the kernels are the same.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from qcompiler.targets.x86.family import MAX_ELEMENTS, Family
 from qcompiler.targets.x86.isa import AVX2, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import TileShape
 
-__all__ = ["EIGHT", "W4A8", "Chunks", "chunks_of", "w4_tile"]
+__all__ = ["EIGHT", "W4_FAMILIES", "Chunks", "chunks_of", "w4_tile"]
 
 EIGHT = 8
 """Rows of weights that bytes hold two by two."""
@@ -109,13 +112,20 @@ def _constants(region: Region, isa: Isa) -> dict[str, int]:
     }
 
 
-W4A8 = Family(
-    ("K", "N", "G"),
-    "qc_qmatmul_w4a8",
-    "qmatmul",
-    _parameters,
-    _unsupported,
-    _generate,
-    _constants,
-    (AVX512_VNNI, AVX_VNNI, AVX2),
-)
+def _family(anchor: str) -> Family:
+    return Family(
+        ("K", "N", "G"),
+        anchor,
+        "qmatmul",
+        _parameters,
+        _unsupported,
+        _generate,
+        _constants,
+        (AVX512_VNNI, AVX_VNNI, AVX2),
+    )
+
+
+W4_FAMILIES = {
+    "QMatMulW4A8": _family("qc_qmatmul_w4a8"),
+    "QMatMulW4S8A8": _family("qc_qmatmul_w4s8a8"),
+}
