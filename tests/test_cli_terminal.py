@@ -241,8 +241,10 @@ def test_reasons_are_in_plain_words():
     assert "QMatMulW8A8 + Add per channel + Add + Gelu fused with" in flat
 
 
-def test_compare_is_silent_on_its_way():
-    assert qcompile("compare", MODEL, MODEL, "--data", CALIB).stderr == ""
+def test_compare_tells_its_stages_and_nothing_else():
+    told = qcompile("compare", MODEL, MODEL, "--data", CALIB).stderr
+    assert [line.split("s  ")[1] for line in told.splitlines()] == ["the outputs"]
+    assert qcompile("compare", MODEL, MODEL, "--data", CALIB, "-q").stderr == ""
 
 
 # Progress
