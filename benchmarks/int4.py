@@ -119,6 +119,7 @@ def open_all(weights: Weights, library: Path, threads: int) -> Mapping[str, ort.
     for name, model in models.items():
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if name.startswith("qcompiler"):
             options.register_custom_ops_library(str(library))
         sessions[name] = ort.InferenceSession(model, options, ["CPUExecutionProvider"])

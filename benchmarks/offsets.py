@@ -91,6 +91,7 @@ def sessions(folder: Path, layer: str, threads: int) -> Mapping[str, ort.Inferen
     """All kinds of a layer, in both forms; the first is what others are compared with."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     opened = {f"bundle, {kind}": qcompiler.load(_bundle(folder, layer, kind),
                                                 session_options=options)
               for kind in KINDS}  # fmt: skip

@@ -19,8 +19,6 @@ from qcompiler.ir.graph import every_node, label
 
 __all__ = ["shape_problems"]
 
-_RULE = "onnx-shapes"
-
 _SMALL = 64
 """Bytes of a constant of integers that may be a shape, axes or pads: shapes depend on those."""
 
@@ -54,7 +52,7 @@ def shape_problems(model: ir.Model) -> Iterator[tuple[str, str, str]]:
             operands = tuple([seen[value] for value in node.inputs])
             said = tuple([None if v.is_graph_output() else seen[v] for v in node.outputs])
             if problem := _problem(node.op_type, opset, attributes, operands, said):
-                yield _RULE, label(node), problem
+                yield "onnx-shapes", label(node), problem
 
 
 def _operand(value: ir.Value | None) -> _Operand:

@@ -35,10 +35,8 @@ def test_the_types_of_the_text_parse():
 
 
 def test_every_rule_is_in_the_table():
-    code = "".join(
-        (ROOT / "ir" / name).read_text()
-        for name in ("stages.py", "onnx_rules.py", "qdq_rules.py", "signature_rules.py")
-    )
+    files = (f"{name}_rules" for name in ("onnx", "qdq", "shape", "signature"))
+    code = "".join((ROOT / "ir" / f"{name}.py").read_text() for name in ("stages", *files))
     rules = set(re.findall(r'(?:yield \(?\s*|\(\()"([a-z-]+)",', code))
     table = re.findall(r"^\| (`[a-z`, -]+`) \|", TEXT.partition("| rule |")[2], re.MULTILINE)
     assert rules == set(re.findall(r"`([a-z-]+)`", " ".join(table)))
