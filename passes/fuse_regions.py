@@ -47,7 +47,7 @@ _LEFT_TO_ORT = ("QConv", "GroupSumsA8", "GroupSumsA16")
 
 _ANCHORS = frozenset({
     *_QUANTIZES, "QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8", "QMatMulW4A8", "QMatMulW4S8A8",
-    "QMatMulW4A16", "QMatMulW4Z4A16", "QMatMulFp8", "QConvW8A8",
+    "GroupSumsA8", "QMatMulW4A16", "QMatMulW4Z4A16", "QMatMulFp8", "QConvW8A8",
 })  # fmt: skip
 
 
@@ -70,7 +70,8 @@ class FuseRegions(RegionPass):
                 continue
             start = self._start(node)
             if isinstance(start, str):
-                decide(node, "body", start)
+                if node.op_type not in _LEFT_TO_ORT:
+                    decide(node, "body", start)
                 continue
             assert node.graph is not None
             if node.graph not in views:
@@ -98,7 +99,7 @@ class FuseRegions(RegionPass):
 
     def _grow(self, growth: Growth, view: GraphView) -> Growth:
         best = growth
-        while growth.region.anchor not in _QUANTIZES:
+        while growth.region.anchor not in (*_QUANTIZES, *_LEFT_TO_ORT):
             grown: Growth | None = growth
             for reader in view.joined(growth.values[-1], _MOST_STEPS):
                 grown = try_extend(grown, reader) if grown is not None else None
@@ -149,8 +150,10 @@ def _in_half(node: ir.Node, exact: Growth) -> Growth | None:
     return Growth(region, exact.inputs, [], [node, reader])
 
 
-def _attributes(node: ir.Node) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """The lists of an op: strides, pads."""
+def _attributes(node: ir.Node) -> tuple[tuple[str, int | tuple[int, ...]], ...]:
+    """The lists of an op: strides, pads; the size of groups where that is all it has."""
+    if node.op_type in _LEFT_TO_ORT:
+        return (("block_size", node.attributes.get_int("block_size")),)
     lists = [a for a in node.attributes.values() if a.type is ir.AttributeType.INTS]
     return tuple(sorted((a.name, tuple(a.as_ints())) for a in lists))
 
@@ -163,6 +166,8 @@ def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...] | None:
         return (("K", channels),) if isinstance(channels, int) else None
     if node.op_type in _QUANTIZES:
         return (("K", block),)
+    if node.op_type in _LEFT_TO_ORT:
+        return (("G", block),)
     weight = node.inputs[dialect.OPS[node.op_type].inputs.index("w")]
     assert weight is not None and weight.const_value is not None
     shape = weight.const_value.shape.numpy()

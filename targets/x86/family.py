@@ -27,7 +27,7 @@ class Family:
         parameters: C type and expression (from the arguments `a`) of each kernel parameter.
         unsupported: Why a region has no kernel, or None.
         generate: The TIR of a region's kernel for an instruction set; None for one that is made of
-            others'.
+            others', or is plain C.
         parts: The regions whose kernels it is made of.
         constants: Further members of `struct qc_variant`, as C initializers.
         isas: The instruction sets it is compiled for, in order of preference.

@@ -48,7 +48,7 @@ def _wrapper(region: Region, isa: Isa) -> str:
 def _variant(region: Region, isa: Isa) -> str:
     family = FAMILIES[region.anchor]
     values = {"isa": f"&{isa.c_name}"}
-    for part in family.parts(region) or (region,):
+    for part in (region,) if has_own_kernel(region) else family.parts(region):
         symbol = kernel_symbol(part, best_isa(part, isa))
         values[FAMILIES[part.anchor].member] = f"run_{symbol}"
     values |= {name: str(value) for name, value in family.constants(region, isa).items()}

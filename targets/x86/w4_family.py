@@ -1,6 +1,7 @@
 """The kernels of `QMatMulW4A8` and `QMatMulW4S8A8`: which products have one, and their arguments.
 
-Scales of two levels are multiplied when a session is made: the kernels are the same.
+Scales of two levels are multiplied when a session is made: the kernels are the same.  The sums of
+groups beside them are so little work that they are plain C (native/group_sums.c).
 """
 
 from __future__ import annotations
@@ -125,7 +126,20 @@ def _family(anchor: str) -> Family:
     )
 
 
+def _unsupported_sums(region: Region) -> str | None:
+    return f"{region.anchor} takes no epilogue" if region.steps or region.extras else None
+
+
 W4_FAMILIES = {
+    "GroupSumsA8": Family(
+        ("G",),
+        "qc_group_sums",
+        "",
+        lambda region, isa: [],
+        _unsupported_sums,
+        None,
+        isas=(AVX2,),
+    ),
     "QMatMulW4A8": _family("qc_qmatmul_w4a8"),
     "QMatMulW4S8A8": _family("qc_qmatmul_w4s8a8"),
 }
