@@ -85,7 +85,7 @@ def test_eight_bits_too(tmp_path):
     assert found > 15
 
 
-@pytest.mark.parametrize("target", ["x86-int4", "cuda-int4"])
+@pytest.mark.parametrize("target", ["arm-int4", "cuda-int4"])
 @pytest.mark.parametrize(("group", "block"), [(32, 32), (0, 128)])
 @pytest.mark.parametrize("rounding", ["nearest", "gptq", "awq"])
 def test_eight_bits_in_groups(tmp_path, target, group, block, rounding):
@@ -185,7 +185,7 @@ def test_zero_points(tmp_path):
     weights = W | {"v": W["v"] + np.float32(0.3)}
     recipe = qcompiler.Recipe(nodes=[rule], rounding="gptq")
     report = qcompiler.compile(
-        model(weights=weights), "x86-int4", tmp_path / "b", recipe=recipe, calibration=samples,
+        model(weights=weights), "arm-int4", tmp_path / "b", recipe=recipe, calibration=samples,
         timing=False,
     )  # fmt: skip
     assert {d.op for d in report.decisions if d.action == "body"} == {"QMatMulW4Z4A16"}
@@ -193,7 +193,7 @@ def test_zero_points(tmp_path):
     assert sqnr(run(model(weights=weights), FEEDS)[0], session.run(None, FEEDS)[0]) > 20
 
 
-@pytest.mark.parametrize("target", ["x86-int4", "cuda-int4"])
+@pytest.mark.parametrize("target", ["arm-int4", "cuda-int4"])
 @pytest.mark.parametrize(("word", "steps", "floor"), [("int3", 8, 10), ("int2", 4, 4)])
 def test_fewer_bits(tmp_path, target, word, steps, floor):
     recipe = qcompiler.Recipe(nodes=[{"op": "MatMul", "precision": word}], group_size=32)
@@ -244,7 +244,7 @@ def test_one_scale_per_channel(tmp_path, target):
     assert sqnr(run(model(weights=weights), FEEDS)[0], session.run(None, FEEDS)[0]) > 12
 
 
-@pytest.mark.parametrize("target", ["x86-int4", "cuda-int4", "arm-int4"])
+@pytest.mark.parametrize("target", ["cuda-int4", "arm-int4"])
 @pytest.mark.parametrize("depth", [40, 8, 200])
 def test_groups_that_do_not_divide(tmp_path, target, depth):
     """The last group is shorter: exact, in the body and in ORT's own op."""

@@ -39,7 +39,7 @@ def test_with_split_outliers(rounding, zero_points, scales, tmp_path):
         nodes=[NodeRule(op="MatMul", scales=scales)],
     )
     report = qcompiler.compile(
-        model_of(TEXT, {"w": W}), "x86-int4", tmp_path / "b", recipe=recipe, timing=False,
+        model_of(TEXT, {"w": W}), "arm-int4", tmp_path / "b", recipe=recipe, timing=False,
         calibration=lambda: (rows(seed) for seed in range(4)),
     )  # fmt: skip
     whys = " ".join(decision.why for decision in report.decisions)

@@ -156,7 +156,7 @@ def test_gptq_and_hqq_know_them(kind, group):
         ("float", "int8", "QMatMulW4S8"),
     ],
 )
-@pytest.mark.parametrize("target", ["cuda-int4", "x86-int4"])
+@pytest.mark.parametrize("target", ["cuda-int4", "arm-int4"])
 def test_folds_to_ops_that_equal_its_pairs(target, kind, scales, op):
     model = planned(target, zero_points=kind, scales=scales)
     InsertQDQ()(model)
@@ -193,7 +193,7 @@ def test_float_zero_points_are_an_add_before_they_are_folded():
     assert_rewrites(FoldQDQ(), model, after, FEEDS, exact=False, floor_db=30)
 
 
-@pytest.mark.parametrize("target", ["cuda-int4", "x86-int4"])
+@pytest.mark.parametrize("target", ["cuda-int4", "arm-int4"])
 def test_products_of_one_value_share_the_sums_of_its_groups(target):
     text = TEXT.replace("y = MatMul (x, w)", "a = MatMul (x, w) b = MatMul (x, v) y = Add (a, b)")
     model = planned(target, model_of(text, {"w": W, "v": W[::-1].copy()}))
