@@ -45,29 +45,34 @@ class FuseNorms(RegionPass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Outline every supported norm of the main graph."""
-        outlined = 0
+        outlined, read = 0, set[ir.Value]()
         for node in list(model.graph):
             norm = match_norm(node)
             if isinstance(norm, Norm):
-                reason = self._outline(model, between_casts(norm) or norm)
+                reason = self._outline(model, between_casts(norm) or norm, read)
                 outlined += reason is None
             else:
                 reason = norm
             if reason is not None:
                 decide(node, "float", reason)
+        # An exponent, an epsilon: ONNX Runtime warns of each that nobody reads.  Asked at the end:
+        # of what all norms share it takes as long as there are norms.
+        for value in read:
+            drop_if_unread(value)
         if outlined:
             drop_unused_functions(model)
             FixNames()(model)
         return ir.passes.PassResult(model, outlined > 0)
 
-    def _outline(self, model: ir.Model, norm: Norm) -> str | None:
-        """Replace `norm` and its neighbours; returns why not, if not."""
+    def _outline(self, model: ir.Model, norm: Norm, read: set[ir.Value]) -> str | None:
+        """Replace `norm` and its neighbours; returns why not, if not; adds what they read."""
         found = _Found(norm, _residual(norm), *_quantize(norm))
         if reason := self.supports(_region(found)):
             # The larger region may have no kernel where the norm alone has one.
             found = _Found(norm)
             if reason := self.supports(_region(found)):
                 return reason
+        read.update(value for node in found.nodes for value in node.inputs if value is not None)
         _replace(model, found)
         return None
 
@@ -185,10 +190,7 @@ def _replace(model: ir.Model, found: _Found) -> None:
     fused = [name for name, node in around.items() if node is not None]
     decide(new, "body", f"fused with {' and '.join(fused)}" if fused else "outlined")
     old = found.nodes
-    read = {value for node in old for value in node.inputs if value is not None}
     ir.convenience.replace_nodes_and_values(graph, old[0], old, [new], results, list(new.outputs))
-    for value in read:  # an exponent, an epsilon: ONNX Runtime warns of each that nobody reads
-        drop_if_unread(value)
 
 
 def _parameter(graph: ir.Graph, value: ir.Value, norm: Norm) -> ir.Value:
