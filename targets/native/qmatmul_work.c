@@ -140,31 +140,36 @@ static int64_t split(struct qmatmul_run *run) {
     return blocks * run->panel_groups;
 }
 
-static OrtStatus *centre_and_run(struct qmatmul_run *run, size_t tasks, OrtKernelContext *context) {
+static void plan_activations(struct qmatmul_run *run) {
     const struct qc_op *op = run->kernel->op;
-    run->centred = (struct centred_rows){.q = run->args.q, .rows = run->rows, .k = op->spec->k,
-                                         .chunk = op->variant->chunk, .chunks = op->variant->chunks};
-    const size_t bytes = qc_plan_centred(&run->centred);
-    char *memory = malloc(bytes);
-    if (!memory) return qc_error(op, "out of memory for %zu bytes of activations", bytes);
-    qc_place_centred(&run->centred, memory);
-    OrtStatus *status = qc_centre(&run->centred, context);
-    if (!status) status = qc_parallel(context, qmatmul_task, tasks, run);
-    free(memory);
-    return status;
+    if (op->variant->chunk)
+        run->centred = (struct centred_rows){.q = run->args.q, .rows = run->rows, .k = op->spec->k,
+                                             .chunk = op->variant->chunk,
+                                             .chunks = op->variant->chunks};
+    else
+        run->split = rows_to_split(run, run->args.q, run->rows, run->block_rows);
+}
+
+/* Activations as the kernel reads them, in `memory`. */
+static OrtStatus *make_activations(struct qmatmul_run *run, OrtKernelContext *context, char *memory) {
+    if (run->kernel->op->variant->chunk) {
+        qc_place_centred(&run->centred, memory);
+        return qc_centre(&run->centred, context);
+    }
+    qc_place_split(&run->split, memory);
+    return qc_split(&run->split, context);
 }
 
 OrtStatus *qc_run_qmatmul(struct qmatmul_run *run, OrtKernelContext *context) {
     const struct qc_op *op = run->kernel->op;
+    const int is_centred = op->variant->chunk != 0, is_split = op->variant->most_lacking != 0;
     const size_t tasks = (size_t)split(run);
-    if (op->variant->chunk) return centre_and_run(run, tasks, context);
-    if (run->x || !op->variant->most_lacking) return qc_parallel(context, qmatmul_task, tasks, run);
-    run->split = rows_to_split(run, run->args.q, run->rows, run->block_rows);
-    const size_t bytes = qc_plan_split(&run->split);
+    if (run->x || (!is_centred && !is_split)) return qc_parallel(context, qmatmul_task, tasks, run);
+    plan_activations(run);
+    const size_t bytes = is_centred ? qc_plan_centred(&run->centred) : qc_plan_split(&run->split);
     char *memory = malloc(bytes);
     if (!memory) return qc_error(op, "out of memory for %zu bytes of activations", bytes);
-    qc_place_split(&run->split, memory);
-    OrtStatus *status = qc_split(&run->split, context);
+    OrtStatus *status = make_activations(run, context, memory);
     if (!status) status = qc_parallel(context, qmatmul_task, tasks, run);
     free(memory);
     return status;

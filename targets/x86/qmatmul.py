@@ -29,7 +29,7 @@ from qcompiler.targets.x86.tile import tile_shape
 from qcompiler.targets.x86.units import unit_of
 from qcompiler.targets.x86.vector import VectorUnit, load_lanes, store_lanes
 
-__all__ = ["accumulator_function", "qmatmul_function"]
+__all__ = ["RANGE", "accumulator_function", "qmatmul_function"]
 
 _QUAD = 4
 
@@ -225,7 +225,7 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
             *(Parameter(name, "int32") for name in pairs),
             *(Parameter(f"extra{i}", "float32") for i in range(extra_count)),
             Parameter("y", "uint8" if region.is_quantized else "float32"),
-            *_RANGE,
+            *RANGE,
             *(_PART if region.widths else ()),
         ],
         body,
@@ -260,10 +260,10 @@ def accumulator_function(k: int, n: int, isa: Isa = AVX512_VNNI) -> Any:
         *(_EXCESS if most else ()),
         Parameter("y", "int32"),
     ]
-    return tir.function([*pointers, *_RANGE], body)
+    return tir.function([*pointers, *RANGE], body)
 
 
-_RANGE = tuple(
+RANGE = tuple(
     Parameter(name, "int32", is_pointer=False) for name in ("rows", "panel_begin", "panel_end")
 )
 

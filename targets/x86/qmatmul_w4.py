@@ -21,6 +21,7 @@ from qcompiler.ir.region import Region
 from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
 from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
+from qcompiler.targets.x86.qmatmul import RANGE
 from qcompiler.targets.x86.results import Results
 from qcompiler.targets.x86.tile import TileShape
 from qcompiler.targets.x86.units import unit_of
@@ -209,10 +210,7 @@ def qmatmul_w4_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
             Parameter("ws", "float32"),
             *(Parameter(f"extra{i}", "float32") for i in range(count)),
             Parameter("y", "uint8" if region.is_quantized else "float32"),
-            *(
-                Parameter(name, "int32", is_pointer=False)
-                for name in ("rows", "panel_begin", "panel_end")
-            ),
+            *RANGE,
         ],
         body,
     )
