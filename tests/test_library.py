@@ -170,6 +170,31 @@ def test_wrong_shapes_are_errors(
 
 
 @needs_kernels
+def test_an_operand_need_not_be_an_initializer(
+    library: Library, constants: dict[str, Array]
+) -> None:
+    """One with a default is none to ONNX Runtime, and each run asks for it."""
+    proto = model(FEED_FORWARD, {"y": TensorProto.FLOAT}, constants)
+    expected_of = session(proto, library)
+    for name in ("b1", "b2"):
+        shape = constants[name].shape
+        proto.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, shape))
+    x = np.random.default_rng(3).standard_normal((1, 3, K)).astype(np.float32)
+    for b1 in (constants["b1"], constants["b1"] + 1):
+        (y,) = session(proto, library).run(None, {"x": x, "b1": b1})
+        (expected,) = expected_of.run(None, {"x": x})
+        assert np.array_equal(y, expected) == (b1 is constants["b1"])
+
+
+@needs_kernels
+def test_an_initializer_of_another_shape(library: Library, constants: dict[str, Array]) -> None:
+    wrong = model(FEED_FORWARD, {"y": TensorProto.FLOAT}, {**constants, "b1": constants["b2"]})
+    message = UP.name + r": input 4 has shape \[70\]; it must hold 130 values"
+    with pytest.raises(Exception, match=message):
+        session(wrong, library)
+
+
+@needs_kernels
 def test_weights_must_be_initializers_of_the_right_shape(
     library: Library, constants: dict[str, Array]
 ) -> None:

@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
@@ -244,6 +245,28 @@ def test_wrong_shapes_are_refused(library, isa):
     feeds = feeds_of(NORMS[5], [3], 0)
     with pytest.raises(Exception, match=r"input b has shape \[2, 384\]; it must hold 1152 values"):
         run(NORMS[5], feeds | {"b": feeds["b"][:2]}, 1, library, isa)
+
+
+@each_isa("LayerNorm")
+@pytest.mark.parametrize("norm", [NORMS[0], NORMS[9], NORMS[11], NORMS[16], NORMS[18]], ids=str)
+def test_operands_need_not_be_initializers(library, isa, norm):
+    """Those with a default are none to ONNX Runtime, and each run asks for them."""
+    proto = onnx.load_from_string(model_of(norm, 2))
+    options = new_session_options()
+    for constant in proto.graph.initializer:
+        given = onnx.helper.make_tensor_value_info(constant.name, 1, constant.dims)
+        proto.graph.input.append(given)
+    offer(options, library, isa)
+    feeds = feeds_of(norm, [3], 0)
+    asked = ort.InferenceSession(proto.SerializeToString(), options)
+    for value, expected in zip(
+        asked.run(None, feeds), run(norm, feeds, 1, library, isa).values(), strict=True
+    ):
+        np.testing.assert_array_equal(value, expected)
+    twice = {c.name: 2 * onnx.numpy_helper.to_array(c) for c in proto.graph.initializer}
+    twice = {name: value for name, value in twice.items() if name.startswith("gamma")}
+    changed = asked.run(None, feeds | twice)
+    assert not np.array_equal(changed[-1], run(norm, feeds, 1, library, isa)[norm.outputs[-1]])
 
 
 def test_what_has_no_kernel():

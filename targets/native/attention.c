@@ -166,14 +166,12 @@ static OrtStatus *compute(const struct qc_op *op, OrtKernelContext *context, int
     static const float no_mask = 0;
     static const struct operand NO_MASK = {&no_mask, {1, 1, 1, 1}, {0, 0, 0, 0}};
     struct attention_run run = {.op = op, .mask = NO_MASK};
-    const OrtValue *value;
-    const float *scale;
+    const float *scale = NULL;
     int64_t size[4];
     QC_TRY(bind(&run, context, INPUT_Q, "q", &run.q));
     QC_TRY(bind(&run, context, INPUT_K, "k", &run.k));
     QC_TRY(bind(&run, context, INPUT_V, "v", &run.v));
-    QC_TRY(qc_input(context, INPUT_SCALE, &value, (const void **)&scale));
-    QC_TRY(qc_check_floats(op, value, "scale", 1));
+    QC_TRY(qc_floats(op, context, INPUT_SCALE, "scale", 1, &scale));
     run.scale = *scale;
     if (masked) QC_TRY(bind(&run, context, INPUT_MASK, "mask", &run.mask));
     QC_TRY(combine(&run, size));

@@ -39,8 +39,7 @@ static OrtStatus *sums_compute(void *kernel, OrtKernelContext *context) {
     for (size_t i = 0; i + 1 < shape.rank; i++) run.rows *= shape.dims[i];
     run.k = shape.dims[shape.rank - 1];
     run.groups = (run.k + run.group - 1) / run.group;
-    QC_TRY(qc_input(context, 1, &value, (const void **)&run.s));
-    QC_TRY(qc_check_floats(op, value, "s", run.rows));
+    QC_TRY(qc_floats(op, context, 1, "s", run.rows, &run.s));
     shape.dims[shape.rank - 1] = run.groups;
     QC_TRY(qc_output(context, 0, &shape, (void **)&run.y));
     if (run.rows * run.groups == 0) return NULL;

@@ -1,8 +1,15 @@
 /* x?, y?, (q, s)? = a norm of x, or of x = a + b: LayerNorm(x, gamma, beta) or RMSNorm(x, gamma);
  * q, s = Quantize(y), or of y * smoothing where a region has that extra operand. */
 #include <math.h>
+#include <stdlib.h>
 
 #include "qcompiler.h"
+
+/* A node; operands that are no initializers are NULL. */
+struct norm {
+    const struct qc_op *op;
+    const float *gamma, *beta, *smoothing;
+};
 
 /* float32 elements of x one core normalizes and quantizes per nanosecond, from L2. */
 static const double NORM_RATE = 8;
@@ -60,32 +67,33 @@ static int has_residual(const struct qc_op *op) {
     return op->spec->anchor == &qc_add_layer_norm || op->spec->anchor == &qc_add_rms_norm;
 }
 
+static size_t gamma_input(const struct qc_op *op) { return has_residual(op) ? 2 : 1; }
+
+static int has_beta(const struct qc_op *op) {
+    return op->spec->anchor->input_count > gamma_input(op) + 1;
+}
+
 static OrtStatus *bind_inputs(struct norm_run *run, OrtKernelContext *context,
                               struct qc_shape *shape) {
     const struct qc_op *op = run->op;
     const int residual = has_residual(op);
     const OrtValue *value;
     const float *data;
-    size_t index = 0;
-    QC_TRY(qc_input(context, index++, &value, (const void **)&data));
+    QC_TRY(qc_input(context, 0, &value, (const void **)&data));
     QC_TRY(qc_tensor_shape(op, value, shape));
     QC_TRY(qc_row_count(op, shape, residual ? "a" : "x", &run->rows));
     if (residual) {
         run->args.a = data;
-        QC_TRY(qc_input(context, index++, &value, (const void **)&run->args.b));
-        QC_TRY(qc_check_floats(op, value, "b", run->rows * op->spec->k));
+        QC_TRY(qc_floats(op, context, 1, "b", run->rows * op->spec->k, &run->args.b));
     } else {
         run->args.x = (float *)data; /* only read */
     }
-    QC_TRY(qc_input(context, index++, &value, (const void **)&run->args.gamma));
-    QC_TRY(qc_check_floats(op, value, "gamma", op->spec->k));
-    if (index < op->spec->anchor->input_count) {
-        QC_TRY(qc_input(context, index++, &value, (const void **)&run->args.beta));
-        QC_TRY(qc_check_floats(op, value, "beta", op->spec->k));
-    }
+    size_t index = gamma_input(op);
+    QC_TRY(qc_floats(op, context, index++, "gamma", op->spec->k, &run->args.gamma));
+    if (has_beta(op))
+        QC_TRY(qc_floats(op, context, index++, "beta", op->spec->k, &run->args.beta));
     if (!op->spec->extras[0]) return NULL;
-    QC_TRY(qc_input(context, index, &value, (const void **)&run->args.smoothing));
-    return qc_check_floats(op, value, "smoothing", op->spec->k);
+    return qc_floats(op, context, index, "smoothing", op->spec->k, &run->args.smoothing);
 }
 
 static OrtStatus *bind_outputs(struct norm_run *run, OrtKernelContext *context,
@@ -103,7 +111,11 @@ static OrtStatus *bind_outputs(struct norm_run *run, OrtKernelContext *context,
 }
 
 static OrtStatus *norm_compute(void *kernel, OrtKernelContext *context) {
-    struct norm_run run = {.op = kernel};
+    const struct norm *norm = kernel;
+    struct norm_run run = {
+        .op = norm->op,
+        .args = {.gamma = norm->gamma, .beta = norm->beta, .smoothing = norm->smoothing},
+    };
     struct qc_shape shape;
     QC_TRY(bind_inputs(&run, context, &shape));
     QC_TRY(bind_outputs(&run, context, &shape));
@@ -113,13 +125,27 @@ static OrtStatus *norm_compute(void *kernel, OrtKernelContext *context) {
     return qc_parallel(context, norm_task, (size_t)run.tasks, &run);
 }
 
-static OrtStatus *norm_create(const struct qc_op *op, const OrtKernelInfo *info, void **kernel) {
-    (void)info;
-    *kernel = (void *)op; /* nothing to keep per node */
-    return NULL;
+static OrtStatus *find_operands(struct norm *norm, const OrtKernelInfo *info) {
+    const struct qc_op *op = norm->op;
+    size_t index = gamma_input(op);
+    QC_TRY(qc_constant_floats(op, info, index++, "gamma", op->spec->k, &norm->gamma));
+    if (has_beta(op))
+        QC_TRY(qc_constant_floats(op, info, index++, "beta", op->spec->k, &norm->beta));
+    if (!op->spec->extras[0]) return NULL;
+    return qc_constant_floats(op, info, index, "smoothing", op->spec->k, &norm->smoothing);
 }
 
-static void norm_destroy(void *kernel) { (void)kernel; }
+static OrtStatus *norm_create(const struct qc_op *op, const OrtKernelInfo *info, void **kernel) {
+    struct norm *norm = calloc(1, sizeof *norm);
+    if (!norm) return qc_error(op, "out of memory for a node");
+    norm->op = op;
+    OrtStatus *status = find_operands(norm, info);
+    if (status)
+        free(norm);
+    else
+        *kernel = norm;
+    return status;
+}
 
 /* s, the last output, has one value per row. */
 static int64_t norm_last_dimension(const struct qc_op *op, size_t output) {
@@ -133,7 +159,7 @@ static const int X_Y_Q_S[] = {ORT_FLOAT, ORT_FLOAT, ORT_UINT8, ORT_FLOAT};
     {                                                                                              \
         .input_types = FLOATS, .input_count = inputs, .output_types = types,                       \
         .output_count = outputs, .create = norm_create, .compute = norm_compute,                   \
-        .destroy = norm_destroy, .last_dimension = norm_last_dimension,                            \
+        .destroy = free, .last_dimension = norm_last_dimension,                            \
     }
 
 const struct qc_anchor qc_layer_norm = NORM(3, X_Y_Q_S + 1, 3);

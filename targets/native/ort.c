@@ -60,7 +60,7 @@ OrtStatus *qc_tensor_shape(const struct qc_op *op, const OrtValue *value, struct
     return status;
 }
 
-OrtStatus *qc_input(OrtKernelContext *context, size_t index, const OrtValue **value,
+OrtStatus *qc_input(const OrtKernelContext *context, size_t index, const OrtValue **value,
                     const void **data) {
     QC_TRY(QC_ORT(KernelContext_GetInput)(context, index, value));
     return QC_ORT(GetTensorMutableData)((OrtValue *)*value, (void **)data);
@@ -81,6 +81,25 @@ OrtStatus *qc_constant_input(const struct qc_op *op, const OrtKernelInfo *info, 
                         qc_shape_text(&shape, actual_text),
                         qc_shape_text(expected, expected_text));
     }
+    return QC_ORT(GetTensorMutableData)((OrtValue *)value, (void **)data);
+}
+
+OrtStatus *qc_floats(const struct qc_op *op, const OrtKernelContext *context, size_t index,
+                     const char *name, int64_t elements, const float **data) {
+    const OrtValue *value;
+    if (*data) return NULL;
+    QC_TRY(qc_input(context, index, &value, (const void **)data));
+    return qc_check_floats(op, value, name, elements);
+}
+
+OrtStatus *qc_constant_floats(const struct qc_op *op, const OrtKernelInfo *info, size_t index,
+                              const char *name, int64_t elements, const float **data) {
+    int is_constant = 0;
+    const OrtValue *value = NULL;
+    *data = NULL;
+    QC_TRY(QC_ORT(KernelInfoGetConstantInput_tensor)(info, index, &is_constant, &value));
+    if (!is_constant) return NULL;
+    QC_TRY(qc_check_floats(op, value, name, elements));
     return QC_ORT(GetTensorMutableData)((OrtValue *)value, (void **)data);
 }
 

@@ -189,8 +189,14 @@ OrtStatus *qc_error(const struct qc_op *op, const char *format, ...)
 const char *qc_shape_text(const struct qc_shape *shape, char text[static 256]);
 
 OrtStatus *qc_tensor_shape(const struct qc_op *op, const OrtValue *value, struct qc_shape *shape);
-OrtStatus *qc_input(OrtKernelContext *context, size_t index, const OrtValue **value,
+OrtStatus *qc_input(const OrtKernelContext *context, size_t index, const OrtValue **value,
                     const void **data);
+/* The data of an input of this many float32, unless it is known already. */
+OrtStatus *qc_floats(const struct qc_op *op, const OrtKernelContext *context, size_t index,
+                     const char *name, int64_t elements, const float **data);
+/* The same of an initializer, which spares every run the asking; NULL if it is none. */
+OrtStatus *qc_constant_floats(const struct qc_op *op, const OrtKernelInfo *info, size_t index,
+                              const char *name, int64_t elements, const float **data);
 /* The data of an input that must be an initializer with these dimensions. */
 OrtStatus *qc_constant_input(const struct qc_op *op, const OrtKernelInfo *info, size_t index,
                              const char *name, const struct qc_shape *expected, const void **data);

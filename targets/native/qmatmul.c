@@ -16,6 +16,9 @@
 
 enum { INPUT_Q, INPUT_S, INPUT_Z };
 
+static const char *const INPUT_NAMES[] = {"0", "1", "2", "3",  "4",  "5",  "6",
+                                          "7", "8", "9", "10", "11", "12", "13"};
+
 /* So many sums of columns and rows lie on the stack. */
 enum { FEW_NUMBERS = 4096 };
 
@@ -37,8 +40,7 @@ static OrtStatus *bind_activations(struct qmatmul_run *run, OrtKernelContext *co
         return NULL;
     }
     run->args.q = data;
-    QC_TRY(qc_input(context, INPUT_S, &value, (const void **)&run->args.s));
-    return qc_check_floats(op, value, "s", has_zero_point(op) ? 1 : run->rows);
+    return qc_floats(op, context, INPUT_S, "s", has_zero_point(op) ? 1 : run->rows, &run->args.s);
 }
 
 static int64_t all_columns(const struct qmatmul *kernel) {
@@ -77,16 +79,25 @@ static OrtStatus *bind_zero_point(struct qmatmul_run *run, OrtKernelContext *con
     return NULL;
 }
 
+OrtStatus *qc_find_extras(struct qmatmul *kernel, const OrtKernelInfo *info) {
+    const struct qc_op *op = kernel->op;
+    for (size_t i = 0; op->spec->extras[i]; i++) {
+        const size_t input = op->spec->anchor->input_count + i;
+        kernel->extra[i] = NULL;
+        if (op->spec->extras[i] == 'T') continue;
+        QC_TRY(qc_constant_floats(op, info, input, INPUT_NAMES[input], op->spec->n, &kernel->extra[i]));
+    }
+    return NULL;
+}
+
 static OrtStatus *bind_extras(struct qmatmul_run *run, OrtKernelContext *context) {
-    static const char *const INPUT_NAMES[] = {"0", "1", "2", "3",  "4",  "5",  "6",
-                                              "7", "8", "9", "10", "11", "12", "13"};
     const struct qc_op *op = run->kernel->op;
     for (size_t i = 0; op->spec->extras[i]; i++) {
         const size_t input = op->spec->anchor->input_count + i;
         const int64_t rows = op->spec->extras[i] == 'T' ? run->rows : 1;
-        const OrtValue *value;
-        QC_TRY(qc_input(context, input, &value, (const void **)&run->args.extra[i]));
-        QC_TRY(qc_check_floats(op, value, INPUT_NAMES[input], rows * op->spec->n));
+        const float **data = &run->args.extra[i];
+        *data = run->kernel->extra[i];
+        QC_TRY(qc_floats(op, context, input, INPUT_NAMES[input], rows * op->spec->n, data));
     }
     return NULL;
 }
@@ -213,10 +224,13 @@ static OrtStatus *qmatmul_create(const struct qc_op *op, const OrtKernelInfo *in
         pack(kernel, w);
     memset(kernel->ws, 0, columns * sizeof(float));
     memcpy(kernel->ws, ws, (size_t)n * sizeof(float));
-    *state = kernel;
-    return NULL;
+    OrtStatus *status = qc_find_extras(kernel, info);
+    if (status)
+        qmatmul_destroy(kernel);
+    else
+        *state = kernel;
+    return status;
 }
-
 
 static const int FLOATS[QC_MAX_PARTS] = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT,
                                          ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT};

@@ -14,6 +14,7 @@ struct qmatmul {
     int32_t *init; /* for zero point 128; the sums of the columns where rows are split */
     float *ws;
     int32_t *wz; /* less 128, U8U8 only */
+    const float *extra[QC_MAX_EXTRAS]; /* those that are initializers, else NULL */
 };
 
 /* Activations as a kernel that `splits_rows` reads them, see split_rows.c. */
@@ -100,6 +101,8 @@ void qc_read_centred(const struct centred_rows *centred, int64_t row, struct qc_
 
 /* Memory for packed weights, to be freed. */
 void *qc_allocate(size_t bytes);
+/* The extra operands that are initializers. */
+OrtStatus *qc_find_extras(struct qmatmul *kernel, const OrtKernelInfo *info);
 /* The operands and results of a run by activations with a scale per row. */
 OrtStatus *qc_bind_qmatmul(struct qmatmul_run *run, OrtKernelContext *context);
 

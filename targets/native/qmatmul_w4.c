@@ -97,8 +97,12 @@ static OrtStatus *create(const struct qc_op *op, const OrtKernelInfo *info, cons
     for (int64_t eight = 0; eight < eights(op); eight++) pack_eight(kernel, w, eight, rows);
     pack_scales(kernel, ws);
     free(rows);
-    *state = kernel;
-    return NULL;
+    OrtStatus *status = qc_find_extras(kernel, info);
+    if (status)
+        qmatmul_w4_destroy(kernel);
+    else
+        *state = kernel;
+    return status;
 }
 
 static OrtStatus *qmatmul_w4_create(const struct qc_op *op, const OrtKernelInfo *info, void **state) {

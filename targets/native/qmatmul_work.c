@@ -7,6 +7,8 @@
 static const double MULTIPLY_RATE = 500, STREAM_RATE = 40, EPILOGUE_RATE = 10;
 /* Activations of a block of rows, which every panel reads again: half of a 1 MiB L2. */
 static const int64_t BLOCK_BYTES = 512 * 1024;
+/* As many bytes of activations as a kernel reads lie on the stack. */
+enum { FEW_ACTIVATIONS = 16 * 1024 };
 /* Kernels index a block with int32. */
 static const int64_t MAX_BLOCK_ELEMENTS = (int64_t)1 << 30;
 
@@ -125,6 +127,11 @@ static int64_t split(struct qmatmul_run *run) {
     double multiply = m * k * n / MULTIPLY_RATE, stream = k * n / STREAM_RATE;
     int64_t tasks =
         qc_task_count((multiply > stream ? multiply : stream) + m * n / EPILOGUE_RATE);
+    if (tasks == 1 && !run->x && run->rows * spec->k <= BLOCK_BYTES) {
+        run->block_rows = run->rows;
+        run->panel_groups = 1;
+        return 1;
+    }
     run->block_rows = choose_block_rows(run, tasks);
     int64_t blocks = ceil_div(run->rows, run->block_rows);
     /* A single row reads two panels at a time, so it wants them in pairs. */
@@ -167,10 +174,11 @@ OrtStatus *qc_run_qmatmul(struct qmatmul_run *run, OrtKernelContext *context) {
     if (run->x || (!is_centred && !is_split)) return qc_parallel(context, qmatmul_task, tasks, run);
     plan_activations(run);
     const size_t bytes = is_centred ? qc_plan_centred(&run->centred) : qc_plan_split(&run->split);
-    char *memory = malloc(bytes);
+    char few[FEW_ACTIVATIONS] __attribute__((aligned(64)));
+    char *memory = bytes <= sizeof few ? few : malloc(bytes);
     if (!memory) return qc_error(op, "out of memory for %zu bytes of activations", bytes);
     OrtStatus *status = make_activations(run, context, memory);
     if (!status) status = qc_parallel(context, qmatmul_task, tasks, run);
-    free(memory);
+    if (memory != few) free(memory);
     return status;
 }
