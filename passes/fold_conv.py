@@ -48,6 +48,7 @@ from qcompiler.passes.widen_constants import dequantized_constant
 __all__ = ["Kernel", "kernel_of", "try_fold_conv"]
 
 _MAX_BIAS = 2**31 - 1
+_Operand = ir.Value | NDArray[np.generic] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,30 +205,27 @@ def _replace(
     bias: NDArray[np.int32] | ir.Value,
     pads: list[int],
 ) -> None:
-    conv = covered[0]
+    conv, data = covered[0], dequantize_of(covered[0].inputs[0])
     home = conv.graph
-    assert isinstance(home, ir.Graph)
+    assert isinstance(home, ir.Graph) and data is not None
 
-    def value(
-        stem: str, content: ir.Value | NDArray[np.generic] | None, within: ir.Graph = graph
-    ) -> ir.Value:
+    def value(stem: str, content: _Operand, within: ir.Graph = graph) -> ir.Value:
         if content is None:
             content = np.zeros((), np.uint8)
         if isinstance(content, ir.Value):
             return content
         return new_initializer(within, f"{conv.name}_{stem}", content)
 
-    data = dequantize_of(conv.inputs[0])
-    assert data is not None
+    operands = [
+        data.inputs[0], x.scale, value("zero_point", x.zero_point),
+        value("weight", _alone(conv, kernel.stored), home), kernel.scale,
+        value("weight_zero_point", kernel.zeros, home),
+        y.scale, value("result_zero_point", y.zero_point), value("bias", bias),
+    ]  # fmt: skip
     axes = len(pads) // 2
     new = ir.node(
         "QConv",
-        [
-            data.inputs[0], x.scale, value("zero_point", x.zero_point),
-            value("weight", _alone(conv, kernel.stored), home), kernel.scale,
-            value("weight_zero_point", kernel.zeros, home),
-            y.scale, value("result_zero_point", y.zero_point), value("bias", bias),
-        ],
+        operands,
         {
             "dilations": conv.attributes.get_ints("dilations", [1] * axes),
             "group": conv.attributes.get_int("group", 1),
@@ -236,7 +234,7 @@ def _replace(
         },
         domain=dialect.DOMAIN,
         version=dialect.VERSION,
-    )  # fmt: skip
+    )
     inherit(new, conv)
     replace_nodes(covered, [new])
     dialect.type_results(new, "QConv")

@@ -173,15 +173,37 @@ def _insert_dynamic(
     graph: ir.Graph, value: ir.Value, spec: QuantSpec, constants: dict[str, ir.Value]
 ) -> ir.Value:
     """The dequantized value of a new per-token pair on `value`; pairs share their `constants`."""
+    granularity = spec.type.granularity
+    assert isinstance(granularity, PerGroup)
+    name, attributes = value.name or "value", {"axis": -1, "block_size": granularity.group_size}
+    computed = _scale_of_each_token(graph, value, spec.type.range[1], constants)
+    scale = computed[-1].outputs[0]
+    quantized = ir.node(
+        "QuantizeLinear",
+        [value, scale],
+        attributes | {"output_dtype": int(spec.type.storage)},
+        name=f"{name}_quantize",
+    )
+    widened = ir.node(
+        "DequantizeLinear", [quantized.outputs[0], scale], attributes, name=f"{name}_dequantize"
+    )
+    _type(quantized.outputs[0], f"{name}_quantized", spec.type.storage, value.shape)
+    _type(widened.outputs[0], f"{name}_dequantized", ir.DataType.FLOAT, value.shape)
+    place_after(value, [*computed, quantized, widened])
+    return widened.outputs[0]
+
+
+def _scale_of_each_token(
+    graph: ir.Graph, value: ir.Value, largest_step: float, constants: dict[str, ir.Value]
+) -> list[ir.Node]:
+    """The nodes that compute it, the last of which results in it."""
 
     def constant(name: str, array: NDArray[Any]) -> ir.Value:
         if name not in constants:
             constants[name] = new_initializer(graph, name, array)
         return constants[name]
 
-    granularity = spec.type.granularity
-    assert isinstance(granularity, PerGroup)
-    name, attributes = value.name or "value", {"axis": -1, "block_size": granularity.group_size}
+    name = value.name or "value"
     token_shape = None if value.shape is None else ir.Shape([*value.shape.dims[:-1], 1])
     magnitude = ir.node("Abs", [value], name=f"{name}_abs")
     last = constant("last_axis", np.asarray([-1], np.int64))
@@ -192,28 +214,12 @@ def _insert_dynamic(
     largest = ir.node("Slice", [reduced.outputs[0], *ends, last], name=f"{name}_absmax")
     floor = constant("smallest_magnitude", np.asarray(SMALLEST_MAGNITUDE, np.float32))
     bounded = ir.node("Max", [largest.outputs[0], floor], name=f"{name}_bounded")
-    largest_step = spec.type.range[1]
     top = constant(f"largest_step_{largest_step}", np.asarray(largest_step, np.float32))
     scale = ir.node("Div", [bounded.outputs[0], top], name=f"{name}_scale")
-    quantized = ir.node(
-        "QuantizeLinear",
-        [value, scale.outputs[0]],
-        attributes | {"output_dtype": int(spec.type.storage)},
-        name=f"{name}_quantize",
-    )
-    widened = ir.node(
-        "DequantizeLinear",
-        [quantized.outputs[0], scale.outputs[0]],
-        attributes,
-        name=f"{name}_dequantize",
-    )
     _type(magnitude.outputs[0], f"{name}_abs", ir.DataType.FLOAT, value.shape)
     for node in (reduced, largest, bounded, scale):
         _type(node.outputs[0], f"{node.name}_value", ir.DataType.FLOAT, token_shape)
-    _type(quantized.outputs[0], f"{name}_quantized", spec.type.storage, value.shape)
-    _type(widened.outputs[0], f"{name}_dequantized", ir.DataType.FLOAT, value.shape)
-    place_after(value, [magnitude, reduced, largest, bounded, scale, quantized, widened])
-    return widened.outputs[0]
+    return [magnitude, reduced, largest, bounded, scale]
 
 
 def _type(value: ir.Value, name: str, dtype: ir.DataType, shape: ir.Shape | None) -> None:

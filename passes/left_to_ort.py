@@ -69,14 +69,8 @@ def left_to_ort(node: ir.Node) -> tuple[Action, str] | None:
     widened = [value for value in data if dequantize_of(value) is not None]
     if not widened:
         return None
-    reader = only_consumer(node.outputs[0])
-    before, after = quant_params(dequantize_of(node.inputs[0])), quant_params(reader)
     if node.op_type in MOVES and not _interpolates(node):
-        if before is None or after is None or not before.equals(after):
-            return "float", f"{_WIDENED}: its result is not quantized by the same scale"
-        if node.op_type in _MOVES_8_BITS and before.type.storage not in _8_BITS:
-            return "float", f"{_WIDENED}: ORT keeps pairs of {before.type.storage.name}"
-        return "qdq", "moves what is stored: ORT drops the pairs around it"
+        return _mover(node)
     if (why := _FLOAT_INSIDE.get(node.op_type)) is not None:
         return "float", f"{why}: computes what was dequantized"
     if node.op_type not in FUSED_BY_ORT:
@@ -87,6 +81,7 @@ def left_to_ort(node: ir.Node) -> tuple[Action, str] | None:
         return "float", "not all of its operands are quantized, as ORT's integer form needs"
     if (why := misfit(node)) is not None:
         return "float", f"{why}: no integer form in ORT"
+    reader = only_consumer(node.outputs[0])
     if reader is not None and reader.op_type != "QuantizeLinear":
         reader = None
     if reader is None and node.op_type not in ("MatMul", "Gemm"):
@@ -98,6 +93,17 @@ def left_to_ort(node: ir.Node) -> tuple[Action, str] | None:
         dynamic = maker is not None and maker.op_type == "DynamicQuantizeLinear"
         return "qdq", f"ORT's own {'DynamicQuantizeMatMul' if dynamic else 'MatMulIntegerToFloat'}"
     return "qdq", f"ORT's own {FUSED_BY_ORT[node.op_type]}"
+
+
+def _mover(node: ir.Node) -> tuple[Action, str]:
+    """Who computes a node that moves what was dequantized."""
+    before = quant_params(dequantize_of(node.inputs[0]))
+    after = quant_params(only_consumer(node.outputs[0]))
+    if before is None or after is None or not before.equals(after):
+        return "float", f"{_WIDENED}: its result is not quantized by the same scale"
+    if node.op_type in _MOVES_8_BITS and before.type.storage not in _8_BITS:
+        return "float", f"{_WIDENED}: ORT keeps pairs of {before.type.storage.name}"
+    return "qdq", "moves what is stored: ORT drops the pairs around it"
 
 
 def _matmul_nbits(node: ir.Node, float_activations: bool) -> tuple[Action, str] | None:

@@ -202,46 +202,46 @@ def _refusal(
 
 def _check_external_data(model: ir.Model, path: Path) -> None:
     """Every external tensor must lie inside the model's folder and be complete."""
-    folder = path.parent.absolute()
     for graph in every_graph(model.graph):
         for value in graph.initializers.values():
             tensor = value.const_value
-            if not isinstance(tensor, ir.ExternalTensor):
-                continue
-            if not tensor.location:
-                raise ModelError(
-                    f"{path}: external data of tensor {value.name!r} has no location, the file "
-                    "that it lies in; export the model again"
-                )
-            file = Path(os.path.normpath(folder / tensor.location))
-            if not file.is_relative_to(folder):
-                raise ModelError(
-                    f"{path}: tensor {value.name!r} lies outside the model's folder "
-                    f"({tensor.location}); move the file beside the model"
-                )
-            if not file.is_file():
-                raise ModelError(
-                    f"{path}: external data {tensor.location!r} of tensor {value.name!r} is "
-                    f"missing; copy it into {folder}"
-                )
-            if file.is_symlink():
-                # ONNX's own checker refuses them: a link may lead anywhere.
-                raise ModelError(
-                    f"{path}: external data {tensor.location!r} is a symbolic link, as in a hub's "
-                    "cache; copy the model with cp -rL and compile the copy"
-                )
-            if tensor.length not in (None, 0, tensor.nbytes):
-                raise ModelError(
-                    f"{path}: external data of tensor {value.name!r} is said to be "
-                    f"{tensor.length} bytes, but {list(tensor.shape)} of {tensor.dtype} is "
-                    f"{tensor.nbytes}; export the model again"
-                )
-            end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
-            if end > file.stat().st_size:
-                raise ModelError(
-                    f"{path}: external data {tensor.location!r} is truncated: tensor "
-                    f"{value.name!r} ends at byte {end} of {file.stat().st_size}"
-                )
+            if isinstance(tensor, ir.ExternalTensor) and (
+                problem := _fault_of_external(tensor, value.name, path.parent.absolute())
+            ):
+                raise ModelError(f"{path}: {problem}")
+
+
+def _fault_of_external(tensor: ir.ExternalTensor, name: str | None, folder: Path) -> str | None:
+    if not tensor.location:
+        return (
+            f"external data of tensor {name!r} has no location, the file that it lies in; export "
+            "the model again"
+        )
+    file = Path(os.path.normpath(folder / tensor.location))
+    if not file.is_relative_to(folder):
+        return (
+            f"tensor {name!r} lies outside the model's folder ({tensor.location}); move the file "
+            "beside the model"
+        )
+    data = f"external data {tensor.location!r}"
+    if not file.is_file():
+        return f"{data} of tensor {name!r} is missing; copy it into {folder}"
+    if file.is_symlink():
+        # ONNX's own checker refuses them: a link may lead anywhere.
+        return (
+            f"{data} is a symbolic link, as in a hub's cache; copy the model with cp -rL and "
+            "compile the copy"
+        )
+    if tensor.length not in (None, 0, tensor.nbytes):
+        return (
+            f"external data of tensor {name!r} is said to be {tensor.length} bytes, but "
+            f"{list(tensor.shape)} of {tensor.dtype} is {tensor.nbytes}; export the model again"
+        )
+    end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+    if end > file.stat().st_size:
+        size = file.stat().st_size
+        return f"{data} is truncated: tensor {name!r} ends at byte {end} of {size}"
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -29,6 +29,28 @@ def capture(
         ModelError: torch cannot trace the module, or not with these inputs and shapes.
         OptionError: The inputs are no tuple or mapping.
     """
+    _check(module, example_inputs)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] | None = None
+    if isinstance(example_inputs, Mapping):
+        # In the order of the signature: torch.export mistakes any other for it.
+        order = [*inspect.signature(module.forward).parameters, *example_inputs]
+        kwargs = {key: example_inputs[key] for key in order if key in example_inputs}
+    else:
+        args = tuple(example_inputs or ())
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
+            )
+    except Exception as error:
+        # Tracing runs the module: what it raises may be of any type.
+        message = f"torch.export cannot trace this {type(module).__name__}: {_reason(error)}"
+        raise ModelError(message) from error
+
+
+def _check(module: object, example_inputs: object) -> None:
+    """That there is a module to trace, and something to trace it by."""
     name = type(module).__name__
     if not isinstance(module, torch.nn.Module):
         raise ModelError(
@@ -52,22 +74,6 @@ def capture(
         )
     if module.training and not isinstance(module, torch.fx.GraphModule):
         raise ModelError(f"this {name} is in training mode; call its eval() before compiling it")
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] | None = None
-    if isinstance(example_inputs, Mapping):
-        # In the order of the signature: torch.export mistakes any other for it.
-        order = [*inspect.signature(module.forward).parameters, *example_inputs]
-        kwargs = {key: example_inputs[key] for key in order if key in example_inputs}
-    else:
-        args = tuple(example_inputs)
-    try:
-        with torch.no_grad():
-            return torch.export.export(
-                module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
-            )
-    except Exception as error:
-        # Tracing runs the module: what it raises may be of any type.
-        raise ModelError(f"torch.export cannot trace this {name}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
