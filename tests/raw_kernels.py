@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from instruction_sets import substitute
 from numpy.typing import NDArray
 
@@ -18,6 +20,11 @@ from qcompiler.targets.x86 import ISAS, Isa
 from qcompiler.targets.x86.tile import tile_shape
 
 Array = NDArray[Any]
+
+FEW = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+SIZES = st.integers(1, 140)
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PROT_NONE = 0
@@ -33,6 +40,11 @@ def load(functions: Mapping[str, Any], folder: Path, isa: Isa = ISAS[0]) -> ctyp
     path = folder / f"kernels{next(_counter)}.so"
     path.write_bytes(find_linker().link([content], list(functions)))
     return ctypes.CDLL(str(path))
+
+
+def int8(rng: np.random.Generator, *shape: int) -> Array:
+    """Any of them."""
+    return rng.integers(-128, 128, shape).astype(np.int8)
 
 
 class Guarded:

@@ -2,39 +2,37 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from instruction_sets import each_raw_isa
-from raw_kernels import Array, Guarded, accumulate, load, operands, pack, pointer, quantize
+from raw_kernels import (
+    FEW,
+    SIZES,
+    Array,
+    Guarded,
+    accumulate,
+    int8,
+    load,
+    operands,
+    pointer,
+    quantize,
+)
 from scipy import special
 
 from qcompiler.ir.region import Region, Step
-from qcompiler.targets import toolchain, x86
-from qcompiler.targets.toolchain import find_linker
-from qcompiler.targets.x86 import AVX2, AVX512_VNNI, ISAS, Isa
+from qcompiler.targets import x86
+from qcompiler.targets.x86 import AVX2, AVX512_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
-
-NATIVE = Path(toolchain.__file__).resolve().parent / "native"
-
-few = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-sizes = st.integers(1, 140)
 
 
 def product(k: int, n: int, extras: tuple[str, ...] = (), *steps: Step) -> Region:
     return Region("QMatMulW8A8", (("K", k), ("N", n)), extras, steps)  # type: ignore[arg-type]
-
-
-def int8(rng: np.random.Generator, *shape: int) -> Array:
-    return rng.integers(-128, 128, shape).astype(np.int8)
 
 
 def run_product(isa: Isa, region: Region, q: Array, s: Array, w: Array, ws: Array, *extras: Array,
@@ -54,8 +52,8 @@ def run_product(isa: Isa, region: Region, q: Array, s: Array, w: Array, ws: Arra
 
 
 @each_raw_isa("QMatMulW8A8")
-@few
-@given(k=sizes, n=sizes, seed=st.integers(0, 2**32 - 1))
+@FEW
+@given(k=SIZES, n=SIZES, seed=st.integers(0, 2**32 - 1))
 @example(k=1, n=1, seed=0)
 @example(k=3, n=17, seed=0)
 @example(k=384, n=192, seed=0)
@@ -113,48 +111,8 @@ def test_sums_of_extreme_values_are_exact(isa: Isa, k: int, tmp_path: Path) -> N
         np.testing.assert_array_equal(y, (activation - 128) * weight * k)
 
 
-PACK = """
-#define EXPORT(name, pack)                                                                         \
-    __attribute__((visibility("default"))) void pack_##name(                                       \
-        const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed, int32_t *init) {       \
-        pack(w, k, n, vectors, packed, init);                                                      \
-    }
-"""
-
-
-@pytest.fixture(scope="session")
-def packer(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The library's own packing, which is private to x86.c."""
-    headers = {path.name: path.read_text() for path in NATIVE.glob("*.h")}
-    source = (NATIVE / "x86.c").read_text() + PACK
-    source += "\n".join(f"EXPORT({isa.c_name}, {isa.c_name}.pack_w8)" for isa in ISAS)
-    path = tmp_path_factory.mktemp("packer") / "pack.so"
-    linker = find_linker()
-    exports = [f"pack_{isa.c_name}" for isa in ISAS]
-    path.write_bytes(linker.link([linker.compile(source, headers)], exports))
-    return ctypes.CDLL(str(path))
-
-
 @each_raw_isa("QMatMulW8A8")
-@few
-@given(k=sizes, n=sizes)
-@example(k=1, n=1)
-@example(k=129, n=129)
-def test_packing(isa: Isa, k: int, n: int, packer: ctypes.CDLL) -> None:
-    guarded = Guarded()
-    w = guarded(int8(np.random.default_rng(k), k, n))
-    w[:, 0] = -128
-    expected = pack(w, isa)
-    packed, init = (guarded(np.full_like(part, 77)) for part in expected)
-    sizes = ctypes.c_int64(k), ctypes.c_int64(n)
-    pack_w8 = getattr(packer, f"pack_{isa.c_name}")
-    pack_w8(pointer(w), *sizes, tile_shape(n, isa).vectors, pointer(packed), pointer(init))
-    np.testing.assert_array_equal(packed, expected[0])
-    np.testing.assert_array_equal(init, expected[1])
-
-
-@each_raw_isa("QMatMulW8A8")
-@few
+@FEW
 @given(begin=st.integers(0, 4), count=st.integers(1, 5), m=st.integers(1, 20))
 @example(begin=0, count=5, m=1)
 @example(begin=1, count=3, m=1)
@@ -177,7 +135,7 @@ def test_a_range_of_panels_writes_only_its_columns(
 
 
 @each_raw_isa("Quantize")
-@few
+@FEW
 @given(k=st.integers(1, 300), m=st.integers(1, 5), seed=st.integers(0, 2**32 - 1))
 @example(k=1, m=1, seed=0)
 @example(k=64, m=2, seed=1)

@@ -1,0 +1,145 @@
+"""Regions with kernels, and a model of each: one call of its function, in ONNX Runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from instruction_sets import offer
+
+from qcompiler.ir import dialect
+from qcompiler.ir.region import QUANTIZATION, Region, Step
+from qcompiler.session_options import new_session_options
+from qcompiler.targets.epilogue import ELEMENTWISE
+from qcompiler.targets.x86 import Isa
+
+DOMAIN = "qcompiler.00b0d1e5"
+BIAS = Step("Add", (0, -1))
+
+
+def matmul(k, n, extras=(), *steps):
+    return Region("QMatMulW8A8", (("K", k), ("N", n)), extras, steps)
+
+
+def stored(k, n, *more, anchor="QMatMulW8A8"):
+    """A region that quantizes its result by constants, dequantizes it, and goes on with `more`."""
+    steps = (Step("QuantizeLinear", (0, -1, -2)), Step("DequantizeLinear", (1, -1, -2)), *more)
+    steps = steps if more else steps[:1]
+    extras = ("channel",) * -min(arg for step in steps for arg in step.args)
+    return Region(anchor, (("K", k), ("N", n)), extras, steps)
+
+
+def one_step(name):
+    """A region that ends in the op `name`, with an operand of each kind where it takes two."""
+    if ELEMENTWISE[name].arity == 1:
+        return matmul(24, 40, ("channel",), BIAS, Step(name, (1,)))
+    # A sum may be 0, so it is not divided by.
+    second = (1, -2) if name == "Div" else (-2, 1)
+    steps = (Step(name, (0, -1)), Step(name, second))
+    return matmul(24, 40, ("channel", "tensor"), *steps)
+
+
+# Clip's bounds are inputs in ONNX, so no body can be written for a Clip with attributes.
+STEPS = [name for name in ELEMENTWISE if name not in ("Clip", *QUANTIZATION)]
+QUANTIZES = [Region("Quantize", (("K", k),)) for k in (1, 3, 16, 63, 64, 100, 384)]
+MATMULS = [
+    matmul(1, 1),
+    matmul(3, 5),
+    matmul(4, 16, ("channel",), BIAS),
+    matmul(63, 47, ("channel", "tensor"), BIAS, Step("Add", (1, -2))),
+    matmul(64, 48),
+    matmul(65, 49, ("channel",), BIAS),
+    matmul(130, 64, ("tensor",), Step("Add", (0, -1))),
+    matmul(384, 193, ("channel",), BIAS, Step("Gelu", (1,))),
+    matmul(256, 400, ("channel",), BIAS, Step("Gelu", (1,), (("approximate", "tanh"),))),
+    *map(one_step, STEPS),
+    matmul(24, 40, (), Step("Sigmoid", (0,)), Step("Tanh", (0,)), Step("Mul", (2, 1))),
+    Region("QMatMulW8A8", (("K", 63), ("N", 192)), widths=(48, 96, 48)),
+    dataclasses.replace(matmul(20, 96, ("channel",), BIAS, Step("Relu", (1,))), widths=(48, 48)),
+]
+PER_TENSOR = [
+    dataclasses.replace(region, anchor=anchor)
+    for anchor in ("QMatMulU8S8", "QMatMulU8U8")
+    for region in (*MATMULS[:4], MATMULS[7], MATMULS[-1], matmul(5, 4200))
+]
+AGAIN = (Step("Add", (2, -3)), Step("QuantizeLinear", (3, -4, -5)))
+STORED = [
+    stored(k, n, *more, anchor=anchor)
+    for anchor in ("QMatMulU8S8", "QMatMulU8U8")
+    for k, n, more in [(1, 1, ()), (3, 5, AGAIN), (64, 48, ()), (65, 49, AGAIN), (384, 193, AGAIN)]
+]
+RELU = (Step("Relu", (2,)), Step("QuantizeLinear", (3, -3, -4)))
+DYNAMIC = [
+    dataclasses.replace(region, anchor="DynamicQMatMulW8A8")
+    for region in (MATMULS[0], MATMULS[2], MATMULS[3], MATMULS[7], MATMULS[-1], matmul(4096, 17))
+]
+
+
+@functools.cache
+def weights(region: Region) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(region.size("K") * 1000 + region.size("N"))
+    k, n = region.size("K"), region.size("N")
+    constants = {
+        "w": rng.integers(-127, 128, (k, n)).astype(np.int8),
+        "ws": (rng.uniform(0.5, 1.5, n) / (40 * np.sqrt(k))).astype(np.float32),
+    }
+    if region.anchor == "QMatMulU8U8":
+        constants["w"] = rng.integers(0, 256, (k, n)).astype(np.uint8)
+        constants["wz"] = rng.choice([0, 1, 127, 128, 255], n).astype(np.uint8)
+    for index, kind in enumerate(region.extras):
+        if kind == "channel":
+            constants[f"extra{index}"] = rng.standard_normal(n).astype(np.float32)
+    for _, scale, zero in (step.args for step in region.steps if step.op in QUANTIZATION):
+        constants[f"extra{-1 - scale}"] = rng.uniform(0.02, 0.03, n).astype(np.float32)
+        constants[f"extra{-1 - zero}"] = rng.choice([0, 100, 128, 255], n).astype(np.float32)
+    return constants
+
+
+def model_of(region: Region, rank: int) -> bytes:
+    """One call of the region's function, dynamic in all dimensions but the last."""
+    op = dialect.OPS[region.anchor]
+    function = dialect.region_function(region, DOMAIN, 21)
+    constants = {} if region.anchor == "Quantize" else weights(region)
+    sizes = dict(region.sizes)
+    last = {"x": sizes["K"], "q": sizes["K"], "s": 1, "y": sizes.get("N")}
+
+    def value(name: str) -> ir.Value:
+        if name in constants:
+            tensor = ir.tensor(constants[name], name=name)
+            return ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype),
+                            shape=ir.Shape(tensor.shape))  # fmt: skip
+        dtype = ir.DataType.FLOAT if name.startswith("extra") else op.type_of(name)
+        shape = [f"d{i}" for i in range(rank - 1)] + [last.get(name, sizes.get("N"))]
+        if "z" in op.inputs and name in ("s", "z"):
+            shape = []
+        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+    operands = [value(v.name) for v in function.inputs]
+    results = [value(name) for name in op.outputs]
+    if region.widths:
+        results = [value(f"y{i}") for i in range(len(region.widths))]
+    for result in results if region.is_quantized else []:
+        result.dtype = ir.DataType.UINT8
+    if region.widths:
+        for result, width in zip(results, region.widths, strict=True):
+            result.shape = ir.Shape([*result.shape[:-1], width])
+    node = ir.Node(DOMAIN, region.name, operands, outputs=results)
+    graph = ir.Graph([v for v in operands if v.const_value is None], results, nodes=[node],
+                     initializers=[v for v in operands if v.const_value is not None],
+                     opset_imports={"": 21, DOMAIN: 1}, name="region")  # fmt: skip
+    return ir.to_proto(ir.Model(graph, ir_version=10, functions=[function])).SerializeToString()
+
+
+@functools.cache
+def session(
+    region: Region, rank: int, threads: int, library: Path | None = None, isa: Isa | None = None
+) -> ort.InferenceSession:
+    options = new_session_options()
+    options.intra_op_num_threads = threads
+    if library is not None:
+        offer(options, library, isa)
+    return ort.InferenceSession(model_of(region, rank), options)
