@@ -30,7 +30,8 @@ __all__ = ["MergeSiblings"]
 _NEUTRAL = {"Add": 0.0, "Mul": 1.0}
 
 _MERGEABLE = frozenset({
-    "QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8", "QMatMulW4A16", "QMatMulW4Z4A16", "QMatMulFp8",
+    "QMatMulW8A8", "QMatMulU8S8", "QMatMulU8U8", "QMatMulW4A8", "QMatMulW4S8A8",
+    "QMatMulW4A16", "QMatMulW4Z4A16", "QMatMulFp8",
 })  # fmt: skip
 
 

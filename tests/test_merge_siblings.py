@@ -90,6 +90,13 @@ def test_merges_products_of_floats_where_groups_are_the_same(group):
         assert ops == ["QMatMulW4A16_K64_N8_G16", "QMatMulW4A16_K64_N16_G32"]
 
 
+def test_merges_products_by_four_bits():
+    model = folded(TWO + "{ p = MatMul (x, a) q = MatMul (x, c) }", "x86-int4", **WEIGHTS)
+    FuseRegions(everything)(model)
+    ops = rewritten(model, MergeSiblings(everything))
+    assert ops == ["Quantize_K64", "QMatMulW4A8_K64_N24_G32_8x16"]
+
+
 def test_says_which_products_it_merged():
     model = outlined(TWO + "{ p = MatMul (x, a) q = MatMul (x, c) }")
     MergeSiblings(everything)(model)

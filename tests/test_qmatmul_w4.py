@@ -53,6 +53,8 @@ REGIONS = (
     product(520, 130, 64),
     of_two_levels(product(70, 33, 32)),
     of_two_levels(product(384, 50, 64, ("channel",), BIAS, Step("Relu", (1,)))),
+    dataclasses.replace(product(96, 128, 32, ("channel",), BIAS), widths=(64, 32, 32)),
+    of_two_levels(dataclasses.replace(product(64, 96, 16), widths=(32, 64))),
 )
 
 
@@ -102,10 +104,13 @@ def model_of(region: Region) -> bytes:
             name=name, const_value=tensor, type=ir.TensorType(dtype), shape=ir.Shape(array.shape)
         )
 
-    operands, y = [value(v.name or "") for v in function.inputs], value("y")
-    node = ir.Node(DOMAIN, region.name, operands, outputs=[y])
+    operands = [value(v.name or "") for v in function.inputs]
+    results = [value(v.name or "") for v in function.outputs]
+    for result, width in zip(results, region.widths, strict=False):
+        result.shape = ir.Shape(["m", width])
+    node = ir.Node(DOMAIN, region.name, operands, outputs=results)
     graph = ir.Graph(
-        [v for v in operands if v.const_value is None], [y], nodes=[node],
+        [v for v in operands if v.const_value is None], results, nodes=[node],
         initializers=[v for v in operands if v.const_value is not None],
         opset_imports={"": 21, DOMAIN: 1}, name="region",
     )  # fmt: skip
@@ -145,15 +150,18 @@ def feeds(region: Region, rows: int, rng: np.random.Generator) -> dict[str, Arra
 @example(9, REGIONS[4], 0).via("just over a tile")
 @example(300, REGIONS[5], 0).via("several blocks of rows")
 @example(1, REGIONS[9], 0).via("one row, two panels at a time")
+@example(1, REGIONS[12], 0).via("one row of several results")
+@example(130, REGIONS[12], 0).via("several results")
 @given(st.integers(0, 40), st.sampled_from(REGIONS), st.integers(0, 2**32 - 1))
 def test_against_its_body(library: Path, isa: Isa, rows: int, region: Region, seed: int) -> None:
     data = feeds(region, rows, np.random.default_rng(seed))
-    (want,) = session(region, 1).run(None, data)
+    wanted = session(region, 1).run(None, data)
     for threads in (1, 2):
-        (got,) = session(region, threads, library, isa).run(None, data)
-        assert got.shape == want.shape
-        assert not got.size or sqnr(want, got) >= 60
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+        results = session(region, threads, library, isa).run(None, data)
+        for want, got in zip(wanted, results, strict=True):
+            assert got.shape == want.shape
+            assert not got.size or sqnr(want, got) >= 60
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
 @each_isa("QMatMulW4A8")
@@ -165,7 +173,7 @@ def test_sums_are_exact(library: Path, isa: Isa, region: Region, extreme: int) -
     q = np.full((5, k), extreme, np.uint8)
     q[1::2] = np.random.default_rng(1).integers(0, 256, k)
     ones = np.ones((5, 1), np.float32)
-    (got,) = session(region, 1, library, isa).run(None, {"q": q, "s": ones})
+    got = np.hstack(session(region, 1, library, isa).run(None, {"q": q, "s": ones}))
     values = constants(region)
     scales = values["ws"] if "ws" in values else values["gs"].astype("f4") * values["cs"]
     wide = values["w"] * np.repeat(scales.astype(np.float64), group, axis=0)[:k]
@@ -179,6 +187,8 @@ def test_sums_are_exact(library: Path, isa: Isa, region: Region, extreme: int) -
         (product(64, 4, 20), "groups of 20: kernels take multiples of 8, or all of K"),
         (product(1 << 16, 1 << 15, 32), "65536 x 32768 weights: kernels take up to 2^30"),
         (product(4, 4, 32, (), Step("Erf", (0,))), "no vector form of Erf"),
+        (dataclasses.replace(product(64, 64, 32), widths=(48, 16)), "not all are multiples of 32"),
+        (dataclasses.replace(product(64, 288, 32), widths=(32,) * 9), "9 results; at most 8"),
     ],
 )
 def test_unsupported_regions_say_why(region: Region, reason: str) -> None:

@@ -232,12 +232,12 @@ static OrtStatus *qmatmul_create(const struct qc_op *op, const OrtKernelInfo *in
     return status;
 }
 
-static const int FLOATS[QC_MAX_PARTS] = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT,
-                                         ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT};
+const int qc_float_results[QC_MAX_PARTS] = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT,
+                                            ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT};
 
 #define QMATMUL(types, inputs, run)                                                                \
     {                                                                                              \
-        .input_types = types, .input_count = inputs, .output_types = FLOATS,                       \
+        .input_types = types, .input_count = inputs, .output_types = qc_float_results,             \
         .create = qmatmul_create, .compute = run, .destroy = qmatmul_destroy,                      \
         .last_dimension = width,                                                                   \
     }

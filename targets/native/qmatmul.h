@@ -99,6 +99,8 @@ OrtStatus *qc_centre(struct centred_rows *centred, OrtKernelContext *context);
 /* Lets args read the rows from `row` on. */
 void qc_read_centred(const struct centred_rows *centred, int64_t row, struct qc_qmatmul_args *args);
 
+/* The types of a product's results. */
+extern const int qc_float_results[QC_MAX_PARTS];
 /* Memory for packed weights, to be freed. */
 void *qc_allocate(size_t bytes);
 /* The extra operands that are initializers. */

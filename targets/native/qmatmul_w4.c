@@ -127,19 +127,13 @@ static OrtStatus *qmatmul_w4_compute(void *state, OrtKernelContext *context) {
     return run.rows ? qc_run_qmatmul(&run, context) : NULL;
 }
 
-static int64_t columns(const struct qc_op *op, size_t output) {
-    (void)output;
-    return op->spec->n;
-}
-
 #define QMATMUL(types, inputs, make)                                                               \
     {                                                                                              \
-        .input_types = types, .input_count = inputs, .output_types = FLOATS, .output_count = 1,    \
+        .input_types = types, .input_count = inputs, .output_types = qc_float_results,             \
         .create = make, .compute = qmatmul_w4_compute, .destroy = qmatmul_w4_destroy,              \
-        .last_dimension = columns,                                                                 \
+        .last_dimension = width,                                                                   \
     }
 
-static const int FLOATS[] = {ORT_FLOAT};
 static const int Q_S_W_WS[] = {ORT_UINT8, ORT_FLOAT, ORT_INT4, ORT_FLOAT};
 static const int Q_S_W_GS_CS[] = {ORT_UINT8, ORT_FLOAT, ORT_INT4, ORT_INT8, ORT_FLOAT};
 

@@ -14,14 +14,13 @@ from qcompiler.ir.region import Region
 from qcompiler.targets.epilogue import unsupported_epilogue
 from qcompiler.targets.x86.attention_shape import MAX_DEPTH as MAX_HEAD
 from qcompiler.targets.x86.attention_shape import attention_shape, int8_attention_shape
-from qcompiler.targets.x86.family import MAX_ELEMENTS, Family
+from qcompiler.targets.x86.family import MAX_ELEMENTS, Family, misfit_of_results
 from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
 from qcompiler.targets.x86.w4_family import W4_FAMILIES
 
 __all__ = ["FAMILIES", "differences", "most_lacking", "norm_operands"]
 
-MAX_PARTS = 8
 MAX_QUANTIZED_DEPTH = 4096
 """A tile of such rows fits the 64 KiB that DynamicQMatMulW8A8 quantizes into."""
 MAX_QUANTIZED_WIDTH = 1024
@@ -94,12 +93,9 @@ def _unsupported_qmatmul(region: Region) -> str | None:
     if k > deepest:
         return f"K={k}: an int32 sum of more than {deepest} products may overflow"
     columns = tile_shape(n).columns
-    if len(region.widths) > MAX_PARTS:
-        return f"{len(region.widths)} results; at most {MAX_PARTS} are supported"
-    for isa in FAMILIES[region.anchor].isas:
-        panel = tile_shape(n, isa).columns
-        if any(width % panel for width in region.widths):
-            return f"results of {region.widths} columns: not all are multiples of {panel}"
+    panels = [tile_shape(n, isa).columns for isa in FAMILIES[region.anchor].isas]
+    if (reason := misfit_of_results(region, panels)) is not None:
+        return reason
     if -(-n // columns) * columns * -(-k // 4) * 4 > MAX_ELEMENTS:
         return f"{k} x {n} weights take more than 2^30 bytes"
     return unsupported_epilogue(region)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from qcompiler.ir.region import Region
 from qcompiler.targets.x86.isa import AVX2, AVX512_VNNI, Isa
 
-__all__ = ["MAX_ELEMENTS", "Family"]
+__all__ = ["MAX_ELEMENTS", "Family", "misfit_of_results"]
 
 MAX_ELEMENTS = 1 << 30
 """Kernels index a row, and the packed weights, with int32."""
+_MAX_PARTS = 8
+"""Results of merged products: QC__MAX_PARTS of native/qcompiler.h."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,3 +44,13 @@ class Family:
     constants: Callable[[Region, Isa], dict[str, int]] = lambda region, isa: {}
     isas: tuple[Isa, ...] = (AVX512_VNNI, AVX2)
     parts: Callable[[Region], tuple[Region, ...]] = lambda region: ()
+
+
+def misfit_of_results(region: Region, panels: Iterable[int]) -> str | None:
+    """Why several results cannot be stored by kernels with panels of so many columns, or None."""
+    if len(region.widths) > _MAX_PARTS:
+        return f"{len(region.widths)} results; at most {_MAX_PARTS} are supported"
+    for panel in panels:
+        if any(width % panel for width in region.widths):
+            return f"results of {region.widths} columns: not all are multiples of {panel}"
+    return None

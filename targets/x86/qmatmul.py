@@ -29,7 +29,7 @@ from qcompiler.targets.x86.tile import tile_shape
 from qcompiler.targets.x86.units import unit_of
 from qcompiler.targets.x86.vector import VectorUnit, load_lanes, store_lanes
 
-__all__ = ["RANGE", "accumulator_function", "qmatmul_function"]
+__all__ = ["PART", "RANGE", "accumulator_function", "qmatmul_function"]
 
 _QUAD = 4
 
@@ -226,7 +226,7 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
             *(Parameter(f"extra{i}", "float32") for i in range(extra_count)),
             Parameter("y", "uint8" if region.is_quantized else "float32"),
             *RANGE,
-            *(_PART if region.widths else ()),
+            *(PART if region.widths else ()),
         ],
         body,
     )
@@ -266,11 +266,10 @@ def accumulator_function(k: int, n: int, isa: Isa = AVX512_VNNI) -> Any:
 RANGE = tuple(
     Parameter(name, "int32", is_pointer=False) for name in ("rows", "panel_begin", "panel_end")
 )
+PART = tuple(Parameter(name, "int32", is_pointer=False) for name in ("y_columns", "y_first"))
 
 _EXCESS = (
     Parameter("counts", "int32"),
     Parameter("groups", "uint16"),
     Parameter("values", "int32"),
 )
-
-_PART = tuple(Parameter(name, "int32", is_pointer=False) for name in ("y_columns", "y_first"))

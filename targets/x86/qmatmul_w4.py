@@ -21,7 +21,7 @@ from qcompiler.ir.region import Region
 from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
 from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
-from qcompiler.targets.x86.qmatmul import RANGE
+from qcompiler.targets.x86.qmatmul import PART, RANGE
 from qcompiler.targets.x86.results import Results
 from qcompiler.targets.x86.tile import TileShape
 from qcompiler.targets.x86.units import unit_of
@@ -190,14 +190,17 @@ def qmatmul_w4_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
     `void f(const uint8_t *a, const int32_t *init, const float *s, const int8_t *weights,
     const float *ws, const float *extra..., y, int32_t rows, int32_t panel_begin,
     int32_t panel_end)`: a [rows, chunks * size of one], int8 and zeros after K; ws as
-    [panel][group][columns of a panel].  Neither the rows nor the range of panels is empty.
+    [panel][group][columns of a panel].  Of merged products each call stores to one result, that
+    one's width and first column, `int32_t y_columns, int32_t y_first`, at the end.  Neither the
+    rows nor the range of panels is empty.
     """
     n, unit, shape, chunks = region.size("N"), unit_of(isa), w4_tile(isa), chunks_of(region, isa)
     count = len(region.extras)
 
     def body(a: Expr, init: Expr, s: Expr, weights: Expr, ws: Expr, *rest: Expr) -> None:
-        extras, (y, rows, begin, end) = rest[:count], rest[count:]
-        results = _TokenResults(region, unit, s, ws, (), extras, y, n, 0)
+        extras, (y, rows, begin, end, *part) = rest[:count], rest[count:]
+        y_columns, y_first = part or (n, 0)
+        results = _TokenResults(region, unit, s, ws, (), extras, y, y_columns, y_first)
         operands = _Operands(a, init, weights, ws, rows, begin, end)
         _Loops(n, unit, shape, chunks, operands, results).emit()
 
@@ -211,6 +214,7 @@ def qmatmul_w4_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
             *(Parameter(f"extra{i}", "float32") for i in range(count)),
             Parameter("y", "uint8" if region.is_quantized else "float32"),
             *RANGE,
+            *(PART if region.widths else ()),
         ],
         body,
     )

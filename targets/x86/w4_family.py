@@ -12,7 +12,7 @@ from typing import Any
 
 from qcompiler.ir.region import Region
 from qcompiler.targets.epilogue import unsupported_epilogue
-from qcompiler.targets.x86.family import MAX_ELEMENTS, Family
+from qcompiler.targets.x86.family import MAX_ELEMENTS, Family, misfit_of_results
 from qcompiler.targets.x86.isa import AVX2, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import TileShape
 
@@ -21,6 +21,7 @@ __all__ = ["EIGHT", "W4_FAMILIES", "Chunks", "chunks_of", "w4_tile"]
 EIGHT = 8
 """Rows of weights that bytes hold two by two."""
 
+_ISAS = (AVX512_VNNI, AVX_VNNI, AVX2)
 _WIDENED = 32
 """After so many products AVX2 widens an int16."""
 
@@ -74,8 +75,9 @@ def _unsupported(region: Region) -> str | None:
     k, n, group = (region.size(name) for name in ("K", "N", "G"))
     if group < k and group % EIGHT:
         return f"groups of {group}: kernels take multiples of {EIGHT}, or all of K"
-    if region.widths:
-        return "kernels of int4 weights have one result"
+    panels = [w4_tile(isa).columns for isa in _ISAS]
+    if (reason := misfit_of_results(region, panels)) is not None:
+        return reason
     columns = w4_tile(AVX512_VNNI).columns
     if -(-n // columns) * columns * (k + group) > MAX_ELEMENTS:
         return f"{k} x {n} weights: kernels take up to 2^30"
@@ -100,6 +102,7 @@ def _parameters(region: Region, isa: Isa) -> list[tuple[str, str]]:
         ("int32_t", "a->rows"),
         ("int32_t", "a->panel_begin"),
         ("int32_t", "a->panel_end"),
+        *((("int32_t", "a->y_columns"), ("int32_t", "a->y_first")) if region.widths else ()),
     ]
 
 
@@ -122,7 +125,7 @@ def _family(anchor: str) -> Family:
         _unsupported,
         _generate,
         _constants,
-        (AVX512_VNNI, AVX_VNNI, AVX2),
+        _ISAS,
     )
 
 
