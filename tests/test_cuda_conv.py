@@ -145,7 +145,7 @@ def check(conv: Conv, given, q, device):
 def check_image(conv: Conv, given, device, expected):
     """The border and padding exactly; of pixels a few are one off, where float16 decides a tie."""
     top, left, bottom, right = conv.made
-    count, height, width, channels = expected.shape
+    _, height, width, _ = expected.shape
     inside = np.zeros(expected.shape, bool)
     inside[:, top : height - bottom, left : width - right, : conv.columns] = True
     assert (device["made"][~inside] == given["u"]).all()
@@ -184,7 +184,14 @@ def test_the_cases_are_what_they_are_meant_for():
     launches = [planned(*case) for case in CASES]
     assert [launch.block_rows for launch in launches] == [64, 64, 64, 64, 64, 128]
     assert launches[3].splits > 1
-    assert [planned(*case).splits > 1 for case in CHAINS] == [False, False, True, True, False, False]
+    assert [planned(*case).splits > 1 for case in CHAINS] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
     assert planned(*CHAINS[4]).block_rows == 128
     kinds = ["_channels_" in planned(*case).symbol for case in GROUPS]
     assert kinds == [False] * 4 + [True] * 3

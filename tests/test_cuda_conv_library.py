@@ -27,10 +27,20 @@ CONVS = [
     Conv(20, 40, steps=BIAS, flags=(HALF,)),
     Conv(130, 24, (3, 2), (2, 0, 1, 1), (2, 1), (1, 2), steps=RESIDUAL, flags=(HALF,)),
     Conv(20, 40, group=2, steps=BIAS, flags=(HALF,), made=(1, 2, 0, 3)),
-    Conv(144, 24, (3, 2), (2, 0, 1, 1), (2, 1), (1, 2), steps=RESIDUAL, flags=(HALF,), group=2,
-         made=(0, 1, 1, 0), outputs=("y", "made")),
-    Conv(36, 36, steps=RESIDUAL, flags=(HALF,), group=36, made=(1, 1, 1, 1),
-         outputs=("y", "made")),
+    Conv(
+        144,
+        24,
+        (3, 2),
+        (2, 0, 1, 1),
+        (2, 1),
+        (1, 2),
+        steps=RESIDUAL,
+        flags=(HALF,),
+        group=2,
+        made=(0, 1, 1, 0),
+        outputs=("y", "made"),
+    ),
+    Conv(36, 36, steps=RESIDUAL, flags=(HALF,), group=36, made=(1, 1, 1, 1), outputs=("y", "made")),
 ]
 PLAIN = Conv(16, 1, (1, 1), (0, 0, 0, 0), flags=(HALF,))
 SHAPE = (2, 9, 11)
@@ -56,7 +66,9 @@ def model_of(conv: Conv, given: dict[str, Array], body: bool = False) -> bytes:
     nodes = [
         helper.make_node(conv.image.name, ["x", "s", "z"], ["q"], domain=DOMAIN),
         helper.make_node(
-            conv.region.name, ["q", *constant_names(given), *extras], names_of(conv),
+            conv.region.name,
+            ["q", *constant_names(given), *extras],
+            names_of(conv),
             domain=DOMAIN,
         ),
     ]

@@ -18,7 +18,6 @@ from qcompiler.ir.dialect_image import CHANNEL_MULTIPLE, padded_channels
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda.device import (
     Expr,
-    Place,
     cast,
     constant,
     emit,

@@ -1,4 +1,4 @@
-"""The end of a convolution's kernel: results go to planes, and to the image that the next one reads.
+"""The end of a convolution's kernel: results go to planes, and to the image that others read.
 
     y[b, n, p, q] = steps(sums)                 made[b, p + top, q + left, n] = round(y / t) + u
 
