@@ -35,7 +35,7 @@ from qcompiler.passes.widen_constants import dequantized_constant
 __all__ = ["no_image_kernel", "try_fold_image"]
 
 _MOST_WASTE = 32
-"""Channels multiplied per channel that counts: tensor cores are that much faster than floats."""
+"""Channels multiplied per channel that counts; not measured: it takes in ResNeXt's groups of 4."""
 
 
 def no_image_kernel(weight: Sequence[int], group: int) -> str | None:

@@ -39,7 +39,8 @@ from qcompiler.targets.cuda.device import (
 )
 from qcompiler.targets.cuda.finish import pointers_of
 from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, depth_of, packing
-from qcompiler.targets.cuda.plan import TILE_THREADS, Channels, result_pitch, shared_bytes
+from qcompiler.targets.cuda.plan import TILE_THREADS, result_pitch, shared_bytes
+from qcompiler.targets.cuda.shapes import Channels
 
 __all__ = ["depthwise_kernel"]
 

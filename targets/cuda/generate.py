@@ -14,10 +14,11 @@ from qcompiler.targets.cuda.image import image_kernel
 from qcompiler.targets.cuda.norm import norm_kernel
 from qcompiler.targets.cuda.norm_plan import NORMS
 from qcompiler.targets.cuda.packing import CONVS, IMAGE
-from qcompiler.targets.cuda.plan import Channels, Roles, Stream, launches, shapes_of
+from qcompiler.targets.cuda.plan import launches, shapes_of
 from qcompiler.targets.cuda.products import product_of
 from qcompiler.targets.cuda.quantize import quantize_kernel
 from qcompiler.targets.cuda.roles import roles_kernel
+from qcompiler.targets.cuda.shapes import Channels, Roles, Stream
 from qcompiler.targets.cuda.stream import stream_kernel
 from qcompiler.targets.cuda.tile import Sums, tile_kernel
 from qcompiler.targets.cuda.warpgroup import WarpgroupSums

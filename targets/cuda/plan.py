@@ -14,7 +14,6 @@ activations: one mma takes 32, a *chunk* is 128, which four of them share.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 from qcompiler.ir.region import Region
@@ -32,6 +31,7 @@ from qcompiler.targets.cuda.packing import (
     is_depthwise,
     packing,
 )
+from qcompiler.targets.cuda.shapes import Channels, Roles, Shape, Stream, Tile
 
 __all__ = [
     "BYTE_PITCH",
@@ -39,10 +39,6 @@ __all__ = [
     "STREAM_COLUMNS",
     "STREAM_ROWS",
     "TILE_THREADS",
-    "Channels",
-    "Roles",
-    "Stream",
-    "Tile",
     "activation_bytes",
     "chunks_of",
     "groups_of_chunk",
@@ -71,62 +67,6 @@ _MOST_SHARED = 99 << 10
 _MOST_SHARED_SM90 = 226 << 10
 """And on sm_90, less the barriers of `Roles`."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """The kernel for a few rows.
-
-    Attributes:
-        warps: That divide K.
-        batch: Chunks whose loads are under way together in a warp.
-    """
-
-    warps: int
-    batch: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """A kernel for many rows.
-
-    Attributes:
-        rows: Of a block's tile.
-        stages: Chunks in shared memory: one is multiplied while the others arrive.
-        splits: Parts of K.
-    """
-
-    rows: int
-    stages: int
-    splits: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Roles:
-    """A kernel for very many rows, whose threads have different roles (`roles.py`).
-
-    Attributes:
-        rows: Of a block's tile.
-        stages: Chunks in shared memory.
-    """
-
-    rows: int
-    stages: int
-    splits: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Channels:
-    """The kernel of a depthwise convolution (`depthwise.py`).
-
-    Attributes:
-        rows: Pixels of a block's tile.
-    """
-
-    rows: int
-    splits: int = 1
-
-
-Shape = Stream | Tile | Roles | Channels
 
 BYTE_PITCH = COLUMN_MULTIPLE + 4
 """From one pixel to the next, of results in 8 bits in shared memory: one bank more."""

@@ -42,14 +42,13 @@ from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, CONVS, SCALES_BYTES,
 from qcompiler.targets.cuda.plan import (
     CHUNK_BYTES,
     TILE_THREADS,
-    Roles,
-    Tile,
     chunks_of,
     groups_of_chunk,
     shared_bytes,
     stage_bytes,
 )
 from qcompiler.targets.cuda.products import STEPS, Product, offsets_of
+from qcompiler.targets.cuda.shapes import Roles, Tile
 from qcompiler.targets.cuda.stages import PART, TILE_ROWS, Stages
 
 __all__ = ["Sums", "finish_rows", "pointers_of_tile", "tile_kernel"]
