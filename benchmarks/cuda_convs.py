@@ -67,6 +67,27 @@ class Conv:
             "QuantizeImage", (("K", self.channels),), attributes=(("pads", pads),), flags=(HALF,)
         )
 
+    def stored_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        """That of the stored image, of so many images of so many pixels."""
+        count, height, width = shape
+        more = 2 * self.pad
+        return count, height + more, width + more, padded_channels(self.channels)
+
+    def made_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        """That of the result, in planes."""
+        count, *sizes, _ = self.stored_shape(shape)
+        down, across = (
+            (size - span) // self.stride + 1
+            for size, span in zip(sizes, geometry(self.region).spans, strict=True)
+        )
+        return count, self.columns, down, across
+
+    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        """That of the result, as an image."""
+        count, columns, down, across = self.made_shape(shape)
+        more = 2 * (self.made or 0)
+        return count, down + more, across + more, padded_channels(columns)
+
 
 def convs_to_check(small: bool) -> list[tuple[Conv, tuple[int, int, int]]]:
     """With the images: odd sizes, borders, strides, dilations, K in splits, many pixels."""
@@ -107,25 +128,15 @@ class ConvProblem:
         rng: np.random.Generator,
     ) -> None:  # fmt: skip
         self.conv, (self.image, self.product) = conv, kernels
+        self.stored, self.made = conv.stored_shape(shape), conv.made_shape(shape)
         count, height, width = shape
-        stored = (count, height + 2 * conv.pad, width + 2 * conv.pad)
-        known = geometry(conv.region)
-        down, across = (
-            (size - span) // conv.stride + 1
-            for size, span in zip(stored[1:], known.spans, strict=True)
-        )
-        self.stored = (*stored, padded_channels(conv.channels))
-        self.made = (count, conv.columns, down, across)
         self.zero, self.scale = int(rng.integers(40, 200)), np.float32(0.03)
         taps = (conv.taps, conv.taps)
         given = conv.channels // conv.group
         self.w = rng.integers(-127, 128, (conv.columns, given, *taps)).astype(np.int8)
         self.step, self.middle = np.float32(0.03 * (given * conv.taps**2) ** 0.5), 100
         if conv.made is not None:
-            more = 2 * conv.made
-            self.stored_result = (
-                count, down + more, across + more, padded_channels(conv.columns)
-            )  # fmt: skip
+            self.stored_result = conv.image_shape(shape)
         self.ws = rng.uniform(1e-3, 1e-2, conv.columns).astype(np.float32)
         x = rng.standard_normal((count, conv.channels, height, width)) * 2 + 1
         self.host: dict[str, Array] = {"x": x.astype(np.float16)}
