@@ -1,23 +1,28 @@
 """The kernels on a GPU: are they right, and how fast: python benchmarks/cuda.py [--json FILE].
 
-One command, in this order:
+One command; `docs/cuda.md` says how to run it where a GPU is lent for minutes.  In this order:
 
-1. numbers against float64, on random data that is new each time (`--seed` repeats a run), for rows
-   around every border between kernels;
-2. times beside floors (bytes at the bandwidth of a copy measured here) and beside peers, as far as
-   they are installed: cuBLAS(Lt) for fp16, int8 and fp8 and torch's int4 product through torch,
-   MatMulNBits of ONNX Runtime's CUDA provider;
-3. whole models in ONNX Runtime's CUDA provider, beside its float16 and its MatMulNBits;
-4. the numbers again, smaller, under the checkers of compute-sanitizer (memory, races,
-   synchronisation), where it is installed: last, because they may take minutes each.
+1. `numbers` against float64, on random data that is new each time (`--seed` repeats a run), for
+   rows around every border between kernels;
+2. `times` of products beside floors (bytes at the bandwidth of a copy measured here);
+3. `checkers`: memcheck of compute-sanitizer on the small numbers, where it is installed;
+4. `peers`, as far as they are installed: cuBLAS(Lt) for fp16, int8 and fp8 and torch's int4 product
+   through torch, MatMulNBits of ONNX Runtime's CUDA provider;
+5. `convolutions`: times of theirs;
+6. `models` in ONNX Runtime's CUDA provider, beside its float16 and its MatMulNBits;
+7. `races`: the other checkers, of races, barriers and memory that was never written.
 
-Weights rotate, more than any cache holds, and calls are replayed as a CUDA graph, ours and peers'.
-Needs a GPU of compute capability 8.0 to 9.0, its driver, and nvcc or the extra [cuda].
+Each part runs in a process of its own, with a share of the time (`--minutes`), and its results are
+in the file as soon as they are known: what one kernel breaks is lost to no other.  A kernel whose
+numbers are wrong is not timed.  Weights rotate, more than any cache holds, and calls are replayed
+as a CUDA graph, ours and peers'.  Needs a GPU of compute capability 8.0 to 9.0, its driver, and
+either nvcc or the extra [cuda] with TVM, or the kernels compiled beforehand (`--prepare`).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import sys
@@ -26,154 +31,115 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from cuda_checkers import is_bad, sanitize
-from cuda_convs import Conv, ConvProblem, convs_to_check
-from cuda_device import CudaError, Device, Kernels
+from cuda_bench import Bench
+from cuda_checkers import TOOLS, check_with
+from cuda_convs import TOLERANCE, convs_to_check
+from cuda_cubins import Compiled, Cubins, Packed, PackError, prepare
+from cuda_device import CudaError, Device
 from cuda_models import whole_models
-from cuda_norms import NormProblem, is_norm
-from cuda_numbers import (
-    E4M3,
-    EIGHT_BIT,
-    TOLERANCE,
-    Problem,
-    eight_bit,
-    regions_to_check,
-    rows_to_check,
-    w4,
-)
-from cuda_peers import EIGHT_BIT_SIZES, ROTATED, W4_ROWS, W4_SHAPES, ort_peers, torch_peers
+from cuda_numbers import EIGHT_BIT, eight_bit, regions_to_check, w4
+from cuda_peers import EIGHT_BIT_SIZES, W4_ROWS, W4_SHAPES, ort_peers, torch_peers
+from cuda_tasks import Found, Task, be_child, run_apart
 
 from qcompiler.ir.errors import ToolchainError
 from qcompiler.ir.region import Region
 from qcompiler.targets import cuda
-from qcompiler.targets.cubin import CubinCompiler, find_cubin_compiler
+from qcompiler.targets.cubin import find_cubin_compiler
 
-COPIED = 1 << 30
+SHARES = {"numbers": 0.2, "times": 0.2, "checkers": 0.15, "peers": 0.15, "convolutions": 0.1,
+          "models": 0.15, "races": 1.0}  # fmt: skip
+"""The parts in order, and how much of the time each may take; the last gets what is left."""
 
 
-class Bench:
-    """What is found on one device."""
+def timed_products() -> list[tuple[Region, tuple[int, ...]]]:
+    """With the numbers of rows."""
+    found: list[tuple[Region, tuple[int, ...]]] = [(w4(k, n), W4_ROWS) for k, n in W4_SHAPES]
+    return found + [
+        (eight_bit(a, size, size), (size,)) for size in EIGHT_BIT_SIZES for a in EIGHT_BIT
+    ]
 
-    def __init__(self, device: Device, arch: str, compiler: CubinCompiler, seed: int) -> None:
-        self.device, self.arch, self.compiler = device, arch, compiler
-        self.rng = np.random.default_rng(seed)
 
-    def kernels(self, region: Region) -> Kernels:
-        """The kernels of a region on this device."""
-        return Kernels(self.device, region, self.arch, self.compiler)
+def all_regions() -> list[Region]:
+    """Those that any part needs."""
+    convs = [conv for conv, _ in convs_to_check(small=False)]
+    found = [*regions_to_check(small=True), *(region for region, _ in timed_products())]
+    return found + [region for conv in convs for region in (conv.image, conv.region)]
 
-    def check(self, small: bool) -> list[dict[str, Any]]:
-        """The largest error of each region and number of rows."""
-        found = []
-        for region in regions_to_check(small):
-            if self.arch not in cuda.archs_of(region):
-                continue
-            kernels = self.kernels(region)
-            for rows in rows_to_check(kernels.launches):
-                problem = NormProblem if is_norm(region) else Problem
-                error = problem(kernels, rows, self.rng).error(self.rng)
-                found.append({"region": region.name, "rows": rows, "error": error})
-                _say(found[-1])
-        return found + self.check_convs(small)
 
-    def check_convs(self, small: bool) -> list[dict[str, Any]]:
-        """The same of convolutions, each with the kernel that stores its images."""
-        found = []
-        for conv, shape in convs_to_check(small):
-            kernels = self.kernels(conv.image), self.kernels(conv.region)
-            problem = ConvProblem(conv, kernels, shape, self.rng)
-            error = problem.error(self.rng)
-            found.append({"region": conv.region.name, "rows": problem.rows, "error": error})
-            _say(found[-1])
-        return found
+class Parts:
+    """The tasks of each part; the device is opened by the first that needs it."""
 
-    # --- times --------------------------------------------------------------------------------
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
 
-    def bandwidth(self) -> float:
-        """Bytes per second that a copy reads and writes."""
-        source, target = self.device.allocate(COPIED), self.device.allocate(COPIED)
-        seconds = self.device.seconds(lambda _: self.device.copy(target, source, COPIED), 4)
-        return 2 * COPIED / seconds
+    @functools.cached_property
+    def bench(self) -> Bench:
+        """What the tasks use."""
+        options = self._options
+        device, arch = open_device(options.driver)
+        return Bench(device, arch, cubins_of(options), options.seed)
 
-    def time(self, region: Region, rows: int, sets: list[dict[str, int]]) -> dict[str, Any]:
-        """One call of a product; `sets` of weights take turns."""
-        kernels, layout = self.kernels(region), cuda.packing(region)
-        k, n = region.size("K"), region.size("N")
-        width = 2 if region.anchor == "QMatMulW4A16" else 1
-        x = self.rng.standard_normal((rows, k)).astype(np.float16 if width == 2 else E4M3)
-        given = {
-            "x" if width == 2 else "q": self.device.upload(x),
-            "s": self.device.upload(np.ones(rows, np.float32)),
-            "y": self.device.allocate(rows * n * 2),
-        }
-        seconds = self.device.seconds(
-            lambda i: kernels.run(given | sets[i % len(sets)], rows), max(16, len(sets))
-        )
-        moved = layout.weight_bytes + layout.scale_bytes + rows * k * width + rows * n * 2
-        return {
-            "region": region.name, "rows": rows, "microseconds": seconds * 1e6, "bytes": moved,
-            "operations": 2 * rows * k * n,
-        }  # fmt: skip
+    def tasks(self, part: str) -> list[Task]:
+        """Those of one part."""
+        tasks: list[Task] = getattr(self, f"_{part}")()
+        return tasks
 
-    def weights(self, region: Region) -> list[dict[str, int]]:
-        """As many sets as no cache holds; what the numbers are does not matter for the time."""
-        layout = cuda.packing(region)
-        size = layout.weight_bytes + layout.scale_bytes
-        w, ws = self.rng.bytes(layout.weight_bytes), b"\x10\x20" * (layout.scale_bytes // 2)
+    def _numbers(self) -> list[Task]:
+        convs = convs_to_check(small=True)
+        found: list[Task] = [
+            (region.name, lambda region=region: self._if_able(region, self.bench.check))
+            for region in regions_to_check(small=True)
+        ]
+        return found + [
+            (conv.region.name, lambda each=(conv, shape): self.bench.check_conv(*each))
+            for conv, shape in convs
+        ]
+
+    def _if_able(self, region: Region, run: Callable[[Region], Any]) -> Any:
+        return run(region) if self.bench.arch in cuda.archs_of(region) else []
+
+    def _times(self) -> list[Task]:
+        copy: Task = ("copy", lambda: [{"copy_bytes_per_second": self.bench.bandwidth}])
+        return [copy, *(
+            (region.name, lambda region=region, rows=rows: self._if_able(
+                region, lambda region: self.bench.times(region, rows)))
+            for region, rows in timed_products()
+        )]  # fmt: skip
+
+    def _convolutions(self) -> list[Task]:
         return [
-            {"w": self.device.upload(w), "ws": self.device.upload(ws)}
-            for _ in range(max(1, -(-ROTATED // size)))
+            (conv.region.name, lambda each=(conv, shape): [self.bench.time_conv(*each)])
+            for conv, shape in convs_to_check(small=False)
         ]
 
-    def times(self) -> list[dict[str, Any]]:
-        """All that is timed, beside the floor."""
-        bandwidth, found = self.bandwidth(), []
-        wanted = [(w4(k, n), W4_ROWS) for k, n in W4_SHAPES]
-        wanted += [
-            (eight_bit(a, size, size), (size,)) for a in EIGHT_BIT for size in EIGHT_BIT_SIZES
-        ]
-        for region, all_rows in wanted:
-            if self.arch not in cuda.archs_of(region):
-                continue
-            sets = self.weights(region)
-            for rows in all_rows:
-                row = self.time(region, rows, sets)
-                row["of_bandwidth"] = row["bytes"] / bandwidth / (row["microseconds"] / 1e6)
-                row["tera_operations"] = row["operations"] / row["microseconds"] / 1e6
-                print(
-                    f"  {row['region']:40} {rows:5} rows {row['microseconds']:9.1f} us   "
-                    f"{row['of_bandwidth']:4.0%} of a copy's bandwidth   "
-                    f"{row['tera_operations']:6.0f} TOPS",
-                    file=sys.stderr,
-                )
-                found.append(row)
-            for pointer in (pointer for each in sets for pointer in each.values()):
-                self.device.free(pointer)
-        found += [self.time_conv(conv, shape) for conv, shape in convs_to_check(small=False)]
-        return [{"copy_bytes_per_second": bandwidth}, *found]
+    def _peers(self) -> list[Task]:
+        return [("torch", torch_peers), ("ONNX Runtime", ort_peers)]
 
-    def time_conv(self, conv: Conv, shape: tuple[int, int, int]) -> dict[str, Any]:
-        """One call of a convolution with its image's; weights and images may lie in a cache."""
-        kernels = self.kernels(conv.image), self.kernels(conv.region)
-        problem = ConvProblem(conv, kernels, shape, self.rng)
-        seconds = self.device.seconds(lambda _: problem.run(), 16)
-        moved, operations = problem.cost()
-        print(f"  {conv.region.name:48} {problem.rows:7} pixels {seconds * 1e6:9.1f} us   "
-              f"{operations / seconds / 1e12:6.0f} TOPS", file=sys.stderr)  # fmt: skip
-        return {
-            "region": conv.region.name, "rows": problem.rows, "microseconds": seconds * 1e6,
-            "bytes": moved, "operations": operations,
-        }  # fmt: skip
+    def _models(self) -> list[Task]:
+        return [("models", whole_models)]
+
+    def _checkers(self) -> list[Task]:
+        return self._tools(TOOLS[:1])
+
+    def _races(self) -> list[Task]:
+        return self._tools(TOOLS[1:])
+
+    def _tools(self, tools: tuple[str, ...]) -> list[Task]:
+        command = child_command(self._options, "numbers")
+        return [(tool, lambda tool=tool: check_with(tool, [*command, "0"])) for tool in tools]
 
 
-def _say(row: dict[str, Any]) -> None:
-    mark = "" if row["error"] <= TOLERANCE else "   WRONG"
-    print(f"  {row['region']:48} {row['rows']:5} rows   {row['error']:.1e}{mark}", file=sys.stderr)
+def child_command(options: argparse.Namespace, part: str) -> list[str]:
+    """Starts a child; what it lacks is the number of its first task."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--seed", str(options.seed)]
+    command += ["--driver", options.driver]
+    command += ["--cubins", str(options.cubins)] if options.cubins else []
+    return [*command, "--part", part, "--first"]
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    """Of what is installed."""
+    found = {"python": sys.version.split()[0]}
     for name in ("apache-tvm", "torch", "onnxruntime-gpu", "onnxruntime", "torchao", "qcompiler"):
         try:
             found[name] = importlib.metadata.version(name)
@@ -197,47 +163,90 @@ def open_device(driver: str) -> tuple[Device, str]:
     return device, device.arch
 
 
-def main() -> None:
+def cubins_of(options: argparse.Namespace) -> Cubins:
+    """Those of a file, or a compiler's; exits where there is neither."""
+    try:
+        return Packed(options.cubins) if options.cubins else Compiled(find_cubin_compiler())
+    except (PackError, ToolchainError) as error:
+        sys.exit(f"benchmarks/cuda.py: {error}")
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="where to write what was found")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
-    parser.add_argument("--small", action="store_true", help="numbers of small sizes alone")
+    parser.add_argument("--minutes", type=float, default=12.0, help="for all parts together")
+    parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES))
+    parser.add_argument("--cubins", type=Path, help="kernels that --prepare wrote")
+    parser.add_argument("--prepare", type=Path, metavar="FILE", help="compile kernels, no GPU")
+    parser.add_argument("--archs", nargs="+", choices=cuda.ARCHS, default=["sm_90a"],
+                        help="what --prepare compiles for")  # fmt: skip
     parser.add_argument("--driver", default="libcuda.so.1", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    device, arch = open_device(options.driver)
-    try:
-        compiler = find_cubin_compiler()
-    except ToolchainError as error:
-        sys.exit(f"benchmarks/cuda.py: {error}")
-    bench = Bench(device, arch, compiler, options.seed)
-    print(f"{device.name}, driver for CUDA {device.driver_version}, {compiler.name}, kernels for "
+    parser.add_argument("--part", choices=SHARES, help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+class Report:
+    """The file, written anew whenever something is found."""
+
+    def __init__(self, path: Path | None, about: dict[str, Any]) -> None:
+        self._path, self.content = path, about | {"parts": {}}
+
+    def tell(self, part: str, found: Found) -> None:
+        """Add what a task found."""
+        if "problem" in found:
+            print(f"  {found['task']}: {found['problem']}", file=sys.stderr)
+        self.content["parts"].setdefault(part, []).append(found)
+        if self._path is not None:
+            self._path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+    def bad(self) -> list[str]:
+        """What is wrong."""
+        tasks = [(part, each) for part, all_ in self.content["parts"].items() for each in all_]
+        found = [f"{part} {each['task']}: {each['problem']}" for part, each in tasks
+                 if "problem" in each]  # fmt: skip
+        return found + [
+            f"{row['region']}, {row['rows']} rows: off by {row['error']:.1e}"
+            for part, each in tasks if part == "numbers"
+            for row in each.get("rows", []) if not row["error"] <= TOLERANCE
+        ]  # fmt: skip
+
+
+def run_parts(options: argparse.Namespace) -> Report:
+    """All parts, each in its share of the time."""
+    begin, (device, arch), name = time.monotonic(), open_device(options.driver), cubins_of(options)
+    print(f"{device.name}, driver for CUDA {device.driver_version}, {name.name}, kernels for "
           f"{arch}, seed {options.seed}", file=sys.stderr)  # fmt: skip
-    checked = bench.check(options.small)
-    wrong = [row for row in checked if not row["error"] <= TOLERANCE]
-    if wrong:
-        sys.exit(f"{len(wrong)} of {len(checked)} results are wrong; not timed")
-    if options.small:
-        return
-    result: dict[str, Any] = {
+    report = Report(options.json, {
         "device": device.name, "capability": device.capability, "arch": arch,
-        "driver": device.driver_version, "compiler": compiler.name, "versions": versions(),
-        "seed": options.seed, "numbers": checked,
-    }  # fmt: skip
-    arguments = ["--seed", str(options.seed), "--driver", options.driver]
-    parts: dict[str, Callable[[], Any]] = {
-        "times": bench.times,
-        "peers": lambda: torch_peers() + ort_peers(),
-        "models": whole_models,
-        "checkers": lambda: sanitize(Path(__file__), arguments),
-    }
-    for name, make in parts.items():
-        result[name] = make()
-        if options.json is not None:  # what is there survives a part that fails
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        "driver": device.driver_version, "compiler": name.name, "versions": versions(),
+        "seed": options.seed,
+    })  # fmt: skip
+    parts, last = Parts(options), begin + options.minutes * 60
+    for part in options.parts:
+        print(f"{part}:", file=sys.stderr)
+        names = [name for name, _ in parts.tasks(part)]
+        end = min(last, time.monotonic() + SHARES[part] * options.minutes * 60)
+        run_apart(child_command(options, part), names, end, functools.partial(report.tell, part))
+    return report
+
+
+def main() -> None:
+    """Prepare, or be a child, or run all parts."""
+    options = parsed()
+    if options.prepare:
+        tell = functools.partial(print, file=sys.stderr)
+        prepare(options.prepare, all_regions(), options.archs, cubins_of(options).compiler, tell)
+        return
+    if options.part:
+        be_child(Parts(options).tasks(options.part), options.first)
+    report = run_parts(options)
     if options.json is None:
-        print(json.dumps(result, indent=1))
-    if found := [f"{tool}: {said}" for tool, said in result["checkers"].items() if is_bad(said)]:
-        sys.exit("; ".join(found))
+        print(json.dumps(report.content, indent=1))
+    if bad := report.bad():
+        sys.exit("\n".join([f"{len(bad)} problems:", *bad]))
 
 
 if __name__ == "__main__":

@@ -8,28 +8,34 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-__all__ = ["NO_SANITIZER", "PATIENCE", "is_bad", "sanitize"]
+__all__ = ["NO_SANITIZER", "PATIENCE", "TOOLS", "CheckerError", "check_with", "is_bad"]
 
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 NO_SANITIZER = "not installed"
 TOO_LONG = "stopped after"
-PATIENCE = 180
+PATIENCE = 120
 """Seconds for each tool: the machine is lent for minutes."""
 
 
-def sanitize(script: Path, arguments: Sequence[str]) -> dict[str, str]:
-    """What each of compute-sanitizer's tools says of the small checks of a script."""
+class CheckerError(Exception):
+    """A checker found something, or does not run though it is installed."""
+
+
+def check_with(tool: str, command: Sequence[str]) -> list[dict[str, Any]]:
+    """What one of compute-sanitizer's tools says of a command.
+
+    Raises:
+        CheckerError: Something bad.
+    """
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     program = shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
-    if program is None:
-        return {"compute-sanitizer": NO_SANITIZER}
-    found = {}
-    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-        command = [program, "--tool", tool, sys.executable, str(script), "--small", *arguments]
-        found[tool] = _said(command)
-        print(f"  {tool}: {found[tool]}", file=sys.stderr)
-    return found
+    said = NO_SANITIZER if program is None else _said([program, "--tool", tool, *command])
+    print(f"  {tool}: {said}", file=sys.stderr)
+    if is_bad(said):
+        raise CheckerError(said)
+    return [{"tool": tool, "said": said}]
 
 
 def _said(command: Sequence[str]) -> str:
@@ -42,8 +48,12 @@ def _said(command: Sequence[str]) -> str:
         return f"{TOO_LONG} {PATIENCE} s"
     except OSError as error:
         return f"cannot be run: {error}"
-    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", done.stdout + done.stderr)
-    return summary[-1] if summary else f"no summary, exit status {done.returncode}"
+    text = done.stdout + done.stderr
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
+    if summary:
+        return summary[-1]
+    last = [line for line in text.splitlines() if line.startswith("=========")][-1:]
+    return f"no summary, exit status {done.returncode} {' '.join(last)}".rstrip()
 
 
 def is_bad(said: str) -> bool:

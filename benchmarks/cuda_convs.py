@@ -12,12 +12,19 @@ from qcompiler.ir.region import HALF, Region, Step
 from qcompiler.targets.cuda.image_plan import geometry
 from qcompiler.targets.cuda.packing import conv_matrix, pack, pack_scales
 
-__all__ = ["Conv", "ConvProblem", "convs_to_check"]
+__all__ = ["TOLERANCE", "Conv", "ConvProblem", "convs_to_check"]
+
+TOLERANCE = 4e-3
+"""Of the largest result: float16 rounds results, and weights times their scales, by 2^-11."""
 
 _BIAS_RELU = (Step("Add", (0, -1)), Step("Relu", (1,)))
 _RESIDUAL = (Step("Add", (0, -1)), Step("Add", (1, -2)), Step("Relu", (2,)))
 _CHECKED = 64
 """Results that are compared."""
+
+
+def _pads(channels: int, pad: int) -> tuple[int, ...]:
+    return (0, pad, pad, 0, 0, pad, pad, padded_channels(channels) - channels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,26 +38,55 @@ class Conv:
     stride: int = 1
     dilation: int = 1
     steps: tuple[Step, ...] = _BIAS_RELU
+    group: int = 1
+    made: int | None = None
+    """The border of a result that is stored as an image; None for one in planes."""
 
     @property
     def region(self) -> Region:
         """That of the product."""
         sizes = (("K", self.channels), ("N", self.columns), ("R", self.taps), ("S", self.taps))
         count = 2 if self.steps == _RESIDUAL else len(self.steps[:1])
-        steps = (("dilations", (self.dilation,) * 2), ("strides", (self.stride,) * 2))
+        attributes = {
+            "dilations": (self.dilation,) * 2, "group": self.group, "strides": (self.stride,) * 2
+        }  # fmt: skip
+        if self.made is not None:
+            attributes["pads"] = _pads(self.columns, self.made)
         return Region(
-            "QConvW8A8", sizes, ("channel", "tensor")[:count], self.steps,
-            attributes=steps, flags=(HALF,),
+            "QConvW8A8" if self.made is None else "QConvImageW8A8", sizes,
+            ("channel", "tensor")[:count], self.steps, flags=(HALF,),
+            outputs=() if self.made is None else ("made",),
+            attributes=tuple(sorted(attributes.items())),
         )  # fmt: skip
 
     @property
     def image(self) -> Region:
         """That of its activations."""
-        more = padded_channels(self.channels) - self.channels
-        pads = (0, self.pad, self.pad, 0, 0, self.pad, self.pad, more)
+        pads = _pads(self.channels, self.pad)
         return Region(
             "QuantizeImage", (("K", self.channels),), attributes=(("pads", pads),), flags=(HALF,)
         )
+
+    def stored_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        """That of the stored image, of so many images of so many pixels."""
+        count, height, width = shape
+        more = 2 * self.pad
+        return count, height + more, width + more, padded_channels(self.channels)
+
+    def made_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        """That of the result, in planes."""
+        count, *sizes, _ = self.stored_shape(shape)
+        down, across = (
+            (size - span) // self.stride + 1
+            for size, span in zip(sizes, geometry(self.region).spans, strict=True)
+        )
+        return count, self.columns, down, across
+
+    def image_shape(self, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
+        """That of the result, as an image."""
+        count, columns, down, across = self.made_shape(shape)
+        more = 2 * (self.made or 0)
+        return count, down + more, across + more, padded_channels(columns)
 
 
 def convs_to_check(small: bool) -> list[tuple[Conv, tuple[int, int, int]]]:
@@ -61,6 +97,12 @@ def convs_to_check(small: bool) -> list[tuple[Conv, tuple[int, int, int]]]:
         (Conv(160, 24, steps=_RESIDUAL), (1, 8, 8)),
         (Conv(130, 130, pad=2, dilation=2), (1, 15, 26)),
         (Conv(17, 12, taps=2, pad=0), (1, 40, 41)),
+        # Stored as images, whole and in splits; groups; depthwise ones.
+        (Conv(20, 40, made=1), (2, 9, 7)),
+        (Conv(160, 40, steps=_RESIDUAL, made=1), (1, 8, 8)),
+        (Conv(72, 144, group=3, made=2), (1, 9, 9)),
+        (Conv(24, 24, group=24, steps=()), (2, 9, 7)),
+        (Conv(140, 140, taps=5, pad=2, stride=2, group=140, made=1), (1, 18, 19)),
     ]
     # Layers of ResNet50, and a first one, at batch 8.
     large = [
@@ -68,6 +110,12 @@ def convs_to_check(small: bool) -> list[tuple[Conv, tuple[int, int, int]]]:
         (Conv(256, 64, taps=1, pad=0), (8, 56, 56)),
         (Conv(512, 512, steps=_RESIDUAL), (8, 7, 7)),
         (Conv(16, 64, taps=7, pad=3, stride=2), (8, 224, 224)),
+        (Conv(64, 64, made=1), (8, 56, 56)),
+        (Conv(256, 64, taps=1, pad=0, made=1), (8, 56, 56)),
+        # Of ResNeXt50 and of MobileNetV2.
+        (Conv(128, 128, group=32, made=0), (8, 56, 56)),
+        (Conv(144, 144, group=144, made=0), (8, 56, 56)),
+        (Conv(576, 576, group=576, made=0), (8, 14, 14)),
     ]
     return found if small else found + large
 
@@ -80,18 +128,15 @@ class ConvProblem:
         rng: np.random.Generator,
     ) -> None:  # fmt: skip
         self.conv, (self.image, self.product) = conv, kernels
+        self.stored, self.made = conv.stored_shape(shape), conv.made_shape(shape)
         count, height, width = shape
-        stored = (count, height + 2 * conv.pad, width + 2 * conv.pad)
-        known = geometry(conv.region)
-        down, across = (
-            (size - span) // conv.stride + 1
-            for size, span in zip(stored[1:], known.spans, strict=True)
-        )
-        self.stored = (*stored, padded_channels(conv.channels))
-        self.made = (count, conv.columns, down, across)
         self.zero, self.scale = int(rng.integers(40, 200)), np.float32(0.03)
         taps = (conv.taps, conv.taps)
-        self.w = rng.integers(-127, 128, (conv.columns, conv.channels, *taps)).astype(np.int8)
+        given = conv.channels // conv.group
+        self.w = rng.integers(-127, 128, (conv.columns, given, *taps)).astype(np.int8)
+        self.step, self.middle = np.float32(0.03 * (given * conv.taps**2) ** 0.5), 100
+        if conv.made is not None:
+            self.stored_result = conv.image_shape(shape)
         self.ws = rng.uniform(1e-3, 1e-2, conv.columns).astype(np.float32)
         x = rng.standard_normal((count, conv.channels, height, width)) * 2 + 1
         self.host: dict[str, Array] = {"x": x.astype(np.float16)}
@@ -107,14 +152,17 @@ class ConvProblem:
 
     def _uploaded(self) -> dict[str, int]:
         upload, region = self.product.device.upload, self.conv.region
-        matrix = conv_matrix(self.w)
-        scales = pack_scales(self.ws * self.scale, region, w=matrix, zero=self.zero)
+        matrix = conv_matrix(self.w, region)
+        made = None if self.conv.made is None else (float(self.step), self.middle)
+        scales = pack_scales(self.ws * self.scale, region, w=matrix, zero=self.zero, result=made)
+        size = 16 if made is None else int(np.prod(self.stored_result))
         return {name: upload(array) for name, array in self.host.items()} | {
             "s": upload(np.full(1, self.scale)), "z": upload(np.full(1, self.zero, np.uint8)),
             "w": upload(pack(matrix, region)), "ws": upload(scales),
             # Some more of each, which must stay as they are.
             "q": upload(np.full(int(np.prod(self.stored)) + 64, 7, np.uint8)),
             "y": upload(np.full(int(np.prod(self.made)) + 64, np.nan, np.float16)),
+            "made": upload(np.full(size + 64, 7, np.uint8)),
         }  # fmt: skip
 
     def run(self) -> None:
@@ -126,10 +174,10 @@ class ConvProblem:
 
     def cost(self) -> tuple[int, int]:
         """Bytes that both kernels read and write at least, and operations of the product."""
-        taps = self.conv.taps**2
         made, stored = int(np.prod(self.made)), int(np.prod(self.stored))
-        moved = sum(array.nbytes for array in self.host.values()) + 2 * stored + 2 * made
-        return moved + self.w.nbytes, 2 * made * taps * self.conv.channels
+        moved = sum(array.nbytes for array in self.host.values()) + 2 * stored
+        moved += 2 * made if self.conv.made is None else int(np.prod(self.stored_result))
+        return moved + self.w.nbytes, 2 * made * int(np.prod(self.w.shape[1:]))
 
     def error(self, rng: np.random.Generator) -> float:
         """The largest, as a part of the largest result; infinite if anything else is wrong."""
@@ -143,11 +191,32 @@ class ConvProblem:
         if np.abs(image.astype(int) - self._image()).max() > 1:  # at ties
             return float("inf")
         results = y[:-64].reshape(self.made)
+        if self.conv.made is not None:
+            return self._error_of_image(image, rng)
         places = [tuple(rng.integers(0, self.made)) for _ in range(_CHECKED)]
         expected = np.array([self._result(image, *place) for place in places])
         got = np.array([results[place] for place in places], np.float64)
         worst = np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-6)
         return float(worst) if np.isfinite(worst) else float("inf")
+
+    def _error_of_image(self, image: Array, rng: np.random.Generator) -> float:
+        """Bytes may be one off; the border and padding may not."""
+        conv, pad = self.conv, self.conv.made
+        assert pad is not None
+        size = int(np.prod(self.stored_result))
+        raw = self.product.device.download(self.given["made"], np.uint8, size + 64)
+        found, (_, height, width, _) = raw[:-64].reshape(self.stored_result), self.stored_result
+        inside = np.zeros(found.shape, bool)
+        inside[:, pad : height - pad, pad : width - pad, : conv.columns] = True
+        if (raw[-64:] != 7).any() or (found[~inside] != self.middle).any():
+            return float("inf")
+        worst = 0.0
+        for _ in range(_CHECKED):
+            b, n, i, j = (int(rng.integers(0, end)) for end in self.made)
+            value = self._result(image, b, n, i, j) / float(self.step) + self.middle
+            worst = max(worst, abs(found[b, i + pad, j + pad, n] - min(max(value, 0), 255)))
+        # A step, with what float16 rounds, as a part of what is allowed of a product.
+        return worst / 0.7 * TOLERANCE
 
     def _image(self) -> Array:
         x = self.host["x"].astype(np.float64) / float(self.scale)
@@ -159,7 +228,10 @@ class ConvProblem:
     def _result(self, image: Array, b: int, n: int, i: int, j: int) -> float:
         conv, step = self.conv, self.conv.dilation
         top, left, span = i * conv.stride, j * conv.stride, (conv.taps - 1) * step + 1
-        patch = image[b, top : top + span : step, left : left + span : step, : conv.channels]
+        given = conv.channels // conv.group
+        first = n // (conv.columns // conv.group) * given
+        patch = image[b, top : top + span : step, left : left + span : step]
+        patch = patch[..., first : first + given]
         centred = patch.astype(np.int64) - self.zero
         total = (centred * self.w[n].transpose(1, 2, 0)).sum()
         value = float(total) * float(self.ws[n]) * float(self.scale)

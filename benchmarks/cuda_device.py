@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from cuda_cubins import Cubins
+from cuda_tasks import CudaError
 from numpy.typing import NDArray
 
 from qcompiler.ir.region import Region
 from qcompiler.targets import cuda
-from qcompiler.targets.cache import KernelCache, content_key
-from qcompiler.targets.cubin import CubinCompiler
-from qcompiler.targets.cuda.packing import pack, pack_scales
+from qcompiler.targets.cuda.packing import CONVS, image_columns, pack, pack_scales
 
 __all__ = ["CudaError", "Device", "Kernels"]
 
@@ -21,10 +21,6 @@ Array = NDArray[Any]
 
 _MAJOR, _MINOR, _MAX_SHARED = 75, 76, 8
 _PLAIN_SHARED = 48 << 10
-
-
-class CudaError(Exception):
-    """The driver refused something; the message says what."""
 
 
 class Device:
@@ -161,12 +157,9 @@ class Device:
 class Kernels:
     """The kernels of a region on a device."""
 
-    def __init__(self, device: Device, region: Region, arch: str, compiler: CubinCompiler) -> None:
+    def __init__(self, device: Device, region: Region, arch: str, cubins: Cubins) -> None:
         self.device, self.region = device, region
-        key = content_key("cubin", cuda.fingerprint(), compiler.name, arch, repr(region))
-        self._cubin = KernelCache().get_or_make(
-            key, lambda: compiler.compile(cuda.source(region, arch), arch)
-        )
+        self._cubin = cubins.cubin(region, arch)
         self.launches = cuda.launches(region, arch)
         self._functions, module = {}, device.module(self._cubin)
         for launch in self.launches:
@@ -189,9 +182,10 @@ class Kernels:
         launch = next(x for x in self.launches if x.max_rows is None or rows <= x.max_rows)
         known = dict(self.region.sizes)
         columns = known.get("N", known["K"])
+        summed = image_columns(self.region) if self.region.anchor in CONVS else columns
         grid = (-(-columns // launch.block_columns), -(-rows // launch.block_rows), launch.splits)
         if launch.combine is not None:
-            size = launch.splits * rows * columns * 4
+            size = launch.splits * rows * summed * 4
             if (launch.symbol, rows) not in self._workspace:
                 self._workspace[launch.symbol, rows] = self.device.allocate(size)
             given = given | {"workspace": self._workspace[launch.symbol, rows]}
@@ -201,7 +195,7 @@ class Kernels:
         function = self._functions[launch.symbol]
         self.device.launch(function, grid, launch.threads, launch.shared_bytes, pointers, numbers)
         if launch.combine is not None:
-            blocks = -(-rows * columns // (4 * launch.threads))
+            blocks = -(-rows * summed // (4 * launch.threads))
             pointers = [given[name] for name in launch.combine_parameters[: -len(numbers)]]
             combine = self._functions[launch.combine]
             self.device.launch(combine, (blocks, 1, 1), launch.threads, 0, pointers, numbers)

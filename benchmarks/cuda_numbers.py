@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from cuda_convs import TOLERANCE
 from cuda_device import Array, Kernels
 from cuda_norms import norms_to_check
 from cuda_peers import W4_SHAPES
@@ -22,8 +23,6 @@ __all__ = [
 
 E4M3 = ml_dtypes.float8_e4m3fn
 BIAS_GELU = {"extras": ("channel",), "steps": (Step("Add", (0, -1)), Step("Gelu", (1,)))}
-TOLERANCE = 4e-3
-"""Of the largest result: float16 rounds results, and weights times their scales, by 2^-11."""
 SAMPLED = 48
 """Rows and columns of large results that are compared."""
 

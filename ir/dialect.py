@@ -6,6 +6,8 @@ registered under the same name only makes it faster.  `dialect_ops.py` has the o
 
 from __future__ import annotations
 
+import re
+
 import onnx.parser
 import onnx_ir as ir
 
@@ -57,7 +59,7 @@ def _parse(
 
 def function_of(name: str, opset: int) -> ir.Function:
     """The generic function of a dialect op, for a model of the given opset."""
-    op, body = OPS[name], OPS[name].body
+    op, body = OPS[name], OPS[name].body + OPS[name].ending
     for attribute in op.attributes:
         kind = _ATTRIBUTE_TYPE.get(attribute, "ints")
         body = body.replace(f"{{{attribute}}}", f"{attribute}: {kind} = @{attribute}")
@@ -69,10 +71,6 @@ def region_function(region: Region, domain: str, opset: int) -> ir.Function:
     """The function of one region: its anchor's body with its sizes, then its steps."""
     op, sizes = OPS[region.anchor], dict(region.sizes)
     body = op.body_of(region.flags)
-    body = body.replace("{block_size}", f"block_size = {sizes.get('G', sizes.get('K'))}")
-    for key, value in region.attributes:
-        body = body.replace(f"{{{key}}}", f"{key} = {_literal(value)}")
-        body = body.replace(f"{{={key}}}", f"= {_literal(value)}")
     extras = tuple(f"extra{i}" for i in range(len(region.extras)))
     values = [op.outputs[0]]
     for step in region.steps:
@@ -82,11 +80,17 @@ def region_function(region: Region, domain: str, opset: int) -> ir.Function:
     if region.is_quantized:
         values.append("stored")
         body += f"    stored = Cast <to = {int(ir.DataType.UINT8)}> ({values[-2]})\n"
-    outputs = region.outputs or (values[-1], *op.outputs[1:])
+    named = region.outputs or op.outputs
+    outputs = tuple(values[-1] if name == op.outputs[0] else name for name in named)
+    body += re.sub(r"\by\b", values[-1], op.ending)
     if region.widths:
         outputs = tuple(f"y{i}" for i in range(len(region.widths)))
         body += f"    widths = Constant <value_ints = {list(region.widths)}> ()\n"
         body += f"    {', '.join(outputs)} = Split <axis = -1> ({values[-1]}, widths)\n"
+    body = body.replace("{block_size}", f"block_size = {sizes.get('G', sizes.get('K'))}")
+    for key, value in region.attributes:
+        body = body.replace(f"{{{key}}}", f"{key} = {_literal(value)}")
+        body = body.replace(f"{{={key}}}", f"= {_literal(value)}")
     function = _parse(region.name, domain, op, op.inputs + extras, ", ".join(outputs), body, opset)
     _remove_unused(function)
     return function

@@ -31,6 +31,7 @@ class DialectOp:
         stage: The first in which it may appear; "kernel" ones are regions only.
         form: The body of a region with these flags, if flags select one.
         wide: Floats that stay float32 in a region with the flag `HALF`: scales.
+        ending: More of the body, behind the steps of a region, on whose result it calls y.
         follows: Whether the body is the same in float16, so that the op itself may be given it.
     """
 
@@ -44,6 +45,7 @@ class DialectOp:
     stage: Literal["quantized", "kernel"] = "quantized"
     form: Callable[[tuple[str, ...]], str] | None = None
     wide: tuple[str, ...] = ()
+    ending: str = ""
     follows: bool = False
 
     def type_of(self, name: str, flags: Sequence[str] = ()) -> ir.DataType:

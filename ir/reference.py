@@ -28,7 +28,7 @@ def _section(op: DialectOp) -> str:
     attributes = f" <{', '.join(op.attributes)}>" if op.attributes else ""
     call = f"{', '.join(op.outputs)} = {op.name}{attributes} ({', '.join(op.inputs)})"
     operands = "\n".join(_operand(op, name) for name in (*op.inputs, *op.outputs))
-    body = re.sub(r"\{(=?)([a-z]\w*)\}", _attribute, textwrap.dedent(op.body)).strip()
+    body = re.sub(r"\{(=?)([a-z]\w*)\}", _attribute, textwrap.dedent(op.body + op.ending)).strip()
     text = f"{call}\n\n{operands}\n\n{body}"
     return f"### {op.name}\n\nFrom stage `{op.stage}` on.\n\n```\n{text}\n```\n"
 

@@ -6,7 +6,7 @@
 1. x: float, stored as uint8 by a constant scale.  Convolutions with the same pads share a
    QuantizeImage; the pair stays for other readers.
 2. W: int8 without zero points, or what becomes that, a scale per tensor or per output channel; two
-   dimensions, one group.
+   dimensions; groups so large that kernels do not mostly multiply zeros, or of one channel.
 3. b: none, or constant.  It stays float, as a Relu and a residual after it do: regions take them
    in (`fuse_regions`).
 
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decide, inherit
-from qcompiler.ir.dialect_image import padded_channels
+from qcompiler.ir.dialect_image import channels_at_once, padded_channels
 from qcompiler.ir.graph import dequantize_of, new_initializer, place_after, replace_nodes
 from qcompiler.ir.params import QuantParams, quant_params
 from qcompiler.passes.conv_pads import explicit_pads
@@ -34,17 +34,27 @@ from qcompiler.passes.widen_constants import dequantized_constant
 
 __all__ = ["no_image_kernel", "try_fold_image"]
 
+_MOST_WASTE = 32
+"""Channels multiplied per channel that counts; not measured: it takes in ResNeXt's groups of 4."""
+
 
 def no_image_kernel(weight: Sequence[int], group: int) -> str | None:
     """Why a convolution by weights of this shape has no kernel for GPUs, or None if it has."""
     if len(weight) != 4:
         return f"its weight has shape {list(weight)}: kernels for GPUs are of two dimensions"
-    if group != 1:
-        return f"{group} groups: kernels for GPUs are of one"
-    if 2 * weight[1] < padded_channels(weight[1]):
+    columns, given, channels = weight[0], weight[1], weight[1] * group
+    if 2 * channels < padded_channels(channels):
         return (
-            f"its {weight[1]} channels would be padded to {padded_channels(weight[1])}, "
+            f"its {channels} channels would be padded to {padded_channels(channels)}, "
             "which is more work than floats are"
+        )
+    if group == channels == columns:
+        return None
+    at_once = channels_at_once(channels, columns, group)
+    if group > 1 and at_once > _MOST_WASTE * given:
+        return (
+            f"{group} groups of {given} channels: kernels for GPUs would multiply each result's "
+            f"with {at_once - given} zeros"
         )
     return None
 
@@ -73,7 +83,7 @@ def try_fold_image(graph: ir.Graph, conv: ir.Node) -> str | None:
     added = dequantized_constant(bias)
     if bias is not None and (added is None or added.dtype != np.float32):
         return "its bias is computed, or not FLOAT"
-    q = _image(graph, source, x, pads, kernel.shape[1], conv)
+    q = _image(graph, source, x, pads, kernel.shape[1] * group, conv)
     _replace(graph, conv, q, x, kernel, added)
     return None
 
@@ -152,6 +162,7 @@ def _replace(
         "QConvW8A8", [q, *maker.inputs[1:], weight, scales],
         {
             "dilations": conv.attributes.get_ints("dilations", [1, 1]),
+            "group": conv.attributes.get_int("group", 1),
             "strides": conv.attributes.get_ints("strides", [1, 1]),
         },
         domain=dialect.DOMAIN, version=dialect.VERSION,

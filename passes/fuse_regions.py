@@ -151,11 +151,14 @@ def _in_half(node: ir.Node, exact: Growth) -> Growth | None:
 
 
 def _attributes(node: ir.Node) -> tuple[tuple[str, int | tuple[int, ...]], ...]:
-    """The lists of an op: strides, pads; the size of groups where that is all it has."""
+    """Those of an op: strides, pads; the size of groups where that is all it has."""
     if node.op_type in _LEFT_TO_ORT:
         return (("block_size", node.attributes.get_int("block_size")),)
     lists = [a for a in node.attributes.values() if a.type is ir.AttributeType.INTS]
-    return tuple(sorted((a.name, tuple(a.as_ints())) for a in lists))
+    found: dict[str, int | tuple[int, ...]] = {a.name: tuple(a.as_ints()) for a in lists}
+    if "group" in node.attributes:
+        found["group"] = node.attributes.get_int("group", 1)
+    return tuple(sorted(found.items()))
 
 
 def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...] | None:
@@ -173,7 +176,8 @@ def _sizes(node: ir.Node) -> tuple[tuple[str, int], ...] | None:
     shape = weight.const_value.shape.numpy()
     if node.op_type == "QConvW8A8":
         columns, channels, *taps = shape
-        return (("K", channels), ("N", columns), *zip("RS", taps, strict=True))
+        depth = channels * node.attributes.get_int("group", 1)
+        return (("K", depth), ("N", columns), *zip("RS", taps, strict=True))
     depth, width = shape
     return (("K", depth), ("N", width), *((("G", block),) if block else ()))
 

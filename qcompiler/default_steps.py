@@ -21,6 +21,7 @@ from qcompiler.passes.fuse_attention import FuseAttention
 from qcompiler.passes.fuse_batchnorm import FuseBatchNorm
 from qcompiler.passes.fuse_gelu import FuseGelu
 from qcompiler.passes.fuse_hard_swish import FuseHardSwish
+from qcompiler.passes.fuse_images import FuseImages
 from qcompiler.passes.fuse_norms import FuseNorms
 from qcompiler.passes.fuse_quantize import FuseQuantize
 from qcompiler.passes.fuse_regions import FuseRegions
@@ -136,6 +137,7 @@ def default_steps(
         Step("shift-weights", ShiftWeights(), Stage.QUANTIZED),
         Step("convert-float16", ConvertFloat16(runs.sample, floats), Stage.QUANTIZED, "target"),
         Step("fuse-regions", FuseRegions(supports), Stage.KERNEL, "target"),
+        Step("fuse-images", FuseImages(supports), Stage.KERNEL, "target"),
         Step("fuse-norms", FuseNorms(supports), Stage.KERNEL, "target"),
         Step(
             "use-ort-attention",

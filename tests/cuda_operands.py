@@ -102,7 +102,9 @@ def run_body(region: Region, inputs: dict[str, Array], outputs: int = 1) -> list
                      shape=ir.Shape(tensor.shape))
         )  # fmt: skip
     op = dialect.OPS[region.anchor]
-    names = op.outputs[:outputs] if not region.widths else op.outputs * len(region.widths)
+    names = region.outputs or op.outputs[:outputs]
+    if region.widths:
+        names = op.outputs * len(region.widths)
     results = [
         ir.Value(name=f"r{i}", type=ir.TensorType(op.type_of(name))) for i, name in enumerate(names)
     ]

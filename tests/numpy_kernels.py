@@ -18,7 +18,13 @@ from stand_in import Driver
 
 from qcompiler.ir.region import Region
 from qcompiler.targets import cuda
-from qcompiler.targets.cuda.packing import FOUR_BITS, INTEGERS
+from qcompiler.targets.cuda.packing import (
+    FOUR_BITS,
+    INTEGERS,
+    depth_of,
+    first_channel,
+    is_depthwise,
+)
 from qcompiler.targets.cuda.plan import results_of
 
 __all__ = ["emulate", "emulate_conv"]
@@ -113,11 +119,25 @@ class _NumpyConv:
         windows = np.lib.stride_tricks.sliding_window_view(q, (span, span), axis=(1, 2))
         of_rows = windows[:, :: conv.stride, :: conv.stride]
         taps = of_rows[..., :: conv.dilation, :: conv.dilation].transpose(0, 1, 2, 4, 5, 3)
-        depth = conv.taps**2 * self.padded
-        matrix = unpacked(conv.region, given["w"])[:depth].astype(np.int64)
-        self.sums = taps.reshape(count, down, across, depth) @ matrix
+        self.sums = np.zeros((count, down, across, conv.columns), np.int64)
+        per_column = self.taps_of_columns(given["w"])
+        for column in range(conv.columns):
+            weights, channels = per_column(column)
+            some = taps[..., channels : channels + weights.shape[-1]]
+            self.sums[..., column] = (some * weights).sum((3, 4, 5))
         if launch.combine is None:
             self.finish(given)
+
+    def taps_of_columns(self, address: int) -> Any:
+        """What gives a column's weights [taps, taps, channels], and the first of the channels."""
+        conv, region, shape = self.conv, self.conv.region, (self.conv.taps, self.conv.taps, -1)
+        if is_depthwise(region):
+            layout = cuda.packing(region)
+            words = memory(address, np.int8, layout.depth // 4, layout.columns, 4)
+            rows = words.transpose(0, 2, 1).reshape(layout.depth, -1)[: conv.taps**2]
+            return lambda n: (rows[:, n].reshape(shape).astype(np.int64), n)
+        matrix = unpacked(region, address)[: depth_of(region)].astype(np.int64)
+        return lambda n: (matrix[:, n].reshape(shape), first_channel(region, n // 128))
 
     def combine(self, launch: cuda.Launch, values: list[int]) -> None:
         """The sum of the splits."""
@@ -126,7 +146,7 @@ class _NumpyConv:
     def finish(self, given: dict[str, int]) -> None:
         """Scales and the epilogue."""
         columns, layout = self.conv.columns, cuda.packing(self.conv.region)
-        scales = memory(given["ws"], np.float32, 2 * layout.columns)
+        scales = memory(given["ws"], np.float32, 2 * layout.columns + 2)
         offsets = scales.view(np.int32)[layout.columns :][:columns]
         y = ((self.sums - offsets) * scales[:columns] * self.factor).transpose(0, 3, 1, 2)
         if "extra0" in given:
@@ -134,7 +154,15 @@ class _NumpyConv:
         if "extra1" in given:
             y = y + memory(given["extra1"], np.float16, *y.shape)
         result = np.maximum(y, 0) if self.conv.steps else y
-        memory(given["y"], np.float16, *y.shape)[...] = result
+        if "y" in given:
+            memory(given["y"], np.float16, *y.shape)[...] = result
+            return
+        step, middle = scales[-2], int(scales.view(np.int32)[-1])
+        stored = np.clip(np.rint(result.astype(np.float16) / step) + middle, 0, 255)
+        pad, more = self.conv.made, -columns % 16
+        widths = ((0, 0), (pad, pad), (pad, pad), (0, more))
+        image = np.pad(stored.transpose(0, 2, 3, 1), widths, constant_values=middle)
+        memory(given["made"], np.uint8, *image.shape)[...] = image
 
 
 def emulate_conv(driver: Driver, conv: Any, factor: int = 1) -> None:

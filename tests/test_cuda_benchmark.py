@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -22,11 +23,14 @@ from qcompiler.targets.cuda.norm_plan import NORMS
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import cuda as benchmark
+import cuda_bench
 import cuda_checkers
 import cuda_convs
+import cuda_cubins
 import cuda_device
 import cuda_models
 import cuda_norms
+import cuda_tasks
 from cuda_graphs import Sizes
 
 H200 = Gpu()
@@ -38,10 +42,26 @@ def bench(
 ) -> Iterator[Bench]:
     monkeypatch.setattr(cuda, "source", lambda region, arch: names_of_kernels(None, region, arch))
     monkeypatch.setattr(benchmark, "find_cubin_compiler", NoCompiler)
+    monkeypatch.setattr(benchmark, "run_apart", run_together)
     monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
     bench = Bench(tmp_path, monkeypatch, tmp_path_factory.mktemp("drivers"))
     yield bench
     bench.check()
+
+
+def run_together(command: list[str], names: list[str], end: float, tell: Any) -> None:
+    """In the place of `run_apart`: the stand-in's kernels are functions of this process."""
+    part, driver = command[command.index("--part") + 1], command[command.index("--driver") + 1]
+    options = argparse.Namespace(driver=driver, cubins=None, seed=3)
+    cuda_tasks.run_here(benchmark.Parts(options).tasks(part), tell)
+
+
+def numbers(driver: Driver) -> list[dict[str, Any]]:
+    """What the part of this name finds."""
+    found: list[dict[str, Any]] = []
+    run_together(["--part", "numbers", "--driver", str(driver.path)], [], 0, found.append)
+    assert not [each for each in found if "problem" in each]
+    return [row for each in found for row in each["rows"]]
 
 
 def emulate_quantize(driver: Driver, region: Region) -> None:
@@ -98,10 +118,11 @@ def test_wrong_norms(spoilt: str, bench: Bench) -> None:
     assert not cuda_norms.NormProblem(kernels, 5, rng).error(rng) <= benchmark.TOLERANCE
 
 
-def test_wrong_convolutions(bench: Bench) -> None:
+@pytest.mark.parametrize("which", [2, 5, 6, 7, 8, 9])
+def test_wrong_convolutions(which: int, bench: Bench) -> None:
     for factor in (1, 2):
         driver = bench.driver(H200)
-        conv, shape = cuda_convs.convs_to_check(small=True)[2]
+        conv, shape = cuda_convs.convs_to_check(small=True)[which]
         emulate_conv(driver, conv, factor)
         kernels = tuple(on(driver).kernels(region) for region in (conv.image, conv.region))
         rng = np.random.default_rng(0)
@@ -122,13 +143,14 @@ def emulate_all(driver: Driver, but: str = "") -> None:
 
 
 def on(driver: Driver) -> benchmark.Bench:
-    return benchmark.Bench(cuda_device.Device(str(driver.path)), "sm_90a", NoCompiler(), 1)
+    cubins = cuda_cubins.Compiled(NoCompiler())
+    return benchmark.Bench(cuda_device.Device(str(driver.path)), "sm_90a", cubins, 1)
 
 
 def test_right_numbers(bench: Bench) -> None:
     driver = bench.driver(H200)
     emulate_all(driver)
-    found = on(driver).check(small=True)
+    found = numbers(driver)
     assert len(found) > 40
     convs = [conv.region for conv, _ in cuda_convs.convs_to_check(small=True)]
     assert {row["region"] for row in found} == {
@@ -170,7 +192,7 @@ def test_wrong_numbers(fault: str, bench: Bench) -> None:
         spoil(launch.symbol, launch.parameters)
         if launch.combine is not None:
             spoil(launch.combine, launch.combine_parameters)
-    found = on(driver).check(small=True)
+    found = numbers(driver)
     wrong = {row["region"] for row in found if not row["error"] <= benchmark.TOLERANCE}
     assert wrong == {region.name}
 
@@ -181,32 +203,44 @@ def test_times_and_the_file(
     driver = bench.driver(H200)
     emulate_all(driver)
     small = ((1024, 128),)
-    for name, value in (("W4_SHAPES", small), ("EIGHT_BIT_SIZES", (256,)), ("ROTATED", 1 << 18),
-                        ("COPIED", 1 << 12)):  # fmt: skip
-        monkeypatch.setattr(benchmark, name, value)
-    regions = benchmark.regions_to_check
-    monkeypatch.setattr(benchmark, "regions_to_check", lambda small: regions(True))
+    monkeypatch.setattr(benchmark, "W4_SHAPES", small)
+    monkeypatch.setattr(benchmark, "EIGHT_BIT_SIZES", (256,))
+    monkeypatch.setattr(cuda_bench, "ROTATED", 1 << 18)
+    monkeypatch.setattr(cuda_bench, "COPIED", 1 << 12)
     convs = cuda_convs.convs_to_check(small=True)[:1]
     monkeypatch.setattr(benchmark, "convs_to_check", lambda small: convs)
-    driver.know_all(benchmark.w4(1024, 128), "sm_90a")
-    for anchor in benchmark.EIGHT_BIT:
-        driver.know_all(benchmark.eight_bit(anchor, 256, 256), "sm_90a")
+    emulate(driver, benchmark.w4(1024, 128), "sm_90a")
+    right, wrong = (benchmark.eight_bit(anchor, 256, 256) for anchor in benchmark.EIGHT_BIT)
+    emulate(driver, right, "sm_90a")
+    driver.know_all(wrong, "sm_90a")  # which stores nothing
     out = tmp_path / "cuda.json"
     monkeypatch.setattr(
         sys, "argv", ["cuda.py", "--json", str(out), "--driver", str(driver.path), "--seed", "3"]
     )
-    clean = {"memcheck": "========= ERROR SUMMARY: 0 errors"}
-    monkeypatch.setattr(benchmark, "sanitize", lambda script, arguments: clean)
+    monkeypatch.setattr(benchmark, "check_with", lambda tool, command: [{"tool": tool}])
+    monkeypatch.setattr(benchmark, "torch_peers", lambda: 1 / 0)
     models = [{"model": "m", "contender": "c", "milliseconds": 1.0}]
     monkeypatch.setattr(benchmark, "whole_models", lambda: models)
-    benchmark.main()
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    said = str(stopped.value).splitlines()
+    assert said[0] == "2 problems:"
+    assert said[1].startswith(f"times {wrong.name}: WrongError: not timed: its numbers are off by")
+    assert said[2] == "peers torch: ZeroDivisionError: division by zero"
     found = json.loads(out.read_text())
+    assert list(found["parts"]) == list(benchmark.SHARES)
+    parts = {
+        part: [row for task in tasks for row in task.get("rows", [])]
+        for part, tasks in found["parts"].items()
+    }
     assert (found["device"], found["arch"], found["driver"]) == ("Stand-in", "sm_90a", "13.0")
     assert found["compiler"] == "no compiler"
-    assert found["models"] == models
-    bandwidth, *rows = found["times"]
+    assert parts["models"] == models
+    assert [row["tool"] for row in parts["checkers"] + parts["races"]] == list(cuda_checkers.TOOLS)
+    bandwidth, *rows = parts["times"]
     assert bandwidth["copy_bytes_per_second"] == pytest.approx(2 * 4096 / (1e-3 / 4))
-    assert [row["rows"] for row in rows] == [1, 16, 128, 512, 256, 256, 126]
+    assert [row["rows"] for row in rows] == [1, 16, 128, 512, 256]
+    assert [row["rows"] for row in parts["convolutions"]] == [126]
     # The stand-in's graphs take a millisecond; one holds 16 calls, or one for each set of weights.
     layout = cuda.packing(benchmark.w4(1024, 128))
     sets = -(-(1 << 18) // (layout.weight_bytes + layout.scale_bytes))
@@ -248,22 +282,29 @@ def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_what_a_checker_says(said: str, bad: bool) -> None:
-    assert benchmark.is_bad(said) == bad
+    assert cuda_checkers.is_bad(said) == bad
 
 
 def test_without_the_sanitizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_checkers.shutil, "which", lambda name: None)
-    assert cuda_checkers.sanitize(Path("x.py"), []) == {"compute-sanitizer": "not installed"}
+    assert cuda_checkers.check_with("memcheck", []) == [
+        {"tool": "memcheck", "said": "not installed"}
+    ]
 
 
 def test_a_checker_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = tmp_path / "compute-sanitizer"
-    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.write_text(
+        "#!/bin/sh\n[ $2 = racecheck ] && exec sleep 60\necho '= Device not supported'\n"
+    )
     program.chmod(0o755)
     monkeypatch.setattr(cuda_checkers.shutil, "which", lambda name: str(program))
     monkeypatch.setattr(cuda_checkers, "PATIENCE", 0.2)
-    found = cuda_checkers.sanitize(Path("x.py"), [])
-    assert set(found.values()) == {"stopped after 0.2 s"}
+    (row,) = cuda_checkers.check_with("racecheck", [])
+    assert row["said"] == "stopped after 0.2 s"
+    monkeypatch.setattr(cuda_checkers, "PATIENCE", 60)
+    with pytest.raises(cuda_checkers.CheckerError, match="no summary, exit status 0"):
+        cuda_checkers.check_with("memcheck", [])
 
 
 def test_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -15,6 +16,7 @@ from qcompiler.targets.cuda.machine_code import (
     compile_kernels,
     find_cuobjdump,
 )
+from qcompiler.targets.cuda.packing import CONVS
 
 
 def _nvcc() -> Nvcc | None:
@@ -59,13 +61,31 @@ CONV = Region(
     (("K", 256), ("N", 256), ("R", 3), ("S", 3)),
     ("channel", "tensor"),
     (Step("Add", (0, -1)), Step("Add", (1, -2)), Step("Relu", (2,))),
-    attributes=(("dilations", (1, 1)), ("strides", (1, 1))),
+    attributes=(("dilations", (1, 1)), ("group", 1), ("strides", (1, 1))),
 )
+
+
+def stored(channels: int, group: int, outputs: tuple[str, ...], **more: object) -> Region:
+    """A convolution whose result is stored as an image."""
+    pads = (0, 1, 1, 0, 0, 1, 1, 0)
+    steps = (("dilations", (1, 1)), ("group", group), ("pads", pads), ("strides", (1, 1)))
+    sizes = (("K", channels), ("N", channels), ("R", 3), ("S", 3))
+    return Region("QConvImageW8A8", sizes, outputs=outputs, attributes=steps, **more)
+
+
+BIAS_RELU = {"extras": ("channel",), "steps": (Step("Add", (0, -1)), Step("Relu", (1,)))}
+CHAIN = stored(256, 1, ("made",), **BIAS_RELU)
+BOTH = dataclasses.replace(CONV, anchor=CHAIN.anchor, attributes=CHAIN.attributes,
+                           outputs=("y", "made"))  # fmt: skip
+GROUPED = stored(256, 8, ("made",), **BIAS_RELU)
+DEPTHWISE = stored(256, 256, ("made",), **BIAS_RELU)
 IMAGE = Region("QuantizeImage", (("K", 256),), attributes=(("pads", (0, 1, 1, 0, 0, 1, 1, 0)),))
-REGIONS |= {CONV: cuda.ARCHS, IMAGE: ("sm_80", "sm_90a")}
+REGIONS |= {CONV: cuda.ARCHS, IMAGE: ("sm_80", "sm_90a"), CHAIN: cuda.ARCHS}
+REGIONS |= {BOTH: ("sm_90a",), GROUPED: ("sm_80", "sm_90a"), DEPTHWISE: ("sm_80", "sm_90a")}
 ALL = [(region, arch) for region, archs in REGIONS.items() for arch in archs]
-PRODUCTS = [(region, arch) for region, arch in ALL if "N" in dict(region.sizes)]
-PLANNED_BLOCKS = {"stream": 3, "tile": 1, "roles": 1}
+WITH_COLUMNS = [(region, arch) for region, arch in ALL if "N" in dict(region.sizes)]
+PRODUCTS = [(region, arch) for region, arch in WITH_COLUMNS if region != DEPTHWISE]
+PLANNED_BLOCKS = {"stream": 3, "tile": 1, "roles": 1, "channels": 5}
 """Per multiprocessor, at the least."""
 
 
@@ -87,7 +107,7 @@ def test_no_register_is_spilled(region, arch):
     assert all(kernel.spilled_bytes == kernel.stack_bytes == 0 for kernel in kernels.values())
 
 
-@pytest.mark.parametrize(("region", "arch"), PRODUCTS, ids=names(PRODUCTS))
+@pytest.mark.parametrize(("region", "arch"), WITH_COLUMNS, ids=names(WITH_COLUMNS))
 def test_as_many_blocks_fit_as_planned(region, arch):
     for launch in cuda.launches(region, arch):
         registers = code(region, arch)[launch.symbol].registers
@@ -102,9 +122,9 @@ def test_tensor_cores_multiply(region, arch):
     # sm_90 has none for mma.sync of FP8: a few rows are widened to float16.
     fp8 = "HMMA.16816.F32" if arch == "sm_90a" else "QMMA.16832.F32.E4M3.E4M3"
     of_warp = {"QMatMulW4A16": "HMMA.16816.F32", "QMatMulW8A8": "IMMA.16832.S8.U8",
-               "QConvW8A8": "IMMA.16832.S8.U8"}  # fmt: skip
+               **dict.fromkeys(CONVS, "IMMA.16832.S8.U8")}  # fmt: skip
     of_group = {"QMatMulW4A16": "HGMMA", "QMatMulW8A8": "IGMMA", "QMatMulFp8": "QGMMA",
-                "QConvW8A8": "IGMMA"}  # fmt: skip
+                **dict.fromkeys(CONVS, "IGMMA")}  # fmt: skip
     kernels = code(region, arch)
     for launch in cuda.launches(region, arch):
         meant = of_warp.get(region.anchor, fp8)
@@ -126,8 +146,11 @@ def test_weights_come_16_bytes_at_a_time(region, arch):
         assert kernel.count("LDGSTS") == kernel.count("LDGSTS.E.BYPASS.128")
         assert arch == "sm_90a" or kernel.count("LDSM.16.M88.4")
         assert kernel.count("LDS.128")
-        if region != CONV:  # whose results go to planes, pixel by pixel
+        if region.anchor not in CONVS:  # whose results go to planes, pixel by pixel
             assert kernel.count("STG.E.128" if launch.combine else "STG.E.64")
+        elif region.outputs == ("made",):  # four channels at a time
+            wide = "STG.E.128" if launch.combine else "STG.E"
+            assert kernel.count("STG") == kernel.instructions[wide]
 
 
 @needs_cuobjdump
@@ -149,10 +172,22 @@ def test_making_operands_is_less_than_multiplying(region, arch):
 def test_threads_with_roles_have_mbarriers_and_their_own_registers(region, arch):
     last = cuda.launches(region, arch)[-1]
     kernel = code(region, arch)[last.symbol]
-    has_roles = arch == "sm_90a" and region != CONV
+    has_roles = arch == "sm_90a" and region.anchor not in CONVS
     assert has_roles == ("_roles" in last.symbol)
     assert kernel.count("USETMAXREG") == (2 if has_roles else 0)
     assert (kernel.count("SYNCS") > 0) == has_roles
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_depthwise_products_are_of_four_taps(arch):
+    """Turned by 8 for 4, and loaded 4 bytes at a time, weights 16."""
+    (kernel,) = code(DEPTHWISE, arch).values()
+    products = kernel.count("IDP.4A.U8.S8")
+    assert products >= 32
+    assert kernel.count("PRMT") <= 2.5 * products
+    assert kernel.count("LDG.E.128") >= 1
+    assert kernel.count("LDG.E.U8", "LDG.E.S8") == 0
 
 
 @needs_cuobjdump

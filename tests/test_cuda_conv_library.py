@@ -20,12 +20,27 @@ from qcompiler.ir import dialect
 from qcompiler.ir.region import HALF
 from qcompiler.targets import cuda
 from qcompiler.targets.cache import KernelCache
-from qcompiler.targets.cuda.packing import conv_matrix, pack, pack_scales
+from qcompiler.targets.cuda.packing import conv_matrix, image_columns, pack, pack_scales
 from qcompiler.targets.library import build_library
 
 CONVS = [
     Conv(20, 40, steps=BIAS, flags=(HALF,)),
     Conv(130, 24, (3, 2), (2, 0, 1, 1), (2, 1), (1, 2), steps=RESIDUAL, flags=(HALF,)),
+    Conv(20, 40, group=2, steps=BIAS, flags=(HALF,), made=(1, 2, 0, 3)),
+    Conv(
+        144,
+        24,
+        (3, 2),
+        (2, 0, 1, 1),
+        (2, 1),
+        (1, 2),
+        steps=RESIDUAL,
+        flags=(HALF,),
+        group=2,
+        made=(0, 1, 1, 0),
+        outputs=("y", "made"),
+    ),
+    Conv(36, 36, steps=RESIDUAL, flags=(HALF,), group=36, made=(1, 1, 1, 1), outputs=("y", "made")),
 ]
 PLAIN = Conv(16, 1, (1, 1), (0, 0, 0, 0), flags=(HALF,))
 SHAPE = (2, 9, 11)
@@ -45,13 +60,16 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def model_of(conv: Conv, given: dict[str, Array], body: bool = False) -> bytes:
-    """q = QuantizeImage(x, s, z); y = QConvW8A8(q, s, z, w, ws, extras...)."""
+    """q = QuantizeImage(x, s, z); y = QConvW8A8(q, s, z, w, ws, extras...), or as an image."""
     extras = [name for name in given if name.startswith("extra")]
     half, byte = TensorProto.FLOAT16, TensorProto.UINT8
     nodes = [
         helper.make_node(conv.image.name, ["x", "s", "z"], ["q"], domain=DOMAIN),
         helper.make_node(
-            conv.region.name, ["q", "s", "z", "w", "ws", *extras], ["y"], domain=DOMAIN
+            conv.region.name,
+            ["q", *constant_names(given), *extras],
+            names_of(conv),
+            domain=DOMAIN,
         ),
     ]
     any_shape = ["a", "b", "c", "d"]
@@ -62,9 +80,14 @@ def model_of(conv: Conv, given: dict[str, Array], body: bool = False) -> bytes:
     ]
     outputs = [
         helper.make_tensor_value_info("q", byte, any_shape),
-        helper.make_tensor_value_info("y", half, ["i", "j", "k", "l"]),
+        *(
+            helper.make_tensor_value_info(
+                name, half if name == "y" else byte, [f"{name}{i}" for i in range(4)]
+            )
+            for name in names_of(conv)
+        ),
     ]
-    constants = [numpy_helper.from_array(np.asarray(given[n]), n) for n in ("s", "z", "w", "ws")]
+    constants = [numpy_helper.from_array(np.asarray(given[n]), n) for n in constant_names(given)]
     graph = helper.make_graph(nodes, "test", inputs, outputs, constants)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
     proto: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -73,6 +96,22 @@ def model_of(conv: Conv, given: dict[str, Array], body: bool = False) -> bytes:
             function = dialect.region_function(region, DOMAIN, 21)
             proto.functions.append(ir.to_proto(function))
     return bytes(proto.SerializeToString())
+
+
+def constant_names(given: dict[str, Array]) -> list[str]:
+    return [name for name in ("s", "z", "w", "ws", "t", "u") if name in given]
+
+
+def names_of(conv: Conv) -> list[str]:
+    """What the convolution makes."""
+    return list(conv.region.outputs or ("y",))
+
+
+def shapes_of(conv: Conv, shape: tuple[int, int, int]) -> list[tuple[int, ...]]:
+    shapes = {"y": conv.result(shape)}
+    if conv.made is not None:
+        shapes["made"] = conv.result_image(shape)
+    return [conv.stored(shape), *(shapes[name] for name in names_of(conv))]
 
 
 def feed_of(given: dict[str, Array]) -> dict[str, Array]:
@@ -90,10 +129,15 @@ def expected_of(conv: Conv, given: dict[str, Array]) -> list[Array]:
 
 def assert_close(results: list[Array], expected: list[Array]) -> None:
     np.testing.assert_array_equal(results[0], expected[0])
-    # Roundings of float32 on the way to float16: bodies round what they make before a step.
-    wide = expected[1].astype(np.float64)
-    error = np.abs(results[1].astype(np.float64) - wide)
-    assert (error <= 2.0**-9 * np.abs(wide) + 2.0**-9 * np.abs(wide).max()).all(), error.max()
+    for result, wanted in zip(results[1:], expected[1:], strict=True):
+        # Roundings of float32 on the way to float16: bodies round what they make before a step.
+        wide = wanted.astype(np.float64)
+        error = np.abs(result.astype(np.float64) - wide)
+        if wanted.dtype == np.uint8:
+            assert error.max() <= 1
+            assert (error > 0).mean() < 0.05
+            continue
+        assert (error <= 2.0**-9 * np.abs(wide) + 2.0**-9 * np.abs(wide).max()).all(), error.max()
 
 
 @ids
@@ -117,23 +161,29 @@ def test_what_is_launched(conv: Conv, count: int, libraries, bench: Bench) -> No
     shape = (count, *SHAPE[1:])
     given = conv.operands(shape)
     run = open_session(bench.library(libraries["gpu"]), model_of(conv, given))
-    q, y = run.run(None, feed_of(given))
-    assert (q.shape, y.shape) == (conv.stored(shape), conv.result(shape))
+    results = run.run(None, feed_of(given))
+    assert [result.shape for result in results] == shapes_of(conv, shape)
+    q = results[0]
     image, *others = driver.launched()
     (planned,) = cuda.launches(conv.image, "sm_90a")
     pixels = count * q.shape[1] * q.shape[2]
     assert image.grid == (-(-conv.channels // 64), -(-pixels // 128), 1)
     assert given_to(planned.parameters, image, "height", "rows", "width") == (9, pixels, 11)
-    rows = y.size // conv.columns
+    rows = int(np.prod(conv.result(shape))) // conv.columns
     launches = cuda.launches(conv.region, "sm_90a")
     wanted = next(x for x in launches if x.max_rows is None or rows <= x.max_rows)
     assert [one.symbol for one in others] == [wanted.symbol, *filter(None, [wanted.combine])]
     assert others[0].grid == (1, -(-rows // wanted.block_rows), wanted.splits)
     sizes = given_to(wanted.parameters, others[0], "height", "rows", "width")
     assert sizes == (q.shape[1], rows, q.shape[2])
-    matrix = conv_matrix(given["w"])
+    combined = -(-rows * image_columns(conv.region) // (4 * wanted.threads)), 1, 1
+    assert [one.grid for one in others[1:]] == [combined] * (wanted.combine is not None)
+    matrix = conv_matrix(given["w"], conv.region)
     packed = {"w": pack(matrix, conv.region)}
-    scales = pack_scales(given["ws"] * given["s"], conv.region, w=matrix, zero=int(given["z"]))
+    scales = pack_scales(
+        given["ws"] * given["s"], conv.region, w=matrix, zero=int(given["z"]),
+        result=(float(given["t"]), int(given["u"])) if "t" in given else None,
+    )  # fmt: skip
     last = (wanted.combine_parameters, others[-1]) if wanted.combine else (wanted.parameters, image)
     (w,) = given_to(wanted.parameters, others[0], "w")
     assert memory(w, np.uint8, len(packed["w"])).tobytes() == packed["w"]
@@ -160,32 +210,37 @@ def test_generated_kernels_in_a_session(conv: Conv, libraries, bench: Bench, tmp
         "q": (np.uint8, *q), "w": (np.uint8, layout.weight_bytes),
         "ws": (np.uint8, layout.scale_bytes), "extra0": (np.float16, conv.columns),
         "extra1": (np.float16, *y), "y": (np.float16, *y),
-        "workspace": (np.int32, launch.splits, rows, conv.columns),
+        "workspace": (np.int32, launch.splits, rows, image_columns(conv.region)),
     }  # fmt: skip
+    if conv.made is not None:
+        shapes["made"] = (np.uint8, *conv.result_image(SHAPE))
 
-    def run_of(region, symbol: str, parameters: tuple[str, ...], result: str, shared: int) -> Any:
+    def run_of(
+        region, symbol: str, parameters: tuple[str, ...], made_names: list[str], shared: int
+    ) -> Any:
         folder = tmp_path / symbol
         folder.mkdir()
 
         def compute(values: list[int], grid: tuple[int, int, int]) -> None:
-            program = Emulated(cuda.source(region, "sm_80"), folder, [result])
+            program = Emulated(cuda.source(region, "sm_80"), folder, made_names)
             known = dict(zip(parameters, values, strict=True))
             numbers = {name: known.pop(name) for name in sizes}
             arrays = {name: memory(at, *shapes[name]) for name, at in known.items()}
             made = {name: array.copy() for name, array in arrays.items()}
             program.kernel(symbol, grid, 128, shared, made, numbers.pop("rows"), **numbers)
-            arrays[result][...] = made[result]
+            for result in made_names:
+                arrays[result][...] = made[result]
 
         return compute
 
     (image,) = cuda.launches(conv.image, "sm_80")
     kernels = [
-        (conv.image, image.symbol, image.parameters, "q", image.shared_bytes),
-        (conv.region, launch.symbol, launch.parameters, "workspace" if launch.combine else "y",
-         launch.shared_bytes),
+        (conv.image, image.symbol, image.parameters, ["q"], image.shared_bytes),
+        (conv.region, launch.symbol, launch.parameters,
+         ["workspace"] if launch.combine else names_of(conv), launch.shared_bytes),
     ]  # fmt: skip
     if launch.combine:
-        kernels.append((conv.region, launch.combine, launch.combine_parameters, "y", 0))
+        kernels.append((conv.region, launch.combine, launch.combine_parameters, names_of(conv), 0))
     runs = {kernel[1]: run_of(*kernel) for kernel in kernels}
     for region in (conv.image, conv.region):
         driver.know_all(region, "sm_90a", runs)
@@ -195,13 +250,14 @@ def test_generated_kernels_in_a_session(conv: Conv, libraries, bench: Bench, tmp
     assert_close(results, expected_of(conv, given))
 
 
-def test_no_images(libraries, bench: Bench) -> None:
-    conv, driver = CONVS[0], bench.driver(Gpu())
+@ids
+def test_no_images(conv: Conv, libraries, bench: Bench) -> None:
+    driver = bench.driver(Gpu())
     given = conv.operands((0, 9, 11))
     for library in libraries.values():
         run = open_session(bench.library(library), model_of(conv, given))
-        q, y = run.run(None, feed_of(given))
-        assert (q.shape, y.shape) == (conv.stored((0, 9, 11)), conv.result((0, 9, 11)))
+        results = run.run(None, feed_of(given))
+        assert [result.shape for result in results] == shapes_of(conv, (0, 9, 11))
     assert driver.launched() == []
 
 

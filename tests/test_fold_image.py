@@ -25,6 +25,7 @@ WEIGHTS = {
     "ku": RNG.integers(0, 256, (5, 12, 3, 3)).astype(np.uint8), "kuz": np.uint8(128),
     "kz": np.full(5, 3, np.int8), "m": RNG.integers(-9, 9, (5, 12, 1, 1)).astype(np.int8),
     "grouped": RNG.integers(-9, 9, (12, 6, 3, 3)).astype(np.int8), "gs": np.full(12, 0.02, F4),
+    "depthwise": RNG.integers(-9, 9, (12, 1, 3, 3)).astype(np.int8),
     "narrow": RNG.integers(-9, 9, (5, 7, 3, 3)).astype(np.int8),
     "b": RNG.standard_normal(5).astype(F4), "bi": np.arange(5, dtype=np.int32),
     "bs": np.full(5, 0.1, F4),
@@ -32,6 +33,7 @@ WEIGHTS = {
 HEAD = "g (float[2,12,9,8] x) => (float[a,b,c,d] y) "
 PAIR = "q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) "
 KERNEL = "f = DequantizeLinear <axis = 0> (k, ks) "
+ATTRIBUTES = "{'dilations': '(1, 2)', 'group': '1', 'strides': '(2, 1)'}"
 FEEDS = {"x": RNG.standard_normal((2, 12, 9, 8)).astype(F4)}
 
 
@@ -46,10 +48,10 @@ def test_a_convolution_becomes_a_product_of_an_image() -> None:
     assert_rewrites(
         FoldQDQ(images=True),
         subject,
-        """
+        f"""
         inputs x
-        v4 = qcompiler.QuantizeImage {'pads': '(0, 1, 0, 0, 0, 1, 2, 4)'} (x, v2, v3)
-        v7 = qcompiler.QConvW8A8 {'dilations': '(1, 2)', 'strides': '(2, 1)'} (v4, v2, v3, v5, v6)
+        v4 = qcompiler.QuantizeImage {{'pads': '(0, 1, 0, 0, 0, 1, 2, 4)'}} (x, v2, v3)
+        v7 = qcompiler.QConvW8A8 {ATTRIBUTES} (v4, v2, v3, v5, v6)
         y = Add  (v7, v8)
         outputs y
         """,
@@ -69,6 +71,8 @@ def test_a_convolution_becomes_a_product_of_an_image() -> None:
         PAIR + "f = DequantizeLinear (ku, one, kuz) y = Conv (d, f)",
         "q = QuantizeLinear (x, s) d = DequantizeLinear (q, s) " + KERNEL + "y = Conv (d, f)",
         PAIR + KERNEL + "c = Conv (d, f, b) y = Relu (c)",
+        PAIR + "f = DequantizeLinear <axis = 0> (grouped, gs) y = Conv <group = 2> (d, f)",
+        PAIR + "f = DequantizeLinear <axis = 0> (depthwise, gs) y = Conv <group = 12> (d, f)",
     ],
 )
 def test_convolutions_of_every_kind(body: str) -> None:
@@ -101,8 +105,10 @@ def test_an_image_is_shared_by_what_pads_it_alike() -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (PAIR + "f = DequantizeLinear <axis = 0> (grouped, gs) y = Conv <group = 2> (d, f)",
-         "2 groups: kernels for GPUs are of one"),
+        ("e = Concat <axis = 1> (x, x, x, x, x, x, x, x, x, x, x) q = QuantizeLinear (e, s, z) "
+         "d = DequantizeLinear (q, s, z) f = DequantizeLinear <axis = 0> (many, ms) "
+         "y = Conv <group = 132> (d, f)",
+         "132 groups of 1 channels: kernels for GPUs would multiply each result's with 63 zeros"),
         (PAIR + "f = DequantizeLinear <axis = 0> (k, ks, kz) y = Conv (d, f)",
          "its weights have zero points"),
         (PAIR + KERNEL + "g = Exp (b) h = Mul (g, c) y = Conv (d, f, h)",
@@ -117,7 +123,8 @@ def test_an_image_is_shared_by_what_pads_it_alike() -> None:
     ],
 )  # fmt: skip
 def test_a_convolution_that_is_left_says_why(body: str, reason: str) -> None:
-    more = {"zero": np.int64([0]), "seven": np.int64([7]), "axis": np.int64([1])}
+    more = {"many": np.ones((264, 1, 1, 1), np.int8), "ms": np.full(264, 0.02, F4)}
+    more |= {"zero": np.int64([0]), "seven": np.int64([7]), "axis": np.int64([1])}
     head = "g (float[2,12,9,8] x, float[5] c) => (float[a,b,c,d] y) "
     subject = model_of(head + "{ " + body + " }", WEIGHTS | more)
     FoldQDQ(images=True)(subject)
@@ -128,14 +135,14 @@ def test_a_convolution_that_is_left_says_why(body: str, reason: str) -> None:
 def test_what_is_left_is_not_said_to_be_onnxruntimes() -> None:
     """Between pairs it would be QLinearConv on the CPU, which GPUs do not have."""
     subject = model(
-        PAIR + "f = DequantizeLinear <axis = 0> (grouped, gs) c = Conv <group = 2> (d, f) "
+        PAIR + "f = DequantizeLinear <axis = 0> (k, ks, kz) c = Conv (d, f) "
         "r = QuantizeLinear (c, s, z) y = DequantizeLinear (r, s, z)"
     )
     FoldQDQ(images=True)(subject)
     (conv,) = (node for node in subject.graph if node.op_type == "Conv")
     found = decision_of(conv)
     assert found.action == "float"
-    assert found.why == "2 groups: kernels for GPUs are of one: computes what was dequantized"
+    assert found.why == "its weights have zero points: computes what was dequantized"
 
 
 # --- the pipeline of cuda-int8 -----------------------------------------------------------------
@@ -183,16 +190,15 @@ def test_a_network_with_samples() -> None:
     _, observer = facts([IMAGES])
     ours, left = compiled(ModelRuns(observe=observer))
     assert sorted(ours) == [
-        "QConvW8A8_K16_N24_R1_S1_f16_AddT_Relu",
-        "QConvW8A8_K16_N24_R3_S3_f16_AddC_Relu",
+        "QConvImageW8A8_K16_N24_R1_S1_f16_AddT_Relu_made",
+        "QConvImageW8A8_K16_N24_R3_S3_f16_AddC_Relu_made",
+        "QConvImageW8A8_K24_N24_R3_S3_f16_made",
         "QConvW8A8_K24_N24_R1_S1_f16_Sigmoid_Mul",
         "QConvW8A8_K24_N24_R3_S3_f16_AddC",
         "QuantizeImage_K16_f16",
         "QuantizeImage_K16_f16",
-        "QuantizeImage_K24_f16",
-        "QuantizeImage_K24_f16",
     ]
-    assert list(left.values()) == ["24 groups: kernels for GPUs are of one"]
+    assert left == {}
 
 
 def test_a_network_without_samples_stays_float() -> None:

@@ -5,8 +5,8 @@
 A row is a pixel of the result, and its K are the taps of the kernel, one after the other, each with
 all channels.  An image is stored with its border and channels last (`image.py`), so that a tap of
 16 channels is 16 bytes, as far from the row's first as in any other row: a thread computes where
-its rows begin once, and one distance per chunk.  Results go to planes, along whose rows threads lie
-side by side.
+its rows begin once, and one distance per chunk.  Where there are groups, a block has the channels
+that its 128 columns meet, and weights are zero between a channel and the columns of other groups.
 """
 
 from __future__ import annotations
@@ -18,32 +18,26 @@ from qcompiler.ir.dialect_image import CHANNEL_MULTIPLE, padded_channels
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda.device import (
     Expr,
-    Place,
     cast,
-    ceildiv,
     constant,
     emit,
-    kernel,
     let,
-    loop,
     minimum,
     quotient,
     registers,
     remainder,
     store,
-    when,
     wide,
 )
-from qcompiler.targets.cuda.finish import Finish, pointers_of
 from qcompiler.targets.cuda.image_plan import geometry
-from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, depth_of
+from qcompiler.targets.cuda.packing import depth_of, first_channel
 from qcompiler.targets.cuda.plan import CHUNK_BYTES, TILE_THREADS
 from qcompiler.targets.cuda.stages import PART, Stages
 
-__all__ = ["ConvFinish", "ConvStages", "conv_combine_kernel"]
+__all__ = ["ConvStages", "Pixels"]
 
 
-class _Pixels:
+class Pixels:
     """Which pixels of the results the rows are."""
 
     def __init__(self, region: Region, arrays: Mapping[str, Expr]) -> None:
@@ -53,7 +47,8 @@ class _Pixels:
         down, across = self._shape.strides
         self.height, self.width = height, width
         self.result_width = let(quotient(width - spans[1], constant(across)) + 1)
-        self.plane = let((quotient(height - spans[0], constant(down)) + 1) * self.result_width)
+        self.result_height = let(quotient(height - spans[0], constant(down)) + 1)
+        self.plane = let(self.result_height * self.result_width)
 
     def first_part(self, row: Expr, parts: int) -> Expr:
         """Where a row's first tap is, in 16 bytes; `parts` are those of a pixel."""
@@ -76,21 +71,22 @@ class ConvStages(Stages):
     def __init__(self, region: Region, *args: Any) -> None:
         super().__init__(region, *args)
         self._parts = padded_channels(region.size("K")) // CHANNEL_MULTIPLE
-        self._depth, self._pixels = depth_of(region), _Pixels(region, self._arrays)
+        self._depth, self._pixels = depth_of(region), Pixels(region, self._arrays)
+        # Of groups a block meets some of the channels.
+        self._parts_of_tap = self._depth // (region.size("R") * region.size("S")) // PART
+        begin = first_channel(region, self._place.x, minimum) // CHANNEL_MULTIPLE
         turns = self._shape.rows * 8 // TILE_THREADS
         self._firsts = registers("int32", turns)
         for turn in range(turns):
             own = turn * TILE_THREADS // 8 + self._place.thread // 8
             # A row that does not exist is another one: its results are not stored.
             row = let(minimum(self._place.y * self._shape.rows + own, self._rows - 1))
-            store(self._firsts, self._pixels.first_part(row, self._parts), turn)
+            store(self._firsts, self._pixels.first_part(row, self._parts) + begin, turn)
 
     def _ask_activations(self, chunk: Expr, start: Expr) -> None:
         part = let(chunk * (CHUNK_BYTES // PART) + self._place.thread % 8)
-        tap, channels = (
-            quotient(part, constant(self._parts)),
-            remainder(part, constant(self._parts)),
-        )
+        per_tap = constant(self._parts_of_tap)
+        tap, channels = quotient(part, per_tap), remainder(part, per_tap)
         distance = let(self._pixels.distance(tap, self._parts) + channels)
         whole = self._depth % CHUNK_BYTES == 0
         for turn in range(self._shape.rows * 8 // TILE_THREADS):
@@ -103,56 +99,3 @@ class ConvStages(Stages):
             # Zeros where the kernel has ended: nothing is read there.
             exists = cast("uint32", part * PART < self._depth) * constant(PART, "uint32")
             emit("cp.async.cg.shared.global", target, source, PART, exists)
-
-
-class ConvFinish(Finish):
-    """Stores results in planes, or, of one split, the sums of a channel side by side."""
-
-    def __init__(
-        self, region: Region, arrays: Mapping[str, Expr], rows: Expr, split: Expr | None = None
-    ) -> None:
-        super().__init__(region, arrays, rows, split)
-        self._plane = _Pixels(region, arrays).plane
-
-    def tile(self, results: Expr, rows: int, place: Place, threads: int) -> None:
-        """Each thread has one pixel of the tile, and every so many channels."""
-        at_once = threads // rows
-        own, first = let(place.thread % rows), let(place.thread // rows)
-        with loop(0, COLUMN_MULTIPLE // at_once) as turn:
-            column = let(turn * at_once + first)
-            value = let(results[own * self.pitch + column])
-            self.element(place.y * rows + own, place.x * COLUMN_MULTIPLE + column, value)
-
-    def _place(self, row: Expr, column: Expr) -> Expr:
-        image, pixel = quotient(row, self._plane), remainder(row, self._plane)
-        return wide(image * self._n + column) * wide(self._plane) + wide(pixel)
-
-    def _place_of_sum(self, row: Expr, column: Expr) -> Expr:
-        assert self._split is not None
-        return wide(self._split * self._n + column) * wide(self._rows) + wide(row)
-
-
-def conv_combine_kernel(region: Region, splits: int, threads: int) -> object:
-    """The kernel that adds the partial sums of splits and computes the epilogue."""
-    n = region.size("N")
-    pointers = {"workspace": "int32", **pointers_of(region, split=False)}
-
-    def body(arrays: Mapping[str, Expr], rows: Expr, place: Place) -> None:
-        finish = ConvFinish(region, arrays, rows)
-        total = registers("int32", 1)
-        for turn in range(4):
-            index = let((place.x * 4 + turn) * threads + place.thread)
-            with when(index < rows * n):
-                store(total, constant(0), 0)
-                with loop(0, splits) as split:
-                    at = wide(split) * wide(rows * n) + wide(index)
-                    store(total, total[0] + arrays["workspace"][at], 0)
-                finish.element(remainder(index, rows), quotient(index, rows), total[0])
-
-    return kernel(
-        pointers,
-        lambda rows: (ceildiv(rows * n, threads * 4), 1, 1),
-        threads,
-        body,
-        sizes=("height", "width"),
-    )

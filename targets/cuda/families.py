@@ -7,7 +7,16 @@ import dataclasses
 from qcompiler.ir.region import QUANTIZATION, Region
 from qcompiler.targets.cuda.image_plan import unsupported_conv, unsupported_image
 from qcompiler.targets.cuda.norm_plan import NORMS, unsupported_norm
-from qcompiler.targets.cuda.packing import CONV, FOUR_BITS, IMAGE, INTEGERS, depth_of, packing
+from qcompiler.targets.cuda.packing import (
+    CONV,
+    CONV_IMAGE,
+    CONVS,
+    FOUR_BITS,
+    IMAGE,
+    INTEGERS,
+    depth_of,
+    packing,
+)
 from qcompiler.targets.epilogue import unsupported_epilogue
 
 __all__ = ["FAMILIES", "Family", "unsupported"]
@@ -50,6 +59,7 @@ FAMILIES = {
     "QuantizeFp8": Family(("K",), _WITH_FP8),
     IMAGE: Family(("K",), _ALL),
     CONV: Family(("K", "N", "R", "S"), _ALL),
+    CONV_IMAGE: Family(("K", "N", "R", "S"), _ALL),
     **{norm: Family(("K",), _WITH_FP8 if norm.endswith("Fp8") else _ALL) for norm in NORMS},
 }
 
@@ -67,7 +77,7 @@ def unsupported(region: Region) -> str | None:
         return f"a size of {dict(region.sizes)} is more than 2^30"
     if region.anchor == IMAGE:
         return unsupported_image(region)
-    if region.anchor == CONV and (reason := unsupported_conv(region)) is not None:
+    if region.anchor in CONVS and (reason := unsupported_conv(region)) is not None:
         return reason
     if "N" in family.sizes:
         return _unsupported_product(region)

@@ -38,7 +38,13 @@ from qcompiler.targets.cuda.device import (
     when,
     wide,
 )
-from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, FOUR_BITS, INTEGERS, packing
+from qcompiler.targets.cuda.packing import (
+    COLUMN_MULTIPLE,
+    CONV_IMAGE,
+    FOUR_BITS,
+    INTEGERS,
+    packing,
+)
 from qcompiler.targets.cuda.plan import result_pitch, results_of, scales_of
 from qcompiler.targets.epilogue import apply_steps
 
@@ -100,6 +106,7 @@ def pointers_of(region: Region, split: bool) -> dict[str, str]:
     return {
         **dict.fromkeys(scales_of(region), "float32"),
         **dict.fromkeys((*extras, *results_of(region)), "float16"),
+        **({"made": "uint8"} if region.anchor == CONV_IMAGE else {}),
     }
 
 
@@ -115,7 +122,7 @@ class Finish:
     ) -> None:
         self._region, self._arrays, self._rows, self._split = region, arrays, rows, split
         self._n, self._results = region.size("N"), results_of(region)
-        self.pitch = result_pitch(region)
+        self.pitch = result_pitch(region, 1 if split is None else 2)
         # Whether four columns from a multiple of four on are always of one result.
         self._has_quads = all(width % 4 == 0 for _, width in self._results.values())
 
@@ -144,15 +151,22 @@ class Finish:
             self._store(row, column, [value])
 
     def _store(self, row: Expr, column: Expr, sums: Sequence[Expr]) -> None:
-        count = len(sums)
         if self._split is not None:
             _write_words(self._arrays["workspace"], sums, self._place_of_sum(row, column))
             return
         place = let(self._place(row, column))
+        values = self._values(row, column, sums, place)
+        if len(self._results) == 1:
+            _write_halves(self._arrays[next(iter(self._results))], values, place)
+            return
+        self._write_parts(row, column, values)
+
+    def _values(self, row: Expr, column: Expr, sums: Sequence[Expr], place: Expr) -> list[Expr]:
+        """What the region makes of sums, at a place."""
         values = self._scaled(row, column, sums)
         operands = [
             _read_halves(
-                self._arrays[f"extra{i}"], wide(column) if kind == "channel" else place, count
+                self._arrays[f"extra{i}"], wide(column) if kind == "channel" else place, len(sums)
             )
             for i, kind in enumerate(self._region.extras)
         ]
@@ -160,11 +174,7 @@ class Finish:
             apply_steps(Scalars(), self._region, value, [operand[i] for operand in operands])
             for i, value in enumerate(values)
         ]
-        values = [let(value) for value in results]
-        if len(self._results) == 1:
-            _write_halves(self._arrays[next(iter(self._results))], values, place)
-            return
-        self._write_parts(row, column, values)
+        return [let(value) for value in results]
 
     def _place(self, row: Expr, column: Expr) -> Expr:
         """Where a result lies, and what has its shape."""

@@ -7,16 +7,18 @@ from typing import Any
 
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda import device
-from qcompiler.targets.cuda.conv import conv_combine_kernel
+from qcompiler.targets.cuda.conv_finish import conv_combine_kernel
+from qcompiler.targets.cuda.depthwise import depthwise_kernel
 from qcompiler.targets.cuda.finish import combine_kernel
 from qcompiler.targets.cuda.image import image_kernel
 from qcompiler.targets.cuda.norm import norm_kernel
 from qcompiler.targets.cuda.norm_plan import NORMS
-from qcompiler.targets.cuda.packing import CONV, IMAGE
-from qcompiler.targets.cuda.plan import Roles, Stream, launches, shapes_of
+from qcompiler.targets.cuda.packing import CONVS, IMAGE
+from qcompiler.targets.cuda.plan import launches, shapes_of
 from qcompiler.targets.cuda.products import product_of
 from qcompiler.targets.cuda.quantize import quantize_kernel
 from qcompiler.targets.cuda.roles import roles_kernel
+from qcompiler.targets.cuda.shapes import Channels, Roles, Stream
 from qcompiler.targets.cuda.stream import stream_kernel
 from qcompiler.targets.cuda.tile import Sums, tile_kernel
 from qcompiler.targets.cuda.warpgroup import WarpgroupSums
@@ -45,13 +47,16 @@ def kernels(region: Region, arch: str) -> dict[str, Any]:
         if isinstance(shape, Stream):
             found[launch.symbol] = stream_kernel(region, shape, product_of(region, arch))
             continue
+        if isinstance(shape, Channels):
+            found[launch.symbol] = depthwise_kernel(region, shape)
+            continue
         product = product_of(region, arch, by_warpgroup)
         if isinstance(shape, Roles):
             found[launch.symbol] = roles_kernel(region, shape, product)
             continue
         found[launch.symbol] = tile_kernel(region, shape, product, sums)
         if launch.combine is not None:
-            combine = conv_combine_kernel if region.anchor == CONV else combine_kernel
+            combine = conv_combine_kernel if region.anchor in CONVS else combine_kernel
             found[launch.combine] = combine(region, shape.splits, launch.threads)
     return found
 

@@ -39,7 +39,7 @@ from qcompiler.targets.cuda.device import (
 )
 from qcompiler.targets.cuda.image_plan import BLOCK_CHANNELS, BLOCK_PIXELS, IMAGE_PITCH, border
 
-__all__ = ["image_kernel"]
+__all__ = ["image_kernel", "stored_byte"]
 
 _WORDS = BLOCK_CHANNELS // 4
 
@@ -112,8 +112,13 @@ class _Pixel:
 
     def _byte(self, channel: Expr) -> Expr:
         value = cast("float32", self._x[self._start + wide(channel) * self._plane])
-        # What is far outside, and NaN, comes to an end of the bytes: no int32 is left.
-        bounded = extern("float32", "fmaxf", value / self._scale, real(-512.0))
-        bounded = extern("float32", "fminf", bounded, real(512.0))
-        number = let(extern("int32", "__float2int_rn", bounded) + self._zero)
-        return minimum(extern("int32", "max", number, constant(0)), constant(255))
+        return stored_byte(value, self._scale, self._zero)
+
+
+def stored_byte(value: Expr, scale: Expr, zero: Expr) -> Expr:
+    """round(value / scale) + zero, from 0 to 255."""
+    # What is far outside, and NaN, comes to an end of the bytes: no int32 is left.
+    bounded = extern("float32", "fmaxf", value / scale, real(-512.0))
+    bounded = extern("float32", "fminf", bounded, real(512.0))
+    number = let(extern("int32", "__float2int_rn", bounded) + zero)
+    return minimum(extern("int32", "max", number, constant(0)), constant(255))

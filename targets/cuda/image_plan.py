@@ -72,6 +72,10 @@ def unsupported_image(region: Region) -> str | None:
     """Why an image has no kernel that quantizes it, or None when it has one."""
     if region.steps or region.extras:
         return f"{region.anchor} takes no epilogue"
+    return _unsupported_border(region)
+
+
+def _unsupported_border(region: Region) -> str | None:
     if any(not 0 <= width < MAX_KERNEL for width in border(region)):
         return f"a border of {border(region)} pixels is none, or too wide"
     return None
@@ -82,6 +86,11 @@ def unsupported_conv(region: Region) -> str | None:
     known = geometry(region)
     if any(not 0 < size < MAX_KERNEL for size in (*known.kernel, *known.strides, *known.dilations)):
         return f"strides {known.strides} or dilations {known.dilations} are none, or too long"
+    group, channels, columns = int(region.number("group")), region.size("K"), region.size("N")
+    if group < 1 or channels % group or columns % group:
+        return f"{group} groups do not divide {channels} channels and {columns} of the result"
+    if "made" in region.outputs and (reason := _unsupported_border(region)) is not None:
+        return reason
     return "no kernel divides channels of images" if region.widths else None
 
 

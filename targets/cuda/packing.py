@@ -31,28 +31,44 @@ Scales of W8A8 and Fp8, ws [N], are float32 in order.  Behind those of W8A8 is, 
 the sum of each column of w.  Padding is zero (4 bits: w = 0, code 8).
 
 The weights of a convolution [N, C, R, S] are the matrix of `conv_matrix`, their scales ws times the
-scale of the image, and the sums are times its zero point.
+scale of the image, and the sums are times its zero point.  Behind these are, where it stores its
+result as an image, the scale (float32) and zero point (uint32) of that, and 8 bytes of nothing.
+Of depthwise ones the byte of tap k of column n is
+
+    w[k, n]   at  (k / 4 * columns + n) * 4 + k % 4,      K padded to a multiple of 4
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qcompiler.ir.dialect_image import padded_channels
+from qcompiler.ir.dialect_image import (
+    CHANNEL_MULTIPLE,
+    COLUMN_MULTIPLE,
+    channels_at_once,
+    padded_channels,
+)
 from qcompiler.ir.region import Region
 
 __all__ = [
+    "COLUMN_MULTIPLE",
     "CONV",
+    "CONVS",
+    "CONV_IMAGE",
     "FOUR_BITS",
     "IMAGE",
     "INTEGERS",
     "Packing",
     "conv_matrix",
     "depth_of",
+    "first_channel",
+    "image_columns",
+    "is_depthwise",
     "pack",
     "pack_scales",
     "packing",
@@ -63,15 +79,19 @@ Array = NDArray[Any]
 FOUR_BITS = frozenset({"QMatMulW4A16", "QMatMulW4Z4A16"})
 """Products of float16 with weights of 4 bits in groups."""
 
-CONV, IMAGE = "QConvW8A8", "QuantizeImage"
-INTEGERS = frozenset({"QMatMulW8A8", CONV})
+CONV, CONV_IMAGE, IMAGE = "QConvW8A8", "QConvImageW8A8", "QuantizeImage"
+CONVS = frozenset({CONV, CONV_IMAGE})
+INTEGERS = CONVS | {"QMatMulW8A8"}
 """Products whose sums are int32."""
 
+_TAPS_OF_WORD = 4
+"""Of a depthwise convolution: what one dp4a multiplies."""
+_STEPS_BYTES = 16
+"""Of the scale and zero point of a result."""
 TILE_COLUMNS = 16
 TILE_BYTES = 512
 SCALES_BYTES = 32
 """Of a record, before zero points."""
-COLUMN_MULTIPLE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,25 +119,65 @@ class Packing:
     scale_bytes: int
 
 
+def is_depthwise(region: Region) -> bool:
+    """Whether each channel of a convolution's result is made of its own alone."""
+    if region.anchor not in CONVS:
+        return False
+    return region.number("group") == region.size("K") == region.size("N") > 1
+
+
+def image_columns(region: Region) -> int:
+    """Channels of a convolution's result as it is stored."""
+    n = region.size("N")
+    return padded_channels(n) if region.anchor == CONV_IMAGE else n
+
+
+def _at_once(region: Region) -> int:
+    """Channels that a tile of columns of a convolution meets."""
+    return channels_at_once(region.size("K"), region.size("N"), int(region.number("group")))
+
+
+def first_channel(region: Region, tile: Any, least: Callable[[Any, Any], Any] = min) -> Any:
+    """The first of those, a multiple of 16; of a kernel's expression `tile` with its `least`."""
+    group, channels = int(region.number("group")), region.size("K")
+    if group == 1:
+        return 0
+    given, made = channels // group, region.size("N") // group
+    natural = tile * COLUMN_MULTIPLE // made * given // CHANNEL_MULTIPLE * CHANNEL_MULTIPLE
+    return least(natural, padded_channels(channels) - _at_once(region))
+
+
 def depth_of(region: Region) -> int:
     """How long the sums of a product are."""
-    if region.anchor != CONV:
+    if region.anchor not in CONVS:
         return region.size("K")
-    return region.size("R") * region.size("S") * padded_channels(region.size("K"))
+    taps = region.size("R") * region.size("S")
+    return taps if is_depthwise(region) else taps * _at_once(region)
 
 
-def conv_matrix(w: Array) -> Array:
-    """The weights [N, C, R, S] of a convolution as a matrix [R * S * C, N], C padded with zeros."""
-    n, c, *_ = w.shape
-    padded = np.pad(w, ((0, 0), (0, padded_channels(c) - c), (0, 0), (0, 0)))
-    return np.ascontiguousarray(padded.transpose(2, 3, 1, 0)).reshape(-1, n)
+def conv_matrix(w: Array, region: Region) -> Array:
+    """The weights [N, C, R, S] of a convolution as a matrix of K rows and N columns.
+
+    K is [R, S, channels that a tile meets], with zeros for channels of other groups and padding;
+    of a depthwise one it is [R, S].
+    """
+    n, given, *taps = w.shape
+    if is_depthwise(region):
+        return np.ascontiguousarray(w.reshape(n, -1).T)
+    made = n // int(region.number("group"))
+    matrix = np.zeros((*taps, _at_once(region), n), w.dtype)
+    for column in range(n):
+        first = column // made * given - first_channel(region, column // COLUMN_MULTIPLE)
+        matrix[:, :, first : first + given, column] = w[column].transpose(1, 2, 0)
+    return matrix.reshape(-1, n)
 
 
 def packing(region: Region) -> Packing:
     """The packing of the weights of a product."""
     k, n = depth_of(region), region.size("N")
     bits = 4 if region.anchor in FOUR_BITS else 8
-    columns, depth = _padded(n, COLUMN_MULTIPLE), _padded(k, 64 if bits == 4 else 128)
+    multiple = _TAPS_OF_WORD if is_depthwise(region) else 64 if bits == 4 else 128
+    columns, depth = _padded(n, COLUMN_MULTIPLE), _padded(k, multiple)
     groups = -(-depth // region.size("G")) if bits == 4 and region.size("G") < k else 1
     # Of scales, with zero points or sums.
     sizes = {"QMatMulW4A16": 2, "QMatMulW4Z4A16": 3}
@@ -130,7 +190,7 @@ def packing(region: Region) -> Packing:
         groups=groups,
         record_bytes=TILE_COLUMNS * size,
         weight_bytes=columns * depth * bits // 8,
-        scale_bytes=groups * columns * size,
+        scale_bytes=groups * columns * size + (region.anchor == CONV_IMAGE) * _STEPS_BYTES,
     )
 
 
@@ -144,6 +204,8 @@ def pack(w: Array, region: Region) -> bytes:
     layout = packing(region)
     padded = np.zeros((layout.depth, layout.columns), np.uint8)
     padded[: w.shape[0], : w.shape[1]] = w.view(np.uint8)
+    if is_depthwise(region):
+        return padded.reshape(-1, _TAPS_OF_WORD, layout.columns).transpose(0, 2, 1).tobytes()
     if layout.bits == 8:
         # k = step, half, lane in group, byte; n = tile, half, group
         blocks = padded.reshape(-1, 2, 4, 4, layout.columns // 16, 2, 8)
@@ -164,6 +226,7 @@ def pack_scales(
     wz: Array | None = None,
     w: Array | None = None,
     zero: int = 128,
+    result: tuple[float, int] | None = None,
 ) -> bytes:
     """The bytes of "ws".
 
@@ -173,6 +236,7 @@ def pack_scales(
         wz: Zero points [ceil(K / G), N] of W4Z4A16.
         w: The weights [K, N] of W8A8.
         zero: The zero point of what they are multiplied by.
+        result: The scale and zero point of a result that is stored as an image.
     """
     layout = packing(region)
     if layout.bits == 8:
@@ -180,7 +244,10 @@ def pack_scales(
         if region.anchor in INTEGERS:
             assert w is not None
             parts.append((zero * w.sum(0, dtype=np.int32)).astype("<i4").view(np.uint32))
-        return b"".join(np.pad(part, (0, layout.columns - ws.size)).tobytes() for part in parts)
+        packed = b"".join(np.pad(part, (0, layout.columns - ws.size)).tobytes() for part in parts)
+        if result is None:
+            return packed
+        return packed + np.float32(result[0]).tobytes() + np.uint32(result[1]).tobytes() + bytes(8)
     parts = [_records(ws, layout, "<f2")]
     if wz is not None:
         zeros = _records(wz.view(np.uint8) + 8 & 15, layout, "u1")

@@ -14,7 +14,6 @@ activations: one mma takes 32, a *chunk* is 128, which four of them share.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 
 from qcompiler.ir.region import Region
@@ -23,22 +22,23 @@ from qcompiler.targets.cuda.launch import Launch, row_launches
 from qcompiler.targets.cuda.norm_plan import NORMS, norm_launches
 from qcompiler.targets.cuda.packing import (
     COLUMN_MULTIPLE,
-    CONV,
+    CONV_IMAGE,
+    CONVS,
     FOUR_BITS,
     IMAGE,
     TILE_COLUMNS,
     depth_of,
+    is_depthwise,
     packing,
 )
+from qcompiler.targets.cuda.shapes import Channels, Roles, Shape, Stream, Tile
 
 __all__ = [
+    "BYTE_PITCH",
     "CHUNK_BYTES",
     "STREAM_COLUMNS",
     "STREAM_ROWS",
     "TILE_THREADS",
-    "Roles",
-    "Stream",
-    "Tile",
     "activation_bytes",
     "chunks_of",
     "groups_of_chunk",
@@ -68,52 +68,13 @@ _MOST_SHARED_SM90 = 226 << 10
 """And on sm_90, less the barriers of `Roles`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """The kernel for a few rows.
-
-    Attributes:
-        warps: That divide K.
-        batch: Chunks whose loads are under way together in a warp.
-    """
-
-    warps: int
-    batch: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """A kernel for many rows.
-
-    Attributes:
-        rows: Of a block's tile.
-        stages: Chunks in shared memory: one is multiplied while the others arrive.
-        splits: Parts of K.
-    """
-
-    rows: int
-    stages: int
-    splits: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Roles:
-    """A kernel for very many rows, whose threads have different roles (`roles.py`).
-
-    Attributes:
-        rows: Of a block's tile.
-        stages: Chunks in shared memory.
-    """
-
-    rows: int
-    stages: int
-    splits: int = 1
-
-
-Shape = Stream | Tile | Roles
+BYTE_PITCH = COLUMN_MULTIPLE + 4
+"""From one pixel to the next, of results in 8 bits in shared memory: one bank more."""
 
 _CONV_TILES = ((64, 64), (64, 256), (64, 1024), (128, None))
 """Rows of a tile, and up to how many pixels: the last layers of a network have few, of much K."""
+_CHANNELS_ROWS = 32
+"""Of a tile of a depthwise convolution: 8 pixels of 4 channels each are a thread's."""
 
 
 def activation_bytes(region: Region) -> int:
@@ -124,7 +85,7 @@ def activation_bytes(region: Region) -> int:
 def results_of(region: Region) -> dict[str, tuple[int, int]]:
     """The first column and the width of each result of a product, by the parameter it is."""
     if not region.widths:
-        return {"y": (0, region.size("N"))}
+        return {} if region.outputs == ("made",) else {"y": (0, region.size("N"))}
     firsts = itertools.accumulate(region.widths, initial=0)
     return {f"y{i}": each for i, each in enumerate(zip(firsts, region.widths, strict=False))}
 
@@ -134,7 +95,7 @@ def scales_of(region: Region) -> tuple[str, ...]:
     if region.anchor in FOUR_BITS:
         return ()  # weights were, before they were multiplied
     # That of an image is in those of the weights.
-    return ("ws",) if region.anchor == CONV else ("s", "ws")
+    return ("ws",) if region.anchor in CONVS else ("s", "ws")
 
 
 def chunks_of(region: Region) -> int:
@@ -165,23 +126,30 @@ def shared_bytes(region: Region, shape: Shape) -> int:
     """Dynamic shared memory of a kernel: its stages, later its results as float32."""
     if isinstance(shape, Stream):
         return shape.warps * STREAM_COLUMNS * STREAM_ROWS * 4
-    results = shape.rows * result_pitch(region) * 4
+    results = shape.rows * result_pitch(region, shape.splits) * 4
+    if region.anchor == CONV_IMAGE and shape.splits == 1:
+        results += shape.rows * BYTE_PITCH
+    if isinstance(shape, Channels):
+        return results
     if isinstance(shape, Roles):
         return max(shape.stages * stage_bytes(region, shape.rows), results) + 16 * shape.stages
     return max(shape.stages * stage_bytes(region, shape.rows), results)
 
 
-def result_pitch(region: Region) -> int:
+def result_pitch(region: Region, splits: int = 1) -> int:
     """Words from one row of results in shared memory to the next: a few more, for other banks.
 
-    Results are read four columns at a time, those of convolutions down a column.
+    Results are read four columns at a time, those that go to planes down a column.
     """
-    return COLUMN_MULTIPLE + (1 if region.anchor == CONV else 4)
+    is_down = region.anchor in CONVS and not (region.anchor == CONV_IMAGE and splits > 1)
+    return COLUMN_MULTIPLE + (1 if is_down else 4)
 
 
 def shapes_of(region: Region, arch: str) -> list[tuple[int | None, Shape]]:
     """The kernels of a product, each with the largest M it is for."""
-    if region.anchor == CONV:
+    if is_depthwise(region):
+        return [(None, Channels(_CHANNELS_ROWS))]
+    if region.anchor in CONVS:
         return _without_repeats([(most, _tile(region, rows, most)) for rows, most in _CONV_TILES])
     # sm_90 keeps sums of FP8 twice (`warpgroup.py`), and has no registers for those of 128 rows.
     most_rows = 64 if region.anchor == "QMatMulFp8" else 128
@@ -246,8 +214,9 @@ def _launch(region: Region, max_rows: int | None, shape: Shape) -> Launch:
         *scales_of(region),
         *(f"extra{i}" for i in range(len(region.extras))),
         *results_of(region),
+        *(("made",) if region.anchor == CONV_IMAGE else ()),
     )
-    sizes = ("height", "rows", "width") if region.anchor == CONV else ("rows",)
+    sizes = ("height", "rows", "width") if region.anchor in CONVS else ("rows",)
     is_stream, splits = isinstance(shape, Stream), 1 if isinstance(shape, Stream) else shape.splits
     combines = splits > 1
     return Launch(
@@ -275,6 +244,8 @@ def _symbol(region: Region, shape: Shape) -> str:
         return f"{region.name}_stream_kernel"
     if isinstance(shape, Roles):
         return f"{region.name}_roles{shape.rows}_kernel"
+    if isinstance(shape, Channels):
+        return f"{region.name}_channels_kernel"
     return f"{region.name}_tile{shape.rows}x{shape.splits}_kernel"
 
 

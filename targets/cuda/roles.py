@@ -38,8 +38,9 @@ from qcompiler.targets.cuda.device import (
 )
 from qcompiler.targets.cuda.finish import Finish
 from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE
-from qcompiler.targets.cuda.plan import TILE_THREADS, Roles, chunks_of, shared_bytes
+from qcompiler.targets.cuda.plan import TILE_THREADS, chunks_of, shared_bytes
 from qcompiler.targets.cuda.products import Product
+from qcompiler.targets.cuda.shapes import Roles
 from qcompiler.targets.cuda.stages import Stages
 from qcompiler.targets.cuda.tile import finish_rows, pointers_of_tile
 from qcompiler.targets.cuda.warpgroup import WarpgroupSums

@@ -30,14 +30,13 @@ from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, TILE_BYTES, depth_of
 from qcompiler.targets.cuda.plan import (
     CHUNK_BYTES,
     TILE_THREADS,
-    Roles,
-    Tile,
     activation_bytes,
     groups_of_chunk,
     stage_bytes,
 )
 from qcompiler.targets.cuda.products import Product
 from qcompiler.targets.cuda.rows import is_aligned, load_word
+from qcompiler.targets.cuda.shapes import Roles, Tile
 
 __all__ = ["PART", "TILE_ROWS", "Stages"]
 

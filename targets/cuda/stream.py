@@ -36,12 +36,12 @@ from qcompiler.targets.cuda.plan import (
     CHUNK_BYTES,
     STREAM_COLUMNS,
     STREAM_ROWS,
-    Stream,
     activation_bytes,
     chunks_of,
 )
 from qcompiler.targets.cuda.products import STEPS, Product, offsets_of
 from qcompiler.targets.cuda.rows import is_aligned, load_word
+from qcompiler.targets.cuda.shapes import Stream
 
 __all__ = ["stream_kernel"]
 

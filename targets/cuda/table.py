@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from qcompiler.ir.region import Region
 from qcompiler.targets.cuda import Launch, archs_of, launches
 from qcompiler.targets.cuda.norm_plan import NORMS
-from qcompiler.targets.cuda.packing import CONV, IMAGE
+from qcompiler.targets.cuda.packing import CONV, CONV_IMAGE, IMAGE
 from qcompiler.targets.cuda.twin import epilogue_function, epilogue_name
 from qcompiler.targets.kernel_table import kernel_table, members, op_spec
 
@@ -26,6 +26,7 @@ _ANCHORS = {
     "QuantizeFp8": "qc_cuda_quantize_fp8",
     IMAGE: "qc_cuda_image",
     CONV: "qc_cuda_conv",
+    CONV_IMAGE: "qc_cuda_conv_image",
     **{norm: f"qc_cuda_{'_'.join(_WORD.findall(norm)).lower()}" for norm in NORMS},
 }
 """The `struct qc_anchor` of each op, in native/cuda_ops.c."""
@@ -83,7 +84,7 @@ def _number_of(value: float | tuple[int, ...]) -> str:
     """An attribute as C."""
     if isinstance(value, tuple):
         return "{" + ", ".join(map(str, value)) + "}"
-    return f"{value!r}f"
+    return str(value) if isinstance(value, int) else f"{value!r}f"
 
 
 def _variants(region: Region) -> str:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qcompiler.ir.region import Region
-from qcompiler.targets.cuda.conv import ConvFinish, ConvStages
+from qcompiler.targets.cuda.conv import ConvStages
+from qcompiler.targets.cuda.conv_finish import conv_finish_of
 from qcompiler.targets.cuda.device import (
     Expr,
     Place,
@@ -37,18 +38,17 @@ from qcompiler.targets.cuda.device import (
     when,
 )
 from qcompiler.targets.cuda.finish import Finish, pointers_of
-from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, CONV, SCALES_BYTES, TILE_BYTES, packing
+from qcompiler.targets.cuda.packing import COLUMN_MULTIPLE, CONVS, SCALES_BYTES, TILE_BYTES, packing
 from qcompiler.targets.cuda.plan import (
     CHUNK_BYTES,
     TILE_THREADS,
-    Roles,
-    Tile,
     chunks_of,
     groups_of_chunk,
     shared_bytes,
     stage_bytes,
 )
 from qcompiler.targets.cuda.products import STEPS, Product, offsets_of
+from qcompiler.targets.cuda.shapes import Roles, Tile
 from qcompiler.targets.cuda.stages import PART, TILE_ROWS, Stages
 
 __all__ = ["Sums", "finish_rows", "pointers_of_tile", "tile_kernel"]
@@ -56,8 +56,9 @@ __all__ = ["Sums", "finish_rows", "pointers_of_tile", "tile_kernel"]
 
 def tile_kernel(region: Region, shape: Tile, product: Product, sums_type: type[Sums]) -> Any:
     """The kernel that computes tiles of `shape.rows` tokens, or pixels."""
-    is_conv = region.anchor == CONV
-    stages_type, finish_type = (ConvStages, ConvFinish) if is_conv else (Stages, Finish)
+    is_conv = region.anchor in CONVS
+    stages_type = ConvStages if is_conv else Stages
+    finish_type = conv_finish_of(region, shape.splits > 1) if is_conv else Finish
     pointers = pointers_of_tile(region, product, split=shape.splits > 1)
     chunks = chunks_of(region)
     per_split = -(-chunks // shape.splits)

@@ -23,8 +23,9 @@ from qcompiler.targets.cuda.device import (
     store,
     unrolled,
 )
-from qcompiler.targets.cuda.plan import CHUNK_BYTES, Roles, Tile
+from qcompiler.targets.cuda.plan import CHUNK_BYTES
 from qcompiler.targets.cuda.products import STEPS, Product
+from qcompiler.targets.cuda.shapes import Roles, Tile
 from qcompiler.targets.cuda.tile import Sums
 
 __all__ = ["WarpgroupSums"]

@@ -89,13 +89,22 @@ OrtStatus *qc_conv_shapes(const struct qc_op *op, OrtKernelContext *context, str
         return qc_error(op, "input q has shape %s; its images are smaller than the kernel",
                         qc_shape_text(&images->given, text));
     images->made = (struct qc_shape){4, {dims[0], spec->n, height, width}};
+    const int64_t *pads = spec->pads;
+    images->stored = (struct qc_shape){
+        4, {dims[0], height + pads[1] + pads[5], width + pads[2] + pads[6], spec->n + pads[7]}};
     for (size_t i = 0; spec->extras[i]; i++) {
         const char name[] = {'e', 'x', 't', 'r', 'a', (char)('0' + i), 0};
         const int64_t pixels = spec->extras[i] == 'T' ? dims[0] * height * width : 1;
         QC_TRY(qc_input(context, op->spec->anchor->input_count + i, &value, &images->extras[i]));
         QC_TRY(qc_check_elements(op, value, name, pixels * spec->n, 2));
     }
-    return qc_output(context, 0, &images->made, &images->result);
+    images->result = images->image = NULL;
+    for (size_t i = 0; spec->outputs[i]; i++) {
+        const int is_image = qc_output_index(op, i) == 1;
+        QC_TRY(qc_output(context, i, is_image ? &images->stored : &images->made,
+                         is_image ? &images->image : &images->result));
+    }
+    return NULL;
 }
 
 static OrtStatus *check_alignment(const struct qc_op *op, const void *data) {
@@ -117,7 +126,9 @@ static OrtStatus *conv_compute(void *state, OrtKernelContext *context) {
     QC_TRY(check_alignment(call.node->op, images.data));
     /* Kernels count 16 bytes of images, and elements of the workspace. */
     const int64_t results = pixels * spec->n, parts = stored / QC_ALIGNMENT;
-    QC_TRY(images_of_call(call.node, pixels, results > parts ? results : parts, &step));
+    const int64_t summed = pixels * qc_summed_columns(spec);
+    const int64_t image_bytes = images.stored.dims[1] * images.stored.dims[2] * images.stored.dims[3];
+    QC_TRY(images_of_call(call.node, pixels, summed > parts ? summed : parts, &step));
     call.height = (int32_t)given[1];
     call.width = (int32_t)given[2];
     call.pointers[QC_W] = (char *)(uintptr_t)call.node->weights;
@@ -125,7 +136,8 @@ static OrtStatus *conv_compute(void *state, OrtKernelContext *context) {
     for (int64_t image = 0; image < made[0]; image += step) {
         const int64_t offset = image * results * 2;
         call.pointers[QC_Q] = (char *)(uintptr_t)images.data + image * stored;
-        call.pointers[QC_Y] = (char *)images.result + offset;
+        if (images.result) call.pointers[QC_Y] = (char *)images.result + offset;
+        if (images.image) call.pointers[QC_MADE] = (char *)images.image + image * image_bytes;
         for (size_t i = 0; spec->extras[i]; i++)
             call.pointers[QC_EXTRA0 + i] =
                 (char *)(uintptr_t)images.extras[i] + (spec->extras[i] == 'T' ? offset : 0);
@@ -137,7 +149,7 @@ static OrtStatus *conv_compute(void *state, OrtKernelContext *context) {
 
 extern const struct qc_anchor qc_twin_image, qc_twin_conv;
 
-static const int HALF[] = {ORT_FLOAT16}, BYTES[] = {ORT_UINT8};
+static const int BYTES[] = {ORT_UINT8}, HALF_AND_BYTES[] = {ORT_FLOAT16, ORT_UINT8};
 
 const struct qc_anchor qc_cuda_image = {
     .input_types = (const int[]){ORT_FLOAT16, ORT_FLOAT, ORT_UINT8},
@@ -152,18 +164,17 @@ const struct qc_anchor qc_cuda_image = {
     .destroy = qc_gpu_destroy,
 };
 
-const struct qc_anchor qc_cuda_conv = {
-    .input_types = (const int[]){ORT_UINT8, ORT_FLOAT, ORT_UINT8, ORT_INT8, ORT_FLOAT},
-    .input_count = 5,
-    .extra_type = ORT_FLOAT16,
-    .output_types = HALF,
-    .output_count = 1,
-    .provider = QC_PROVIDER,
-    .host_inputs = 30, /* all but q */
-    .twin = &qc_twin_conv,
-    .arguments = (const uint8_t[]){QC_Q, QC_S, QC_Z, QC_W, QC_WS, QC_Y},
-    .weight_bits = 8,
-    .create = qc_gpu_create,
-    .compute = conv_compute,
-    .destroy = qc_gpu_destroy,
-};
+#define CONV(inputs, outputs, ...)                                                                 \
+    {                                                                                              \
+        .input_types = (const int[]){ORT_UINT8, ORT_FLOAT, ORT_UINT8, ORT_INT8, ORT_FLOAT,         \
+                                     ORT_FLOAT, ORT_UINT8},                                        \
+        .input_count = inputs, .extra_type = ORT_FLOAT16, .output_types = HALF_AND_BYTES,          \
+        .output_count = outputs, .provider = QC_PROVIDER,                                          \
+        .host_inputs = (1u << inputs) - 2, /* all but q */                                         \
+        .twin = &qc_twin_conv, .arguments = (const uint8_t[]){__VA_ARGS__}, .weight_bits = 8,      \
+        .create = qc_gpu_create, .compute = conv_compute, .destroy = qc_gpu_destroy                \
+    }
+
+const struct qc_anchor qc_cuda_conv = CONV(5, 1, QC_Q, QC_S, QC_Z, QC_W, QC_WS, QC_Y);
+const struct qc_anchor qc_cuda_conv_image =
+    CONV(7, 2, QC_Q, QC_S, QC_Z, QC_W, QC_WS, QC_END, QC_END, QC_Y, QC_MADE);

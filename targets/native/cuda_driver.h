@@ -2,12 +2,14 @@
 #ifndef CUDA_DRIVER_H
 #define CUDA_DRIVER_H
 
+#include <string.h>
+
 #include "qcompiler.h"
 
 /* What a kernel takes, by number in the generated table; see targets/cuda/launch.py. */
 enum {
     QC_X, QC_Q, QC_S, QC_W, QC_WS, QC_Y, QC_WORKSPACE, QC_ROWS, QC_A, QC_B, QC_GAMMA, QC_BETA,
-    QC_Z, QC_HEIGHT, QC_WIDTH,
+    QC_Z, QC_HEIGHT, QC_WIDTH, QC_MADE,
     QC_EXTRA0,
     QC_Y0 = QC_EXTRA0 + QC_MAX_EXTRAS, /* the first of several results */
     QC_ARGUMENTS = QC_Y0 + QC_MAX_PARTS,
@@ -36,6 +38,22 @@ static inline int64_t qc_columns(const struct qc_op_spec *spec) {
     return spec->n ? spec->n : spec->k;
 }
 
+enum { QC_CHANNEL_MULTIPLE = 16 }; /* of a stored image */
+
+static inline int64_t qc_padded(int64_t size, int64_t multiple) {
+    return (size + multiple - 1) / multiple * multiple;
+}
+
+/* Whether a convolution stores its result as an image. */
+static inline int qc_makes_image(const struct qc_op_spec *spec) {
+    return spec->r && strchr(spec->outputs, '1');
+}
+
+/* Columns of what parts of K leave in a workspace. */
+static inline int64_t qc_summed_columns(const struct qc_op_spec *spec) {
+    return qc_makes_image(spec) ? qc_padded(spec->n, QC_CHANNEL_MULTIPLE) : qc_columns(spec);
+}
+
 /* The CUDA of the compiler that made the cubins: 13000 is 13.0. */
 extern const int qc_cuda_version;
 
@@ -45,24 +63,23 @@ struct qc_packing {
     int has_zeros; /* of groups of 4 bits */
     int has_sums; /* of columns of 8 bits, because activations are not centred */
     int64_t k, n, tile_depth, columns, depth, groups, given_groups, record_bytes;
-    int64_t channels, padded_channels, taps; /* of a convolution, whose k has taps of padded channels */
+    /* Of a convolution, whose k has taps of as many channels as 128 columns meet: */
+    int64_t channels, columns_of_group; /* of one group */
+    int64_t padded_channels, met_channels, taps;
+    int is_depthwise, makes_image;
     size_t weight_bytes, scale_bytes;
 };
 
 /* The constants of a product on the host. */
 struct qc_weights {
-    const uint8_t *w; /* [k, n], 4 bits two to a byte; of a convolution [n, channels, taps] */
+    const uint8_t *w; /* [k, n], 4 bits two to a byte; of a convolution [n, channels of a group, taps] */
     const void *ws; /* [given_groups, n] of float16 with 4 bits, else [n] of float32 */
     const uint8_t *wz; /* [given_groups, n], two to a byte; NULL: none */
     float scale; /* of what 8 bits are multiplied by, where it is a constant, else 1 */
     int zero; /* its zero point */
+    float made_scale; /* of a result that is stored as an image */
+    int made_zero;
 };
-
-enum { QC_CHANNEL_MULTIPLE = 16 }; /* of a stored image */
-
-static inline int64_t qc_padded(int64_t size, int64_t multiple) {
-    return (size + multiple - 1) / multiple * multiple;
-}
 
 /* Which input w is; ws and wz follow. */
 size_t qc_weight_input(const struct qc_anchor *anchor);
@@ -82,9 +99,9 @@ void qc_twin_destroy(void *kernel);
 
 /* Images that a call reads and makes, and what else it reads of the activations. */
 struct qc_images {
-    struct qc_shape given, made;
+    struct qc_shape given, made, stored; /* the last of a result that is stored as an image */
     const void *data, *scale, *zero, *extras[QC_MAX_EXTRAS];
-    void *result;
+    void *result, *image; /* NULL where it is not made */
 };
 
 /* The operands of QuantizeImage and QConvW8A8, of the right shapes, and their result. */

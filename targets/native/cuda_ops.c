@@ -39,7 +39,7 @@ static OrtStatus *bind_input(struct qc_call *call, OrtKernelContext *context, si
                              int64_t *rows, struct qc_shape *shape) {
     static const char *const NAMES[QC_ARGUMENTS] = {
         "x", "q", "s", "w", "ws", "y", "workspace", "rows", "a", "b", "gamma", "beta", "z", "height",
-        "width", "extra0", "extra1", "extra2", "extra3", "extra4", "extra5", "extra6", "extra7"};
+        "width", "made", "extra0", "extra1", "extra2", "extra3", "extra4", "extra5", "extra6", "extra7"};
     const struct qc_op *op = call->node->op;
     const int argument = argument_of(op, index);
     const OrtValue *value;
@@ -117,7 +117,7 @@ static OrtStatus *launch_all(const struct qc_call *call) {
                   launch_->shared_bytes));
     if (!launch_->combine) return NULL;
     const int64_t block = (int64_t)launch_->threads * 4;
-    const unsigned combine_grid[] = {(unsigned)ceil_div(call->rows * columns, block), 1, 1};
+    const unsigned combine_grid[] = {(unsigned)ceil_div(call->rows * qc_summed_columns(spec), block), 1, 1};
     return launch(call, call->functions.combine, launch_->combine, launch_->combine_arguments,
                   combine_grid, 0);
 }
@@ -157,7 +157,7 @@ OrtStatus *qc_run_rows(struct qc_call *call, OrtKernelContext *context) {
     call->functions = node->functions[i];
     if (!call->launch->combine) return launch_on_device(call);
     const size_t bytes = (size_t)call->launch->splits * (size_t)call->rows *
-                         (size_t)node->op->spec->n * sizeof(float);
+                         (size_t)qc_summed_columns(node->op->spec) * sizeof(float);
     QC_TRY(allocate(node, context, bytes, &call->pointers[QC_WORKSPACE]));
     OrtStatus *status = launch_on_device(call);
     OrtStatus *freed = QC_ORT(AllocatorFree)(node->allocator, call->pointers[QC_WORKSPACE]);

@@ -133,6 +133,7 @@ struct qc_op_spec {
     const struct qc_anchor *anchor;
     int64_t k, n, d, g;
     int64_t r, s, strides[2], dilations[2]; /* of a convolution: its taps, down and across */
+    int64_t group; /* of a convolution: how many there are */
     int64_t pads[8]; /* of an image, as ONNX's Pad has them */
     const char *form;   /* the region's flags */
     const char *extras; /* a letter per extra operand: C per channel, T same shape as the result */

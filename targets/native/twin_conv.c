@@ -1,4 +1,6 @@
 /* Convolutions of GPUs on the CPU, in plain C; see twins.c. */
+#include <string.h>
+
 #include "cuda_driver.h"
 #include "half.h"
 
@@ -49,13 +51,14 @@ static OrtStatus *image_compute(void *kernel, OrtKernelContext *context) {
 static int32_t sum_of(const struct conv_run *run, int64_t n, const uint8_t *first) {
     const struct qc_op_spec *spec = run->op->spec;
     const int64_t *given = run->images.given.dims, taps = spec->r * spec->s;
-    const int8_t *w = (const int8_t *)run->weights.w + n * spec->k * taps;
+    const int64_t channels = spec->k / spec->group, begin = n / (spec->n / spec->group) * channels;
+    const int8_t *w = (const int8_t *)run->weights.w + n * channels * taps;
     int32_t sum = 0;
     for (int64_t r = 0; r < spec->r; r++)
         for (int64_t s = 0; s < spec->s; s++) {
             const int64_t pixel = r * spec->dilations[0] * given[2] + s * spec->dilations[1];
-            for (int64_t c = 0; c < spec->k; c++)
-                sum += (first[pixel * given[3] + c] - run->weights.zero) *
+            for (int64_t c = 0; c < channels; c++)
+                sum += (first[pixel * given[3] + begin + c] - run->weights.zero) *
                        w[c * taps + r * spec->s + s];
         }
     return sum;
@@ -71,6 +74,18 @@ static uint16_t finish(const struct conv_run *run, int64_t n, int64_t at, int32_
     return qc_to_half(spec->epilogue ? spec->epilogue(value, extras) : value);
 }
 
+/* A result, in planes and in the image. */
+static void store(const struct conv_run *run, int64_t n, int64_t pixel, int64_t at, uint16_t value) {
+    const struct qc_images *images = &run->images;
+    if (images->result) ((uint16_t *)images->result)[at] = value;
+    if (!images->image) return;
+    const int64_t *made = images->made.dims, *stored = images->stored.dims;
+    const int64_t *pads = run->op->spec->pads, line = pixel / made[3] % made[2] + pads[1];
+    const int64_t image = pixel / made[3] / made[2], column = pixel % made[3] + pads[2];
+    ((uint8_t *)images->image)[((image * stored[1] + line) * stored[2] + column) * stored[3] + n] =
+        byte_of(value, run->weights.made_scale, run->weights.made_zero);
+}
+
 /* One line of a plane of the results. */
 static void conv_task(void *argument, size_t index) {
     const struct conv_run *run = argument;
@@ -83,7 +98,8 @@ static void conv_task(void *argument, size_t index) {
         const int64_t first = above * given[2] + column * spec->strides[1];
         const int64_t at = (int64_t)index * made[3] + column;
         const int32_t sum = sum_of(run, n, (const uint8_t *)run->images.data + first * given[3]);
-        ((uint16_t *)run->images.result)[at] = finish(run, n, at, sum);
+        const int64_t pixel = (image * made[2] + line) * made[3] + column;
+        store(run, n, pixel, at, finish(run, n, at, sum));
     }
 }
 
@@ -98,6 +114,15 @@ static OrtStatus *conv_compute(void *kernel, OrtKernelContext *context) {
     QC_TRY(qc_input(context, 4, &value, &run.weights.ws));
     run.weights.scale = *(const float *)scale;
     run.weights.zero = *(const uint8_t *)zero;
+    if (run.images.image) {
+        QC_TRY(qc_input(context, 5, &value, &scale));
+        QC_TRY(qc_input(context, 6, &value, &zero));
+        run.weights.made_scale = *(const float *)scale;
+        run.weights.made_zero = *(const uint8_t *)zero;
+        const int64_t *stored = run.images.stored.dims;
+        memset(run.images.image, run.weights.made_zero,
+               (size_t)(stored[0] * stored[1] * stored[2] * stored[3]));
+    }
     const int64_t *made = run.images.made.dims, lines = made[0] * made[1] * made[2];
     return lines && made[3] ? qc_parallel(context, conv_task, (size_t)lines, &run) : NULL;
 }

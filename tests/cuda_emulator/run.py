@@ -131,7 +131,7 @@ class Emulated:
     ) -> None:
         words = [symbol, *map(str, (*grid, threads, shared, int(how.backwards)))]
         paths = {name: self._folder / f"{name}.bin" for name in arrays}
-        results = self._results or {name for name in arrays if name.startswith("y")}
+        results = self._results or {name for name in arrays if name[0] == "y" or name == "made"}
         written = results or arrays.keys() & {"q", "s", "workspace"}
         for name, array in arrays.items():
             paths[name].write_bytes(array.tobytes())

@@ -67,6 +67,7 @@ _RULES = (
     (r"setmaxnreg\.(inc|dec)\.sync\.aligned\.u32 \d+;", "(void)0"),
     (r"lop3\.b32 %0, %1, %2, %3, (?P<n>\d+);", "%0 = lookup3(%1, %2, %3, {n})"),
     (r"prmt\.b32 .*", "%0 = permute(%1, %2, %3)"),
+    (r"dp4a\.u32\.s32 .*", "%0 = add_products_of_bytes(%1, %2, %3)"),
     (r"sub\.f16x2 .*", "%0 = subtract_halves(%1, %2)"),
     (r"mul\.f16x2 .*", "%0 = multiply_halves(%1, %2)"),
     (r"fma\.rn\.f16x2 .*", "%0 = fma_halves(%1, %2, %3)"),

@@ -26,6 +26,14 @@ inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
     return result;
 }
 
+// Of unsigned by signed bytes.
+inline int32_t add_products_of_bytes(uint32_t a, int32_t b, int32_t sum) {
+    uint32_t total = uint32_t(sum);
+    for (int i = 0; i < 4; ++i)
+        total += uint32_t(int32_t(a >> 8 * i & 255) * int8_t(uint32_t(b) >> 8 * i));
+    return int32_t(total);
+}
+
 template <class Value> Value shuffle(Value value, int source) {
     struct Slot { Value value, result; int source; };
     Slot slot{value, value, source};
