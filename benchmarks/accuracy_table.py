@@ -1,7 +1,8 @@
 """The results of accuracy.py as tables: python benchmarks/accuracy_table.py results/accuracy.json.
 
 `--into docs/calibration.md` puts each where its marker `<!-- accuracy: NAME -->` stands, up to the
-next empty line.  What failed says why below its table; what was not measured is empty.
+next empty line.  What failed says why below its table; what was not measured is empty; what is of
+an earlier run than the rest has an asterisk.
 """
 
 from __future__ import annotations
@@ -43,8 +44,11 @@ _ALIKE = 100.0
 
 def cell(figures: Figures | None, figure: str, unit: str) -> str:
     """One figure as text; empty where there is none, or FP32 is compared with itself."""
-    if not figures:
-        return ""
+    text = _figure(figures, figure, unit) if figures else ""
+    return f"{text}*" if text and figures and figures.get("earlier") else text
+
+
+def _figure(figures: Figures, figure: str, unit: str) -> str:
     if "fails" in figures:
         return "fails" if unit == "%" else ""
     if figure in ("sqnr_db", "agreement") and figures["sqnr_db"] > _ALIKE:
@@ -64,7 +68,7 @@ def table(content: dict[str, Any], columns: Sequence[Column]) -> str:
     for name in names:
         found = [cell(tasks[task].get(name), figure, unit) for _, task, figure, unit in columns]
         if name == FLOAT:  # float is what it is compared with
-            found = ["" if text == "float" else text for text in found]
+            found = ["" if text.startswith("float") else text for text in found]
         if any(found):
             rows.append([name, *found])
     lines = [f"| {' | '.join(row)} |" for row in rows]

@@ -17,7 +17,7 @@ from qcompiler.arguments import require_path, require_utf8
 from qcompiler.bundle import MANIFEST
 from qcompiler.faults import fault_of
 from qcompiler.from_torch import is_torch_file, is_torch_object, load_torch
-from qcompiler.ir.errors import ModelError, OptionError, QCompilerError, first_cause
+from qcompiler.ir.errors import ModelError, OptionError, QCompilerError, VerifyError, first_cause
 from qcompiler.ir.graph import every_graph, function_label
 from qcompiler.ir.onnx_rules import problems_in
 from qcompiler.ir.sparse import densify
@@ -28,7 +28,9 @@ from qcompiler.source import check_whole
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_kind", "check_opens", "is_of_torch", "load_model", "onnx_file"]
+__all__ = [
+    "check_kind", "check_opens", "is_of_torch", "load_model", "onnx_file", "source_is_blamed",
+]  # fmt: skip
 
 
 def check_kind(source: object) -> None:
@@ -113,6 +115,28 @@ def check_opens(source: str | os.PathLike[str] | ir.Model) -> None:
             raise ModelError(
                 f"{name} is not a valid ONNX model: {_refusal(ir.load(file), error, file)}"
             ) from error
+
+
+@contextlib.contextmanager
+def source_is_blamed(source: str | os.PathLike[str] | ir.Model, foreign: bool) -> Iterator[None]:
+    """Runs passes: what one of them is said to have broken may have been broken before.
+
+    The types of a model are known once they are inferred, and then it may turn out that two of them
+    do not go together.
+
+    Args:
+        source: Where the model is from.
+        foreign: ONNX Runtime does not know all of its ops.
+
+    Raises:
+        ModelError: A pass broke a rule of its stage, and ONNX Runtime refuses the source already.
+    """
+    try:
+        yield
+    except VerifyError:
+        if not foreign:
+            check_opens(source)
+        raise
 
 
 def _load_file(path: Path) -> ir.Model:

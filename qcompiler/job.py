@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qcompiler.bundle import Manifest
 from qcompiler.chooser import Chooser, Wishes
 from qcompiler.emit import build_kernels, write_bundle
-from qcompiler.frontend import check_opens, is_of_torch, load_model, onnx_file
+from qcompiler.frontend import check_opens, is_of_torch, load_model, onnx_file, source_is_blamed
 from qcompiler.ir.decisions import decisions
 from qcompiler.ir.errors import ModelError, OptionError
 from qcompiler.ir.stages import Stage
@@ -101,7 +101,8 @@ class Job:
         if self.on_samples is not None:
             # All of them, whether or not a pass will ask for them.
             self.on_samples.samples.check(model_inputs(model))
-        model = pipeline.run(model, lambda step: self.clock.start(step.name), self.watchers)
+        with source_is_blamed(self.source, bool(self.foreign)):
+            model = pipeline.run(model, lambda step: self.clock.start(step.name), self.watchers)
         self.effective, self.notes_of_passes = pipeline.effective_recipe, pipeline.notes
         return model
 

@@ -4,11 +4,11 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from convolution_chains import CHAIN, FEEDS, RNG, WEIGHTS, prepared
 from golden import model_of, run, sqnr
 
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decision_of, drop_plan, operand_plan_of, plan_of
-from qcompiler.ir.errors import CalibrationError
 from qcompiler.ir.graph import dequantize_of
 from qcompiler.ir.types import TensorStats
 from qcompiler.passes.assign_precision import AssignPrecision
@@ -19,34 +19,6 @@ from qcompiler.passes.lower_convolutions import LowerConvolutions
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.shift_weights import ShiftWeights
 from qcompiler.targets.catalog import TARGETS
-
-RNG = np.random.default_rng(0)
-CHAIN = (
-    "g (float[1,4,16,16] x) => (float[1,n,p,q] y) "
-    "{ a = Conv <pads = [1,1,1,1]> (x, v) %s c = Conv (t, w) y = Exp (c) }"
-)
-WEIGHTS = {
-    "v": RNG.standard_normal((4, 4, 3, 3), dtype=np.float32) / 6,
-    "w": RNG.standard_normal((4, 4, 3, 3), dtype=np.float32) / 12,
-    "w8": RNG.standard_normal((4, 8, 3, 3), dtype=np.float32) / 16,
-    "three": np.float32(3), "half": np.float32(0.5), "minus": np.float32(-0.5),
-    "each": np.float32([[[1]], [[-2]], [[0.5]], [[3]]]),
-    "zero": np.float32(0), "six": np.float32(6), "alpha": np.float32(0.1),
-    "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "scales": np.float32([1, 1, 2, 2]),
-    "begin": np.array([0]), "end": np.array([4]), "axis": np.array([1]), "hw": np.array([2, 3]),
-    "shape": np.array([1, 4, 8, 32]),
-}  # fmt: skip
-FEEDS = {"x": RNG.standard_normal((1, 4, 16, 16), dtype=np.float32)}
-
-
-def prepared(body, weights=WEIGHTS, chain=CHAIN, **options):
-    model = model_of(chain % body, weights)
-    for index, node in enumerate(model.graph):
-        node.name = f"{node.op_type}_{index}"
-    AssignPrecision(TARGETS["x86-int8"].scheme, AssignPrecision.Options(**options))(model)
-    LowerConvolutions()(model)
-    JoinIntegers()(model)
-    return model
 
 
 def observer(model):
@@ -253,45 +225,6 @@ def test_convolutions_of_every_form(shape, more):
     assert sqnr(np.log(floats), np.log(run(model, feeds, plainly=True)[0])) > 20
     FoldQDQ()(model)
     assert "QConv" in [node.op_type for node in model.graph]
-
-
-@pytest.mark.parametrize(("seen", "why"), [
-    ({"a": TensorStats(0.0, 0.0)}, "'a' was nothing but 0"),
-    ({"a": None}, "'a' was never there"),
-    ({"x": TensorStats(0.0, 0.0)}, "'x' was nothing but 0"),
-    ({"x": TensorStats(-1e-30, 1e-29)}, "'x' was 1e-29 at most, below one step of the smallest"),
-])  # fmt: skip
-def test_a_tensor_of_which_nothing_is_known_keeps_its_ops_float(seen, why):
-    model = prepared("t = Sigmoid (a)")
-
-    def observe(_, names):
-        stats = {name: seen.get(name, TensorStats(-1.0, 1.0)) for name in names}
-        return {name: found for name, found in stats.items() if found is not None}
-
-    expected = run(model, FEEDS)[0]
-    InsertQDQ(observe)(model)
-    RoundToNearest()(model)
-    conv = next(node for node in model.graph if node.op_type == "Conv")
-    assert why in decision_of(conv).why
-    assert sqnr(np.log(expected), np.log(run(model, FEEDS, plainly=True)[0])) > 20
-
-
-@pytest.mark.parametrize("ends", [(2.0, 2.0), (0.5, 3.0), (-3.0, -1.0), (-1e-30, 0.0)])
-def test_ranges_on_one_side_of_0_hold_it(ends):
-    model = prepared("t = Sigmoid (a)")
-    InsertQDQ(lambda m, names: {name: TensorStats(*ends) for name in names})(model)
-    for node in model.graph:
-        if node.op_type == "QuantizeLinear":
-            scale, zero = (value.const_value.numpy() for value in node.inputs[1:])
-            low, high = -float(zero) * scale, (255 - float(zero)) * scale
-            assert low <= min(ends[0], 0) + 1e-6
-            assert high >= max(ends[1], 0) - 1e-6
-    assert np.isfinite(run(model, FEEDS, plainly=True)[0]).all()
-
-
-def test_says_what_needs_calibration():
-    with pytest.raises(CalibrationError, match="needed by Conv_0.*and 1 more|needed by Conv_0"):
-        InsertQDQ()(prepared("t = Sigmoid (a)"))
 
 
 PRODUCT = "g (float[2,3,8,4] q, float[2,3,4,8] k) => (float[2,3,8,8] y) { y = MatMul (q, k) %s }"

@@ -102,9 +102,10 @@ def _run(
     progress: ProgressCallback,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Run the passes on the file `source`; a row for each."""
-    from qcompiler.frontend import load_model
+    from qcompiler.frontend import load_model, source_is_blamed
     from qcompiler.model_file import save_model
     from qcompiler.progress import Clock
+    from qcompiler.source import foreign_domains
     from qcompiler.watch import check_dumps
 
     check_dumps(watchers, source, output)
@@ -114,7 +115,8 @@ def _run(
     model = load_model(source)
     _check_order(model, pipeline)
     count = _count_nodes(rows, model)
-    model = pipeline.run(model, lambda step: clock.start(step.name), [count, *watchers])
+    with source_is_blamed(source, bool(foreign_domains(model))):
+        model = pipeline.run(model, lambda step: clock.start(step.name), [count, *watchers])
     clock.start("write")
     save_model(model, output)
     return rows
