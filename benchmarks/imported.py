@@ -15,15 +15,17 @@ layers it says how many kernels compute, ONNX Runtime's integers, bodies and flo
 The source is run with exact sums (`qcompiler/exact_copy.py`), because where the processor has no
 VNNI ONNX Runtime's products of uint8 and int8 saturate.  A quantized model turns a difference in
 the last bit into one of a step, wherever a value lies between two, and after some layers such steps
-are as large as its rounding itself: how far ONNX Runtime is from that as it comes, with exact sums
-and with its optimizers off, says how much that makes.  What matters then is that the bundle is as
-near to the FP32 model as its source.
+are as large as its rounding itself, most of all where one scale is computed for a whole tensor.
+How much that makes is said by the source with its biases and norms moved by a last bit, by ONNX
+Runtime with its optimizers off, and by the bundle without kernels, whose floats are ONNX Runtime's.
+What matters then is that the bundle is as near to the FP32 model as its source.
 
 Times are those of the source as it comes, and once more with exact sums where its own saturate.
 
 `--data` holds a folder of samples for each file, called like it without `.onnx`; a quantized model
-without one is fed made-up inputs.  Files that exist in `--work` are not made again: compile first,
-and time when the machine is quiet, some `--ways` at a time: rows of other models stay in the file.
+without one is fed made-up inputs.  Files that exist in `--work` are not made again: compile first
+(`--untimed` says how they agree, too), and time when the machine is quiet (`--times-only`), some
+`--ways` at a time: rows of other models stay in the file.
 """
 
 from __future__ import annotations
@@ -33,115 +35,22 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 from contenders import Feeds
 from imported_agreement import agreements, layers
+from imported_ways import WAYS
 from never_slower import THREADS, samples_of
-from onnx.version_converter import convert_version
-from onnxruntime.quantization import (
-    CalibrationDataReader,
-    QuantFormat,
-    QuantType,
-    quantize_dynamic,
-    quantize_static,
-)
 from timing import environment
 
 import qcompiler
 from qcompiler.bench import bench
 from qcompiler.frontend import onnx_file
 from qcompiler.timing.exact_source import exact_source
-
-
-class Reader(CalibrationDataReader):  # type: ignore[misc]
-    """Samples, one by one."""
-
-    def __init__(self, samples: list[Feeds]) -> None:
-        self._left: Iterator[Feeds] = iter(samples)
-
-    def get_next(self) -> Feeds | None:
-        """The next sample, None after the last."""
-        return next(self._left, None)
-
-
-def static(
-    activations: QuantType, form: QuantFormat, **options: Any
-) -> Callable[[Path, Path, list[Feeds]], None]:
-    def quantize(model: Path, output: Path, samples: list[Feeds]) -> None:
-        only = options.get("op_types_to_quantize", [])
-        ops = {node.op_type for node in onnx.load(model, load_external_data=False).graph.node}
-        if only and not ops & set(only):
-            raise ValueError(f"it has no {', '.join(only)}")
-        quantize_static(model, output, Reader(samples), form, activation_type=activations,
-                        weight_type=QuantType.QInt8, **options)  # fmt: skip
-
-    return quantize
-
-
-def dynamic(weights: QuantType, per_channel: bool) -> Callable[[Path, Path, list[Feeds]], None]:
-    def quantize(model: Path, output: Path, samples: list[Feeds]) -> None:
-        quantize_dynamic(model, output, weight_type=weights, per_channel=per_channel)
-
-    return quantize
-
-
-def by_nncf(model: Path, output: Path, samples: list[Feeds]) -> None:
-    import nncf
-
-    content = onnx.load(model)
-    is_transformer = not any(node.op_type == "Conv" for node in content.graph.node)
-    kind = nncf.ModelType.TRANSFORMER if is_transformer else None
-    dataset = nncf.Dataset(samples)
-    onnx.save(nncf.quantize(content, dataset, model_type=kind, subset_size=len(samples)), output)
-
-
-def by_onnxsim(name: str, **options: Any) -> Callable[[Path, Path, list[Feeds]], None]:
-    def quantize(model: Path, output: Path, samples: list[Feeds]) -> None:
-        import onnxsim
-
-        # Before opset 21 it leaves alone what it would store in 4 or 16 bits.
-        content = convert_version(onnx.load(model), 21)
-        calibration = {"calibration_data": samples} if name in _CALIBRATED else {}
-        quantized = getattr(onnxsim, name)(content, **calibration, **options)
-        if not {node.op_type for node in quantized.graph.node} - {
-            node.op_type for node in content.graph.node
-        }:
-            raise ValueError("it leaves the model as it is")
-        onnx.save(quantized, output)
-
-    return quantize
-
-
-_CALIBRATED = ("quantize_static", "quantize_static_int16", "quantize_qoperator")
-
-WAYS: dict[str, Callable[[Path, Path, list[Feeds]], None]] = {
-    "ort-dynamic": dynamic(QuantType.QInt8, per_channel=True),
-    "ort-dynamic-uint8": dynamic(QuantType.QUInt8, per_channel=False),
-    "ort-static-qdq": static(QuantType.QUInt8, QuantFormat.QDQ, per_channel=True),
-    "ort-static-qdq-int8": static(QuantType.QInt8, QuantFormat.QDQ, per_channel=True),
-    "ort-static-qdq-matmul": static(
-        QuantType.QUInt8, QuantFormat.QDQ, per_channel=True, op_types_to_quantize=["MatMul"],
-        extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": ["MatMul"]},
-    ),
-    "ort-static-qoperator": static(QuantType.QUInt8, QuantFormat.QOperator),
-    "nncf": by_nncf,
-    "onnxsim-dynamic": by_onnxsim("quantize_dynamic"),
-    "onnxsim-dynamic-fused": by_onnxsim("quantize_dynamic_matmul_integer_to_float"),
-    "onnxsim-static": by_onnxsim("quantize_static"),
-    "onnxsim-static-full": by_onnxsim("quantize_static", full_graph=True),
-    "onnxsim-static-int16": by_onnxsim("quantize_static_int16"),
-    "onnxsim-qoperator": by_onnxsim("quantize_qoperator"),
-    "onnxsim-weight-only": by_onnxsim("quantize_weight_only"),
-    "onnxsim-int8-block": by_onnxsim("quantize_weight_only_int8_block"),
-    "onnxsim-int4": by_onnxsim("quantize_weight_only_int4"),
-    "onnxsim-matmul-nbits": by_onnxsim("quantize_weight_only_matmul_nbits"),
-}  # fmt: skip
 
 
 def main() -> None:
@@ -155,28 +64,36 @@ def main() -> None:
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--no-timing", action="store_true", help="choose kernels by cost model")
     parser.add_argument("--untimed", action="store_true", help="agreement and layers alone")
+    parser.add_argument("--times-only", action="store_true", help="agreement stays as in the file")
     parser.add_argument("--json", type=Path, help="write the results here")
     arguments = parser.parse_args()
     ort.set_default_logger_severity(4)
     rows = kept(arguments.json)
-    for source, data, original in sources(arguments):
+    for source, data, original in sources(arguments, rows):
         try:
             bundle = compiled(source, arguments.work / source.stem, data, not arguments.no_timing)
             if not arguments.compile_only:
                 seconds = 0.0 if arguments.untimed else arguments.seconds
-                row = measure(source, bundle, data, original, seconds)
+                known = rows.get(source.stem, {}) if arguments.times_only else {}
+                row = measure(source, bundle, data, original, seconds, known)
                 rows[source.stem] = row | {"chosen_by_timing": not arguments.no_timing}
         except Exception as error:
             # One model that cannot be had is no reason to measure no other.
             print(f"{source.stem}: {type(error).__name__}: {str(error)[:300]}", flush=True)
             rows[source.stem] = {"error": f"{type(error).__name__}: {error}"[:300]}
-        if arguments.json:
-            result = environment() | {
-                "quantized_by": tools(),
-                "load": os.getloadavg(),
-                "rows": [{"model": model} | row for model, row in rows.items()],
-            }
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write(arguments.json, rows)
+    write(arguments.json, rows)
+
+
+def write(file: Path | None, rows: dict[str, dict[str, Any]]) -> None:
+    """All rows so far."""
+    if file is not None:
+        result = environment() | {
+            "quantized_by": tools(),
+            "load": os.getloadavg(),
+            "rows": [{"model": model} | row for model, row in rows.items()],
+        }
+        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def kept(file: Path | None) -> dict[str, dict[str, Any]]:
@@ -185,13 +102,21 @@ def kept(file: Path | None) -> dict[str, dict[str, Any]]:
     return {row["model"]: row for row in rows}
 
 
-def sources(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path, Path | None]]:
-    """Every quantized model, the folder of its samples, and the FP32 model where it is at hand."""
+def sources(
+    arguments: argparse.Namespace, rows: dict[str, dict[str, Any]]
+) -> Iterator[tuple[Path, Path, Path | None]]:
+    """Every quantized model, the folder of its samples, and the FP32 model where it is at hand.
+
+    Those that cannot be had get a row that says why.
+    """
     for model in arguments.models:
         data = arguments.data / model.stem
         for way in arguments.ways:
             source = arguments.work / f"{model.stem}-{way}.onnx"
-            if made(model, way, source, samples_in(data)):
+            if why := not_made(model, way, source, samples_in(data)):
+                rows[source.stem] = {"error": f"not made: {why}"}
+                print(f"{source.stem}: not made: {why}", flush=True)
+            else:
                 yield source, data, model
     floats = {model.stem: model for model in arguments.models}
     for model in arguments.quantized:
@@ -203,9 +128,9 @@ def sources(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path, Path | 
             with onnx_file(model) as file:
                 data = samples_of(file, arguments.data, arguments.work, stem)
         except Exception as error:
-            print(
-                f"{model.stem}: not taken: {type(error).__name__}: {str(error)[:300]}", flush=True
-            )
+            why = f"not taken: {type(error).__name__}: {str(error)[:300]}"
+            rows[model.stem] = {"error": why}
+            print(f"{model.stem}: {why}", flush=True)
         else:
             yield model, data, original
 
@@ -223,25 +148,35 @@ def compiled(source: Path, bundle: Path, data: Path, timing: bool) -> Path:
     return bundle
 
 
-def made(model: Path, way: str, output: Path, samples: list[Feeds]) -> bool:
-    """Whether there is a quantized model, made now if there was none."""
+def not_made(model: Path, way: str, output: Path, samples: list[Feeds]) -> str:
+    """Why there is no quantized model, or "" if there is; it is made now if there was none."""
     if not output.exists():
         try:
             WAYS[way](model, output, samples)
         except Exception as error:
             # What a tool cannot do to a model is its own affair.
-            print(f"{output.stem}: not made: {type(error).__name__}: {str(error)[:200]}")
-    return output.exists()
+            return f"{type(error).__name__}: {str(error)[:200]}"
+    return "" if output.exists() else "no file was written"
 
 
 def measure(
-    source: Path, bundle: Path, data: Path, original: Path | None, seconds: float
-) -> dict[str, Any]:
-    """Agreement on the samples, layers, and times on one and two threads if any; printed too."""
-    samples = samples_in(data)
+    source: Path, bundle: Path, data: Path, original: Path | None, seconds: float,
+    known: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """Agreement on the samples, layers, and times on one and two threads if any; printed too.
+
+    Args:
+        source: What the bundle was made of, which is in ONNX or torch's.
+        bundle: Its folder.
+        data: A folder of samples.
+        original: The FP32 model, if there is one.
+        seconds: For each number of threads; 0 for no times.
+        known: Its row of another run, whose agreement is taken over.
+    """
+    found = {name: value for name, value in known.items() if "sqnr_db" in str(value)}
     with onnx_file(source) as file:
-        row = {"model": source.stem, **agreements(file, bundle, original, samples)}
-        row |= layers(bundle)
+        found = found or agreements(file, bundle, original, samples_in(data))
+        row: dict[str, Any] = {"model": source.stem, **found, **layers(bundle)}
         if seconds:
             row["ms"] = times(bundle, file, data, seconds)
         with exact_source(file) as copy:

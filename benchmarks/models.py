@@ -86,6 +86,13 @@ def resnet50() -> Path:
     return path
 
 
+def torch_resnet50() -> Any:
+    """The same network as a torch module."""
+    from resnet50 import torch_network
+
+    return torch_network(npm_package(RESNET50) / "ResNet50")
+
+
 def whisper_decoder() -> tuple[Path, list[bytes]]:
     """The decoder of Whisper tiny.en (MIT), and what each of its tokens spells.
 
@@ -161,6 +168,8 @@ def _encoder(folder: Path, eager: bool) -> Any:
     encoder = AutoModel.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=_ATTENTION[eager]
     )
+    # Nobody reads what it pools, and torchao's quantizers fail on a Linear without readers.
+    encoder.pooler = None
 
     class LastHiddenState(torch.nn.Module):
         def __init__(self) -> None:

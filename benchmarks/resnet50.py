@@ -22,12 +22,17 @@ def export_resnet50(folder: Path, output: Path) -> None:
     """
     import torch
 
-    network = _network(_read_weights(folder)).eval()
+    network = torch_network(folder)
     axes = {"x": {0: "N"}, "logits": {0: "N"}}
     torch.onnx.export(
         network, (torch.zeros(1, 3, 224, 224),), str(output), dynamo=False, opset_version=17,
         input_names=["x"], output_names=["logits"], dynamic_axes=axes,
     )  # fmt: skip
+
+
+def torch_network(folder: Path) -> Any:
+    """The network as a torch module, from a folder as above."""
+    return _network(_read_weights(folder)).eval()
 
 
 def _read_weights(folder: Path) -> dict[str, np.ndarray]:

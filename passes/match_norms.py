@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from qcompiler.ir.graph import constant, only_consumer
 
-__all__ = ["Norm", "match_norm"]
+__all__ = ["Norm", "is_mean_over_last_axis", "match_norm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _mean_square(root: ir.Node, x: ir.Value) -> tuple[float, list[ir.Node]] | No
     square = _inner(mean.inputs[0], "Pow", "Mul") if mean is not None else None
     if mean is None or square is None or epsilon is None:
         return None
-    if not _is_square_of(square, x) or not _is_over_last_axis(mean, x):
+    if not _is_square_of(square, x) or not is_mean_over_last_axis(mean, x):
         return None
     return epsilon, [square, mean, added]
 
@@ -165,7 +165,8 @@ def _is_square_of(node: ir.Node, x: ir.Value) -> bool:
     return node.inputs[0] is x and node.inputs[1] is x
 
 
-def _is_over_last_axis(mean: ir.Node, x: ir.Value) -> bool:
+def is_mean_over_last_axis(mean: ir.Node, x: ir.Value) -> bool:
+    """Whether a ReduceMean is over the last axis of `x`, and keeps it."""
     if len(mean.inputs) > 1:
         array = constant(mean.inputs[1])
         axes = array.tolist() if array is not None else None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -41,9 +41,14 @@ class Trial:
     factors: Sequence[Rows]
 
     @functools.cached_property
-    def exact(self) -> Mapping[NodePlan, Rows]:
-        """What they are without rounding, however their operands are scaled."""
-        return _exact_products(self.tokens, self.weights)
+    def exact(self) -> Sequence[Rows]:
+        """What they are without rounding, however their operands are scaled; in order."""
+        return _exact_products(self.tokens, self.weights.values())
+
+    @functools.cached_property
+    def parts(self) -> Sequence[Rows]:
+        """The weights in order: to look a plan up takes as long as to round a small one."""
+        return list(self.weights.values())
 
     @functools.cached_property
     def size(self) -> int:
@@ -58,21 +63,21 @@ class Trial:
         return self.tokens.shape, weights, alone
 
 
-def _exact_products(tokens: Rows, weights: Mapping[NodePlan, Rows]) -> dict[NodePlan, Rows]:
+def _exact_products(tokens: Rows, weights: Iterable[Rows]) -> list[Rows]:
     """What products are without rounding."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return {plan: tokens @ weight for plan, weight in weights.items()}
+        return [tokens @ weight for weight in weights]
 
 
 def rounding_error(tokens: Rows, weights: Mapping[NodePlan, Rows]) -> float:
     """The error of the products of `tokens`, [tokens, K], by `weights`, [K, N], as planned."""
-    total, exact = 0.0, _exact_products(tokens, weights)
+    total, products = 0.0, _exact_products(tokens, weights.values())
     # Weights that are not finite are refused by the pass that rounds them.
     with np.errstate(over="ignore", invalid="ignore"):
-        for plan, weight in weights.items():
+        for (plan, weight), exact in zip(weights.items(), products, strict=True):
             assert plan.activation is not None
             rounded = _rounded(tokens, plan.activation.type) @ _rounded(weight, plan.weight)
-            total += float(np.square(rounded - exact[plan]).sum())
+            total += float(np.square(rounded - exact).sum())
     return total
 
 
@@ -100,12 +105,12 @@ def _errors_at_once(cases: Sequence[tuple[Trial, Rows]]) -> list[float]:
     total = np.zeros(many)
     with np.errstate(over="ignore", invalid="ignore"):
         rows = np.concatenate([trial.tokens / factors for trial, factors in cases])
-        for plan in cases[0][0].weights:
+        for place, plan in enumerate(cases[0][0].weights):
             assert plan.activation is not None
-            columns = np.concatenate([t.weights[plan] * f[:, None] for t, f in cases], axis=1)
+            columns = np.concatenate([t.parts[place] * f[:, None] for t, f in cases], axis=1)
             left = _rounded(rows, plan.activation.type).reshape(many, tokens, depth)
             right = _rounded(columns, plan.weight).reshape(depth, many, -1).transpose(1, 0, 2)
-            exact = np.stack([trial.exact[plan] for trial, _ in cases])
+            exact = np.stack([trial.exact[place] for trial, _ in cases])
             total += np.square(left @ right - exact).sum(axis=(1, 2))
     return [float(error) for error in total]
 

@@ -22,6 +22,7 @@ from qcompiler.passes.fuse_batchnorm import FuseBatchNorm
 from qcompiler.passes.fuse_gelu import FuseGelu
 from qcompiler.passes.fuse_hard_swish import FuseHardSwish
 from qcompiler.passes.fuse_images import FuseImages
+from qcompiler.passes.fuse_layer_norm import FuseLayerNorm
 from qcompiler.passes.fuse_norms import FuseNorms
 from qcompiler.passes.fuse_quantize import FuseQuantize
 from qcompiler.passes.fuse_regions import FuseRegions
@@ -97,6 +98,7 @@ def default_steps(
         Step("normalize-qdq", NormalizeQDQ(), Stage.FLOAT),
         Step("fuse-batchnorm", FuseBatchNorm(), Stage.FLOAT),
         Step("fuse-gelu", FuseGelu(), Stage.FLOAT),
+        Step("fuse-layer-norm", FuseLayerNorm(), Stage.FLOAT),
         Step("fuse-hard-swish", FuseHardSwish(), Stage.FLOAT),
         Step(
             "assign-precision",

@@ -228,11 +228,11 @@ def _check_read(pipeline: Pipeline, recipe: Recipe, wishes: Wishes) -> None:
         OptionError: Names it, and the pass that is missing.
     """
     names = {step.name for step in pipeline}
-    usual = {field.name: getattr(Recipe(), field.name) for field in dataclasses.fields(Recipe)}
+    usual = {key: getattr(Recipe(), key) for key in Recipe.names_of_keys()}
     given = {key: value for key in usual if (value := getattr(recipe, key)) != usual[key]}
     given |= {key: value for key in ("shapes", "choices") if (value := getattr(wishes, key))}
     readers = [(option, reader) for option, reader in _READERS.items() if option in given]
-    readers += [(f"passes: {name}", name) for name in recipe.passes]
+    readers += [(f"{recipe.source}: passes: {name}", name) for name in recipe.passes]
     for option, reader in readers:
         if reader not in names:
             raise OptionError(

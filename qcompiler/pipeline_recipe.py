@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from qcompiler.default_steps import OPTIONS_OF_RECIPE
@@ -26,20 +26,29 @@ def told_by_recipe(steps: Sequence[Step], recipe: Recipe) -> list[Step]:
     told = {step.name: step for step in steps}
     for given, options in recipe.passes.items():
         name = ALIASES.get(given, given)
-        if name == "smooth-activations" and not recipe.smooth:
-            raise OptionError(f"recipe: passes: {given!r} is left out by smooth = false")
-        if name not in told:
-            hint = did_you_mean(name, told) or f"; one of {', '.join(told)}"
-            raise OptionError(f"recipe: passes: no pass {given!r}{hint}")
-        for option in options:
-            if key := OPTIONS_OF_RECIPE.get((name, option)):
-                raise OptionError(
-                    f"recipe: passes: {name}: {option} is what the recipe calls {key}: write that "
-                    "at the top"
-                )
-        rewrite = configured(told[name].rewrite, name, options)
-        told[name] = dataclasses.replace(told[name], rewrite=rewrite)
+        try:
+            told[name] = _told(told, name, given, options, recipe.smooth)
+        except OptionError as error:
+            raise OptionError(f"{recipe.source}: passes: {error}") from error
     return list(told.values())
+
+
+def _told(
+    steps: Mapping[str, Step], name: str, given: str, options: Mapping[str, Any], smooth: bool
+) -> Step:
+    """One step with its options; `given` is what the recipe calls it."""
+    if name == "smooth-activations" and not smooth:
+        raise OptionError(f"{given!r} is left out by smooth = false")
+    if name not in steps:
+        hint = did_you_mean(name, steps) or f"; one of {', '.join(steps)}"
+        raise OptionError(f"no pass {given!r}{hint}")
+    for option in options:
+        if key := OPTIONS_OF_RECIPE.get((name, option)):
+            raise OptionError(
+                f"{name}: {option} is what the recipe calls {key}: write that at the top"
+            )
+    rewrite = configured(steps[name].rewrite, name, options)
+    return dataclasses.replace(steps[name], rewrite=rewrite)
 
 
 def recipe_of(steps: Iterable[Step], recipe: Recipe) -> Recipe:

@@ -53,6 +53,7 @@ class Recipe:
         nodes: Rules about single nodes, see `NodeRule`: later ones win, key by key.
         passes: Options of passes, by the pipeline's name of the pass and their own; docs/passes.md
             has them all.
+        source: Where it was read, for messages; no key of a file, and of no matter to equality.
     """
 
     keep_float: tuple[str, ...] = ()
@@ -66,6 +67,12 @@ class Recipe:
     scales: str = "float"
     nodes: tuple[NodeRule, ...] = ()
     passes: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
+    source: str = dataclasses.field(default="recipe", compare=False, repr=False)
+
+    @classmethod
+    def names_of_keys(cls) -> list[str]:
+        """What a file may say."""
+        return [field.name for field in dataclasses.fields(cls) if field.compare]
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -124,13 +131,13 @@ class Recipe:
         Raises:
             OptionError: An unknown key or a wrong type.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
+        known = cls.names_of_keys()
         for key in content:
             if key not in known:
                 hint = did_you_mean(key, known) or f"; the keys are {', '.join(known)}"
                 raise OptionError(f"{source}: unknown key {key!r}{hint}")
         try:
-            return cls(**content)
+            return cls(**content, source=source)
         except OptionError as error:
             raise OptionError(f"{source}: {error}") from error
 

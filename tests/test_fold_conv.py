@@ -6,10 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from golden import run
 from test_fold_imported import DYNAMIC, F4, STATIC, STEP, folded, model
 
 from qcompiler.ir.decisions import decision_of
+from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.fold_qdq import FoldQDQ
+from qcompiler.passes.lift_qoperators import LiftQOperators
+from qcompiler.passes.normalize_qdq import NormalizeQDQ
 
 RNG = np.random.default_rng(4)
 CONV = {
@@ -84,6 +88,47 @@ def test_a_computed_scale_takes_integer_sums(body: str) -> None:
     assert [op for op in ops if op != "Add"] == sums
     assert ("Add" in ops) == (", cf)" in body or ", g)" in body)
     assert "ORT's own ConvInteger" in why
+
+
+PLAIN = "q, s, z = DynamicQuantizeLinear (x) "
+ADDED = {
+    "added": RNG.integers(-900, 900, (1, 4, 1, 1)).astype(np.int32),
+    "bytes": RNG.integers(0, 9, (1, 4, 1, 1)).astype(np.uint8),
+}  # fmt: skip
+INTEGER_SUMS = ["ConvInteger", "Add", "Cast", "Mul", "Mul"]
+UINT8 = "f = DequantizeLinear (ku, kone, kuz) conv = Conv (d, f) "
+INTEGERS = "mul = Mul (s, kone) real = DequantizeLinear (added, mul) "
+
+
+@pytest.mark.parametrize(
+    ("body", "integers"),
+    [
+        (UINT8 + INTEGERS + "y = Add (conv, real)", True),
+        (UINT8 + INTEGERS + "y = Add (real, conv)", True),
+        # Another scale, integers that are no sums, and two readers.
+        (UINT8 + INTEGERS.replace("kone", "sixth") + "y = Add (conv, real)", False),
+        (UINT8 + INTEGERS.replace("added", "bytes") + "y = Add (conv, real)", False),
+        (UINT8 + INTEGERS + "sum = Add (conv, real) y = Add (sum, conv)", False),
+    ],
+)
+def test_integers_at_the_scale_of_the_sums_are_added_to_them(body: str, integers: bool) -> None:
+    feeds = {"x": RNG.standard_normal((2, 2, 9, 9)).astype(F4)}
+    ops, _ = folded(DYNAMIC + body, feeds, conv_head(), **CONV, **ADDED)
+    assert (ops[-5:] == INTEGER_SUMS) == integers
+    assert ("DequantizeLinear" in ops) != integers
+
+
+def test_integers_added_to_a_convolution_keep_their_bits() -> None:
+    text = "i = ConvInteger (q, ku, z, kuz) j = Add (i, added) e = Cast <to = 1> (j) "
+    source = model(
+        PLAIN + text + "mul = Mul (s, kone) y = Mul (e, mul)", conv_head(), **CONV, **ADDED
+    )
+    feeds = {"x": RNG.standard_normal((2, 2, 9, 9)).astype(F4)}
+    expected = run(source, feeds, plainly=True)
+    for step in (Canonicalize(), LiftQOperators(), NormalizeQDQ(), FoldQDQ()):
+        step(source)
+    assert [node.op_type for node in source.graph][-5:] == INTEGER_SUMS
+    np.testing.assert_array_equal(run(source, feeds)[0], expected[0])
 
 
 @pytest.mark.parametrize("rank", [3, 5])

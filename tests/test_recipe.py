@@ -77,6 +77,39 @@ def test_a_pass_that_another_key_leaves_out():
         Pipeline.default("x86-int8", Recipe(smooth=False, passes={"smooth-quant": {"worth": 1.0}}))
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "[passes.smooth-activations]\nalph = [0.5]",
+            "smooth-activations has no option 'alph'",
+        ),
+        ("[passes.smooth-activations]\nalpha = [2.0]", "smooth-activations: alpha must be numbers"),
+        ("[passes.smooth-activations]\nalpha = 'x'", "smooth-activations: alpha takes a number"),
+        ("[passes.fold-qqd]\nx = 1", "no pass 'fold-qqd'; did you mean 'fold-qdq'"),
+        (
+            "[passes.assign-precision]\ngroup_size = 32",
+            "assign-precision: group_size is what",
+        ),
+    ],
+)
+def test_what_is_wrong_with_options_of_passes_names_the_file(tmp_path, text, said):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    with pytest.raises(OptionError, match=re.escape(f"{file}: passes: {said}")):
+        Pipeline.default("x86-int8", Recipe.read(file))
+
+
+def test_where_a_recipe_was_read_is_no_part_of_it(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("group_size = 64")
+    recipe = Recipe.read(file)
+    assert recipe == Recipe(group_size=64)
+    assert recipe.to_dict() == Recipe(group_size=64).to_dict()
+    with pytest.raises(OptionError, match="unknown key 'source'"):
+        Recipe.from_dict({"source": "x"})
+
+
 def test_options_reach_their_pass_also_by_another_name():
     for name in ("smooth-activations", "smooth-quant"):
         recipe = Recipe(passes={name: {"alpha": [0.25, 1], "worth": 1}})
@@ -145,8 +178,8 @@ def test_the_documentation_has_every_key_and_value():
         recipe = Recipe.from_dict(tomllib.loads(example))
         Pipeline.default("x86-int4", recipe)
     rows = {key: row for row in text.split("\n") for key in re.findall(r"^\| `(\w+)` \|", row)}
-    keys = [field.name for kind in (Recipe, NodeRule) for field in dataclasses.fields(kind)]
-    assert set(keys) - set(rows) == {"nodes", "passes"}
+    rules = [field.name for field in dataclasses.fields(NodeRule)]
+    assert {*Recipe.names_of_keys(), *rules} - set(rows) == {"nodes", "passes"}
     for key, words in {
         "precision": PRECISIONS, "activation": ACTIVATIONS, "rounding": ROUNDINGS,
     }.items():  # fmt: skip
