@@ -21,9 +21,9 @@ __all__ = ["magnitudes"]
 
 _NAME = "float16_magnitudes"
 
-_PART = 1 << 28
-"""Bytes of weights between two of the tensors that are asked for: what runs a large model part by
-part holds so many at a time."""
+_PART = 1 << 26
+"""Weights between two of the tensors that are asked for: what runs a large model part by part holds
+so many at a time, as floats."""
 
 _UP_TO_1 = frozenset({"Cos", "HardSigmoid", "Sigmoid", "Sin", "Softmax", "Softsign", "Tanh"})
 
@@ -94,7 +94,7 @@ def _parts(graph: ir.Graph, values: Sequence[ir.Value]) -> list[list[ir.Value]]:
         for value in node.inputs:
             if value is not None and value.const_value is not None and value not in seen:
                 seen.add(value)
-                size += value.const_value.nbytes
+                size += value.const_value.size
         if (found := [value for value in node.outputs if value in made]) and size > _PART:
             parts.append([])
             size = 0

@@ -100,10 +100,10 @@ class RoundToNearest(ir.passes.InPlacePass):
                 rounded[key] = _round(
                     model.graph, node, weight, plan.weight, floor, self.options.scale
                 )
-                let_go(weight)
             array, scale = constant(weight), constant(rounded[key].inputs[1])
             if array is not None and scale is not None:  # scales of two levels are products
                 note_small_weights([node], array, scale, plan.weight)
+            let_go(weight)
             node.replace_input_with(1, rounded[key].outputs[0])
             if node.op_type == "Conv":
                 _round_bias(model.graph, node, rounded[key])

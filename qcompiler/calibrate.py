@@ -29,7 +29,15 @@ from qcompiler.samples import Sample, Samples
 from qcompiler.summaries import Summary, summarized
 from qcompiler.targets.cache import KernelCache, content_key
 
-__all__ = ["TOKENS", "is_large", "observe", "run_exactly", "sample_tokens", "some_rows"]
+__all__ = [
+    "TOKENS",
+    "is_large",
+    "made_up",
+    "observe",
+    "run_exactly",
+    "sample_tokens",
+    "some_rows",
+]
 
 Runs = Iterable[tuple[str, Sample]]
 """What messages call each sample, and the tensors on it."""
@@ -50,8 +58,8 @@ _OPSET = 18
 """The first in which all reductions take their axes as an input."""
 
 _LARGEST = 1 << 30
-"""Bytes of weights: to run a larger model would take memory for all of it. On samples that somebody
-gave it may be run part by part (`sampled_parts`), on others it is not."""
+"""Bytes of weights, as the floats that ONNX Runtime makes of most: to run more at once would
+take memory for all. It may be done part by part (`sampled_parts`)."""
 
 
 def observe(
@@ -209,7 +217,7 @@ def sample_tokens(
 
     Returns:
         {name: [tokens, K]}.  On made-up inputs nothing, if the model does not run on them, or if
-        it is larger than 1 GiB.
+        its weights, as floats, are larger than 1 GiB.
 
     Raises:
         CalibrationError: A bad sample, or a tensor that is NaN or Inf on one; names both.
@@ -222,16 +230,28 @@ def sample_tokens(
             return some_rows(some, share)
     if is_large(model):
         return {}
-    limits = _vocabularies(model)
 
-    def made_up(inputs: Sequence[Any]) -> Iterator[tuple[str, Sample]]:
-        yield "made-up inputs", random_feed(inputs, _many_rows(inputs), limits)[0]
+    def drawn(inputs: Sequence[Any]) -> Iterator[tuple[str, Sample]]:
+        yield "made-up inputs", made_up(model, inputs)
 
     try:
         with Probe(model, names) as probe:
-            return some_rows(probe.run(made_up, optimized=False), TOKENS)
+            return some_rows(probe.run(drawn, optimized=False), TOKENS)
     except (CalibrationError, ModelError, OptionError):
         return {}  # whatever is wrong with inputs that nobody gave is nobody's mistake
+
+
+def made_up(model: ir.Model, inputs: Sequence[Any]) -> Sample:
+    """A sample that nobody gave: `random_feed`, with token ids of the whole vocabulary.
+
+    Args:
+        model: What it is for.
+        inputs: As a session describes them.
+
+    Raises:
+        OptionError: An input whose values or sizes cannot be made up.
+    """
+    return random_feed(inputs, _many_rows(inputs), _vocabularies(model))[0]
 
 
 def _many_rows(inputs: Sequence[Any]) -> dict[str, tuple[int, ...]]:
@@ -247,7 +267,8 @@ def _many_rows(inputs: Sequence[Any]) -> dict[str, tuple[int, ...]]:
 def is_large(model: ir.Model) -> bool:
     """Whether running all of a model at once takes more memory than its passes may."""
     weights = [value.const_value for value in model.graph.initializers.values()]
-    return sum(tensor.nbytes for tensor in weights if tensor is not None) > _LARGEST
+    floats = sum(tensor.size for tensor in weights if tensor is not None)
+    return floats * np.dtype(np.float32).itemsize > _LARGEST
 
 
 def some_rows(runs: Runs, share: int) -> dict[str, NDArray[np.float32]]:

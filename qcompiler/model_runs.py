@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.calibrate import observe, run_exactly, sample_tokens
+from qcompiler.calibrate import observe, run_exactly
 from qcompiler.clipping import Clipping
 from qcompiler.ir.types import TensorStats
 from qcompiler.passes.insert_qdq import Observer
@@ -37,14 +37,14 @@ class ModelRuns:
     """
 
     observe: Observer | None = None
-    sample: Sampler = sample_tokens
+    sample: Sampler = sample_large
     run: Runner | None = None
     layers: LayerRuns = dataclasses.field(default_factory=LayerRuns)
 
     @property
     def made_up(self) -> bool:
         """Whether `sample` runs the model on inputs that nobody gave."""
-        return self.sample is sample_tokens
+        return self.sample is sample_large
 
     @classmethod
     def on(cls, samples: Samples, clipping: Clipping | None = None) -> ModelRuns:
@@ -87,7 +87,7 @@ class SampleRuns:
         return observe(model, names, self.samples, self.tell, self.clipping)
 
     def sample(self, model: ir.Model, names: Sequence[str]) -> Mapping[str, NDArray[np.float32]]:
-        """Some of their rows, see `calibrate.sample_tokens`."""
+        """Some of their rows, see `sampled_parts.sample_large`."""
         self.was_asked = True
         return sample_large(model, names, self.samples)
 
