@@ -6,7 +6,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -27,6 +26,9 @@ ProgressCallback = Callable[[str, float, int], None]
 
 _BAR_AFTER = 1.0
 """Seconds: what is over sooner needs no bar."""
+
+_LINE_AFTER = 10.0
+"""Seconds without a line, after which the next says how far a stage is."""
 
 
 @contextlib.contextmanager
@@ -57,14 +59,23 @@ def progress_bar(console: Console) -> Iterator[ProgressCallback]:
 
 
 def progress_lines(console: Console) -> ProgressCallback:
-    """A line for each stage that begins."""
-    start, seen = time.perf_counter(), set[Any]()
+    """A line for each stage that begins, and for one that takes long one now and then."""
+    start = told = began = time.perf_counter()
+    seen, current = set[str](), ""
 
     def update(label: str, done: float, total: int) -> None:
-        stage = label.split(":")[0]
-        if stage not in seen:
+        nonlocal told, began, current
+        stage, now = label.split(":")[0], time.perf_counter()
+        if stage != current:
+            current, began = stage, now
+        if stage not in seen or (label != stage and now - told >= _LINE_AFTER):
+            text = label if stage in seen else stage
             seen.add(stage)
-            console.print(f"{time.perf_counter() - start:6.1f} s  {stage}", soft_wrap=True)
+            told = now
+            share = done % 1  # of the stage
+            if text != stage and share and not text.endswith("left"):
+                text += f", {_duration((now - began) * (1 - share) / share)} left"
+            console.print(f"{now - start:6.1f} s  {text}", soft_wrap=True, highlight=False)
 
     return update
 
@@ -82,5 +93,9 @@ class _Left(ProgressColumn):
         left = predicted - (time.monotonic() - task.fields["told"])
         if left <= 0:
             return Text()
-        minutes, seconds = divmod(round(left), 60)
-        return Text(f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}", style="cyan")
+        return Text(f"left {_duration(left)}", style="cyan")
+
+
+def _duration(left: float) -> str:
+    minutes, seconds = divmod(round(left), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
