@@ -162,35 +162,56 @@ def row_of(
     }  # fmt: skip
 
 
-def main() -> None:
-    """Print the table, or write it to `results/`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help=f"write {RESULT.name}")
-    write = parser.parse_args().json
-    nvcc, cuobjdump = find_cubin_compiler(), find_cuobjdump()
-    assert isinstance(nvcc, Nvcc), "only nvcc says what registers kernels take"
+def product_rows(compiled: Callable[[Region, str], dict[str, KernelCode]]) -> list[dict[str, Any]]:
+    """Those of products."""
     table = []
     for region in regions():
         for arch in cuda.archs_of(region):
-            codes = compile_kernels(cuda.source(region, arch), arch, nvcc, cuobjdump)
+            codes = compiled(region, arch)
             table += [
                 row_of(region, arch, rows, codes, functools.partial(cost_of, region, rows))
                 for rows in ROWS
             ]
+    return table
+
+
+def conv_rows(compiled: Callable[[Region, str], dict[str, KernelCode]]) -> list[dict[str, Any]]:
+    """Those of convolutions."""
+    table = []
     for conv, shape in CONVS:
         count, _, height, width = conv.made_shape(shape)
         for arch in cuda.archs_of(conv.region):
-            codes = compile_kernels(cuda.source(conv.region, arch), arch, nvcc, cuobjdump)
-            cost = functools.partial(cost_of_conv, conv, shape)
-            table.append(row_of(conv.region, arch, count * height * width, codes, cost))
+            cost, pixels = functools.partial(cost_of_conv, conv, shape), count * height * width
+            table.append(row_of(conv.region, arch, pixels, compiled(conv.region, arch), cost))
+    return table
+
+
+PARTS = {"products": product_rows, "convolutions": conv_rows}
+
+
+def main() -> None:
+    """Print the table, or write it to `results/`, where parts that were not asked for stay."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help=f"write {RESULT.name}")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    options = parser.parse_args()
+    nvcc, cuobjdump = find_cubin_compiler(), find_cuobjdump()
+    assert isinstance(nvcc, Nvcc), "only nvcc says what registers kernels take"
+
+    def compiled(region: Region, arch: str) -> dict[str, KernelCode]:
+        return compile_kernels(cuda.source(region, arch), arch, nvcc, cuobjdump)
+
     shown = ("anchor", "device", "rows", "n", "k", "kernel", "registers",
              "blocks_per_multiprocessor", "waves", "busy", "bytes_per_output", "bytes_brought",
              "instructions", "memory_floor_us", "tensor_floor_us")  # fmt: skip
     print(" | ".join(shown), flush=True)
-    for row in table:
+    found = {part: PARTS[part](compiled) for part in options.parts}
+    for row in (row for table in found.values() for row in table):
         print(" | ".join(str(row[name]) for name in shown))
-    if write:
-        result = {"compiler": nvcc.name, "measured": False, "kernels": table}
+    if options.json:
+        before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        kept = {part: before[part] for part in PARTS if part in before}
+        result = {"compiler": nvcc.name, "measured": False, **kept, **found}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -28,7 +28,7 @@ CASES = [
     (Conv(3, 24, (5, 3), (2, 0, 1, 3), (1, 2), (2, 1), steps=BIAS), (1, 13, 17)),
     (Conv(160, 24, steps=RESIDUAL), (1, 8, 8)),
     (Conv(130, 130, (3, 1), (2, 0, 2, 0), dilations=(2, 1), steps=RESIDUAL), (1, 5, 26)),
-    (Conv(17, 12, (2, 2), (0, 0, 0, 0)), (1, 40, 41)),
+    (Conv(17, 12, (2, 2), (0, 0, 0, 0)), (1, 66, 67)),
 ]
 # Results that are stored as images: with borders of every width and none, beside planes, of K in
 # splits, of one pixel, of channels that fill no 16.
@@ -37,7 +37,7 @@ CHAINS = [
     (Conv(64, 136, (1, 1), (0, 0, 0, 0), (2, 2), made=(0, 0, 0, 0)), (3, 9, 9)),
     (Conv(160, 24, steps=RESIDUAL, made=(1, 1, 1, 1), outputs=BOTH), (1, 8, 8)),
     (Conv(160, 50, steps=RESIDUAL, made=(0, 3, 2, 0)), (2, 7, 7)),
-    (Conv(17, 130, (2, 2), (0, 0, 0, 0), made=(2, 0, 1, 1), outputs=BOTH), (1, 40, 41)),
+    (Conv(17, 130, (2, 2), (0, 0, 0, 0), made=(2, 0, 1, 1), outputs=BOTH), (1, 66, 67)),
     (Conv(16, 3, (3, 3), (0, 0, 0, 0), made=(1, 1, 1, 1)), (2, 3, 3)),
 ]
 # Groups within 16 channels and across them, of more columns than channels and fewer, that a tile of

@@ -71,7 +71,7 @@ _MOST_SHARED_SM90 = 226 << 10
 BYTE_PITCH = COLUMN_MULTIPLE + 4
 """From one pixel to the next, of results in 8 bits in shared memory: one bank more."""
 
-_CONV_TILES = ((64, 64), (64, 256), (64, 1024), (128, None))
+_CONV_TILES = ((64, 64), (64, 256), (64, 1024), (64, 4096), (128, None))
 """Rows of a tile, and up to how many pixels: the last layers of a network have few, of much K."""
 _CHANNELS_ROWS = 32
 """Of a tile of a depthwise convolution: 8 pixels of 4 channels each are a thread's."""
