@@ -35,12 +35,13 @@ def whole_models(
 ) -> list[dict[str, Any]]:
     """The median time of a run of each model in each form, in milliseconds; or why there is none.
 
-    Empty where the provider is not installed.
+    Raises:
+        RuntimeError: The provider is not installed.
     """
     import onnxruntime as ort
 
     if provider not in ort.get_available_providers():
-        return []
+        raise RuntimeError(f"this onnxruntime has no {provider}: pip install onnxruntime-gpu")
     rows = []
     for name, (build, sizes, dimensions) in CASES.items():
         with tempfile.TemporaryDirectory() as scratch:

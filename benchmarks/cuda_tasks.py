@@ -7,7 +7,10 @@ use the GPU any more, another goes on with the next task.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -86,8 +89,11 @@ def _one_child(
 ) -> tuple[int, int]:
     """How many tasks one child told of, and its exit status."""
     told = 0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        clock = threading.Timer(max(0.0, end - time.monotonic()), child.kill)
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        # With what it started: a checker of memory would go on for minutes.
+        clock = threading.Timer(max(0.0, end - time.monotonic()), _kill_all_of, [child])
         clock.start()
         try:
             assert child.stdout is not None
@@ -97,3 +103,9 @@ def _one_child(
         finally:
             clock.cancel()
     return told, child.returncode
+
+
+def _kill_all_of(child: subprocess.Popen[str]) -> None:
+    """Kills a child and what it started, unless it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)

@@ -323,4 +323,7 @@ def test_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
             assert "unknown target 'nothing'" in row["problem"]
         else:
             assert row["milliseconds"] > 0, row
-    assert cuda_models.whole_models("NoneExecutionProvider") == []
+    with pytest.raises(
+        RuntimeError, match=r"no NoneExecutionProvider: pip install onnxruntime-gpu"
+    ):
+        cuda_models.whole_models("NoneExecutionProvider")

@@ -20,7 +20,7 @@ import cuda_tasks
 
 BENCHMARKS = str(Path(cuda_tasks.__file__).parent)
 CHILD = f"""
-import os, sys, time
+import os, subprocess, sys, time
 sys.path.insert(0, {BENCHMARKS!r})
 from cuda_tasks import CudaError, be_child
 
@@ -31,7 +31,8 @@ def lose_the_gpu():
     raise CudaError("cuLaunchKernel: CUDA_ERROR_ILLEGAL_ADDRESS")
 
 runs = {{"a": lambda: [{{"x": 1}}], "wrong": lambda: 1 / 0, "lost": lose_the_gpu, "dies": die,
-         "sleeps": lambda: time.sleep(60)}}
+         "sleeps": lambda: time.sleep(60),
+         "starts": lambda: subprocess.run(["sleep", "60"]) and []}}
 be_child([(name, runs[name]) for name in sys.argv[1].split(",")], int(sys.argv[2]))
 """
 
@@ -66,6 +67,9 @@ def test_time_that_is_up(tmp_path: Path) -> None:
     told = found(tmp_path, "a,sleeps,a,a", seconds=4)
     assert told == ["a: [{'x': 1}]", "sleeps: stopped: the time was up",
                     "a: not run: the time was up", "a: not run: the time was up"]  # fmt: skip
+    assert time.monotonic() - begin < 30
+    begin = time.monotonic()
+    assert found(tmp_path, "starts", seconds=4) == ["starts: stopped: the time was up"]
     assert time.monotonic() - begin < 30
     assert found(tmp_path, "a", seconds=0) == ["a: not run: the time was up"]
 
