@@ -2,17 +2,23 @@
 
     y = MatMul(x, W)   =>   y = MatMul(x, DQ(W_q, s) + o)
 
-Badri and Shaji, Half-Quadratic Quantization (2023): of a heavy-tailed weight the few large elements
-should not decide on the steps of all others.  So the error that is made small is the sum of
-|e|^p with p below 1, split into outliers E, which are taken out, and the rest, which is fitted by
-least squares, in turn:
+Badri and Shaji, Half-Quadratic Quantization (2023): the few elements whose error is large should
+not decide on the steps of all others.  So errors are split into outliers E, which are taken out,
+and the rest, which is fitted by least squares, in turn:
 
     E = shrink(W - W')      W_q = round(W / s + z)      z = argmin |W - E - s (W_q - z)|^2
 
-As in the paper the scale stays, and the zero point is a float: the offset o = -s z.  A slice keeps
-the best it was at, by the sum of |e|^p.  Types without offsets leave nothing to fit, as an integer
-zero point does not move by half a step, and are rounded to nearest: to fit their scales instead
-clips what is large, and took 5 dB from Whisper's decoder.
+As in the paper the scale is that of the whole range and stays, and the zero point starts at a whole
+number and becomes a float: the offset o = -s z.  What is an outlier is a matter of the size of an
+error as a weight, from 0.17 on, as in the paper's code, so that most weights have none.  In steps,
+ordinary errors or those of the ends of a range would be some, and zero points move until 0, to
+which most weights are close, lies between two steps, or the largest weights are cut off: SmolLM2 in
+groups of 64 has a perplexity of 26.1 with those from 0.17 of a step on, 24.6 from half a step, and
+24.45 so.
+
+Types without offsets leave nothing to fit, as an integer zero point does not move by half a step,
+and are rounded to nearest: to fit their scales instead clips what is large, and took 5 dB from
+Whisper's decoder.
 """
 
 from __future__ import annotations
@@ -40,6 +46,9 @@ __all__ = ["HQQ", "hqq"]
 
 Floats = NDArray[np.float32]
 
+_STRENGTH = 10.0
+"""Of the shrinking, the paper's beta."""
+
 _NOTHING_TO_FIT = 'rounded to nearest: hqq fits zero points that are floats (zero_points = "float")'
 
 
@@ -58,15 +67,15 @@ class HQQ(ir.passes.InPlacePass):
         """How to round.
 
         Attributes:
-            norm: The exponent p of the error; 2 would be least squares.
+            norm: The exponent p of an outlier's error; 2 would be least squares.
             steps: The most steps to take.
-            range: Where to start: "max" from the whole range of each slice, "mse" from the part of
-                it with the least squared error.
+            range: Where to start: "max" from the whole range of each slice, as in the paper, "mse"
+                from the part of it with the least squared error.
         """
 
         norm: float = 0.7
         steps: int = 20
-        range: str = "mse"
+        range: str = "max"
 
         def __post_init__(self) -> None:
             """Check the values.
@@ -111,25 +120,26 @@ def hqq(weight: Floats, type: QuantType, options: HQQ.Options) -> RoundedWeight:
     if not type.offset:
         return rounded_on(weight, type, weight_grid(weight, type, "max"))
     grid = weight_grid(weight, type, options.range)
-    total = partial(reduce_slices, np.add, granularity=type.granularity)
-    count = total(np.ones_like(weight))
-    steps = weight / broadcast_scale(grid.scale, weight.shape, type.granularity)
     assert grid.offset is not None
-    zeros = best = np.asarray(-grid.offset / grid.scale, np.float32)
-    least, stiffness = np.full(zeros.shape, np.inf, np.float32), 10.0
+    zeros = np.asarray(-grid.offset / grid.scale, np.float32)
+    total = partial(reduce_slices, np.add, granularity=type.granularity)
+    spread = partial(broadcast_scale, shape=weight.shape, granularity=type.granularity)
+    count, scale = total(np.ones_like(weight)), spread(grid.scale)
+    steps = weight / scale
+    best, least = zeros, np.full(zeros.shape, np.inf, np.float32)
+    if options.range == "max":
+        zeros = np.rint(zeros)
     for _ in range(options.steps + 1):
-        spread = broadcast_scale(zeros, weight.shape, type.granularity)
-        stored = np.clip(np.rint(steps + spread), *type.range)
-        # In steps: then the strength of the shrinking means the same for all slices.
-        error = steps - (stored - spread)
-        loss = total(np.abs(error) ** options.norm)
+        moved = steps + spread(zeros)
+        stored = np.clip(np.rint(moved), *type.range)
+        inside = moved - stored
+        inside -= _outliers(inside * scale, options.norm) / scale
+        loss = total(np.square(inside))
         better = loss < least
         if not better.any():
             break
         least, best = np.where(better, loss, least), np.where(better, zeros, best)
-        target = steps - _shrink(error, stiffness, options.norm)
-        zeros = np.asarray(total(stored - target) / count, np.float32)
-        stiffness *= 1.01
+        zeros = zeros - np.asarray(total(inside) / count, np.float32)
     return rounded_on(weight, type, _grid(grid.scale, best, type))
 
 
@@ -140,9 +150,9 @@ def _grid(scale: Floats, zeros: Floats, type: QuantType) -> Grid:
     return Grid(scale, None, offset)
 
 
-def _shrink(error: Floats, stiffness: float, norm: float) -> Floats:
+def _outliers(error: Floats, norm: float) -> Floats:
     """What of each error is an outlier: the generalised soft threshold of |e|^p."""
     size = np.abs(error)
     with np.errstate(divide="ignore"):
-        excess = size - size ** (norm - 1) / stiffness
+        excess = size - size ** (norm - 1) / _STRENGTH
     return np.asarray(np.sign(error) * np.maximum(excess, 0), np.float32)

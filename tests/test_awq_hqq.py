@@ -1,5 +1,7 @@
 """awq, hqq and the grids they round on: text, numbers, what can take factors, bad input."""
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -172,14 +174,41 @@ def test_hqq_becomes_the_same_graph_as_rounding_to_nearest():
 
 @pytest.mark.parametrize("granularity", [PerGroup(0, 32), PerGroup(0, 24), PerGroup(0, K)])
 @pytest.mark.parametrize("start", ["max", "mse"])
-def test_hqq_lowers_the_norm_that_it_is_about(granularity, start):
+def test_hqq_moves_zero_points_to_where_the_error_is_less(granularity, start):
     type = QuantType(ir.DataType.INT4, granularity=granularity, offset=True)
     weight = RNG.standard_t(3, (K, N)).astype(np.float32)
-    first = rounded_on(weight, type, weight_grid(weight, type, start))
+    first = weight_grid(weight, type, start)
+    if start == "max":  # from a whole number
+        first = dataclasses.replace(first, offset=np.rint(first.offset / first.scale) * first.scale)
     fitted = hqq(weight, type, HQQ.Options(range=start))
-    losses = [np.power(np.abs(weight - r.floats(type)), 0.7).sum() for r in (first, fitted)]
+    losses = [
+        np.square(weight - r.floats(type)).sum() for r in (rounded_on(weight, type, first), fitted)
+    ]
     assert losses[1] < losses[0]
     np.testing.assert_array_equal(fitted.scale, first.scale)
+    moved = np.abs(fitted.offset - first.offset) / first.scale
+    assert 0 < moved.mean() < 0.5
+
+
+def test_hqq_finds_the_grid_that_weights_once_lay_on():
+    """Its zero points are no whole numbers, where it starts."""
+    type = QuantType(ir.DataType.INT4, granularity=PerGroup(0, 32), offset=True)
+    rng = np.random.default_rng(3)
+    levels = rng.integers(-8, 8, (2, 32, N))
+    levels[:, 0], levels[:, 1] = -8, 7
+    step, zero = rng.uniform(0.1, 1, (2, 1, N)), rng.uniform(-9, 9, (2, 1, N))
+    weight = np.asarray((levels + zero) * step, np.float32).reshape(64, N)
+    np.testing.assert_allclose(hqq(weight, type, HQQ.Options()).floats(type), weight, atol=1e-4)
+
+
+def test_a_clipped_weight_does_not_move_the_zero_point_of_all_others():
+    """What the end of the range cuts off is an outlier: by least squares alone it counts whole."""
+    type = QuantType(ir.DataType.INT4, granularity=PerGroup(0, 16), offset=True)
+    weight = np.arange(-8, 8, dtype=np.float32)[:, None] + np.float32(0.02)
+    weight[-1] += 0.9
+    fits = [hqq(weight, type, HQQ.Options(norm=norm)) for norm in (0.7, 2)]
+    errors = [np.median(np.abs(weight - fit.floats(type))) for fit in fits]
+    assert errors[0] < errors[1]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
