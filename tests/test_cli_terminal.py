@@ -27,6 +27,14 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_are_heard():
+    """As in a terminal: what a shell runs in the background is started with them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def process(*args: str, **options: object) -> subprocess.CompletedProcess[bytes]:
     """The outcome of a command line in a process of its own."""
     command = [sys.executable, "-m", "qcompiler", *args]
