@@ -12,7 +12,7 @@ from typing import TypeAlias
 import onnx
 import onnx_ir as ir
 
-__all__ = ["fault_of"]
+__all__ = ["fault_of", "weight_given_twice"]
 
 _TYPES = frozenset(ir.DataType)
 
@@ -23,6 +23,21 @@ def fault_of(model: onnx.ModelProto) -> str | None:
     """The first fault that is found, None where it is none of those that are looked for."""
     for fault in itertools.chain(_faults(model.graph), _faults_of_functions(model)):
         return fault
+    return None
+
+
+def weight_given_twice(model: onnx.ModelProto) -> str | None:
+    """The first name under which a graph has two weights that differ.
+
+    ONNX Runtime takes one of them, and readers of models need not take the same.
+    """
+    for owner in (model.graph, *model.functions):
+        for graph in _graphs(owner):
+            known: dict[str, onnx.TensorProto] = {}
+            for tensor in _initializers(graph):
+                first = known.setdefault(tensor.name, tensor)
+                if first is not tensor and first != tensor:  # large ones are slow to compare
+                    return str(tensor.name)
     return None
 
 

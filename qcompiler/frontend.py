@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from qcompiler.arguments import require_path, require_utf8
 from qcompiler.bundle import MANIFEST
-from qcompiler.faults import fault_of
+from qcompiler.faults import fault_of, weight_given_twice
 from qcompiler.from_torch import is_torch_file, is_torch_object, load_torch
 from qcompiler.ir.errors import ModelError, OptionError, QCompilerError, VerifyError, first_cause
 from qcompiler.ir.graph import every_graph, function_label
@@ -192,6 +192,11 @@ def _read(path: Path) -> ir.Model:
             f"{path} is not a readable ONNX model (corrupt or truncated?): "
             f"{_first_line(first_cause(error))}; copy or export it again"
         ) from error
+    if (name := weight_given_twice(proto)) is not None:
+        raise ModelError(
+            f"{path} is not a valid ONNX model: two weights that differ are named {name!r}; export "
+            "it again"
+        )
     return model
 
 
