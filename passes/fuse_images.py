@@ -16,10 +16,8 @@ import dataclasses
 import onnx_ir as ir
 
 from qcompiler.ir.decisions import add_note, decide, decision_of, region_of
-from qcompiler.ir.graph import every_node
 from qcompiler.ir.region import Region
-from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.outlining import UNBOUND, RegionPass, drop_unused_functions, outline
+from qcompiler.passes.outlining import UNBOUND, JoiningPass, outline
 
 __all__ = ["FuseImages"]
 
@@ -28,18 +26,11 @@ _INPUTS = 5
 """Of the anchor; extra operands follow."""
 
 
-class FuseImages(RegionPass):
+class FuseImages(JoiningPass):
     """Join each outlined convolution with an outlined QuantizeImage of its result."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Join every pair, in branches and loops too."""
-        joined = sum(self._join(model, node) for node in list(every_node(model.graph)))
-        if joined:
-            drop_unused_functions(model)
-            FixNames()(model)
-        return ir.passes.PassResult(model, joined > 0)
-
-    def _join(self, model: ir.Model, conv: ir.Node) -> bool:
+    def join(self, model: ir.Model, conv: ir.Node) -> bool:
+        """Join a convolution with the image of its result."""
         region = _region(conv, _ANCHOR)
         image = _most_read_image(conv) if region is not None else None
         if region is None or image is None:

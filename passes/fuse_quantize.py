@@ -14,25 +14,17 @@ import dataclasses
 import onnx_ir as ir
 
 from qcompiler.ir.decisions import decide, decision_of, region_of
-from qcompiler.ir.graph import every_node, only_consumer
-from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.outlining import UNBOUND, RegionPass, drop_unused_functions, outline
+from qcompiler.ir.graph import only_consumer
+from qcompiler.passes.outlining import UNBOUND, JoiningPass, outline
 
 __all__ = ["FuseQuantize"]
 
 
-class FuseQuantize(RegionPass):
+class FuseQuantize(JoiningPass):
     """Join each outlined Quantize with the one outlined product that reads it."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Join every pair, in branches and loops too."""
-        joined = sum(self._join(model, node) for node in list(every_node(model.graph)))
-        if joined:
-            drop_unused_functions(model)
-            FixNames()(model)
-        return ir.passes.PassResult(model, joined > 0)
-
-    def _join(self, model: ir.Model, quantize: ir.Node) -> bool:
+    def join(self, model: ir.Model, quantize: ir.Node) -> bool:
+        """Join a Quantize with the product that reads it."""
         product = _only_product(quantize)
         region = region_of(product) if product is not None else None
         if product is None or region is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable, Sequence
 
@@ -11,8 +12,9 @@ from qcompiler.ir import dialect
 from qcompiler.ir.decisions import inherit, set_region
 from qcompiler.ir.graph import every_node
 from qcompiler.ir.region import Region
+from qcompiler.passes.fix_names import FixNames
 
-__all__ = ["UNBOUND", "RegionPass", "drop_unused_functions", "outline"]
+__all__ = ["UNBOUND", "JoiningPass", "RegionPass", "drop_unused_functions", "outline"]
 
 UNBOUND = "qcompiler.region"
 """Domain of outlined regions until `bind_kernels` names it after their hash."""
@@ -28,6 +30,22 @@ class RegionPass(ir.passes.InPlacePass):
     def __init__(self, supports: Callable[[Region], str | None]) -> None:
         super().__init__()
         self.supports = functools.lru_cache(4096)(supports)  # equal layers ask the same
+
+
+class JoiningPass(RegionPass):
+    """A pass that makes one region of two."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Join every pair, in branches and loops too."""
+        joined = sum(self.join(model, node) for node in list(every_node(model.graph)))
+        if joined:
+            drop_unused_functions(model)
+            FixNames()(model)
+        return ir.passes.PassResult(model, joined > 0)
+
+    @abc.abstractmethod
+    def join(self, model: ir.Model, node: ir.Node) -> bool:
+        """Join an outlined node with what belongs to it; whether it was."""
 
 
 def outline(

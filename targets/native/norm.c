@@ -159,7 +159,7 @@ static const int X_Y_Q_S[] = {ORT_FLOAT, ORT_FLOAT, ORT_UINT8, ORT_FLOAT};
     {                                                                                              \
         .input_types = FLOATS, .input_count = inputs, .output_types = types,                       \
         .output_count = outputs, .create = norm_create, .compute = norm_compute,                   \
-        .destroy = free, .last_dimension = norm_last_dimension,                            \
+        .destroy = free, .last_dimension = norm_last_dimension,                                    \
     }
 
 const struct qc_anchor qc_layer_norm = NORM(3, X_Y_Q_S + 1, 3);
