@@ -19,6 +19,7 @@ import onnx
 import onnx_ir as ir
 
 from qcompiler.ir.graph import bodies, every_node
+from qcompiler.passes.infer_in_parts import infer_shapes
 from qcompiler.passes.weightless import weightless_proto
 
 __all__ = ["InferShapes"]
@@ -47,7 +48,7 @@ class InferShapes(ir.passes.InPlacePass):
             kinds = {value.name: value.type.tensor_type.elem_type for value in inputs}
             inputs.extend(_stand_in(proto.graph, kinds))
         try:
-            inferred = onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True)
+            inferred = infer_shapes(proto, strict=True)
             return ir.passes.PassResult(model, _learn(model.graph, inferred.graph))
         except Exception:
             # Contradictions are among what strict inference refuses, and C++ errors of all kinds.
@@ -74,7 +75,7 @@ def _stand_in(graph: onnx.GraphProto, kinds: Mapping[str, int]) -> Iterator[onnx
 
 def _learn_leniently(model: ir.Model, proto: onnx.ModelProto) -> bool:
     with contextlib.suppress(Exception):
-        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        proto = infer_shapes(proto, strict=False)
     return _learn(model.graph, proto.graph)
 
 
