@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <time.h>
 
+#define AVX2 __attribute__((target("avx2")))
 #define AVX512 __attribute__((target("avx512f,avx512bw")))
 
 typedef void (*norm)(const float *a, const float *b, const float *gamma, const float *beta,
@@ -20,10 +21,11 @@ struct work {
     uint8_t *q;
     float *s;
     int64_t rows, k;
+    int64_t wide; /* move bytes in vectors of 64 */
 };
 
 /* y = a + b and a quarter as many bytes to q: the least that a residual, y and q can cost. */
-AVX512 static void stream(const struct work *work, int64_t begin, int64_t end) {
+AVX512 static void stream_zmm(const struct work *work, int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i += 64) {
         __m512 sum[4];
         for (int j = 0; j < 4; j++) {
@@ -32,6 +34,18 @@ AVX512 static void stream(const struct work *work, int64_t begin, int64_t end) {
             _mm512_storeu_ps(work->y + i + 16 * j, sum[j]);
         }
         _mm512_storeu_si512(work->q + i, _mm512_castps_si512(sum[0]));
+    }
+}
+
+AVX2 static void stream_ymm(const struct work *work, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i += 32) {
+        __m256 sum[4];
+        for (int j = 0; j < 4; j++) {
+            sum[j] = _mm256_add_ps(_mm256_loadu_ps(work->a + i + 8 * j),
+                                   _mm256_loadu_ps(work->b + i + 8 * j));
+            _mm256_storeu_ps(work->y + i + 8 * j, sum[j]);
+        }
+        _mm256_storeu_si256((__m256i *)(work->q + i), _mm256_castps_si256(sum[0]));
     }
 }
 
@@ -45,8 +59,10 @@ static void run(const struct work *w, int thread, int threads) {
         w->kernel(a, b, w->gamma, w->beta, y, q, s, rows);
     else if (w->smoothed)
         w->smoothed(a, b, w->gamma, w->beta, w->smoothing, y, q, s, rows);
+    else if (w->wide)
+        stream_zmm(w, begin * w->k, end * w->k);
     else
-        stream(w, begin * w->k, end * w->k);
+        stream_ymm(w, begin * w->k, end * w->k);
 }
 
 static double now(void) {

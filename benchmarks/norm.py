@@ -1,6 +1,6 @@
 """Residual + LayerNorm + Quantize as one kernel, against its bytes and against ONNX Runtime.
 
-    python benchmarks/norm.py [--json] [--rounds 5]
+    python benchmarks/norm.py [--json] [--rounds 5] [--isa avx2]
 
 `kernel` is the bare kernel that reads a and b and writes y, q and s; `smoothed` multiplies by one
 factor per channel before it quantizes; `stream` is a loop that reads
@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import functools
 import json
+import os
 import statistics
 import sys
 import time
@@ -26,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from limits import aligned, pointer
+from limits import aligned, best_isa, pointer
 from onnx import TensorProto, helper, numpy_helper
 
 from qcompiler.ir.region import Region
@@ -34,7 +35,7 @@ from qcompiler.targets import tir
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.library import build_library
 from qcompiler.targets.toolchain import find_linker
-from qcompiler.targets.x86 import ISAS
+from qcompiler.targets.x86 import ISAS, Isa
 from qcompiler.targets.x86.norm import norm_function
 
 SHAPES = ((128, 384), (128, 1024), (512, 1024), (2048, 1024), (4096, 4096))
@@ -70,19 +71,23 @@ class Work(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (*KINDS[:2], *ARRAYS)),
         ("rows", ctypes.c_int64),
         ("k", ctypes.c_int64),
+        ("wide", ctypes.c_int64),
     )
 
 
 class Loops:
     """The C part of this benchmark, linked with one kernel per width."""
 
-    def __init__(self, folder: Path) -> None:
-        linker = find_linker()
+    def __init__(self, folder: Path, isa: Isa) -> None:
+        linker, self._wide = find_linker(), isa.vectors == ISAS[0].vectors
         widths = {k for _, k in SHAPES}
-        functions = {f"kernel_{k}": norm_function(region(k)) for k in widths}
-        functions |= {f"smoothed_{k}": norm_function(region(k, True)) for k in widths}
+        functions = {f"kernel_{k}": norm_function(region(k), isa) for k in widths}
+        functions |= {f"smoothed_{k}": norm_function(region(k, True), isa) for k in widths}
         source = Path(__file__).with_suffix(".c").read_text()
-        objects = [linker.compile(source, {}), tir.compile_object(functions, ISAS[0].mcpu)]
+        objects = [
+            linker.compile(source, {}),
+            tir.compile_object(functions, isa.mcpu, isa.features, isa.options),
+        ]
         path = folder / "norm.so"
         path.write_bytes(linker.link(objects, ["measure", *functions]))
         self._library = ctypes.CDLL(str(path))
@@ -100,7 +105,7 @@ class Loops:
         if kind != "stream":
             kernel = ctypes.cast(getattr(self._library, f"{kind}_{k}"), ctypes.c_void_p)
         kernels = [kernel if name == kind else None for name in KINDS[:2]]
-        return Work(*kernels, *map(pointer, arrays), m, k)
+        return Work(*kernels, *map(pointer, arrays), m, k, self._wide)
 
     def measure(self, work: Work, threads: int) -> Samples:
         """Seconds of each of some repetitions."""
@@ -180,11 +185,11 @@ def in_ort(kind: str, shape: tuple[int, int], threads: int, library: Path) -> Ca
     return run
 
 
-def measure(rounds: int) -> dict[tuple[str, tuple[int, int], int], Samples]:
+def measure(rounds: int, isa: Isa) -> dict[tuple[str, tuple[int, int], int], Samples]:
     """All samples by name, shape and threads, taken in turn."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        loops, library = Loops(folder), folder / "libbenchmark.so"
+        loops, library = Loops(folder, isa), folder / "libbenchmark.so"
         k = IN_ORT[1]
         regions = [region(k), Region("Quantize", (("K", k),))]
         build_library(regions, DOMAIN, library, cache=KernelCache(folder / "cache"))
@@ -221,8 +226,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON array")
     parser.add_argument("--rounds", type=int, default=5, help="times everything is measured")
+    names = [isa.name for isa in ISAS]
+    parser.add_argument(
+        "--isa", choices=names, default=best_isa().name, help="default: %(default)s"
+    )
     arguments = parser.parse_args()
-    rows = summarize(measure(arguments.rounds))
+    os.environ["QCOMPILER_ISA"] = arguments.isa
+    rows = summarize(measure(arguments.rounds, ISAS[names.index(arguments.isa)]))
     if arguments.json:
         json.dump(rows, sys.stdout, indent=1)
         return

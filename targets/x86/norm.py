@@ -57,6 +57,10 @@ _MOST_ROWS = 4
 _MOST_CHAINS = 4
 """Accumulators per row; with those of the other rows, 4 to 8 hide the 4 cycles of an addition."""
 
+_VECTORS_PER_CHAIN = 4
+"""Of the registers: two sums, and what is added to them.  Of 16 ymm a vector takes two: that leaves
+two accumulators for all rows, and more would be spilled."""
+
 _LARGEST = 3e38
 """Bound of a variance, so that an estimate of its root can be refined."""
 
@@ -107,7 +111,8 @@ class _Norm:
     def __init__(self, region: Region, isa: Isa, arrays: dict[str, Expr]) -> None:
         self._unit = unit_of(isa)
         self._k = region.size("K")
-        self.group = max(1, min(_MOST_ROWS, _GROUPED_ELEMENTS // self._k))
+        self._chains = isa.vectors // _VECTORS_PER_CHAIN
+        self.group = max(1, min(_MOST_ROWS, self._chains, _GROUPED_ELEMENTS // self._k))
         self._arrays = arrays
         self._centred = "beta" in arrays
         self._residual = "a" in arrays
@@ -118,7 +123,7 @@ class _Norm:
     def emit(self, rows: Sequence[Expr]) -> None:
         """The code for the given rows."""
         states = [_Row(row * self._k) for row in rows]
-        chains = min(_MOST_CHAINS, 2 * _MOST_ROWS // len(rows))
+        chains = min(_MOST_CHAINS, self._chains // len(rows))
         self._sum_up(states, chains)
         if self._centred:
             self._deviate(states, chains)
