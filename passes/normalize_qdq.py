@@ -6,7 +6,8 @@
                                                             (`move_pairs`, `pull_quantize`)
 4. Q(DQ(q)) of one scale is q; of two it stays, and says that it requantizes
 5. A ConvTranspose between pairs is a convolution and a shuffle      (`lower_transposed_pairs`)
-6. A Relu or Clip that saturation does anyway is gone                        (`drop_clamps`)
+6. A Relu or Clip that saturation does anyway is gone, and a guard against NaN where there is none
+                                                             (`drop_clamps`, `drop_guards`)
 7. Activations have an explicit zero point and are uint8              (`unsigned_activations`)
 8. Equal Q and equal DQ of one value are one node, which all share    (`share_pairs`)
 
@@ -23,6 +24,7 @@ from onnx_ir.passes import common
 from qcompiler.ir.decisions import decide
 from qcompiler.ir.graph import dequantize_of, every_node, replace_nodes
 from qcompiler.passes.drop_clamps import try_drop_clamp
+from qcompiler.passes.drop_guards import try_drop_guard
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.lower_transposed_pairs import lower_transposed_pairs
 from qcompiler.passes.move_pairs import move_constant, push_dequantize, try_cancel
@@ -118,6 +120,7 @@ def _move_once(graph: ir.Graph) -> int:
             (is_pair(node, _Q) and store_constant(graph, node))
             or move_constant(graph, node)
             or try_drop_clamp(node)
+            or try_drop_guard(node)
             or push_dequantize(graph, node)
             or try_cancel(node)
         )

@@ -31,6 +31,7 @@ from qcompiler.passes.hqq import HQQ
 from qcompiler.passes.insert_qdq import InsertQDQ
 from qcompiler.passes.join_integers import JoinIntegers
 from qcompiler.passes.keep_from_gemm import KeepFromGemm
+from qcompiler.passes.keep_from_qlinear import KeepFromQLinear
 from qcompiler.passes.keep_sensitive import KeepSensitive
 from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.known_rows import KnownRows
@@ -156,6 +157,7 @@ def default_steps(
         Step("merge-siblings", MergeSiblings(supports), Stage.KERNEL, "target"),
         Step("fuse-quantize", FuseQuantize(supports), Stage.KERNEL, "target"),
         Step("keep-from-gemm", KeepFromGemm(), Stage.KERNEL),
+        Step("keep-from-qlinear", KeepFromQLinear(target.arch == "x86"), Stage.KERNEL, "target"),
         Step("bind-kernels", BindKernels(catalog.fingerprint(target)), Stage.KERNEL, "target"),
     ]
 

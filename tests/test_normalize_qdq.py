@@ -201,6 +201,49 @@ def test_a_relu_of_what_has_no_negatives_goes():
     )
 
 
+@pytest.mark.parametrize("guard", ["Where (n, zf, d)", "Where (n, one, d)"])
+def test_a_guard_against_nan_goes_where_none_is(guard):
+    assert_normalizes(
+        f"g (float[2,6] x) => (float[2,6] y) {{ {QDQ} n = IsNaN (d) r = {guard} y = Exp (r) }}",
+        """inputs x
+        v3 = QuantizeLinear  (x, v1, v2)
+        v4 = DequantizeLinear  (v3, v1, v2)
+        y = Exp  (v4)
+        outputs y""",
+        FLOATS | {"x": np.where(FLOATS["x"] > 1, np.float32(np.nan), FLOATS["x"])},
+    )
+
+
+def test_a_guard_goes_whose_number_is_dequantized():
+    text = f"g (float[2,6] x) => (float[2,6] y) {{ {QDQ} o = DequantizeLinear (u, s, z) "
+    model = named(text + "n = IsNaN (d) r = Where (n, o, d) y = Exp (r) }")
+    expected = run(model, FLOATS, plainly=True)
+    assert NormalizeQDQ()(model).modified
+    assert "IsNaN" not in text_of(model) and "Where" not in text_of(model)
+    np.testing.assert_array_equal(run(model, FLOATS, plainly=True), expected)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "n = IsNaN (x) r = Where (n, zf, x) y = Exp (r)",  # floats may be NaN
+        "n = IsNaN (x) r = Where (n, zf, d) y = Exp (r)",  # of another value
+        "n = IsNaN (d) r = Where (n, d, zf) y = Exp (r)",  # the other way round
+        "n = IsNaN (d) r = Where (n, bf6, d) y = Exp (r)",  # no single number
+        "n = IsNaN (d) y = Where (n, zf, d)",  # leaves the graph
+        "k = QuantizeLinear (x, dx, z) e = DequantizeLinear (k, dx, z) n = IsNaN (e) "
+        "r = Where (n, zf, e) y = Exp (r)",  # a scale that may be NaN
+    ],
+)
+def test_another_guard_stays(body):
+    weights = W | {"bf6": np.ones(6, np.float32), "first": np.array(0)}
+    text = "g (float[2,6] x, float dx) => (float[2,6] y) "
+    model = named(f"{text} {{ {QDQ if '(d' in body or ', d' in body else ''} {body} }}", weights)
+    NormalizeQDQ()(model)
+    assert "IsNaN" in text_of(model) and "Where" in text_of(model)
+    run(model, FLOATS | {"dx": np.float32(0.02)})
+
+
 @pytest.mark.parametrize("clamp", ["Relu (d)", "Clip (d, zf)", "Clip (d, , zf)"])
 def test_a_clamp_of_a_negative_scale(clamp):
     model = named(
