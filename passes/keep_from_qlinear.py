@@ -3,8 +3,8 @@
     Q(Softmax(DQ(q, s, z)), t, y)   =>   Q(Sum(Softmax(DQ(q, s, z))), t, y)
 
 The same for AveragePool and Where.  ONNX Runtime makes one op in integers of an op between pairs,
-such as QLinearSoftmax; a Sum of one operand, which is a copy, is in its way.  With ONNX Runtime 1.32
-on Zen 3 QLinearSoftmax and QLinearWhere take about three times as long as the ops apart and the
+such as QLinearSoftmax; a Sum of one operand, which is a copy, is in its way.  With ONNX Runtime
+1.32 on Zen 3 QLinearSoftmax and QLinearWhere take some three times as long as the ops apart and the
 copy (12 x 128 x 128), QLinearAveragePool seven times or more.  Others are faster in integers.  The
 pairs stay, so that only what those ops round in between is gone.
 """

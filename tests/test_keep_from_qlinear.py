@@ -16,7 +16,6 @@ from qcompiler.pipeline import Pipeline
 RNG = np.random.default_rng(0)
 W = {
     "s": np.float32(0.03), "z": np.uint8(120), "t": np.float32(1 / 255), "low": np.uint8(0),
-    "least": np.int8(-128),
 }  # fmt: skip
 FEEDS = {"x": RNG.standard_normal((1, 2, 8, 8)).astype(np.float32), "c": np.arange(8) > 3}
 QDQ = "q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) "
@@ -34,18 +33,18 @@ def of(op, back=BACK, more=""):
 
 
 def test_softmax():
+    # The numbers are those of the pairs, see below: QLinearSoftmax is off by a step here and there.
     model = assert_rewrites(
         KeepFromQLinear(),
         of(OPS["Softmax"]),
         """inputs x, c
-        v4 = QuantizeLinear  (x, v2, v3)
-        v5 = DequantizeLinear  (v4, v2, v3)
-        v6 = Softmax {'axis': '-1'} (v5)
-        v7 = Sum  (v6)
-        v10 = QuantizeLinear  (v7, v8, v9)
-        y = DequantizeLinear  (v10, v8, v9)
+        v5 = QuantizeLinear  (x, v3, v4)
+        v6 = DequantizeLinear  (v5, v3, v4)
+        v7 = Softmax {'axis': '-1'} (v6)
+        v8 = Sum  (v7)
+        v11 = QuantizeLinear  (v8, v9, v10)
+        y = DequantizeLinear  (v11, v9, v10)
         outputs y""",
-        FEEDS,
     )
     softmax, copy = list(model.graph)[2:4]
     assert decision_of(softmax).why == "faster than ORT's own QLinearSoftmax"
@@ -69,15 +68,13 @@ def test_onnx_runtime_makes_no_integer_op_of_it(tmp_path, name):
     [
         (OPS["Softmax"], "y = Exp (r)", ""),  # its result is not quantized
         (OPS["Softmax"], BACK, ", float[n,2,8,8] r"),  # it leaves the graph
-        (OPS["Softmax"], f"{BACK[:-3]} e = Exp (r) y = Add (k, e)", ""),  # someone else reads it
+        (OPS["Softmax"], f"{BACK.replace('y', 'e')} y = Add (r, e)", ""),  # another reads it
         ("Softmax <axis = -1> (x)", BACK, ""),  # it reads floats
         ("Sigmoid (d)", BACK, ""),  # is fast in integers
         (OPS["Where"].replace("d, d", "d, x"), BACK, ""),  # one alternative is float
     ],
 )
 def test_what_onnx_runtime_computes_in_floats_anyway(op, back, more):
-    if "e = Exp" in back:
-        back = "k = QuantizeLinear (r, t, low) e = DequantizeLinear (k, t, low) y = Add (r, e)"
     assert not KeepFromQLinear()(of(op, back, more)).modified
 
 

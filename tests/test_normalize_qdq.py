@@ -206,9 +206,9 @@ def test_a_guard_against_nan_goes_where_none_is(guard):
     assert_normalizes(
         f"g (float[2,6] x) => (float[2,6] y) {{ {QDQ} n = IsNaN (d) r = {guard} y = Exp (r) }}",
         """inputs x
-        v3 = QuantizeLinear  (x, v1, v2)
-        v4 = DequantizeLinear  (v3, v1, v2)
-        y = Exp  (v4)
+        v4 = QuantizeLinear  (x, v2, v3)
+        v5 = DequantizeLinear  (v4, v2, v3)
+        y = Exp  (v5)
         outputs y""",
         FLOATS | {"x": np.where(FLOATS["x"] > 1, np.float32(np.nan), FLOATS["x"])},
     )
@@ -231,17 +231,17 @@ def test_a_guard_goes_whose_number_is_dequantized():
         "n = IsNaN (d) r = Where (n, d, zf) y = Exp (r)",  # the other way round
         "n = IsNaN (d) r = Where (n, bf6, d) y = Exp (r)",  # no single number
         "n = IsNaN (d) y = Where (n, zf, d)",  # leaves the graph
-        "k = QuantizeLinear (x, dx, z) e = DequantizeLinear (k, dx, z) n = IsNaN (e) "
+        "p = QuantizeLinear (x, dx, z) e = DequantizeLinear (p, dx, z) n = IsNaN (e) "
         "r = Where (n, zf, e) y = Exp (r)",  # a scale that may be NaN
     ],
 )
 def test_another_guard_stays(body):
-    weights = W | {"bf6": np.ones(6, np.float32), "first": np.array(0)}
-    text = "g (float[2,6] x, float dx) => (float[2,6] y) "
-    model = named(f"{text} {{ {QDQ if '(d' in body or ', d' in body else ''} {body} }}", weights)
+    weights = W | {"bf6": np.ones(6, np.float32)}
+    text = f"g (float[2,6] x, float dx) => (float[2,6] y, float[2,6] d) {{ {QDQ} {body} }}"
+    model = named(text, weights)
     NormalizeQDQ()(model)
     assert "IsNaN" in text_of(model) and "Where" in text_of(model)
-    run(model, FLOATS | {"dx": np.float32(0.02)})
+    run(model, FLOATS | {"dx": np.array(0.02, np.float32)})
 
 
 @pytest.mark.parametrize("clamp", ["Relu (d)", "Clip (d, zf)", "Clip (d, , zf)"])
