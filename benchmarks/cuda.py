@@ -16,7 +16,7 @@ Each part runs in a process of its own, with a share of the time (`--minutes`), 
 in the file as soon as they are known: what one kernel breaks is lost to no other.  A kernel whose
 numbers are wrong is not timed.  Weights rotate, more than any cache holds, and calls are replayed
 as a CUDA graph, ours and peers'.  Needs a GPU of compute capability 8.0 to 9.0, its driver, and
-either nvcc or the extra [cuda] with TVM, or the kernels compiled beforehand (`--prepare`).
+either nvcc or the extra [cuda] with TVM, or all compiled beforehand (`--prepare`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from cuda_checkers import TOOLS, check_with
 from cuda_convs import TOLERANCE, convs_to_check
 from cuda_cubins import Compiled, Cubins, Packed, PackError, prepare
 from cuda_device import CudaError, Device
-from cuda_models import whole_models
+from cuda_models import prepare_models, whole_models
 from cuda_numbers import EIGHT_BIT, eight_bit, regions_to_check, w4
 from cuda_peers import EIGHT_BIT_SIZES, W4_ROWS, W4_SHAPES, ort_peers, torch_peers
 from cuda_tasks import Found, Task, be_child, run_apart
@@ -49,6 +49,8 @@ from qcompiler.targets.cubin import find_cubin_compiler
 SHARES = {"numbers": 0.2, "times": 0.2, "checkers": 0.15, "peers": 0.15, "convolutions": 0.1,
           "models": 0.15, "races": 1.0}  # fmt: skip
 """The parts in order, and how much of the time each may take; the last gets what is left."""
+CUBINS, MODELS = "cubins.zip", "models"
+"""In a prepared folder."""
 
 
 def timed_products() -> list[tuple[Region, tuple[int, ...]]]:
@@ -116,7 +118,9 @@ class Parts:
         return [("torch", torch_peers), ("ONNX Runtime", ort_peers)]
 
     def _models(self) -> list[Task]:
-        return [("models", whole_models)]
+        folder = self._options.prepared
+        models = folder / MODELS if folder else None
+        return [("models", lambda: whole_models(prepared=models))]
 
     def _checkers(self) -> list[Task]:
         return self._tools(TOOLS[:1])
@@ -133,7 +137,7 @@ def child_command(options: argparse.Namespace, part: str) -> list[str]:
     """Starts a child; what it lacks is the number of its first task."""
     command = [sys.executable, str(Path(__file__).resolve()), "--seed", str(options.seed)]
     command += ["--driver", options.driver]
-    command += ["--cubins", str(options.cubins)] if options.cubins else []
+    command += ["--prepared", str(options.prepared)] if options.prepared else []
     return [*command, "--part", part, "--first"]
 
 
@@ -164,11 +168,25 @@ def open_device(driver: str) -> tuple[Device, str]:
 
 
 def cubins_of(options: argparse.Namespace) -> Cubins:
-    """Those of a file, or a compiler's; exits where there is neither."""
+    """Those that were prepared, or a compiler's; exits where there is neither."""
     try:
-        return Packed(options.cubins) if options.cubins else Compiled(find_cubin_compiler())
+        if options.prepared:
+            return Packed(options.prepared / CUBINS)
+        return Compiled(find_cubin_compiler())
     except (PackError, ToolchainError) as error:
         sys.exit(f"benchmarks/cuda.py: {error}")
+
+
+def prepare_all(folder: Path, archs: list[str]) -> None:
+    """What a machine needs that has a GPU and nothing to compile with; exits without a compiler."""
+    tell = functools.partial(print, file=sys.stderr)
+    try:
+        compiler = find_cubin_compiler()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (ToolchainError, OSError) as error:
+        sys.exit(f"benchmarks/cuda.py: {error}")
+    prepare(folder / CUBINS, all_regions(), archs, compiler, tell)
+    prepare_models(folder / MODELS, tell)
 
 
 def parsed() -> argparse.Namespace:
@@ -178,8 +196,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
     parser.add_argument("--minutes", type=float, default=12.0, help="for all parts together")
     parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES))
-    parser.add_argument("--cubins", type=Path, help="kernels that --prepare wrote")
-    parser.add_argument("--prepare", type=Path, metavar="FILE", help="compile kernels, no GPU")
+    parser.add_argument("--prepared", type=Path, metavar="FOLDER", help="what --prepare wrote")
+    parser.add_argument("--prepare", type=Path, metavar="FOLDER",
+                        help="compile kernels and models, no GPU")  # fmt: skip
     parser.add_argument("--archs", nargs="+", choices=cuda.ARCHS, default=["sm_90a"],
                         help="what --prepare compiles for")  # fmt: skip
     parser.add_argument("--driver", default="libcuda.so.1", help=argparse.SUPPRESS)
@@ -237,8 +256,7 @@ def main() -> None:
     """Prepare, or be a child, or run all parts."""
     options = parsed()
     if options.prepare:
-        tell = functools.partial(print, file=sys.stderr)
-        prepare(options.prepare, all_regions(), options.archs, cubins_of(options).compiler, tell)
+        prepare_all(options.prepare, options.archs)
         return
     if options.part:
         be_child(Parts(options).tasks(options.part), options.first)

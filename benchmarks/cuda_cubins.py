@@ -1,7 +1,7 @@
 """Cubins for `cuda.py`: compiled where they are needed, or beforehand, for a machine that is lent.
 
-python benchmarks/cuda.py --prepare cubins.zip         anywhere; needs TVM and a CUDA compiler
-python benchmarks/cuda.py --cubins cubins.zip          on the GPU's machine; needs neither
+python benchmarks/cuda.py --prepare prepared           anywhere; needs TVM and a CUDA compiler
+python benchmarks/cuda.py --prepared prepared          on the GPU's machine; needs neither
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ def _name(region: Region, arch: str) -> str:
 
 
 def _sources() -> str:
-    """A hash of what writes kernels, without TVM, which may be missing here."""
+    """A hash of what writes and runs kernels, without TVM, which may be missing here."""
     folder = Path(cuda.__file__).parent
-    return content_key(*(path.read_bytes() for path in sorted(folder.glob("*.py"))))
+    sources = [*folder.glob("*.py"), *folder.parent.glob("native/*.[ch]")]
+    return content_key(*(path.read_bytes() for path in sorted(sources)))

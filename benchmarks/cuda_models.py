@@ -6,6 +6,8 @@ MiniLM: both made on the spot (`cuda_graphs.py`).  Part of `cuda.py`.
 
 from __future__ import annotations
 
+import functools
+import shutil
 import statistics
 import sys
 import tempfile
@@ -20,7 +22,7 @@ from cuda_graphs import MINILM, SMOLLM2, Array, decoder, encoder
 
 import qcompiler
 
-__all__ = ["whole_models"]
+__all__ = ["prepare_models", "whole_models"]
 
 TARGETS = ("cuda-int4", "cuda-int8", "cuda-fp8")
 CASES: dict[str, tuple[Callable[[Any], onnx.ModelProto], Any, dict[str, int]]] = {
@@ -31,9 +33,16 @@ RUNS = 50
 
 
 def whole_models(
-    provider: str = "CUDAExecutionProvider", targets: Sequence[str] = TARGETS
+    provider: str = "CUDAExecutionProvider",
+    targets: Sequence[str] = TARGETS,
+    prepared: Path | None = None,
 ) -> list[dict[str, Any]]:
     """The median time of a run of each model in each form, in milliseconds; or why there is none.
+
+    Args:
+        provider: Of ONNX Runtime.
+        targets: Ours.
+        prepared: What `prepare_models` made; else models are made and compiled here.
 
     Raises:
         RuntimeError: The provider is not installed.
@@ -43,67 +52,92 @@ def whole_models(
     if provider not in ort.get_available_providers():
         raise RuntimeError(f"this onnxruntime has no {provider}: pip install onnxruntime-gpu")
     rows = []
-    for name, (build, sizes, dimensions) in CASES.items():
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            source = folder / "model.onnx"
-            onnx.save(build(sizes), source)
-            for contender, make in _contenders(source, folder, targets, provider):
-                row: dict[str, Any] = {"model": name, "contender": contender}
-                try:
-                    row["milliseconds"] = _time(make(), provider, dimensions)
-                except Exception as error:  # whatever it is, the others are to be timed
-                    row["problem"] = str(error).splitlines()[0][:300]
-                said = row.get("problem") or f"{row['milliseconds']:.3f} ms"
-                print(f"  {name:22} {contender:18} {said}", file=sys.stderr)
-                rows.append(row)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, contender, make in _contenders(prepared or Path(scratch), targets):
+            row: dict[str, Any] = {"model": name, "contender": contender}
+            try:
+                row["milliseconds"] = _time(_session(make(), provider), provider, CASES[name][2])
+            except Exception as error:  # whatever it is, the others are to be timed
+                row["problem"] = (str(error).splitlines() or [repr(error)])[0][:300]
+            said = row.get("problem") or f"{row['milliseconds']:.3f} ms"
+            print(f"  {name:22} {contender:18} {said}", file=sys.stderr)
+            rows.append(row)
     return rows
 
 
+def prepare_models(
+    folder: Path, tell: Callable[[str], None], targets: Sequence[str] = TARGETS
+) -> None:
+    """Make every model in every form, in the place of what the folder had."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, contender, make in _contenders(folder, targets):
+        path = make()
+        files = path.rglob("*") if path.is_dir() else [path]
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        tell(f"{name}, {contender}: {size / 1e6:.0f} MB")
+
+
 def _contenders(
-    source: Path, folder: Path, targets: Sequence[str], provider: str
-) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """What makes a session of each."""
-    yield "ORT FP32", lambda: _plain(source, provider)
-    yield "ORT FP16", lambda: _plain(_half(source, folder), provider)
-    yield "ORT MatMulNBits", lambda: _plain(_four_bits(source, folder), provider)
-    for target in targets:
-        yield target, lambda target=target: _ours(source, folder, target, provider)
+    folder: Path, targets: Sequence[str]
+) -> Iterator[tuple[str, str, Callable[[], Path]]]:
+    """Models, contenders, and what gives the file or bundle, which it makes if there is none."""
+    for name, (build, sizes, _) in CASES.items():
+        place = folder / sizes.name
+        source = functools.partial(_made, place / "model.onnx", functools.partial(build, sizes))
+        half = functools.partial(_made, place / "half.onnx", functools.partial(_half, source))
+        bits = functools.partial(
+            _made, place / "four_bits.onnx", functools.partial(_four_bits, half)
+        )
+        yield name, "ORT FP32", source
+        yield name, "ORT FP16", half
+        yield name, "ORT MatMulNBits", bits
+        for target in targets:
+            yield name, target, functools.partial(_ours, source, place, target)
 
 
-def _plain(path: Path, provider: str) -> Any:
+def _made(path: Path, make: Callable[[], onnx.ModelProto]) -> Path:
+    """The file, which is made if there is none, and then whole."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(".new")
+        onnx.save(make(), new)
+        new.rename(path)
+    return path
+
+
+def _half(source: Callable[[], Path]) -> onnx.ModelProto:
+    """By ONNX Runtime's own converter; inputs and outputs too, which spares it casts."""
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    converted: onnx.ModelProto = convert_float_to_float16(onnx.load(source()), keep_io_types=False)
+    return converted
+
+
+def _four_bits(half: Callable[[], Path]) -> onnx.ModelProto:
+    """Groups of 128, symmetric, in its float16 model."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantizer = MatMulNBitsQuantizer(onnx.load(half()), block_size=128, is_symmetric=True)
+    quantizer.process()
+    quantized: onnx.ModelProto = quantizer.model.model
+    return quantized
+
+
+def _ours(source: Callable[[], Path], place: Path, target: str) -> Path:
+    bundle = place / target
+    if not bundle.exists():
+        qcompiler.compile(source(), target, bundle, timing=False)
+    return bundle
+
+
+def _session(path: Path, provider: str) -> Any:
     import onnxruntime as ort
 
     if hasattr(ort, "preload_dlls") and provider.startswith("CUDA"):
         ort.preload_dlls()
+    if path.is_dir():
+        return qcompiler.load(path, providers=[provider])
     return ort.InferenceSession(str(path), providers=[provider])
-
-
-def _half(source: Path, folder: Path) -> Path:
-    """By ONNX Runtime's own converter; inputs and outputs too, which spares it casts."""
-    from onnxruntime.transformers.float16 import convert_float_to_float16
-
-    path = folder / "half.onnx"
-    onnx.save(convert_float_to_float16(onnx.load(source), keep_io_types=False), path)
-    return path
-
-
-def _four_bits(source: Path, folder: Path) -> Path:
-    """Groups of 128, symmetric, in its float16 model."""
-    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-
-    path = folder / "four_bits.onnx"
-    quantizer = MatMulNBitsQuantizer(
-        onnx.load(_half(source, folder)), block_size=128, is_symmetric=True
-    )
-    quantizer.process()
-    quantizer.model.save_model_to_file(str(path))
-    return path
-
-
-def _ours(source: Path, folder: Path, target: str, provider: str) -> Any:
-    report = qcompiler.compile(source, target, folder / target, timing=False)
-    return qcompiler.load(report.bundle, providers=[provider])
 
 
 def _time(session: Any, provider: str, dimensions: Mapping[str, int]) -> float:

@@ -175,10 +175,13 @@ def _assert_text(model: ir.Model, text: str, *, notes: bool = False) -> None:
 
 
 def steps_through(
-    name: str, target: str = "x86-int8", choose: ChooseKernels | None = None
+    name: str,
+    target: str = "x86-int8",
+    choose: ChooseKernels | None = None,
+    pipeline: Pipeline | None = None,
 ) -> list[Step]:
-    """The steps of the default pipeline up to and with the pass called `name`."""
-    steps = list(Pipeline.default(get_target(target), choose=choose))
+    """The steps of a pipeline, by default the target's, up to and with the pass called `name`."""
+    steps = list(pipeline or Pipeline.default(get_target(target), choose=choose))
     return steps[: [step.name for step in steps].index(name) + 1]
 
 
@@ -190,6 +193,7 @@ def assert_step(
     feeds: Feeds | None = None,
     target: str = "x86-int8",
     choose: ChooseKernels | None = None,
+    pipeline: Pipeline | None = None,
     **checks: Any,
 ) -> ir.Model:
     """`assert_rewrites` of one pass of the default pipeline, where those before it leave a model.
@@ -202,9 +206,10 @@ def assert_step(
         feeds: Inputs to compare outputs on.
         target: Whose pipeline.
         choose: See `Pipeline.default`.
+        pipeline: In the place of the target's default.
         **checks: See `assert_rewrites`.
     """
-    *earlier, step = steps_through(name, target, choose)
+    *earlier, step = steps_through(name, target, choose, pipeline)
     model = Pipeline(earlier).run(model)
     _assert_text(model, before)
     assert_rewrites(step.rewrite, model, after or before, feeds, **checks)

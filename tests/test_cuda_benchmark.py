@@ -52,7 +52,7 @@ def bench(
 def run_together(command: list[str], names: list[str], end: float, tell: Any) -> None:
     """In the place of `run_apart`: the stand-in's kernels are functions of this process."""
     part, driver = command[command.index("--part") + 1], command[command.index("--driver") + 1]
-    options = argparse.Namespace(driver=driver, cubins=None, seed=3)
+    options = argparse.Namespace(driver=driver, prepared=None, seed=3)
     cuda_tasks.run_here(benchmark.Parts(options).tasks(part), tell)
 
 
@@ -138,8 +138,15 @@ def emulate_all(driver: Driver, but: str = "") -> None:
             emulate_norm(driver, region)
         elif region.name != but:
             emulate(driver, region, "sm_90a")
-    for conv, _ in cuda_convs.convs_to_check(small=True):
+    for conv, _ in benchmark.convs_to_check(small=True):
         emulate_conv(driver, conv)
+
+
+def check_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three products and a convolution in `numbers`, instead of all."""
+    regions, convs = benchmark.regions_to_check(small=True), cuda_convs.convs_to_check(small=True)
+    monkeypatch.setattr(benchmark, "regions_to_check", lambda small: [*regions[:2], regions[8]])
+    monkeypatch.setattr(benchmark, "convs_to_check", lambda small: convs[:1])
 
 
 def on(driver: Driver) -> benchmark.Bench:
@@ -160,7 +167,8 @@ def test_right_numbers(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("fault", ["a hundredth", "a row too many", "a row too few"])
-def test_wrong_numbers(fault: str, bench: Bench) -> None:
+def test_wrong_numbers(fault: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_few(monkeypatch)
     driver, region = bench.driver(H200), benchmark.regions_to_check(small=True)[1]
     emulate_all(driver, but=region.name)
     n = region.size("N")
@@ -193,6 +201,7 @@ def test_wrong_numbers(fault: str, bench: Bench) -> None:
         if launch.combine is not None:
             spoil(launch.combine, launch.combine_parameters)
     found = numbers(driver)
+    assert len({row["region"] for row in found}) == 4
     wrong = {row["region"] for row in found if not row["error"] <= benchmark.TOLERANCE}
     assert wrong == {region.name}
 
@@ -201,14 +210,13 @@ def test_times_and_the_file(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
     driver = bench.driver(H200)
+    check_few(monkeypatch)
     emulate_all(driver)
     small = ((1024, 128),)
     monkeypatch.setattr(benchmark, "W4_SHAPES", small)
     monkeypatch.setattr(benchmark, "EIGHT_BIT_SIZES", (256,))
     monkeypatch.setattr(cuda_bench, "ROTATED", 1 << 18)
     monkeypatch.setattr(cuda_bench, "COPIED", 1 << 12)
-    convs = cuda_convs.convs_to_check(small=True)[:1]
-    monkeypatch.setattr(benchmark, "convs_to_check", lambda small: convs)
     emulate(driver, benchmark.w4(1024, 128), "sm_90a")
     right, wrong = (benchmark.eight_bit(anchor, 256, 256) for anchor in benchmark.EIGHT_BIT)
     emulate(driver, right, "sm_90a")
@@ -220,7 +228,7 @@ def test_times_and_the_file(
     monkeypatch.setattr(benchmark, "check_with", lambda tool, command: [{"tool": tool}])
     monkeypatch.setattr(benchmark, "torch_peers", lambda: 1 / 0)
     models = [{"model": "m", "contender": "c", "milliseconds": 1.0}]
-    monkeypatch.setattr(benchmark, "whole_models", lambda: models)
+    monkeypatch.setattr(benchmark, "whole_models", lambda prepared: models)
     with pytest.raises(SystemExit) as stopped:
         benchmark.main()
     said = str(stopped.value).splitlines()
@@ -307,8 +315,8 @@ def test_a_checker_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path
         cuda_checkers.check_with("memcheck", [])
 
 
-def test_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each form of each, small and on the CPU: that it is built, converted, compiled and run."""
+def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each kind one, with few runs."""
     small = {
         "decode": (cuda_models.decoder, Sizes("d", 1, 64, 4, 2, 128, 100), {"past": 3}),
         "encode": (cuda_models.encoder, Sizes("e", 1, 64, 2, 2, 128, 100),
@@ -316,6 +324,33 @@ def test_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
     }  # fmt: skip
     monkeypatch.setattr(cuda_models, "CASES", small)
     monkeypatch.setattr(cuda_models, "RUNS", 2)
+
+
+def test_prepared_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where they are timed nothing is built or compiled any more."""
+    small_models(monkeypatch)
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "model.onnx").write_text("of another time")
+    told: list[str] = []
+    cuda_models.prepare_models(tmp_path, told.append, ("arm-int8",))
+    assert [line.partition(":")[0] for line in told] == [
+        f"{name}, {form}" for name in ("decode", "encode")
+        for form in ("ORT FP32", "ORT FP16", "ORT MatMulNBits", "arm-int8")
+    ]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == [
+        "arm-int8", "four_bits.onnx", "half.onnx", "model.onnx"
+    ]  # fmt: skip
+    cases = {name: (lambda sizes: 1 / 0, *rest) for name, (_, *rest) in cuda_models.CASES.items()}
+    monkeypatch.setattr(cuda_models, "CASES", cases)
+    monkeypatch.setattr(cuda_models.qcompiler, "compile", None)
+    rows = cuda_models.whole_models("CPUExecutionProvider", ("arm-int8",), tmp_path)
+    assert len(rows) == 8
+    assert all(row["milliseconds"] > 0 for row in rows)
+
+
+def test_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each form of each, small and on the CPU: that it is built, converted, compiled and run."""
+    small_models(monkeypatch)
     rows = cuda_models.whole_models("CPUExecutionProvider", ("arm-int8", "nothing"))
     assert [row["model"] for row in rows] == ["decode"] * 5 + ["encode"] * 5
     for row in rows:

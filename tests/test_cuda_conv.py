@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_emulator import Emulated, needs_compiler
+from cuda_emulator import Emulated, kernels_of, needs_compiler
 from cuda_images import BIAS, RESIDUAL, Conv
 from cuda_operands import run_body
 
@@ -61,9 +61,9 @@ BY_ARCH += [(*case, "sm_80" if i % 2 else "sm_90a") for i, case in enumerate(GRO
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     @functools.cache
-    def make(region: Region, arch: str) -> Emulated:
+    def make(region: Region, arch: str, launch: cuda.Launch) -> Emulated:
         folder: Path = tmp_path_factory.mktemp("emulated")
-        return Emulated(cuda.source(region, arch), folder)
+        return Emulated(cuda.source(region, arch), folder, only=kernels_of(launch))
 
     return make
 
@@ -99,7 +99,7 @@ def test_an_image_is_its_body(conv, shape, emulated):
             "x": given["x"], "q": np.zeros_like(expected), "s": np.full(1, given["s"]),
             "z": np.full(1, given["z"]),
         }  # fmt: skip
-        emulated(conv.image, "sm_80").run(
+        emulated(conv.image, "sm_80", launch).run(
             launch, conv.channels, device, pixels, backwards, height=shape[1], width=shape[2]
         )
         np.testing.assert_array_equal(device["q"], expected)
@@ -170,7 +170,7 @@ def test_a_convolution_is_its_body(conv, shape, arch, emulated):
     for backwards in (False, True):
         device = device_of(conv, given, q, shape)
         launch = launch_for(conv.region, rows, arch)
-        emulated(conv.region, arch).run(
+        emulated(conv.region, arch, launch).run(
             launch, image_columns(conv.region), device, rows, backwards, height=q.shape[1],
             width=q.shape[2],
         )  # fmt: skip

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from cuda_emulator import Emulated, EmulatorError, needs_compiler
+from cuda_emulator import Emulated, EmulatorError, kernels_of, needs_compiler
 from cuda_images import BIAS, RESIDUAL, Conv
 from test_cuda_conv import body_of_image, check, device_of, launch_for
 
@@ -105,18 +105,24 @@ def planted(tmp_path_factory):
 
     @functools.cache
     def make(case: str) -> Emulated:
-        conv, _, faults = ALL[case]
+        conv, shape, faults = ALL[case]
         source = with_faults(cuda.source(conv.region, "sm_80"), faults)
-        return Emulated(source, tmp_path_factory.mktemp(case))
+        only = kernels_of(launch_for(conv.region, rows_of(conv, shape), "sm_80"))
+        return Emulated(source, tmp_path_factory.mktemp(case), only=only)
 
     return make
+
+
+def rows_of(conv: Conv, shape) -> int:
+    """How many pixels the result has."""
+    return int(np.prod(conv.result(shape))) // conv.columns
 
 
 def seen(planted, case: str, fault: int = 0) -> str:
     """What the emulator or the comparison says; empty if all is well."""
     conv, shape, _ = ALL[case]
     given = conv.operands(shape)
-    q, rows = body_of_image(conv, given), int(np.prod(conv.result(shape))) // conv.columns
+    q, rows = body_of_image(conv, given), rows_of(conv, shape)
     for backwards in (False, True):
         device, kernels = device_of(conv, given, q, shape), planted(case)
         try:

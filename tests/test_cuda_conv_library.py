@@ -215,6 +215,8 @@ def test_generated_kernels_in_a_session(conv: Conv, libraries, bench: Bench, tmp
     if conv.made is not None:
         shapes["made"] = (np.uint8, *conv.result_image(SHAPE))
 
+    sources = {one: cuda.source(one, "sm_80") for one in (conv.image, conv.region)}
+
     def run_of(
         region, symbol: str, parameters: tuple[str, ...], made_names: list[str], shared: int
     ) -> Any:
@@ -222,7 +224,7 @@ def test_generated_kernels_in_a_session(conv: Conv, libraries, bench: Bench, tmp
         folder.mkdir()
 
         def compute(values: list[int], grid: tuple[int, int, int]) -> None:
-            program = Emulated(cuda.source(region, "sm_80"), folder, made_names)
+            program = Emulated(sources[region], folder, made_names, only=[symbol])
             known = dict(zip(parameters, values, strict=True))
             numbers = {name: known.pop(name) for name in sizes}
             arrays = {name: memory(at, *shapes[name]) for name, at in known.items()}

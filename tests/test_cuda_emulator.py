@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from cuda_emulator import Emulated, EmulatorError, needs_compiler
+from cuda_emulator import Emulated, EmulatorError, kernels_of, needs_compiler
 from cuda_operands import operands_of
 from test_cuda_kernels import compare, launch_for, w4a16
 
@@ -17,7 +17,7 @@ from qcompiler.targets import cuda
 pytestmark = needs_compiler
 
 REGION = w4a16(832, 136, 64)
-ROWS, MANY = 13, 300
+FEW, ROWS, MANY = 8, 13, 300
 
 # What is planted by the number of the fault: a pattern in the source, which of its places, and what
 # takes its place.  The kernel is that of 16 rows.
@@ -99,7 +99,7 @@ def planted(tmp_path_factory):
     """The kernels of REGION with all faults, none of which happens unless asked for."""
 
     @functools.cache
-    def make(arch: str, rows: int = ROWS) -> Emulated:
+    def make(arch: str, rows: int) -> Emulated:
         source = cuda.source(REGION, arch)
         start = source.index("{", source.rindex(launch_of(arch, rows).symbol + "("))
         head, body = source[:start], source[start:]
@@ -108,7 +108,8 @@ def planted(tmp_path_factory):
             assert len(places) > place, f"{what}: the source has no {pattern}"
             found = places[place]
             body = body[: found.start()] + found.expand(replacement) + body[found.end() :]
-        return Emulated(head + body, tmp_path_factory.mktemp("planted"))
+        only = kernels_of(launch_of(arch, rows), launch_for(REGION, FEW, arch))
+        return Emulated(head + body, tmp_path_factory.mktemp("planted"), only=only)
 
     return make
 
@@ -148,14 +149,14 @@ def test_a_planted_fault_is_seen(arch, rows, fault, planted):
 def test_too_little_shared_memory_is_seen(planted):
     launch = launch_for(REGION, ROWS)
     less = dataclasses.replace(launch, shared_bytes=launch.shared_bytes - 1024)
-    assert re.search("of shared memory|at shared byte", seen(planted("sm_80"), less, 0))
+    assert re.search("of shared memory|at shared byte", seen(planted("sm_80", ROWS), less, 0))
 
 
 def test_a_short_result_is_seen(planted):
-    operands = operands_of(REGION, 8)
+    operands = operands_of(REGION, FEW)
     operands.device["y"] = np.full((7, 136), np.nan, np.float16)
     with pytest.raises(EmulatorError, match=r"of y, which has|past the end of y"):
-        planted("sm_80").run(launch_for(REGION, 8), 136, operands.device, 8)
+        planted("sm_80", ROWS).run(launch_for(REGION, FEW), 136, operands.device, FEW)
 
 
 def test_an_instruction_that_is_not_known_is_refused(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from cuda_emulator import Emulated, needs_compiler
+from cuda_emulator import Emulated, kernels_of, needs_compiler
 from cuda_library import memory, open_session, run_op
 from stand_in import ON_CPU, Bench, Gpu, StandInBackend
 from test_cuda_norms import body_of, norm, operands
@@ -105,7 +105,8 @@ def test_what_is_launched(region: Region, libraries, bench: Bench) -> None:
 def test_generated_kernels_in_a_session(region: Region, libraries, bench: Bench, tmp_path) -> None:
     """ONNX Runtime, the glue, a driver, and the CUDA that TVM wrote, emulated."""
     driver, launch = bench.driver(Gpu()), cuda.launches(region, "sm_90a")[0]
-    program = Emulated(cuda.source(region, "sm_90a"), tmp_path, region.outputs)
+    source, only = cuda.source(region, "sm_90a"), kernels_of(launch)
+    program = Emulated(source, tmp_path, region.outputs, only)
     kinds = {"q": np.uint8, "s": np.float32}
 
     def compute(values: list[int], grid: tuple[int, ...]) -> None:

@@ -16,6 +16,7 @@ from cuda_library import (
     L40S,
     QUANTIZE,
     REGIONS,
+    SMALL,
     T4,
     W4,
     W4_ODD,
@@ -29,9 +30,11 @@ from cuda_library import (
     open_session,
     run_op,
 )
+from numpy_kernels import emulate
 from stand_in import Bench, Gpu, StandInBackend
 
 from qcompiler.ir.region import Region
+from qcompiler.session_options import new_session_options
 from qcompiler.targets import cuda
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.library import build_library
@@ -181,6 +184,34 @@ def test_out_of_memory(on_cpu: Path, bench: Bench) -> None:
     with pytest.raises(Exception, match=f"{layout.scale_bytes} bytes for scales .* where 10 of"):
         open_session(library, model_of(W4, constants_of(W4)))
     assert driver.get("allocations") == 0
+
+
+def test_no_memory_for_a_workspace(on_cpu: Path, bench: Bench) -> None:
+    """ONNX Runtime's allocator has a limit: the op says so, and goes on with fewer rows."""
+    limit = ort.OrtArenaCfg({"max_mem": 1 << 17, "arena_extend_strategy": 1})
+    place = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0,
+                              ort.OrtMemType.DEFAULT)  # fmt: skip
+    ort.create_and_register_allocator(place, limit)
+    options = new_session_options()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    driver, constants = bench.driver(H200), constants_of(SMALL)
+    emulate(driver, SMALL, "sm_90a")
+    run = open_session(bench.library(on_cpu), model_of(SMALL, constants), options)
+    few, many = (launch for launch in cuda.launches(SMALL, "sm_90a") if launch.combine)
+    rows = many.max_rows
+    assert rows is not None
+    size = many.splits * rows * SMALL.size("N") * 4
+    assert size > 1 << 17
+    for _ in range(2):
+        with pytest.raises(Exception, match=f"{SMALL.name}: cannot allocate a workspace of {size} "
+                           f"bytes for {rows} rows on GPU 0: run fewer rows .*memory"):  # fmt: skip
+            run_op(run, feed_of(SMALL, rows))
+        assert driver.launched() == []
+    feed = feed_of(SMALL, 9)
+    (y,) = run_op(run, feed)
+    assert [one.symbol for one in driver.launched()] == [few.symbol, few.combine]
+    expected = expected_of(SMALL, constants, feed)
+    np.testing.assert_allclose(y, expected, rtol=2e-3, atol=2e-3 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(

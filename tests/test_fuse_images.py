@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from calibrated import facts
-from golden import model_of, run, sqnr
+from golden import assert_rewrites, assert_step, model_of, run, sqnr, steps_through
 
 from qcompiler.ir.decisions import decision_of, note_of
 from qcompiler.ir.region import HALF, Region
@@ -38,16 +38,19 @@ def supports(region: Region) -> str | None:
     return cuda.supports(region) if HALF in region.flags else "float"
 
 
+def for_gpus(supports: Any = supports) -> Pipeline:
+    """That of cuda-int8."""
+    _, observer = facts([IMAGES])
+    return Pipeline.default("cuda-int8", runs=ModelRuns(observe=observer), supports=supports)
+
+
 def compiled(text: str, supports: Any = supports) -> ir.Model:
     """For cuda-int8; checked to answer as the network does, and as without this pass."""
     subject = model_of(text, LAYERS)
     exact = run(subject, IMAGES, plainly=True)[0]
     results = []
     for stop in (None, "fuse-images"):
-        _, observer = facts([IMAGES])
-        pipeline = Pipeline.default(
-            "cuda-int8", runs=ModelRuns(observe=observer), supports=supports
-        )
+        pipeline = for_gpus(supports)
         if stop is not None:
             pipeline.remove(stop)
         results.append(pipeline.run(model_of(text, LAYERS)))
@@ -132,3 +135,110 @@ def test_without_such_kernels_the_reason_is_noted() -> None:
     assert "QuantizeImage_K24_f16" in ops(model)
     conv = next(node for node in model.graph if "AddC_Relu" in node.op_type)
     assert "its result is not stored as an image: not today" in (note_of(conv) or "")
+
+
+CHAIN = HEAD + "c = Conv <pads = [1,1,1,1]> (x, w1, b) r = Relu (c) z = Conv (r, w3)" + LAST
+
+
+def assert_joins(text: str, before: str, after: str | None = None, **checks: Any) -> None:
+    model = model_of(text, LAYERS)
+    assert_step("fuse-images", model, before, after, IMAGES, pipeline=for_gpus(), **checks)
+
+
+def test_golden_a_convolution_stores_the_image_of_the_next() -> None:
+    assert_joins(
+        CHAIN,
+        """inputs x
+        v2 = Cast {'to': '10'} (x)
+        v5 = qcompiler.region.QuantizeImage_K16_f16_bbe2b0  (v2, v3, v4)
+        v9 = qcompiler.region.QConvW8A8_K16_N24_R3_S3_f16_AddC_Relu_e925c2  (v5, v3, v4, v6, v7, v8)
+        v12 = qcompiler.region.QuantizeImage_K24_f16_0626d9  (v9, v10, v11)
+        v15 = qcompiler.region.QConvW8A8_K24_N24_R1_S1_f16_b45df7  (v12, v10, v11, v13, v14)
+        v16 = GlobalAveragePool  (v15)
+        y = Cast {'to': '1'} (v16)
+        outputs y""",
+        """inputs x
+        v2 = Cast {'to': '10'} (x)
+        # float: between float16 and float32
+        v5 = qcompiler.region.QuantizeImage_K16_f16_bbe2b0  (v2, v3, v4)
+        # body, unexpected: outlined
+        v11 = qcompiler.region.QConvImageW8A8_K16_N24_R3_S3_f16_AddC_Relu_made_1445b3  """
+        """(v5, v3, v4, v6, v7, v8, v9, v10)
+        # body, unexpected: fused with Add + Relu; stores its result in 8 bits
+        v14 = qcompiler.region.QConvW8A8_K24_N24_R1_S1_f16_b45df7  (v11, v8, v9, v12, v13)
+        # body, unexpected: outlined
+        v15 = GlobalAveragePool  (v14)
+        y = Cast {'to': '1'} (v15)
+        # float: between float16 and float32
+        outputs y""",
+        notes=True,
+    )
+
+
+def test_golden_floats_that_are_read_elsewhere_too() -> None:
+    assert_joins(
+        CHAIN.replace("y = ", "n = Sin (r) a = Add (n, z) y = ").replace("Pool (z)", "Pool (a)"),
+        """inputs x
+        v2 = Cast {'to': '10'} (x)
+        v5 = qcompiler.region.QuantizeImage_K16_f16_bbe2b0  (v2, v3, v4)
+        v9 = qcompiler.region.QConvW8A8_K16_N24_R3_S3_f16_AddC_Relu_e925c2  (v5, v3, v4, v6, v7, v8)
+        v10 = Cast {'to': '1'} (v9)
+        v13 = qcompiler.region.QuantizeImage_K24_f16_0626d9  (v9, v11, v12)
+        v14 = Sin  (v10)
+        v15 = Cast {'to': '10'} (v14)
+        v18 = qcompiler.region.QConvW8A8_K24_N24_R1_S1_f16_AddT_1680c2  """
+        """(v13, v11, v12, v16, v17, v15)
+        v19 = GlobalAveragePool  (v18)
+        y = Cast {'to': '1'} (v19)
+        outputs y""",
+        """inputs x
+        v2 = Cast {'to': '10'} (x)
+        v5 = qcompiler.region.QuantizeImage_K16_f16_bbe2b0  (v2, v3, v4)
+        v11, v12 = qcompiler.region.QConvImageW8A8_K16_N24_R3_S3_f16_AddC_Relu_ymade_4d3d4d  """
+        """(v5, v3, v4, v6, v7, v8, v9, v10)
+        v13 = Cast {'to': '1'} (v11)
+        v14 = Sin  (v13)
+        v15 = Cast {'to': '10'} (v14)
+        v18 = qcompiler.region.QConvW8A8_K24_N24_R1_S1_f16_AddT_1680c2  """
+        """(v12, v8, v9, v16, v17, v15)
+        v19 = GlobalAveragePool  (v18)
+        y = Cast {'to': '1'} (v19)
+        outputs y""",
+    )
+
+
+def test_golden_floats_that_leave_the_graph() -> None:
+    *earlier, step = steps_through("fuse-images", pipeline=for_gpus())
+    model = Pipeline(earlier).run(model_of(CHAIN, LAYERS))
+    (conv,) = (node for node in model.graph if "AddC_Relu" in node.op_type)
+    model.graph.outputs.append(conv.outputs[0])
+    assert_rewrites(
+        step.rewrite,
+        model,
+        """inputs x
+        v3 = Cast {'to': '10'} (x)
+        v6 = qcompiler.region.QuantizeImage_K16_f16_bbe2b0  (v3, v4, v5)
+        r, v12 = qcompiler.region.QConvImageW8A8_K16_N24_R3_S3_f16_AddC_Relu_ymade_4d3d4d  """
+        """(v6, v4, v5, v7, v8, v9, v10, v11)
+        v15 = qcompiler.region.QConvW8A8_K24_N24_R1_S1_f16_b45df7  (v12, v9, v10, v13, v14)
+        v16 = GlobalAveragePool  (v15)
+        y = Cast {'to': '1'} (v16)
+        outputs y, r""",
+        IMAGES,
+    )
+
+
+def test_golden_an_image_of_what_is_no_convolution() -> None:
+    assert_joins(
+        HEAD + "c = Conv (x, w1) r = MaxPool <kernel_shape = [2,2]> (c) z = Conv (r, w3)" + LAST,
+        """inputs x
+        v2 = Cast {'to': '10'} (x)
+        v5 = qcompiler.region.QuantizeImage_K16_f16_c42589  (v2, v3, v4)
+        v8 = qcompiler.region.QConvW8A8_K16_N24_R3_S3_f16_1b7724  (v5, v3, v4, v6, v7)
+        v9 = MaxPool {'kernel_shape': '(2, 2)'} (v8)
+        v12 = qcompiler.region.QuantizeImage_K24_f16_0626d9  (v9, v10, v11)
+        v15 = qcompiler.region.QConvW8A8_K24_N24_R1_S1_f16_b45df7  (v12, v10, v11, v13, v14)
+        v16 = GlobalAveragePool  (v15)
+        y = Cast {'to': '1'} (v16)
+        outputs y""",
+    )

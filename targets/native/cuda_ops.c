@@ -134,8 +134,8 @@ static OrtStatus *launch_on_device(const struct qc_call *call) {
     return status;
 }
 
-static OrtStatus *allocate(const struct qc_gpu_node *node, OrtKernelContext *context, size_t bytes,
-                           char **memory) {
+static OrtStatus *ask_for(const struct qc_gpu_node *node, OrtKernelContext *context, size_t bytes,
+                          char **memory) {
 #ifdef QC_ON_CPU /* a CPU session has no stream for a scratch buffer to belong to */
     (void)context;
     return QC_ORT(AllocatorAlloc)(node->allocator, bytes, (void **)memory);
@@ -144,6 +144,21 @@ static OrtStatus *allocate(const struct qc_gpu_node *node, OrtKernelContext *con
      * stream before the kernel is done. */
     return QC_ORT(KernelContext_GetScratchBuffer)(context, node->memory, bytes, (void **)memory);
 #endif
+}
+
+/* ONNX Runtime's own message does not say for what; and a kernel must not be given no memory. */
+static OrtStatus *allocate(struct qc_call *call, OrtKernelContext *context, size_t bytes) {
+    const struct qc_gpu_node *node = call->node;
+    char **memory = &call->pointers[QC_WORKSPACE];
+    OrtStatus *failed = ask_for(node, context, bytes, memory);
+    if (!failed && *memory) return NULL;
+    OrtStatus *status = qc_error(
+        node->op, "cannot allocate a workspace of %zu bytes for %d rows on GPU %d: run fewer rows at "
+                  "once, or raise gpu_mem_limit of the CUDA provider (%s)",
+        bytes, call->rows, node->device->ordinal,
+        failed ? QC_ORT(GetErrorMessage)(failed) : "its allocator gave none");
+    if (failed) QC_ORT(ReleaseStatus)(failed);
+    return status;
 }
 
 OrtStatus *qc_run_rows(struct qc_call *call, OrtKernelContext *context) {
@@ -158,7 +173,7 @@ OrtStatus *qc_run_rows(struct qc_call *call, OrtKernelContext *context) {
     if (!call->launch->combine) return launch_on_device(call);
     const size_t bytes = (size_t)call->launch->splits * (size_t)call->rows *
                          (size_t)qc_summed_columns(node->op->spec) * sizeof(float);
-    QC_TRY(allocate(node, context, bytes, &call->pointers[QC_WORKSPACE]));
+    QC_TRY(allocate(call, context, bytes));
     OrtStatus *status = launch_on_device(call);
     OrtStatus *freed = QC_ORT(AllocatorFree)(node->allocator, call->pointers[QC_WORKSPACE]);
     return status ? status : freed;

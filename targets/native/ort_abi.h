@@ -40,6 +40,7 @@ enum { ORT_MEMORY_CPU_INPUT = -2, ORT_MEMORY_DEFAULT = 0 };        /* OrtMemType
 /* X(index in OrtApi, name, result, parameters...) */
 #define QC_ORT_API(X)                                                                              \
     X(0, CreateStatus, OrtStatus *, int, const char *)                                             \
+    X(2, GetErrorMessage, const char *, const OrtStatus *)                                         \
     X(26, CreateCustomOpDomain, OrtStatus *, const char *, OrtCustomOpDomain **)                   \
     X(27, CustomOpDomain_Add, OrtStatus *, OrtCustomOpDomain *, const OrtCustomOp *)               \
     X(28, AddCustomOpDomain, OrtStatus *, OrtSessionOptions *, OrtCustomOpDomain *)                \
@@ -60,6 +61,7 @@ enum { ORT_MEMORY_CPU_INPUT = -2, ORT_MEMORY_DEFAULT = 0 };        /* OrtMemType
       const OrtValue **)                                                                           \
     X(91, KernelContext_GetOutput, OrtStatus *, OrtKernelContext *, size_t, const int64_t *,       \
       size_t, OrtValue **)                                                                         \
+    X(93, ReleaseStatus, void, OrtStatus *)                                                        \
     X(99, ReleaseTensorTypeAndShapeInfo, void, OrtTensorTypeAndShapeInfo *)                        \
     X(125, GetAvailableProviders, OrtStatus *, char ***, int *)                                    \
     X(126, ReleaseAvailableProviders, OrtStatus *, char **, int)                                   \

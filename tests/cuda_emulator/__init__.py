@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from cuda_emulator.run import Emulated, EmulatorError, needs_compiler
+from cuda_emulator.run import Emulated, EmulatorError, kernels_of, needs_compiler
 
-__all__ = ["Emulated", "EmulatorError", "needs_compiler"]
+__all__ = ["Emulated", "EmulatorError", "kernels_of", "needs_compiler"]

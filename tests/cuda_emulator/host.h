@@ -12,8 +12,6 @@
 
 namespace emulator {
 
-struct Kernel { const char *name; void (*run)(void **arguments); };
-
 // A copy of a file's bytes whose end is the end of memory.
 struct Array {
     static inline std::vector<Array *> all;
@@ -59,7 +57,7 @@ inline void start_thread() {
     running(running_arguments);
     current = self;
     threads[self].done = threads[self].moved = true;
-    swapcontext(&threads[self].context, &scheduler);
+    _longjmp(scheduler, 1);
 }
 
 // Lets the lanes of a warp run until none can go on.
@@ -72,7 +70,7 @@ inline bool run_warp(int warp, bool backwards) {
             Thread &thread = threads[current];
             if (thread.done) continue;
             thread.moved = false;
-            swapcontext(&scheduler, &thread.context);
+            resume(thread);
             again |= thread.moved;
         }
         any |= again;
@@ -83,7 +81,7 @@ inline bool run_warp(int warp, bool backwards) {
 inline void run_block(int thread_count, bool backwards) {
     for (int i = 0; i < thread_count; ++i) {
         Thread &thread = threads[i];
-        thread.done = false;
+        thread.done = thread.begun = false;
         thread.known.assign(thread_count, 0);
         thread.known[i] = 1;
         thread.groups.clear();
@@ -128,7 +126,7 @@ inline void launch(void (*kernel)(void **), void **arguments, Index grid, int th
 
 // arguments: kernel gx gy gz threads shared backwards, then `#<name>:<number>` or `[=]<name>:<path>`
 // of each parameter in order; with `=` the array is written back.
-inline int main(int count, char **words, const std::vector<Kernel> &kernels) {
+int main(int count, char **words, const Kernel *kernels, int kernel_count) {
     static uint8_t signal_stack[64 << 10];
     stack_t other{signal_stack, 0, sizeof signal_stack};
     sigaltstack(&other, nullptr);
@@ -163,10 +161,10 @@ inline int main(int count, char **words, const std::vector<Kernel> &kernels) {
         paths.push_back(written ? path : "");
         values.push_back(&array->begin);
     }
-    for (const Kernel &kernel : kernels) {
-        if (std::strcmp(kernel.name, words[1])) continue;
+    for (const Kernel *kernel = kernels; kernel < kernels + kernel_count; ++kernel) {
+        if (std::strcmp(kernel->name, words[1])) continue;
         const Index grid{std::atoi(words[2]), std::atoi(words[3]), std::atoi(words[4])};
-        launch(kernel.run, values.data(), grid, std::atoi(words[5]), size_t(std::atol(words[6])),
+        launch(kernel->run, values.data(), grid, std::atoi(words[5]), size_t(std::atol(words[6])),
                std::atoi(words[7]) != 0);
         for (size_t i = 0; i < arrays.size(); ++i) {
             if (paths[i].empty()) continue;

@@ -53,7 +53,7 @@ inline void note_read(int reader, uint32_t address, uint32_t size) {
     }
 }
 
-inline void copy_async(uint32_t target, const void *source, uint32_t size = 16) {
+void copy_async(uint32_t target, const void *source, uint32_t size) {
     std::memset(at(target, 16, "cp.async"), garbage, 16);
     note_write(target, 16);
     auto &groups = threads[current].groups;
@@ -61,13 +61,13 @@ inline void copy_async(uint32_t target, const void *source, uint32_t size = 16) 
     groups.back().push_back({target, source, size});
 }
 
-inline void commit_group() {
+void commit_group() {
     auto &groups = threads[current].groups;
     if (groups.empty()) groups.emplace_back();
     groups.emplace_back();
 }
 
-inline void wait_group(size_t pending) {
+void wait_group(size_t pending) {
     auto &groups = threads[current].groups;
     while (groups.size() > pending + 1) {
         for (const Copy &copy : groups.front()) {
@@ -79,37 +79,37 @@ inline void wait_group(size_t pending) {
     }
 }
 
-template <int count> void load_global(uint32_t *const (&results)[count], const void *source) {
+void load_global_words(uint32_t *const *results, int count, const void *source) {
     if ((uintptr_t)source % (4 * count)) fail("a load from global memory is not aligned");
-    uint32_t words[count];
-    std::memcpy(words, source, sizeof words);
+    uint32_t words[4];
+    std::memcpy(words, source, 4 * count);
     for (int i = 0; i < count; ++i) *results[i] = words[i];
 }
 
-template <class Word> void load_narrow(uint16_t *result, const void *source) {
-    if ((uintptr_t)source % sizeof(Word)) fail("a load from global memory is not aligned");
-    Word word;
-    std::memcpy(&word, source, sizeof word);
-    *result = word;
+// 1 or 2 bytes; what is above them is 0.
+void load_global_part(uint16_t *result, int size, const void *source) {
+    if ((uintptr_t)source % size) fail("a load from global memory is not aligned");
+    *result = 0;
+    std::memcpy(result, source, size);
 }
 
-template <int count> void store_global(const void *target, const uint32_t (&words)[count]) {
+void store_global_words(const void *target, const uint32_t *words, int count) {
     if ((uintptr_t)target % (4 * count)) fail("a store to global memory is not aligned");
-    std::memcpy((void *)target, words, sizeof words);
+    std::memcpy((void *)target, words, 4 * count);
 }
 
-template <int count> void load_shared(uint32_t *const (&results)[count], uint32_t address) {
+void load_shared_words(uint32_t *const *results, int count, uint32_t address) {
     const uint8_t *source = at(address, 4 * count, "ld.shared");
     note_read(current, address, 4 * count);
     for (int i = 0; i < count; ++i) std::memcpy(results[i], source + 4 * i, 4);
 }
 
-inline void load_shared_pair(uint16_t *result, uint32_t address) {
+void load_shared_pair(uint16_t *result, uint32_t address) {
     std::memcpy(result, at(address, 2, "ld.shared"), 2);
     note_read(current, address / 4 * 4, 4);
 }
 
-inline void load_matrices(uint32_t *const (&results)[4], uint32_t address) {
+void load_matrices(uint32_t *const (&results)[4], uint32_t address) {
     struct Slot { uint32_t *results[4]; uint32_t address; };
     Slot slot{{results[0], results[1], results[2], results[3]}, address};
     at(address, 16, "ldmatrix");
@@ -123,8 +123,8 @@ inline void load_matrices(uint32_t *const (&results)[4], uint32_t address) {
     });
 }
 
-template <int count> void store_shared(uint32_t address, const uint32_t (&words)[count]) {
-    std::memcpy(at(address, 4 * count, "st.shared"), words, sizeof words);
+void store_shared_words(uint32_t address, const uint32_t *words, int count) {
+    std::memcpy(at(address, 4 * count, "st.shared"), words, 4 * count);
     note_write(address, 4 * count);
 }
 

@@ -6,7 +6,7 @@
 
 namespace emulator {
 
-inline float from_half(uint16_t bits) {
+float from_half(uint16_t bits) {
     const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
     float value = exponent == 0 ? std::ldexp(float(mantissa), -24)
                 : exponent == 31 ? (mantissa ? NAN : INFINITY)
@@ -14,7 +14,7 @@ inline float from_half(uint16_t bits) {
     return bits & 0x8000 ? -value : value;
 }
 
-inline uint16_t to_half(double value) {  // to nearest, ties to even
+uint16_t to_half(double value) {  // to nearest, ties to even
     const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
     const double magnitude = std::fabs(value);
     if (std::isnan(value)) return sign | 0x7e00;
@@ -47,24 +47,24 @@ template <class Function> uint32_t of_halves(Function function) {
     return to_half(function(0)) | uint32_t(to_half(function(16))) << 16;
 }
 
-inline uint32_t subtract_halves(uint32_t a, uint32_t b) {
+uint32_t subtract_halves(uint32_t a, uint32_t b) {
     return of_halves([=](int s) { return double(from_half(a >> s)) - from_half(b >> s); });
 }
 
-inline uint32_t multiply_halves(uint32_t a, uint32_t b) {
+uint32_t multiply_halves(uint32_t a, uint32_t b) {
     return of_halves([=](int s) { return double(from_half(a >> s)) * from_half(b >> s); });
 }
 
-inline uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
+uint32_t fma_halves(uint32_t a, uint32_t b, uint32_t c) {
     return of_halves(
         [=](int s) { return double(from_half(a >> s)) * from_half(b >> s) + from_half(c >> s); });
 }
 
-inline uint16_t pair_to_e4m3(float high, float low) {
+uint16_t pair_to_e4m3(float high, float low) {
     return uint16_t(to_e4m3(high) << 8 | to_e4m3(low));
 }
 
-inline uint32_t pair_from_e4m3(uint16_t pair) {
+uint32_t pair_from_e4m3(uint16_t pair) {
     return to_half(from_e4m3(uint8_t(pair))) | uint32_t(to_half(from_e4m3(uint8_t(pair >> 8)))) << 16;
 }
 

@@ -23,13 +23,13 @@ inline Phases &phases_at(uint32_t address) {
     return found->second;
 }
 
-inline void begin_phases(uint32_t address, uint32_t count) {
+void begin_phases(uint32_t address, uint32_t count) {
     at(address, 8, "an mbarrier");
     phases[address] = {int(count), int(count)};
     note_write(address, 8);
 }
 
-inline void arrive(uint32_t address, uint32_t count) {
+void arrive(uint32_t address, uint32_t count) {
     Phases &barrier = phases_at(address);
     note_read(current, address, 8);
     if (int(count) > barrier.missing) fail("more threads arrive at an mbarrier than it waits for");
@@ -45,7 +45,7 @@ inline void arrive(uint32_t address, uint32_t count) {
 }
 
 // Waits until the phase before the one that goes on has this parity.
-inline void wait_phase(uint32_t address, int parity) {
+void wait_phase(uint32_t address, int parity) {
     note_read(current, address, 8);
     Phases &barrier = phases_at(address);
     while ((barrier.over & 1) == parity) pause();

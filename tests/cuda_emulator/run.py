@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,16 @@ from numpy.typing import NDArray
 from cuda_emulator.translate import translate
 from qcompiler.targets.cuda import Launch
 
-__all__ = ["Emulated", "EmulatorError", "needs_compiler"]
+__all__ = ["Emulated", "EmulatorError", "kernels_of", "needs_compiler"]
 
 Array = NDArray[Any]
 _HERE = Path(__file__).resolve().parent
 _PATIENCE = 300
+_FLAGS = [
+    "-fno-strict-aliasing", "-fno-sanitize=undefined", "-U_FORTIFY_SOURCE", f"-I{_HERE}",
+    # Of a thread's stack, which is 192 KiB.
+    "-Werror=frame-larger-than=131072",
+]  # fmt: skip
 
 
 def _compiler() -> list[str] | None:
@@ -51,20 +58,54 @@ class _Way:
     fault: int
 
 
+def _build(folder: Path, *words: str) -> None:
+    command = [*(_compiler() or []), *_FLAGS, *words]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, timeout=_PATIENCE
+    )
+    assert done.returncode == 0, done.stderr[:4000]
+
+
+def kernels_of(*launches: Launch) -> tuple[str, ...]:
+    """The names of all kernels that launches need."""
+    both = [name for launch in launches for name in (launch.symbol, launch.combine)]
+    return tuple(dict.fromkeys(name for name in both if name is not None))
+
+
+@functools.cache
+def _runtime() -> tuple[Path, tempfile.TemporaryDirectory[str]]:
+    """What all kernels share, compiled once and optimized; and its folder, which lives as long."""
+    folder = tempfile.TemporaryDirectory(prefix="cuda_emulator_")
+    path = Path(folder.name, "runtime.o")
+    _build(path.parent, "-std=c++17", "-O2", "-c", str(_HERE / "runtime.cpp"), "-o", path.name)
+    return path, folder
+
+
 class Emulated:
     """The kernels of a CUDA source, to be run on the CPU."""
 
-    def __init__(self, source: str, folder: Path, results: Collection[str] = ()) -> None:
-        """Compile; `results` are the parameters that kernels write, where these are several."""
+    def __init__(
+        self,
+        source: str,
+        folder: Path,
+        results: Collection[str] = (),
+        only: Collection[str] | None = None,
+    ) -> None:
+        """Compile.
+
+        Args:
+            source: As TVM writes it.
+            folder: For the program, and for what it reads and writes.
+            results: The parameters that kernels write, where these are several.
+            only: The names of the kernels that will run; all without.
+        """
         self._results = frozenset(results)
         self._folder, self._program = folder, folder / "kernels"
-        (folder / "kernels.cpp").write_text(translate(source))
-        flags = ["-std=c++17", "-O1", "-w", "-fno-strict-aliasing", f"-I{_HERE}"]
-        command = [*(_compiler() or []), *flags, "kernels.cpp", "-o", str(self._program)]
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=False, timeout=_PATIENCE
-        )
-        assert done.returncode == 0, done.stderr[:4000]
+        (folder / "kernels.cpp").write_text(translate(source, only))
+        runtime, _ = _runtime()
+        # Unoptimized: the runtime is what takes time.  Hexadecimal floats are GNU's before C++17,
+        # whose headers take longer than a kernel.
+        _build(folder, "-std=gnu++14", "-O0", "kernels.cpp", str(runtime), "-o", "kernels")
 
     def run(
         self,

@@ -7,20 +7,17 @@
 #include <string>
 #include <vector>
 
+#include <setjmp.h>
 #include <ucontext.h>
 #include <unistd.h>
 
 namespace emulator {
 
 constexpr int warp_size = 32;
-constexpr size_t stack_bytes = 128 << 10;
+constexpr size_t stack_bytes = 192 << 10;
 constexpr uint8_t garbage = 0xEE;
 
-struct Index { int x, y, z; };
-
 struct Copy { uint32_t target; const void *source; uint32_t size; };
-
-enum class Kind { half, int8, e4m3 };
 
 // A wgmma under way: one thread's share.  It is computed when it is waited for.
 struct GroupProduct {
@@ -35,7 +32,9 @@ struct GroupProduct {
 using Known = std::vector<uint32_t>;
 
 struct Thread {
-    ucontext_t context;
+    ucontext_t context;   // where it begins
+    jmp_buf point;        // where it goes on
+    bool begun = false;
     void *stack = nullptr;
     bool done = false, moved = false;
     Known known;
@@ -52,12 +51,13 @@ struct Barrier { int arrived = 0; long round = 0; Known known, of_round; };
 inline std::vector<Thread> threads;
 inline std::vector<Meeting> warps, warpgroups;
 
-inline ucontext_t scheduler;
-inline int current;
+inline jmp_buf scheduler;
 inline Barrier barriers[16];
-inline Index block;
-inline uint8_t *shared_begin;
 inline size_t shared_bytes;
+
+int current;
+Index block;
+uint8_t *shared_begin;
 
 [[noreturn]] inline void fail(const std::string &what) {
     std::fprintf(stderr, "block (%d, %d, %d), thread %d: %s\n", block.x, block.y, block.z, current,
@@ -66,9 +66,17 @@ inline size_t shared_bytes;
     _exit(3);
 }
 
+// Takes turns by setjmp: swapcontext would ask the system for the signals' mask each time.
+inline void resume(Thread &thread) {
+    if (_setjmp(scheduler)) return;
+    if (thread.begun) _longjmp(thread.point, 1);
+    thread.begun = true;
+    setcontext(&thread.context);
+}
+
 inline void pause() {
     const int self = current;
-    swapcontext(&threads[self].context, &scheduler);
+    if (!_setjmp(threads[self].point)) _longjmp(scheduler, 1);
     current = self;
 }
 
@@ -114,7 +122,7 @@ template <class Slot, class Work> void together(Slot &slot, Work work) {
 }
 
 // Waits for `count` threads at one of the sixteen barriers; all then know what each did before.
-inline void synchronize(int number, int count) {
+void synchronize(int number, int count) {
     Barrier &barrier = barriers[number];
     const long round = barrier.round;
     moved();
@@ -131,7 +139,9 @@ inline void synchronize(int number, int count) {
     moved();
 }
 
-inline void synchronize_warp(uint32_t) {
+void synchronize_block() { synchronize(0, int(threads.size())); }
+
+void synchronize_warp(uint32_t) {
     Known mine;
     tell(mine);
     together(mine, [](Known **each) {

@@ -5,7 +5,9 @@ Inline PTX becomes a call of the emulator's function; what is not known is an er
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Collection
 
 __all__ = ["translate"]
 
@@ -87,11 +89,16 @@ _KINDS = {
 }
 
 
-def translate(source: str) -> str:
-    """The C++ program: its `main` runs one kernel, see `emulator.h`."""
+def translate(source: str, only: Collection[str] | None = None) -> str:
+    """The C++ program: its `main` runs one kernel, see `emulator.h`.
+
+    Args:
+        source: As TVM writes it.
+        only: The kernels that are kept, by name; all without.
+    """
     first = _FIRST_FUNCTION.search(source)
     assert first is not None, source
-    functions = source[first.start() :]
+    functions = source[first.start() :] if only is None else _kept(source[first.start() :], only)
     functions = _WAIT.sub("wait_phase(barrier_addr_int, phase);", functions)
     functions = _ASM.sub(lambda match: _call(match[1]), functions)
     functions = _SHARED.sub(r"\1 *\2 = (\1 *)emulator::shared_begin;", functions)
@@ -100,9 +107,20 @@ def translate(source: str) -> str:
     table = ", ".join(f'{{"{name}", run_{name}}}' for name, _ in kernels)
     return (
         f'#include "emulator.h"\nusing namespace emulator;\n{functions}\n{runs}\n'
+        f"static const Kernel all_kernels[] = {{{table}}};\n"
         "int main(int count, char **words) {\n"
-        f"    return emulator::main(count, words, {{{table}}});\n}}\n"
+        f"    return emulator::main(count, words, all_kernels, {len(kernels)});\n}}\n"
     )
+
+
+def _kept(functions: str, only: Collection[str]) -> str:
+    """Without the bodies of other kernels, which come one after the other, after all else."""
+    starts = [match.start() for match in _KERNEL.finditer(functions)]
+    parts = [functions[a:b] for a, b in itertools.pairwise([*starts, len(functions)])]
+    names = [match[1] for match in _KERNEL.finditer(functions)]
+    assert set(only) <= set(names), (only, names)
+    kept = [part for name, part in zip(names, parts, strict=True) if name in only]
+    return "".join([functions[: starts[0]], *kept])
 
 
 def _run(name: str, parameters: str) -> str:
