@@ -5,7 +5,8 @@
 
 fills the whole table of docs/weights.md, ours and all peers.  Each figure is measured by a process
 of its own and written down at once, so that the command goes on where it was stopped.  `--model`,
-`--group`, `--kind` and `--only` choose some.
+`--group`, `--kind` and `--only` choose some.  A figure that takes longer than `--limit` minutes of
+processor is none, and the table says so.
 
 SmolLM2 is scored by its perplexity on windows of 512 tokens from the beginning of WikiText-2's
 validation part (CC BY-SA 3.0), and calibrated with windows of its end.  MiniLM is scored on the
@@ -24,6 +25,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,10 +73,14 @@ def contenders(group: int, kinds: list[str]) -> Iterator[str]:
     yield from peers_of(group)
 
 
-def in_a_process(given: list[str], model: str, group: int, name: str) -> dict[str, Any]:
+def in_a_process(
+    given: list[str], limit: float, model: str, group: int, name: str
+) -> dict[str, Any]:
     """Figures that another process measures: what it leaves in memory, or dies of, is its own."""
     command = [sys.executable, __file__, *given, "--model", model, "--cell", f"{group}|{name}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode == -signal.SIGXCPU:
+        return {"error": f"TimeoutError: stopped after {limit:g} minutes of processor"}
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         return {"error": f"the process ended with {done.returncode}"}
@@ -88,10 +95,11 @@ def fill(model: str, arguments: argparse.Namespace, given: list[str]) -> None:
     facts = {"count": count, "calibrate": calibrate}
     facts |= {"held_out": True} if arguments.held_out else {}
     table = Table(arguments.json, model, facts, arguments.only or ())
-    table.note("float", None, partial(in_a_process, given, model, 0, "float"))
+    measured = partial(in_a_process, given, arguments.limit, model)
+    table.note("float", None, partial(measured, 0, "float"))
     for group in arguments.group or GROUPS[model]:
         for name in contenders(group, arguments.kind or list(KINDS)):
-            table.note(name, group, partial(in_a_process, given, model, group, name))
+            table.note(name, group, partial(measured, group, name))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -105,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--group", type=int, action="append", help="0: per channel; default all")
     parser.add_argument("--only", action="append", help="contenders whose names begin so")
     parser.add_argument("--kind", action="append", choices=KINDS, help="of groups; default all")
+    parser.add_argument("--limit", type=float, default=20, help="minutes of processor a figure")
     parser.add_argument("--held-out", action="store_true", help="score windows between those")
     parser.add_argument("--json", type=Path, help="results are added to those that are there")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -115,6 +124,8 @@ def main() -> None:
     arguments = parser().parse_args()
     logging.disable(logging.WARNING)
     if arguments.cell is not None:  # the last --model is that of the process
+        seconds = int(60 * arguments.limit)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
         group, _, name = arguments.cell.partition("|")
         found = measure(case_of(arguments.model[-1], arguments), int(group), name)
         print("\n" + json.dumps(found))  # peers leave lines unfinished

@@ -18,7 +18,8 @@ lowers the error of the product (`clip_search`), and weights are rounded to near
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -30,9 +31,10 @@ from qcompiler.ir.graph import constant
 from qcompiler.ir.on_disk import let_go
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constant
-from qcompiler.passes.clip_search import BLOCK, diagonal_blocks, searched_grid
+from qcompiler.passes.clip_search import BLOCK, diagonal_blocks, error_in_blocks, searched_grid
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.layer_cache import LayerCache
+from qcompiler.passes.rounded_layer import decibels, rounded_or_kept
 from qcompiler.passes.rounded_weight import (
     Layer,
     RoundedWeight,
@@ -131,15 +133,19 @@ class AWQ(ir.passes.InPlacePass):
         found = self._look(model, layers, sites, walk)
         for site, facts in zip(sites, found, strict=True):
             _scale(model.graph, site, facts)
-        facts_of = {id(site.data): facts for site, facts in zip(sites, found, strict=True)}
-        for data, group in by_data(layers_of(model.graph, "awq")).items():
-            weights = [finite_weight(layer.nodes[0], layer.weight) for layer in group]
-            work = partial(_rounded, blocks=_scaled_blocks(facts_of[id(data)]))
-            rounded = self.runs.map(work, weights, [layer.type for layer in group])
-            for layer, one in zip(group, rounded, strict=True):
-                layer.replace(model.graph, one)
+        self._round(model, {id(site.data): facts for site, facts in zip(sites, found, strict=True)})
         FixNames()(model)
         return ir.passes.PassResult(model, True)
+
+    def _round(self, model: ir.Model, facts_of: Mapping[int, _Found]) -> None:
+        """Round what gptq will not, by what the samples say of each input."""
+        layers, tell = layers_of(model.graph, "awq"), self.runs.progress()
+        told = itertools.count(1)
+        for data, group in by_data(layers).items():
+            blocks = _scaled_blocks(facts_of[id(data)])
+            work, method = partial(_round_one, blocks=blocks), ("awq rounds", "")
+            for layer in rounded_or_kept(group, self.runs, method, work, blocks):
+                layer.place(model.graph, tell, next(told) / len(layers))
 
     def _look(
         self, model: ir.Model, layers: Sequence[Layer], sites: Sequence[_Site], walk: Walker
@@ -211,9 +217,12 @@ def _factors(magnitude: Rows, alpha: float) -> Rows:
     return np.asarray(factors / np.sqrt(factors.max() * factors.min()), np.float32)
 
 
-def _rounded(weight: Rows, type: QuantType, blocks: Rows) -> RoundedWeight:
+def _round_one(weight: Rows, type: QuantType, blocks: Rows) -> tuple[RoundedWeight, str]:
     """A scaled weight on scales that cut its ranges where that lowers the error."""
-    return rounded_on(weight, type, searched_grid(weight, type, blocks))
+    rounded = rounded_on(weight, type, searched_grid(weight, type, blocks))
+    error = error_in_blocks(weight - rounded.floats(type), blocks)
+    good = decibels(error_in_blocks(weight, blocks), error)
+    return rounded, f"rounded by awq to {good}, of {BLOCK} inputs at a time"
 
 
 def _scaled_blocks(facts: _Found) -> Rows:

@@ -21,7 +21,7 @@ from qcompiler.ir.two_level import on_two_levels
 from qcompiler.ir.types import PerGroup, QuantType
 from qcompiler.passes.weight_grid import Grid, rounded_on, weight_grid
 
-__all__ = ["BLOCK", "diagonal_blocks", "searched_grid"]
+__all__ = ["BLOCK", "diagonal_blocks", "error_in_blocks", "searched_grid"]
 
 BLOCK = 128
 """Inputs whose moments are kept against each other: K x 128 numbers instead of K x K."""
@@ -63,6 +63,15 @@ def searched_grid(weight: Floats, type: QuantType, blocks: Floats) -> Grid:
     offset = None if best.offset is None else on_two_levels(best.offset, zero=True)
     best = dataclasses.replace(best, scale=on_two_levels(best.scale), offset=offset)
     return _chosen(start.sum(0) < _errors(weight, type, best, blocks).sum(0), first, best)
+
+
+def error_in_blocks(difference: Floats, blocks: Floats) -> float:
+    """The mean square error of a product for W - W', [K, N], as far as the blocks tell."""
+    parts = [difference[start : start + BLOCK] for start in range(0, len(difference), BLOCK)]
+    return sum(
+        float(np.vdot(part, block[: len(part), : len(part)] @ part))
+        for part, block in zip(parts, blocks, strict=True)
+    )
 
 
 def _part_of(grid: Grid, type: QuantType, part: float) -> Grid:

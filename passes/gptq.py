@@ -28,11 +28,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.ir.types import PerGroup, QuantType
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.layer_cache import LayerCache
+from qcompiler.passes.rounded_layer import RoundedLayer, decibels
 from qcompiler.passes.rounded_weight import (
     Layer,
     RoundedWeight,
@@ -48,25 +48,6 @@ __all__ = ["GPTQ", "gptq", "round_one"]
 _MOST_DAMPING = 1.0
 """Of the mean of H's diagonal: a matrix that is singular with so much on its diagonal holds
 nonsense."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Found:
-    """A layer that is done.
-
-    Attributes:
-        layer: Which one.
-        rounded: Its weight.
-        note: How good it is, for people.
-        kept: Whether an earlier run did it.
-        unkept: Why a later run will not find it, for people; nothing if it will.
-    """
-
-    layer: Layer
-    rounded: RoundedWeight
-    note: str
-    kept: bool = False
-    unkept: str = ""
 
 
 class GPTQ(ir.passes.InPlacePass):
@@ -128,34 +109,26 @@ class GPTQ(ir.passes.InPlacePass):
         with self.runs.walker_for(layers, "gptq rounds")(model, list(groups)) as walk:
             cache = LayerCache("gptq", walk.digest, repr(self.options), layers)
             tell(f"layers: {cache.found([layer.name for layer in layers])}", 0)
-            for done, found in enumerate(self._rounded(groups, walk, cache), 1):
-                layer, again = found.layer, "kept from an earlier run: " if found.kept else ""
-                layer.replace(model.graph, found.rounded)
-                for node in layer.nodes:
-                    add_note(node, found.note)
-                said = f"{layer.name}: {again}{found.note}{found.unkept}"
-                tell(said, done / len(layers), kept=found.kept)
+            for done, layer in enumerate(self._rounded(groups, walk, cache), 1):
+                layer.place(model.graph, tell, done / len(layers))
         FixNames()(model)
         return ir.passes.PassResult(model, True)
 
     def _rounded(
         self, groups: Mapping[ir.Value, Sequence[Layer]], walk: Walk, cache: LayerCache
-    ) -> Iterator[_Found]:
+    ) -> Iterator[RoundedLayer]:
         """Each layer; the model must be changed between them."""
         for data, layers in groups.items():
             kept = [cache.get(layer.name) for layer in layers]
             if all(arrays is not None for arrays in kept):
                 for layer, arrays in zip(layers, kept, strict=True):
                     assert arrays is not None
-                    note = str(arrays["note"])
-                    rounded = RoundedWeight.from_arrays(arrays, layer.type)
-                    yield _Found(layer, rounded, note, kept=True)
+                    yield RoundedLayer.kept_as(layer, arrays)
                 continue
             depth = finite_weight(layers[0].nodes[0], layers[0].weight).shape[0]
             moments = Moments.of(walk.rows(data), depth, data.name or "")
-            for layer, (rounded, note) in zip(layers, self._round(layers, moments), strict=True):
-                arrays = rounded.to_arrays() | {"note": np.asarray(note)}
-                yield _Found(layer, rounded, note, unkept=cache.put(layer.name, arrays))
+            for layer, found in zip(layers, self._round(layers, moments), strict=True):
+                yield RoundedLayer.kept_in(cache, layer, *found)
 
     def _round(self, layers: Sequence[Layer], moments: Moments) -> list[tuple[RoundedWeight, str]]:
         """Round the layers that read the same activations."""
@@ -172,14 +145,10 @@ def round_one(
     nearest = rounded_on(weight, type, weight_grid(weight, type, "max"))
     signal = moments.error(weight)
     error, before = (moments.error(weight - r.floats(type)) for r in (rounded, nearest))
-    note = f"rounded by gptq to {_decibels(signal, error)} (to nearest {_decibels(signal, before)})"
+    note = f"rounded by gptq to {decibels(signal, error)} (to nearest {decibels(signal, before)})"
     if before <= error:
         return nearest, f"rounded to nearest, which is no worse than gptq here: {note}"
     return rounded, note if damping == options.damping else f"{note} with damping {damping:g}"
-
-
-def _decibels(signal: float, noise: float) -> str:
-    return f"{10 * np.log10(max(signal, 1e-30) / max(noise, 1e-30)):.1f} dB"
 
 
 def gptq(

@@ -32,13 +32,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from qcompiler.ir.arithmetic import broadcast_scale, reduce_slices
-from qcompiler.ir.decisions import add_note
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import every_node
 from qcompiler.ir.two_level import on_two_levels
 from qcompiler.ir.types import QuantType
 from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.rounded_weight import RoundedWeight, by_data, finite_weight, layers_of
+from qcompiler.passes.rounded_layer import decibels, rounded_or_kept
+from qcompiler.passes.rounded_weight import RoundedWeight, by_data, layers_of
 from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.passes.weight_grid import Grid, rounded_on, weight_grid
 
@@ -101,18 +101,26 @@ class HQQ(ir.passes.InPlacePass):
             ModelError: A weight holds NaN or Inf.
         """
         layers, tell = layers_of(every_node(model.graph), "hqq"), self.runs.progress()
-        work, told = partial(hqq, options=self.options), itertools.count(1)
+        work, told = partial(_round_one, options=self.options), itertools.count(1)
         for group in by_data(layers).values():
-            weights = [finite_weight(layer.nodes[0], layer.weight) for layer in group]
-            found = self.runs.map(work, weights, [layer.type for layer in group])
-            for layer, rounded in zip(group, found, strict=True):
-                layer.replace(model.graph, rounded)
-                note = "rounded by hqq" if layer.type.offset else _NOTHING_TO_FIT
-                for node in layer.nodes:
-                    add_note(node, note)
-                tell(layer.name, next(told) / len(layers))
+            for layer in rounded_or_kept(group, self.runs, ("hqq", repr(self.options)), work):
+                layer.place(model.graph, tell, next(told) / len(layers))
         FixNames()(model)
         return ir.passes.PassResult(model, bool(layers))
+
+
+def _round_one(weight: Floats, type: QuantType, options: HQQ.Options) -> tuple[RoundedWeight, str]:
+    """The rounded weight, and the error of its elements."""
+    rounded = hqq(weight, type, options)
+    if not type.offset:
+        return rounded, _NOTHING_TO_FIT
+    nearest = rounded_on(weight, type, weight_grid(weight, type, "max"))
+    signal, error, before = (
+        float(np.square(array).sum())
+        for array in (weight, weight - rounded.floats(type), weight - nearest.floats(type))
+    )
+    said = f"{decibels(signal, error)} (to nearest {decibels(signal, before)})"
+    return rounded, f"rounded by hqq, its weights to {said}"
 
 
 def hqq(weight: Floats, type: QuantType, options: HQQ.Options) -> RoundedWeight:

@@ -1,11 +1,12 @@
 """What was found out about layers, on disk, found again by the hash of all that it depends on.
 
-A layer depends on the model, the samples, the options and, because what is rounded before it goes
-into it, on the types of all layers.  Nothing of another model is ever found.
+With samples a layer depends on the model, the samples, the options and, because what is rounded
+before it goes into it, on the types of all layers.  Nothing of another model is ever found.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zlib
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from qcompiler.ir.errors import ToolchainError
 from qcompiler.passes.rounded_weight import Layer
 from qcompiler.targets.cache import KernelCache, content_key
 
-__all__ = ["LayerCache"]
+__all__ = ["LayerCache", "arrays_digest"]
 
 _VERSION = "5"
 """To be counted up when a pass rounds differently, or arrays are kept otherwise."""
@@ -35,7 +36,7 @@ class LayerCache:
 
         Args:
             method: The name of the pass.
-            digest: Hash of model and samples.
+            digest: Hash of model and samples, or of whatever else it is.
             options: Of the pass, as text.
             layers: All that will be looked at.
         """
@@ -73,3 +74,12 @@ class LayerCache:
         except ToolchainError as error:
             return f", and not kept for another run: {error}"
         return ""
+
+
+def arrays_digest(*arrays: NDArray[Any]) -> str:
+    """Hash of arrays."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -1,10 +1,7 @@
-"""gptq and the walk it takes: text, numbers, what is shared, bad input, resuming after a kill."""
+"""gptq and the walk it takes: text, numbers, what is shared, bad input."""
 
 import concurrent.futures
 import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import onnx_ir as ir
@@ -342,39 +339,3 @@ def test_another_model_or_samples_find_nothing_in_the_cache():
     assert asked(planned(weights=WEIGHTS | {"d": WEIGHTS["a"]}), WALK) == ["x", "t", "v"]
     assert asked(planned(CHAIN.replace("Tanh", "Sigmoid")), WALK) == ["x", "t", "v"]
     assert asked(planned(), walker(Samples(lambda: [{"x": rows(0)}]))) == ["x", "t", "v"]
-
-
-KILLED = """
-import sys, time
-sys.path[:0] = {path!r}
-import test_gptq as t
-from qcompiler.passes.gptq import GPTQ
-def tell(text, share, left):
-    print(text, flush=True)
-    time.sleep({pause})
-model = t.planned()
-GPTQ(t.LayerRuns(t.WALK, tell=tell))(model)
-import hashlib
-print("digest", hashlib.sha256(repr(sorted((name, array.tobytes())
-      for name, array in t.constants(model).items())).encode()).hexdigest())
-"""
-
-
-@pytest.mark.parametrize("layers", [1, 3])
-def test_goes_on_after_a_kill_with_the_same_bytes(tmp_path, layers):
-    def start(cache, pause):
-        code = KILLED.format(path=[path for path in sys.path if path], pause=pause)
-        environment = os.environ | {"QCOMPILER_CACHE": str(tmp_path / cache)}
-        return subprocess.Popen(
-            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True
-        )
-
-    whole = start("whole", 0).communicate(timeout=120)[0].splitlines()[-1]
-    killed = start("killed", 1)
-    for _ in range(1 + layers):  # the first line says what there is
-        assert killed.stdout.readline()
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert list((tmp_path / "killed").rglob("*"))
-    again = start("killed", 0).communicate(timeout=120)[0].splitlines()[-1]
-    assert again == whole and again.startswith("digest ")
