@@ -6,7 +6,8 @@
     MatMul   int4 in groups along K       dynamic int8 per token      (W4A8)
     MatMul   int4 in groups along K       float                       (W4A16)
     MatMul   int8 in groups along K       float                       ORT's MatMulNBits, by a rule
-    MatMul   int3, int2: as int4, with fewer steps; groups may have zero points
+    MatMul   int3, int2: as int4, with fewer steps
+    Groups may have zero points: whole ones, or int4 ones floats too.
     MatMul   fp8 per channel              dynamic fp8 per token       where the target has fp8
     Conv     int8 per channel             static uint8 per tensor
 
@@ -192,8 +193,11 @@ def _misfit(op: str, scheme: Scheme, asked: NodeRule, usual: Usual) -> tuple[str
     if asked.scales == "int8" and (weight is not _INT4 or zeros == "integer"):
         why = "only scales of int4 groups without integer zero points are stored in 8 bits"
         return "scales", why
-    if asked.zero_points in ("integer", "float") and weight is not _INT4:
-        return "zero_points", "only groups of int4 weights may have zero points"
+    if asked.zero_points == "float" and weight is not _INT4:
+        return "zero_points", "only groups of int4 weights may have float zero points"
+    if asked.zero_points == "integer" and not _is_in_groups(op, weight, activation):
+        why = "only groups of weights may have zero points: int4 ones, and int8 ones beside "
+        return "zero_points", f'{why}activation = "float"'
     return None
 
 

@@ -81,7 +81,8 @@ class NodeRule:
         precision: How weights are stored: "float" (not quantized at all), "int8", "int4", "fp8",
             or "int3" and "int2", which are int4 with fewer steps.
         group_size: Weights per scale, in groups; 0 for one scale per channel.
-        zero_points: "integer" or "float" ones let the groups of int4 weights lie off 0.
+        zero_points: "integer" or "float" ones let the groups of int4 weights lie off 0, "integer"
+            ones those of int8 weights as well.
         scales: How scales of groups are stored: "float", or "int8", times a float per channel; and
             float zero points as well.
         activation: Scales of activations: "dynamic" (per token, computed while the model runs),

@@ -9,6 +9,8 @@ offsets (`offset_grid`) scale and offset.
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from qcompiler.ir.arithmetic import (
 )
 from qcompiler.ir.clipped_scale import clipped_scale, signed_scale
 from qcompiler.ir.two_level import on_two_levels
-from qcompiler.ir.types import QuantType
+from qcompiler.ir.types import PerAxis, PerGroup, QuantType
 from qcompiler.passes.offset_grid import fitted_offsets, whole_range
 from qcompiler.passes.rounded_weight import RoundedWeight
 
@@ -33,6 +35,13 @@ RANGES = ("max", "mse")
 """The whole range of each slice, or the part of it that rounds with the least squared error."""
 
 _PARTS = tuple(1 - 0.08 * step for step in range(6))
+_SHIFTS = (0, -1, 1)
+"""Of the zero point, from where the ends of the range put it: what is cut off need not be the same
+on both sides.  On SmolLM2's weights that leaves 4% less squared error in groups of 128, 13% in
+those of 32; twice as many of either, 1% more."""
+
+_PIECE = 1 << 18
+"""Elements looked at together: they stay in the cache."""
 
 _NEVER_0 = np.float32(1e-30)
 
@@ -82,7 +91,7 @@ def weight_grid(
         return Grid(on_two_levels(scale) if type.two_level else scale)
     if range == "max":
         return Grid(*scale_and_zero_point(weight, type))
-    return _narrowest(weight, type, np.ones((1, 1), np.float32) if rows is None else rows)
+    return _whole_zero_points(weight, type, np.ones((1, 1), np.float32) if rows is None else rows)
 
 
 def rounded_on(weight: Floats, type: QuantType, grid: Grid) -> RoundedWeight:
@@ -93,18 +102,34 @@ def rounded_on(weight: Floats, type: QuantType, grid: Grid) -> RoundedWeight:
     return RoundedWeight(stored, grid.scale, grid.zero_point, grid.offset)
 
 
-def _narrowest(weight: Floats, type: QuantType, rows: Floats) -> Grid:
-    """The zero point and the least squares scale of that part of each range that fits best."""
+def _whole_zero_points(weight: Floats, type: QuantType, rows: Floats) -> Grid:
+    """The zero point and the scale of least squares of each slice, among those that are tried."""
+    match type.granularity:
+        case PerAxis(1) | PerGroup(0, _):
+            count = max(weight.size // _PIECE, 1)
+        case _:
+            count = 1
+    pieces = [_search(part, type, rows) for part in np.array_split(weight, count, axis=-1)]
+    scale, zero = (np.concatenate(parts, axis=-1) for parts in zip(*pieces, strict=True))
+    return Grid(as_scale(scale, type), zero.astype(type.storage.numpy()))
+
+
+def _search(weight: Floats, type: QuantType, rows: Floats) -> tuple[Floats, Floats]:
+    """Scales and zero points of columns."""
     lowest = reduce_slices(np.minimum, weight, type.granularity)
     highest = reduce_slices(np.maximum, weight, type.granularity)
     first, last = type.range
+    usual = np.rint(first - lowest / np.maximum((highest - lowest) / (last - first), _NEVER_0))
     most = np.full(lowest.shape, -1, np.float32)
     best_scale, best_zero = np.ones_like(most), np.zeros_like(most)
-    for part in _PARTS:
-        scale = as_scale(np.asarray((highest - lowest) * (part / (last - first))), type)
-        zero = np.clip(np.rint(first - lowest * part / scale), first, last).astype(np.float32)
-        stored = quantize(weight, scale, type, zero).astype(np.float32)
-        levels = stored - broadcast_scale(zero, weight.shape, type.granularity)
+    for shift, part in itertools.product(_SHIFTS, _PARTS):
+        zero = np.clip(usual + shift, first, last)
+        # So wide that both ends are reached; a half, where there is no step to one of them.
+        reach = np.maximum(
+            highest / np.maximum(last - zero, 0.5), -lowest / np.maximum(zero - first, 0.5)
+        )
+        scale = as_scale(np.asarray(reach * np.float32(part), np.float32), type)
+        levels = _levels(weight, scale, zero, type)
         product = reduce_slices(np.add, rows * weight * levels, type.granularity)
         square = reduce_slices(np.add, rows * np.square(levels), type.granularity)
         # What is left of the squared error of these integers is sum(c w^2) less this.
@@ -114,4 +139,12 @@ def _narrowest(weight: Floats, type: QuantType, rows: Floats) -> Grid:
         fitted = np.where(product > 0, product / np.maximum(square, _NEVER_0), scale)
         best_scale = np.where(better, fitted, best_scale)
         best_zero = np.where(better, zero, best_zero)
-    return Grid(as_scale(best_scale, type), best_zero.astype(type.storage.numpy()))
+    return best_scale, best_zero
+
+
+def _levels(weight: Floats, scale: NDArray[Any], zero: Floats, type: QuantType) -> Floats:
+    """Steps from the zero point: without a detour by the storage, which takes most of the time."""
+    spread = partial(broadcast_scale, shape=weight.shape, granularity=type.granularity)
+    levels = np.asarray(weight / spread(scale), np.float32)
+    first, last = type.range
+    return np.clip(np.rint(levels, out=levels), spread(first - zero), spread(last - zero))

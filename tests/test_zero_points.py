@@ -359,7 +359,36 @@ def test_a_recipe_may_ask_for_scales_of_two_levels_everywhere():
         rewrite(model_of(TEXT, {"w": W}))
 
 
-def test_a_rule_for_nodes_without_groups_is_refused():
-    rules = [NodeRule(op="MatMul", precision="int8", activation="dynamic", zero_points="float")]
-    with pytest.raises(OptionError, match="only groups of int4 weights may have zero points"):
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"activation": "dynamic", "zero_points": "integer"}, "int8 ones beside activation"),
+        ({"activation": "float", "zero_points": "float"}, "int4 weights may have float zero"),
+    ],
+)
+def test_a_rule_for_nodes_without_groups_is_refused(more, message):
+    rules = [NodeRule(op="MatMul", precision="int8", **more)]
+    with pytest.raises(OptionError, match=message):
         AssignPrecision(TARGETS["x86-int4"].scheme, rules=rules)(model_of(TEXT, {"w": W}))
+
+
+@pytest.mark.parametrize("group", [32, 0])
+@pytest.mark.parametrize("target", ["x86-int4", "x86-int8", "cuda-int4"])
+def test_groups_of_8_bits_have_whole_zero_points(target, group, tmp_path):
+    source = model_of(TEXT, {"w": W})
+    rule = NodeRule(op="MatMul", precision="int8", activation="float", group_size=group)
+    noise = {}
+    for zero_points in ("none", "integer"):
+        recipe = Recipe(float="fp32", nodes=[rule, NodeRule(op="MatMul", zero_points=zero_points)])
+        made = qcompiler.compile(
+            source, target, tmp_path / "y.onnx", recipe=recipe, emit="ort", timing=False
+        ).bundle
+        (node,) = (node for node in ir.load(made).graph if node.op_type == "MatMulNBits")
+        assert node.attributes.get_int("bits") == 8
+        assert (len(node.inputs) == 4) == (zero_points == "integer")
+        session = ort.InferenceSession(made, providers=["CPUExecutionProvider"])
+        noise[zero_points] = sqnr(run(source, FEEDS)[0], session.run(None, FEEDS)[0])
+        bundle = qcompiler.compile(source, target, tmp_path / "b", recipe=recipe, timing=False)
+        loaded = qcompiler.load(bundle.bundle, native=False, providers=["CPUExecutionProvider"])
+        assert sqnr(run(source, FEEDS)[0], loaded.run(None, FEEDS)[0]) > 40
+    assert noise["integer"] > noise["none"] > 40
