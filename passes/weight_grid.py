@@ -34,11 +34,13 @@ __all__ = ["RANGES", "Grid", "rounded_on", "weight_grid"]
 RANGES = ("max", "mse")
 """The whole range of each slice, or the part of it that rounds with the least squared error."""
 
-_PARTS = tuple(1 - 0.08 * step for step in range(6))
+_PARTS = (1.1, *(1 - 0.08 * step for step in range(6)))
+"""Of the range; more than all of it, where the zero point is not the one that fits it best."""
+
 _SHIFTS = (0, -1, 1)
 """Of the zero point, from where the ends of the range put it: what is cut off need not be the same
-on both sides.  On SmolLM2's weights that leaves 4% less squared error in groups of 128, 13% in
-those of 32; twice as many of either, 1% more."""
+on both sides.  SmolLM2's weights lose 7% of their squared error by it in groups of 32, those of 128
+0.4%, and 4% where inputs differ much in what they count for."""
 
 _PIECE = 1 << 18
 """Elements looked at together: they stay in the cache."""
@@ -119,16 +121,13 @@ def _search(weight: Floats, type: QuantType, rows: Floats) -> tuple[Floats, Floa
     lowest = reduce_slices(np.minimum, weight, type.granularity)
     highest = reduce_slices(np.maximum, weight, type.granularity)
     first, last = type.range
-    usual = np.rint(first - lowest / np.maximum((highest - lowest) / (last - first), _NEVER_0))
+    width = np.maximum((highest - lowest) / (last - first), _NEVER_0)
+    usual = np.rint(first - lowest / width)
     most = np.full(lowest.shape, -1, np.float32)
     best_scale, best_zero = np.ones_like(most), np.zeros_like(most)
     for shift, part in itertools.product(_SHIFTS, _PARTS):
         zero = np.clip(usual + shift, first, last)
-        # So wide that both ends are reached; a half, where there is no step to one of them.
-        reach = np.maximum(
-            highest / np.maximum(last - zero, 0.5), -lowest / np.maximum(zero - first, 0.5)
-        )
-        scale = as_scale(np.asarray(reach * np.float32(part), np.float32), type)
+        scale = as_scale(np.asarray(width * np.float32(part), np.float32), type)
         levels = _levels(weight, scale, zero, type)
         product = reduce_slices(np.add, rows * weight * levels, type.granularity)
         square = reduce_slices(np.add, rows * np.square(levels), type.granularity)

@@ -246,6 +246,18 @@ def test_an_asymmetric_grid_is_never_worse_than_the_whole_range():
     assert (errors[1] <= errors[0] * 1.0001).all() and errors[1].sum() < 0.95 * errors[0].sum()
 
 
+@pytest.mark.parametrize("bits", [None, 3])
+def test_whole_zero_points_are_better_than_none(bits):
+    """What is cut off need not be the same on both sides, so the zero point is searched for too."""
+    errors = []
+    for more in ({}, {"symmetric": False}):
+        type = QuantType(ir.DataType.INT4, granularity=PerGroup(0, 32), bits=bits, **more)
+        weight = np.random.default_rng(3).standard_normal((256, 512), dtype=np.float32)
+        floats = rounded_on(weight, type, weight_grid(weight, type, "mse")).floats(type)
+        errors.append(np.square(weight - floats).sum())
+    assert errors[1] < 0.85 * errors[0]
+
+
 def test_importance_spares_what_counts():
     type = QuantType(ir.DataType.INT4, granularity=PerAxis(1))
     weight = RNG.standard_t(3, (K, N)).astype(np.float32)
