@@ -42,7 +42,7 @@ from qcompiler.passes.rounded_weight import (
     finite_weight,
     layers_of,
 )
-from qcompiler.passes.second_moments import LayerRuns, Moments, Rows, Walker
+from qcompiler.passes.second_moments import LayerRuns, Moments, Progress, Rows, Walker
 from qcompiler.passes.weight_grid import rounded_on, weight_grid
 
 __all__ = ["AWQ"]
@@ -130,28 +130,34 @@ class AWQ(ir.passes.InPlacePass):
             for data, readers in by_data(layers).items()
         ]
         # The model stays as it is while it runs: a factor changes what goes into later layers.
-        found = self._look(model, layers, sites, walk)
+        tell = self.runs.progress(len(sites) + len(layers_of(model.graph, "awq")))
+        found = self._look(model, layers, sites, walk, tell)
         for site, facts in zip(sites, found, strict=True):
             _scale(model.graph, site, facts)
-        self._round(model, {id(site.data): facts for site, facts in zip(sites, found, strict=True)})
+        facts_of = {id(site.data): facts for site, facts in zip(sites, found, strict=True)}
+        self._round(model, facts_of, tell)
         FixNames()(model)
         return ir.passes.PassResult(model, True)
 
-    def _round(self, model: ir.Model, facts_of: Mapping[int, _Found]) -> None:
+    def _round(self, model: ir.Model, facts_of: Mapping[int, _Found], tell: Progress) -> None:
         """Round what gptq will not, by what the samples say of each input."""
-        layers, tell = layers_of(model.graph, "awq"), self.runs.progress()
-        told = itertools.count(1)
-        for data, group in by_data(layers).items():
+        done = itertools.count(len(facts_of) + 1)
+        for data, group in by_data(layers_of(model.graph, "awq")).items():
             blocks = _scaled_blocks(facts_of[id(data)])
             work, method = partial(_round_one, blocks=blocks), ("awq rounds", "")
             for layer in rounded_or_kept(group, self.runs, method, work, blocks):
-                layer.place(model.graph, tell, next(told) / len(layers))
+                layer.place(model.graph, tell, next(done))
 
     def _look(
-        self, model: ir.Model, layers: Sequence[Layer], sites: Sequence[_Site], walk: Walker
+        self,
+        model: ir.Model,
+        layers: Sequence[Layer],
+        sites: Sequence[_Site],
+        walk: Walker,
+        tell: Progress,
     ) -> list[_Found]:
         """Run the model once, and choose the factors of each site."""
-        found, tell = list[_Found](), self.runs.progress()
+        found = list[_Found]()
         with walk(model, [site.data for site in sites]) as running:
             cache = LayerCache("awq", running.digest, repr(self.options), layers)
             tell(f"inputs: {cache.found([site.data.name or '' for site in sites])}", 0)
@@ -165,7 +171,7 @@ class AWQ(ir.passes.InPlacePass):
                                               "note": np.asarray(facts.note)})  # fmt: skip
                 else:
                     facts = _Found(kept["blocks"], kept["factors"], str(kept["note"]))
-                tell(f"{name}: {facts.note}{unkept}", done / len(sites), kept=kept is not None)
+                tell(f"{name}: {facts.note}{unkept}", done, kept=kept is not None)
                 found.append(facts)
         return found
 

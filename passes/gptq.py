@@ -105,12 +105,12 @@ class GPTQ(ir.passes.InPlacePass):
         layers = layers_of(model.graph, "gptq", "awq_gptq")
         if not layers:
             return ir.passes.PassResult(model, False)
-        groups, tell = by_data(layers), self.runs.progress()
+        groups, tell = by_data(layers), self.runs.progress(len(layers))
         with self.runs.walker_for(layers, "gptq rounds")(model, list(groups)) as walk:
             cache = LayerCache("gptq", walk.digest, repr(self.options), layers)
             tell(f"layers: {cache.found([layer.name for layer in layers])}", 0)
             for done, layer in enumerate(self._rounded(groups, walk, cache), 1):
-                layer.place(model.graph, tell, done / len(layers))
+                layer.place(model.graph, tell, done)
         FixNames()(model)
         return ir.passes.PassResult(model, True)
 

@@ -100,11 +100,12 @@ class HQQ(ir.passes.InPlacePass):
         Raises:
             ModelError: A weight holds NaN or Inf.
         """
-        layers, tell = layers_of(every_node(model.graph), "hqq"), self.runs.progress()
-        work, told = partial(_round_one, options=self.options), itertools.count(1)
+        layers = layers_of(every_node(model.graph), "hqq")
+        tell = self.runs.progress(len(layers))
+        work, done = partial(_round_one, options=self.options), itertools.count(1)
         for group in by_data(layers).values():
             for layer in rounded_or_kept(group, self.runs, ("hqq", repr(self.options)), work):
-                layer.place(model.graph, tell, next(told) / len(layers))
+                layer.place(model.graph, tell, next(done))
         FixNames()(model)
         return ir.passes.PassResult(model, bool(layers))
 

@@ -58,13 +58,13 @@ class RoundedLayer:
         arrays = rounded.to_arrays() | {"note": np.asarray(note)}
         return cls(layer, rounded, note, unkept=cache.put(layer.name, arrays))
 
-    def place(self, graph: ir.Graph, tell: Progress, share: float) -> None:
-        """Let the products read it, and say how good it is; `share` of all is done then."""
+    def place(self, graph: ir.Graph, tell: Progress, done: int) -> None:
+        """Let the products read it, and say how good it is; so many are done then."""
         self.layer.replace(graph, self.rounded)
         for node in self.layer.nodes:
             add_note(node, self.note)
         again = "kept from an earlier run: " if self.kept else ""
-        tell(f"{self.layer.name}: {again}{self.note}{self.unkept}", share, kept=self.kept)
+        tell(f"{self.layer.name}: {again}{self.note}{self.unkept}", done, kept=self.kept)
 
 
 def rounded_or_kept(

@@ -83,9 +83,9 @@ class LayerRuns:
     executor: concurrent.futures.Executor | None = None
     tell: Callable[[str, float, float], None] | None = None
 
-    def progress(self) -> Progress:
-        """Starts the clock: what to tell of each layer from now on."""
-        return Progress(self.tell or (lambda text, share, left: None))
+    def progress(self, count: int = 1) -> Progress:
+        """Starts the clock: what to tell of each of so many things from now on."""
+        return Progress(self.tell or (lambda text, share, left: None), count)
 
     def walker_for(self, layers: Sequence[Layer], does: str) -> Walker:
         """What runs the model to see what goes into layers.
@@ -131,17 +131,19 @@ class LayerRuns:
 class Progress:
     """Tells of one layer after the other, and how long the rest will take at that rate."""
 
-    def __init__(self, tell: Callable[[str, float, float], None]) -> None:
+    def __init__(self, tell: Callable[[str, float, float], None], count: int) -> None:
         """Start the clock; for `tell` see `LayerRuns`."""
-        self._tell, self._since, self._kept = tell, time.perf_counter(), 0.0
+        self._tell, self._count = tell, count
+        self._since, self._kept = time.perf_counter(), 0.0
 
-    def __call__(self, text: str, share: float, *, kept: bool = False) -> None:
-        """Say what was done, and the share of all that it ends; what was kept took no time."""
+    def __call__(self, text: str, done: float, *, kept: bool = False) -> None:
+        """Say what was done, and how much is done now; what was kept took no time."""
         if kept:
-            self._since, self._kept = time.perf_counter(), share
-        done = share - self._kept
-        left = (time.perf_counter() - self._since) * (1 - share) / done if done > 0 else 0.0
-        self._tell(text, share, left)
+            self._since, self._kept = time.perf_counter(), done
+        new, left = done - self._kept, 0.0
+        if new > 0:
+            left = (time.perf_counter() - self._since) * (self._count - done) / new
+        self._tell(text, done / self._count, left)
 
 
 class Moments:

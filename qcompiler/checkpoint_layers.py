@@ -97,12 +97,23 @@ def unpack_layer(
         points = (points + less_one) & (2**bits - 1)
     else:
         codes, points = (_awq_columns(table, bits) for table in (packed, zeros))
-    group = -(-k // len(scales))
-    indices = f"{layer}.g_idx"
-    groups = file[indices].astype(np.int64) if indices in file else np.arange(k) // group
-    if scales.shape != points.shape or groups.shape != (k,) or groups.max() >= len(scales):
+    groups = _groups(file, layer, k, len(scales))
+    known = groups.shape == (k,) and groups.min() >= 0 and groups.max() < len(scales)
+    if scales.shape != points.shape or not known:
         raise ModelError(f"{file.name}: scales, qzeros and g_idx of {layer} do not fit each other")
     return CheckpointLayer(codes, points, scales, groups, bits)
+
+
+def _groups(file: SafeTensors, layer: str, k: int, count: int) -> NDArray[np.int64]:
+    """The group of each input."""
+    if f"{layer}.g_idx" in file:
+        return file[f"{layer}.g_idx"].astype(np.int64)
+    if k % count:
+        raise ModelError(
+            f"{file.name}: {layer} has {count} groups of {k} inputs together, which do not go into "
+            "that number, and no g_idx that says how large they are"
+        )
+    return np.arange(k) // (k // count)
 
 
 def _bits_along_rows(words: NDArray[np.int32], bits: int) -> NDArray[np.int16]:

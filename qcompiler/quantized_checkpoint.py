@@ -186,9 +186,12 @@ def _replace(graph: ir.Graph, weight: ir.Value, layer: CheckpointLayer,
     """Let the products of a weight read it rounded, and activations in the order of its groups."""
     nodes = [node for node, index in weight.uses() if node.op_type == "MatMul" and index == 1]
     order, count = np.argsort(layer.groups, kind="stable"), len(layer.codes)
-    group = -(-count // len(layer.scales))
-    if not np.array_equal(layer.groups[order], np.arange(count) // group):
-        raise ModelError(f"{label(nodes[0])}: its groups are not all of {group} inputs")
+    group = int(np.bincount(layer.groups).max())  # the last one may be shorter
+    even = np.array_equal(layer.groups[order], np.arange(count) // group)
+    if not even or -(-count // group) != len(layer.scales):
+        raise ModelError(
+            f"{label(nodes[0])}: {len(layer.scales)} groups of {count} inputs, not all alike"
+        )
     if not np.array_equal(order, np.arange(count)):
         for node in nodes:
             node.replace_input_with(0, _ordered(graph, node, order, orders))

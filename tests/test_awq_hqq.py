@@ -149,6 +149,18 @@ def test_awq_goes_on_from_its_cache():
     np.testing.assert_array_equal(*(constants(m)["gamma_smoothed"] for m in (first, second)))
 
 
+def test_each_input_and_each_layer_is_told_of():
+    told = []
+    AWQ(LayerRuns(WALK, tell=lambda text, share, left: told.append((text, share))))(planned())
+    assert [share for _, share in told] == [0, 0.5, 1]
+    assert told[1][0].startswith("y: scaled by awq with alpha=")
+    assert told[2][0].startswith("node_1: rounded by awq to ")
+    HQQ(LayerRuns(tell=lambda *line: told.append(line[:2])))(
+        planned(rounding="hqq", zero_points="float")
+    )
+    assert told[3][0].startswith("node_1: rounded by hqq, its weights to ") and told[3][1] == 1
+
+
 def test_nothing_planned_is_left():
     model = planned(keep_float=("MatMul",))
     before = text_of(model)
@@ -246,8 +258,8 @@ def test_an_asymmetric_grid_is_never_worse_than_the_whole_range():
     assert (errors[1] <= errors[0] * 1.0001).all() and errors[1].sum() < 0.95 * errors[0].sum()
 
 
-@pytest.mark.parametrize("bits", [None, 3])
-def test_whole_zero_points_are_better_than_none(bits):
+@pytest.mark.parametrize(("bits", "less"), [(None, 0.925), (3, 0.982)])
+def test_whole_zero_points_are_better_than_none(bits, less):
     """What is cut off need not be the same on both sides, so the zero point is searched for too."""
     errors = []
     for more in ({}, {"symmetric": False}):
@@ -255,7 +267,7 @@ def test_whole_zero_points_are_better_than_none(bits):
         weight = np.random.default_rng(3).standard_normal((256, 512), dtype=np.float32)
         floats = rounded_on(weight, type, weight_grid(weight, type, "mse")).floats(type)
         errors.append(np.square(weight - floats).sum())
-    assert errors[1] < 0.85 * errors[0]
+    assert errors[1] < less * errors[0]  # 0.939 and 0.986 with zero points as the range has them
 
 
 def test_importance_spares_what_counts():

@@ -280,11 +280,11 @@ def test_it_is_said_that_layers_cannot_be_kept(tmp_path, monkeypatch):
 def test_what_was_kept_says_nothing_of_how_long_the_rest_takes(monkeypatch):
     now, told = [0.0], []
     monkeypatch.setattr("qcompiler.passes.second_moments.time.perf_counter", lambda: now[0])
-    tell = LayerRuns(tell=lambda text, share, left: told.append(left)).progress()
+    tell = LayerRuns(tell=lambda text, share, left: told.append(left)).progress(8)
     tell("layers", 0)
-    tell("a", 0.5, kept=True)
+    tell("a", 4, kept=True)
     now[0] = 6.0
-    tell("b", 0.625)
+    tell("b", 5)
     assert told == [0, 0, 18]  # an eighth took 6 s, and three more are left
 
 

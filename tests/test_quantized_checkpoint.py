@@ -111,6 +111,23 @@ def test_gptq_in_activation_order(tmp_path):
     np.testing.assert_allclose(got, FEEDS["x"] @ floats, rtol=1e-4, atol=1e-4)
 
 
+def test_a_last_group_that_is_shorter(tmp_path):
+    """64 inputs in groups of 24: only g_idx says so."""
+    groups, scales = (np.arange(K) // 24).astype(np.int32), np.full((3, N), 0.5, np.float16)
+    codes, zeros = RNG.integers(0, 16, (K, N)), RNG.integers(1, 16, (3, N))
+    change = {"qweight": pack_rows(codes, 4), "scales": scales,
+              "qzeros": np.ascontiguousarray(pack_rows((zeros - 1).T, 4).T)}  # fmt: skip
+    file, _ = gptq(tmp_path, 4, g_idx=groups, **change)
+    made = model()
+    take_over_weights(made, file)
+    (node,) = [node for node in made.graph if node.op_type == "MatMul"]
+    floats = (codes - zeros[groups]) * np.float32(0.5)
+    np.testing.assert_array_equal(dequantized_constant(node.inputs[1]), floats)
+    file, _ = gptq(tmp_path, 4, g_idx=None, **change)
+    with pytest.raises(ModelError, match="3 groups of 64 inputs together, .* no g_idx that says"):
+        take_over_weights(model(), file)
+
+
 @pytest.mark.parametrize("config", ["quantize_config.json", "config.json"])
 def test_the_second_format_of_gptq(tmp_path, config):
     file, floats = gptq(tmp_path, 4, less=0)
@@ -167,7 +184,10 @@ def test_what_does_not_fit(tmp_path):
     with pytest.raises(ModelError, match=r"qweight is int32 \[5, 7\], which is no packed .*64, 32"):
         take_over_weights(model(), file)
     file, _ = gptq(tmp_path, 4, g_idx=np.zeros(K, np.int32))
-    with pytest.raises(ModelError, match="up_proj.*: its groups are not all of 16 inputs"):
+    with pytest.raises(ModelError, match="up_proj.*: 4 groups of 64 inputs, not all alike"):
+        take_over_weights(model(), file)
+    file, _ = gptq(tmp_path, 4, g_idx=np.full(K, -1, np.int32))
+    with pytest.raises(ModelError, match="scales, qzeros and g_idx of .* do not fit each other"):
         take_over_weights(model(), file)
     file, _ = gptq(tmp_path, 4, g_idx=np.zeros(3, np.int32))
     with pytest.raises(ModelError, match="scales, qzeros and g_idx of .* do not fit each other"):

@@ -373,7 +373,7 @@ def test_a_rule_for_nodes_without_groups_is_refused(more, message):
 
 
 @pytest.mark.parametrize("group", [32, 0])
-@pytest.mark.parametrize("target", ["x86-int4", "x86-int8", "cuda-int4"])
+@pytest.mark.parametrize("target", ["x86-int4", "cuda-int4"])
 def test_groups_of_8_bits_have_whole_zero_points(target, group, tmp_path):
     source = model_of(TEXT, {"w": W})
     rule = NodeRule(op="MatMul", precision="int8", activation="float", group_size=group)
