@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,26 @@ RNG = np.random.default_rng(1)
 WEIGHTS = {name: models.WEIGHTS[name] for name in ("gamma", "beta")} | {
     f"w{number}": RNG.standard_normal((64, 64), dtype=np.float32) for number in range(1, 6)
 }
+
+
+class Torn:
+    """A file of which half is there when the process dies."""
+
+    def __init__(self, dies, descriptor, mode):
+        self.dies, self.file = dies, open(descriptor, mode)  # noqa: SIM115
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, content):
+        if self.dies():
+            self.file.write(content[: len(content) // 2])
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.file.write(content)
 
 
 def round_and_die(rounding, where, cache):
@@ -48,26 +69,7 @@ def round_and_die(rounding, where, cache):
         if counted("lines"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    class Torn:
-        """A file of which half is there when the process dies."""
-
-        def __init__(self, descriptor, mode):
-            self.file = open(descriptor, mode)  # noqa: SIM115
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, content):
-            if counted("writes"):
-                self.file.write(content[: len(content) // 2])
-                self.file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            self.file.write(content)
-
-    os.fdopen = Torn
+    os.fdopen = partial(Torn, lambda: counted("writes"))
     zero_points = "float" if rounding == "hqq" else "none"
     model = models.planned(TEXT, WEIGHTS, rounding, group_size=16, zero_points=zero_points)
     runs = LayerRuns(models.WALK, tell=tell)
