@@ -20,6 +20,9 @@ DIAMOND = (
 )
 SIDE_EXIT = f"g ({F} x) => ({F} y, {F} b) {{ a = Relu (x) b = Neg (a) y = Exp (b) }}"
 CYCLE = f"g ({F} x) => ({F} y) {{ a = Relu (x) b = Neg (a) c = Abs (b) y = Add (a, c) }}"
+APART = (
+    f"g ({F} x) => ({F} y) {{ a = Relu (x) b = Neg (a) c = Abs (x) d = Exp (c) y = Add (b, d) }}"
+)
 BRANCH = f"""
 g ({F} x, bool f) => ({F} y) {{
   a = Relu (x) b = Neg (a)
@@ -92,6 +95,28 @@ def test_convex_regions(text, region, hull):
 
 
 @pytest.mark.parametrize(
+    ("text", "region", "reads", "back", "place"),
+    [
+        (DIAMOND, "ab", None, None, "a"),
+        (DIAMOND, "ad", None, "c", None),
+        (DIAMOND, "bd", None, None, "d"),  # c is made behind b
+        (DIAMOND, "abcd", None, None, "a"),
+        (DIAMOND, "ad", "x", None, "a"),
+        (APART, "ad", None, None, None),  # c is made behind b, which reads a
+        (BRANCH, "ay", None, "b", None),
+    ],
+)
+def test_the_way_back_and_the_place_of_a_region(text, region, reads, back, place):
+    named = Named(text)
+    values = None if reads is None else [named.node["a"].inputs[0]]
+    found = named.view.way_back(named.region(region), values)
+    assert (found and named.name(found)) == back
+    if back is None:
+        found = named.view.place_of(named.region(region), values)
+        assert (found and named.name(found)) == place
+
+
+@pytest.mark.parametrize(
     ("text", "value", "most", "joined"),
     [
         (DIAMOND, "a", 4, "bcd"),
@@ -143,6 +168,10 @@ def graphs(draw):
     return ir.Graph(values[:1], outputs, nodes=[value.producer() for value in values[1:]])
 
 
+def _read_outside(region):
+    return [v for node in region for v in node.inputs if v.producer() not in region]
+
+
 @given(graphs(), st.data())
 def test_dominators_and_hulls_agree_with_networkx(graph, data):
     view = GraphView(graph)
@@ -154,6 +183,10 @@ def test_dominators_and_hulls_agree_with_networkx(graph, data):
         expected = nx.immediate_dominators(network, end)
         for node in view.nodes:
             assert found[node] is expected.get(node, end)
+    below = view.post_dominators()
+    for node in view.nodes:
+        joined = view.joined(node.outputs[0], len(view.nodes))
+        assert below[node] is (joined[-1] if joined else End.SINK)
     region = data.draw(st.sets(st.sampled_from(view.nodes)))
     between = {
         node
@@ -163,6 +196,17 @@ def test_dominators_and_hulls_agree_with_networkx(graph, data):
     }
     assert set(view.convex_hull(region)) == between
     assert view.is_convex(region) == (between == region)
+    assert view.way_back(region) in between - region or between == region
+    if region and between == region and (place := view.place_of(region)) is not None:
+        new = ir.node(
+            "Whole", _read_outside(region), num_outputs=sum(len(n.outputs) for n in region)
+        )
+        old = [value for node in region for value in node.outputs]
+        ir.convenience.replace_nodes_and_values(graph, place, region, [new], old, new.outputs)
+        made = set(graph.inputs)
+        for node in graph:
+            assert made.issuperset(node.inputs)
+            made.update(node.outputs)
 
 
 # The cheapest border
@@ -247,6 +291,7 @@ def test_ten_thousand_nodes_take_less_than_a_second_each():
         view.post_dominators,
         lambda: view.convex_hull([nodes[0], nodes[-1]]),
         lambda: [view.joined(node.outputs[0], 4) for node in nodes],
+        lambda: [view.is_convex(nodes[i : i + 6]) for i in range(len(nodes))],
     )
     for task in tasks:
         start = time.process_time()
