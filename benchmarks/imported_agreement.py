@@ -20,6 +20,9 @@ from qcompiler.timing.exact_source import exact_source
 
 __all__ = ["agreements", "layers"]
 
+DRAWS = 8
+"""Of last bits: whether one moves a value over the middle between two steps is a matter of luck."""
+
 LAYERS = "MatMul|Conv|Gemm|LSTM|GRU"
 """What counts as a layer, by its op."""
 
@@ -46,12 +49,12 @@ def agreements(
         "source_as_it_comes": outputs(ort.InferenceSession(source), samples),
         "source_unoptimized": outputs(ort.InferenceSession(source, plain), samples),
     }
-    if (moved := exact_outputs(source, samples, by_last_bits=True)) is not None:
-        found["source_by_last_bits"] = moved
     with exact_source(source) as copy:
         if copy is not None:
             found["source_with_exact_sums"] = outputs(ort.InferenceSession(copy), samples)
     rows = {name: agreement(exact, results) for name, results in found.items()}
+    if (moved := by_last_bits(source, samples, exact)) is not None:
+        rows["source_by_last_bits"] = moved
     if original is not None:
         floats = outputs(ort.InferenceSession(original), samples)
         rows |= {
@@ -61,12 +64,21 @@ def agreements(
     return rows
 
 
+def by_last_bits(
+    source: Path, samples: list[Feeds], exact: list[np.ndarray[Any, Any]]
+) -> dict[str, float] | None:
+    """How far the source is from itself at worst, moved by last bits; None if it has no vectors."""
+    draws = (exact_outputs(source, samples, moved=seed) for seed in range(DRAWS))
+    rows = [agreement(exact, results) for results in draws if results is not None]
+    return min(rows, key=lambda row: row["sqnr_db"], default=None)
+
+
 def exact_outputs(
-    source: Path, samples: list[Feeds], *, by_last_bits: bool = False
+    source: Path, samples: list[Feeds], *, moved: int | None = None
 ) -> list[np.ndarray[Any, Any]] | None:
     """What the source means; or, moved by last bits, nothing where it has no vectors of floats."""
     model = ir.load(source)
-    if by_last_bits and not move_by_last_bits(model):
+    if moved is not None and not move_by_last_bits(model, moved):
         return None
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "exact.onnx"
@@ -74,9 +86,9 @@ def exact_outputs(
         return outputs(ort.InferenceSession(copy, disabled_optimizers=disabled), samples)
 
 
-def move_by_last_bits(model: ir.Model) -> int:
+def move_by_last_bits(model: ir.Model, seed: int) -> int:
     """Move each float of biases, norms and scales per channel to a neighbour; how many vectors."""
-    random, ends = np.random.default_rng(0), np.array([-np.inf, np.inf], np.float32)
+    random, ends = np.random.default_rng(seed), np.array([-np.inf, np.inf], np.float32)
     moved = 0
     for value in model.graph.initializers.values():
         tensor = value.const_value

@@ -47,13 +47,22 @@ class GraphView:
 
     def makers(self, node: ir.Node) -> list[Place]:
         """Who makes what `node` and its bodies read; SOURCE for inputs and values from outside."""
+        within = _bodies(node)
+        if not within:
+            return self._makers_of(node.inputs)
         read = list(node.inputs)
-        for body in _bodies(node):
+        for body in within:
             read += [*body.outputs, *(value for inner in body for value in inner.inputs)]
-        around = (v for v in read if v is not None and v.graph not in self._owner)
-        flowing = (v for v in around if not v.is_initializer() or v.is_graph_input())
-        places = (v.producer() if v.graph is self._graph else None for v in flowing)
-        return list(dict.fromkeys(place or End.SOURCE for place in places))
+        return self._makers_of(v for v in read if v is not None and v.graph not in self._owner)
+
+    def _makers_of(self, values: Iterable[ir.Value | None]) -> list[Place]:
+        found: dict[Place, None] = {}
+        for value in values:
+            if value is None or (value.is_initializer() and not value.is_graph_input()):
+                continue
+            maker = value.producer() if value.graph is self._graph else None
+            found[maker or End.SOURCE] = None
+        return list(found)
 
     def readers(self, value: ir.Value) -> list[Place]:
         """Nodes of this graph that read a value, in bodies too; SINK for an output."""
@@ -95,8 +104,65 @@ class GraphView:
 
     def is_convex(self, region: Iterable[ir.Node]) -> bool:
         """Whether no way leaves the region and comes back: only then can it become one node."""
+        return self.way_back(region) is None
+
+    def way_back(
+        self, region: Iterable[ir.Node], reads: Iterable[ir.Value | None] | None = None
+    ) -> ir.Node | None:
+        """A node outside that a region flows into and that flows into it; None if it is convex.
+
+        Asked of the thousands of regions of a graph: it looks at nothing but what stands behind
+        the first node of the region and flows into it.
+
+        Args:
+            region: Nodes of this graph.
+            reads: What one node in their place would read, if not all that they do.
+        """
         inside = set(region)
-        return len(self.convex_hull(inside)) == len(inside)
+        if len(inside) < 2:
+            return None
+        first = min(self._order[node] for node in inside)
+        waiting = [node for node in self._before(inside, reads) if self._order[node] > first]
+        seen = set(waiting)
+        while waiting:
+            node = waiting.pop()
+            makers = self.makers(node)
+            if not inside.isdisjoint(makers):
+                return node
+            behind = {m for m in makers if isinstance(m, ir.Node) and self._order[m] > first}
+            waiting += behind - seen
+            seen |= behind
+        return None
+
+    def place_of(
+        self, region: Iterable[ir.Node], reads: Iterable[ir.Value | None] | None = None
+    ) -> ir.Node | None:
+        """The first or last node of a region, if one node for all of it could stand there.
+
+        None if others would have to move: what it reads is made behind readers of what it makes.
+        The arguments are those of `way_back`.
+        """
+        inside = set(region)
+        nodes = sorted(inside, key=self._order.__getitem__)
+        if len(nodes) == 1:
+            return nodes[0]
+        first, last = self._order[nodes[0]], self._order[nodes[-1]]
+        if all(self._order[maker] < first for maker in self._before(inside, reads)):
+            return nodes[0]
+        after = {place for node in nodes for place in self.targets(node)} - inside
+        late = all(self._order[reader] > last for reader in after if isinstance(reader, ir.Node))
+        return nodes[-1] if late else None
+
+    def _before(
+        self, inside: set[ir.Node], reads: Iterable[ir.Value | None] | None
+    ) -> list[ir.Node]:
+        """Who else makes what the nodes inside read, or what is said to be read."""
+        if reads is not None:
+            makers = self._makers_of(reads)
+        else:
+            makers = [maker for node in inside for maker in self.makers(node)]
+        outside = (m for m in makers if isinstance(m, ir.Node) and m not in inside)
+        return list(dict.fromkeys(outside))
 
     def convex_hull(self, region: Iterable[ir.Node]) -> list[ir.Node]:
         """The region and every node on a way from one of its nodes to another, in order."""
@@ -148,9 +214,9 @@ class GraphView:
                 return []
         return []
 
-    def replaced(self, old: Sequence[ir.Node], new: ir.Node) -> None:
-        """Take note that a node now stands where the last of `old` stood."""
-        self._order[new] = self._order[old[-1]]
+    def replaced(self, old: ir.Node, new: ir.Node) -> None:
+        """Take note that a node now stands where `old` stood."""
+        self._order[new] = self._order[old]
 
 
 class _Tree:

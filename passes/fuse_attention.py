@@ -22,7 +22,6 @@ from qcompiler.ir.decisions import decide, decision_of, region_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import new_initializer, replace_nodes
 from qcompiler.ir.region import HALF, Region
-from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.match_attention import Attention, Mismatch, match_attention
 from qcompiler.passes.outlining import RegionPass, outline
 
@@ -71,14 +70,13 @@ class FuseAttention(RegionPass):
         super().__init__(supports)
         self.options = options or self.Options()
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def outline_all(self, model: ir.Model) -> bool:
         """Outline every supported attention of the main graph."""
         nodes = [node for node in model.graph if node.op_type == "Softmax" and node.domain == ""]
         fused = sum(self._try_fuse(model, node) for node in nodes)
         if fused:
             common.RemoveUnusedNodesPass()(model)
-            FixNames()(model)
-        return ir.passes.PassResult(model, fused > 0)
+        return fused > 0
 
     def _try_fuse(self, model: ir.Model, softmax: ir.Node) -> bool:
         try:

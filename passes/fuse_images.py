@@ -35,18 +35,16 @@ class FuseImages(JoiningPass):
         image = _most_read_image(conv) if region is not None else None
         if region is None or image is None:
             return False
-        result, graph = conv.outputs[0], conv.graph
-        assert graph is not None
+        result = conv.outputs[0]
         keeps = result.is_graph_output() or any(use.node is not image for use in result.uses())
         whole = _whole(region, image, keeps)
-        if (reason := self.supports(whole)) is not None:
+        if (reason := self.refusal(whole, [conv, image])) is not None:
             add_note(conv, f"its result is not stored as an image: {reason}")
             return False
         operands = [*conv.inputs[:_INPUTS], *image.inputs[1:], *conv.inputs[_INPUTS:]]
         new = outline(model, whole, operands, like=conv)
         decide(new, "body", f"{decision_of(conv).why}; stores its result in 8 bits")
-        old = [*([result] if keeps else []), image.outputs[0]]
-        ir.convenience.replace_nodes_and_values(graph, conv, [conv, image], [new], old, new.outputs)
+        self.put(new, [conv, image], [*([result] if keeps else []), image.outputs[0]])
         return True
 
 

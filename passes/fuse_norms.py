@@ -32,10 +32,9 @@ from qcompiler.ir.graph import (
     same_shape,
 )
 from qcompiler.ir.region import HALF, Region
-from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.half_norms import between_casts
 from qcompiler.passes.match_norms import Norm, match_norm
-from qcompiler.passes.outlining import RegionPass, drop_unused_functions, outline
+from qcompiler.passes.outlining import RegionPass, outline
 
 __all__ = ["FuseNorms"]
 
@@ -43,7 +42,7 @@ __all__ = ["FuseNorms"]
 class FuseNorms(RegionPass):
     """Outline the norms that have a kernel; leave the others to ONNX Runtime."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def outline_all(self, model: ir.Model) -> bool:
         """Outline every supported norm of the main graph."""
         outlined, read = 0, set[ir.Value]()
         for node in list(model.graph):
@@ -59,21 +58,19 @@ class FuseNorms(RegionPass):
         # of what all norms share it takes as long as there are norms.
         for value in read:
             drop_if_unread(value)
-        if outlined:
-            drop_unused_functions(model)
-            FixNames()(model)
-        return ir.passes.PassResult(model, outlined > 0)
+        return outlined > 0
 
     def _outline(self, model: ir.Model, norm: Norm, read: set[ir.Value]) -> str | None:
         """Replace `norm` and its neighbours; returns why not, if not; adds what they read."""
         found = _Found(norm, _residual(norm), *_quantize(norm))
-        if reason := self.supports(_region(found)):
+        if self.refusal(_region(found), found.nodes, found.reads):
             # The larger region may have no kernel where the norm alone has one.
             found = _Found(norm)
-            if reason := self.supports(_region(found)):
+            if reason := self.refusal(_region(found), found.nodes, found.reads):
                 return reason
         read.update(value for node in found.nodes for value in node.inputs if value is not None)
-        _replace(model, found)
+        new, results = _outlined(model, found), list(found.results.values())
+        self.put(new, found.nodes, results, found.reads)
         return None
 
 
@@ -99,6 +96,11 @@ class _Found:
         if self.quantize is not None:
             results["q"], results["s"] = self.quantize.outputs
         return results
+
+    @property
+    def reads(self) -> list[ir.Value | None]:
+        """What is no constant; not a Cast that others read too, but what that reads."""
+        return [*self.add.inputs] if self.add is not None else [self.norm.x]
 
     @property
     def nodes(self) -> list[ir.Node]:
@@ -173,10 +175,10 @@ def _region(found: _Found) -> Region:
     )
 
 
-def _replace(model: ir.Model, found: _Found) -> None:
-    """Put a call of the region where the first of its nodes stands: all it reads is there."""
-    norm, results, graph = found.norm, list(found.results.values()), model.graph
-    operands = list(found.add.inputs if found.add else (norm.x,))
+def _outlined(model: ir.Model, found: _Found) -> ir.Node:
+    """A call of the region."""
+    norm, graph = found.norm, model.graph
+    operands = found.reads
     operands.append(_parameter(graph, norm.gamma, norm))
     if norm.op == "LayerNorm" and norm.beta is not None:
         operands.append(_parameter(graph, norm.beta, norm))
@@ -189,8 +191,7 @@ def _replace(model: ir.Model, found: _Found) -> None:
     around = {"a residual": found.add, "smoothing": found.smooth, "Quantize": found.quantize}
     fused = [name for name, node in around.items() if node is not None]
     decide(new, "body", f"fused with {' and '.join(fused)}" if fused else "outlined")
-    old = found.nodes
-    ir.convenience.replace_nodes_and_values(graph, old[0], old, [new], results, list(new.outputs))
+    return new
 
 
 def _parameter(graph: ir.Graph, value: ir.Value, norm: Norm) -> ir.Value:

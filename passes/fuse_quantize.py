@@ -30,16 +30,12 @@ class FuseQuantize(JoiningPass):
         if product is None or region is None:
             return False
         whole = dataclasses.replace(region, anchor="DynamicQMatMulW8A8")
-        if self.supports(whole) is not None:
+        if self.refusal(whole, [quantize, product]) is not None:
             return False
         operands = [*quantize.inputs, *product.inputs[2:]]
         new = outline(model, whole, operands, like=product)
         decide(new, "body", f"{decision_of(product).why}; quantizes its input")
-        graph = product.graph
-        assert graph is not None
-        ir.convenience.replace_nodes_and_values(
-            graph, product, [quantize, product], [new], product.outputs, new.outputs
-        )
+        self.put(new, [quantize, product], product.outputs)
         return True
 
 

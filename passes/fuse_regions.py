@@ -28,11 +28,9 @@ import dataclasses
 import onnx_ir as ir
 
 from qcompiler.ir import dialect
-from qcompiler.ir.analysis import GraphView
 from qcompiler.ir.decisions import decide, left_to_ort
-from qcompiler.ir.graph import drop_if_unread, every_node, only_consumer, replace_nodes
+from qcompiler.ir.graph import drop_if_unread, every_node, only_consumer
 from qcompiler.ir.region import HALF, Region
-from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.outlining import RegionPass, outline
 from qcompiler.passes.region_growth import Growth, per_channel, try_extend
 
@@ -54,10 +52,9 @@ _ANCHORS = frozenset({
 class FuseRegions(RegionPass):
     """Outline the regions that have a kernel; leave the others to their op's body."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def outline_all(self, model: ir.Model) -> bool:
         """Outline every supported region, in branches and loops too."""
         outlined = 0
-        views: dict[ir.Graph | ir.Function, GraphView] = {}
         for node in list(every_node(model.graph)):
             if node.domain != dialect.DOMAIN or node.op_type not in dialect.OPS:
                 continue
@@ -73,15 +70,11 @@ class FuseRegions(RegionPass):
                 if node.op_type not in _LEFT_TO_ORT:
                     decide(node, "body", start)
                 continue
-            assert node.graph is not None
-            if node.graph not in views:
-                views[node.graph] = GraphView(node.graph)
-            self._outline(model, start, views[node.graph])
+            self._outline(model, start)
             outlined += 1
         if outlined:
-            FixNames()(model)
             dialect.declare(model)
-        return ir.passes.PassResult(model, outlined > 0)
+        return outlined > 0
 
     def _start(self, node: ir.Node) -> Growth | str:
         """The region of an anchor alone, in float16 if it can be; why there is no kernel if not."""
@@ -97,21 +90,21 @@ class FuseRegions(RegionPass):
             return reason or ""  # it has no other form
         return self.supports(exact.region) or exact
 
-    def _grow(self, growth: Growth, view: GraphView) -> Growth:
-        best = growth
+    def _grow(self, growth: Growth) -> Growth:
+        best, view = growth, self.view_of(growth.covered[0])
         while growth.region.anchor not in (*_QUANTIZES, *_LEFT_TO_ORT):
             grown: Growth | None = growth
             for reader in view.joined(growth.values[-1], _MOST_STEPS):
                 grown = try_extend(grown, reader) if grown is not None else None
-            if grown is None or grown is growth or self.supports(grown.region) is not None:
+            if grown is None or grown is growth or self.refusal(grown.region, grown.covered):
                 break
             growth = grown
             # A result of 8 bits is less to store and to read, and may be what ORT's ops take.
             best = best if growth.was_dequantized else growth
         return best
 
-    def _outline(self, model: ir.Model, growth: Growth, view: GraphView) -> None:
-        growth = self._grow(growth, view)
+    def _outline(self, model: ir.Model, growth: Growth) -> None:
+        growth = self._grow(growth)
         anchor = growth.covered[0]
         # Each once: the scale of a Q is often that of the DQ behind it.
         extras = {
@@ -123,8 +116,7 @@ class FuseRegions(RegionPass):
         steps = " + ".join(step.op for step in growth.region.steps)
         decide(new, "body", f"fused with {steps}" if steps else "outlined")
         read = [anchor.inputs[0], *growth.extras]
-        replace_nodes(growth.covered, [new])
-        view.replaced(growth.covered, new)
+        self.put(new, growth.covered, growth.covered[-1].outputs)
         for value in read:
             _drop_if_unread(value)
 

@@ -22,8 +22,7 @@ from qcompiler.ir.decisions import decide, region_of
 from qcompiler.ir.dialect import OPS
 from qcompiler.ir.graph import constant, every_node, new_initializer
 from qcompiler.ir.region import HALF, ExtraKind, Region, Step
-from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.outlining import UNBOUND, RegionPass, drop_unused_functions, outline
+from qcompiler.passes.outlining import UNBOUND, RegionPass, outline
 
 __all__ = ["MergeSiblings"]
 
@@ -38,17 +37,15 @@ _MERGEABLE = frozenset({
 class MergeSiblings(RegionPass):
     """Merge outlined products that read the same activations, where a kernel can compute them."""
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
+    def outline_all(self, model: ir.Model) -> bool:
         """Merge siblings of every graph, branches and loops included."""
         merged = 0
         for node in list(every_node(model.graph)):
             if node.graph is not None and _is_mergeable(node):
                 merged += self._merge(model, _siblings(node))
         if merged:
-            drop_unused_functions(model)
             common.RemoveUnusedNodesPass()(model)
-            FixNames()(model)
-        return ir.passes.PassResult(model, merged > 0)
+        return merged > 0
 
     def _merge(self, model: ir.Model, nodes: Sequence[ir.Node]) -> bool:
         regions = [_region(node) for node in nodes]
@@ -64,9 +61,9 @@ class MergeSiblings(RegionPass):
         whole = dataclasses.replace(
             regions[0], sizes=sizes, extras=extras, steps=steps, widths=widths
         )
-        if self.supports(whole) is not None:
+        if self.refusal(whole, nodes) is not None:
             return False
-        _replace(model, nodes, whole)
+        self.put(_merged(model, nodes, whole), nodes, [node.outputs[0] for node in nodes])
         return True
 
 
@@ -131,7 +128,8 @@ def _aligned(chain: tuple[Step, ...], longest: tuple[Step, ...]) -> list[bool] |
     return present if not left else None
 
 
-def _replace(model: ir.Model, nodes: Sequence[ir.Node], whole: Region) -> None:
+def _merged(model: ir.Model, nodes: Sequence[ir.Node], whole: Region) -> ir.Node:
+    """One product by the weights of all, side by side."""
     first, weight = nodes[0], nodes[0].inputs[_weight(nodes[0])]
     operands = [_operands(node, whole) for node in nodes]
     stem = f"{weight.name}_merged" if weight is not None else "merged"
@@ -142,11 +140,7 @@ def _replace(model: ir.Model, nodes: Sequence[ir.Node], whole: Region) -> None:
     new = outline(model, whole, [*first.inputs[: _weight(first)], *columns], like=first)
     new.name = " + ".join(node.name or node.op_type for node in nodes)
     decide(new, "body", f"{len(nodes)} products of one input")
-    results = [node.outputs[0] for node in nodes]
-    assert first.graph is not None
-    ir.convenience.replace_nodes_and_values(
-        first.graph, first, nodes, [new], results, list(new.outputs)
-    )
+    return new
 
 
 def _operands(node: ir.Node, whole: Region) -> list[np.ndarray]:

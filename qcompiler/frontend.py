@@ -17,12 +17,14 @@ from qcompiler.arguments import require_path, require_utf8
 from qcompiler.bundle import MANIFEST
 from qcompiler.faults import fault_of, weight_given_twice
 from qcompiler.from_torch import is_torch_file, is_torch_object, load_torch
+from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import ModelError, OptionError, QCompilerError, VerifyError, first_cause
 from qcompiler.ir.graph import every_graph, function_label
 from qcompiler.ir.onnx_rules import problems_in
 from qcompiler.ir.sparse import densify
 from qcompiler.old_functions import inline_old_functions
 from qcompiler.runtime import open_session
+from qcompiler.session_options import QUIET
 from qcompiler.source import check_whole
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ def check_opens(source: str | os.PathLike[str] | ir.Model) -> None:
     """
     with onnx_file(source) as file:
         try:
-            open_session(file)
+            _let_ort_open(file)
         except ModelError as error:
             name = str(source) if isinstance(source, str | os.PathLike) else "the model"
             raise ModelError(
@@ -160,12 +162,24 @@ def _load_file(path: Path) -> ir.Model:
         # ValidationError, but also bare protobuf and C++ errors for malformed fields.  ORT takes
         # some models that the checker does not, inputs without a shape for one.
         try:
-            open_session(path)
+            _let_ort_open(path)
         except QCompilerError as refusal:
             raise ModelError(
                 f"{path} is not a valid ONNX model: {_refusal(model, refusal, path, error)}"
             ) from error
     return model
+
+
+def _let_ort_open(path: Path) -> None:
+    """Let ONNX Runtime look at a file whose weights stay where they are: packing copies them all.
+
+    Raises:
+        ModelError: It refuses.
+    """
+    options = import_onnxruntime().SessionOptions()
+    options.log_severity_level = QUIET
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    open_session(path, options=options)
 
 
 def _read(path: Path) -> ir.Model:

@@ -1,18 +1,15 @@
-"""Graph views and the cheapest border on graphs small enough to know the answer."""
+"""Graph views on graphs small enough to know the answer."""
 
-import itertools
-import math
 import time
 
 import networkx as nx
 import onnx_ir as ir
 import pytest
 from golden import model_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qcompiler.ir.analysis import End, GraphView
-from qcompiler.ir.border import Crossing, bytes_of, cheapest_inside
 
 F = "float[4]"
 DIAMOND = (
@@ -20,6 +17,9 @@ DIAMOND = (
 )
 SIDE_EXIT = f"g ({F} x) => ({F} y, {F} b) {{ a = Relu (x) b = Neg (a) y = Exp (b) }}"
 CYCLE = f"g ({F} x) => ({F} y) {{ a = Relu (x) b = Neg (a) c = Abs (b) y = Add (a, c) }}"
+APART = (
+    f"g ({F} x) => ({F} y) {{ a = Relu (x) b = Neg (a) c = Abs (x) d = Exp (c) y = Add (b, d) }}"
+)
 BRANCH = f"""
 g ({F} x, bool f) => ({F} y) {{
   a = Relu (x) b = Neg (a)
@@ -92,6 +92,28 @@ def test_convex_regions(text, region, hull):
 
 
 @pytest.mark.parametrize(
+    ("text", "region", "reads", "back", "place"),
+    [
+        (DIAMOND, "ab", None, None, "a"),
+        (DIAMOND, "ad", None, "c", None),
+        (DIAMOND, "bd", None, None, "d"),  # c is made behind b
+        (DIAMOND, "abcd", None, None, "a"),
+        (DIAMOND, "ad", "x", None, "a"),
+        (APART, "ad", None, None, None),  # c is made behind b, which reads a
+        (BRANCH, "ay", None, "b", None),
+    ],
+)
+def test_the_way_back_and_the_place_of_a_region(text, region, reads, back, place):
+    named = Named(text)
+    values = None if reads is None else [named.node["a"].inputs[0]]
+    found = named.view.way_back(named.region(region), values)
+    assert (found and named.name(found)) == back
+    if back is None:
+        found = named.view.place_of(named.region(region), values)
+        assert (found and named.name(found)) == place
+
+
+@pytest.mark.parametrize(
     ("text", "value", "most", "joined"),
     [
         (DIAMOND, "a", 4, "bcd"),
@@ -143,6 +165,10 @@ def graphs(draw):
     return ir.Graph(values[:1], outputs, nodes=[value.producer() for value in values[1:]])
 
 
+def _read_outside(region):
+    return [v for node in region for v in node.inputs if v.producer() not in region]
+
+
 @given(graphs(), st.data())
 def test_dominators_and_hulls_agree_with_networkx(graph, data):
     view = GraphView(graph)
@@ -154,6 +180,10 @@ def test_dominators_and_hulls_agree_with_networkx(graph, data):
         expected = nx.immediate_dominators(network, end)
         for node in view.nodes:
             assert found[node] is expected.get(node, end)
+    below = view.post_dominators()
+    for node in view.nodes:
+        joined = view.joined(node.outputs[0], len(view.nodes))
+        assert below[node] is (joined[-1] if joined else End.SINK)
     region = data.draw(st.sets(st.sampled_from(view.nodes)))
     between = {
         node
@@ -163,73 +193,17 @@ def test_dominators_and_hulls_agree_with_networkx(graph, data):
     }
     assert set(view.convex_hull(region)) == between
     assert view.is_convex(region) == (between == region)
-
-
-# The cheapest border
-
-
-def test_the_border_is_where_the_fewest_bytes_cross():
-    # a is in integers, d in floats, the others may be either; b makes the smallest tensor.
-    costs = {"a": (0, math.inf), "b": (0, 0), "c": (0, 0), "d": (math.inf, 0)}
-    crossings = [Crossing("a", ["b"], 64), Crossing("b", ["c"], 4), Crossing("c", ["d"], 16)]
-    assert cheapest_inside(costs, crossings) == {"a", "b"}
-
-
-def test_a_value_is_converted_once_for_all_its_readers():
-    costs = {"a": (0, math.inf), "b": (3, 0), "c": (3, 0)}
-    assert cheapest_inside(costs, [Crossing("a", ["b", "c"], 5)]) == {"a"}
-    assert cheapest_inside(costs, [Crossing("a", ["b", "c"], 7)]) == {"a", "b", "c"}
-    assert cheapest_inside(costs, [Crossing("a", ["b"], 2), Crossing("a", ["c"], 5)]) == {"a", "c"}
-
-
-def test_inputs_and_outputs_are_outside():
-    assert cheapest_inside({"a": (1, 6)}, [Crossing(None, ["a"], 2), Crossing("a", [None], 2)]) == {
-        "a"
-    }
-    assert not cheapest_inside({"a": (1, 6)}, [Crossing(None, ["a"], 4), Crossing("a", [None], 2)])
-    assert cheapest_inside({"a": (1, 6)}, [Crossing("a", [], 9)]) == {"a"}
-    assert cheapest_inside({"a": (1, 1), "b": (2, 1)}, []) == {"a"}
-
-
-@st.composite
-def divisions(draw):
-    nodes = range(draw(st.integers(1, 6)))
-    price = st.integers(0, 9)
-    costs = {node: (draw(price), draw(price)) for node in nodes}
-    place = st.one_of(st.none(), st.sampled_from(nodes))
-    crossings = [
-        Crossing(draw(place), draw(st.lists(place, max_size=3, unique=True)), draw(price))
-        for _ in range(draw(st.integers(0, 8)))
-    ]
-    return costs, [c for c in crossings if c.maker is None or c.maker not in c.readers]
-
-
-@given(divisions())
-@settings(deadline=None)
-def test_no_division_is_cheaper(division):
-    costs, crossings = division
-
-    def total(inside):
-        own = sum(pair[node not in inside] for node, pair in costs.items())
-        apart = (any((c.maker in inside) != (r in inside) for r in c.readers) for c in crossings)
-        return own + sum(c.cost for c, pays in zip(crossings, apart, strict=True) if pays)
-
-    found = cheapest_inside(costs, crossings)
-    every = itertools.chain.from_iterable(
-        itertools.combinations(costs, count) for count in range(len(costs) + 1)
-    )
-    best = min(every, key=lambda inside: (total(inside), -len(inside)))
-    assert (total(found), len(found)) == (total(best), len(best))
-
-
-def test_bytes_of_values():
-    def sized(shape, dtype=ir.DataType.FLOAT):
-        return ir.Value(shape=shape and ir.Shape(shape), type=dtype and ir.TensorType(dtype))
-
-    assert bytes_of(sized([2, 3])) == 24
-    assert bytes_of(sized(["n", 3], ir.DataType.INT8)) == 64 * 3
-    assert bytes_of(sized([-1, 3], ir.DataType.INT4)) == 64 * 3 // 2
-    assert bytes_of(sized(None, None)) == 64**4 * 4
+    assert view.way_back(region) in between - region or between == region
+    if region and between == region and (place := view.place_of(region)) is not None:
+        new = ir.node(
+            "Whole", _read_outside(region), num_outputs=sum(len(n.outputs) for n in region)
+        )
+        old = [value for node in region for value in node.outputs]
+        ir.convenience.replace_nodes_and_values(graph, place, region, [new], old, new.outputs)
+        made = set(graph.inputs)
+        for node in graph:
+            assert made.issuperset(node.inputs)
+            made.update(node.outputs)
 
 
 def test_ten_thousand_nodes_take_less_than_a_second_each():
@@ -247,17 +221,9 @@ def test_ten_thousand_nodes_take_less_than_a_second_each():
         view.post_dominators,
         lambda: view.convex_hull([nodes[0], nodes[-1]]),
         lambda: [view.joined(node.outputs[0], 4) for node in nodes],
+        lambda: [view.is_convex(nodes[i : i + 6]) for i in range(len(nodes))],
     )
     for task in tasks:
         start = time.process_time()
         task()
         assert time.process_time() - start < 1
-
-
-def test_a_long_chain_is_divided_in_a_second():
-    costs = {index: (index * 7 % 31, index * 5 % 29) for index in range(2000)}
-    crossings = [Crossing(index, [index + 1], index * 3 % 17) for index in range(1999)]
-    start = time.process_time()
-    inside = cheapest_inside(costs, crossings)
-    assert time.process_time() - start < 1
-    assert 0 < len(inside) < 2000

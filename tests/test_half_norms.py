@@ -124,3 +124,13 @@ def test_a_result_that_is_read_in_float32_stays():
     assert "AddRMSNorm" not in regions
     (last,) = [node for node in model.graph if node.name == "n"]
     assert last.outputs[0].dtype is ir.DataType.FLOAT
+
+
+def test_norms_that_share_a_cast_keep_their_residual():
+    """What the Cast between them and the residual makes, they do not read any more."""
+    second = RMS_NORM.replace("n = Mul(unit, gamma)", "o = Mul(unit, factor)")
+    for name in ("s2", "mean", "over", "root", "unit"):
+        second = second.replace(f"{name} =", f"{name}2 =").replace(f"{name},", f"{name}2,")
+        second = second.replace(f"{name})", f"{name}2)")
+    _, regions, _ = fused(RESIDUAL + RMS_NORM + second + PRODUCT + "y = Add(p, o) ")
+    assert regions["AddRMSNorm"].outputs == ("x", "q", "s")

@@ -1,12 +1,16 @@
 """Large constants lie on disk."""
 
 import gc
+import re
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from golden import model_of
 
+from qcompiler import frontend
 from qcompiler.ir import on_disk as module
 from qcompiler.ir.graph import new_initializer
 from qcompiler.ir.on_disk import let_go, on_disk
@@ -54,3 +58,28 @@ def test_no_file_is_left(monkeypatch, tmp_path):
     del array
     gc.collect()
     np.testing.assert_array_equal(view, LARGE[3])
+
+
+def test_onnx_runtime_looks_at_a_model_without_its_weights(monkeypatch, tmp_path):
+    """The checker wants a shape of the output, so that ONNX Runtime is asked."""
+
+    def anonymous():
+        status = Path("/proc/self/status").read_text()
+        return int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0]) << 10
+
+    def opened(*args, **kwargs):
+        before = anonymous()
+        session = open_session(*args, **kwargs)
+        grown.append(anonymous() - before)
+        return session
+
+    open_session, grown, size = frontend.open_session, [], 4096
+    weight = np.ones((size, size), np.float32)
+    model = model_of("g (float[2,4096] x) => (float y) { y = MatMul (x, w) }", {"w": weight})
+    proto = ir.to_proto(model)
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    place = tmp_path / "m.onnx"
+    onnx.save(proto, place, save_as_external_data=True, location="w.bin")
+    monkeypatch.setattr(frontend, "open_session", opened)
+    frontend.load_model(place)
+    assert len(grown) == 1 and grown[0] < weight.nbytes / 2
