@@ -28,6 +28,9 @@ __all__ = ["Pipeline", "Step", "Watcher"]
 
 _AN_ATTENTION = Region("Attention", (("D", 64),))
 
+_PLANS = "assign-precision"
+"""The pass whose plans others carry out."""
+
 
 class Pipeline:
     """An ordered list of passes that can be edited before it runs.
@@ -40,6 +43,7 @@ class Pipeline:
         steps: The passes.
         target: What they were made for; None if nobody said.
         recipe: What they were told to do differently.
+        added: Passes that nobody named, for people.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Pipeline:
     ) -> None:
         self.steps = list(steps)
         self.target, self.recipe = target, recipe or Recipe()
+        self.added: tuple[str, ...] = ()
 
     @classmethod
     def default(
@@ -103,32 +108,42 @@ class Pipeline:
 
         Raises:
             OptionError: An unknown pass or option, a value it does not take, or a pass that needs
-                a target, or another pass before it.
+                a target, or another pass that comes after it.
         """
-        chosen = cls.default(target or next(iter(catalog.TARGETS)), recipe).select(text)
+        default = cls.default(target or next(iter(catalog.TARGETS)), recipe)
+        chosen = default.select(text, complete=target is not None)
         if target is None:
             chosen.check_needs_no_target()
         return chosen
 
-    def select(self, text: str) -> Pipeline:
+    def select(self, text: str, *, complete: bool = True) -> Pipeline:
         """Those passes of this pipeline that a text names, in its order and with its options.
+
+        Args:
+            text: See `parse`.
+            complete: Whether assign-precision, if the text has none, is added before the first pass
+                that needs its plans, which files do not hold.
 
         Raises:
             OptionError: As by `parse`.
         """
         steps = {step.name: step for step in self.steps}
-        chosen: list[Step] = []
-        for item in parse_pipeline(text, list(steps)):
+        items = parse_pipeline(text, list(steps))
+        addable = complete and _PLANS in steps and all(item.name != _PLANS for item in items)
+        pipeline = Pipeline([], self.target, self.recipe)
+        for item in items:
             step = steps[item.name]
             rewrite = configured(step.rewrite, item.name, item.options)
-            before = {other.name for other in chosen}
-            if step.needs == "plans" and "assign-precision" not in before:
-                raise OptionError(
-                    f"{item.name} needs the plans of assign-precision, which files do not hold; "
-                    f"run both: assign-precision,{item.name} with --target TARGET"
-                )
-            chosen.append(dataclasses.replace(step, rewrite=rewrite))
-        return Pipeline(chosen, self.target, self.recipe)
+            if step.needs == "plans" and all(other.name != _PLANS for other in pipeline):
+                if not addable:
+                    raise OptionError(
+                        f"{item.name} needs the plans of {_PLANS}, which files do not hold; "
+                        f"run both: {_PLANS},{item.name} with --target TARGET"
+                    )
+                pipeline.steps.append(steps[_PLANS])
+                pipeline.added = (f"{_PLANS} runs before {item.name}, which needs its plans",)
+            pipeline.steps.append(dataclasses.replace(step, rewrite=rewrite))
+        return pipeline
 
     def up_to(self, stage: Stage) -> Pipeline:
         """The passes before the first that leaves the model beyond a stage.
@@ -162,7 +177,8 @@ class Pipeline:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the passes that ran want the user to know."""
-        return tuple(n for step in self.steps for n in getattr(step.rewrite, "notes", ()))
+        told = (n for step in self.steps for n in getattr(step.rewrite, "notes", ()))
+        return (*self.added, *told)
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)

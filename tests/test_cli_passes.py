@@ -128,6 +128,14 @@ def test_a_jump_prints_what_came_before_it():
     assert not Path("out").exists()
 
 
+def test_a_pass_that_carries_out_plans_brings_them_along():
+    text = "fold-qdq,smooth-quant{alpha=0.6}"
+    result = qcompile(MODEL, *ARM, "--calib", CALIB, "-o", "out", "--pipeline", text)
+    assert result.exit_code == 0
+    assert "assign-precision runs before smooth-activations, which needs its plans" in result.output
+    assert Path("out").is_dir()
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [
@@ -136,7 +144,7 @@ def test_a_jump_prints_what_came_before_it():
         (["--pipeline", "..{kep=1}"], 1, "options belong to a pass, not to '..'"),
         (["--pipeline", "assign-precision{kep_float=1}"], 1, "has no option 'kep_float'; did you"),
         (["--pipeline", "fold-qdq"], 1, "keep_float is for assign-precision, which the pipeline"),
-        (["--pipeline", "insert-qdq"], 1, "insert-qdq needs the plans of assign-precision"),
+        (["--pipeline", "insert-qdq,assign-precision"], 1, "insert-qdq needs the plans of assign"),
         (["--print-after", "fold-qdf"], 1, "print after 'fold-qdf': no such pass runs; did you"),
         (["--stop-after", "qdk"], 2, "Invalid value for '--stop-after': 'qdk' is not one of"),
         (["--stop-after", "qdq", "-o", "."], 1, "output . is a folder; name a file in it"),

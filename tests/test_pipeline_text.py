@@ -111,7 +111,7 @@ def test_options_describe_themselves():
         ("halve{really=yes}", "halve: really takes true or false, not 'yes'"),
         ("halve{names=}", "halve: names takes a text, not ''"),
         ("canonicalize{a=1}", "canonicalize has no option 'a', and no others: leave"),
-        ("smooth-activations{alpha=0.2}", "needs the plans of assign-precision"),
+        ("smooth-activations,assign-precision", "needs the plans of assign-precision"),
         ("smooth-activations{alpha=2}", "alpha must be"),
         ("smooth-activations{alph=2}", "has no option 'alph'; did you mean 'alpha'"),
         ("assign-precision,smooth-activations{alpha=2}",
@@ -187,6 +187,17 @@ def test_parse_asks_for_what_a_pass_needs():
         Pipeline.parse("fuse-norms", "x86-int9")
     with pytest.raises(OptionError, match="insert-qdq needs the plans of assign-precision"):
         Pipeline.parse("insert-qdq,assign-precision", "x86-int8")
+
+
+def test_plans_come_before_the_first_pass_that_needs_them():
+    pipeline = Pipeline.parse("canonicalize,smooth-activations,insert-qdq", "x86-int8")
+    assert [step.name for step in pipeline] == [
+        "canonicalize", "assign-precision", "smooth-activations", "insert-qdq",
+    ]  # fmt: skip
+    assert pipeline.notes[0].startswith("assign-precision runs before smooth-activations")
+    named = Pipeline.parse("assign-precision,insert-qdq", "x86-int8")
+    assert [step.name for step in named] == ["assign-precision", "insert-qdq"]
+    assert not named.added
 
 
 def test_up_to_a_stage():

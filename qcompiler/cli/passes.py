@@ -79,7 +79,7 @@ def pass_command(
 
     output = check_file(real_path(output), source)
     pipeline = _pipeline(target, None if calib is None else samples_of(calib, preprocess))
-    pipeline = pipeline.select(text)
+    pipeline = pipeline.select(text, complete=target is not None)
     if target is None:
         pipeline.check_needs_no_target()
     if debugging.stage is not None:
