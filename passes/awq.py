@@ -143,6 +143,8 @@ class AWQ(ir.passes.InPlacePass):
         """Round what gptq will not, by what the samples say of each input."""
         done = itertools.count(len(facts_of) + 1)
         for data, group in by_data(layers_of(model.graph, "awq")).items():
+            if id(data) not in facts_of:
+                raise _rounded_in_two_ways(group[0])
             blocks = _scaled_blocks(facts_of[id(data)])
             work, method = partial(_round_one, blocks=blocks), ("awq rounds", "")
             for layer in rounded_or_kept(group, self.runs, method, work, blocks):
@@ -221,6 +223,13 @@ def _factors(magnitude: Rows, alpha: float) -> Rows:
     floor = magnitude[magnitude > 0].min()
     factors = np.maximum(magnitude, floor).astype(np.float64) ** alpha
     return np.asarray(factors / np.sqrt(factors.max() * factors.min()), np.float32)
+
+
+def _rounded_in_two_ways(layer: Layer) -> OptionError:
+    return OptionError(
+        f"{layer.name}: others that read its weight {layer.weight.name!r} round it by awq_gptq; "
+        "give all of them one rounding"
+    )
 
 
 def _round_one(weight: Rows, type: QuantType, blocks: Rows) -> tuple[RoundedWeight, str]:

@@ -2,13 +2,14 @@
 
 For each If, Loop and Scan, ONNX copies the types of all that is known so far, and copying those of
 a hundred thousand values a hundred times takes longer than all the rest.  A part knows what it
-reads.  Nodes that compute with shapes are inferred again in each part that reads them, because
-ONNX follows their numbers, and not only their types, from node to node.
+reads.  Nodes that compute with shapes, which are integers of few axes or a few floats, are inferred
+again in each part that reads them: ONNX follows their numbers, and not only their types.
 """
 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 
 import onnx
@@ -19,12 +20,15 @@ PART = 8192
 """Nodes inferred at once; a graph of fewer than two parts is inferred whole."""
 
 _INTEGERS = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+_FEW = 16
+"""Floats that may become sizes, as those of a Resize do."""
+
 _GENERATED = "unk__"
 """How ONNX begins the names that it gives to dimensions, which it counts anew in each part."""
 
 
 def infer_shapes(proto: onnx.ModelProto, *, strict: bool, part: int = PART) -> onnx.ModelProto:
-    """The model with the types and shapes of its results, those inside bodies among them.
+    """The nodes of a model, with the types and shapes of results, those inside bodies among them.
 
     Args:
         proto: A model whose nodes come after those that they read.  It is not changed.
@@ -40,8 +44,8 @@ def infer_shapes(proto: onnx.ModelProto, *, strict: bool, part: int = PART) -> o
     parts = _Parts(proto)
     result = onnx.ModelProto()
     result.CopyFrom(parts.shell)
-    for index, first in enumerate(range(0, len(graph.node), part)):
-        names = parts.add(range(first, min(first + part, len(graph.node))), strict, index)
+    for first in range(0, len(graph.node), part):
+        names = parts.add(range(first, min(first + part, len(graph.node))), strict)
         result.graph.value_info.extend(parts.known[name] for name in names if name in parts.known)
     result.graph.node.extend(parts.nodes)
     result.graph.output.extend(parts.known.get(out.name, out) for out in graph.output)
@@ -67,8 +71,11 @@ class _Parts:
         self.shell.opset_import.extend(proto.opset_import)
         self.shell.functions.extend(proto.functions)
         self.shell.graph.name = graph.name
+        # Bytes behind a name may look like digits of it: a number that is too large does no harm.
+        numbers = re.findall(rb"unk__(\d{1,18})", proto.SerializeToString())
+        self._fresh = itertools.count(1 + max(map(int, numbers), default=-1))
 
-    def add(self, indices: range, strict: bool, part: int) -> Sequence[str]:
+    def add(self, indices: range, strict: bool) -> Sequence[str]:
         """Infer some nodes; the names of what they make."""
         again, read = self._around(indices)
         proto = onnx.ModelProto()
@@ -79,12 +86,13 @@ class _Parts:
         graph.initializer.extend(self._constants[n] for n in read if n in self._constants)
         made = [out for i in [*again, *indices] for out in self._all[i].output if out]
         graph.value_info.extend(self.known[name] for name in made if name in self.known)
-        known = {name for value in graph.input for name in _symbols(value.type)}
-        known |= {name for value in graph.value_info for name in _symbols(value.type)}
+        symbols = {
+            name: name for v in [*graph.input, *graph.value_info] for name in _symbols(v.type)
+        }
         graph = onnx.shape_inference.infer_shapes(proto, strict_mode=strict, data_prop=True).graph
         self.nodes += graph.node[len(again) :]
         for value in _values(graph, self.nodes[-len(indices) :]):
-            _rename_symbols(value.type, known, f"{_GENERATED}{part}_")
+            self._rename_symbols(value.type, symbols)
         self.known |= {value.name: value for value in graph.value_info}
         return [out for i in indices for out in self._all[i].output if out]
 
@@ -103,12 +111,27 @@ class _Parts:
         return sorted(again), list(read)
 
     def _may_be_shape(self, name: str) -> bool:
-        type = self.known[name].type.tensor_type if name in self.known else None
-        return (
-            type is not None
-            and type.elem_type in _INTEGERS
-            and (not type.HasField("shape") or len(type.shape.dim) < 2)
-        )
+        if name not in self.known or not self.known[name].type.HasField("tensor_type"):
+            return False
+        type = self.known[name].type.tensor_type
+        if not type.HasField("shape"):
+            return type.elem_type in _INTEGERS
+        dims = type.shape.dim
+        few = all(0 < dim.dim_value <= _FEW for dim in dims)
+        return len(dims) < 2 and (few or type.elem_type in _INTEGERS)
+
+    def _rename_symbols(self, type: onnx.TypeProto, symbols: dict[str, str]) -> None:
+        """Let dimensions that ONNX named have names that are nowhere else in the model.
+
+        Args:
+            type: Changed in place.
+            symbols: Names of this part and what they become; new ones are added.
+        """
+        for dim in _dimensions(type):
+            if dim.dim_param.startswith(_GENERATED):
+                if dim.dim_param not in symbols:
+                    symbols[dim.dim_param] = f"{_GENERATED}{next(self._fresh)}"
+                dim.dim_param = symbols[dim.dim_param]
 
 
 def _graphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
@@ -140,10 +163,3 @@ def _dimensions(type: onnx.TypeProto) -> Sequence[onnx.TensorShapeProto.Dimensio
 
 def _symbols(type: onnx.TypeProto) -> Iterator[str]:
     return (dim.dim_param for dim in _dimensions(type) if dim.dim_param.startswith(_GENERATED))
-
-
-def _rename_symbols(type: onnx.TypeProto, known: set[str], prefix: str) -> None:
-    """Let new dimensions have names that no other part gives."""
-    for dim in _dimensions(type):
-        if dim.dim_param.startswith(_GENERATED) and dim.dim_param not in known:
-            dim.dim_param = f"{prefix}{dim.dim_param.removeprefix(_GENERATED)}"

@@ -53,9 +53,9 @@ def _is_slow(node: ir.Node) -> bool:
 def _put_copy_behind(node: ir.Node) -> None:
     result, form = node.outputs[0], FUSED_BY_ORT[node.op_type]
     (use,) = result.uses()
-    copy = ir.node("Sum", [result], name=f"{node.name}_copy")
-    copy.outputs[0].name = f"{result.name}_copy"
-    copy.outputs[0].type, copy.outputs[0].shape = result.type, result.shape
+    copy = ir.node("Sum", [result], name=f"{node.name or node.op_type}_copy")
+    copy.outputs[0].name, copy.outputs[0].type = f"{result.name}_copy", result.type
+    copy.outputs[0].shape = result.shape.copy() if result.shape is not None else None
     use.node.replace_input_with(use.idx, copy.outputs[0])
     assert node.graph is not None
     node.graph.insert_after(node, copy)

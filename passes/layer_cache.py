@@ -1,7 +1,7 @@
 """What was found out about layers, on disk, found again by the hash of all that it depends on.
 
 With samples a layer depends on the model, the samples, the options and, because what is rounded
-before it goes into it, on the types of all layers.  Nothing of another model is ever found.
+before it goes into it, on the types of all layers; without them on its weight, type and options.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LayerCache:
 
         Args:
             method: The name of the pass.
-            digest: Hash of model and samples, or of whatever else it is.
+            digest: Hash of model and samples, or of the weight and what is known of its inputs.
             options: Of the pass, as text.
             layers: All that will be looked at.
         """

@@ -39,6 +39,7 @@ class RegionPass(ir.passes.InPlacePass):
         """Outline what can be, and remove what regions have taken in."""
         self._views.clear()
         outlined = self.outline_all(model)
+        self._views.clear()  # they hold the model
         if outlined:
             _drop_unused_functions(model)
             FixNames()(model)

@@ -74,7 +74,7 @@ def rounded_or_kept(
     work: Round,
     *facts: NDArray[Any],
 ) -> Iterator[RoundedLayer]:
-    """Layers, each rounded by itself, side by side; the model must be changed between them.
+    """Layers, each rounded by itself, side by side; the model may be changed between them.
 
     Args:
         layers: What to round.

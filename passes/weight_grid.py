@@ -34,8 +34,9 @@ __all__ = ["RANGES", "Grid", "rounded_on", "weight_grid"]
 RANGES = ("max", "mse")
 """The whole range of each slice, or the part of it that rounds with the least squared error."""
 
-_PARTS = (1.1, *(1 - 0.08 * step for step in range(6)))
-"""Of the range; more than all of it, where the zero point is not the one that fits it best."""
+_PARTS = (*(1 - 0.08 * step for step in range(6)), 1.1)
+"""Of the range; more than all of it, where the zero point is not the one that fits it best.  Where
+nothing counts, because no sample reached a group, the first stays: all of it."""
 
 _SHIFTS = (0, -1, 1)
 """Of the zero point, from where the ends of the range put it: what is cut off need not be the same

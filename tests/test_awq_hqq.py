@@ -14,6 +14,7 @@ from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.hqq import HQQ, hqq
+from qcompiler.passes.node_rules import NodeRule
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.second_moments import LayerRuns
 from qcompiler.passes.weight_grid import rounded_on, weight_grid
@@ -95,6 +96,17 @@ def test_awq_before_gptq_keeps_the_numbers():
     assert AWQ(RUNS)(model).modified
     assert [node.op_type for node in model.graph] == ["LayerNormalization", "MatMul"]
     np.testing.assert_allclose(run(model, FEEDS)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_is_not_rounded_in_two_ways():
+    text = f"{X} => ({OUT} o, {OUT} p) {{ {NORM} o = MatMul (y, w) p = MatMul (x, w) }}"
+    rules = [NodeRule("node_1", rounding="awq_gptq"), NodeRule("node_2", rounding="awq")]
+    model = model_of(text, WEIGHTS)
+    for index, node in enumerate(model.graph):
+        node.name = f"node_{index}"
+    AssignPrecision(TARGETS["cuda-int4"].scheme, AssignPrecision.Options(), rules)(model)
+    with pytest.raises(OptionError, match="node_2: others that read its weight 'w' round it by aw"):
+        AWQ(RUNS)(model)
 
 
 def test_awq_is_better_than_rounding_to_nearest_and_helps_gptq():
@@ -256,6 +268,15 @@ def test_an_asymmetric_grid_is_never_worse_than_the_whole_range():
         floats = rounded_on(weight, type, weight_grid(weight, type, range)).floats(type)
         errors.append(np.square(weight - floats).reshape(2, 32, N).sum(1))
     assert (errors[1] <= errors[0] * 1.0001).all() and errors[1].sum() < 0.95 * errors[0].sum()
+
+
+def test_groups_that_nothing_counts_in_keep_the_whole_range():
+    """Channels that no sample reached."""
+    type = QuantType(ir.DataType.UINT4, granularity=PerGroup(0, 32), symmetric=False)
+    weight = RNG.standard_normal((K, N), dtype=np.float32)
+    dead, whole = weight_grid(weight, type, "mse", np.zeros(K)), weight_grid(weight, type, "max")
+    floats = [rounded_on(weight, type, grid).floats(type) for grid in (dead, whole)]
+    np.testing.assert_allclose(*floats, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("bits", "less"), [(None, 0.925), (3, 0.982)])

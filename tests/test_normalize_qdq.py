@@ -233,6 +233,8 @@ def test_a_guard_goes_whose_number_is_dequantized():
         "n = IsNaN (d) y = Where (n, zf, d)",  # leaves the graph
         "p = QuantizeLinear (x, dx, z) e = DequantizeLinear (p, dx, z) n = IsNaN (e) "
         "r = Where (n, zf, e) y = Exp (r)",  # a scale that may be NaN
+        "p = QuantizeLinear <output_dtype = 17> (x, s) e = DequantizeLinear (p, s) n = IsNaN (e) "
+        "r = Where (n, zf, e) y = Exp (r)",  # float8 stores NaN
     ],
 )
 def test_another_guard_stays(body):
