@@ -41,6 +41,14 @@ def untimed() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def of_no_terminal() -> Iterator[None]:
+    """Tables are as wide as in a file, whatever terminal, or process of xdist, tests run in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("COLUMNS", raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def unspoiled() -> Iterator[None]:
     """Times are kept, however busy the machine is that runs the tests."""
     with pytest.MonkeyPatch.context() as patch:

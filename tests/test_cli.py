@@ -18,7 +18,6 @@ from qcompiler.cli.figures import size, span
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 # The program as a whole

@@ -13,7 +13,6 @@ from qcompiler.ir.decisions import NO_WEIGHTS, decision_of
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("COLUMNS", raising=False)
 
 
 def test_compile_tells_what_was_done():

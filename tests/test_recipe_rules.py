@@ -174,7 +174,7 @@ def test_a_rule_that_later_ones_overrule_is_told_of():
         (
             {"precision": "int8", "activation": "float", "zero_points": "float"},
             "x86-int8",
-            "only groups of int4 weights may have zero points",
+            "only groups of int4 weights may have float zero points",
         ),
         (
             {"precision": "int8", "activation": "float", "scales": "int8"},
@@ -185,7 +185,7 @@ def test_a_rule_that_later_ones_overrule_is_told_of():
         (
             {"precision": "int8", "zero_points": "integer"},
             "x86-int4",
-            "only groups of int4 weights may have zero points",
+            "only groups of weights may have zero points",
         ),
         ({"rounding": "gptq"}, "cuda-fp8", "only integers are rounded otherwise than to nearest"),
     ],
@@ -221,7 +221,7 @@ def test_a_rule_may_ask_for_static_activations_of_products():
         ({"precision": "int4"}, "'one': convolutions are int8 or float"),
         ({"activation": "dynamic"}, "'one': convolutions have static activations"),
         ({"group_size": 32}, "'one': these weights have a scale per channel"),
-        ({"zero_points": "float"}, "'one': only groups of int4 weights may have zero points"),
+        ({"zero_points": "float"}, "'one': only groups of int4 weights may have float zero points"),
     ],
 )
 def test_what_convolutions_cannot_be(rule, message):
