@@ -84,8 +84,10 @@ class _Parts:
         graph.node.extend(self._all[i] for i in [*again, *indices])
         graph.input.extend(self.known[name] for name in read if name in self.known)
         graph.initializer.extend(self._constants[n] for n in read if n in self._constants)
-        made = [out for i in [*again, *indices] for out in self._all[i].output if out]
-        graph.value_info.extend(self.known[name] for name in made if name in self.known)
+        made, remade = (
+            [out for i in some for out in self._all[i].output if out] for some in (indices, again)
+        )
+        graph.value_info.extend(self.known[n] for n in [*remade, *made] if n in self.known)
         symbols = {
             name: name for v in [*graph.input, *graph.value_info] for name in _symbols(v.type)
         }
@@ -94,7 +96,7 @@ class _Parts:
         for value in _values(graph, self.nodes[-len(indices) :]):
             self._rename_symbols(value.type, symbols)
         self.known |= {value.name: value for value in graph.value_info}
-        return [out for i in indices for out in self._all[i].output if out]
+        return made
 
     def _around(self, indices: range) -> tuple[list[int], list[str]]:
         """Nodes before some, which compute shapes for them, and the values that all these read."""

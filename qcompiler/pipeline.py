@@ -157,7 +157,9 @@ class Pipeline:
                 f"nothing to do up to stage {stage.name.lower()}: {self.steps[0].name}, the first "
                 f"pass, leaves the model at stage {self.steps[0].stage.name.lower()}"
             )
-        return Pipeline(steps, self.target, self.recipe)
+        pipeline = Pipeline(steps, self.target, self.recipe)
+        pipeline.added = self.added
+        return pipeline
 
     def check_needs_no_target(self) -> None:
         """Check that the passes may run though nobody named a target.

@@ -195,6 +195,7 @@ def test_plans_come_before_the_first_pass_that_needs_them():
         "canonicalize", "assign-precision", "smooth-activations", "insert-qdq",
     ]  # fmt: skip
     assert pipeline.notes[0].startswith("assign-precision runs before smooth-activations")
+    assert pipeline.up_to(Stage.FLOAT).notes == pipeline.notes
     named = Pipeline.parse("assign-precision,insert-qdq", "x86-int8")
     assert [step.name for step in named] == ["assign-precision", "insert-qdq"]
     assert not named.added
