@@ -15,14 +15,15 @@ from qcompiler.targets.tir import LANES, Expr, Register
 from qcompiler.targets.x86.attention_shape import PANEL, TILE_ROWS, AttentionShape
 from qcompiler.targets.x86.vector import (
     VectorUnit,
-    all_lanes_max,
+    all_lanes,
     all_lanes_sum,
     fma,
     load_lanes,
+    maxima_of,
     store_lanes,
 )
 
-__all__ = ["LOWEST", "RunningSoftmax"]
+__all__ = ["LOWEST", "RunningSoftmax", "all_rows"]
 
 LOWEST = -3.4028234663852886e38
 """Where the running maximum starts: not -inf, because -inf - -inf is not 0."""
@@ -43,13 +44,14 @@ class RunningSoftmax:
         self.masks = tir.scratch("float32", TILE_ROWS * self.stride)
         self.weights, self.weight_stride = self.scores, self.stride
         self._context = tir.scratch("float32", shape.rows * shape.padded_d)
-        self._top = tir.scratch("float32", shape.rows * LANES)
+        self._top = tir.scratch("float32", shape.rows + 2 * LANES)
         self._sum = tir.scratch("float32", shape.rows * LANES)
 
     def clear(self, rows: Expr) -> None:
         """Prepare for no keys seen, in whole tiles."""
+        with tir.loop(0, (rows + (LANES - 1)) // LANES + 1) as group:
+            tir.store(self._top, tir.broadcast(LOWEST), tir.lanes(group * LANES))
         with tir.loop(0, ((rows + (TILE_ROWS - 1)) // TILE_ROWS) * TILE_ROWS) as row:
-            tir.store(self._top, tir.broadcast(LOWEST), tir.lanes(row * LANES))
             tir.store(self._sum, tir.broadcast(0.0), tir.lanes(row * LANES))
             for start in range(0, self._padded_d, LANES):
                 index = tir.lanes(row * self._padded_d + start)
@@ -90,40 +92,35 @@ class RunningSoftmax:
 
         Unless `packed` they stay float32 in `scores`.
 
-        Each step is emitted for all rows before the next: the reductions of one row are 30 cycles
-        of latency, which the others fill.
+        What a row has one of is computed for all rows of the tile at once, a lane for each.
         """
-        highest = [Register("float32", all_lanes_max(top.value)) for top in tops]
-        now, kept = self.raise_tops(highest, first_row)
+        factors = self.raise_tops(self.highest(tops), first_row)
+        now, kept = (all_rows(vector, len(tops)) for vector in factors)
         sums = [self._exponentials(i, top, count, packed) for i, top in enumerate(now)]
         self.add_sums([total.value for total in sums], kept, first_row)
         return kept
 
-    def raise_tops(
-        self, highest: Sequence[Register], first_row: Expr
-    ) -> tuple[list[Register], list[Register]]:
+    def highest(self, tops: Sequence[Register]) -> Register:
+        """The largest lanes of a tile's rows, a lane for each row; LOWEST in the others."""
+        count = len(tops)
+        padded = [*tops, *[tops[-1]] * ((1 << (count - 1).bit_length()) - count)]
+        is_row = tir.lanes(0) < tir.broadcast(count)
+        return Register("float32", tir.select(is_row, maxima_of(padded), tir.broadcast(LOWEST)))
+
+    def raise_tops(self, highest: Register, first_row: Expr) -> tuple[Register, Register]:
         """The largest scores so far, and the factors for what has been summed before."""
-        starts = [(first_row + i) * LANES for i in range(len(highest))]
-        before = [Register("float32", load_lanes(self._top, start, LANES)) for start in starts]
-        now = [
-            Register("float32", tir.maximum(old.value, new.value))
-            for old, new in zip(before, highest, strict=True)
-        ]
-        kept = [
-            Register("float32", self._exp(old.value - new.value))
-            for old, new in zip(before, now, strict=True)
-        ]
-        for start, top in zip(starts, now, strict=True):
-            tir.store(self._top, top.value, tir.lanes(start))
-        return now, kept
+        before = Register("float32", load_lanes(self._top, first_row, LANES))
+        now = Register("float32", tir.maximum(before.value, highest.value))
+        # Lanes that are no row of this tile hold those of later ones, which stay as they are.
+        tir.store(self._top, now.value, tir.lanes(first_row))
+        return now, Register("float32", self._exp(before.value - now.value))
 
     def add_sums(self, sums: Sequence[Expr], kept: Sequence[Register], first_row: Expr) -> None:
         """Adds sums of exponentials, per lane, to what is kept of those before."""
-        added = [Register("float32", all_lanes_sum(total)) for total in sums]
-        for i, (factor, total) in enumerate(zip(kept, added, strict=True)):
+        for i, (factor, total) in enumerate(zip(kept, sums, strict=True)):
             start = (first_row + i) * LANES
             old = load_lanes(self._sum, start, LANES)
-            tir.store(self._sum, fma(old, factor.value, total.value), tir.lanes(start))
+            tir.store(self._sum, fma(old, factor.value, total), tir.lanes(start))
 
     def store_weights(self, i: int, panel: Expr, weights: Sequence[Register], packed: bool) -> None:
         """The exponentials of a panel of row i."""
@@ -151,10 +148,10 @@ class RunningSoftmax:
 
     def finish(self, row: Expr, y: Expr, start: Expr, d: int, zero_empty: Expr) -> None:
         """Store the context of a row divided by its sum; zeros if that is 0 or NaN, on request."""
-        total = self._sum[row * LANES]
-        one = tir.constant(1.0, "float32")
-        inverse = Register("float32", tir.broadcast(one / total))
-        empty = 1 - tir.cast("int32", total > tir.constant(0.0, "float32"))
+        total = Register("float32", all_lanes_sum(load_lanes(self._sum, row * LANES, LANES)))
+        inverse = Register("float32", tir.broadcast(1.0) / total.value)
+        is_positive = total.lane(0) > tir.constant(0.0, "float32")
+        empty = 1 - tir.cast("int32", is_positive)
         is_zero = Register("int32", empty * zero_empty, 1)
         for chunk in range(0, d, LANES):
             width = min(LANES, d - chunk)
@@ -162,3 +159,8 @@ class RunningSoftmax:
             store_lanes(y, context * inverse.value, start + chunk, width)
             with tir.when(is_zero.value != 0):
                 store_lanes(y, tir.broadcast(0.0), start + chunk, width)
+
+
+def all_rows(vector: Register, count: int) -> list[Register]:
+    """The first lanes of a vector, each in every lane."""
+    return [Register("float32", all_lanes(vector.value, lane)) for lane in range(count)]

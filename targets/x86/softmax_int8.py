@@ -20,8 +20,8 @@ from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Register
 from qcompiler.targets.x86.attention_shape import PANEL, TILE_ROWS, AttentionShape
 from qcompiler.targets.x86.avx512 import Avx512
-from qcompiler.targets.x86.running_softmax import RunningSoftmax
-from qcompiler.targets.x86.vector import all_lanes_max, fma, load_lanes
+from qcompiler.targets.x86.running_softmax import RunningSoftmax, all_rows
+from qcompiler.targets.x86.vector import fma, load_lanes
 
 __all__ = ["EXP2_TERMS", "POINT", "SoftmaxInt8"]
 
@@ -57,12 +57,10 @@ class SoftmaxInt8(RunningSoftmax):
         """The scores become weights, see `RunningSoftmax`."""
         if not packed:
             return super().weigh(tops, first_row, count, packed=False)
-        highest = [Register("float32", all_lanes_max(top.value)) for top in tops]
-        now, kept = self.raise_tops(highest, first_row)
-        self.block_factors = [
-            Register("float32", self._exp(top.value - new.value))
-            for top, new in zip(highest, now, strict=True)
-        ]
+        highest = self.highest(tops)
+        now, before = self.raise_tops(highest, first_row)
+        factors = Register("float32", self._exp(highest.value - now.value))
+        kept, self.block_factors = (all_rows(v, len(tops)) for v in (before, factors))
         with tir.when(count % _BYTES <= PANEL), tir.when(count % _BYTES > 0):
             # The last weights are made of half a panel more than there are scores.
             nothing = tir.broadcast(-math.inf)
@@ -70,7 +68,7 @@ class SoftmaxInt8(RunningSoftmax):
                 end = i * self.stride + count // _BYTES * _BYTES + PANEL
                 for u in range(0, PANEL, LANES):
                     tir.store(self.scores, nothing, tir.lanes(end + u))
-        sums = [self._bytes(i, top, count) for i, top in enumerate(highest)]
+        sums = [self._bytes(i, top, count) for i, top in enumerate(all_rows(highest, len(tops)))]
         scaled = [
             tir.cast("float32x16", total.value) * factor.value
             for total, factor in zip(sums, self.block_factors, strict=True)

@@ -22,6 +22,7 @@ __all__ = [
     "EXP2_OF_FRACTION",
     "VectorUnit",
     "absolute",
+    "all_lanes",
     "all_lanes_max",
     "all_lanes_sum",
     "first_lanes",
@@ -86,6 +87,11 @@ def absolute(value: Expr) -> Expr:
     return tir.intrinsic("float32x16", "llvm.fabs.v16f32", value)
 
 
+def all_lanes(value: Expr, lane: int) -> Expr:
+    """One lane of `value`, in every lane."""
+    return tir.shuffle(value, [lane] * LANES)
+
+
 def all_lanes_max(value: Expr) -> Expr:
     """The largest lane, in every lane."""
     return _reduce_lanes(value, tir.maximum)
@@ -96,8 +102,9 @@ def all_lanes_sum(value: Expr) -> Expr:
     return _reduce_lanes(value, lambda a, b: a + b)
 
 
-def _reduce_lanes(value: Expr, combine: Callable[[Expr, Expr], Expr]) -> Expr:
-    for distance in (8, 4, 2, 1):
+def _reduce_lanes(value: Expr, combine: Callable[[Expr, Expr], Expr], down_to: int = 1) -> Expr:
+    """Of all lanes, or of those that are a multiple of `down_to` apart."""
+    for distance in (d for d in (8, 4, 2, 1) if d >= down_to):
         # A register per stage: as one expression the tree would double at each.
         stage = Register("float32", value)
         swapped = tir.shuffle(stage.value, [lane ^ distance for lane in range(LANES)])
@@ -121,13 +128,15 @@ def sums_of(rows: Sequence[Register]) -> Expr:
 
 
 def maxima_of(rows: Sequence[Register]) -> Expr:
-    """The largest lanes of 16 registers, one in each lane."""
+    """The largest lanes of 1, 2, 4, 8 or 16 registers: lane i has that of number i modulo those."""
     return _reduce_rows(rows, tir.maximum)
 
 
 def _reduce_rows(rows: Sequence[Register], combine: Callable[[Expr, Expr], Expr]) -> Expr:
     current = list(rows)
     for distance in (1, 2, 4, 8):
+        if len(current) == 1:
+            return _reduce_lanes(current[0].value, combine, down_to=distance)
         pairs = zip(current[::2], current[1::2], strict=True)
         halves = [_swap_blocks(first, second, distance) for first, second in pairs]
         current = [Register("float32", combine(low.value, high.value)) for low, high in halves]
