@@ -26,17 +26,13 @@ from qcompiler.ir.sites import Candidate, Choice, Costs, Site
 from qcompiler.passes.insert_qdq import is_static, missing_samples
 from qcompiler.passes.integer_part import MARGIN, IntegerPart
 from qcompiler.passes.join_integers import links_of
+from qcompiler.passes.sites_of_nodes import Shape, Shapes, known_shapes, site_of
 
-__all__ = ["ChooseKernels", "Shapes"]
-
-Shape = tuple[int, ...]
-Shapes = Callable[[ir.Model, Sequence[str]], Mapping[str, Shape]]
-"""Of the named tensors, the shapes they have where that matters; absent where nobody knows."""
+__all__ = ["ChooseKernels"]
 
 _ANOTHER = "the choices were made for another model or with other options"
 _LADDER = (1, 16, 128)
 """Rows of a MatMul of which nothing is known."""
-_CONV_ATTRIBUTES = {"dilations": 1, "pads": 0, "strides": 1}
 
 
 class ChooseKernels(ir.passes.InPlacePass):
@@ -84,7 +80,7 @@ class ChooseKernels(ir.passes.InPlacePass):
             if choice.candidate == "float":
                 drop_plan(node)
                 decide(node, "float", choice.why)
-            elif choice.candidate == "ort" and self._site(node, ()).kernel:
+            elif choice.candidate == "ort" and site_of(node, (), self.supports).kernel:
                 changed = changed or left_to_ort(node) is None
                 leave_to_ort(node, choice.why)
         return ir.passes.PassResult(model, changed)
@@ -96,7 +92,7 @@ class ChooseKernels(ir.passes.InPlacePass):
         for node, choice in itertools.zip_longest(nodes, self.made):
             if node is None:
                 raise OptionError(f"{_ANOTHER}: node {choice.node!r} is not to be quantized here")
-            site = self._site(node, ())
+            site = site_of(node, (), self.supports)
             if choice is None or (choice.node, choice.site) != (node.name, site.name):
                 held = "nothing" if choice is None else f"{choice.site} for node {choice.node!r}"
                 raise OptionError(
@@ -109,8 +105,8 @@ class ChooseKernels(ir.passes.InPlacePass):
         links = links_of(model.graph) if convolves else {}
         between = [v for link in links.values() for v in (*link.operands, *link.results)]
         data = [value for node in nodes if (value := node.inputs[0]) is not None]
-        shapes = self._shapes(model, list(dict.fromkeys([*data, *between])))
-        sites = {node: self._site(node, _inputs(node, shapes)) for node in nodes}
+        shapes = known_shapes(model, [*data, *between], self.shapes)
+        sites = {node: site_of(node, _inputs(node, shapes), self.supports) for node in nodes}
         free = [node for node in nodes if node.op_type not in self.forced]
         if not self.observed and any(map(is_static, free)):
             raise missing_samples(free)
@@ -126,29 +122,6 @@ class ChooseKernels(ir.passes.InPlacePass):
             for node in nodes
         ]
 
-    def _shapes(self, model: ir.Model, values: Sequence[ir.Value]) -> dict[str, Shape]:
-        """Shapes in full of those values that have one, from the graph or from `shapes`."""
-        known = {v.name or "": shape for v in values if (shape := _static(v)) is not None}
-        reachable = {v.name for node in model.graph for v in node.outputs}
-        reachable |= {v.name for v in model.graph.inputs}
-        names = [v.name or "" for v in values if v.name not in known and v.name in reachable]
-        return known | dict(self.shapes(model, list(dict.fromkeys(names))) if names else {})
-
-    def _site(self, node: ir.Node, inputs: tuple[Shape, ...]) -> Site:
-        weight = node.inputs[1]
-        assert weight is not None and weight.const_value is not None
-        sizes = tuple(weight.const_value.shape.numpy())
-        if node.op_type == "MatMul":
-            region = Region("QMatMulW8A8", (("K", sizes[0]), ("N", sizes[1])))
-            return Site("MatMul", sizes, inputs, (), self.supports(region) is None)
-        axes = len(sizes) - 2
-        attributes = [
-            (name, tuple(node.attributes.get_ints(name, [usual] * axes * (1 + (name == "pads")))))
-            for name, usual in _CONV_ATTRIBUTES.items()
-        ]
-        group = ("group", (node.attributes.get_int("group", 1),))
-        return Site("Conv", sizes, inputs, (group, *attributes))
-
 
 def _is_chosen(node: ir.Node) -> bool:
     """Whether there is a choice: weights below 8 bits are asked for because they are small.
@@ -157,13 +130,6 @@ def _is_chosen(node: ir.Node) -> bool:
     """
     plan = plan_of(node)
     return plan is not None and plan.weight.storage is ir.DataType.INT8 and not plan.requested
-
-
-def _static(value: ir.Value) -> Shape | None:
-    dims = () if value.shape is None else value.shape.dims
-    # Some exporters write -1 for a dimension they do not know.
-    sizes = tuple(dim for dim in dims if isinstance(dim, int) and dim >= 0)
-    return sizes if sizes and len(sizes) == len(dims) else None
 
 
 def _inputs(node: ir.Node, shapes: Mapping[str, Shape]) -> tuple[Shape, ...]:

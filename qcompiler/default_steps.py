@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import onnx_ir as ir
+
 from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage
 from qcompiler.model_runs import ModelRuns
@@ -44,6 +46,7 @@ from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.shift_weights import ShiftWeights
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.passes.split_outliers import SplitOutliers
+from qcompiler.passes.unfold_convolutions import UnfoldConvolutions
 from qcompiler.passes.use_ort_attention import UseOrtAttention
 from qcompiler.passes.widen_floats import WidenFloats
 from qcompiler.recipe import Recipe
@@ -88,6 +91,11 @@ def default_steps(
     ranges = None if runs.observe is None else KnownRanges(runs.observe)
     rows = KnownRows(runs.sample)
     chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
+    unfold = UnfoldConvolutions(choose, recipe.rounding)
+    products_are_int8 = target.arch == "x86" and target.scheme.weight is ir.DataType.INT8
+    unfolded = (
+        [Step("unfold-convolutions", unfold, Stage.FLOAT, "plans")] if products_are_int8 else []
+    )
     return [
         Step("canonicalize", Canonicalize(), Stage.FLOAT),
         Step(
@@ -108,6 +116,7 @@ def default_steps(
             "target",
         ),
         Step("lower-convolutions", LowerConvolutions(), Stage.FLOAT, "plans"),
+        *unfolded,
         *chosen,
         Step("equalize-layers", EqualizeLayers(runs.run, ranges), Stage.FLOAT, "plans"),
         Step(
