@@ -28,24 +28,28 @@ def sink_transpose(node: ir.Node) -> None:
 
     Values that have their axes in another order then have other names.
     """
-    moved = _elementwise_readers(node.outputs[0])
+    moved = _elementwise_readers(node)
     ends = _ends(node, moved)
     if len(ends) == 1 and ends[0] is not node.outputs[0]:
         node = _move_behind(node, moved, ends[0])
     _cancel(node)
 
 
-def _elementwise_readers(value: ir.Value) -> list[ir.Node]:
-    """Ops that compute elementwise of `value`, of each other and of single numbers, in order."""
+def _elementwise_readers(transpose: ir.Node) -> list[ir.Node]:
+    """Ops that compute elementwise of its result, of each other and of single numbers."""
+    value, graph = transpose.outputs[0], transpose.graph
     known, found, waiting = {value}, [], [value]
     while waiting:
         for node in dict.fromkeys(use.node for use in waiting.pop(0).uses()):
-            fits = node.op_type in _ELEMENTWISE and not node.domain and node not in found
-            if fits and all(v is None or v in known or _is_number(v) for v in node.inputs):
+            fits = node.op_type in _ELEMENTWISE and not node.domain and node.graph is graph
+            if (
+                fits
+                and node not in found
+                and all(v is None or v in known or _is_number(v) for v in node.inputs)
+            ):
                 found.append(node)
                 known.add(node.outputs[0])
                 waiting.append(node.outputs[0])
-    # One that met its second operand late comes after it.
     return found
 
 

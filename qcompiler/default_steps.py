@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
-import onnx_ir as ir
-
 from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage
 from qcompiler.model_runs import ModelRuns
@@ -92,10 +90,8 @@ def default_steps(
     rows = KnownRows(runs.sample)
     chosen = [Step("choose-kernels", choose, Stage.FLOAT, "plans")] if choose else []
     unfold = UnfoldConvolutions(choose, recipe.rounding)
-    products_are_int8 = target.arch == "x86" and target.scheme.weight is ir.DataType.INT8
-    unfolded = (
-        [Step("unfold-convolutions", unfold, Stage.FLOAT, "plans")] if products_are_int8 else []
-    )
+    has_unfold = target.arch == "x86"  # only there are products known to be faster
+    unfolded = [Step("unfold-convolutions", unfold, Stage.FLOAT, "plans")] if has_unfold else []
     return [
         Step("canonicalize", Canonicalize(), Stage.FLOAT),
         Step(
