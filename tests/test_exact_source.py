@@ -11,7 +11,8 @@ import pytest
 from conftest import mlp
 from timed_models import imported
 
-from qcompiler.timing.exact_source import exact_source, sums_saturate
+from qcompiler.session_options import sums_saturate
+from qcompiler.timing.exact_source import exact_source
 
 
 def test_an_exact_source_is_the_same_model(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ PACK = """
 def packer(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The library's own packing, which is private to x86.c."""
     headers = {path.name: path.read_text() for path in NATIVE.glob("*.h")}
-    source = (NATIVE / "x86.c").read_text() + PACK
+    source = (NATIVE / "cpu.c").read_text() + (NATIVE / "x86.c").read_text() + PACK
     source += "\n".join(f"EXPORT({isa.c_name}, {isa.c_name}.pack_w8)" for isa in ISAS)
     path = tmp_path_factory.mktemp("packer") / "pack.so"
     linker = find_linker()

@@ -11,10 +11,13 @@ import qcompiler
 from qcompiler.compare import compare
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decision_of
+from qcompiler.ir.region import Region
 from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.fold_qdq import FoldQDQ
 from qcompiler.passes.shift_weights import ShiftWeights
-from qcompiler.session_options import exact_sums, new_session_options
+from qcompiler.session_options import exact_sums, new_session_options, sums_saturate
+from qcompiler.targets.cache import KernelCache
+from qcompiler.targets.library import build_library
 
 RNG = np.random.default_rng(0)
 LARGE = {
@@ -250,6 +253,28 @@ def test_convolutions_in_branches(flag):
         LARGE,
     )
     assert convolved(model, IMAGE | {"c": np.array(flag)}) == 2
+
+
+@pytest.mark.parametrize("saturate", [True, False])
+def test_exact_sums_are_asked_for_only_where_sums_saturate(saturate, monkeypatch):
+    """With VNNI they are exact, and products by uint8 weights twice as slow."""
+    monkeypatch.setattr("qcompiler.session_options.sums_saturate", lambda: saturate)
+    assert asks(new_session_options()) is saturate
+
+
+def asks(options):
+    try:
+        return options.get_session_config_entry("session.x64quantprecision") == "1"
+    except RuntimeError:
+        return False
+
+
+def test_a_library_asks_for_them_where_sums_saturate(tmp_path):
+    library = build_library([Region("Quantize", (("K", 8),))], "q.asks", tmp_path / "q.so",
+                            cache=KernelCache())  # fmt: skip
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library.path))
+    assert asks(options) is sums_saturate()
 
 
 def test_what_a_user_asks_of_a_session_stays():

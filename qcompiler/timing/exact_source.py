@@ -7,7 +7,6 @@ bundle can win against them, nor should it answer as they do.
 from __future__ import annotations
 
 import contextlib
-import functools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,31 +14,14 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.installed import import_onnxruntime
-from qcompiler.ir.graph import constant, every_node, new_initializer
+from qcompiler.ir.graph import constant, every_node
 from qcompiler.passes.shift_weights import ShiftWeights
+from qcompiler.session_options import sums_saturate
 
-__all__ = ["exact_source", "sums_saturate"]
+__all__ = ["exact_source"]
 
 _EXACT = 64
 """2 x 255 x 64 is below 2**15."""
-
-
-@functools.cache
-def sums_saturate() -> bool:
-    """Whether ONNX Runtime's sums of products by int8 saturate on this processor."""
-    x = ir.val("x", ir.DataType.UINT8, [1, 4])
-    graph = ir.Graph([x], [], nodes=[], opset_imports={"": 13}, name="saturates")
-    weight = new_initializer(graph, "w", np.full((4, 1), 127, np.int8))
-    product = ir.node("MatMulInteger", [x, weight])
-    y = product.outputs[0]
-    y.name, y.dtype, y.shape = "y", ir.DataType.INT32, ir.Shape([1, 1])
-    graph.append(product)
-    graph.outputs.append(y)
-    model = ir.to_proto(ir.Model(graph, ir_version=8)).SerializeToString()
-    session = import_onnxruntime().InferenceSession(model, providers=["CPUExecutionProvider"])
-    (result,) = session.run(None, {"x": np.full((1, 4), 255, np.uint8)})
-    return bool(result != 4 * 255 * 127)
 
 
 def _is_wide(model: ir.Model) -> bool:

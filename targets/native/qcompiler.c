@@ -216,6 +216,7 @@ static int has_api_24(const OrtApiBase *base) {
 static OrtStatus *ask_for_exact_sums(OrtSessionOptions *options) {
     static const char option[] = "session.x64quantprecision";
     int is_there = 0;
+    if (!qc_sums_saturate()) return NULL;
     QC_TRY(QC_ORT(HasSessionConfigEntry)(options, option, &is_there));
     return is_there ? NULL : QC_ORT(AddSessionConfigEntry)(options, option, "1");
 }

@@ -69,6 +69,12 @@ struct qc_isa {
                     int32_t *init);
 };
 
+/* Whether the CPU has these instructions, and all that such kernels use, and the system saves its
+ * registers: cpu.c. */
+int qc_has_avx2(void), qc_has_avx_vnni(void), qc_has_avx512_vnni(void), qc_has_avx512_bf16(void);
+/* Whether ONNX Runtime's sums of products of uint8 and int8 do: on x86 without VNNI. */
+int qc_sums_saturate(void);
+
 extern const struct qc_isa qc_avx512_bf16, qc_avx512_vnni, qc_avx_vnni, qc_avx2;
 extern const struct qc_isa qc_sm_90a, qc_sm_89, qc_sm_80;
 

@@ -1,52 +1,8 @@
-/* x86 instruction sets: what this CPU and operating system can run, and the layouts they read. */
-#include <cpuid.h>
+/* x86 instruction sets and the layouts that their kernels read. */
 #include <immintrin.h>
 #include <string.h>
 
 #include "qcompiler.h"
-
-static int has(unsigned value, unsigned bits) { return (value & bits) == bits; }
-
-/* Whether the operating system saves these registers; asked only where there is XGETBV. */
-static int saves(unsigned state) {
-    unsigned saved, high;
-    __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
-    return has(saved, state);
-}
-
-/* The kernels are compiled for "haswell": AVX2, FMA, F16C, BMI 1 and 2, MOVBE, POPCNT, LZCNT. */
-static int avx2_is_available(void) {
-    const unsigned fma = 1u << 12, movbe = 1u << 22, popcnt = 1u << 23, osxsave = 1u << 27;
-    const unsigned avx = 1u << 28, f16c = 1u << 29, lzcnt = 1u << 5;
-    const unsigned leaf7_b = 1u << 3 | 1u << 5 | 1u << 8; /* BMI1, AVX2, BMI2 */
-    const unsigned xmm_ymm = 0x6;
-    unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
-    if (!has(c, fma | movbe | popcnt | osxsave | avx | f16c) || !saves(xmm_ymm)) return 0;
-    if (!__get_cpuid(0x80000001, &a, &b, &c, &d) || !has(c, lzcnt)) return 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && has(b, leaf7_b);
-}
-
-static int avx_vnni_is_available(void) {
-    unsigned a, b, c, d;
-    return avx2_is_available() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, 1u << 4);
-}
-
-/* For "cascadelake": AVX-512 F, DQ, CD, BW, VL and VNNI too. */
-static int avx512_vnni_is_available(void) {
-    const unsigned leaf7_b = 1u << 16 | 1u << 17 | 1u << 28 | 1u << 30 | 1u << 31;
-    const unsigned vnni = 1u << 11, xmm_ymm_zmm_masks = 0xe6;
-    unsigned a, b, c, d;
-    if (!avx2_is_available() || !saves(xmm_ymm_zmm_masks)) return 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && has(b, leaf7_b) && has(c, vnni);
-}
-
-/* For "cooperlake", for the ops that have such kernels: AVX512-BF16 too. */
-static int avx512_bf16_is_available(void) {
-    unsigned a, b, c, d;
-    return avx512_vnni_is_available() && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
-           has(a, 1u << 5);
-}
 
 #define AVX2 __attribute__((target("avx2")))
 
@@ -145,24 +101,24 @@ static void pack_shifted(const int8_t *w, int64_t k, int64_t n, int vectors, int
 
 const struct qc_isa qc_avx2 = {
     .name = "avx2",
-    .is_available = avx2_is_available,
+    .is_available = qc_has_avx2,
     .pack_w8 = pack_shifted,
 };
 const struct qc_isa qc_avx_vnni = {
     .name = "avx-vnni",
-    .is_available = avx_vnni_is_available,
+    .is_available = qc_has_avx_vnni,
     .includes = &qc_avx2,
     .pack_w8 = pack,
 };
 const struct qc_isa qc_avx512_vnni = {
     .name = "avx512-vnni",
-    .is_available = avx512_vnni_is_available,
+    .is_available = qc_has_avx512_vnni,
     .includes = &qc_avx2,
     .pack_w8 = pack,
 };
 const struct qc_isa qc_avx512_bf16 = {
     .name = "avx512-bf16",
-    .is_available = avx512_bf16_is_available,
+    .is_available = qc_has_avx512_bf16,
     .includes = &qc_avx512_vnni,
     .pack_w8 = pack,
 };
