@@ -2,7 +2,8 @@
 
 1. Model-local functions are inlined; constants become initializers (weights those of the main
    graph) and are folded, but never Q/DQ, so that an imported quantization survives.
-2. The opset is raised to at least 21, the first with INT4 and blocked Q/DQ.
+2. The opset is raised to at least 21, the first with INT4 and blocked Q/DQ; what ONNX Runtime's
+   optimizers fused is taken apart (`expand_fusions`).
 3. Gemm becomes MatMul and Add, with alpha, beta and transposes folded into its constants.
 4. Shapes are inferred; every node and value has a name of its own.
 """
@@ -29,6 +30,7 @@ from qcompiler.ir.graph import (
 )
 from qcompiler.ir.qdq_rules import qdq_problems
 from qcompiler.ir.shape_rules import shape_problems
+from qcompiler.passes.expand_fusions import ExpandFusions
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.passes.raise_opset import RaiseOpset
@@ -63,6 +65,9 @@ class Canonicalize(ir.passes.InPlacePass):
             RaiseOpset(OPSET)(model)
             inference = InferShapes()
             inference(model)
+            while ExpandFusions()(model).modified:
+                # The types behind one of them were not known before, which others need.
+                inference(model)
             _simplify(model)
         except ModelError:
             raise

@@ -74,7 +74,7 @@ def test_a_chain_of_ops(
 
 @needs_kernels
 def test_open_dimensions_without_names(library: Library, constants: dict[str, Array]) -> None:
-    """What reads the shape of a result must not see -1: ORT computes with shapes as it optimizes."""
+    """What reads the shape of a result must not see -1: ORT folds shapes as it optimizes."""
     nodes = [*FEED_FORWARD, helper.make_node("Shape", ["y"], ["shape"])]
     inputs: dict[str, tuple[int, list[Any]]] = {"x": (TensorProto.FLOAT, [None, None, K])}
     outputs = {"y": TensorProto.FLOAT, "shape": TensorProto.INT64}
