@@ -64,7 +64,7 @@ def heads_apart(
         form.op("Transpose", [form.op("Reshape", [part, apart])], {"perm": order})
         for part, order in zip(form.nodes[-1].outputs, _ORDERS, strict=True)
     )
-    floats = np.dtype(np.float16 if w.dtype is ir.DataType.FLOAT16 else np.float32)
+    floats: np.dtype[Any] = np.dtype(np.float16 if w.dtype is ir.DataType.FLOAT16 else np.float32)
     factor = form.constant("factor", np.asarray(scale, floats))
     scores = form.op("Mul", [form.op("MatMul", [q, k]), factor])
     if mask is not None:
@@ -79,7 +79,7 @@ _ORDERS = ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3])
 """Heads before tokens; the keys transposed."""
 
 
-def _additive(form: Form, mask: ir.Value, floats: np.dtype[np.floating[Any]]) -> ir.Value:
+def _additive(form: Form, mask: ir.Value, floats: np.dtype[Any]) -> ir.Value:
     """0 for a key that counts, a large negative number for the others: [batch, 1, 1, keys]."""
     if mask.shape is None or len(mask.shape) != 2:
         raise NotLiftedError("its mask is not one number per key")
