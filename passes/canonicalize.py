@@ -2,7 +2,8 @@
 
 1. Model-local functions are inlined; constants become initializers (weights those of the main
    graph) and are folded, but never Q/DQ, so that an imported quantization survives.
-2. The opset is raised to at least 21, the first with INT4 and blocked Q/DQ.
+2. The opset is raised to at least 21, the first with INT4 and blocked Q/DQ; what ONNX Runtime's
+   optimizers fused is taken apart (`expand_fusions`).
 3. Gemm becomes MatMul and Add, with alpha, beta and transposes folded into its constants.
 4. Shapes are inferred; every node and value has a name of its own.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import onnx
@@ -29,8 +31,9 @@ from qcompiler.ir.graph import (
 )
 from qcompiler.ir.qdq_rules import qdq_problems
 from qcompiler.ir.shape_rules import shape_problems
+from qcompiler.passes.expand_fusions import ExpandFusions
 from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.infer_shapes import InferShapes
+from qcompiler.passes.infer_shapes import InferShapes, merge_shapes
 from qcompiler.passes.raise_opset import RaiseOpset
 from qcompiler.passes.weightless import SMALL
 
@@ -53,7 +56,7 @@ class Canonicalize(ir.passes.InPlacePass):
             ModelError: The opset cannot be raised, or the model is inconsistent: ONNX's checker
                 looks at no shapes, neither of scales nor of operands that do not fit.
         """
-        before = _signature(model)
+        before, said = _signature(model), [value.shape for value in model.graph.outputs]
         levels = {name: logging.getLogger(name).level for name in _QUIET}
         try:
             for name in _QUIET:
@@ -63,7 +66,11 @@ class Canonicalize(ir.passes.InPlacePass):
             RaiseOpset(OPSET)(model)
             inference = InferShapes()
             inference(model)
+            while ExpandFusions()(model).modified:
+                # The types behind one of them were not known before, which others need.
+                inference(model)
             _simplify(model)
+            _keep_names(model.graph, said)
         except ModelError:
             raise
         except Exception as error:
@@ -77,6 +84,13 @@ class Canonicalize(ir.passes.InPlacePass):
         for _, node, problem in itertools.chain(qdq_problems(model), mistaken):
             raise ModelError(f"the model is not valid ONNX: {node}: {problem}")
         return ir.passes.PassResult(model, _signature(model) != before)
+
+
+def _keep_names(graph: ir.Graph, said: Sequence[ir.Shape | None]) -> None:
+    """Name dimensions of results as the model did: an Identity or Cast goes with its names."""
+    for value, shape in zip(graph.outputs, said, strict=True):
+        if value.shape is not None and value.producer() is not None:
+            value.shape = merge_shapes(value.shape, shape)
 
 
 def _signature(model: ir.Model) -> tuple[object, ...]:

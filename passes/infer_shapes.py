@@ -22,7 +22,7 @@ from qcompiler.ir.graph import bodies, every_node
 from qcompiler.passes.infer_in_parts import infer_shapes
 from qcompiler.passes.weightless import weightless_proto
 
-__all__ = ["InferShapes"]
+__all__ = ["InferShapes", "merge_shapes"]
 
 _FLOAT = onnx.TensorProto.FLOAT
 _PRODUCT = "MatMulNBits"
@@ -136,7 +136,7 @@ def _learn_type(value: ir.Value, proto: onnx.TypeProto, read: dict[bytes, _Said]
     if said.dtype is not None and (value.type is None or value.type.dtype != said.dtype):
         value.type, changed = ir.TensorType(said.dtype), True
     if said.dimensions is not None and (value.shape is None or value.shape != said.dimensions):
-        before, value.shape = value.shape, _merge(ir.Shape(said.dimensions), value.shape)
+        before, value.shape = value.shape, merge_shapes(ir.Shape(said.dimensions), value.shape)
         changed = changed or before != value.shape
     return changed
 
@@ -150,7 +150,7 @@ def _said(tensor: onnx.TypeProto.Tensor) -> _Said:
     return _Said(dtype, dimensions if tensor.HasField("shape") else None)
 
 
-def _merge(inferred: ir.Shape, said: ir.Shape | None) -> ir.Shape:
+def merge_shapes(inferred: ir.Shape, said: ir.Shape | None) -> ir.Shape:
     """The inferred shape, with the names and sizes that only the model gives; none if it errs."""
     if said is None or len(said) != len(inferred):
         return inferred

@@ -23,6 +23,8 @@ from qcompiler.passes.weightless import weightless_proto
 __all__ = ["RaiseOpset"]
 
 _OLDEST_OF_ONNXSCRIPT = 18
+_EXPERIMENTS = {"ThresholdedRelu": 10, "LayerNormalization": 17, "SimplifiedLayerNormalization": 99}
+"""Ops that ORT runs in opsets that do not have them yet, and which is the first to have them."""
 _ASIDE = "qcompiler.aside"
 
 
@@ -54,8 +56,9 @@ class RaiseOpset(ir.passes.InPlacePass):
             # onnx's converter takes every batch for one of a single example.
             _convert(model, 9, aside=("Scan", "ThresholdedRelu"))
             _rewrite(model, "Scan", _scan_each_example)
-        # ThresholdedRelu was an experiment until it came into opset 10, unchanged.
-        _convert(model, self.opset, aside=("ThresholdedRelu",) if before < 10 else ())
+        # They came into ONNX as they were, and ORT's optimizers write them into older models.
+        aside = [op for op, since in _EXPERIMENTS.items() if before < since]
+        _convert(model, self.opset, [op for op in aside if _nodes(model, op)])
         for fixed, op, rewrite in _REPAIRS:
             if before < fixed:
                 _rewrite(model, op, rewrite)

@@ -125,7 +125,7 @@ def has_token_scale(quantize: ir.Node) -> bool:
     return (
         value is data
         and depth > 0
-        and last in (depth, None)
+        and (last == depth or not isinstance(last, int))
         and top is not None
         and _holds(division.inputs[1], top)
         and _holds(bounded.inputs[1], dialect.SMALLEST_MAGNITUDE)

@@ -94,3 +94,16 @@ def test_says_when_the_opset_cannot_be_raised():
     )
     with pytest.raises(ModelError, match="cannot raise the model from opset 6"):
         Canonicalize()(ir.from_proto(onnx.parser.parse_model(text)))
+
+
+def test_dimensions_of_results_keep_their_names():
+    """Inference names what a Reshape leaves open, and the Identity that had the names is gone."""
+    text = (
+        "g (float[batch,8] x, int64[2] s) => (float[batch,depth] y) "
+        "{ r = Reshape (x, s) y = Identity (r) }"
+    )
+    model = model_of(text)
+    next(v for n in model.graph for v in n.outputs if v.name == "r").shape = ir.Shape(["u", "v"])
+    Canonicalize()(model)
+    assert [node.op_type for node in model.graph] == ["Reshape"]
+    assert model.graph.outputs[0].shape == ["batch", "depth"]

@@ -122,6 +122,18 @@ def test_a_token_scale_of_another_kind():
     np.testing.assert_allclose(run(model, {"x": x})[0], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_tokens_whose_depth_has_a_name_alone():
+    """As after a Reshape to [batch, seq, -1], which inference cannot see through."""
+    text = MATMUL.replace("float[m,64] x", "float[m,depth] x")
+    assert text != MATMUL
+    model = planned(text, {"w": W})
+    InsertQDQ()(model)
+    RoundToNearest()(model)
+    FoldQDQ()(model)
+    ours = [node.op_type for node in model.graph if is_ours(node.domain)]
+    assert ours == ["Quantize", "QMatMulW8A8"], text_of(model)
+
+
 def test_leaves_scales_along_another_axis():
     model = with_token_scales()
     for node in model.graph:

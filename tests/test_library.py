@@ -73,6 +73,16 @@ def test_a_chain_of_ops(
 
 
 @needs_kernels
+def test_open_dimensions_without_names(library: Library, constants: dict[str, Array]) -> None:
+    """What reads the shape of a result must not see -1: ORT folds shapes as it optimizes."""
+    nodes = [*FEED_FORWARD, helper.make_node("Shape", ["y"], ["shape"])]
+    inputs: dict[str, tuple[int, list[Any]]] = {"x": (TensorProto.FLOAT, [None, None, K])}
+    outputs = {"y": TensorProto.FLOAT, "shape": TensorProto.INT64}
+    run = session(model(nodes, outputs, constants, inputs), library)
+    assert run.run(["shape"], {"x": np.ones((2, 3, K), np.float32)})[0].tolist() == [2, 3, N]
+
+
+@needs_kernels
 def test_sessions_and_threads_share_the_library(
     library: Library, constants: dict[str, Array]
 ) -> None:

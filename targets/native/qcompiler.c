@@ -70,7 +70,8 @@ static OrtStatus *set_output(OrtShapeInferContext *context, size_t index, int ty
     return status;
 }
 
-/* Every output has the leading dimensions of input 0. */
+/* Every output has the leading dimensions of input 0.  Of an open dimension without a name nothing can
+ * be said: ORT would write -1 as its size, and compute with it wherever a Shape reads the output. */
 static OrtStatus *infer_shapes(const OrtCustomOp *base, OrtShapeInferContext *context) {
     const struct qc_op *op = as_op(base);
     const struct qc_anchor *anchor = op->spec->anchor;
@@ -83,6 +84,8 @@ static OrtStatus *infer_shapes(const OrtCustomOp *base, OrtShapeInferContext *co
     if (shape.rank == 0 || shape.rank > QC_MAX_RANK) return NULL; /* not known yet */
     QC_TRY(QC_ORT(GetDimensions)(info, shape.dims, shape.rank));
     QC_TRY(QC_ORT(GetSymbolicDimensions)(info, symbols, shape.rank));
+    for (size_t i = 0; i + 1 < shape.rank; i++)
+        if (shape.dims[i] < 0 && !symbols[i][0]) return NULL;
     symbols[shape.rank - 1] = "";
     for (size_t i = 0; op->spec->outputs[i]; i++) {
         size_t output = qc_output_index(op, i);
