@@ -11,6 +11,9 @@ in blocks, so that most of that is one matrix product.  Inputs go in order of fa
 largest errors are then made up for by the most.  Weights keep their order in the graph, so the
 scales of groups are found first, from the weights as they came.
 
+What inputs have in common on some samples they need not have elsewhere: first, numbers of H off its
+diagonal are shrunk by the share of them that is chance, as the samples differ (`Moments.chance`).
+
 H is of the model with all layers before this one rounded already, as in the paper, so that later
 layers make up for earlier ones too.  An input that is always 0 is rounded to nearest.  Rounded
 layers are kept in the cache by the hash of model, samples and options: a compilation that was
@@ -20,6 +23,7 @@ killed goes on after the last one.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -67,6 +71,8 @@ class GPTQ(ir.passes.InPlacePass):
         Attributes:
             damping: Added to the diagonal of the Hessian, as a part of its mean; ten times as much
                 is tried where it is singular all the same.
+            shrinkage: How much less is believed of what inputs have in common: times the share of
+                it that is chance, as the samples differ from each other; 0 believes them.
             act_order: Round the inputs of the largest activations first.
             block: Inputs between two updates of all the rest.
             range: "max" lets the scales cover all of each slice, "mse" the part of it with the
@@ -74,6 +80,7 @@ class GPTQ(ir.passes.InPlacePass):
         """
 
         damping: float = 0.01
+        shrinkage: float = 1.0
         act_order: bool = True
         block: int = 128
         range: str = "mse"
@@ -82,10 +89,12 @@ class GPTQ(ir.passes.InPlacePass):
             """Check the values.
 
             Raises:
-                OptionError: Damping outside 0 to 1, or a block below 1.
+                OptionError: Damping outside 0 to 1, shrinkage below 0, or a block below 1.
             """
             if not 0 < self.damping <= _MOST_DAMPING:
                 raise OptionError(f"damping must be above 0 and at most 1, not {self.damping:g}")
+            if not 0 <= self.shrinkage < math.inf:
+                raise OptionError(f"shrinkage must be 0 or more, not {self.shrinkage:g}")
             if self.block < 1:
                 raise OptionError(f"block must be 1 or more, not {self.block}")
             if self.range not in RANGES:
@@ -141,7 +150,8 @@ def round_one(
     weight: Rows, type: QuantType, moments: Moments, options: GPTQ.Options
 ) -> tuple[RoundedWeight, str]:
     """The better of both roundings, and how good they are."""
-    rounded, damping = gptq(weight, moments.second, type, options)
+    chance = min(options.shrinkage * moments.chance(), 1.0) if options.shrinkage else 0.0
+    rounded, damping = gptq(weight, moments.second, type, options, chance)
     nearest = rounded_on(weight, type, weight_grid(weight, type, "max"))
     signal = moments.error(weight)
     error, before = (moments.error(weight - r.floats(type)) for r in (rounded, nearest))
@@ -152,7 +162,7 @@ def round_one(
 
 
 def gptq(
-    weight: Rows, hessian: Rows, type: QuantType, options: GPTQ.Options
+    weight: Rows, hessian: Rows, type: QuantType, options: GPTQ.Options, chance: float = 0.0
 ) -> tuple[RoundedWeight, float]:
     """Round one matrix.
 
@@ -161,6 +171,7 @@ def gptq(
         hessian: E[x xT], [K, K].
         type: Of integers.
         options: How.
+        chance: The share of the Hessian off its diagonal that is not believed, from 0 to 1.
 
     Returns:
         The rounded weight, and the damping that it took.
@@ -171,7 +182,7 @@ def gptq(
     order = np.arange(len(weight))
     if options.act_order:
         order = np.argsort(-np.diag(hessian), kind="stable")
-    factor, damping = _inverse_factor(hessian[order][:, order], options.damping)
+    factor, damping = _inverse_factor(hessian[order][:, order], options.damping, chance)
     # Errors count for the mean square of their input.  To count less what inputs to come make up
     # for, 1 / R[k, k]^2, gains 0.3 dB in a layer and loses in the model: SmolLM2 has a perplexity
     # of 22.4 in place of 22.1 in groups of 64, 22.9 in place of 22.4 in groups of 128.
@@ -211,14 +222,17 @@ def _by_group(grid: Grid, type: QuantType) -> list[Rows]:
     return [np.atleast_2d(part.astype(np.float32)) for part in (grid.scale, zeros, offsets)]
 
 
-def _inverse_factor(hessian: Rows, damping: float) -> tuple[Rows, float]:
-    """R, upper triangular, with RT R the inverse of the damped Hessian; and the damping it took."""
+def _inverse_factor(hessian: Rows, damping: float, chance: float) -> tuple[Rows, float]:
+    """R, upper triangular, with RT R the inverse of the Hessian, shrunk by a share and damped.
+
+    And the damping that it took.
+    """
     diagonal = np.diag(hessian)
     dead = diagonal <= 0
     mean = float(diagonal.mean()) or 1.0
     while damping <= _MOST_DAMPING:
-        damped = hessian.copy()
-        damped[np.diag_indices_from(damped)] += np.where(dead, mean, damping * mean)
+        damped = hessian * np.float32(1 - chance)
+        damped[np.diag_indices_from(damped)] = diagonal + np.where(dead, mean, damping * mean)
         try:
             # Backwards, because H = U UT has the inverse (U^-1)T U^-1, and U^-1 is upper as well.
             lower = np.linalg.cholesky(damped[::-1, ::-1])

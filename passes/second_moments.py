@@ -31,6 +31,9 @@ T = TypeVar("T")
 
 Rows = NDArray[np.float32]
 
+_BLOCK = 128
+"""Rows of a matrix that are looked at together: no copy of all, and they stay in the cache."""
+
 _TOO_LARGE = 1e16
 """Sums of a million squares are float32, their products with weights too."""
 
@@ -159,6 +162,8 @@ class Moments:
         self.second = np.zeros((depth, depth), np.float32)
         self.magnitude = np.zeros(depth, np.float32)
         self.count = 0
+        # Of the samples: their sizes squared, and their squared correlations, times their sizes.
+        self._squared_sizes, self._correlated = 0, 0.0
 
     @classmethod
     def of(cls, runs: Iterable[tuple[str, Rows]], depth: int, name: str) -> Moments:
@@ -193,12 +198,46 @@ class Moments:
         self.count += len(rows)
         share = np.float32(len(rows) / self.count)
         product = rows.T @ rows
+        self._squared_sizes += len(rows) ** 2
+        self._correlated += len(rows) * _squared_correlations(product)
         product *= share / np.float32(len(rows))
         self.second *= 1 - share
         self.second += product
         self.magnitude *= 1 - share
         self.magnitude += np.abs(rows).mean(axis=0, dtype=np.float32) * share
 
+    def chance(self) -> float:
+        """Which share of what inputs have in common is chance of the samples, from 0 to 1.
+
+        The variance of the correlations r over the sum of their squares, by which to shrink them
+        for the least squared error (Schaefer and Strimmer, 2005).  How far single samples are from
+        each other tells the variance, because the rows of one sample are no independent draws; of
+        one sample alone it is that of independent rows, (1 - r^2) / n.
+        """
+        alive = int(np.count_nonzero(np.diag(self.second) > 0))
+        common = _squared_correlations(self.second)
+        if not common > 0:
+            return 0.0
+        variance = (alive * (alive - 1) - common) / self.count
+        samples = self.count**2 / self._squared_sizes  # as many of one size
+        if samples > 1:
+            between = (self._correlated / self.count - common) / (samples - 1)
+            variance = max(variance, between)
+        return float(np.clip(variance / common, 0, 1))
+
     def error(self, difference: Rows) -> float:
         """Mean square error of a row of the result, summed over it, for W - W', [K, N]."""
         return float(np.vdot(difference, self.second @ difference))
+
+
+def _squared_correlations(moments: Rows) -> float:
+    """The sum of r^2 off the diagonal of second moments, [K, K]: a block of rows at a time."""
+    power, total = np.diag(moments), 0.0
+    weights = np.zeros(len(moments), np.float32)
+    np.divide(1, np.sqrt(power), out=weights, where=power > 0)
+    for start in range(0, len(moments), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        part = moments[rows] * weights
+        part *= weights[rows, None]
+        total += float(np.vdot(part, part))
+    return max(total - np.count_nonzero(power > 0), 0.0)

@@ -98,14 +98,16 @@ def test_is_better_than_rounding_to_nearest(act_order):
     assert "rounded by gptq to 2" in decision_of(model.graph[-1]).why
 
 
-def test_the_update_is_that_of_the_paper():
+@pytest.mark.parametrize("chance", [0, 0.3])
+def test_the_update_is_that_of_the_paper(chance):
     """Against the definition, with the inverse of H computed anew after each input."""
     weight, hessian = WEIGHTS["a"][:, :5].copy(), np.cov(rows(0, 300).T).astype(np.float32)
     type = QuantType(ir.DataType.INT4, granularity=PerAxis(1))
     options = GPTQ.Options(block=16, range="max")
-    rounded, _ = gptq(weight, hessian, type, options)
+    rounded, _ = gptq(weight, hessian, type, options, chance)
     order = list(np.argsort(-np.diag(hessian), kind="stable"))
-    damped = hessian.astype(np.float64) + 0.01 * np.diag(hessian).mean() * np.eye(K)
+    damped = hessian * (1 - chance) + 0.01 * np.diag(hessian).mean() * np.eye(K)
+    damped += chance * np.diag(np.diag(hessian))
     rest, expected = weight.astype(np.float64), np.empty(weight.shape)
     while order:
         at, *behind = order
@@ -236,6 +238,7 @@ def test_needs_samples():
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"damping": 0}, "damping"), ({"damping": 2}, "damping"), ({"block": 0}, "block"),
+     ({"shrinkage": -0.1}, "shrinkage"), ({"shrinkage": np.inf}, "shrinkage"),
      ({"range": "min"}, "range must be one of max, mse")],
 )  # fmt: skip
 def test_options_are_checked(options, message):
