@@ -4,8 +4,8 @@ Ours is what `qcompile --target x86-int8 --calib DATA` gives, but for the timing
 by measured time would make figures of accuracy depend on the machine.
 
 On processors without VNNI, ONNX Runtime's sums of uint8 by int8 products saturate; its remedy, the
-session option `session.x64quantprecision`, is on there for all of its models but those that are called
-saturating.  With VNNI it would only make them slower.
+session option `session.x64quantprecision`, is on there for all of its models but those that are
+called saturating.  With VNNI it would only make them slower.
 """
 
 from __future__ import annotations
