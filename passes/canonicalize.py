@@ -32,6 +32,7 @@ from qcompiler.ir.shape_rules import shape_problems
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.passes.raise_opset import RaiseOpset
+from qcompiler.passes.removed_bodies import release_outer_values
 from qcompiler.passes.weightless import SMALL
 
 __all__ = ["OPSET", "Canonicalize"]
@@ -54,6 +55,7 @@ class Canonicalize(ir.passes.InPlacePass):
                 looks at no shapes, neither of scales nor of operands that do not fit.
         """
         before = _signature(model)
+        had_bodies = any(bodies(node) for node in every_node(model.graph))
         levels = {name: logging.getLogger(name).level for name in _QUIET}
         try:
             for name in _QUIET:
@@ -64,6 +66,8 @@ class Canonicalize(ir.passes.InPlacePass):
             inference = InferShapes()
             inference(model)
             _simplify(model)
+            if had_bodies:
+                release_outer_values(model)
         except ModelError:
             raise
         except Exception as error:
@@ -161,7 +165,7 @@ def _simplify(model: ir.Model) -> None:
             break
     if not any(bodies(node) for node in model.graph):
         # onnx_ir 1.1 fails on an Identity that hands an outer value out of an If branch.
-        common.IdentityEliminationPass()(model)
+        _DropIdentities()(model)
     if _has_twins(model.graph) and not any(_is_drawn(node) for node in every_node(model.graph)):
         common.CommonSubexpressionEliminationPass()(model)
     _drop_unused(model)
@@ -208,6 +212,16 @@ def _is_drawn(node: ir.Node) -> bool:
     if node.domain in ("", "ai.onnx.ml", "com.microsoft"):
         return node.op_type in ("Bernoulli", "Dropout")  # the others that draw, onnx_ir knows of
     return True
+
+
+class _DropIdentities(common.IdentityEliminationPass):
+    """onnx_ir's, but an output that is another one again stays: 1.1 makes one name of both."""
+
+    def _try_eliminate_identity_node(self, node: ir.Node) -> bool:
+        ends = (*node.inputs, *node.outputs)
+        if node.op_type == "Identity" and all(v is not None and v.is_graph_output() for v in ends):
+            return False
+        return super()._try_eliminate_identity_node(node)
 
 
 class _FoldConstants(optimizer.constant_folding.FoldConstantsPass):  # type: ignore[misc]
