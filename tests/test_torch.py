@@ -133,6 +133,45 @@ def test_an_op_without_onnx_is_named():
         load_model(Unusual().eval(), (torch.eye(3),))
 
 
+def test_results_that_are_no_tensors_are_named():
+    class Pair(torch.nn.Module):
+        def forward(self, x):
+            return x + 1, None, 3
+
+    with pytest.raises(ModelError, match="result 2 of the program is 3, a constant and no tensor"):
+        load_model(Pair().eval(), (torch.eye(3),))
+
+
+def test_state_that_is_not_kept_is_told(tmp_path):
+    class Cache(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(64, 64)
+            self.register_buffer("seen", torch.zeros(3, 64))
+
+        def forward(self, x, past):
+            past.add_(self.linear(x))
+            self.seen += past
+            return self.seen * 2
+
+    example = (torch.zeros(3, 64), torch.zeros(3, 64))
+    report = qcompiler.compile(Cache().eval(), "arm-int8", tmp_path / "b", example_inputs=example)
+    (note,) = (note for note in report.notes if "keep nothing between runs" in note)
+    assert note.startswith("the module writes to its buffer 'seen', input 'past', and ONNX")
+
+
+def test_a_value_returned_twice(tmp_path):
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            y = x.exp()
+            return y, y
+
+    report = qcompiler.compile(
+        Twice().eval(), "arm-int8", tmp_path / "b", example_inputs=(torch.zeros(3),)
+    )
+    assert len(qcompiler.load(report.bundle).get_outputs()) == 2
+
+
 def test_something_else():
     with pytest.raises(ModelError, match="cannot read a list: give a path, an onnx_ir.Model"):
         load_model([1, 2])

@@ -16,7 +16,10 @@ from qcompiler.ir.errors import ModelError, OptionError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["is_torch_file", "is_torch_object", "load_torch"]
+__all__ = ["is_torch_file", "is_torch_object", "load_torch", "notes_on_state"]
+
+UNWRITTEN = "qcompiler.unwritten"
+"""Metadata of a model: what its program writes to in place, and the model does not."""
 
 _SUFFIXES = frozenset({".pt2", ".pt", ".pth", ".ckpt"})
 _ZIP = b"PK\x03\x04"
@@ -76,3 +79,14 @@ def load_torch(
 def is_torch_object(source: object) -> bool:
     """Whether a class of `source` is torch's: a module of the user's own derives from one."""
     return any(base.__module__.split(".")[0] == "torch" for base in type(source).__mro__)
+
+
+def notes_on_state(model: ir.Model) -> tuple[str, ...]:
+    """What a user should know of state that is not kept, in a sentence."""
+    written = model.metadata_props.get(UNWRITTEN)
+    if written is None:
+        return ()
+    return (
+        f"the module writes to its {written}, and ONNX models keep nothing between runs: each run "
+        "begins with the same values; to keep them, let the module take and return them",
+    )
