@@ -119,7 +119,9 @@ def canonical_first(
     opset = model.opset_imports.get("", OPSET)
     ours = (i for i, s in enumerate(steps) if type(s.rewrite).__module__.startswith(_OURS))
     first = next(ours, None)
-    if opset >= OPSET or first is None or steps[first].name == _CANONICAL:
+    if opset >= OPSET or first is None:
+        return steps, ()
+    if any(step.name == _CANONICAL for step in steps[: first + 1]):  # or what stands for it
         return steps, ()
     told = (
         f"{_CANONICAL} runs before {steps[first].name}: what that writes may need opset {OPSET}, "

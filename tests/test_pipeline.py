@@ -223,3 +223,5 @@ def test_passes_of_others_take_older_models_as_they_are():
     model = model_of("g (float[2] x) => (float[2] y) { y = Relu (x) }")
     model.opset_imports[""] = 13
     assert Pipeline([Step("halve", Halve(), Stage.FLOAT)]).run(model).opset_imports[""] == 13
+    pipeline = Pipeline.parse("canonicalize,fuse-gelu").replace("canonicalize", Halve())
+    assert pipeline.run(model).opset_imports[""] == 13
