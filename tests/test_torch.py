@@ -113,6 +113,27 @@ def test_a_module_in_training_mode():
         load_model(Net(), EXAMPLE)
 
 
+class Random(torch.nn.Module):
+    def __init__(self, training):
+        super().__init__()
+        self.always = training
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.5, training=self.training or self.always)
+
+
+def test_a_graph_in_training_mode():
+    x = torch.ones(3)
+    program = torch.export.export(Random(False), (x,))
+    traced = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Dropout()))
+    for source, example in ((program, None), (program.module(), (x,)), (traced, (x,))):
+        with pytest.raises(ModelError, match=r"training mode, its .*: export module.eval\(\)"):
+            load_model(source, example)
+    assert load_model(traced.eval(), (x,))
+    # Who draws in eval mode means to.
+    assert [node.op_type for node in load_model(Random(True).eval(), (x,)).graph] == ["Dropout"]
+
+
 def test_inputs_that_the_module_does_not_take(module):
     with pytest.raises(ModelError, match=r"torch.export cannot trace this Net: .*draft_export"):
         load_model(module, (torch.zeros(2, 64),))

@@ -63,17 +63,23 @@ def load_torch(
     from qcompiler.from_torch.archive import read_program
     from qcompiler.from_torch.capture import capture
     from qcompiler.from_torch.export import to_onnx
+    from qcompiler.from_torch.signature import refuse_training
 
+    given = example_inputs is not None or dynamic_shapes is not None
     if isinstance(source, Path):
-        return to_onnx(read_program(source))
-    if isinstance(source, torch.export.ExportedProgram):
-        if example_inputs is not None or dynamic_shapes is not None:
-            raise OptionError(
-                "a torch.export.ExportedProgram has inputs and dynamic shapes of its own; leave "
-                "out example_inputs and dynamic_shapes"
-            )
-        return to_onnx(source)
-    return to_onnx(capture(source, example_inputs, dynamic_shapes))
+        source = read_program(source)
+    elif isinstance(source, torch.export.ExportedProgram) and given:
+        raise OptionError(
+            "a torch.export.ExportedProgram has inputs and dynamic shapes of its own; leave out "
+            "example_inputs and dynamic_shapes"
+        )
+    is_graph = isinstance(source, torch.export.ExportedProgram | torch.fx.GraphModule)
+    if not isinstance(source, torch.export.ExportedProgram):
+        source = capture(source, example_inputs, dynamic_shapes)
+    model = to_onnx(source)
+    if is_graph:
+        refuse_training(model)
+    return model
 
 
 def is_torch_object(source: object) -> bool:

@@ -1,4 +1,4 @@
-"""What a program returns and writes that ONNX has no word for."""
+"""What a program returns, writes and draws that a model of ONNX cannot mean."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from torch.export.graph_signature import ConstantArgument, OutputKind
 
 from qcompiler.from_torch import UNWRITTEN
 from qcompiler.ir.errors import ModelError
+from qcompiler.ir.graph import constant, every_node, label
 
-__all__ = ["check_outputs", "mark_unwritten"]
+__all__ = ["check_outputs", "mark_unwritten", "refuse_training"]
 
 _WRITES = {OutputKind.BUFFER_MUTATION: "buffer", OutputKind.USER_INPUT_MUTATION: "input"}
 
@@ -40,3 +41,20 @@ def mark_unwritten(model: ir.Model, program: torch.export.ExportedProgram) -> No
     found = [f"{_WRITES[s.kind]} {s.target!r}" for s in specs if s.kind in _WRITES]
     if found:
         model.metadata_props[UNWRITTEN] = ", ".join(found)
+
+
+def refuse_training(model: ir.Model) -> None:
+    """Refuse what was traced in training mode: graphs, unlike modules, do not say so themselves.
+
+    Raises:
+        ModelError: A Dropout draws at random.
+    """
+    for node in every_node(model.graph):
+        mode = node.inputs[2] if node.op_type == "Dropout" and len(node.inputs) > 2 else None
+        training = constant(mode)
+        if training is not None and training.item():
+            raise ModelError(
+                f"the program is in training mode, its {label(node)!r} drops values at random: "
+                "export module.eval(), or call move_exported_model_to_eval(module) of "
+                "torchao.quantization.pt2e; a module that is meant to do that can be given itself"
+            )
