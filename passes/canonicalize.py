@@ -55,13 +55,13 @@ class Canonicalize(ir.passes.InPlacePass):
                 looks at no shapes, neither of scales nor of operands that do not fit.
         """
         before = _signature(model)
-        had_bodies = any(bodies(node) for node in every_node(model.graph))
         levels = {name: logging.getLogger(name).level for name in _QUIET}
         try:
             for name in _QUIET:
                 # Failed shape inference is no news here: what is unknown stays unknown.
                 logging.getLogger(name).setLevel(logging.ERROR)
             _normalise(model)
+            had_bodies = any(bodies(node) for node in model.graph)
             RaiseOpset(OPSET)(model)
             inference = InferShapes()
             inference(model)
