@@ -169,10 +169,12 @@ def test_state_that_is_not_kept_is_told(tmp_path):
             super().__init__()
             self.linear = torch.nn.Linear(64, 64)
             self.register_buffer("seen", torch.zeros(3, 64))
+            self.register_buffer("count", torch.zeros(1))
 
         def forward(self, x, past):
             past.add_(self.linear(x))
             self.seen += past
+            self.count += 1
             return self.seen * 2
 
     example = (torch.zeros(3, 64), torch.zeros(3, 64))

@@ -33,14 +33,34 @@ def check_outputs(program: torch.export.ExportedProgram) -> None:
 def mark_unwritten(model: ir.Model, program: torch.export.ExportedProgram) -> None:
     """Write down which buffers and inputs the program changes in place.
 
+    A buffer that no result is made of, such as the counter of a BatchNorm, is none of them.
+
     Args:
         model: Made of it.
         program: Decomposed: before that, writes are not among its results.
     """
-    specs = program.graph_signature.output_specs
-    found = [f"{_WRITES[s.kind]} {s.target!r}" for s in specs if s.kind in _WRITES]
+    signature, read = program.graph_signature, _read_by_results(program)
+    unread = {buffer for name, buffer in signature.inputs_to_buffers.items() if name not in read}
+    found = [
+        f"{_WRITES[spec.kind]} {spec.target!r}"
+        for spec in signature.output_specs
+        if spec.kind in _WRITES and spec.target not in unread
+    ]
     if found:
         model.metadata_props[UNWRITTEN] = ", ".join(found)
+
+
+def _read_by_results(program: torch.export.ExportedProgram) -> set[str]:
+    """Names of the nodes that results are made of."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    results = program.graph_signature.user_outputs
+    waiting, found = [nodes[name] for name in results if name in nodes], set[str]()
+    while waiting:
+        node = waiting.pop()
+        if node.name not in found:
+            found.add(node.name)
+            waiting += node.all_input_nodes
+    return found
 
 
 def refuse_training(model: ir.Model) -> None:
