@@ -225,3 +225,11 @@ def test_passes_of_others_take_older_models_as_they_are():
     assert Pipeline([Step("halve", Halve(), Stage.FLOAT)]).run(model).opset_imports[""] == 13
     pipeline = Pipeline.parse("canonicalize,fuse-gelu").replace("canonicalize", Halve())
     assert pipeline.run(model).opset_imports[""] == 13
+
+
+def test_a_node_without_a_name_is_told_by_what_it_makes():
+    text = "g (float[2,8,6,6] x) => (float[2,4,4,4] y) { c = Conv (x, k) r = Relu (c) y = Exp (r) }"
+    model = model_of(text, {"k": np.ones((4, 8, 3, 3), np.float32)})
+    model.graph.node(0).name = None
+    with pytest.raises(OptionError, match="the input of \"Conv of 'c'\", whose step its bias"):
+        Pipeline.parse("assign-precision,round-to-nearest", "arm-int8").run(model)
