@@ -139,6 +139,14 @@ def test_inputs_that_the_module_does_not_take(module):
         load_model(module, (torch.zeros(2, 64),))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_weights_that_are_packed_for_torch():
+    linear = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    packed = torch.ao.quantization.quantize_dynamic(linear, {torch.nn.Linear})
+    with pytest.raises(ModelError, match="holds a Linear of torch.ao.nn.quantized.*, which packs"):
+        load_model(packed.eval(), (torch.zeros(2, 4),))
+
+
 def test_script_is_no_program():
     scripted = torch.jit.trace(torch.nn.ReLU(), (torch.zeros(2),))
     with pytest.raises(ModelError, match="TorchScript holds no program that can be exported"):
