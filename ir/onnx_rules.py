@@ -90,7 +90,7 @@ def _problems(
 ) -> tuple[tuple[str, str], ...]:
     signature = _signature(op, opset)
     if signature is None:
-        return (("onnx-op", f"ai.onnx {opset} has no {op}{did_you_mean(op, _op_names())}"),)
+        return (("onnx-op", f"ai.onnx {opset} has no {op}{_instead(op, opset)}"),)
     if not signature.fewest <= len(inputs) <= signature.most:
         return (("onnx-operands", f"{op} with {len(inputs)} operands"),)
     return (*_misfits(op, attributes, signature), *_mixed(op, inputs, outputs, signature))
@@ -134,6 +134,15 @@ def _repeated(formals: Sequence[str], count: int, variadic: bool) -> Sequence[st
 @functools.cache
 def _op_names() -> frozenset[str]:
     return frozenset(s.name for s in onnx.defs.get_all_schemas() if s.domain == "")
+
+
+def _instead(op: str, opset: int) -> str:
+    """What to do where an opset lacks an op: take a newer one, or another name."""
+    if op not in _op_names():
+        return did_you_mean(op, _op_names())
+    known = onnx.defs.get_all_schemas_with_history()
+    first = min(s.since_version for s in known if (s.domain, s.name) == ("", op))
+    return f", which came with {first}" if first > opset else ""
 
 
 @functools.cache

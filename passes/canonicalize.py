@@ -35,6 +35,7 @@ from qcompiler.passes.expand_fusions import ExpandFusions
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.infer_shapes import InferShapes, merge_shapes
 from qcompiler.passes.raise_opset import RaiseOpset
+from qcompiler.passes.removed_bodies import release_outer_values
 from qcompiler.passes.weightless import SMALL
 
 __all__ = ["OPSET", "Canonicalize"]
@@ -63,6 +64,7 @@ class Canonicalize(ir.passes.InPlacePass):
                 # Failed shape inference is no news here: what is unknown stays unknown.
                 logging.getLogger(name).setLevel(logging.ERROR)
             _normalise(model)
+            had_bodies = any(bodies(node) for node in model.graph)
             RaiseOpset(OPSET)(model)
             inference = InferShapes()
             inference(model)
@@ -70,6 +72,8 @@ class Canonicalize(ir.passes.InPlacePass):
                 # The types behind one of them were not known before, which others need.
                 inference(model)
             _simplify(model)
+            if had_bodies:
+                release_outer_values(model)
             _keep_names(model.graph, said)
         except ModelError:
             raise
@@ -175,7 +179,7 @@ def _simplify(model: ir.Model) -> None:
             break
     if not any(bodies(node) for node in model.graph):
         # onnx_ir 1.1 fails on an Identity that hands an outer value out of an If branch.
-        common.IdentityEliminationPass()(model)
+        _DropIdentities()(model)
     if _has_twins(model.graph) and not any(_is_drawn(node) for node in every_node(model.graph)):
         common.CommonSubexpressionEliminationPass()(model)
     _drop_unused(model)
@@ -222,6 +226,16 @@ def _is_drawn(node: ir.Node) -> bool:
     if node.domain in ("", "ai.onnx.ml", "com.microsoft"):
         return node.op_type in ("Bernoulli", "Dropout")  # the others that draw, onnx_ir knows of
     return True
+
+
+class _DropIdentities(common.IdentityEliminationPass):
+    """onnx_ir's, but an output that is another one again stays: 1.1 makes one name of both."""
+
+    def _try_eliminate_identity_node(self, node: ir.Node) -> bool:
+        ends = (*node.inputs, *node.outputs)
+        if node.op_type == "Identity" and all(v is not None and v.is_graph_output() for v in ends):
+            return False
+        return super()._try_eliminate_identity_node(node)
 
 
 class _FoldConstants(optimizer.constant_folding.FoldConstantsPass):  # type: ignore[misc]

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qcompiler.ir.arithmetic import quantize, weight_scale
 from qcompiler.ir.decisions import decide, drop_plan, plan_of
 from qcompiler.ir.errors import ModelError
-from qcompiler.ir.graph import constant, drop_if_unread, new_initializer
+from qcompiler.ir.graph import constant, drop_if_unread, label, new_initializer
 from qcompiler.ir.types import PerGroup, QuantType
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.rounded_weight import note_small_weights
@@ -62,7 +62,7 @@ def _round(graph: ir.Graph, node: ir.Node, table: ir.Value, type: QuantType) -> 
     if not np.isfinite(array).all():
         count = int(array.size - np.isfinite(array).sum())
         raise ModelError(
-            f"the table {table.name!r} of {node.name!r} holds {count} NaN or Inf; repair the "
+            f"the table {table.name!r} of {label(node)!r} holds {count} NaN or Inf; repair the "
             "model, or keep the node float"
         )
     scale = weight_scale(array, type)

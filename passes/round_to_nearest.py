@@ -28,6 +28,7 @@ from qcompiler.ir.graph import (
     dequantize_of,
     drop_if_unread,
     every_node,
+    label,
     new_initializer,
 )
 from qcompiler.ir.on_disk import let_go
@@ -118,7 +119,7 @@ def _check_rounding(node: ir.Node, plan: NodePlan) -> None:
     if plan.rounding != "nearest":
         missing = plan.rounding.rpartition("_")[2]
         raise OptionError(
-            f"{node.name!r} is to be rounded by {missing}, which the pipeline leaves out: add "
+            f"{label(node)!r} is to be rounded by {missing}, which the pipeline leaves out: add "
             f'{missing} before insert-qdq, or say rounding = "nearest"'
         )
 
@@ -127,8 +128,8 @@ def _check_pair(node: ir.Node) -> None:
     data = dequantize_of(node.inputs[0])
     if node.op_type == "Conv" and (data is None or constant(data.inputs[1]) is None):
         raise OptionError(
-            f"round-to-nearest needs insert-qdq before it: the input of {node.name!r}, whose step "
-            "its bias takes, is not quantized"
+            f"round-to-nearest needs insert-qdq before it: the input of {label(node)!r}, whose "
+            "step its bias takes, is not quantized"
         )
 
 

@@ -155,7 +155,7 @@ def finite_weight(node: ir.Node, weight: ir.Value) -> NDArray[np.float32]:
     if count:
         named = shlex.quote(node.name or "")
         raise ModelError(
-            f"the weight {weight.name!r} of {node.name!r} holds {count} NaN or Inf; repair the "
+            f"the weight {weight.name!r} of {label(node)!r} holds {count} NaN or Inf; repair the "
             f"model, or keep the node float with --keep-float {named}"
         )
     return array

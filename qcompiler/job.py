@@ -14,6 +14,7 @@ import onnx_ir as ir
 from qcompiler.bundle import Manifest
 from qcompiler.chooser import Chooser, Wishes
 from qcompiler.emit import build_kernels, write_bundle
+from qcompiler.from_torch import notes_on_state
 from qcompiler.frontend import check_opens, is_of_torch, load_model, onnx_file, source_is_blamed
 from qcompiler.ir.decisions import decisions
 from qcompiler.ir.errors import ModelError, OptionError
@@ -60,7 +61,7 @@ class Job:
         bytes_before: Size of the model as it came.
         foreign: Domains of ops that ONNX Runtime knows only with somebody else's library.
         defaults: Inputs of the model that need not be fed.
-        infinite: What the user should know of infinite constants.
+        notes_of_source: What the user should know of the model as it came.
         notes_of_passes: What passes want the user to know.
     """
 
@@ -80,7 +81,7 @@ class Job:
     bytes_before: int = 0
     foreign: Sequence[str] = ()
     defaults: Sequence[str] = ()
-    infinite: tuple[str, ...] = ()
+    notes_of_source: tuple[str, ...] = ()
     notes_of_passes: tuple[str, ...] = ()
 
     def run_passes(self) -> ir.Model:
@@ -95,7 +96,7 @@ class Job:
         self.bytes_before = _source_bytes(self.source, model)
         self.foreign = foreign_domains(model)
         self.defaults = inputs_with_defaults(model)
-        self.infinite = notes_on_infinity(model)
+        self.notes_of_source = (*notes_on_state(model), *notes_on_infinity(model))
         if self.chooser is not None:
             self.chooser.check(model)
         if self.on_samples is not None:
@@ -180,7 +181,7 @@ class Job:
 
     def notes(self) -> tuple[str, ...]:
         """What the user should know, in sentences."""
-        notes = self.infinite + self.notes_of_passes
+        notes = self.notes_of_source + self.notes_of_passes
         notes += () if self.chooser is None else self.chooser.notes
         used = self.chooser is not None and self.chooser.used_samples
         if self.on_samples is not None and not self.on_samples.was_asked and not used:

@@ -20,7 +20,7 @@ from qcompiler.passes.options import configured
 from qcompiler.pipeline_recipe import recipe_of, told_by_recipe
 from qcompiler.pipeline_text import parse_pipeline
 from qcompiler.recipe import Recipe
-from qcompiler.step import Rewrite, Step, Watcher, as_pass, check_watchers, name_of
+from qcompiler.step import Rewrite, Step, Watcher, as_pass, canonical_first, check_watchers, name_of
 from qcompiler.targets import catalog
 from qcompiler.targets.target import Target
 
@@ -242,6 +242,8 @@ class Pipeline:
     ) -> ir.Model:
         """Run every pass and verify the model after each.
 
+        Where a model is older than what our passes write, canonicalize runs before the first.
+
         Args:
             model: Changed in place by passes that work in place.
             on_step: Called before each pass.
@@ -259,9 +261,11 @@ class Pipeline:
             raise OptionError(f"run takes an onnx_ir.Model, not {model!r}: onnx_ir.load(path)")
         check_watchers(watchers)
         stage, known = Stage.FLOAT, source_problems(model)
+        steps, told = canonical_first(self.steps, model)
+        self.added = tuple(dict.fromkeys((*self.added, *told)))
         for watcher in watchers:
-            watcher.start(self.steps, model)
-        for step in self.steps:
+            watcher.start(steps, model)
+        for step in steps:
             if on_step is not None:
                 on_step(step)
             for watcher in watchers:

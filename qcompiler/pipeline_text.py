@@ -5,7 +5,8 @@
     ..                                                 all passes of the target
 
 A value without a name belongs to the list before it; options after a range belong to its last pass.
-`+` does what a comma does, and `smooth-quant` is another name of smooth-activations.
+`+` does what a comma does, and `smooth-quant` is another name of smooth-activations.  On a model of
+an older opset than they write, canonicalize runs before the first of them.
 """
 
 from __future__ import annotations

@@ -15,8 +15,13 @@ from onnxscript import rewriter
 
 from qcompiler.ir.errors import OptionError, QCompilerError
 from qcompiler.ir.stages import Interface, Stage, source_problems, verify
+from qcompiler.passes.canonicalize import OPSET, Canonicalize
 
-__all__ = ["Rewrite", "Step", "Watcher", "as_pass", "check_watchers", "name_of"]
+__all__ = [
+    "Rewrite", "Step", "Watcher", "as_pass", "canonical_first", "check_watchers", "name_of",
+]  # fmt: skip
+
+_CANONICAL, _OURS = "canonicalize", "qcompiler.passes."
 
 Rewrite: TypeAlias = (
     "ir.passes.PassBase | rewriter.RewriteRule | rewriter.RewriteRuleSet "
@@ -101,6 +106,29 @@ def _uncollected() -> Iterator[None]:
     finally:
         if collecting:
             gc.enable()
+
+
+def canonical_first(
+    steps: Sequence[Step], model: ir.Model
+) -> tuple[Sequence[Step], tuple[str, ...]]:
+    """The steps, canonicalize before the first of ours if the model is older than what they write.
+
+    Returns:
+        Them, and what to tell the user.
+    """
+    opset = model.opset_imports.get("", OPSET)
+    ours = (i for i, s in enumerate(steps) if type(s.rewrite).__module__.startswith(_OURS))
+    first = next(ours, None)
+    if opset >= OPSET or first is None:
+        return steps, ()
+    if any(step.name == _CANONICAL for step in steps[: first + 1]):  # or what stands for it
+        return steps, ()
+    told = (
+        f"{_CANONICAL} runs before {steps[first].name}: what that writes may need opset {OPSET}, "
+        f"and the model has {opset}"
+    )
+    added = Step(_CANONICAL, Canonicalize(), Stage.FLOAT)
+    return [*steps[:first], added, *steps[first:]], (told,)
 
 
 class Watcher:

@@ -107,3 +107,45 @@ def test_dimensions_of_results_keep_their_names():
     Canonicalize()(model)
     assert [node.op_type for node in model.graph] == ["Reshape"]
     assert model.graph.outputs[0].shape == ["batch", "depth"]
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "y = MatMul (x, w) z = Identity (y)",
+        "z = MatMul (x, w) y = Identity (z)",
+        "h = MatMul (x, w) y = Identity (h) z = Identity (h)",
+        "y = MatMul (x, w) z = MatMul (x, w)",
+    ],
+)
+def test_an_output_may_be_another_one_again(nodes):
+    model = model_of(f"g (float[2,6] x) => (float[2,4] y, float[2,4] z) {{ {nodes} }}", {"w": W})
+    expected = run(model, X)
+    Canonicalize()(model)
+    assert [value.name for value in model.graph.outputs] == ["y", "z"]
+    assert [node.op_type for node in model.graph] == ["MatMul", "Identity"]
+    np.testing.assert_array_equal(run(model, X), expected)
+
+
+BRANCHES = "<then_branch = a () => (r) { r = Relu (h) }, else_branch = b () => (q) { q = Neg (h) }>"
+TAKEN = f"h = MatMul (x, w) y = If (yes) {BRANCHES}"
+FUNCTION = f"f (x, w) => (y) {{ yes = Constant <value = bool {{1}}> () {TAKEN} }}"
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        TAKEN,
+        f"h = MatMul (x, w) s = ReduceMax <keepdims = 0> (h) c = Cast <to = 9> (s)"
+        f" unread = If (c) {BRANCHES} y = Relu (h)",
+        "y = my.f (x, w)",
+    ],
+    ids=["never taken", "never read", "in a function"],
+)
+def test_branches_that_are_gone_read_nothing(nodes):
+    weights = {"w": W, "yes": np.array(True)}
+    graph = f"g (float[2,6] x) => (float[2,4] y) {{ {nodes} }}"
+    model = model_of(f'{graph} <domain: "my", opset_import: ["": 21]> {FUNCTION}', weights)
+    Canonicalize()(model)
+    assert [node.op_type for node in model.graph] == ["MatMul", "Relu"]
+    assert [use.node.op_type for use in model.graph.node(0).outputs[0].uses()] == ["Relu"]

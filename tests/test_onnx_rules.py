@@ -89,8 +89,8 @@ def multiply_bools(node: ir.Node) -> None:
     ("what", "problem"),
     [
         (rename, "ai.onnx 21 has no MatMull; did you mean 'MatMul'. .rule onnx-op, stage float"),
-        (take_a_newer_op, "ai.onnx 21 has no RMSNormalization"),
-        (take_a_dropped_op, "ai.onnx 21 has no Upsample"),
+        (take_a_newer_op, "ai.onnx 21 has no RMSNormalization, which came with 23 "),
+        (take_a_dropped_op, "ai.onnx 21 has no Upsample "),
         (drop_an_operand, "MatMul with 1 operands .rule onnx-operands"),
         (add_an_operand, "MatMul with 3 operands .rule onnx-operands"),
         (give_an_unknown_attribute, "MatMul has no attribute 'trans_b' .rule onnx-attributes"),

@@ -194,3 +194,42 @@ def test_a_text_that_leaves_out_the_reader_of_an_option(tmp_path, text, options,
     target = "x86-int4" if "group" in message else "x86-int8"
     with pytest.raises(OptionError, match=message):
         qcompiler.compile(mlp(), target, tmp_path / "b", pipeline=text, timing=False, **options)
+
+
+OLD_PAIRS = """
+g (float[2,6] x) => (float[2,4] y)
+{ q = QuantizeLinear (x, s, z) d = DequantizeLinear (q, s, z) dw = DequantizeLinear (w, s)
+  h = MatMul (d, dw) qh = QuantizeLinear (h, s, z) y = DequantizeLinear (qh, s, z) }
+"""
+
+
+def test_a_model_of_an_older_opset_is_made_canonical_before_our_passes():
+    weights = {"s": np.float32(0.1), "z": np.uint8(9), "w": np.ones((6, 4), np.int8)}
+    model = model_of(OLD_PAIRS, weights)
+    model.opset_imports[""] = 13
+    feeds = {"x": np.ones((2, 6), np.float32)}
+    expected = run(model, feeds)[0]
+    pipeline = Pipeline.parse("fold-qdq")
+    model = pipeline.run(model)
+    assert any(node.op_type.startswith("QMatMul") for node in model.graph)
+    np.testing.assert_array_equal(run(model, feeds)[0], expected)
+    assert pipeline.notes == (
+        "canonicalize runs before fold-qdq: what that writes may need opset 21, and the model has "
+        "13",
+    )
+
+
+def test_passes_of_others_take_older_models_as_they_are():
+    model = model_of("g (float[2] x) => (float[2] y) { y = Relu (x) }")
+    model.opset_imports[""] = 13
+    assert Pipeline([Step("halve", Halve(), Stage.FLOAT)]).run(model).opset_imports[""] == 13
+    pipeline = Pipeline.parse("canonicalize,fuse-gelu").replace("canonicalize", Halve())
+    assert pipeline.run(model).opset_imports[""] == 13
+
+
+def test_a_node_without_a_name_is_told_by_what_it_makes():
+    text = "g (float[2,8,6,6] x) => (float[2,4,4,4] y) { c = Conv (x, k) r = Relu (c) y = Exp (r) }"
+    model = model_of(text, {"k": np.ones((4, 8, 3, 3), np.float32)})
+    model.graph.node(0).name = None
+    with pytest.raises(OptionError, match="the input of \"Conv of 'c'\", whose step its bias"):
+        Pipeline.parse("assign-precision,round-to-nearest", "arm-int8").run(model)

@@ -113,9 +113,38 @@ def test_a_module_in_training_mode():
         load_model(Net(), EXAMPLE)
 
 
+class Random(torch.nn.Module):
+    def __init__(self, training):
+        super().__init__()
+        self.always = training
+
+    def forward(self, x):
+        return torch.nn.functional.dropout(x, 0.5, training=self.training or self.always)
+
+
+def test_a_graph_in_training_mode():
+    x = torch.ones(3)
+    program = torch.export.export(Random(False), (x,))
+    traced = torch.fx.symbolic_trace(torch.nn.Sequential(torch.nn.Dropout()))
+    for source, example in ((program, None), (program.module(), (x,)), (traced, (x,))):
+        with pytest.raises(ModelError, match=r"training mode, its .*: export module.eval\(\)"):
+            load_model(source, example)
+    assert load_model(traced.eval(), (x,))
+    # Who draws in eval mode means to.
+    assert [node.op_type for node in load_model(Random(True).eval(), (x,)).graph] == ["Dropout"]
+
+
 def test_inputs_that_the_module_does_not_take(module):
     with pytest.raises(ModelError, match=r"torch.export cannot trace this Net: .*draft_export"):
         load_model(module, (torch.zeros(2, 64),))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_weights_that_are_packed_for_torch():
+    linear = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    packed = torch.ao.quantization.quantize_dynamic(linear, {torch.nn.Linear})
+    with pytest.raises(ModelError, match="holds a Linear of torch.ao.nn.quantized.*, which packs"):
+        load_model(packed.eval(), (torch.zeros(2, 4),))
 
 
 def test_script_is_no_program():
@@ -131,6 +160,47 @@ def test_an_op_without_onnx_is_named():
 
     with pytest.raises(ModelError, match=r"cannot translate \w+ \(torch.ops.aten.linalg_eig"):
         load_model(Unusual().eval(), (torch.eye(3),))
+
+
+def test_results_that_are_no_tensors_are_named():
+    class Pair(torch.nn.Module):
+        def forward(self, x):
+            return x + 1, None, 3
+
+    with pytest.raises(ModelError, match="result 2 of the program is 3, a constant and no tensor"):
+        load_model(Pair().eval(), (torch.eye(3),))
+
+
+def test_state_that_is_not_kept_is_told(tmp_path):
+    class Cache(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(64, 64)
+            self.register_buffer("seen", torch.zeros(3, 64))
+            self.register_buffer("count", torch.zeros(1))
+
+        def forward(self, x, past):
+            past.add_(self.linear(x))
+            self.seen += past
+            self.count += 1
+            return self.seen * 2
+
+    example = (torch.zeros(3, 64), torch.zeros(3, 64))
+    report = qcompiler.compile(Cache().eval(), "arm-int8", tmp_path / "b", example_inputs=example)
+    (note,) = (note for note in report.notes if "keep nothing between runs" in note)
+    assert note.startswith("the module writes to its buffer 'seen', input 'past', and ONNX")
+
+
+def test_a_value_returned_twice(tmp_path):
+    class Twice(torch.nn.Module):
+        def forward(self, x):
+            y = x.exp()
+            return y, y
+
+    report = qcompiler.compile(
+        Twice().eval(), "arm-int8", tmp_path / "b", example_inputs=(torch.zeros(3),)
+    )
+    assert len(qcompiler.load(report.bundle).get_outputs()) == 2
 
 
 def test_something_else():

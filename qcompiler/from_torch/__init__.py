@@ -16,7 +16,10 @@ from qcompiler.ir.errors import ModelError, OptionError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["is_torch_file", "is_torch_object", "load_torch"]
+__all__ = ["is_torch_file", "is_torch_object", "load_torch", "notes_on_state"]
+
+UNWRITTEN = "qcompiler.unwritten"
+"""Metadata of a model: what its program writes to in place, and the model does not."""
 
 _SUFFIXES = frozenset({".pt2", ".pt", ".pth", ".ckpt"})
 _ZIP = b"PK\x03\x04"
@@ -60,19 +63,36 @@ def load_torch(
     from qcompiler.from_torch.archive import read_program
     from qcompiler.from_torch.capture import capture
     from qcompiler.from_torch.export import to_onnx
+    from qcompiler.from_torch.signature import refuse_training
 
+    given = example_inputs is not None or dynamic_shapes is not None
     if isinstance(source, Path):
-        return to_onnx(read_program(source))
-    if isinstance(source, torch.export.ExportedProgram):
-        if example_inputs is not None or dynamic_shapes is not None:
-            raise OptionError(
-                "a torch.export.ExportedProgram has inputs and dynamic shapes of its own; leave "
-                "out example_inputs and dynamic_shapes"
-            )
-        return to_onnx(source)
-    return to_onnx(capture(source, example_inputs, dynamic_shapes))
+        source = read_program(source)
+    elif isinstance(source, torch.export.ExportedProgram) and given:
+        raise OptionError(
+            "a torch.export.ExportedProgram has inputs and dynamic shapes of its own; leave out "
+            "example_inputs and dynamic_shapes"
+        )
+    is_graph = isinstance(source, torch.export.ExportedProgram | torch.fx.GraphModule)
+    if not isinstance(source, torch.export.ExportedProgram):
+        source = capture(source, example_inputs, dynamic_shapes)
+    model = to_onnx(source)
+    if is_graph:
+        refuse_training(model)
+    return model
 
 
 def is_torch_object(source: object) -> bool:
     """Whether a class of `source` is torch's: a module of the user's own derives from one."""
     return any(base.__module__.split(".")[0] == "torch" for base in type(source).__mro__)
+
+
+def notes_on_state(model: ir.Model) -> tuple[str, ...]:
+    """What a user should know of state that is not kept, in a sentence."""
+    written = model.metadata_props.get(UNWRITTEN)
+    if written is None:
+        return ()
+    return (
+        f"the module writes to its {written}, and ONNX models keep nothing between runs: each run "
+        "begins with the same values; to keep them, let the module take and return them",
+    )

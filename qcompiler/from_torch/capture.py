@@ -62,6 +62,13 @@ def _check(module: object, example_inputs: object) -> None:
             f"cannot read a {name}: TorchScript holds no program that can be exported; give the "
             "module it was made of, with example_inputs"
         )
+    packed = next((part for part in module.modules() if _is_packed(part)), None)
+    if packed is not None:
+        raise ModelError(
+            f"this {name} holds a {type(packed).__name__} of {type(packed).__module__}, which "
+            "packs its weights for torch's own kernels: give the module as it was, or quantize it "
+            "by torchao (PT2E or quantize_)"
+        )
     if example_inputs is None:
         raise OptionError(
             f"a {name} needs example_inputs, a tuple of its arguments, to be traced by; "
@@ -74,6 +81,11 @@ def _check(module: object, example_inputs: object) -> None:
         )
     if module.training and not isinstance(module, torch.fx.GraphModule):
         raise ModelError(f"this {name} is in training mode; call its eval() before compiling it")
+
+
+def _is_packed(module: torch.nn.Module) -> bool:
+    """Whether eager-mode quantization made it, such as `quantize_dynamic`."""
+    return ".quantized." in type(module).__module__ and hasattr(module, "_packed_params")
 
 
 def _reason(error: Exception) -> str:

@@ -15,6 +15,7 @@ from qcompiler.from_torch.float_zero_points import float_zero_points
 from qcompiler.from_torch.integer_products import integer_products
 from qcompiler.from_torch.ops import translations
 from qcompiler.from_torch.pack import pack_constants
+from qcompiler.from_torch.signature import check_outputs, mark_unwritten
 from qcompiler.from_torch.unsigned_pairs import unsigned_pairs
 from qcompiler.ir.errors import ModelError
 
@@ -31,8 +32,9 @@ def to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
     """The ONNX model of a program.
 
     Raises:
-        ModelError: An op of it has no translation; the message names it.
+        ModelError: An op of it has no translation, or a result is no tensor; it is named.
     """
+    check_outputs(program)
     try:
         with _quiet():
             exported = torch.onnx.export(
@@ -51,6 +53,7 @@ def to_onnx(program: torch.export.ExportedProgram) -> ir.Model:
     pack_constants(model)
     float_zero_points(model)
     unsigned_pairs(model)
+    mark_unwritten(model, exported.exported_program or program)
     return model
 
 
