@@ -47,6 +47,7 @@ class ChooseKernels(ir.passes.InPlacePass):
         made: Choices made before, in the order of their nodes, to be made again.
         observed: Whether there are samples for static ranges.  Asked for before anything is timed,
             which takes longer than a user who forgot them would like to wait.
+        unfolded: Products that were convolutions before, by `unfold_convolutions`.
         choices: What was chosen, after the pass ran.
     """
 
@@ -64,6 +65,7 @@ class ChooseKernels(ir.passes.InPlacePass):
         super().__init__()
         self.costs, self.border, self.supports, self.shapes = costs, border, supports, shapes
         self.forced, self.made, self.observed = forced or {}, made, observed
+        self.unfolded: frozenset[str] = frozenset()
         self.choices: list[Choice] = []
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:

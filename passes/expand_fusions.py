@@ -85,10 +85,11 @@ def _layer_norm(form: Form, x: ir.Value, gamma: ir.Value | None, beta: ir.Value 
 
 
 def _rms_norm(form: Form, x: ir.Value, gamma: ir.Value | None, default: float) -> None:
-    if gamma is None or gamma.dtype is None:
-        raise NotLiftedError("the type of its scale is unknown")
+    given = form.inputs(1)[0]  # x may be a sum of it and others of its type
+    if gamma is None or gamma.dtype is None or given is None or given.dtype is None:
+        raise NotLiftedError("the types of its operands are unknown")
     wide = x
-    if gamma.dtype is not ir.DataType.FLOAT:
+    if given.dtype is not ir.DataType.FLOAT:
         wide = form.op("Cast", [x], {"to": int(ir.DataType.FLOAT)})
     axis = form.constant("axis", np.asarray([-1], np.int64))
     epsilon = form.node.attributes.get_float("epsilon", default)
@@ -116,8 +117,8 @@ def _skip_rms_norm(form: Form) -> None:
 
 def _simplified_layer_norm(form: Form) -> None:
     x, gamma = form.inputs(2)
-    known = x is not None and x.shape is not None and len(x.shape)
-    if x is None or form.node.attributes.get_int("axis", -1) not in (-1, known and known - 1):
+    last = len(x.shape) - 1 if x is not None and x.shape is not None else None
+    if x is None or form.node.attributes.get_int("axis", -1) not in (-1, last):
         raise NotLiftedError("it normalizes more than the last axis")
     if any(value.uses() or value.is_graph_output() for value in form.node.outputs[1:]):
         raise NotLiftedError("its deviation is read")
@@ -135,7 +136,10 @@ def _embedding(form: Form) -> None:
     if segments is not None:
         looked_up.append(form.op("Gather", [kinds, segments]))
     total = _sum(form, looked_up)
-    lengths = form.node.outputs[1] if len(form.node.outputs) > 1 else None
+    results = form.node.outputs
+    lengths = results[1] if len(results) > 1 else None
+    if any(value.is_graph_output() for value in results[2:]):
+        raise NotLiftedError("its sum is a result of the model")
     if lengths is not None and (lengths.uses() or lengths.is_graph_output()):
         if mask is None or lengths.is_graph_output():
             raise NotLiftedError("the lengths it counts are of no mask, or a result of the model")
@@ -180,6 +184,9 @@ def _fused_matmul(form: Form) -> None:
     alpha = attributes.get_float("alpha", 1.0)
     factor = None if alpha == 1.0 else _factor(form, form.inputs(1)[0], alpha)
     product = form.op("MatMul", operands)
+    first, matmul = form.nodes[0], form.nodes[-1]
+    # What a user says about the node is about its product.
+    first.name, matmul.name = matmul.name, first.name
     if factor is not None:
         form.op("Mul", [product, factor])
 
@@ -204,6 +211,8 @@ def _attention(form: Form) -> None:
         raise NotLiftedError("it has a cache, a bias of scores, or heads of several sizes")
     counted = mask.producer() if mask is not None else None
     if counted is not None and counted.op_type == "ReduceSum":
+        if mask is None or mask.shape is None or len(mask.shape) != 1:
+            raise NotLiftedError("its mask may be other than the lengths of sequences")
         mask = _keys_below(form, x, mask)
     product = form.op("MatMul", [x, w])
     heads_apart(form, form.op("Add", [product, bias]) if bias is not None else product, w, mask)

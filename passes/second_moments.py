@@ -162,8 +162,8 @@ class Moments:
         self.second = np.zeros((depth, depth), np.float32)
         self.magnitude = np.zeros(depth, np.float32)
         self.count = 0
-        # Of the samples: their sizes squared, and their squared correlations, times their sizes.
-        self._squared_sizes, self._correlated = 0, 0.0
+        # Of the samples: how many, their sizes squared, their squared correlations times sizes.
+        self._samples, self._squared_sizes, self._correlated = 0, 0, 0.0
 
     @classmethod
     def of(cls, runs: Iterable[tuple[str, Rows]], depth: int, name: str) -> Moments:
@@ -198,6 +198,7 @@ class Moments:
         self.count += len(rows)
         share = np.float32(len(rows) / self.count)
         product = rows.T @ rows
+        self._samples += 1
         self._squared_sizes += len(rows) ** 2
         self._correlated += len(rows) * _squared_correlations(product)
         product *= share / np.float32(len(rows))
@@ -210,19 +211,19 @@ class Moments:
         """Which share of what inputs have in common is chance of the samples, from 0 to 1.
 
         The variance of the correlations r over the sum of their squares, by which to shrink them
-        for the least squared error (Schaefer and Strimmer, 2005).  How far single samples are from
-        each other tells the variance, because the rows of one sample are no independent draws; of
-        one sample alone it is that of independent rows, (1 - r^2) / n.
+        for the least squared error (Schaefer and Strimmer, 2005).  It is that of independent rows,
+        (1 - r^2) / n, and what single samples are farther from each other than that makes them:
+        the rows of one sample are no independent draws.
         """
         alive = int(np.count_nonzero(np.diag(self.second) > 0))
         common = _squared_correlations(self.second)
         if not common > 0:
             return 0.0
-        variance = (alive * (alive - 1) - common) / self.count
-        samples = self.count**2 / self._squared_sizes  # as many of one size
-        if samples > 1:
-            between = (self._correlated / self.count - common) / (samples - 1)
-            variance = max(variance, between)
+        of_rows = (alive * (alive - 1) - common) / self.count
+        beyond = self._correlated / self.count - common - (self._samples - 1) * of_rows
+        # As many samples of one size; of fewer than two nothing is to be learned about others.
+        alike = self.count**2 / self._squared_sizes
+        variance = of_rows + max(beyond, 0.0) / max(alike - 1, 1.0)
         return float(np.clip(variance / common, 0, 1))
 
     def error(self, difference: Rows) -> float:

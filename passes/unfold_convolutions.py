@@ -33,6 +33,8 @@ from qcompiler.passes.sites_of_nodes import Shape, known_shapes, product_site, s
 
 __all__ = ["UnfoldConvolutions"]
 
+_MOST_TAPS = 16
+"""A Slice each: a spectrum written as a convolution has hundreds, and one channel."""
 _ROWS = 128
 """Windows of a convolution of which nothing is known."""
 _END = np.iinfo(np.int64).max
@@ -55,8 +57,11 @@ class UnfoldConvolutions(ir.passes.InPlacePass):
         """Unfold the convolutions of the main graph that gain by it."""
         able = [node for node in model.graph if _can_be_product(node)]
         chosen = able if self.choose is None else _cheaper(self.choose, model, able)
+        if self.choose is not None:
+            self.choose.unfolded = frozenset(node.name or "" for node in chosen)
+        columns: dict[ir.Value, ir.Value] = {}
         for node in chosen:
-            _unfold(model.graph, node, self.rounding)
+            _unfold(model.graph, node, self.rounding, columns)
         if chosen:
             FixNames()(model)
             InferShapes()(model)
@@ -71,6 +76,8 @@ def _can_be_product(node: ir.Node) -> bool:
     asked = plan.requested or plan.calibration is not None
     if asked or weight.ndim != 3 or node.attributes.get_int("group", 1) > 1:
         return False
+    if weight.shape[2] > _MOST_TAPS:
+        return False
     return explicit_pads(node, weight.shape[2:]) is not None
 
 
@@ -79,7 +86,7 @@ def _cheaper(choose: ChooseKernels, model: ir.Model, nodes: Sequence[ir.Node]) -
     if choose.made is not None:
         products = {c.node for c in choose.made if c.site.startswith("MatMul")}
         return [node for node in nodes if node.name in products]
-    if "MatMul" in choose.forced or not nodes:
+    if choose.forced or not nodes:  # what is faster by itself has made the whole slower
         return []
     shapes = known_shapes(model, [v for n in nodes if (v := n.inputs[0])], choose.shapes)
     pairs = [_rivals(choose, node, shapes) for node in nodes]
@@ -110,7 +117,7 @@ def _wins(
         return False
     copied = math.prod(conv.inputs[0]) + (conv.weight[2] > 1) * math.prod(product.inputs[0])
     candidates: tuple[Candidate, ...] = ("float", "ort") if choose.observed else ("float",)
-    time = after.mean("kernel") + choose.border(6 * copied)
+    time = after.mean("kernel") + choose.border(6 * copied) + conv.weight[2] * choose.border(0)
     return time * MARGIN < min(map(before.mean, candidates))
 
 
@@ -122,15 +129,19 @@ def _some_shape(node: ir.Node) -> Shape:
     return 1, channels, _ROWS * stride + taps
 
 
-def _unfold(graph: ir.Graph, conv: ir.Node, rounding: str) -> None:
+def _unfold(graph: ir.Graph, conv: ir.Node, rounding: str, known: dict[ir.Value, ir.Value]) -> None:
+    """Put the product in the place of a convolution; `known` are columns of shared weights."""
     x, weight, *rest = conv.inputs
     kernel, bias = constant(weight), rest[0] if rest else None
     assert x is not None and weight is not None and kernel is not None
     name, (width, channels, taps) = conv.name, kernel.shape
     turned = _node("Transpose", [x], name, "turned", perm=TOKENS_LAST)
     windows = _windowed(graph, conv, turned.outputs[0], taps)
-    matrix = kernel.transpose(2, 1, 0).reshape(taps * channels, width)
-    columns = new_initializer(graph, f"{weight.name}_columns", np.ascontiguousarray(matrix))
+    columns = known.get(weight)
+    if columns is None:
+        matrix = kernel.transpose(2, 1, 0).reshape(taps * channels, width)
+        stored = np.ascontiguousarray(matrix)
+        columns = known[weight] = new_initializer(graph, f"{weight.name}_columns", stored)
     last = windows[-1].outputs[0] if windows else turned.outputs[0]
     product = _node("MatMul", [last, columns], name, "product")
     chain = [turned, *windows, product]
@@ -172,7 +183,7 @@ def _windowed(graph: ir.Graph, conv: ir.Node, tokens: ir.Value, taps: int) -> li
 
 
 def _plan(depth: int, rounding: str) -> NodePlan:
-    """As that of any product for this target, see `node_plans`."""
+    """That of any product for x86-int8, see `node_plans`; x86-int4 has int8 convolutions, too."""
     rows = QuantType(ir.DataType.INT8, granularity=PerGroup(-1, depth))
     weight = QuantType(ir.DataType.INT8, granularity=PerAxis(1), narrow_range=True)
     return NodePlan(weight, QuantSpec(rows, "dynamic"), rounding=rounding)

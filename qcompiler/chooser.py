@@ -194,7 +194,8 @@ class Chooser:
 
     def _retreat(self, time: WholeTime) -> None:
         """Quantize less: no convolution, and if there was none, nothing."""
-        integer = any(c.site.startswith("Conv") and c.candidate != "float"
+        unfolded = self._choose.unfolded
+        integer = any((c.site.startswith("Conv") or c.node in unfolded) and c.candidate != "float"
                       for c in self._choose.choices)  # fmt: skip
         if integer:
             self._forced = {"Conv": f"with int8 convolutions the whole is slower: {_against(time)}"}

@@ -52,6 +52,7 @@ class Pipeline:
         self.steps = list(steps)
         self.target, self.recipe = target, recipe or Recipe()
         self.added: tuple[str, ...] = ()
+        self._told: tuple[str, ...] = ()
 
     @classmethod
     def default(
@@ -180,7 +181,7 @@ class Pipeline:
     def notes(self) -> tuple[str, ...]:
         """What the passes that ran want the user to know."""
         told = (n for step in self.steps for n in getattr(step.rewrite, "notes", ()))
-        return (*self.added, *told)
+        return (*self.added, *self._told, *told)
 
     def __iter__(self) -> Iterator[Step]:
         return iter(self.steps)
@@ -262,7 +263,7 @@ class Pipeline:
         check_watchers(watchers)
         stage, known = Stage.FLOAT, source_problems(model)
         steps, told = canonical_first(self.steps, model)
-        self.added = tuple(dict.fromkeys((*self.added, *told)))
+        self._told = told
         for watcher in watchers:
             watcher.start(steps, model)
         for step in steps:

@@ -107,6 +107,21 @@ def test_samples_of_different_sizes_count_by_their_rows():
     assert with_it == pytest.approx(without, rel=0.05)
 
 
+def test_one_long_sample_and_a_few_rows_more():
+    """Two rows say nothing about how far texts are from each other."""
+    (long,) = texts(6, 1, 1000, 0.0)
+    alone = moments_of([long]).chance()
+    for more in ([long[:1]], [long[:1], long[5:6]]):
+        assert moments_of([long, *more]).chance() == pytest.approx(alone, rel=0.3)
+
+
+def test_independent_rows_cut_unevenly():
+    (rows,) = texts(7, 1, 1200, 0.0)
+    cuts = np.cumsum([600, 200, 100, 100, 50, 50, 20, 20, 20, 20])
+    uneven, whole = (moments_of(p).chance() for p in (np.split(rows, cuts), [rows]))
+    assert uneven == pytest.approx(whole, rel=0.3)
+
+
 def test_borders():
     alone = np.eye(K, dtype=np.float32)
     assert moments_of([np.zeros((5, K), np.float32)]).chance() == 0

@@ -51,6 +51,12 @@ GRAPHS = {
     "QuickGelu": f"{ONE} => {ONE_RESULT} {{ y = com.microsoft.QuickGelu (x) }}",
     "FusedMatMul": f"{TWO} => (float[m,n,n] y) "
     "{ y = com.microsoft.FusedMatMul <transB = 1, alpha = 0.25> (x, s) }",
+    "Gelu": f"{ONE} => {ONE_RESULT} {{ y = com.microsoft.Gelu (x) }}",
+    "FusedMatMul, both turned": f"{TWO} => (float[m,k,l] y) "
+    "{ y = com.microsoft.FusedMatMul <transA = 1> (x, s) }",
+    "EmbedLayerNormalization, segments": f"(int32[m,n] ids, int32[m,n] mask) => {ONE_RESULT} "
+    "{ y, lengths = com.microsoft.EmbedLayerNormalization "
+    "(ids, mask, words, places, kinds, g, b) }",
     "FusedConv": f"{PICTURES} "
     '{ y = com.microsoft.FusedConv <activation = "LeakyRelu", activation_params = [0.25], '
     "pads = [1, 1, 1, 1]> (x, cw, cb, z) }",
@@ -97,6 +103,38 @@ def test_what_has_no_such_form_stays(before, after):
     assert [node.op_type for node in model.graph] == ["Attention"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"(int32[m,n] ids, int32[m,n] mask) => (float[m,n,{K}] y, float[m,n,{K}] t) "
+        "{ h, lengths, t = com.microsoft.EmbedLayerNormalization "
+        "(ids, , words, places, , g, b, mask) "
+        f"y = com.microsoft.Attention <num_heads = {HEADS}> (h, qkv, qkv_b, lengths) }}",
+        f"{ONE} => {ONE_RESULT} {{ y = SimplifiedLayerNormalization <axis = 1> (x, g2) }}",
+    ],
+    ids=["a sum that is a result", "a norm of two axes"],
+)
+def test_what_is_refused_late_is_left_as_it_was(text):
+    weights = W | {"g2": floats(5, K)}
+    head = '<ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>\n'
+    model = model_of(f"g {text}", weights, head)
+    feeds = {value.name: (X | TOKENS)[value.name] for value in model.graph.inputs}
+    expected = run(model, feeds)
+    Canonicalize()(model)
+    assert {"com.microsoft", ""} >= {node.domain for node in model.graph}
+    for got, want in zip(run(model, feeds), expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_the_product_of_a_fused_one_keeps_its_name():
+    model = fused(
+        GRAPHS["FusedMatMul"].replace("(x, s)", "(x, w)").replace("[m,n,n]", f"[m,n,{K}]")
+    )
+    model.graph.node(0).name = "mine"
+    Canonicalize()(model)
+    assert [node.op_type for node in model.graph if node.name == "mine"] == ["MatMul"]
+
+
 def test_a_norm_that_is_no_op_of_the_models_opset_yet():
     """ONNX Runtime's optimizers write LayerNormalization into models of any opset."""
     text = f"{ONE} => {ONE_RESULT} {{ y = LayerNormalization <axis = -1> (x, g, b) }}"
@@ -114,3 +152,17 @@ def test_products_behind_them_are_quantized():
     )
     model = Pipeline.default(get_target("x86-int8")).run(fused(text, 17))
     assert any("QMatMul" in node.op_type for node in model.graph), text_of(model)
+
+
+def test_a_norm_of_halves_by_a_scale_of_floats():
+    """ONNX Runtime lets them differ, and computes in floats."""
+    text = (
+        f"(float16[m,n,{K}] x) => (float[m,n,{K}] y) {{ y = SimplifiedLayerNormalization (x, g) }}"
+    )
+    model = fused(text)
+    feeds = {"x": X["x"].astype(np.float16)}
+    Canonicalize()(model)
+    (result,) = run(model, feeds)
+    wide = feeds["x"].astype(np.float32)
+    expected = wide / np.sqrt(np.square(wide).mean(-1, keepdims=True) + 1e-5) * W["g"]
+    np.testing.assert_allclose(result, expected, rtol=1e-3, atol=1e-3)
