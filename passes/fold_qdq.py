@@ -66,8 +66,8 @@ class FoldQDQ(ir.passes.InPlacePass):
     """Replace the pairs around MatMul, Gemm, Conv and Gather by integer ops.
 
     Attributes:
-        left: Why products that ORT makes one integer op of, with the Q of their result, are left to
-            it; None if they are not.
+        left: Why products that ORT makes one integer op of, with the Q of their result, or
+            MatMulNBits, are left to it; None if they are not.
         images: Whether convolutions become the ops that GPUs have kernels of.
     """
 
@@ -92,7 +92,8 @@ class FoldQDQ(ir.passes.InPlacePass):
         for node in nodes:
             _explain(node, reasons.get(node, ""), self.images)
         changed += sum(try_guard_scales(model.graph, node) for node in nodes)
-        changed += sum(try_widen_constant(model.graph, node) for node in nodes)
+        keep = self.left is None
+        changed += sum(try_widen_constant(model.graph, node, keep_16_bits=keep) for node in nodes)
         if changed:
             remove_unread(model.graph)
             FixNames()(model)

@@ -9,7 +9,8 @@ LSTM of int8 weights then takes 1.8 times as long as one of floats, a convolutio
 weights 1.4 times, ConvTranspose 1.1 times.  A Cast and a Mul it does fold, when it opens the model:
 so weights stay as small in the file as they came (2), and what is small anyway becomes floats (1).
 Of 3 ORT 1.32 made MatMulNBits, which rounds the activations of 16 bits to 8.  Floats keep all, and
-take 0.3 times as long for 128 rows, as long for 16, twice as long for one (384x1536, AVX2).
+take 0.3 times as long for 128 rows, as long for 16, twice as long for one (384x1536, AVX2). With
+VNNI a whole model takes 1.1 to 1.4 times as long: where that is timed, it is left to ORT after all.
 Left as they are: what becomes part of an integer op, and other matrices and tables, most of a
 model's bytes, which ORT mostly reads as they are stored.  Part of `fold_qdq`.
 """
@@ -69,8 +70,14 @@ def dequantized_constant(value: ir.Value | None) -> NDArray[np.float32] | None:
     return floats
 
 
-def try_widen_constant(graph: ir.Graph, node: ir.Node) -> bool:
-    """Replace a DQ over a constant by what ORT folds, if all that read it compute in float."""
+def try_widen_constant(graph: ir.Graph, node: ir.Node, *, keep_16_bits: bool = True) -> bool:
+    """Replace a DQ over a constant by what ORT folds, if all that read it compute in float.
+
+    Args:
+        graph: Where constants go.
+        node: Any.
+        keep_16_bits: Let products of activations of 16 bits compute in float, see 3 above.
+    """
     if node.op_type != "DequantizeLinear":
         return False
     value, params = node.inputs[0], quant_params(node)
@@ -80,7 +87,7 @@ def try_widen_constant(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     readers = list(dict.fromkeys(use.node for use in node.outputs[0].uses()))
     is_bias = value.dtype is ir.DataType.INT32
-    if not readers or not all(_reads_floats(reader, is_bias) for reader in readers):
+    if not all(_reads_floats(reader, is_bias, keep_16_bits) for reader in readers) or not readers:
         return False
     floats = dequantized_constant(node.outputs[0])
     if floats is None:
@@ -134,9 +141,9 @@ def _subtract_bias(graph: ir.Graph, product: ir.Node) -> None:
         replace_nodes([add], [new])
 
 
-def _reads_floats(reader: ir.Node, is_bias: bool) -> bool:
+def _reads_floats(reader: ir.Node, is_bias: bool, keep_16_bits: bool) -> bool:
     if not is_bias and reads_16_bits(reader):
-        return True
+        return keep_16_bits
     found = left_to_ort(reader)
     if found is None or found[0] != "float" or _ort_would_round(reader):
         return False

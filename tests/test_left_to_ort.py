@@ -194,6 +194,23 @@ def test_integer_forms_are_of_8_bits(
         assert why.rpartition("ORT's own ")[2] in ops
 
 
+@pytest.mark.parametrize("left", [None, "in floats the whole is slower"])
+def test_16_bits_are_kept_unless_that_is_slower(left: str | None, tmp_path: Path) -> None:
+    """ORT's MatMulNBits rounds them to 8, which takes less time with VNNI."""
+    text = (
+        "g (uint16[4,4] x) => (float[h,k] c) { d = DequantizeLinear (x, s, z) "
+        "e = DequantizeLinear (w, t) c = MatMul (d, e) }"
+    )
+    model = model_of(text, VALUES | {"w": np.ones((4, 4), np.int8), "z": np.uint16(3)})
+    if "MatMulNBits" not in optimized(model, tmp_path):
+        pytest.skip("an ORT before 1.32 computes 16 bits by a matrix in floats")
+    FoldQDQ(left)(model)
+    assert ("MatMulNBits" in optimized(model, tmp_path)) == (left is not None)
+    decision = decision_of(next(node for node in model.graph if node.op_type == "MatMul"))
+    assert decision.action == ("float" if left is None else "qdq")
+    assert ("rounded to 8 bits" in decision.why) == (left is not None)
+
+
 @pytest.mark.parametrize("also", ["", "o = Erf (d)", "o = Cast <to = 1> (q)"])
 def test_only_pairs_that_are_alone_become_uint8(also: str, tmp_path: Path) -> None:
     outputs = "float[a,b] y, float[h,k] o" if also else "float[a,b] y"
