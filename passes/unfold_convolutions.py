@@ -178,8 +178,10 @@ def _windowed(graph: ir.Graph, conv: ir.Node, tokens: ir.Value, taps: int) -> li
         left = (tap - taps + 1) * dilation
         bounds = [numbers(f"first_{tap}", tap * dilation), numbers(f"end_{tap}", left or _END)]
         parts.append(_node("Slice", [tokens, *bounds, axis, step], name, f"tap_{tap}"))
-    joined = [_node("Concat", [part.outputs[0] for part in parts], name, "windows", axis=2)]
-    return [*nodes, *parts, *(joined if taps > 1 else [])]
+    nodes += parts
+    if taps > 1:
+        nodes.append(_node("Concat", [p.outputs[0] for p in parts], name, "windows", axis=2))
+    return nodes
 
 
 def _plan(depth: int, rounding: str) -> NodePlan:

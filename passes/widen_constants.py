@@ -87,7 +87,7 @@ def try_widen_constant(graph: ir.Graph, node: ir.Node, *, keep_16_bits: bool = T
         return False
     readers = list(dict.fromkeys(use.node for use in node.outputs[0].uses()))
     is_bias = value.dtype is ir.DataType.INT32
-    if not all(_reads_floats(reader, is_bias, keep_16_bits) for reader in readers) or not readers:
+    if not (readers and all(_reads_floats(r, is_bias, keep_16_bits) for r in readers)):
         return False
     floats = dequantized_constant(node.outputs[0])
     if floats is None:

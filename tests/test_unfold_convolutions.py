@@ -171,6 +171,13 @@ def test_a_shared_weight_is_stored_once():
     assert [name for name in model.graph.initializers if "columns" in name] == ["w_columns"]
 
 
+def test_one_tap_with_a_stride_is_one_slice():
+    model = unfolded(HEAD + " { c = Conv <strides = [2]> (x, one) y = Neg (c) }")
+    (part,) = (node for node in model.graph if node.op_type == "Slice")
+    # Nothing that is in no graph reads it, which would keep it from being fused.
+    assert [use.node.op_type for use in part.outputs[0].uses()] == ["MatMul"]
+
+
 def test_images_stay():
     text = "g (float[n,8,t,1] x) => (float[n,c,u,v] y) { c = Conv (x, flat, b) y = Neg (c) }"
     assert not UnfoldConvolutions()(planned(text, WEIGHTS)).modified
