@@ -32,7 +32,7 @@ __all__ = [
 DOMAIN = "qcompiler"
 VERSION = 1
 
-_ATTRIBUTE_TYPE = {"block_size": "int", "epsilon": "float", "group": "int"}
+_ATTRIBUTE_TYPE = {"block_size": "int", "epsilon": "float", "group": "int", "width": "int"}
 
 
 def is_ours(domain: str) -> bool:
@@ -82,12 +82,14 @@ def region_function(region: Region, domain: str, opset: int) -> ir.Function:
         body += f"    stored = Cast <to = {int(ir.DataType.UINT8)}> ({values[-2]})\n"
     named = region.outputs or op.outputs
     outputs = tuple(values[-1] if name == op.outputs[0] else name for name in named)
-    body += re.sub(r"\by\b", values[-1], op.ending)
+    names = {"y": values[-1], "smoothing": extras[-1] if extras else ""}
+    body += re.sub(r"\b(y|smoothing)\b", lambda m: names[m[0]], op.ending_of(region.flags))
     if region.widths:
         outputs = tuple(f"y{i}" for i in range(len(region.widths)))
         body += f"    widths = Constant <value_ints = {list(region.widths)}> ()\n"
         body += f"    {', '.join(outputs)} = Split <axis = -1> ({values[-1]}, widths)\n"
     body = body.replace("{block_size}", f"block_size = {sizes.get('G', sizes.get('K'))}")
+    body = body.replace("{=width}", f"= {sizes.get('N')}")
     for key, value in region.attributes:
         body = body.replace(f"{{{key}}}", f"{key} = {_literal(value)}")
         body = body.replace(f"{{={key}}}", f"= {_literal(value)}")

@@ -32,6 +32,8 @@ class DialectOp:
         form: The body of a region with these flags, if flags select one.
         wide: Floats that stay float32 in a region with the flag `HALF`: scales.
         ending: More of the body, behind the steps of a region, on whose result it calls y.
+        smoothed_ending: The same of a region with the flag "smoothed", whose last extra operand
+            it calls smoothing.
         follows: Whether the body is the same in float16, so that the op itself may be given it.
     """
 
@@ -46,12 +48,17 @@ class DialectOp:
     form: Callable[[tuple[str, ...]], str] | None = None
     wide: tuple[str, ...] = ()
     ending: str = ""
+    smoothed_ending: str = ""
     follows: bool = False
 
     def type_of(self, name: str, flags: Sequence[str] = ()) -> ir.DataType:
         """The data type of an input or output, in a region with these flags."""
         half = HALF in flags and name not in self.wide
         return dict(self.types).get(name, ir.DataType.FLOAT16 if half else ir.DataType.FLOAT)
+
+    def ending_of(self, flags: tuple[str, ...]) -> str:
+        """The ending of a region with these flags."""
+        return self.smoothed_ending if "smoothed" in flags else self.ending
 
     def body_of(self, flags: tuple[str, ...]) -> str:
         """The body of a region with these flags."""

@@ -27,6 +27,8 @@ attribute something else.
 
 from __future__ import annotations
 
+import re
+
 import onnx_ir as ir
 
 from qcompiler.ir.attention import attention_body
@@ -63,6 +65,8 @@ _TOKEN_TO_INT8 = (
 """
 )
 
+_SMOOTHED = "    z = Mul (x, extra0)" + _TOKEN_TO_INT8.replace("{x}", "z")
+
 _TOKEN_TO_FP8 = (
     _SCALE_OF_TOKEN.replace("{top}", "448.0")
     + """
@@ -90,6 +94,7 @@ _QUANTIZE = DialectOp(
     shapes=_TOKENS,
     wide=("s",),
     body=_TOKEN_TO_INT8.replace("{x}", "x"),
+    form=lambda flags: _SMOOTHED if "smoothed" in flags else _TOKEN_TO_INT8.replace("{x}", "x"),
 )
 
 _QUANTIZE_FP8 = DialectOp(
@@ -118,6 +123,14 @@ _W8A8 = DialectOp(
     y = Mul (by_token, ws)
 """,
 )
+
+
+def _requantized(x: str) -> str:
+    """A `Quantize` of x, `width` wide, as the ending of a body with a q and an s of its own."""
+    own = {"x": x, "q": "yq", "s": "ys", "middle": "result_middle"}
+    body = _TOKEN_TO_INT8.replace("{block_size}", "block_size {=width}")
+    return re.sub(r"\{x\}|\b(q|s|middle)\b", lambda m: own[m[0].strip("{}")], body)
+
 
 _SUMS_OF_ONE_SCALE = """
     sum = MatMulInteger (q, {weight})
@@ -156,6 +169,20 @@ _W8A8_DYNAMIC = DialectOp(
     wide=("ws",),
     stage="kernel",
     body=_QUANTIZE.body + _W8A8.body.replace("middle", "zero_point"),
+)
+
+_W8A8_REQUANTIZED = DialectOp(
+    name="RequantizedQMatMulW8A8",
+    inputs=_W8A8.inputs,
+    outputs=("y", "yq", "ys"),
+    attributes=("width",),
+    types=(*_W8A8.types, ("yq", ir.DataType.UINT8)),
+    shapes=(*_W8A8.shapes, ("yq", "* N"), ("ys", "* 1")),
+    wide=(*_W8A8.wide, "ys"),
+    stage="kernel",
+    body=_W8A8.body,
+    ending=_requantized("y"),
+    smoothed_ending="    z = Mul (y, smoothing)\n" + _requantized("z"),
 )
 
 _FP8 = DialectOp(
@@ -276,7 +303,7 @@ _MASKED_ATTENTION = DialectOp(
     form=lambda flags: attention_body(flags, masked=True),
 )
 
-_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, *W4_OPS, _FP8)
+_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, _W8A8_REQUANTIZED, *W4_OPS, _FP8)
 _ATTENTIONS = (_ATTENTION, _MASKED_ATTENTION)
 
 OPS = {

@@ -46,6 +46,7 @@ def one_step(name):
 # Clip's bounds are inputs in ONNX, so no body can be written for a Clip with attributes.
 STEPS = [name for name in ELEMENTWISE if name not in ("Clip", *QUANTIZATION)]
 QUANTIZES = [Region("Quantize", (("K", k),)) for k in (1, 3, 16, 63, 64, 100, 384)]
+SMOOTHED = [dataclasses.replace(r, extras=("channel",), flags=("smoothed",)) for r in QUANTIZES]
 MATMULS = [
     matmul(1, 1),
     matmul(3, 5),
@@ -79,10 +80,36 @@ DYNAMIC = [
 ]
 
 
+def requantized(region, outputs=("yq", "ys"), flags=()):
+    """A region that quantizes its result, times a factor of each channel with "smoothed"."""
+    extras = (*region.extras, *["channel"] * len(flags))
+    return dataclasses.replace(
+        region, anchor="RequantizedQMatMulW8A8", extras=extras, outputs=outputs, flags=flags
+    )
+
+
+WIDE = matmul(800, 1000)
+"""With weights that an L2 does not hold beside other things."""
+ALL = ("y", "yq", "ys")
+REQUANTIZED = [
+    *map(requantized, (MATMULS[0], MATMULS[1], MATMULS[3], MATMULS[7], MATMULS[8])),
+    requantized(MATMULS[7], ALL, ("smoothed",)),
+    requantized(MATMULS[6], ALL),
+    requantized(MATMULS[2], flags=("smoothed",)),
+    requantized(matmul(5, 4096)),
+    requantized(WIDE, ALL),
+    requantized(WIDE),
+]
+
+
 @functools.cache
 def weights(region: Region) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(region.size("K") * 1000 + region.size("N"))
-    k, n = region.size("K"), region.size("N")
+    k, n = region.size("K"), dict(region.sizes).get("N", region.size("K"))
+    rng = np.random.default_rng(k * 1000 + n)
+    if region.anchor == "Quantize":
+        return {
+            f"extra{i}": rng.uniform(-2, 2, k).astype(np.float32) for i in range(len(region.extras))
+        }
     constants = {
         "w": rng.integers(-127, 128, (k, n)).astype(np.int8),
         "ws": (rng.uniform(0.5, 1.5, n) / (40 * np.sqrt(k))).astype(np.float32),
@@ -103,9 +130,9 @@ def model_of(region: Region, rank: int) -> bytes:
     """One call of the region's function, dynamic in all dimensions but the last."""
     op = dialect.OPS[region.anchor]
     function = dialect.region_function(region, DOMAIN, 21)
-    constants = {} if region.anchor == "Quantize" else weights(region)
+    constants = weights(region)
     sizes = dict(region.sizes)
-    last = {"x": sizes["K"], "q": sizes["K"], "s": 1, "y": sizes.get("N")}
+    last = {"x": sizes["K"], "q": sizes["K"], "s": 1, "ys": 1}
 
     def value(name: str) -> ir.Value:
         if name in constants:
@@ -119,7 +146,7 @@ def model_of(region: Region, rank: int) -> bytes:
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
 
     operands = [value(v.name) for v in function.inputs]
-    results = [value(name) for name in op.outputs]
+    results = [value(name) for name in region.outputs or op.outputs]
     if region.widths:
         results = [value(f"y{i}") for i in range(len(region.widths))]
     for result in results if region.is_quantized else []:

@@ -22,6 +22,8 @@ from kernel_models import (
     PER_TENSOR,
     QUANTIZES,
     RELU,
+    REQUANTIZED,
+    SMOOTHED,
     STORED,
     matmul,
     model_of,
@@ -42,7 +44,9 @@ STORED += [dataclasses.replace(stored(20, 96, *AGAIN), anchor="QMatMulU8U8", wid
 @pytest.fixture(scope="session")
 def library(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("library") / "kernels.so"
-    regions = [*QUANTIZES, *MATMULS, *PER_TENSOR, *STORED, *DYNAMIC]
+    regions = [
+        *QUANTIZES, *SMOOTHED, *MATMULS, *PER_TENSOR, *STORED, *DYNAMIC, *REQUANTIZED
+    ]  # fmt: skip
     with compiled_for_here():
         build_library(regions, DOMAIN, path, cache=KernelCache())
     return path
@@ -53,16 +57,15 @@ leading = st.lists(st.integers(0, 21), min_size=1, max_size=3)
 
 @each_isa("Quantize")
 @settings(deadline=None, max_examples=120)
-@example([1], 384, 0, 0.0).via("one row")
-@example([0], 64, 0, 0.0).via("an empty batch")
-@example([2, 0, 3], 64, 0, 0.0).via("an empty batch inside")
-@example([257], 100, 0, 0.0).via("more than a tile of tiles")
-@given(leading, st.sampled_from([r.size("K") for r in QUANTIZES]), st.integers(0, 2**32 - 1),
+@example([1], QUANTIZES[6], 0, 0.0).via("one row")
+@example([0], QUANTIZES[4], 0, 0.0).via("an empty batch")
+@example([2, 0, 3], SMOOTHED[4], 0, 0.0).via("an empty batch inside")
+@example([257], SMOOTHED[5], 0, 1.0).via("more than a tile of tiles")
+@given(leading, st.sampled_from([*QUANTIZES, *SMOOTHED]), st.integers(0, 2**32 - 1),
        st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 1e30]))  # fmt: skip
-def test_quantize(library, isa, shape, k, seed, magnitude):
-    region = Region("Quantize", (("K", k),))
+def test_quantize(library, isa, shape, region, seed, magnitude):
     rng = np.random.default_rng(seed)
-    x = (rng.standard_normal([*shape, k]) * magnitude).astype(np.float32)
+    x = (rng.standard_normal([*shape, region.size("K")]) * magnitude).astype(np.float32)
     expected = session(region, len(shape) + 1, 1).run(None, {"x": x})
     for threads in (1, 2):
         native = session(region, len(shape) + 1, threads, library, isa).run(None, {"x": x})
@@ -112,6 +115,42 @@ def test_matmul(library, isa, shape, region, seed):
             assert native.shape == want.shape
             assert not native.size or sqnr(want, native) >= 60
             np.testing.assert_allclose(native, want, rtol=1e-4, atol=1e-4)
+
+
+@each_isa("QMatMulW8A8")
+@settings(deadline=None, max_examples=100)
+@example([1], REQUANTIZED[3], 0).via("one row")
+@example([1], REQUANTIZED[8], 0).via("a row that does not lie on the stack with another")
+@example([0], REQUANTIZED[3], 0).via("an empty batch")
+@example([9], REQUANTIZED[2], 0).via("just over a tile")
+@example([33], REQUANTIZED[3], 0).via("just enough rows for tasks of whole rows")
+@example([300], REQUANTIZED[3], 0).via("tasks of whole rows")
+@example([300], REQUANTIZED[5], 0).via("tasks of whole rows, stored beside, times factors")
+@example([100], REQUANTIZED[9], 0).via("large weights, stored beside")
+@example([1100], REQUANTIZED[9], 0).via("large weights and results, stored beside")
+@example([1100], REQUANTIZED[10], 0).via("large weights and results")
+@given(leading, st.sampled_from(REQUANTIZED), st.integers(0, 2**32 - 1))
+def test_a_result_that_is_quantized(library, isa, shape, region, seed):
+    """The floats are those of a product, which differ in their last bits: few integers by one."""
+    rng = np.random.default_rng(seed)
+    feeds = {
+        "q": rng.integers(0, 256, [*shape, region.size("K")]).astype(np.uint8),
+        "s": rng.uniform(0.01, 0.02, [*shape, 1]).astype(np.float32),
+    }
+    for index, kind in enumerate(region.extras):
+        if kind == "tensor":
+            feeds[f"extra{index}"] = rng.standard_normal([*shape, region.size("N")], np.float32)
+    expected = session(region, len(shape) + 1, 1).run(None, feeds)
+    for threads in (1, 2):
+        natives = session(region, len(shape) + 1, threads, library, isa).run(None, feeds)
+        for name, native, want in zip(region.outputs, natives, expected, strict=True):
+            assert (native.shape, native.dtype) == (want.shape, want.dtype)
+            if name == "yq":
+                difference = np.abs(native.astype(int) - want)
+                assert difference.max(initial=0) <= 1
+                assert (difference != 0).sum() <= 1 + native.size / 500
+            else:
+                np.testing.assert_allclose(native, want, rtol=1e-4, atol=1e-4)
 
 
 @each_isa("QMatMulU8S8")

@@ -18,16 +18,18 @@ W = RNG.standard_normal((K, 48), dtype=np.float32) * 0.05
 NAN, INF = np.float32(np.nan), np.float32(np.inf)
 
 # `own` quantizes its operand itself, `shared` reads one Quantize with `wide`, `normed` and `added`
-# what norms quantize.
+# what norms quantize, `next` what a product does.
 MODEL = model_of(
     "g (float[m,100] x) => (float[m,48] own, float[m,48] shared, float[m,1200] wide, "
-    "float[m,48] normed, float[m,48] added) { h = Neg (x) own = MatMul (h, w) "
+    "float[m,48] normed, float[m,48] added, float[m,48] next) { h = Neg (x) own = MatMul (h, w) "
     "shared = MatMul (x, w) wide = MatMul (x, v) "
     "n = LayerNormalization <axis = -1> (x, g, b) normed = MatMul (n, w) "
+    "t = MatMul (x, u) next = MatMul (t, w) "
     "r = Add (x, h) s = LayerNormalization <axis = -1> (r, g, b) added = MatMul (s, w) }",
     {
         "w": W,
         "v": RNG.standard_normal((K, 1200), dtype=np.float32),
+        "u": RNG.standard_normal((K, K), dtype=np.float32) * 0.1,
         "g": np.ones(K, np.float32),
         "b": RNG.standard_normal(K, dtype=np.float32),
     },
@@ -58,7 +60,7 @@ def with_one(value):
 
 def test_every_way_to_quantize_is_there(bundle):
     ops = {node.op_type for node in onnx.load(bundle / "model.onnx").graph.node}
-    begins = ("DynamicQMatMulW8A8", "Quantize", "LayerNorm", "AddLayerNorm")
+    begins = ("Dynamic", "Quantize", "LayerNorm", "AddLayerNorm", "Requantized")
     assert all(any(op.startswith(begin) for op in ops) for begin in begins), ops
 
 
@@ -68,7 +70,7 @@ def test_rows_of_nan_stay_nan(bundle, native):
     for name, found in answers(bundle, rows, native=native).items():
         assert np.isnan(found[[1, 4]]).all(), name
         assert np.isfinite(found[[0, 2, 3]]).all(), name
-        if name in ("own", "shared", "wide"):
+        if name in ("own", "shared", "wide", "next"):
             assert not found[2].any(), name
 
 
@@ -92,7 +94,7 @@ def test_a_single_nan_is_passed_over(bundle):
 def test_infinity_does_not_become_a_number(bundle):
     for native in (True, False):
         found = answers(bundle, [with_one(INF), with_one(-INF)], native=native)
-        for name in ("own", "shared", "wide"):
+        for name in ("own", "shared", "wide", "next"):
             assert not np.isfinite(found[name]).any(), (name, native)
 
 

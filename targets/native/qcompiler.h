@@ -14,6 +14,7 @@ struct qc_variant;
 
 struct qc_quantize_args {
     const float *x;
+    const float *smoothing; /* what its columns are multiplied by first; NULL: nothing */
     uint8_t *q;
     float *s;
     int32_t rows;
@@ -129,7 +130,8 @@ struct qc_anchor {
 
 extern const struct qc_anchor qc_quantize;
 extern const struct qc_anchor qc_qmatmul_w8a8, qc_qmatmul_u8s8, qc_qmatmul_u8u8;
-extern const struct qc_anchor qc_dynamic_qmatmul_w8a8, qc_qmatmul_w4a8, qc_qmatmul_w4s8a8;
+extern const struct qc_anchor qc_dynamic_qmatmul_w8a8, qc_requantized_qmatmul_w8a8;
+extern const struct qc_anchor qc_qmatmul_w4a8, qc_qmatmul_w4s8a8;
 extern const struct qc_anchor qc_group_sums;
 extern const struct qc_anchor qc_attention, qc_masked_attention;
 extern const struct qc_anchor qc_layer_norm, qc_add_layer_norm, qc_rms_norm, qc_add_rms_norm;
@@ -223,8 +225,8 @@ OrtStatus *qc_check_elements(const struct qc_op *op, const OrtValue *value, cons
 OrtStatus *qc_row_count(const struct qc_op *op, const struct qc_shape *shape, const char *input,
                         int64_t *rows);
 
-/* Gives a row of x with NaN, and nothing else above the least magnitude, a scale of NaN; see quantize.c. */
-void qc_keep_nan(const float *x, int64_t rows, int64_t k, float *s);
+/* Quantizes rows of k; one of NaN, with nothing else above the least magnitude, by a scale of NaN. */
+void qc_quantize_block(const struct qc_variant *variant, const struct qc_quantize_args *args, int64_t k);
 /* Whether a row was so small, or all NaN, that it has the least scale of all. */
 int qc_has_least_scale(float s);
 

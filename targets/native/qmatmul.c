@@ -6,7 +6,9 @@
  *
  * DynamicQMatMulW8A8(x, w, ws) quantizes x itself: a small x before the work is handed out, of a large
  * one each task the rows it multiplies, so that no task waits for another and what a core quantized is
- * still in its cache. */
+ * still in its cache.
+ *
+ * yq, ys = RequantizedQMatMulW8A8(q, s, w, ws, extra...) quantizes y, see requantized.c. */
 #define _DEFAULT_SOURCE /* madvise */
 #include <stdlib.h>
 #include <string.h>
@@ -34,8 +36,8 @@ static OrtStatus *bind_activations(struct qmatmul_run *run, OrtKernelContext *co
     const void *data;
     QC_TRY(qc_input(context, 0, &value, &data));
     QC_TRY(qc_tensor_shape(op, value, shape));
-    QC_TRY(qc_row_count(op, shape, op->variant->quantize ? "x" : "q", &run->rows));
-    if (op->variant->quantize) {
+    QC_TRY(qc_row_count(op, shape, quantizes_input(op) ? "x" : "q", &run->rows));
+    if (quantizes_input(op)) {
         run->x = data;
         return NULL;
     }
@@ -109,11 +111,28 @@ static OrtStatus *quantize_then_run(struct qmatmul_run *run, OrtKernelContext *c
     return qc_run_qmatmul(run, context);
 }
 
+static int64_t width_or_scale(const struct qc_op *op, size_t output) {
+    return output == 2 ? 1 : op->spec->n;
+}
+
+static OrtStatus *bind_quantized_result(struct qmatmul_run *run, OrtKernelContext *context,
+                                        struct qc_shape *shape) {
+    const struct qc_op *op = run->kernel->op;
+    void **const targets[] = {(void **)&run->y[0], (void **)&run->yq, (void **)&run->ys};
+    for (size_t i = 0; op->spec->outputs[i]; i++) {
+        const size_t output = qc_output_index(op, i);
+        shape->dims[shape->rank - 1] = width_or_scale(op, output);
+        QC_TRY(qc_output(context, i, shape, targets[output]));
+    }
+    return NULL;
+}
+
 OrtStatus *qc_bind_qmatmul(struct qmatmul_run *run, OrtKernelContext *context) {
     const struct qc_op *op = run->kernel->op;
     struct qc_shape shape;
     QC_TRY(bind_activations(run, context, &shape));
     QC_TRY(bind_extras(run, context));
+    if (quantizes_result(op)) return bind_quantized_result(run, context, &shape);
     for (size_t part = 0; op->spec->outputs[part]; part++) {
         shape.dims[shape.rank - 1] = width(op, part);
         QC_TRY(qc_output(context, part, &shape, (void **)&run->y[part]));
@@ -135,6 +154,7 @@ static OrtStatus *qmatmul_compute(void *state, OrtKernelContext *context) {
     if (run.rows == 0) return NULL;
     if (run.x && run.rows <= QUANTIZED_ROWS && run.rows * run.kernel->op->spec->k <= FEW_BYTES)
         return quantize_then_run(&run, context);
+    if (run.yq) return qc_run_requantized(&run, context);
     return qc_run_qmatmul(&run, context);
 }
 
@@ -235,20 +255,24 @@ static OrtStatus *qmatmul_create(const struct qc_op *op, const OrtKernelInfo *in
 const int qc_float_results[QC_MAX_PARTS] = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT,
                                             ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT};
 
-#define QMATMUL(types, inputs, run)                                                                \
+#define QMATMUL_TO(results, columns, types, inputs, run)                                           \
     {                                                                                              \
-        .input_types = types, .input_count = inputs, .output_types = qc_float_results,             \
+        .input_types = types, .input_count = inputs, .output_types = results,                      \
         .create = qmatmul_create, .compute = run, .destroy = qmatmul_destroy,                      \
-        .last_dimension = width,                                                                   \
+        .last_dimension = columns,                                                                 \
     }
+#define QMATMUL(types, inputs, run) QMATMUL_TO(qc_float_results, width, types, inputs, run)
 
 static const int Q_S_W_WS[] = {ORT_UINT8, ORT_FLOAT, ORT_INT8, ORT_FLOAT};
 static const int Q_S_Z_W_WS[] = {ORT_UINT8, ORT_FLOAT, ORT_UINT8, ORT_INT8, ORT_FLOAT};
 static const int Q_S_Z_W_WS_WZ[] = {ORT_UINT8, ORT_FLOAT, ORT_UINT8,
                                     ORT_UINT8, ORT_FLOAT, ORT_UINT8};
+static const int Y_YQ_YS[] = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT};
 static const int X_W_WS[] = {ORT_FLOAT, ORT_INT8, ORT_FLOAT};
 
 const struct qc_anchor qc_qmatmul_w8a8 = QMATMUL(Q_S_W_WS, 4, qmatmul_compute);
 const struct qc_anchor qc_qmatmul_u8s8 = QMATMUL(Q_S_Z_W_WS, 5, qmatmul_u8_compute);
 const struct qc_anchor qc_qmatmul_u8u8 = QMATMUL(Q_S_Z_W_WS_WZ, 6, qmatmul_u8_compute);
 const struct qc_anchor qc_dynamic_qmatmul_w8a8 = QMATMUL(X_W_WS, 3, qmatmul_compute);
+const struct qc_anchor qc_requantized_qmatmul_w8a8 =
+    QMATMUL_TO(Y_YQ_YS, width_or_scale, Q_S_W_WS, 4, qmatmul_compute);

@@ -6,6 +6,8 @@
 
 /* What is quantized at once lies on the stack; less than this takes no longer than handing it out. */
 enum { QUANTIZED_BYTES = 64 * 1024, QUANTIZED_ROWS = 512, FEW_BYTES = 32 * 1024 };
+/* So do the results of a task that quantizes them. */
+enum { RESULT_FLOATS = 48 * 1024 };
 
 struct qmatmul {
     const struct qc_op *op;
@@ -44,6 +46,9 @@ struct qmatmul_run {
     const float *x; /* to be quantized; NULL if q and s are inputs */
     uint8_t zero_point;
     char *y[QC_MAX_PARTS];
+    uint8_t *yq; /* the one result quantized, beside y[0] if that is not NULL; or NULL */
+    float *ys;
+    int in_tasks; /* whether a task quantizes its rows of it */
     int64_t rows, block_rows, panel_groups;
     struct split_rows split;
     struct centred_rows centred; /* of int4 weights */
@@ -72,12 +77,20 @@ static inline int has_zero_point(const struct qc_op *op) {
 
 /* Bytes of an element of the results. */
 static inline int64_t result_size(const struct qc_op *op) {
-    return qc_output_type(op, 0) == ORT_UINT8 ? 1 : sizeof(float);
+    return op->spec->result_type == ORT_UINT8 ? 1 : sizeof(float);
 }
 
 /* Columns of result `part`. */
 static inline int64_t width(const struct qc_op *op, size_t part) {
     return op->spec->widths[0] ? op->spec->widths[part] : op->spec->n;
+}
+
+static inline int quantizes_input(const struct qc_op *op) {
+    return op->spec->anchor == &qc_dynamic_qmatmul_w8a8;
+}
+
+static inline int quantizes_result(const struct qc_op *op) {
+    return op->spec->anchor == &qc_requantized_qmatmul_w8a8;
 }
 
 /* Quantizes rows of x, for args to read. */
@@ -107,6 +120,15 @@ void *qc_allocate(size_t bytes);
 OrtStatus *qc_find_extras(struct qmatmul *kernel, const OrtKernelInfo *info);
 /* The operands and results of a run by activations with a scale per row. */
 OrtStatus *qc_bind_qmatmul(struct qmatmul_run *run, OrtKernelContext *context);
+
+/* The same, and quantizes the result: each task its rows where that pays, else all of them at the end. */
+OrtStatus *qc_run_requantized(struct qmatmul_run *run, OrtKernelContext *context);
+
+/* Panels [begin, end) of rows from `row` of the results `y` on. */
+void qc_run_panels(const struct qmatmul_run *run, struct qc_qmatmul_args *args, char *const *y,
+                   int64_t row, int64_t begin, int64_t end);
+/* All panels of the rows of a task, the first of which is `row`, and quantizes them. */
+void qc_run_and_quantize(const struct qmatmul_run *run, struct qc_qmatmul_args *args, int64_t row);
 
 /* Cuts the work into blocks of rows times groups of panels, and runs it. */
 OrtStatus *qc_run_qmatmul(struct qmatmul_run *run, OrtKernelContext *context);

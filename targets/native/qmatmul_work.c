@@ -12,17 +12,17 @@ enum { FEW_ACTIVATIONS = 16 * 1024 };
 /* Kernels index a block with int32. */
 static const int64_t MAX_BLOCK_ELEMENTS = (int64_t)1 << 30;
 
-/* Panels [begin, end) of rows from `row` on; each call of the kernel stores to one result. */
-static void run_panels(const struct qmatmul_run *run, struct qc_qmatmul_args *args, int64_t row,
-                       int64_t begin, int64_t end) {
+/* Each call of the kernel stores to one result. */
+void qc_run_panels(const struct qmatmul_run *run, struct qc_qmatmul_args *args, char *const *y,
+                   int64_t row, int64_t begin, int64_t end) {
     const struct qc_op *op = run->kernel->op;
     const int64_t panel_columns = op->variant->tile_vectors * 16;
     int64_t first = 0;
-    for (size_t part = 0; op->spec->outputs[part]; part++) {
+    for (size_t part = 0; first < op->spec->n; part++) {
         int64_t columns = width(op, part);
         args->panel_begin = (int32_t)max(begin, first / panel_columns);
         args->panel_end = (int32_t)min(end, ceil_div(first + columns, panel_columns));
-        args->y = run->y[part] + row * columns * result_size(op);
+        args->y = y[part] + row * columns * result_size(op);
         args->y_columns = (int32_t)columns;
         args->y_first = (int32_t)first;
         if (args->panel_begin < args->panel_end) op->variant->qmatmul(args);
@@ -32,8 +32,9 @@ static void run_panels(const struct qmatmul_run *run, struct qc_qmatmul_args *ar
 
 void qc_quantize_rows(const struct qc_op *op, const float *x, int64_t rows, struct quantized *memory,
                       struct qc_qmatmul_args *args) {
-    op->variant->quantize(&(struct qc_quantize_args){x, memory->q, memory->s, (int32_t)rows});
-    qc_keep_nan(x, rows, op->spec->k, memory->s);
+    const struct qc_quantize_args all = {
+        .x = x, .q = memory->q, .s = memory->s, .rows = (int32_t)rows};
+    qc_quantize_block(op->variant, &all, op->spec->k);
     args->q = memory->q;
     args->s = memory->s;
 }
@@ -55,7 +56,7 @@ static void split_and_run(const struct qmatmul_run *run, struct qc_qmatmul_args 
     qc_place_split(&split, memory);
     (void)qc_split(&split, NULL);
     qc_read_split(&split, 0, args);
-    run_panels(run, args, row, 0, run->kernel->panels);
+    qc_run_panels(run, args, run->y, row, 0, run->kernel->panels);
 }
 
 /* The rows of a task, which it quantizes first. */
@@ -67,7 +68,7 @@ static void quantize_and_run(const struct qmatmul_run *run, struct qc_qmatmul_ar
     if (op->variant->most_lacking)
         split_and_run(run, args, row);
     else
-        run_panels(run, args, row, 0, run->kernel->panels);
+        qc_run_panels(run, args, run->y, row, 0, run->kernel->panels);
 }
 
 static void qmatmul_task(void *argument, size_t index) {
@@ -94,7 +95,11 @@ static void qmatmul_task(void *argument, size_t index) {
         args.q += row * spec->k;
     if (!has_zero_point(kernel->op)) args.s += row;
     if (args.row_sums) args.row_sums += row;
-    run_panels(run, &args, row, kernel->panels * group / run->panel_groups,
+    if (run->in_tasks) {
+        qc_run_and_quantize(run, &args, row);
+        return;
+    }
+    qc_run_panels(run, &args, run->y, row, kernel->panels * group / run->panel_groups,
                kernel->panels * (group + 1) / run->panel_groups);
 }
 
@@ -111,6 +116,10 @@ static int64_t choose_block_rows(const struct qmatmul_run *run, int64_t tasks) {
     /* Never below two tiles, since every block reads all of w. */
     const int64_t least = 2 * tile_rows;
     if (run->x) return min(max(ceil_div(run->rows, min(tasks, 16)), least), most_quantized(op));
+    if (run->in_tasks) {
+        const int64_t tiles = ceil_div(max(ceil_div(run->rows, min(tasks, 16)), least), tile_rows);
+        return min(tiles, max(RESULT_FLOATS / n / tile_rows, 1)) * tile_rows;
+    }
     int64_t rows = max(BLOCK_BYTES / k, 4 * tile_rows);
     /* Few panels: cut the rows too. */
     int64_t wanted_blocks = ceil_div(min(tasks, 16), run->kernel->panels);
@@ -127,7 +136,7 @@ static int64_t split(struct qmatmul_run *run) {
     double multiply = m * k * n / MULTIPLY_RATE, stream = k * n / STREAM_RATE;
     int64_t tasks =
         qc_task_count((multiply > stream ? multiply : stream) + m * n / EPILOGUE_RATE);
-    if (tasks == 1 && !run->x && run->rows * spec->k <= BLOCK_BYTES) {
+    if (tasks == 1 && !run->x && !run->in_tasks && run->rows * spec->k <= BLOCK_BYTES) {
         run->block_rows = run->rows;
         run->panel_groups = 1;
         return 1;
@@ -136,7 +145,7 @@ static int64_t split(struct qmatmul_run *run) {
     int64_t blocks = ceil_div(run->rows, run->block_rows);
     /* A single row reads two panels at a time, so it wants them in pairs. */
     int64_t most_groups = run->rows == 1 ? max(kernel->panels / 2, 1) : kernel->panels;
-    int64_t groups = run->x ? 1 : min(ceil_div(tasks, blocks), most_groups);
+    int64_t groups = run->x || run->in_tasks ? 1 : min(ceil_div(tasks, blocks), most_groups);
     run->panel_groups = groups;
     /* Equal groups finish together; look for such a number, but not below half. */
     for (int64_t equal = groups; equal > groups / 2; equal--)

@@ -10,7 +10,7 @@ from typing import Any
 
 from qcompiler.ir.attention import INT8
 from qcompiler.ir.dialect import OPS
-from qcompiler.ir.region import Region
+from qcompiler.ir.region import ExtraKind, Region
 from qcompiler.targets.epilogue import unsupported_epilogue
 from qcompiler.targets.x86.attention_shape import MAX_DEPTH as MAX_HEAD
 from qcompiler.targets.x86.attention_shape import attention_shape, int8_attention_shape
@@ -40,7 +40,7 @@ MAX_ASYMMETRIC_DEPTH = {
 def _generate_quantize(region: Region, isa: Isa) -> Any:
     from qcompiler.targets.x86.quantize import quantize_function
 
-    return quantize_function(region.size("K"), isa)
+    return quantize_function(region.size("K"), isa, is_smoothed=bool(region.flags))
 
 
 def _generate_norm(region: Region, isa: Isa) -> Any:
@@ -68,7 +68,9 @@ def _generate_attention(region: Region, isa: Isa) -> Any:
 
 
 def _unsupported_quantize(region: Region) -> str | None:
-    return "Quantize takes no epilogue" if region.extras or region.steps else None
+    if region.steps or region.extras != (("channel",) if region.flags else ()):
+        return "Quantize takes no epilogue"
+    return None
 
 
 def _unsupported_norm(region: Region) -> str | None:
@@ -117,9 +119,27 @@ def _unsupported_dynamic(region: Region) -> str | None:
     return _unsupported_qmatmul(region)
 
 
+def _requantized_parts(region: Region) -> tuple[Region, ...]:
+    factors: tuple[ExtraKind, ...] = ("channel",) if region.flags else ()
+    quantize = Region("Quantize", (("K", region.size("N")),), factors, flags=region.flags)
+    extras = region.extras[: len(region.extras) - len(factors)]
+    product = dataclasses.replace(region, anchor="QMatMulW8A8", extras=extras, outputs=(), flags=())
+    return quantize, product
+
+
+def _unsupported_requantized(region: Region) -> str | None:
+    n = region.size("N")
+    if region.widths or region.is_quantized or region.outputs[-2:] != ("yq", "ys"):
+        return "one result of floats is quantized"
+    if n > MAX_QUANTIZED_DEPTH:
+        return f"N={n}: rows of more than {MAX_QUANTIZED_DEPTH} are quantized later"
+    return _unsupported_qmatmul(region)
+
+
 def _quantize_parameters(region: Region, isa: Isa) -> list[tuple[str, str]]:
     return [
         ("const float *", "a->x"),
+        *((("const float *", "a->smoothing"),) if region.flags else ()),
         ("uint8_t *", "a->q"),
         ("float *", "a->s"),
         ("int32_t", "a->rows"),
@@ -263,6 +283,17 @@ FAMILIES = {
         _qmatmul_constants,
         (AVX512_VNNI, AVX_VNNI, AVX2),
         _dynamic_parts,
+    ),
+    "RequantizedQMatMulW8A8": Family(
+        ("K", "N"),
+        "qc_requantized_qmatmul_w8a8",
+        "qmatmul",
+        _qmatmul_parameters,
+        _unsupported_requantized,
+        None,
+        _qmatmul_constants,
+        (AVX512_VNNI, AVX_VNNI, AVX2),
+        _requantized_parts,
     ),
     **W4_FAMILIES,
     "LayerNorm": _norm("qc_layer_norm"),

@@ -47,23 +47,29 @@ _LONGEST_GROUPED_ROW = 2048
 
 _CHUNK = _CHAINS * LANES
 
-_PARAMETERS = (
-    Parameter("x", "float32"),
+_SMOOTHING = Parameter("smoothing", "float32")
+
+_RESULTS = (
     Parameter("q", "uint8"),
     Parameter("s", "float32"),
     Parameter("rows", "int32", is_pointer=False),
 )
 
 
-def quantize_function(k: int, isa: Isa = AVX512_VNNI) -> Any:
-    """The TIR of `void f(const float *x, uint8_t *q, float *s, int32_t rows)`, rows of `k`."""
+def quantize_function(k: int, isa: Isa = AVX512_VNNI, *, is_smoothed: bool = False) -> Any:
+    """The TIR of `void f(const float *x, uint8_t *q, float *s, int32_t rows)`, rows of `k`.
+
+    With `is_smoothed`, `const float *smoothing` follows `x`: a factor for each column.
+    """
     unit = unit_of(isa)
 
-    def body(x: Expr, q: Expr, s: Expr, rows: Expr) -> None:
+    def body(x: Expr, *rest: Expr) -> None:
+        *smoothing, q, s, rows = rest
         group = _ROWS if k <= _LONGEST_GROUPED_ROW else 1
-        for_rows(rows, group, lambda some: _rows(unit, x, q, s, k, some))
+        for_rows(rows, group, lambda some: _rows(unit, x, smoothing, q, s, k, some))
 
-    return tir.function(_PARAMETERS, body)
+    smoothing = (_SMOOTHING,) if is_smoothed else ()
+    return tir.function((Parameter("x", "float32"), *smoothing, *_RESULTS), body)
 
 
 def for_rows(rows: Expr, group: int, emit: Callable[[Sequence[Expr]], None]) -> None:
@@ -91,15 +97,24 @@ def sweep(k: int, unroll: int, emit: Callable[[Expr, int, int], None]) -> None:
         emit(offset, min(LANES, k - offset), i)
 
 
-def _rows(unit: VectorUnit, x: Expr, q: Expr, s: Expr, k: int, rows: Sequence[Expr]) -> None:
+def _rows(
+    unit: VectorUnit,
+    x: Expr,
+    smoothing: Sequence[Expr],
+    q: Expr,
+    s: Expr,
+    k: int,
+    rows: Sequence[Expr],
+) -> None:
     """Quantize the given rows; each step is emitted for all of them before the next."""
-    values = [functools.partial(_load, x, row * k) for row in rows]
+    values = [functools.partial(_load, x, smoothing, row * k) for row in rows]
     amax = [Register("float32", _row_amax(unit, value, k)) for value in values]
     quantize_rows(unit, values, amax, q, s, rows, k)
 
 
-def _load(x: Expr, start: Expr, offset: Expr, count: int) -> Expr:
-    return load_lanes(x, start + offset, count)
+def _load(x: Expr, smoothing: Sequence[Expr], start: Expr, offset: Expr, count: int) -> Expr:
+    value = load_lanes(x, start + offset, count)
+    return value * load_lanes(smoothing[0], offset, count) if smoothing else value
 
 
 def quantize_rows(

@@ -1,0 +1,92 @@
+"""Let a product quantize its own result.
+
+    q', s' = Quantize_K1536(QMatMulW8A8_K384_N1536_AddC_Gelu(q, s, w, ws, b))
+        =>  q', s' = RequantizedQMatMulW8A8_K384_N1536_AddC_Gelu_yqys(q, s, w, ws, b)
+
+Each thread quantizes rows whose floats are still in a core's cache, and a quarter of the bytes
+reaches memory: what is wide, between the two products of an MLP, is the largest there is.  What is
+quantized may be the result times one factor per channel (see `smooth_activations`, and the masks of
+`split_outliers`); if others read the result it is stored, too.
+
+Runs after `merge_siblings`, and before `fuse_quantize`, which would have the next product do it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompiler.ir.decisions import decide, decision_of, region_of
+from qcompiler.ir.graph import constant, only_consumer
+from qcompiler.ir.region import Region
+from qcompiler.passes.outlining import UNBOUND, JoiningPass, outline
+
+__all__ = ["FuseRequantize"]
+
+
+class FuseRequantize(JoiningPass):
+    """Join each outlined product with the one outlined Quantize of its result."""
+
+    def join(self, model: ir.Model, product: ir.Node) -> bool:
+        """Join a product with the Quantize of its result."""
+        region = region_of(product) if product.domain == UNBOUND else None
+        if region is None or region.anchor != "QMatMulW8A8" or region.widths or region.flags:
+            return False
+        result = product.outputs[0]
+        readers = _quantizing(result)
+        if not readers:
+            return False
+        factor = _factor(readers[0], result)
+        nodes = [product, *readers]
+        is_read = result.is_graph_output() or len({use.node for use in result.uses()}) > 1
+        whole = _whole(region, is_stored=is_read, is_smoothed=factor is not None)
+        if self.refusal(whole, nodes) is not None:
+            return False
+        operands = [*product.inputs, *([] if factor is None else [factor])]
+        new = outline(model, whole, operands, like=product)
+        decide(new, "body", f"{decision_of(product).why}; quantizes its result")
+        self.put(new, nodes, [*([result] if is_read else []), *readers[-1].outputs])
+        return True
+
+
+def _whole(region: Region, *, is_stored: bool, is_smoothed: bool) -> Region:
+    return dataclasses.replace(
+        region,
+        anchor="RequantizedQMatMulW8A8",
+        extras=(*region.extras, "channel") if is_smoothed else region.extras,
+        outputs=("y", "yq", "ys") if is_stored else ("yq", "ys"),
+        flags=("smoothed",) if is_smoothed else (),
+    )
+
+
+def _quantizing(result: ir.Value) -> list[ir.Node]:
+    """The outlined Quantize of a value, or a Mul by channel and the one that alone reads that."""
+    for use in result.uses():
+        if _quantizes(use.node, result):
+            return [use.node]
+    for use in result.uses():
+        smoothed = _factor(use.node, result) is not None
+        reader = only_consumer(use.node.outputs[0]) if smoothed else None
+        if reader is not None and _quantizes(reader, result):
+            return [use.node, reader]
+    return []
+
+
+def _quantizes(node: ir.Node, result: ir.Value) -> bool:
+    if node.domain != UNBOUND or node.graph is not result.graph:
+        return False
+    region = region_of(node)
+    return region is not None and region.anchor == "Quantize" and not region.flags
+
+
+def _factor(node: ir.Node, result: ir.Value) -> ir.Value | None:
+    """The constant of one float per channel that `node` multiplies `result` by."""
+    if node.op_type != "Mul" or node.domain != "" or node.graph is not result.graph:
+        return None
+    factor = next((value for value in node.inputs if value is not result), None)
+    array = constant(factor)
+    if array is None or array.dtype != np.float32 or result.shape is None:
+        return None
+    return factor if array.shape == tuple(result.shape[-1:]) else None
