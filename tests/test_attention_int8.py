@@ -68,17 +68,20 @@ def kernel(request, tmp_path_factory):
     from qcompiler.targets.x86.attention_int8 import attention_int8_function
 
     d = request.param
-    library = load({"f": attention_int8_function(d)}, tmp_path_factory.mktemp("raw"), AVX512_VNNI)
-    return d, library.f
+    functions = {
+        "plain": attention_int8_function(d, is_masked=False),
+        "masked": attention_int8_function(d, is_masked=True),
+    }
+    return d, load(functions, tmp_path_factory.mktemp("raw"), AVX512_VNNI)
 
 
 @pytest.mark.parametrize(
     ("rows", "keys"), [(2, 1), (3, 5), (9, 33), (13, 64), (17, 100), (40, 300), (2, 1040)]
 )
-@pytest.mark.parametrize("kind", ["random", "padding", "lowest", "half"])
+@pytest.mark.parametrize("kind", ["random", "padding", "lowest", "half", "none"])
 def test_kernel_is_its_definition_and_touches_nothing_else(kernel, rows, keys, kind):
     """Every tensor ends where its last vector does, at a page that faults."""
-    d, function = kernel
+    d, functions = kernel
     rng, guarded, gap = np.random.default_rng(rows), Guarded(), 3
     stride = d + gap
 
@@ -89,12 +92,21 @@ def test_kernel_is_its_definition_and_touches_nothing_else(kernel, rows, keys, k
         return np.append(flat, np.zeros(gap, np.float32)).reshape(-1, stride)[:, :d]
 
     q, k, v, y = (tensor(n) for n in (rows, keys, keys, rows))
-    mask = guarded(mask_of(kind, rng, [rows, keys]))
+    if kind == "none":
+        function, mask, mask_strides = (
+            functions.plain,
+            guarded(np.zeros((1, 1), np.float32)),
+            (0, 0),
+        )
+    else:
+        function, mask = functions.masked, guarded(mask_of(kind, rng, [rows, keys]))
+        mask_strides = keys, 1
     inside = [i * stride + j for i in range(rows) for j in range(d)]
     untouched, scale = np.delete(y, inside), 2 * d**-0.5
-    function(*map(pointer, (q, k, v, mask, y)), *[stride] * 4, keys, 1, rows, keys, 0,
+    function(*map(pointer, (q, k, v, mask, y)), *[stride] * 4, *mask_strides, rows, keys, 0,
              ctypes.c_float(scale))  # fmt: skip
-    expected, found = definition(*map(vectors, (q, k, v)), mask, scale), vectors(y)
+    whole_mask = np.broadcast_to(mask, (rows, keys))
+    expected, found = definition(*map(vectors, (q, k, v)), whole_mask, scale), vectors(y)
     np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
     if np.nan_to_num(expected).any():
         # A score next to the middle of two steps may be rounded to the other.

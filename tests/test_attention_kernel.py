@@ -143,7 +143,9 @@ def raw_kernel(tmp_path_factory: pytest.TempPathFactory):
 
     folder = tmp_path_factory.mktemp("raw")
     return functools.cache(
-        lambda d, isa: load({"f": attention_function(d, isa=isa)}, folder, isa).f
+        lambda d, isa, masked: (
+            load({"f": attention_function(d, isa=isa, is_masked=masked)}, folder, isa).f
+        )
     )
 
 
@@ -151,9 +153,10 @@ def raw_kernel(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize(
     ("d", "rows", "keys"), [(20, 3, 5), (20, 1, 33), (20, 9, 17), (32, 13, 1), (32, 2, 1040)]
 )
-def test_kernel_never_reads_or_writes_too_far(raw_kernel, isa, d, rows, keys):
+@pytest.mark.parametrize("masked", [True, False])
+def test_kernel_never_reads_or_writes_too_far(raw_kernel, isa, d, rows, keys, masked):
     """Every tensor ends where its last vector does, at a page that faults."""
-    kernel = raw_kernel(d, isa)
+    kernel = raw_kernel(d, isa, masked)
     rng, guarded, gap = np.random.default_rng(0), Guarded(), 3
     stride = d + gap
 
@@ -164,9 +167,10 @@ def test_kernel_never_reads_or_writes_too_far(raw_kernel, isa, d, rows, keys):
         return np.append(flat, np.zeros(gap, np.float32)).reshape(-1, stride)[:, :d]
 
     q, k, v, y = (tensor(n) for n in (rows, keys, keys, rows))
-    mask = guarded(rng.standard_normal((rows, keys), np.float32))
+    mask = guarded(rng.standard_normal((rows, keys) if masked else (1, 1), np.float32) * masked)
+    strides = (keys, 1) if masked else (0, 0)
     untouched = np.delete(y, [i * stride + j for i in range(rows) for j in range(d)])
-    kernel(*map(pointer, (q, k, v, mask, y)), *[stride] * 4, keys, 1, rows, keys, 0,
+    kernel(*map(pointer, (q, k, v, mask, y)), *[stride] * 4, *strides, rows, keys, 0,
            ctypes.c_float(0.5))  # fmt: skip
     scores = vectors(q).astype(np.float64) @ vectors(k).T / 2 + mask
     weights = np.exp(scores - scores.max(-1, keepdims=True))

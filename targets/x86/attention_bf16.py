@@ -42,9 +42,9 @@ attributes #0 = { alwaysinline nounwind willreturn memory(none)
 """
 
 
-def attention_bf16_function(d: int) -> Any:
+def attention_bf16_function(d: int, *, is_masked: bool) -> Any:
     """The TIR of `attention_function`, with products of bfloat16."""
-    return attention_function(d, _AttentionBf16, AVX512_BF16)
+    return attention_function(d, _AttentionBf16, AVX512_BF16, is_masked=is_masked)
 
 
 def _pack(low: Expr, high: Expr) -> Expr:

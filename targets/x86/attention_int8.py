@@ -35,9 +35,9 @@ _STEP = 4 * LANES
 """Numbers that become one vector of bytes."""
 
 
-def attention_int8_function(d: int) -> Any:
+def attention_int8_function(d: int, *, is_masked: bool) -> Any:
     """The TIR of `attention_function`, with products of int8."""
-    return attention_function(d, _AttentionInt8, AVX512_VNNI)
+    return attention_function(d, _AttentionInt8, AVX512_VNNI, is_masked=is_masked)
 
 
 class _AttentionInt8(Attention):
@@ -47,12 +47,14 @@ class _AttentionInt8(Attention):
     shape = staticmethod(int8_attention_shape)
     _softmax: SoftmaxInt8
 
-    def __init__(self, d: int, isa: Isa, arguments: dict[str, Expr]) -> None:
-        super().__init__(d, isa, arguments)
+    def __init__(self, d: int, isa: Isa, arguments: dict[str, Expr], is_masked: bool) -> None:
+        super().__init__(d, isa, arguments, is_masked)
         shape = self.shape(d)
         self._avx512 = Avx512()
         self._inverses = tir.scratch("float32", LANES)
-        self._q_scale = tir.scratch("float32", shape.rows)
+        self._q_scale = tir.scratch("float32", shape.rows + LANES)
+        if not is_masked:  # a mask is added to scores that are whole
+            self._softmax.row_scales = self._q_scale
         self._k_scale = tir.scratch("float32", shape.keys)
         self._k_start = tir.scratch("int32", shape.keys)
         self._v_scale = tir.scratch("float32", shape.padded_d)
@@ -72,10 +74,12 @@ class _AttentionInt8(Attention):
         """-128 times the sums of 16 keys."""
         return load_lanes(self._k_start, key, LANES, "int32")
 
-    def score(self, row: Expr, key: Expr, total: Expr, mask: Expr) -> Expr:
+    def score(self, row: Expr, key: Expr, total: Expr, mask: Expr | None) -> Expr:
         """The scores of 16 keys from their totals."""
-        scale = load_lanes(self._k_scale, key, LANES) * tir.broadcast(self._q_scale[row])
-        return fma(tir.cast("float32x16", total), scale, mask)
+        scale, real = load_lanes(self._k_scale, key, LANES), tir.cast("float32x16", total)
+        if self._is_masked:
+            scale = scale * tir.broadcast(self._q_scale[row])
+        return real * scale if mask is None else fma(real, scale, mask)
 
     def pack_queries(self) -> None:
         """All rows, 16 at a time; those after the last are copies of it."""

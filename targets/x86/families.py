@@ -60,11 +60,12 @@ def _generate_attention(region: Region, isa: Isa) -> Any:
     from qcompiler.targets.x86.attention_bf16 import attention_bf16_function
     from qcompiler.targets.x86.attention_int8 import attention_int8_function
 
+    d, is_masked = region.size("D"), region.anchor == "MaskedAttention"
     if isa == AVX512_BF16:
-        return attention_bf16_function(region.size("D"))
+        return attention_bf16_function(d, is_masked=is_masked)
     if _multiplies_int8(region, isa):
-        return attention_int8_function(region.size("D"))
-    return attention_function(region.size("D"), isa=isa)
+        return attention_int8_function(d, is_masked=is_masked)
+    return attention_function(d, isa=isa, is_masked=is_masked)
 
 
 def _unsupported_quantize(region: Region) -> str | None:

@@ -100,12 +100,15 @@ class RunningSoftmax:
         self.add_sums([total.value for total in sums], kept, first_row)
         return kept
 
-    def highest(self, tops: Sequence[Register]) -> Register:
-        """The largest lanes of a tile's rows, a lane for each row; LOWEST in the others."""
+    def highest(self, tops: Sequence[Register], scale: Expr | None = None) -> Register:
+        """The largest lanes of a tile's rows times their scales, a lane for each; else LOWEST."""
         count = len(tops)
         padded = [*tops, *[tops[-1]] * ((1 << (count - 1).bit_length()) - count)]
         is_row = tir.lanes(0) < tir.broadcast(count)
-        return Register("float32", tir.select(is_row, maxima_of(padded), tir.broadcast(LOWEST)))
+        largest = maxima_of(padded)
+        if scale is not None:
+            largest = largest * scale
+        return Register("float32", tir.select(is_row, largest, tir.broadcast(LOWEST)))
 
     def raise_tops(self, highest: Register, first_row: Expr) -> tuple[Register, Register]:
         """The largest scores so far, and the factors for what has been summed before."""

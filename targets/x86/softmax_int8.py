@@ -14,7 +14,8 @@ polynomial.  Scores more than 16 log2 below the top saturate, where weights are 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Register
@@ -34,6 +35,11 @@ _EXP2 = (1.00172475, 0.65763628, 0.33718942)
 EXP2_TERMS = tuple(round(c * 255 / 2 * 2**7) for c in _EXP2)
 """255 * 2^(f - 1) with 7 bits after the point, for f in units of 2^-16."""
 
+_SCALE = math.log2(math.e) * 2**POINT
+"""From scores to t."""
+
+Power = Callable[[Expr], Expr]
+
 _BYTES = 4 * LANES
 """Weights that are made at a time."""
 
@@ -41,13 +47,15 @@ _BYTES = 4 * LANES
 class SoftmaxInt8(RunningSoftmax):
     """Its weights are uint8, four keys to a lane.
 
-    `block_factors` is what each row of the tile at hand multiplies the sums of this block by.
+    `block_factors` is what each row of the tile at hand multiplies the sums of this block by, and
+    `row_scales` what its scores are yet to be multiplied by, if they are.
     """
 
     def __init__(self, shape: AttentionShape, unit: Avx512) -> None:
         super().__init__(shape, unit)
         self._unit = unit
         self.block_factors: list[Register] = []
+        self.row_scales: Expr | None = None
         self.weight_stride = (shape.keys // _BYTES + 1) * LANES
         self.weights = tir.scratch("int32", TILE_ROWS * self.weight_stride)
 
@@ -57,7 +65,8 @@ class SoftmaxInt8(RunningSoftmax):
         """The scores become weights, see `RunningSoftmax`."""
         if not packed:
             return super().weigh(tops, first_row, count, packed=False)
-        highest = self.highest(tops)
+        scale = self._row_scale(first_row)
+        highest = self.highest(tops, scale)
         now, before = self.raise_tops(highest, first_row)
         factors = Register("float32", self._exp(highest.value - now.value))
         kept, self.block_factors = (all_rows(v, len(tops)) for v in (before, factors))
@@ -68,7 +77,8 @@ class SoftmaxInt8(RunningSoftmax):
                 end = i * self.stride + count // _BYTES * _BYTES + PANEL
                 for u in range(0, PANEL, LANES):
                     tir.store(self.scores, nothing, tir.lanes(end + u))
-        sums = [self._bytes(i, top, count) for i, top in enumerate(all_rows(highest, len(tops)))]
+        powers = self._powers(highest, scale, len(tops))
+        sums = [self._bytes(i, power, count) for i, power in enumerate(powers)]
         scaled = [
             tir.cast("float32x16", total.value) * factor.value
             for total, factor in zip(sums, self.block_factors, strict=True)
@@ -76,33 +86,58 @@ class SoftmaxInt8(RunningSoftmax):
         self.add_sums(scaled, kept, first_row)
         return kept
 
-    def _bytes(self, i: int, top: Register, count: Expr) -> Register:
+    def _row_scale(self, first_row: Expr) -> Expr | None:
+        """What the scores of a tile's rows are yet to be multiplied by, a lane for each."""
+        scales = self.row_scales
+        return None if scales is None else load_lanes(scales, first_row, LANES)
+
+    def _powers(self, highest: Register, scale: Expr | None, count: int) -> list[Power]:
+        """For each row the function from its scores to t - 1."""
+        if scale is None:
+            return [partial(_from_top, top) for top in all_rows(highest, count)]
+        slope = Register("float32", scale * tir.broadcast(_SCALE))
+        start = fma(highest.value, tir.broadcast(-_SCALE), tir.broadcast(-1.0))
+        lines = zip(
+            all_rows(slope, count), all_rows(Register("float32", start), count), strict=True
+        )
+        return [partial(_on_line, *line) for line in lines]
+
+    def _bytes(self, i: int, power: Power, count: Expr) -> Register:
         """Row i of the weights; returns their sums per lane."""
         total = Register("int32", tir.broadcast(0))
         ones = tir.reinterpret("int8x64", tir.broadcast(0x01010101))
         with tir.loop(0, (count + (_BYTES - 1)) // _BYTES) as panel:
             start = i * self.stride + panel * _BYTES
-            halves = [self._words(start + u, top) for u in (0, 2 * LANES)]
+            halves = [self._words(start + u, power) for u in (0, 2 * LANES)]
             packed = Register("int32", self._unit.pack_uint8(*halves))
             tir.store(self.weights, packed.value, tir.lanes(i * self.weight_stride + panel * LANES))
             bytes_ = tir.reinterpret("uint8x64", packed.value)
             total.set(self._unit.dot_product_bytes(total.value, bytes_, ones))
         return total
 
-    def _words(self, start: Expr, top: Register) -> Expr:
-        """Two vectors of weights as uint16, in lanes of four."""
-        scale = tir.broadcast(math.log2(math.e) * 2**POINT)
+    def _words(self, start: Expr, power: Power) -> Expr:
+        """Two vectors of weights as uint16, in lanes of four.
+
+        One is taken from t, so that it is negative: of t = n + f the whole part is a shift by
+        -1 - n, which is ~(t - 1) without its fraction.
+        """
         powers = []
         for first in (start, start + LANES):
-            below = load_lanes(self.scores, first, LANES) - top.value
-            # One less than t, so that it is negative: of t = n + f the whole part is a shift by
-            # -1 - n, which is ~t without its fraction.
-            power = fma(below, scale, tir.broadcast(-1.0))
-            powers.append(Register("int32", self._unit.round_to_int32(power)))
-        t = Register("uint16", self._unit.pack_int16(*(power.value for power in powers)), 2 * LANES)
-        shift = (t.value ^ tir.all_words(0xFFFF)) >> tir.all_words(POINT)
+            real = power(load_lanes(self.scores, first, LANES))
+            powers.append(Register("int32", self._unit.round_to_int32(real)))
+        t = Register("uint16", self._unit.pack_int16(*(one.value for one in powers)), 2 * LANES)
+        halvings = (t.value ^ tir.all_words(0xFFFF)) >> tir.all_words(POINT)
         fraction = Register("uint16", t.value << tir.all_words(16 - POINT), 2 * LANES)
         constant, linear, square = (tir.all_words(term) for term in EXP2_TERMS)
         slope = self._unit.high_product(fraction.value, square) + linear
         series = self._unit.high_product(fraction.value, slope) + constant
-        return self._unit.rounded_shift_by_7(self._unit.shift_right(series, shift))
+        return self._unit.rounded_shift_by_7(self._unit.shift_right(series, halvings))
+
+
+def _from_top(top: Register, score: Expr) -> Expr:
+    """A row of the least of all floats, which masks are made of, does not overflow so."""
+    return fma(score - top.value, tir.broadcast(_SCALE), tir.broadcast(-1.0))
+
+
+def _on_line(slope: Register, start: Register, score: Expr) -> Expr:
+    return fma(score, slope.value, start.value)
