@@ -15,9 +15,10 @@ What inputs have in common on some samples they need not have elsewhere: first, 
 diagonal are shrunk by the share of them that is chance, as the samples differ (`Moments.chance`).
 
 H is of the model with all layers before this one rounded already, as in the paper, so that later
-layers make up for earlier ones too.  An input that is always 0 is rounded to nearest.  Rounded
-layers are kept in the cache by the hash of model, samples and options: a compilation that was
-killed goes on after the last one.
+layers make up for earlier ones too.  An input that is always 0 is rounded to nearest, and so is a
+layer that no sample reaches (an expert to which no token is sent).  Rounded layers are kept in the
+cache by the hash of model, samples and options: a compilation that was killed goes on after the
+last one.
 """
 
 from __future__ import annotations
@@ -150,6 +151,9 @@ def round_one(
     weight: Rows, type: QuantType, moments: Moments, options: GPTQ.Options
 ) -> tuple[RoundedWeight, str]:
     """The better of both roundings, and how good they are."""
+    if not moments.count:
+        nearest = rounded_on(weight, type, weight_grid(weight, type, "max"))
+        return nearest, "rounded to nearest: no sample reaches it"
     chance = min(options.shrinkage * moments.chance(), 1.0) if options.shrinkage else 0.0
     rounded, damping = gptq(weight, moments.second, type, options, chance)
     nearest = rounded_on(weight, type, weight_grid(weight, type, "max"))
