@@ -288,6 +288,62 @@ def test_files_that_are_none(tmp_path):
         take_over_weights(model(), write(bad, {"a": np.zeros(100, np.float32)}))
 
 
+def sharded(folder, places=None):
+    """A layer of which each part is in a file of its own, and an index; and what it stands for."""
+    file, floats = gptq(folder, 4)
+    held = SafeTensors(file)
+    parts = {name: held[name] for name in held}
+    file.unlink()
+    shards = {name: f"model-{number:05}-of-00004.safetensors"
+              for number, name in enumerate(sorted(parts), 1)}  # fmt: skip
+    for name, shard in shards.items():
+        write(folder / shard, {name: parts[name]})
+    index = json.dumps({"metadata": {}, "weight_map": shards | (places or {})})
+    (folder / "model.safetensors.index.json").write_text(index)
+    return shards, floats
+
+
+def test_a_checkpoint_in_several_files(tmp_path):
+    _, floats = sharded(tmp_path)
+    # Some folders hold the same weights once more, in a form that the index does not know.
+    write(tmp_path / "consolidated.safetensors", {f"{LAYER}.scales": np.zeros(3, np.float32)})
+    made = model()
+    assert take_over_weights(made, tmp_path) == [LAYER]
+    (node,) = [node for node in made.graph if node.op_type == "MatMul"]
+    np.testing.assert_array_equal(dequantized_constant(node.inputs[1]), floats)
+
+
+def test_a_file_that_was_not_downloaded(tmp_path):
+    """Its layers would stay float, and nobody would hear of it."""
+    shards, _ = sharded(tmp_path)
+    (tmp_path / shards[f"{LAYER}.qweight"]).unlink()
+    with pytest.raises(ModelError, match="names model-0000.-of-00004.safetensors, which is not th"):
+        take_over_weights(model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("places", "why"),
+    [
+        ({"other.qweight": "model-00001-of-00004.safetensors"}, "00001.* holds no 'other.qweight'"),
+        ({f"{LAYER}.g_idx": "model-00004-of-00004.safetensors"}, "00004.* holds no .*g_idx'"),
+        ({"other.qweight": "../model.safetensors"}, "'../model.safetensors', which is no file of"),
+    ],
+)
+def test_an_index_that_is_wrong(tmp_path, places, why):
+    (tmp_path / "checkpoint").mkdir()
+    sharded(tmp_path / "checkpoint", places)
+    with pytest.raises(ModelError, match=why):
+        take_over_weights(model(), tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', '{"metadata": {}}'])
+def test_an_index_that_is_none(tmp_path, content):
+    gptq(tmp_path, 4)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match="index.json is no index of a checkpoint: "):
+        take_over_weights(model(), tmp_path)
+
+
 def test_on_the_command_line(tmp_path):
     file, floats = gptq(tmp_path, 4)
     made = model()
