@@ -62,10 +62,13 @@ def take_over_weights(
     given = names or {}
     layers = _layers_of(file, given)
     less_one = _is_less_one(Path(checkpoint)) if zeros_less_one is None else zeros_less_one
+    FixNames()(model)
+    weights = _weight_names(model)
     Canonicalize()(model)
+    products = _products(model, weights)
     methods = set()
     orders: dict[tuple[ir.Value, bytes], ir.Value] = {}
-    for layer, node in _nodes_of(layers, given, model, file.name).items():
+    for layer, node in _nodes_of(layers, given, products, file.name).items():
         methods.add(_take_over(model.graph, node, file, layer, less_one, orders))
     if methods == {"awq"} and zeros_less_one is not None:
         raise OptionError(
@@ -91,11 +94,10 @@ def _layers_of(file: SafeTensors, names: Mapping[str, str]) -> list[str]:
 
 
 def _nodes_of(
-    layers: Iterable[str], names: Mapping[str, str], model: ir.Model, file: str
+    layers: Iterable[str], names: Mapping[str, str], products: Mapping[str, ir.Node], file: str
 ) -> dict[str, ir.Node]:
     """A product that each layer is; others may share its weight."""
-    products, taken = _products(model), dict[ir.Value | None, str]()
-    found = dict[str, ir.Node]()
+    taken, found = dict[ir.Value | None, str](), dict[str, ir.Node]()
     for layer in layers:
         node = found[layer] = _find(layer, names.get(layer), products, file)
         other = taken.setdefault(node.inputs[1], layer)
@@ -139,14 +141,27 @@ def _is_less_one(path: Path) -> bool:
     return True
 
 
-def _products(model: ir.Model) -> dict[str, ir.Node]:
+def _weight_names(model: ir.Model) -> dict[str, str]:
+    """By the name of a product, what its weight is called: turned over, it gets another name."""
+    found = {}
+    for node in every_node(model.graph):
+        value = node.inputs[1] if node.op_type in ("MatMul", "Gemm") else None
+        maker = None if value is None else value.producer()
+        if maker is not None and maker.op_type == "Transpose":
+            value = maker.inputs[0]
+        if value is not None and value.const_value is not None:
+            found[node.name or ""] = value.name or ""
+    return found
+
+
+def _products(model: ir.Model, weights: Mapping[str, str]) -> dict[str, ir.Node]:
     """MatMuls by constant matrices, by every name that they go by."""
     found: dict[str, ir.Node] = {}
     for node in every_node(model.graph):
         weight = node.inputs[1] if node.op_type == "MatMul" else None
         array = constant(weight)
         if weight is not None and array is not None and array.ndim == 2:
-            for name in (*names_of(node), weight.name or ""):
+            for name in (*names_of(node), weight.name or "", weights.get(node.name or "", "")):
                 found.setdefault(_plain(name), node)
     return found
 
@@ -154,7 +169,7 @@ def _products(model: ir.Model) -> dict[str, ir.Node]:
 def _plain(name: str) -> str:
     """Without what exporters put around the name of a module."""
     name = name.replace("/", ".").strip(".")
-    for ending in (".weight", ".MatMul"):
+    for ending in (".weight", ".MatMul", ".Gemm"):
         name = name.removesuffix(ending)
     return name
 

@@ -259,6 +259,30 @@ def test_awq_has_no_zero_points_less_one(tmp_path):
         take_over_weights(model(), file, zeros_less_one=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [("/model/layers.0/mlp/up_proj/Gemm", "onnx_7"), ("", f"{LAYER}.weight")],
+)
+@pytest.mark.parametrize(
+    "call",
+    ["y = Gemm <transB = 1> (x, wt, b)", "w = Transpose (wt) p = MatMul (x, w) y = Add (p, b)"],
+)
+def test_a_weight_that_is_turned_over(tmp_path, call, name, weight):
+    """As torch's exporters write a Linear of two dimensions."""
+    file, floats = gptq(tmp_path, 4)
+    made = model_of(
+        f"g (float[m,{K}] x) => (float[m,{N}] y) {{ {call} }}",
+        {"wt": np.ascontiguousarray(W.T), "b": np.ones(N, np.float32)},
+    )
+    for node in made.graph:
+        if node.op_type in ("Gemm", "MatMul"):
+            node.name = name
+    made.graph.initializers["wt"].name = weight
+    take_over_weights(made, file)
+    got = run(made, FEEDS, plainly=True)[0]
+    np.testing.assert_allclose(got, FEEDS["x"] @ floats + 1, rtol=1e-4, atol=1e-4)
+
+
 def test_a_layer_of_another_name(tmp_path):
     file, floats = gptq(tmp_path, 4)
     made = model()
