@@ -68,6 +68,10 @@ class SafeTensors:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, which is not read for it."""
+        return self._where[name][2]
+
     def __getitem__(self, name: str) -> NDArray[Any]:
         file, dtype, shape, offset = self._where[name]
         count = int(np.prod(shape))

@@ -36,7 +36,8 @@ def write(path, tensors):
 
 
 def model(text=f"g (float[m,{K}] x) => (float[m,{N}] y) {{ y = MatMul (x, w) }}"):
-    made = model_of(text, {"w": W, "gamma": np.ones(K, np.float32)})
+    ones = {"gamma": np.ones(K, np.float32), "router": np.ones((K, 4), np.float32)}
+    made = model_of(text, {"w": W} | ones)
     for node in made.graph:
         if node.op_type == "MatMul":
             node.name = "/model/layers.0/mlp/up_proj/MatMul"
@@ -162,6 +163,12 @@ NORM = (
 )
 
 
+ROUTED = (
+    f"g (float[m,{K}] x) => (float[m,{N}] y, float[m,4] r) "
+    "{ t = LayerNormalization <axis = -1> (x, gamma) y = MatMul (t, w) r = MatMul (t, router) }"
+)
+
+
 def test_awq_with_its_norm(tmp_path):
     gamma = RNG.uniform(0.5, 2, K).astype(np.float16)
     file, floats = awq(tmp_path, **{"model.norm.weight": gamma})
@@ -171,6 +178,34 @@ def test_awq_with_its_norm(tmp_path):
     x /= np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-5)
     expected = x * gamma.astype(np.float32) @ floats
     np.testing.assert_allclose(run(made, FEEDS, plainly=True)[0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_router_beside_layers_of_awq(tmp_path):
+    """It reads the norm that was scaled for the experts, and stays float."""
+    gamma = RNG.uniform(0.5, 2, K).astype(np.float16)
+    router = RNG.standard_normal((4, K)).astype(np.float16)
+    more = {"model.norm.weight": gamma, "model.layers.0.mlp.gate.weight": router,
+            "model.embed_tokens.weight": np.ones((9, K), np.float16)}  # fmt: skip
+    file, _ = awq(tmp_path, **more)
+    made = model(ROUTED)
+    made.graph[2].name = "/model/layers.0/mlp/gate/MatMul"
+    take_over_weights(made, file)
+    x = FEEDS["x"] - FEEDS["x"].mean(1, keepdims=True)
+    x /= np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-5)
+    expected = x * gamma.astype(np.float32) @ router.T.astype(np.float32)
+    np.testing.assert_allclose(run(made, FEEDS, plainly=True)[1], expected, rtol=1e-3, atol=1e-3)
+    file, _ = awq(tmp_path, **more | {"model.layers.0.mlp.gate.weight": router[:3]})
+    made = model(ROUTED)
+    made.graph[2].name = "/model/layers.0/mlp/gate/MatMul"
+    with pytest.raises(ModelError, match=r"gate.weight' is \[3, 64\], in the model \[4, 64\]"):
+        take_over_weights(made, file)
+
+
+def test_factors_of_an_activation(tmp_path):
+    """AWQ divides what GELU makes by them, in a node of its own."""
+    file, _ = awq(tmp_path, **{"model.layers.0.mlp.act.scales": np.ones(K, np.float16)})
+    with pytest.raises(ModelError, match="'model.layers.0.mlp.act.scales' divides an activation"):
+        take_over_weights(model(), file)
 
 
 def test_what_does_not_fit(tmp_path):
