@@ -14,6 +14,9 @@ from qcompiler import frontend
 from qcompiler.ir import on_disk as module
 from qcompiler.ir.graph import new_initializer
 from qcompiler.ir.on_disk import let_go, on_disk
+from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.passes.planned_products import sampled_products
+from qcompiler.targets.catalog import TARGETS
 
 LARGE = np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024)
 
@@ -83,3 +86,32 @@ def test_onnx_runtime_looks_at_a_model_without_its_weights(monkeypatch, tmp_path
     monkeypatch.setattr(frontend, "open_session", opened)
     frontend.load_model(place)
     assert len(grown) == 1 and grown[0] < weight.nbytes / 2
+
+
+def resident(path):
+    """Bytes of a mapped file that are in memory now."""
+    smaps = Path("/proc/self/smaps").read_text()
+    pages = re.findall(
+        rf"{re.escape(str(path))}\n.*?^Rss:\s+(\d+) kB", smaps, re.DOTALL | re.MULTILINE
+    )
+    return sum(map(int, pages)) << 10
+
+
+def test_columns_of_weights_do_not_keep_the_model_in_memory(tmp_path):
+    """They lie on all of its pages; passes look at those of one product after the other."""
+    weights = {name: LARGE + 1 for name in "abc"}
+    text = (
+        "g (float[2,1024] x) => (float[2,1024] y) "
+        "{ p = MatMul (x, a) q = MatMul (p, b) y = MatMul (q, c) }"
+    )
+    ir.save(model_of(text, weights), tmp_path / "m.onnx", external_data="w.bin")
+    model = ir.load(tmp_path / "m.onnx")
+    AssignPrecision(TARGETS["x86-int4"].scheme)(model)
+    with sampled_products(model, tokens_of, "looked", made_up=False, ranges=None) as sites:
+        for site, _ in sites:
+            (columns,) = site.weights().values()
+            assert columns.shape[0] == 1024 and resident(tmp_path / "w.bin") < LARGE.nbytes / 2
+
+
+def tokens_of(model, names):
+    return {name: LARGE[:8] for name in names}
