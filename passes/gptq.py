@@ -186,7 +186,7 @@ def gptq(
     order = np.arange(len(weight))
     if options.act_order:
         order = np.argsort(-np.diag(hessian), kind="stable")
-    factor, damping = _inverse_factor(hessian[order][:, order], options.damping, chance)
+    factor, damping = _inverse_factor(hessian, order, options.damping, chance)
     # Errors count for the mean square of their input.  To count less what inputs to come make up
     # for, 1 / R[k, k]^2, gains 0.3 dB in a layer and loses in the model: SmolLM2 has a perplexity
     # of 22.4 in place of 22.1 in groups of 64, 22.9 in place of 22.4 in groups of 128.
@@ -226,27 +226,35 @@ def _by_group(grid: Grid, type: QuantType) -> list[Rows]:
     return [np.atleast_2d(part.astype(np.float32)) for part in (grid.scale, zeros, offsets)]
 
 
-def _inverse_factor(hessian: Rows, damping: float, chance: float) -> tuple[Rows, float]:
-    """R, upper triangular, with RT R the inverse of the Hessian, shrunk by a share and damped.
+def _inverse_factor(
+    hessian: Rows, order: NDArray[np.intp], damping: float, chance: float
+) -> tuple[Rows, float]:
+    """R, upper triangular, with RT R the inverse of the Hessian in order, shrunk and damped.
 
     And the damping that it took.
     """
-    diagonal = np.diag(hessian)
-    dead = diagonal <= 0
-    mean = float(diagonal.mean()) or 1.0
+    # Backwards, because H = U UT has the inverse (U^-1)T U^-1, and U^-1 is upper as well.
+    backwards = order[::-1]
+    damped = hessian[np.ix_(backwards, backwards)]
+    damped *= np.float32(1 - chance)
+    diagonal = np.diag(hessian)[backwards]
+    dead, mean = diagonal <= 0, float(np.diag(hessian)[order].mean()) or 1.0
     while damping <= _MOST_DAMPING:
-        damped = hessian * np.float32(1 - chance)
         damped[np.diag_indices_from(damped)] = diagonal + np.where(dead, mean, damping * mean)
         try:
-            # Backwards, because H = U UT has the inverse (U^-1)T U^-1, and U^-1 is upper as well.
-            lower = np.linalg.cholesky(damped[::-1, ::-1])
-            return _inverse_of_upper(np.ascontiguousarray(lower[::-1, ::-1])), damping
+            lower = np.linalg.cholesky(damped)
+            break
         except np.linalg.LinAlgError:
             damping *= 10
-    raise CalibrationError(
-        "the second moments of what goes into a product are no positive matrix: the samples hold "
-        "numbers too large to square"
-    )
+    else:
+        raise CalibrationError(
+            "the second moments of what goes into a product are no positive matrix: the samples "
+            "hold numbers too large to square"
+        )
+    del damped  # four matrices as large as H are in memory at most, and this would be a fifth
+    upper = np.ascontiguousarray(lower[::-1, ::-1])
+    del lower
+    return _inverse_of_upper(upper), damping
 
 
 def _inverse_of_upper(upper: Rows) -> Rows:
