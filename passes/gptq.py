@@ -54,6 +54,9 @@ _MOST_DAMPING = 1.0
 """Of the mean of H's diagonal: a matrix that is singular with so much on its diagonal holds
 nonsense."""
 
+_BLOCK = 256
+"""Rows of a matrix that are taken apart at once, as large as makes the rest fast."""
+
 
 class GPTQ(ir.passes.InPlacePass):
     """Round the matrices of planned MatMuls; what is not one is left to round-to-nearest.
@@ -233,28 +236,48 @@ def _inverse_factor(
 
     And the damping that it took.
     """
+    diagonal = np.diag(hessian)[order]
+    mean = float(diagonal.mean()) or 1.0
     # Backwards, because H = U UT has the inverse (U^-1)T U^-1, and U^-1 is upper as well.
     backwards = order[::-1]
-    damped = hessian[np.ix_(backwards, backwards)]
-    damped *= np.float32(1 - chance)
-    diagonal = np.diag(hessian)[backwards]
-    dead, mean = diagonal <= 0, float(np.diag(hessian)[order].mean()) or 1.0
     while damping <= _MOST_DAMPING:
-        damped[np.diag_indices_from(damped)] = diagonal + np.where(dead, mean, damping * mean)
+        damped = hessian[np.ix_(backwards, backwards)]
+        damped *= np.float32(1 - chance)
+        added = np.where(diagonal <= 0, mean, damping * mean)
+        damped[np.diag_indices_from(damped)] = (diagonal + added)[::-1]
+        # Twice as large as H: with H, and what follows, four of those are in memory at most.
+        lower = damped.astype(np.float64)
+        del damped
         try:
-            lower = np.linalg.cholesky(damped)
-            break
+            _to_lower_factor(lower)
         except np.linalg.LinAlgError:
             damping *= 10
-    else:
-        raise CalibrationError(
-            "the second moments of what goes into a product are no positive matrix: the samples "
-            "hold numbers too large to square"
-        )
-    del damped  # four matrices as large as H are in memory at most, and this would be a fifth
-    upper = np.ascontiguousarray(lower[::-1, ::-1])
-    del lower
-    return _inverse_of_upper(upper), damping
+            continue
+        upper = np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+        del lower
+        return _inverse_of_upper(upper), damping
+    raise CalibrationError(
+        "the second moments of what goes into a product are no positive matrix: the samples hold "
+        "numbers too large to square"
+    )
+
+
+def _to_lower_factor(matrix: NDArray[np.float64]) -> None:
+    """Make L of a matrix L LT in its place, of which only the lower half is read.
+
+    numpy's own takes three times the room of the matrix beside it.
+
+    Raises:
+        LinAlgError: The matrix is not positive.
+    """
+    for start in range(0, len(matrix), _BLOCK):
+        end = start + _BLOCK
+        corner = matrix[start:end, start:end] = np.linalg.cholesky(matrix[start:end, start:end])
+        matrix[start:end, end:] = 0
+        matrix[end:, start:end] = matrix[end:, start:end] @ np.linalg.inv(corner).T
+        for left in range(end, len(matrix), _BLOCK):
+            columns = matrix[left : left + _BLOCK, start:end]
+            matrix[left:, left : left + _BLOCK] -= matrix[left:, start:end] @ columns.T
 
 
 def _inverse_of_upper(upper: Rows) -> Rows:
