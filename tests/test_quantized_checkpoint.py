@@ -235,6 +235,9 @@ def test_what_does_not_fit(tmp_path):
     ({"scales": np.zeros((0, N), np.float16)}, "qzeros and scales of .* are no packed tables"),
     ({"qzeros": np.ones(4, np.int32)}, "qzeros and scales of .* are no packed tables"),
     ({"scales": np.full((K // GROUP, N), np.nan, np.float16)}, "scales of .* hold NaN or Inf"),
+    ({"scales": np.ones((K // GROUP, 16), np.float16),
+      "qzeros": np.ones((K // GROUP, 2), np.int32)},
+     "scales, qzeros and g_idx of .* do not fit each other"),
 ])  # fmt: skip
 def test_damaged_parts_of_a_layer(tmp_path, change, why):
     file, _ = gptq(tmp_path, 4, **change)
