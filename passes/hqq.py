@@ -153,7 +153,7 @@ def _looked_at(
     """The error of each slice in steps, outliers apart, and by how much its zero point is off."""
     count = min(-(-weight.size // _PIECE), weight.shape[1])
     parts = (np.array_split(array, count, axis=1) for array in (weight, scale, zeros))
-    found = [_look(*part, type, norm) for part in zip(*parts, strict=True)]
+    found = [_look(w, s, z, type, norm) for w, s, z in zip(*parts, strict=True)]
     loss, moves = (np.hstack(each) for each in zip(*found, strict=True))
     return loss, moves
 
