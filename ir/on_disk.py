@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import mmap
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-__all__ = ["let_go", "on_disk"]
+__all__ = ["let_go", "letting_go", "on_disk"]
 
 _LARGE = 1 << 20
 """Bytes: to map a smaller array takes longer than it is worth."""
@@ -41,7 +42,22 @@ def on_disk(array: NDArray[Any]) -> NDArray[Any]:
 
 def let_go(value: ir.Value) -> None:
     """Let the system take back the pages of a weight that is mapped from a file, for now."""
-    tensor = value.const_value
+    _let_go(value.const_value)
+
+
+def letting_go() -> Callable[[ir.TensorProtocol, object], None]:
+    """What `ir.save` is to tell of each tensor: the one before it is written, and let go."""
+    written: list[ir.TensorProtocol] = []
+
+    def tell(tensor: ir.TensorProtocol, place: object) -> None:
+        while written:
+            _let_go(written.pop())
+        written.append(tensor)
+
+    return tell
+
+
+def _let_go(tensor: ir.TensorProtocol | None) -> None:
     mapped = tensor.raw if isinstance(tensor, ir.ExternalTensor) else None
     if isinstance(tensor, ir.Tensor):
         mapped = _mapping(tensor.raw)

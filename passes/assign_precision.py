@@ -36,7 +36,7 @@ from qcompiler.ir.decisions import (
 )
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer
-from qcompiler.passes.forms import Usual
+from qcompiler.passes.forms import Usual, check_usual
 from qcompiler.passes.last_values import last_values
 from qcompiler.passes.node_names import check_pattern, matches, names_of
 from qcompiler.passes.node_plans import NodePlanner, StayFloat
@@ -133,26 +133,17 @@ class AssignPrecision(ir.passes.InPlacePass):
 
         Raises:
             OptionError: When set: a group size or zero points for a scheme whose weights have no
-            groups.
+                groups, or another rounding than to nearest for one whose weights are floats.
         """
         return self._options
 
     @options.setter
     def options(self, options: Options) -> None:
-        grouped = self.scheme.group_sizes or any(
-            PRECISIONS.get(rule.precision or "") is ir.DataType.INT4 for rule in self.rules
-        )
-        if options.group_size is not None and not grouped:
-            raise OptionError(
-                f"group_size {options.group_size}: {self.scheme.name} weights have one scale per "
-                "channel; leave it out, or choose an int4 target"
-            )
-        for key, usual in (("zero_points", (None, "none")), ("scales", ("float",))):
-            if (value := getattr(options, key)) not in usual and not grouped:
-                raise OptionError(
-                    f"{key} {value!r}: {self.scheme.name} weights have no groups; leave it out, or "
-                    "choose an int4 target"
-                )
+        asked = [PRECISIONS.get(rule.precision or "") for rule in self.rules]
+        check_usual(
+            self.scheme, asked, options.group_size, options.zero_points, options.scales,
+            options.rounding,
+        )  # fmt: skip
         self._options = options
 
     @property
@@ -197,6 +188,9 @@ class AssignPrecision(ir.passes.InPlacePass):
         """Refuse requests about what is quantized already."""
         given = [f"keep_float {pattern!r}" for pattern in self.options.keep_float]
         given += [f"recipe: rule 1 ({rule})" for rule in self.rules[:1]]
+        for key, usual in (("rounding", "nearest"), ("zero_points", "none"), ("scales", "float")):
+            if (value := getattr(self.options, key)) not in (None, usual):
+                given.append(f"{key} {value!r}")
         if given:
             raise OptionError(
                 f"{given[0]}: the source is quantized already, and its nodes are what they are in "

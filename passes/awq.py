@@ -181,6 +181,8 @@ class AWQ(ir.passes.InPlacePass):
         """The factors of the least error."""
         blocks = diagonal_blocks(moments.second)
         ones = np.ones_like(moments.magnitude)
+        if not moments.count:
+            return _Found(blocks, ones, "not scaled by awq: no sample reaches it")
         if isinstance(site.absorber, str):
             return _Found(blocks, ones, f"not scaled by awq: {site.absorber}")
         weights = [_some_columns(layer) for layer in site.layers]
@@ -234,6 +236,9 @@ def _rounded_in_two_ways(layer: Layer) -> OptionError:
 
 def _round_one(weight: Rows, type: QuantType, blocks: Rows) -> tuple[RoundedWeight, str]:
     """A scaled weight on scales that cut its ranges where that lowers the error."""
+    if not blocks.any():
+        nearest = rounded_on(weight, type, weight_grid(weight, type, "max"))
+        return nearest, "rounded to nearest: on all samples what goes into it is 0 or nothing"
     rounded = rounded_on(weight, type, searched_grid(weight, type, blocks))
     error = error_in_blocks(weight - rounded.floats(type), blocks)
     good = decibels(error_in_blocks(weight, blocks), error)

@@ -17,14 +17,15 @@ The scheme of the target chooses; a rule of the recipe may choose another one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
+from qcompiler.ir.errors import OptionError
 from qcompiler.passes.node_rules import FEWER_BITS, PRECISIONS, NodeRule
 from qcompiler.targets.target import Scheme
 
-__all__ = ["Form", "Usual", "form_of"]
+__all__ = ["Form", "Usual", "check_usual", "form_of"]
 
 _INT8, _INT4, _FP8 = ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN
 
@@ -84,6 +85,44 @@ class Usual:
     rounding: str = "nearest"
     zero_points: str = "none"
     scales: str = "float"
+
+
+def check_usual(
+    scheme: Scheme,
+    asked: Iterable[ir.DataType | None],
+    group_size: int | None,
+    zero_points: str | None,
+    scales: str,
+    rounding: str,
+) -> None:
+    """Refuse for all products what none of a target's can be.
+
+    Args:
+        scheme: The target's number formats.
+        asked: What rules store weights in.
+        group_size: As for the recipe, and so are the others.
+        zero_points: None for the target's choice.
+        scales: Of groups.
+        rounding: Of weights.
+
+    Raises:
+        OptionError: Names the key and the value.
+    """
+    storages = {scheme.weight, *asked} - {None}
+    way_out = f"{scheme.name} weights {{}}; leave it out, or choose an int4 target"
+    if not scheme.group_sizes and _INT4 not in storages:
+        if group_size is not None:
+            why = way_out.format("have one scale per channel")
+            raise OptionError(f"group_size {group_size}: {why}")
+        for key, value, usual in (
+            ("zero_points", zero_points, "none"),
+            ("scales", scales, "float"),
+        ):
+            if value not in (None, usual):
+                raise OptionError(f"{key} {value!r}: {way_out.format('have no groups')}")
+    if rounding != "nearest" and not storages & {_INT8, _INT4}:
+        why = way_out.format("are floats, and rounded to nearest")
+        raise OptionError(f"rounding {rounding!r}: {why}")
 
 
 def form_of(

@@ -15,9 +15,10 @@ What inputs have in common on some samples they need not have elsewhere: first, 
 diagonal are shrunk by the share of them that is chance, as the samples differ (`Moments.chance`).
 
 H is of the model with all layers before this one rounded already, as in the paper, so that later
-layers make up for earlier ones too.  An input that is always 0 is rounded to nearest.  Rounded
-layers are kept in the cache by the hash of model, samples and options: a compilation that was
-killed goes on after the last one.
+layers make up for earlier ones too.  An input that is always 0 is rounded to nearest, and so is a
+layer that no sample reaches (an expert to which no token is sent).  Rounded layers are kept in the
+cache by the hash of model, samples and options: a compilation that was killed goes on after the
+last one.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ __all__ = ["GPTQ", "gptq", "round_one"]
 _MOST_DAMPING = 1.0
 """Of the mean of H's diagonal: a matrix that is singular with so much on its diagonal holds
 nonsense."""
+
+_BLOCK = 256
+"""Rows of a matrix that are taken apart at once, as large as makes the rest fast."""
 
 
 class GPTQ(ir.passes.InPlacePass):
@@ -150,6 +154,9 @@ def round_one(
     weight: Rows, type: QuantType, moments: Moments, options: GPTQ.Options
 ) -> tuple[RoundedWeight, str]:
     """The better of both roundings, and how good they are."""
+    if not moments.count:
+        nearest = rounded_on(weight, type, weight_grid(weight, type, "max"))
+        return nearest, "rounded to nearest: no sample reaches it"
     chance = min(options.shrinkage * moments.chance(), 1.0) if options.shrinkage else 0.0
     rounded, damping = gptq(weight, moments.second, type, options, chance)
     nearest = rounded_on(weight, type, weight_grid(weight, type, "max"))
@@ -182,7 +189,7 @@ def gptq(
     order = np.arange(len(weight))
     if options.act_order:
         order = np.argsort(-np.diag(hessian), kind="stable")
-    factor, damping = _inverse_factor(hessian[order][:, order], options.damping, chance)
+    factor, damping = _inverse_factor(hessian, order, options.damping, chance)
     # Errors count for the mean square of their input.  To count less what inputs to come make up
     # for, 1 / R[k, k]^2, gains 0.3 dB in a layer and loses in the model: SmolLM2 has a perplexity
     # of 22.4 in place of 22.1 in groups of 64, 22.9 in place of 22.4 in groups of 128.
@@ -222,27 +229,55 @@ def _by_group(grid: Grid, type: QuantType) -> list[Rows]:
     return [np.atleast_2d(part.astype(np.float32)) for part in (grid.scale, zeros, offsets)]
 
 
-def _inverse_factor(hessian: Rows, damping: float, chance: float) -> tuple[Rows, float]:
-    """R, upper triangular, with RT R the inverse of the Hessian, shrunk by a share and damped.
+def _inverse_factor(
+    hessian: Rows, order: NDArray[np.intp], damping: float, chance: float
+) -> tuple[Rows, float]:
+    """R, upper triangular, with RT R the inverse of the Hessian in order, shrunk and damped.
 
     And the damping that it took.
     """
-    diagonal = np.diag(hessian)
-    dead = diagonal <= 0
+    diagonal = np.diag(hessian)[order]
     mean = float(diagonal.mean()) or 1.0
+    # Backwards, because H = U UT has the inverse (U^-1)T U^-1, and U^-1 is upper as well.
+    backwards = order[::-1]
     while damping <= _MOST_DAMPING:
-        damped = hessian * np.float32(1 - chance)
-        damped[np.diag_indices_from(damped)] = diagonal + np.where(dead, mean, damping * mean)
+        damped = hessian[np.ix_(backwards, backwards)]
+        damped *= np.float32(1 - chance)
+        added = np.where(diagonal <= 0, mean, damping * mean)
+        damped[np.diag_indices_from(damped)] = (diagonal + added)[::-1]
+        # Twice as large as H: with H, and what follows, four of those are in memory at most.
+        lower = damped.astype(np.float64)
+        del damped
         try:
-            # Backwards, because H = U UT has the inverse (U^-1)T U^-1, and U^-1 is upper as well.
-            lower = np.linalg.cholesky(damped[::-1, ::-1])
-            return _inverse_of_upper(np.ascontiguousarray(lower[::-1, ::-1])), damping
+            _to_lower_factor(lower)
         except np.linalg.LinAlgError:
             damping *= 10
+            continue
+        upper = np.ascontiguousarray(lower[::-1, ::-1], np.float32)
+        del lower
+        return _inverse_of_upper(upper), damping
     raise CalibrationError(
         "the second moments of what goes into a product are no positive matrix: the samples hold "
         "numbers too large to square"
     )
+
+
+def _to_lower_factor(matrix: NDArray[np.float64]) -> None:
+    """Make L of a matrix L LT in its place, of which only the lower half is read.
+
+    numpy's own takes three times the room of the matrix beside it.
+
+    Raises:
+        LinAlgError: The matrix is not positive.
+    """
+    for start in range(0, len(matrix), _BLOCK):
+        end = start + _BLOCK
+        corner = matrix[start:end, start:end] = np.linalg.cholesky(matrix[start:end, start:end])
+        matrix[start:end, end:] = 0
+        matrix[end:, start:end] = matrix[end:, start:end] @ np.linalg.inv(corner).T
+        for left in range(end, len(matrix), _BLOCK):
+            columns = matrix[left : left + _BLOCK, start:end]
+            matrix[left:, left : left + _BLOCK] -= matrix[left:, start:end] @ columns.T
 
 
 def _inverse_of_upper(upper: Rows) -> Rows:

@@ -49,6 +49,9 @@ Floats = NDArray[np.float32]
 _STRENGTH = 10.0
 """Of the shrinking, the paper's beta."""
 
+_PIECE = 1 << 18
+"""Elements looked at together: they stay in the cache, and need no memory for copies of all."""
+
 _NOTHING_TO_FIT = 'rounded to nearest: hqq fits zero points that are floats (zero_points = "float")'
 
 
@@ -131,25 +134,41 @@ def hqq(weight: Floats, type: QuantType, options: HQQ.Options) -> RoundedWeight:
     grid = weight_grid(weight, type, options.range)
     assert grid.offset is not None
     zeros = np.asarray(-grid.offset / grid.scale, np.float32)
-    total = partial(reduce_slices, np.add, granularity=type.granularity)
-    spread = partial(broadcast_scale, shape=weight.shape, granularity=type.granularity)
-    count, scale = total(np.ones_like(weight)), spread(grid.scale)
-    steps = weight / scale
     best, least = zeros, np.full(zeros.shape, np.inf, np.float32)
     if options.range == "max":
         zeros = np.rint(zeros)
     for _ in range(options.steps + 1):
-        moved = steps + spread(zeros)
-        stored = np.clip(np.rint(moved), *type.range)
-        inside = moved - stored
-        inside -= _outliers(inside * scale, options.norm) / scale
-        loss = total(np.square(inside))
+        loss, moves = _looked_at(weight, grid.scale, zeros, type, options.norm)
         better = loss < least
         if not better.any():
             break
         least, best = np.where(better, loss, least), np.where(better, zeros, best)
-        zeros = zeros - np.asarray(total(inside) / count, np.float32)
+        zeros = zeros - moves
     return rounded_on(weight, type, _grid(grid.scale, best, type))
+
+
+def _looked_at(
+    weight: Floats, scale: Floats, zeros: Floats, type: QuantType, norm: float
+) -> tuple[Floats, Floats]:
+    """The error of each slice in steps, outliers apart, and by how much its zero point is off."""
+    count = min(-(-weight.size // _PIECE), weight.shape[1])
+    parts = (np.array_split(array, count, axis=1) for array in (weight, scale, zeros))
+    found = [_look(w, s, z, type, norm) for w, s, z in zip(*parts, strict=True)]
+    loss, moves = (np.hstack(each) for each in zip(*found, strict=True))
+    return loss, moves
+
+
+def _look(
+    weight: Floats, scale: Floats, zeros: Floats, type: QuantType, norm: float
+) -> tuple[Floats, Floats]:
+    """What `_looked_at` returns, of some columns."""
+    total = partial(reduce_slices, np.add, granularity=type.granularity)
+    spread = partial(broadcast_scale, shape=weight.shape, granularity=type.granularity)
+    steps = spread(scale)
+    inside = weight / steps + spread(zeros)
+    inside -= np.clip(np.rint(inside), *type.range)
+    inside -= _outliers(inside * steps, norm) / steps
+    return total(np.square(inside)), np.asarray(total(inside) / total(np.ones_like(inside)))
 
 
 def _grid(scale: Floats, zeros: Floats, type: QuantType) -> Grid:

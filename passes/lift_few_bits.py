@@ -52,7 +52,7 @@ def _matmul_nbits(form: Form) -> ir.Value:
     if form.in_branch:
         # Making MatMulNBits of it again, ORT 1.31 looks for the weight inside the branch and fails.
         raise NotLiftedError("ORT does not find weights in blocks from inside a branch")
-    if order is not None:
+    if order is not None and not _in_order(constant(order), k, block):
         raise NotLiftedError("g_idx permutes its groups, blocks of DequantizeLinear are contiguous")
     if bits not in (2, 4, 8):
         raise NotLiftedError(f"no ONNX type has {bits} bits")
@@ -79,6 +79,11 @@ def _matmul_nbits(form: Form) -> ir.Value:
         whose = "ONNX Runtime computes the same pairs with activations of 8 bits"
         add_note(multiplies, f"{whose}, though its accuracy_level was {level}")
     return product if bias is None else form.op("Add", [product, bias])
+
+
+def _in_order(groups: NDArray[np.int32] | None, k: int, block: int) -> bool:
+    """Whether a g_idx says what holds without it: exporters write it for any checkpoint of GPTQ."""
+    return groups is not None and np.array_equal(groups[:k], np.arange(k) // block)
 
 
 def _unpack(packed: NDArray[np.uint8], rows: int, bits: int) -> NDArray[np.uint8]:

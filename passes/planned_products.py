@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from qcompiler.ir.decisions import NodePlan, add_note, plan_of
 from qcompiler.ir.graph import constant
+from qcompiler.ir.on_disk import let_go
 from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.match_norms import Norm, match_norm
 
@@ -50,11 +51,13 @@ class Products:
         parts: dict[NodePlan, list[Rows]] = {}
         share = max(1, _COLUMNS // len(self.nodes))
         for node in self.nodes:
-            plan, array = plan_of(node), constant(node.inputs[1])
-            assert plan is not None and array is not None
+            plan, weight = plan_of(node), node.inputs[1]
+            array = constant(weight)
+            assert plan is not None and weight is not None and array is not None
             part = np.asarray(array[:, :: -(-array.shape[1] // share)], np.float32)
             with np.errstate(invalid="ignore"):  # Inf is told of where the weight is rounded
                 part = part / max(float(np.linalg.norm(part)), 1e-30)
+            let_go(weight)  # columns lie on all of its pages, and those of all layers are the model
             parts.setdefault(plan, []).append(part)
         return {plan: np.concatenate(columns, axis=1) for plan, columns in parts.items()}
 

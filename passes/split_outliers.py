@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from qcompiler.ir.decisions import decide
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import constant, drop_if_unread, new_initializer, place_after
+from qcompiler.ir.on_disk import let_go
 from qcompiler.passes.fix_names import FixNames
 from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.known_rows import KnownRows
@@ -186,6 +187,7 @@ def _split(graph: ir.Graph, site: Products, outliers: NDArray[np.intp]) -> None:
                 new_initializer(graph, f"{weight.name}_inliers", inner),
                 new_initializer(graph, f"{weight.name}_outliers", rows),
             )
+            let_go(weight)
         _split_product(node, quiet.outputs[0], loud.outputs[0], *parts[weight])
         drop_if_unread(weight)
     if value is not site.value and (scaled := site.value.producer()) is not None:

@@ -99,7 +99,7 @@ def unpack_layer(
         codes, points = (_awq_columns(table, bits) for table in (packed, zeros))
     groups = _groups(file, layer, k, len(scales))
     known = groups.shape == (k,) and groups.min() >= 0 and groups.max() < len(scales)
-    if scales.shape != points.shape or not known:
+    if scales.shape != points.shape or scales.shape[1] != n or not known:
         raise ModelError(f"{file.name}: scales, qzeros and g_idx of {layer} do not fit each other")
     return CheckpointLayer(codes, points, scales, groups, bits)
 

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from qcompiler.bundle import MANIFEST, MODEL, LibraryEntry, Manifest, sha256_of
 from qcompiler.ir.decisions import decisions
 from qcompiler.ir.errors import ModelError
+from qcompiler.ir.on_disk import letting_go
 from qcompiler.model_file import saving
 from qcompiler.passes.bind_kernels import bound_domain, bound_regions
 from qcompiler.progress import Clock
@@ -108,6 +109,7 @@ def _save(model: ir.Model, path: Path) -> None:
             path,
             external_data=f"{path.name}.data",
             size_threshold_bytes=1024,
+            callback=letting_go(),
             alignment=4096,
             align_threshold=4096,
         )

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from qcompiler.ir.errors import ModelError, OptionError, first_cause
 from qcompiler.ir.graph import every_graph
+from qcompiler.ir.on_disk import letting_go
 
 __all__ = ["WeightFile", "beside", "save_model", "saving", "weight_files"]
 
@@ -42,7 +43,7 @@ def save_model(model: ir.Model, path: Path) -> None:
         tempfile.TemporaryDirectory(prefix=".qcompiler-", dir=path.parent) as folder,
     ):
         data = beside(path).name if outside or is_large else None
-        ir.save(model, Path(folder, path.name), external_data=data)
+        ir.save(model, Path(folder, path.name), external_data=data, callback=letting_go())
         # The weights first: a model never lies beside those of another.
         for file in sorted(Path(folder).iterdir(), reverse=True):
             os.replace(file, path.parent / file.name)

@@ -4,8 +4,8 @@
     MatMul(x, W)   =>   MatMul(Gather(x, order), DQ(W_q, …))   where act-order mixed the groups
 
 The integers, scales and zero points are the checkpoint's, in ONNX layout and two's complement; for
-how they are packed see `checkpoint_layers`.  AWQ scaled the norms before its layers as well: floats
-of one dimension are taken over from such a checkpoint too.
+how they are packed see `checkpoint_layers`.  AWQ scaled what is before its layers as well: of such
+a checkpoint floats are taken over too (`checkpoint_floats`).
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from qcompiler.checkpoint_floats import take_over_floats
 from qcompiler.checkpoint_layers import CheckpointLayer, method_of, unpack_layer
+from qcompiler.checkpoint_names import plain_name, products_called, products_of, weight_names
 from qcompiler.ir.decisions import decide
 from qcompiler.ir.errors import ModelError, OptionError, did_you_mean
-from qcompiler.ir.graph import constant, drop_if_unread, every_node, label, new_initializer
+from qcompiler.ir.graph import drop_if_unread, label, new_initializer
 from qcompiler.ir.types import PerGroup, QuantType
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.node_names import names_of
 from qcompiler.passes.rounded_weight import RoundedWeight, place_dequantize
 from qcompiler.safetensors import SafeTensors
 
@@ -62,10 +63,13 @@ def take_over_weights(
     given = names or {}
     layers = _layers_of(file, given)
     less_one = _is_less_one(Path(checkpoint)) if zeros_less_one is None else zeros_less_one
+    FixNames()(model)
+    weights = weight_names(model)
     Canonicalize()(model)
+    products = products_of(model, weights)
     methods = set()
     orders: dict[tuple[ir.Value, bytes], ir.Value] = {}
-    for layer, node in _nodes_of(layers, given, model, file.name).items():
+    for layer, node in _nodes_of(layers, given, products, file.name).items():
         methods.add(_take_over(model.graph, node, file, layer, less_one, orders))
     if methods == {"awq"} and zeros_less_one is not None:
         raise OptionError(
@@ -73,7 +77,7 @@ def take_over_weights(
             "are plain"
         )
     if "awq" in methods:
-        _take_over_floats(model, file)
+        take_over_floats(model, file, layers, products)
     FixNames()(model)
     return layers
 
@@ -91,11 +95,10 @@ def _layers_of(file: SafeTensors, names: Mapping[str, str]) -> list[str]:
 
 
 def _nodes_of(
-    layers: Iterable[str], names: Mapping[str, str], model: ir.Model, file: str
+    layers: Iterable[str], names: Mapping[str, str], products: Mapping[str, ir.Node], file: str
 ) -> dict[str, ir.Node]:
     """A product that each layer is; others may share its weight."""
-    products, taken = _products(model), dict[ir.Value | None, str]()
-    found = dict[str, ir.Node]()
+    taken, found = dict[ir.Value | None, str](), dict[str, ir.Node]()
     for layer in layers:
         node = found[layer] = _find(layer, names.get(layer), products, file)
         other = taken.setdefault(node.inputs[1], layer)
@@ -139,41 +142,15 @@ def _is_less_one(path: Path) -> bool:
     return True
 
 
-def _products(model: ir.Model) -> dict[str, ir.Node]:
-    """MatMuls by constant matrices, by every name that they go by."""
-    found: dict[str, ir.Node] = {}
-    for node in every_node(model.graph):
-        weight = node.inputs[1] if node.op_type == "MatMul" else None
-        array = constant(weight)
-        if weight is not None and array is not None and array.ndim == 2:
-            for name in (*names_of(node), weight.name or ""):
-                found.setdefault(_plain(name), node)
-    return found
-
-
-def _plain(name: str) -> str:
-    """Without what exporters put around the name of a module."""
-    name = name.replace("/", ".").strip(".")
-    for ending in (".weight", ".MatMul"):
-        name = name.removesuffix(ending)
-    return name
-
-
 def _find(layer: str, given: str | None, products: Mapping[str, ir.Node], file: str) -> ir.Node:
-    wanted = _plain(given or layer)
-    if wanted in products:
-        return products[wanted]
-    ends = {
-        id(node): node
-        for name, node in products.items()
-        if name and (name.endswith(f".{wanted}") or wanted.endswith(f".{name}"))
-    }
-    if len(ends) == 1:
-        return next(iter(ends.values()))
-    problem = "several" if ends else "no"
+    wanted = given or layer
+    found = products_called(wanted, products)
+    if len(found) == 1:
+        return found[0]
+    problem = "several" if found else "no"
     raise ModelError(
-        f"{file}: {problem} MatMul of the model {'have' if ends else 'has'} the name of layer "
-        f"{layer!r}{did_you_mean(wanted, products)}; {_say_which(layer)}"
+        f"{file}: {problem} MatMul of the model {'have' if found else 'has'} the name of layer "
+        f"{layer!r}{did_you_mean(plain_name(wanted), products)}; {_say_which(layer)}"
     )
 
 
@@ -233,25 +210,3 @@ def _ordered(graph: ir.Graph, node: ir.Node, order: NDArray[np.int64],
         node.graph.insert_before(node, gather)
         orders[key] = value
     return orders[key]
-
-
-def _take_over_floats(model: ir.Model, file: SafeTensors) -> None:
-    """Norms and biases, which AWQ may have scaled."""
-    known = {_plain(name): value for name, value in model.graph.initializers.items()}
-    for name in file:
-        tensor = file[name] if name.endswith((".weight", ".bias")) else None
-        if tensor is None or tensor.ndim != 1:
-            continue
-        wanted = _plain(name)
-        ends = [v for n, v in known.items() if n == wanted or n.endswith(f".{wanted}")]
-        if len(ends) != 1 or ends[0].const_value is None:
-            raise ModelError(
-                f"{file.name}: {name!r} is no constant of the model{did_you_mean(wanted, known)}; "
-                "AWQ scales norms, so that each must be found"
-            )
-        value, old = ends[0], ends[0].const_value
-        if tuple(old.shape.numpy()) != tensor.shape:
-            raise ModelError(
-                f"{file.name}: {name!r} is {list(tensor.shape)}, in the model {old.shape}"
-            )
-        value.const_value = ir.Tensor(tensor.astype(old.dtype.numpy()), name=value.name)

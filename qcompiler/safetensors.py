@@ -1,7 +1,8 @@
 """Read tensors of a `.safetensors` file, as few at a time as are asked for.
 
 Eight bytes give the length of a JSON header, which names each tensor with its type, its shape and
-where its bytes lie behind the header.
+where its bytes lie behind the header.  Of a checkpoint in several files an index tells the file of
+each tensor, so that one that was not downloaded is missed.
 """
 
 from __future__ import annotations
@@ -25,21 +26,27 @@ _TYPES: dict[str, Any] = {
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8,
     "BOOL": np.bool_,
 }  # fmt: skip
+_INDEX = ".safetensors.index.json"
+
 _MOST_HEADER = 100_000_000
 """Bytes: what the format's own reader takes at most."""
 
 
 class SafeTensors:
-    """The tensors of a file, or of all such files in a folder."""
+    """The tensors of a file, or of all such files in a folder: of those of its index, if any."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Read the headers.
 
         Raises:
-            ModelError: There is no such file, or it is damaged; a tensor is in two files.
+            ModelError: There is no such file, or it is damaged; a tensor is in two files, or not in
+                that of the index.
         """
         given = Path(path)
-        files = sorted(given.glob("*.safetensors")) if given.is_dir() else [given]
+        indexed = _index(given)
+        files = sorted({given / file for file in indexed.values()}) or [given]
+        if given.is_dir() and not indexed:
+            files = sorted(given.glob("*.safetensors"))
         if not files:
             raise ModelError(f"{given} holds no .safetensors file")
         self.name = str(given)
@@ -49,6 +56,11 @@ class SafeTensors:
                 if name in self._where:
                     raise ModelError(f"{file} and {self._where[name][0]} both hold {name!r}")
                 self._where[name] = place
+        for name, wanted in indexed.items():
+            if name not in self._where or self._where[name][0] != given / wanted:
+                raise ModelError(
+                    f"{given / wanted} holds no {name!r}, which its index says is there"
+                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -56,10 +68,37 @@ class SafeTensors:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, which is not read for it."""
+        return self._where[name][2]
+
     def __getitem__(self, name: str) -> NDArray[Any]:
         file, dtype, shape, offset = self._where[name]
         count = int(np.prod(shape))
         return np.fromfile(file, dtype, count, offset=offset).reshape(shape)
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """By tensor the name of the file that an index in the folder says; nothing without an index."""
+    found = sorted(folder.glob(f"*{_INDEX}")) if folder.is_dir() else []
+    if not found:
+        return {}
+    if len(found) > 1:
+        raise ModelError(f"{folder} holds {len(found)} indices: {', '.join(f.name for f in found)}")
+    try:
+        places = json.loads(found[0].read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): str(file) for name, file in places.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{found[0]} is no index of a checkpoint: {error!r}") from error
+    for file in sorted(set(files.values())):
+        if Path(file).name != file:
+            raise ModelError(f"{found[0]} names {file!r}, which is no file of its own folder")
+        if not (folder / file).is_file():
+            raise ModelError(
+                f"{found[0]} names {file}, which is not there: the checkpoint is not whole; "
+                "download it again"
+            )
+    return files
 
 
 def _header(file: Path) -> Iterator[tuple[str, tuple[Path, np.dtype[Any], tuple[int, ...], int]]]:

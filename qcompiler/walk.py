@@ -89,7 +89,8 @@ class SampleWalk:
         """The rows that `value` has on each sample, see `Walk.rows`.
 
         Raises:
-            CalibrationError: A sample that does not fit, or that the model fails on.
+            CalibrationError: A sample that does not fit, or that the model fails on, or all of
+                them are empty.
             ModelError: ONNX Runtime cannot load a part of the model.
         """
         goal = self._stops.index(value)
@@ -107,9 +108,10 @@ class SampleWalk:
         wanted = self._live[self._at]
         made = [value for value in wanted if value not in before]
         compute = self._open(before, made) if made else None
-        names = [value.name or "" for value in made]
+        names, empty = [value.name or "" for value in made], True
         for number, (label, sample) in enumerate(self._samples):
             given = check_sample(label, sample, self._inputs)
+            empty = empty and not any(array.size for array in given.values())
             file = self._folder.path / f"{number}.npz"
             kept = _load(file) if before else {}
             if compute is not None:
@@ -117,6 +119,11 @@ class SampleWalk:
             kept = {name: kept[name] for value in wanted if (name := value.name or "") in kept}
             _save(file, kept)
             yield label, given | kept
+        if empty:
+            raise CalibrationError(
+                f"the samples are empty: no input ever held a value in {self._samples.name}; give "
+                "some that have at least one row"
+            )
 
     def _open(
         self, before: Sequence[ir.Value], made: Sequence[ir.Value]

@@ -1,6 +1,7 @@
 """awq, hqq and the grids they round on: text, numbers, what can take factors, bad input."""
 
 import dataclasses
+import tracemalloc
 
 import numpy as np
 import onnx_ir as ir
@@ -223,6 +224,18 @@ def test_hqq_finds_the_grid_that_weights_once_lay_on():
     step, zero = rng.uniform(0.1, 1, (2, 1, N)), rng.uniform(-9, 9, (2, 1, N))
     weight = np.asarray((levels + zero) * step, np.float32).reshape(64, N)
     np.testing.assert_allclose(hqq(weight, type, HQQ.Options()).floats(type), weight, atol=1e-4)
+
+
+def test_hqq_makes_no_copies_of_a_weight_in_each_step():
+    weight = np.random.default_rng(3).standard_normal((512, 8192), dtype=np.float32)
+    type = QuantType(ir.DataType.INT4, granularity=PerGroup(0, 128), offset=True)
+    tracemalloc.start()
+    try:
+        hqq(weight, type, HQQ.Options())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 5 * weight.nbytes
 
 
 def test_a_clipped_weight_does_not_move_the_zero_point_of_all_others():

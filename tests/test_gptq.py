@@ -12,6 +12,7 @@ from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.errors import CalibrationError, ModelError, OptionError
 from qcompiler.ir.types import PerAxis, PerGroup, QuantType
 from qcompiler.passes.assign_precision import AssignPrecision
+from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ, gptq
 from qcompiler.passes.round_to_nearest import RoundToNearest
 from qcompiler.passes.second_moments import LayerRuns
@@ -194,6 +195,29 @@ def test_no_activations_at_all_are_no_error():
     assert "rounded to nearest, which is no worse" in decision_of(model.graph[-1]).why
 
 
+@pytest.mark.parametrize("rounding", ["gptq", "awq", "awq_gptq"])
+def test_an_expert_that_no_token_is_for_is_rounded_to_nearest(rounding):
+    """Of a mixture of experts a few samples need not reach all."""
+    text = (
+        f"{X} => ({OUT} y) {{ mask = Less (one, zero) some = Compress <axis = 0> (x, mask) "
+        "sent = MatMul (some, a) none = ReduceSum <keepdims = 0> (sent, axes) "
+        "p = MatMul (x, b) y = Add (p, none) }"
+    )
+    facts = {"one": np.ones(1, np.float32), "zero": np.zeros(1, np.float32), "axes": np.array([0])}
+    nearest, model = (planned(text, WEIGHTS | facts, rounding=r) for r in ("nearest", rounding))
+    AWQ(RUNS)(model)
+    GPTQ(RUNS)(model)
+    RoundToNearest()(nearest)
+    reached, unreached = (
+        next(node for node in model.graph if node.outputs[0].name == name) for name in ("p", "sent")
+    )
+    assert "no sample reaches it" in decision_of(unreached).why
+    assert "no sample" not in decision_of(reached).why
+    for name in ("a_int4", "a_scale"):
+        np.testing.assert_array_equal(constants(model)[name], constants(nearest)[name])
+    assert (constants(model)["b_int4"] != constants(nearest)["b_int4"]).any()
+
+
 def test_fewer_tokens_than_channels():
     """H has rank 3: damping makes it regular."""
     model = planned(f"{X} => ({OUT} y) {{ y = MatMul (x, a) }}")
@@ -224,7 +248,7 @@ def test_bad_values_are_named():
         GPTQ(runs_on(lambda: [{"x": np.full((3, K), 1e4, np.float32)}]))(planned(text))
     with pytest.raises(CalibrationError, match="sample 1 of .*'t' becomes 9e.16, too large to sq"):
         GPTQ(runs_on(lambda: [{"x": np.full((3, K), 39, np.float32)}]))(planned(text))
-    with pytest.raises(CalibrationError, match="'t' never held a value"):
+    with pytest.raises(CalibrationError, match="samples are empty: no input .* give some"):
         GPTQ(runs_on(lambda: [{"x": np.zeros((0, K), np.float32)}]))(planned(text))
     with pytest.raises(CalibrationError, match="takes .*64"):
         GPTQ(runs_on(lambda: [{"x": np.zeros((3, 5), np.float32)}]))(planned(text))

@@ -50,6 +50,28 @@ def test_matmul_nbits(bits, points, k):
     np.testing.assert_allclose(run(model, feeds, plainly=True)[0], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("turn", "op"), [(0, "MatMul"), (1, "MatMulNBits")])
+def test_groups_that_are_in_order_are_named_for_nothing(turn, op):
+    weights = {
+        "w": RNG.integers(0, 256, (8, 2, 16)).astype(np.uint8),
+        "s": RNG.uniform(0.01, 0.1, (8, 2)).astype(np.float32),
+        "groups": np.roll(np.arange(64) // 32, turn).astype(np.int32),
+    }
+    call = "<K = 64, N = 8, bits = 4, block_size = 32>"
+    model = foreign(
+        f"g (float[3,64] x) => (float[3,8] y) {{ y = com.microsoft.MatMulNBits {call} "
+        "(x, w, s, , groups) }",
+        weights,
+    )
+    feeds = {"x": RNG.standard_normal((3, 64)).astype(np.float32)}
+    expected = run(model, feeds, plainly=True)[0]
+    LIFT(model)
+    assert model.graph[-1].op_type == op
+    np.testing.assert_allclose(run(model, feeds, plainly=True)[0], expected, rtol=1e-4, atol=1e-4)
+    if turn:
+        assert "g_idx permutes its groups" in decision_of(model.graph[-1]).why
+
+
 def of_few_bits(level, after="", result="float[3,8] y", points=""):
     weights = {
         "w": RNG.integers(0, 256, (8, 2, 8)).astype(np.uint8),

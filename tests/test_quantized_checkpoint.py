@@ -36,7 +36,8 @@ def write(path, tensors):
 
 
 def model(text=f"g (float[m,{K}] x) => (float[m,{N}] y) {{ y = MatMul (x, w) }}"):
-    made = model_of(text, {"w": W, "gamma": np.ones(K, np.float32)})
+    ones = {"gamma": np.ones(K, np.float32), "router": np.ones((K, 4), np.float32)}
+    made = model_of(text, {"w": W} | ones)
     for node in made.graph:
         if node.op_type == "MatMul":
             node.name = "/model/layers.0/mlp/up_proj/MatMul"
@@ -162,6 +163,12 @@ NORM = (
 )
 
 
+ROUTED = (
+    f"g (float[m,{K}] x) => (float[m,{N}] y, float[m,4] r) "
+    "{ t = LayerNormalization <axis = -1> (x, gamma) y = MatMul (t, w) r = MatMul (t, router) }"
+)
+
+
 def test_awq_with_its_norm(tmp_path):
     gamma = RNG.uniform(0.5, 2, K).astype(np.float16)
     file, floats = awq(tmp_path, **{"model.norm.weight": gamma})
@@ -171,6 +178,34 @@ def test_awq_with_its_norm(tmp_path):
     x /= np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-5)
     expected = x * gamma.astype(np.float32) @ floats
     np.testing.assert_allclose(run(made, FEEDS, plainly=True)[0], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_router_beside_layers_of_awq(tmp_path):
+    """It reads the norm that was scaled for the experts, and stays float."""
+    gamma = RNG.uniform(0.5, 2, K).astype(np.float16)
+    router = RNG.standard_normal((4, K)).astype(np.float16)
+    more = {"model.norm.weight": gamma, "model.layers.0.mlp.gate.weight": router,
+            "model.embed_tokens.weight": np.ones((9, K), np.float16)}  # fmt: skip
+    file, _ = awq(tmp_path, **more)
+    made = model(ROUTED)
+    made.graph[2].name = "/model/layers.0/mlp/gate/MatMul"
+    take_over_weights(made, file)
+    x = FEEDS["x"] - FEEDS["x"].mean(1, keepdims=True)
+    x /= np.sqrt(np.square(x).mean(1, keepdims=True) + 1e-5)
+    expected = x * gamma.astype(np.float32) @ router.T.astype(np.float32)
+    np.testing.assert_allclose(run(made, FEEDS, plainly=True)[1], expected, rtol=1e-3, atol=1e-3)
+    file, _ = awq(tmp_path, **more | {"model.layers.0.mlp.gate.weight": router[:3]})
+    made = model(ROUTED)
+    made.graph[2].name = "/model/layers.0/mlp/gate/MatMul"
+    with pytest.raises(ModelError, match=r"gate.weight' is \[3, 64\], in the model \[4, 64\]"):
+        take_over_weights(made, file)
+
+
+def test_factors_of_an_activation(tmp_path):
+    """AWQ divides what GELU makes by them, in a node of its own."""
+    file, _ = awq(tmp_path, **{"model.layers.0.mlp.act.scales": np.ones(K, np.float16)})
+    with pytest.raises(ModelError, match="'model.layers.0.mlp.act.scales' divides an activation"):
+        take_over_weights(model(), file)
 
 
 def test_what_does_not_fit(tmp_path):
@@ -200,6 +235,9 @@ def test_what_does_not_fit(tmp_path):
     ({"scales": np.zeros((0, N), np.float16)}, "qzeros and scales of .* are no packed tables"),
     ({"qzeros": np.ones(4, np.int32)}, "qzeros and scales of .* are no packed tables"),
     ({"scales": np.full((K // GROUP, N), np.nan, np.float16)}, "scales of .* hold NaN or Inf"),
+    ({"scales": np.ones((K // GROUP, 16), np.float16),
+      "qzeros": np.ones((K // GROUP, 2), np.int32)},
+     "scales, qzeros and g_idx of .* do not fit each other"),
 ])  # fmt: skip
 def test_damaged_parts_of_a_layer(tmp_path, change, why):
     file, _ = gptq(tmp_path, 4, **change)
@@ -259,6 +297,30 @@ def test_awq_has_no_zero_points_less_one(tmp_path):
         take_over_weights(model(), file, zeros_less_one=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [("/model/layers.0/mlp/up_proj/Gemm", "onnx_7"), ("", f"{LAYER}.weight")],
+)
+@pytest.mark.parametrize(
+    "call",
+    ["y = Gemm <transB = 1> (x, wt, b)", "w = Transpose (wt) p = MatMul (x, w) y = Add (p, b)"],
+)
+def test_a_weight_that_is_turned_over(tmp_path, call, name, weight):
+    """As torch's exporters write a Linear of two dimensions."""
+    file, floats = gptq(tmp_path, 4)
+    made = model_of(
+        f"g (float[m,{K}] x) => (float[m,{N}] y) {{ {call} }}",
+        {"wt": np.ascontiguousarray(W.T), "b": np.ones(N, np.float32)},
+    )
+    for node in made.graph:
+        if node.op_type in ("Gemm", "MatMul"):
+            node.name = name
+    made.graph.initializers["wt"].name = weight
+    take_over_weights(made, file)
+    got = run(made, FEEDS, plainly=True)[0]
+    np.testing.assert_allclose(got, FEEDS["x"] @ floats + 1, rtol=1e-4, atol=1e-4)
+
+
 def test_a_layer_of_another_name(tmp_path):
     file, floats = gptq(tmp_path, 4)
     made = model()
@@ -286,6 +348,62 @@ def test_files_that_are_none(tmp_path):
         SafeTensors(bad)
     with pytest.raises(ModelError, match="holds no qweight: it is no checkpoint of GPTQ or AWQ"):
         take_over_weights(model(), write(bad, {"a": np.zeros(100, np.float32)}))
+
+
+def sharded(folder, places=None):
+    """A layer of which each part is in a file of its own, and an index; and what it stands for."""
+    file, floats = gptq(folder, 4)
+    held = SafeTensors(file)
+    parts = {name: held[name] for name in held}
+    file.unlink()
+    shards = {name: f"model-{number:05}-of-00004.safetensors"
+              for number, name in enumerate(sorted(parts), 1)}  # fmt: skip
+    for name, shard in shards.items():
+        write(folder / shard, {name: parts[name]})
+    index = json.dumps({"metadata": {}, "weight_map": shards | (places or {})})
+    (folder / "model.safetensors.index.json").write_text(index)
+    return shards, floats
+
+
+def test_a_checkpoint_in_several_files(tmp_path):
+    _, floats = sharded(tmp_path)
+    # Some folders hold the same weights once more, in a form that the index does not know.
+    write(tmp_path / "consolidated.safetensors", {f"{LAYER}.scales": np.zeros(3, np.float32)})
+    made = model()
+    assert take_over_weights(made, tmp_path) == [LAYER]
+    (node,) = [node for node in made.graph if node.op_type == "MatMul"]
+    np.testing.assert_array_equal(dequantized_constant(node.inputs[1]), floats)
+
+
+def test_a_file_that_was_not_downloaded(tmp_path):
+    """Its layers would stay float, and nobody would hear of it."""
+    shards, _ = sharded(tmp_path)
+    (tmp_path / shards[f"{LAYER}.qweight"]).unlink()
+    with pytest.raises(ModelError, match="names model-0000.-of-00004.safetensors, which is not th"):
+        take_over_weights(model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("places", "why"),
+    [
+        ({"other.qweight": "model-00001-of-00004.safetensors"}, "00001.* holds no 'other.qweight'"),
+        ({f"{LAYER}.g_idx": "model-00004-of-00004.safetensors"}, "00004.* holds no .*g_idx'"),
+        ({"other.qweight": "../model.safetensors"}, "'../model.safetensors', which is no file of"),
+    ],
+)
+def test_an_index_that_is_wrong(tmp_path, places, why):
+    (tmp_path / "checkpoint").mkdir()
+    sharded(tmp_path / "checkpoint", places)
+    with pytest.raises(ModelError, match=why):
+        take_over_weights(model(), tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', '{"metadata": {}}'])
+def test_an_index_that_is_none(tmp_path, content):
+    gptq(tmp_path, 4)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match="index.json is no index of a checkpoint: "):
+        take_over_weights(model(), tmp_path)
 
 
 def test_on_the_command_line(tmp_path):

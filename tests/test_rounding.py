@@ -171,6 +171,36 @@ def test_what_a_recipe_cannot_say(tmp_path):
         qcompiler.compile(model(), "cuda-int4", tmp_path / "b", recipe=recipe, pipeline=passes)
 
 
+@pytest.mark.parametrize("rounding", ["hqq", "gptq"])
+def test_floats_are_only_rounded_to_nearest(tmp_path, rounding):
+    recipe = qcompiler.Recipe(rounding=rounding)
+    message = f"rounding '{rounding}': fp8 weights are floats, and rounded to nearest; leave it out"
+    with pytest.raises(OptionError, match=message):
+        qcompiler.compile(model(), "cuda-fp8", tmp_path / "b", recipe=recipe, calibration=samples)
+    int8 = {"match": "node_2", "precision": "int8", "activation": "dynamic"}
+    recipe = qcompiler.Recipe(rounding=rounding, nodes=[int8])
+    report = qcompiler.compile(
+        model(), "cuda-fp8", tmp_path / "b.onnx", recipe=recipe, calibration=samples,
+        timing=False, stop_after="qdq",
+    )  # fmt: skip
+    assert [d.node for d in report.decisions if f"rounded by {rounding}" in d.why] == ["node_2"]
+
+
+@pytest.mark.parametrize(
+    "key", [{"rounding": "gptq"}, {"zero_points": "float"}, {"scales": "int8"}]
+)
+def test_what_came_rounded_is_not_rounded_again(tmp_path, key):
+    """It would be, as the recipe says, with no word of it."""
+    first = tmp_path / "first.onnx"
+    qcompiler.compile(model(), "cuda-int4", first, timing=False, stop_after="qdq")
+    (name, value), *_ = key.items()
+    with pytest.raises(OptionError, match=f"{name} '{value}': the source is quantized already"):
+        qcompiler.compile(
+            first, "cuda-int4", tmp_path / "b", recipe=qcompiler.Recipe(**key),
+            calibration=samples, timing=False,
+        )  # fmt: skip
+
+
 def test_a_rule_for_one_layer(tmp_path):
     recipe = qcompiler.Recipe(nodes=[{"match": "node_2", "rounding": "gptq"}])
     report = qcompiler.compile(
