@@ -11,7 +11,7 @@ import re
 import onnx.parser
 import onnx_ir as ir
 
-from qcompiler.ir.dialect_ops import OPS, SMALLEST_MAGNITUDE, DialectOp
+from qcompiler.ir.dialect_ops import OPS, SMALLEST_MAGNITUDE, WINDOWS, DialectOp
 from qcompiler.ir.graph import every_node
 from qcompiler.ir.region import HALF, QUANTIZATION, Region, Step
 
@@ -71,6 +71,8 @@ def region_function(region: Region, domain: str, opset: int) -> ir.Function:
     """The function of one region: its anchor's body with its sizes, then its steps."""
     op, sizes = OPS[region.anchor], dict(region.sizes)
     body = op.body_of(region.flags)
+    if "windows" in body:
+        body = body.replace(WINDOWS, _windows(sizes["R"], sizes["S"]))
     extras = tuple(f"extra{i}" for i in range(len(region.extras)))
     values = [op.outputs[0]]
     for step in region.steps:
@@ -96,6 +98,21 @@ def region_function(region: Region, domain: str, opset: int) -> ir.Function:
     function = _parse(region.name, domain, op, op.inputs + extras, ", ".join(outputs), body, opset)
     _remove_unused(function)
     return function
+
+
+def _windows(taps: int, step: int) -> str:
+    """The lines that make rows of `taps` rows of x, of every `step`th one and those after it."""
+    lines = f"""
+    axis = Constant <value_ints = [-2]> ()
+    step = Constant <value_ints = [{step}]> ()
+"""
+    for tap in range(taps):
+        end = tap - taps + 1 or (1 << 63) - 1
+        lines += f"    first_{tap} = Constant <value_ints = [{tap}]> ()\n"
+        lines += f"    end_{tap} = Constant <value_ints = [{end}]> ()\n"
+        lines += f"    tap_{tap} = Slice (x, first_{tap}, end_{tap}, axis, step)\n"
+    parts = ", ".join(f"tap_{tap}" for tap in range(taps))
+    return f"{lines}    windows = Concat <axis = -1> ({parts})\n"
 
 
 def _remove_unused(function: ir.Function) -> None:

@@ -36,7 +36,7 @@ from qcompiler.ir.dialect_image import IMAGE_OPS
 from qcompiler.ir.dialect_op import DialectOp
 from qcompiler.ir.dialect_w4 import W4_OPS
 
-__all__ = ["OPS", "SMALLEST_MAGNITUDE", "DialectOp"]
+__all__ = ["OPS", "SMALLEST_MAGNITUDE", "WINDOWS", "DialectOp"]
 
 SMALLEST_MAGNITUDE = 1e-20
 """Floor of a token's largest magnitude: an all-zero token still needs a scale to divide by."""
@@ -73,6 +73,11 @@ _TOKEN_TO_FP8 = (
     q = QuantizeLinear <axis = -1, {block_size}, output_dtype = 17> ({x}, s)
 """
 )
+
+WINDOWS = """
+    windows = Identity (x)
+"""
+"""Of one tap; a region's sizes say of how many, R, and how many rows there are to the next, S."""
 
 _SHIFTED = """
     middle = Constant <value = uint8 {128}> ()
@@ -169,6 +174,20 @@ _W8A8_DYNAMIC = DialectOp(
     wide=("ws",),
     stage="kernel",
     body=_QUANTIZE.body + _W8A8.body.replace("middle", "zero_point"),
+)
+
+_W8A8_WINDOWED = DialectOp(
+    name="WindowedQMatMulW8A8",
+    inputs=("x", "w", "ws"),
+    outputs=("y",),
+    attributes=("block_size",),
+    types=(("w", ir.DataType.INT8),),
+    shapes=(("w", "block_size N"), *_MATRIX[1:]),
+    wide=("ws",),
+    stage="kernel",
+    body=WINDOWS
+    + _TOKEN_TO_INT8.replace("{x}", "windows")
+    + _W8A8.body.replace("middle", "zero_point"),
 )
 
 _W8A8_REQUANTIZED = DialectOp(
@@ -303,7 +322,7 @@ _MASKED_ATTENTION = DialectOp(
     form=lambda flags: attention_body(flags, masked=True),
 )
 
-_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, _W8A8_REQUANTIZED, *W4_OPS, _FP8)
+_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, _W8A8_WINDOWED, _W8A8_REQUANTIZED, *W4_OPS, _FP8)
 _ATTENTIONS = (_ATTENTION, _MASKED_ATTENTION)
 
 OPS = {

@@ -27,6 +27,7 @@ from qcompiler.passes.fuse_norms import FuseNorms
 from qcompiler.passes.fuse_quantize import FuseQuantize
 from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.passes.fuse_requantize import FuseRequantize
+from qcompiler.passes.fuse_windows import FuseWindows
 from qcompiler.passes.gptq import GPTQ
 from qcompiler.passes.hqq import HQQ
 from qcompiler.passes.insert_qdq import InsertQDQ
@@ -163,6 +164,7 @@ def default_steps(
         Step("merge-siblings", MergeSiblings(supports), Stage.KERNEL, "target"),
         Step("fuse-requantize", FuseRequantize(supports), Stage.KERNEL, "target"),
         Step("fuse-quantize", FuseQuantize(supports), Stage.KERNEL, "target"),
+        Step("fuse-windows", FuseWindows(supports), Stage.KERNEL, "target"),
         Step("keep-from-gemm", KeepFromGemm(), Stage.KERNEL),
         Step("keep-from-qlinear", KeepFromQLinear(target.arch == "x86"), Stage.KERNEL, "target"),
         Step("bind-kernels", BindKernels(catalog.fingerprint(target)), Stage.KERNEL, "target"),

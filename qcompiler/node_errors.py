@@ -37,7 +37,7 @@ _QUANTIZATION = frozenset({
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
     "MatMulInteger", "ConvInteger",
 })  # fmt: skip
-_KEEPABLE = ("QMatMul", "DynamicQMatMul", "RequantizedQMatMul", "QConv")
+_KEEPABLE = ("QMatMul", "DynamicQMatMul", "RequantizedQMatMul", "WindowedQMatMul", "QConv")
 
 _EXACT = "{}@model"
 """The input that stands for a tensor of the model's."""

@@ -88,6 +88,21 @@ def requantized(region, outputs=("yq", "ys"), flags=()):
     )
 
 
+def windowed(region, taps, step):
+    """A region that reads windows of `taps` rows, `step` rows apart."""
+    sizes = (*region.sizes, ("R", taps), ("S", step))
+    return dataclasses.replace(region, anchor="WindowedQMatMulW8A8", sizes=sizes)
+
+
+WINDOWED = [
+    windowed(matmul(1, 1), 1, 1),
+    windowed(matmul(63, 47, ("channel", "tensor"), BIAS, Step("Add", (1, -2))), 3, 2),
+    windowed(matmul(10, 64), 10, 5),
+    windowed(matmul(384, 193, ("channel",), BIAS, Step("Gelu", (1,))), 3, 1),
+    windowed(matmul(4096, 17), 2, 3),
+    windowed(dataclasses.replace(matmul(20, 96), widths=(48, 48)), 5, 1),
+]
+
 WIDE = matmul(800, 1000)
 """With weights that an L2 does not hold beside other things."""
 ALL = ("y", "yq", "ys")
@@ -132,7 +147,7 @@ def model_of(region: Region, rank: int) -> bytes:
     function = dialect.region_function(region, DOMAIN, 21)
     constants = weights(region)
     sizes = dict(region.sizes)
-    last = {"x": sizes["K"], "q": sizes["K"], "s": 1, "ys": 1}
+    last = {"x": sizes["K"] // sizes.get("R", 1), "q": sizes["K"], "s": 1, "ys": 1}
 
     def value(name: str) -> ir.Value:
         if name in constants:
@@ -140,7 +155,12 @@ def model_of(region: Region, rank: int) -> bytes:
             return ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype),
                             shape=ir.Shape(tensor.shape))  # fmt: skip
         dtype = ir.DataType.FLOAT if name.startswith("extra") else op.type_of(name)
-        shape = [f"d{i}" for i in range(rank - 1)] + [last.get(name, sizes.get("N"))]
+        rows = "r" if name == "x" and "R" in sizes else f"d{rank - 2}"
+        shape = [
+            *(f"d{i}" for i in range(rank - 2)),
+            *[rows] * (rank > 1),
+            last.get(name, sizes.get("N")),
+        ]
         if "z" in op.inputs and name in ("s", "z"):
             shape = []
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -35,12 +38,14 @@ def outlined(text: str) -> ir.Model:
     return model
 
 
-def rewritten(model: ir.Model, rewrite: ir.passes.PassBase) -> list[str]:
+def rewritten(
+    model: ir.Model, rewrite: ir.passes.PassBase, feeds: Mapping[str, Any] = FEEDS
+) -> list[str]:
     """The ops after a pass that changes no number, is done in one go and leaves no function."""
-    before = run(model, FEEDS)
+    before = run(model, feeds)
     rewrite(model)
     verify(model, Stage.KERNEL, type(rewrite).__name__)
-    for got, want in zip(run(model, FEEDS), before, strict=True):
+    for got, want in zip(run(model, feeds), before, strict=True):
         np.testing.assert_array_equal(got, want)
     assert not rewrite(model).modified
     assert len(model.functions) == len({node.op_type for node in model.graph if node.domain})

@@ -86,6 +86,10 @@ static OrtStatus *infer_shapes(const OrtCustomOp *base, OrtShapeInferContext *co
     QC_TRY(QC_ORT(GetSymbolicDimensions)(info, symbols, shape.rank));
     for (size_t i = 0; i + 1 < shape.rank; i++)
         if (shape.dims[i] < 0 && !symbols[i][0]) return NULL;
+    if (anchor->rows) {
+        if (shape.rank < 2 || shape.dims[shape.rank - 2] < 0) return NULL;
+        shape.dims[shape.rank - 2] = anchor->rows(op, shape.dims[shape.rank - 2]);
+    }
     symbols[shape.rank - 1] = "";
     for (size_t i = 0; op->spec->outputs[i]; i++) {
         size_t output = qc_output_index(op, i);

@@ -17,7 +17,7 @@ struct qc_quantize_args {
     const float *smoothing; /* what its columns are multiplied by first; NULL: nothing */
     uint8_t *q;
     float *s;
-    int32_t rows;
+    int32_t rows, x_stride; /* floats from one row of x to the next, which may overlap */
 };
 
 /* x is an input, or with a residual the sum a + b; what a region does not have is NULL. */
@@ -126,11 +126,14 @@ struct qc_anchor {
     /* The last dimension of the anchor's output `i`; the others are those of input 0.
      * NULL if shapes are not inferred. */
     int64_t (*last_dimension)(const struct qc_op *, size_t i);
+    /* The dimension before it, of that of input 0; NULL: the same. */
+    int64_t (*rows)(const struct qc_op *, int64_t rows);
 };
 
 extern const struct qc_anchor qc_quantize;
 extern const struct qc_anchor qc_qmatmul_w8a8, qc_qmatmul_u8s8, qc_qmatmul_u8u8;
-extern const struct qc_anchor qc_dynamic_qmatmul_w8a8, qc_requantized_qmatmul_w8a8;
+extern const struct qc_anchor qc_dynamic_qmatmul_w8a8, qc_windowed_qmatmul_w8a8;
+extern const struct qc_anchor qc_requantized_qmatmul_w8a8;
 extern const struct qc_anchor qc_qmatmul_w4a8, qc_qmatmul_w4s8a8;
 extern const struct qc_anchor qc_group_sums;
 extern const struct qc_anchor qc_attention, qc_masked_attention;
@@ -141,6 +144,7 @@ struct qc_op_spec {
     const struct qc_anchor *anchor;
     int64_t k, n, d, g;
     int64_t r, s, strides[2], dilations[2]; /* of a convolution: its taps, down and across */
+                                            /* of windows: r rows each, s from one to the next */
     int64_t group; /* of a convolution: how many there are */
     int64_t pads[8]; /* of an image, as ONNX's Pad has them */
     const char *form;   /* the region's flags */

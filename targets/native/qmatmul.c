@@ -8,6 +8,8 @@
  * one each task the rows it multiplies, so that no task waits for another and what a core quantized is
  * still in its cache.
  *
+ * WindowedQMatMulW8A8 has rows of several rows of x that follow each other: windows, which may overlap.
+ *
  * yq, ys = RequantizedQMatMulW8A8(q, s, w, ws, extra...) quantizes y, see requantized.c. */
 #define _DEFAULT_SOURCE /* madvise */
 #include <stdlib.h>
@@ -29,6 +31,35 @@ static size_t input_w(const struct qc_op *op) {
     return op->spec->anchor->input_count - (has_shifted_weights(op) ? 3 : 2);
 }
 
+static OrtStatus *bind_rows(struct qmatmul_run *run, const struct qc_shape *shape) {
+    const struct qc_op *op = run->kernel->op;
+    QC_TRY(qc_row_count(op, shape, "x", &run->rows));
+    run->x_stride = op->spec->k;
+    run->batch_rows = run->rows;
+    return NULL;
+}
+
+static int64_t window_count(const struct qc_op *op, int64_t rows) {
+    return rows < op->spec->r ? 0 : (rows - op->spec->r) / op->spec->s + 1;
+}
+
+/* A row of the product is r rows of x, which lie behind each other; `shape` becomes that of the rows. */
+static OrtStatus *bind_windows(struct qmatmul_run *run, struct qc_shape *shape) {
+    const struct qc_op *op = run->kernel->op;
+    const int64_t columns = op->spec->k / op->spec->r;
+    int64_t *const dims = shape->dims + shape->rank - 2;
+    if (shape->rank < 2 || dims[1] != columns) {
+        char text[256];
+        return qc_error(op, "input x has shape %s; it must have two dimensions or more, the last %lld",
+                        qc_shape_text(shape, text), (long long)columns);
+    }
+    run->x_stride = op->spec->s * columns;
+    run->batch_stride = dims[0] * columns;
+    dims[0] = run->batch_rows = window_count(op, dims[0]);
+    dims[1] = op->spec->k;
+    return qc_row_count(op, shape, "x", &run->rows);
+}
+
 static OrtStatus *bind_activations(struct qmatmul_run *run, OrtKernelContext *context,
                                    struct qc_shape *shape) {
     const struct qc_op *op = run->kernel->op;
@@ -36,11 +67,11 @@ static OrtStatus *bind_activations(struct qmatmul_run *run, OrtKernelContext *co
     const void *data;
     QC_TRY(qc_input(context, 0, &value, &data));
     QC_TRY(qc_tensor_shape(op, value, shape));
-    QC_TRY(qc_row_count(op, shape, quantizes_input(op) ? "x" : "q", &run->rows));
     if (quantizes_input(op)) {
         run->x = data;
-        return NULL;
+        return has_windows(op) ? bind_windows(run, shape) : bind_rows(run, shape);
     }
+    QC_TRY(qc_row_count(op, shape, "q", &run->rows));
     run->args.q = data;
     return qc_floats(op, context, INPUT_S, "s", has_zero_point(op) ? 1 : run->rows, &run->args.s);
 }
@@ -106,7 +137,7 @@ static OrtStatus *bind_extras(struct qmatmul_run *run, OrtKernelContext *context
 
 static OrtStatus *quantize_then_run(struct qmatmul_run *run, OrtKernelContext *context) {
     struct quantized memory;
-    qc_quantize_rows(run->kernel->op, run->x, run->rows, &memory, &run->args);
+    qc_quantize_rows(run, 0, run->rows, &memory, &run->args);
     run->x = NULL;
     return qc_run_qmatmul(run, context);
 }
@@ -255,13 +286,10 @@ static OrtStatus *qmatmul_create(const struct qc_op *op, const OrtKernelInfo *in
 const int qc_float_results[QC_MAX_PARTS] = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT,
                                             ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT};
 
-#define QMATMUL_TO(results, columns, types, inputs, run)                                           \
-    {                                                                                              \
-        .input_types = types, .input_count = inputs, .output_types = results,                      \
-        .create = qmatmul_create, .compute = run, .destroy = qmatmul_destroy,                      \
-        .last_dimension = columns,                                                                 \
-    }
-#define QMATMUL(types, inputs, run) QMATMUL_TO(qc_float_results, width, types, inputs, run)
+#define QMATMUL(types, inputs, run)                                                                \
+    .input_types = types, .input_count = inputs, .create = qmatmul_create, .compute = run,         \
+    .destroy = qmatmul_destroy
+#define TO_FLOATS .output_types = qc_float_results, .last_dimension = width
 
 static const int Q_S_W_WS[] = {ORT_UINT8, ORT_FLOAT, ORT_INT8, ORT_FLOAT};
 static const int Q_S_Z_W_WS[] = {ORT_UINT8, ORT_FLOAT, ORT_UINT8, ORT_INT8, ORT_FLOAT};
@@ -270,9 +298,11 @@ static const int Q_S_Z_W_WS_WZ[] = {ORT_UINT8, ORT_FLOAT, ORT_UINT8,
 static const int Y_YQ_YS[] = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT};
 static const int X_W_WS[] = {ORT_FLOAT, ORT_INT8, ORT_FLOAT};
 
-const struct qc_anchor qc_qmatmul_w8a8 = QMATMUL(Q_S_W_WS, 4, qmatmul_compute);
-const struct qc_anchor qc_qmatmul_u8s8 = QMATMUL(Q_S_Z_W_WS, 5, qmatmul_u8_compute);
-const struct qc_anchor qc_qmatmul_u8u8 = QMATMUL(Q_S_Z_W_WS_WZ, 6, qmatmul_u8_compute);
-const struct qc_anchor qc_dynamic_qmatmul_w8a8 = QMATMUL(X_W_WS, 3, qmatmul_compute);
-const struct qc_anchor qc_requantized_qmatmul_w8a8 =
-    QMATMUL_TO(Y_YQ_YS, width_or_scale, Q_S_W_WS, 4, qmatmul_compute);
+const struct qc_anchor qc_qmatmul_w8a8 = {QMATMUL(Q_S_W_WS, 4, qmatmul_compute), TO_FLOATS};
+const struct qc_anchor qc_qmatmul_u8s8 = {QMATMUL(Q_S_Z_W_WS, 5, qmatmul_u8_compute), TO_FLOATS};
+const struct qc_anchor qc_qmatmul_u8u8 = {QMATMUL(Q_S_Z_W_WS_WZ, 6, qmatmul_u8_compute), TO_FLOATS};
+const struct qc_anchor qc_dynamic_qmatmul_w8a8 = {QMATMUL(X_W_WS, 3, qmatmul_compute), TO_FLOATS};
+const struct qc_anchor qc_windowed_qmatmul_w8a8 = {QMATMUL(X_W_WS, 3, qmatmul_compute), TO_FLOATS,
+                                                   .rows = window_count};
+const struct qc_anchor qc_requantized_qmatmul_w8a8 = {
+    QMATMUL(Q_S_W_WS, 4, qmatmul_compute), .output_types = Y_YQ_YS, .last_dimension = width_or_scale};

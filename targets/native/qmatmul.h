@@ -44,6 +44,7 @@ struct qmatmul_run {
     const struct qmatmul *kernel;
     struct qc_qmatmul_args args; /* of the whole; y, rows and panels are set per task */
     const float *x; /* to be quantized; NULL if q and s are inputs */
+    int64_t x_stride, batch_rows, batch_stride; /* of x, whose batches follow each other at a distance */
     uint8_t zero_point;
     char *y[QC_MAX_PARTS];
     uint8_t *yq; /* the one result quantized, beside y[0] if that is not NULL; or NULL */
@@ -85,17 +86,21 @@ static inline int64_t width(const struct qc_op *op, size_t part) {
     return op->spec->widths[0] ? op->spec->widths[part] : op->spec->n;
 }
 
+static inline int has_windows(const struct qc_op *op) {
+    return op->spec->anchor == &qc_windowed_qmatmul_w8a8;
+}
+
 static inline int quantizes_input(const struct qc_op *op) {
-    return op->spec->anchor == &qc_dynamic_qmatmul_w8a8;
+    return op->spec->anchor == &qc_dynamic_qmatmul_w8a8 || has_windows(op);
 }
 
 static inline int quantizes_result(const struct qc_op *op) {
     return op->spec->anchor == &qc_requantized_qmatmul_w8a8;
 }
 
-/* Quantizes rows of x, for args to read. */
-void qc_quantize_rows(const struct qc_op *op, const float *x, int64_t rows, struct quantized *memory,
-                      struct qc_qmatmul_args *args);
+/* Quantizes rows [row, row + rows) of x, for args to read. */
+void qc_quantize_rows(const struct qmatmul_run *run, int64_t row, int64_t rows,
+                      struct quantized *memory, struct qc_qmatmul_args *args);
 
 /* The memory that splitting rows takes; they come in blocks, each multiplied by calls of its own. */
 size_t qc_plan_split(struct split_rows *split);

@@ -30,11 +30,21 @@ void qc_run_panels(const struct qmatmul_run *run, struct qc_qmatmul_args *args, 
     }
 }
 
-void qc_quantize_rows(const struct qc_op *op, const float *x, int64_t rows, struct quantized *memory,
-                      struct qc_qmatmul_args *args) {
-    const struct qc_quantize_args all = {
-        .x = x, .q = memory->q, .s = memory->s, .rows = (int32_t)rows};
-    qc_quantize_block(op->variant, &all, op->spec->k);
+void qc_quantize_rows(const struct qmatmul_run *run, int64_t row, int64_t rows,
+                      struct quantized *memory, struct qc_qmatmul_args *args) {
+    const struct qc_op *op = run->kernel->op;
+    for (int64_t done = 0, count; done < rows; done += count) {
+        const int64_t batch = (row + done) / run->batch_rows, first = (row + done) % run->batch_rows;
+        count = min(rows - done, run->batch_rows - first);
+        const struct qc_quantize_args part = {
+            .x = run->x + batch * run->batch_stride + first * run->x_stride,
+            .q = memory->q + done * op->spec->k,
+            .s = memory->s + done,
+            .rows = (int32_t)count,
+            .x_stride = (int32_t)run->x_stride,
+        };
+        qc_quantize_block(op->variant, &part, op->spec->k);
+    }
     args->q = memory->q;
     args->s = memory->s;
 }
@@ -64,7 +74,7 @@ static void quantize_and_run(const struct qmatmul_run *run, struct qc_qmatmul_ar
                              int64_t row) {
     const struct qc_op *op = run->kernel->op;
     struct quantized memory;
-    qc_quantize_rows(op, run->x + row * op->spec->k, args->rows, &memory, args);
+    qc_quantize_rows(run, row, args->rows, &memory, args);
     if (op->variant->most_lacking)
         split_and_run(run, args, row);
     else

@@ -21,7 +21,7 @@ int qc_has_least_scale(float s) { return s <= LEAST_SCALE; }
 static void keep_nan(const struct qc_quantize_args *args, int64_t k) {
     for (int64_t row = 0; row < args->rows; row++) {
         if (!qc_has_least_scale(args->s[row])) continue;
-        const float *x = args->x + row * k;
+        const float *x = args->x + row * args->x_stride;
         float sum = 0;
         for (int64_t i = 0; i < k; i++) sum += args->smoothing ? x[i] * args->smoothing[i] : x[i];
         if (isnan(sum)) args->s[row] = sum;
@@ -63,7 +63,10 @@ static OrtStatus *quantize_compute(void *state, OrtKernelContext *context) {
     const struct quantize *kernel = state;
     const struct qc_op *op = kernel->op;
     struct quantize_run run = {
-        .variant = op->variant, .k = op->spec->k, .args = {.smoothing = kernel->smoothing}};
+        .variant = op->variant,
+        .k = op->spec->k,
+        .args = {.smoothing = kernel->smoothing, .x_stride = (int32_t)op->spec->k},
+    };
     const OrtValue *x;
     struct qc_shape shape;
     QC_TRY(qc_input(context, 0, &x, (const void **)&run.args.x));

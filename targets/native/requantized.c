@@ -21,6 +21,7 @@ static void quantize_rows(const struct qmatmul_run *run, const float *y, int64_t
         .q = run->yq + row * op->spec->n,
         .s = run->ys + row,
         .rows = (int32_t)rows,
+        .x_stride = (int32_t)op->spec->n,
     };
     qc_quantize_block(op->variant, &args, op->spec->n);
 }

@@ -120,6 +120,16 @@ def _unsupported_dynamic(region: Region) -> str | None:
     return _unsupported_qmatmul(region)
 
 
+def _windowed_parts(region: Region) -> tuple[Region, ...]:
+    return _dynamic_parts(dataclasses.replace(region, sizes=region.sizes[:2]))
+
+
+def _unsupported_windowed(region: Region) -> str | None:
+    if region.size("K") % region.size("R"):
+        return f"rows of {region.size('K')} are no windows of {region.size('R')} rows"
+    return _unsupported_dynamic(region)
+
+
 def _requantized_parts(region: Region) -> tuple[Region, ...]:
     factors: tuple[ExtraKind, ...] = ("channel",) if region.flags else ()
     quantize = Region("Quantize", (("K", region.size("N")),), factors, flags=region.flags)
@@ -144,6 +154,7 @@ def _quantize_parameters(region: Region, isa: Isa) -> list[tuple[str, str]]:
         ("uint8_t *", "a->q"),
         ("float *", "a->s"),
         ("int32_t", "a->rows"),
+        ("int32_t", "a->x_stride"),
     ]
 
 
@@ -284,6 +295,17 @@ FAMILIES = {
         _qmatmul_constants,
         (AVX512_VNNI, AVX_VNNI, AVX2),
         _dynamic_parts,
+    ),
+    "WindowedQMatMulW8A8": Family(
+        ("K", "N", "R", "S"),
+        "qc_windowed_qmatmul_w8a8",
+        "qmatmul",
+        _qmatmul_parameters,
+        _unsupported_windowed,
+        None,
+        _qmatmul_constants,
+        (AVX512_VNNI, AVX_VNNI, AVX2),
+        _windowed_parts,
     ),
     "RequantizedQMatMulW8A8": Family(
         ("K", "N"),

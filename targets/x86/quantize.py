@@ -49,6 +49,8 @@ _CHUNK = _CHAINS * LANES
 
 _SMOOTHING = Parameter("smoothing", "float32")
 
+_STRIDE = Parameter("x_stride", "int32", is_pointer=False)
+
 _RESULTS = (
     Parameter("q", "uint8"),
     Parameter("s", "float32"),
@@ -57,19 +59,21 @@ _RESULTS = (
 
 
 def quantize_function(k: int, isa: Isa = AVX512_VNNI, *, is_smoothed: bool = False) -> Any:
-    """The TIR of `void f(const float *x, uint8_t *q, float *s, int32_t rows)`, rows of `k`.
+    """The TIR of `void f(const float *x, uint8_t *q, float *s, int32_t rows, int32_t x_stride)`.
 
-    With `is_smoothed`, `const float *smoothing` follows `x`: a factor for each column.
+    Rows of `k`, those of x so many floats apart: they may overlap.  With `is_smoothed`,
+    `const float *smoothing` follows `x`: a factor for each column.
     """
     unit = unit_of(isa)
 
     def body(x: Expr, *rest: Expr) -> None:
-        *smoothing, q, s, rows = rest
+        *smoothing, q, s, rows, stride = rest
         group = _ROWS if k <= _LONGEST_GROUPED_ROW else 1
-        for_rows(rows, group, lambda some: _rows(unit, x, smoothing, q, s, k, some))
+        load = functools.partial(_load, x, stride, smoothing)
+        for_rows(rows, group, lambda some: _rows(unit, load, q, s, k, some))
 
     smoothing = (_SMOOTHING,) if is_smoothed else ()
-    return tir.function((Parameter("x", "float32"), *smoothing, *_RESULTS), body)
+    return tir.function((Parameter("x", "float32"), *smoothing, *_RESULTS, _STRIDE), body)
 
 
 def for_rows(rows: Expr, group: int, emit: Callable[[Sequence[Expr]], None]) -> None:
@@ -99,21 +103,22 @@ def sweep(k: int, unroll: int, emit: Callable[[Expr, int, int], None]) -> None:
 
 def _rows(
     unit: VectorUnit,
-    x: Expr,
-    smoothing: Sequence[Expr],
+    load: Callable[[Expr, Expr, int], Expr],
     q: Expr,
     s: Expr,
     k: int,
     rows: Sequence[Expr],
 ) -> None:
     """Quantize the given rows; each step is emitted for all of them before the next."""
-    values = [functools.partial(_load, x, smoothing, row * k) for row in rows]
+    values = [functools.partial(load, row) for row in rows]
     amax = [Register("float32", _row_amax(unit, value, k)) for value in values]
     quantize_rows(unit, values, amax, q, s, rows, k)
 
 
-def _load(x: Expr, smoothing: Sequence[Expr], start: Expr, offset: Expr, count: int) -> Expr:
-    value = load_lanes(x, start + offset, count)
+def _load(
+    x: Expr, stride: Expr, smoothing: Sequence[Expr], row: Expr, offset: Expr, count: int
+) -> Expr:
+    value = load_lanes(x, row * stride + offset, count)
     return value * load_lanes(smoothing[0], offset, count) if smoothing else value
 
 

@@ -1,0 +1,110 @@
+"""fuse-windows: which products read windows where they are, and that the numbers stay."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from golden import assert_step, model_of
+from test_merge_siblings import rewritten
+from test_regions import everything, folded
+
+from qcompiler.ir.decisions import decisions
+from qcompiler.passes.fuse_quantize import FuseQuantize
+from qcompiler.passes.fuse_regions import FuseRegions
+from qcompiler.passes.fuse_windows import FuseWindows
+
+RNG = np.random.default_rng(9)
+FEEDS = {"x": RNG.standard_normal((11, 64), np.float32)}
+VALUES = {
+    "w": RNG.standard_normal((192, 8), np.float32),
+    "zero": np.int64([0]), "one": np.int64([1]), "two": np.int64([2]), "three": np.int64([3]),
+    "minus_two": np.int64([-2]), "minus_one": np.int64([-1]), "end": np.int64([2**63 - 1]),
+    "last": np.int64([99]),
+}  # fmt: skip
+HEAD = "g (float[n,64] x) => (float[m,8] y) "
+TAPS = """i = Slice (x, zero, minus_two, zero, two) j = Slice (x, one, minus_one, zero, two)
+    k = Slice (x, two, end, zero, two) """
+JOIN = "windows = Concat <axis = 1> (i, j, k) y = MatMul (windows, w)"
+
+
+def quantized(text: str) -> ir.Model:
+    model = folded(text, **VALUES)
+    FuseRegions(everything)(model)
+    FuseQuantize(everything)(model)
+    return model
+
+
+def joined(text: str) -> list[str]:
+    return rewritten(quantized(text), FuseWindows(everything), FEEDS)
+
+
+def test_joins_a_product_with_the_windows_that_it_reads():
+    assert joined(f"{HEAD}{{ {TAPS}{JOIN} }}") == ["WindowedQMatMulW8A8_K192_N8_R3_S2"]
+
+
+def test_steps_of_one_need_not_be_said():
+    taps = TAPS.replace(", two)", ")")
+    assert joined(f"{HEAD}{{ {taps}{JOIN} }}") == ["WindowedQMatMulW8A8_K192_N8_R3_S1"]
+
+
+def test_axes_may_count_from_the_end():
+    taps = TAPS.replace("zero, two)", "minus_two, two)").replace("one, two)", "minus_two, two)")
+    head = "g (float[b,n,64] x) => (float[b,m,8] y) "
+    model = quantized(f"{head}{{ {taps}{JOIN.replace('axis = 1', 'axis = -1')} }}")
+    FuseWindows(everything)(model)
+    assert [node.op_type for node in model.graph] == ["WindowedQMatMulW8A8_K192_N8_R3_S2"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("i = Slice (x, zero, minus_two", "i = Slice (x, zero, minus_one"),  # one row more
+        ("j = Slice (x, one,", "j = Slice (x, two,"),  # a hole
+        ("k = Slice (x, two, end, zero, two)", "k = Slice (x, two, end, zero, one)"),
+        ("k = Slice (x, two, end, zero, two)", "k = Slice (x, two, last, zero, two)"),
+        ("k = Slice (x, two, end, zero, two)", "d = Neg (x) k = Slice (d, two, end, zero, two)"),
+        ("(i, j, k)", "(j, i, k)"),
+        ("(i, j, k)", "(k, j, i)"),
+    ],
+)
+def test_leaves_what_are_no_windows(old, new):
+    text = f"{HEAD}{{ {TAPS}{JOIN} }}"
+    assert old in text
+    model = quantized(text.replace(old, new))
+    assert not FuseWindows(everything)(model).modified
+
+
+@pytest.mark.parametrize("read", ["i", "windows"])
+def test_leaves_copies_that_others_read(read):
+    head = "g (float[n,64] x) => (float[m,8] y, float[p,q] z) "
+    assert not FuseWindows(everything)(
+        quantized(f"{head}{{ {TAPS}{JOIN} z = Neg ({read}) }}")
+    ).modified
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_asks_for_a_kernel_and_says_what_was_done(supported):
+    model = quantized(f"{HEAD}{{ {TAPS}{JOIN} }}")
+    result = FuseWindows(lambda region: None if supported else "too wide")(model)
+    assert result.modified == supported
+    whys = [decision.why for decision in decisions(model)]
+    assert supported == any("quantizes its input; reads windows of it" in why for why in whys)
+
+
+def test_golden_windows_of_every_second_row():
+    assert_step(
+        "fuse-windows",
+        model_of(f"{HEAD}{{ {TAPS}{JOIN} }}", VALUES),
+        """inputs x
+        v5 = Slice  (x, v2, v3, v2, v4)
+        v8 = Slice  (x, v6, v7, v2, v4)
+        v10 = Slice  (x, v4, v9, v2, v4)
+        v11 = Concat {'axis': '1'} (v5, v8, v10)
+        y = qcompiler.region.DynamicQMatMulW8A8_K192_N8  (v11, v12, v13)
+        outputs y""",
+        """inputs x
+        y = qcompiler.region.WindowedQMatMulW8A8_K192_N8_R3_S2  (x, v2, v3)
+        outputs y""",
+        FEEDS,
+    )
