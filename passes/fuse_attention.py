@@ -18,7 +18,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir.attention import PRECISIONS
-from qcompiler.ir.decisions import decide, decision_of, region_of
+from qcompiler.ir.decisions import decide, decision_of, is_kept_float, region_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import new_initializer, replace_nodes
 from qcompiler.ir.region import HALF, Region
@@ -48,7 +48,7 @@ class FuseAttention(RegionPass):
             precision: What a kernel may round the factors of both products to, where the processor
                 multiplies those: int8, bfloat16 or float32.  By default int8 where q, k and v are
                 results of int8 products, good to 30 to 40 dB themselves, as is attention in int8,
-                else float32.
+                else float32, and always where one of its nodes is kept float.
         """
 
         precision: str | None = None
@@ -91,6 +91,8 @@ class FuseAttention(RegionPass):
         if precision is None:
             quantized = all(_is_quantized(operand.value) for operand in found.operands)
             precision = "int8" if quantized else "float32"
+        if _is_kept(found):
+            precision = "float32"
         half = found.operands[0].value.dtype is ir.DataType.FLOAT16
         flags = (*found.flags, *PRECISIONS[precision], *((HALF,) if half else ()))
         region = Region(anchor, (("D", found.depth),), flags=flags)
@@ -99,6 +101,21 @@ class FuseAttention(RegionPass):
             return False
         _replace(model, softmax, found, region)
         return True
+
+
+def _is_kept(found: Attention) -> bool:
+    """Whether somebody decided that a product of an attention, or its softmax, stays float."""
+    ends = {found.mask, *(operand.value for operand in found.operands)}
+    values = [found.result]
+    for value in values:
+        node = value.producer()
+        if node is None or value in ends:
+            continue
+        if is_kept_float(node):
+            return True
+        data = node.inputs[:1] if node.op_type in _SHAPING else node.inputs  # not the sizes
+        values.extend(read for read in data if read is not None and read not in values)
+    return False
 
 
 def _is_quantized(value: ir.Value) -> bool:
