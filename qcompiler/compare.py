@@ -51,7 +51,7 @@ class Comparison:
         """Plain values, for JSON; nodes in the graph's order, and the names of the worst first."""
         content = dataclasses.asdict(self)
         for entry, node in zip(content["nodes"], self.nodes, strict=True):
-            entry["remedy"] = node.remedy
+            entry |= {"can_stay_float": node.can_stay_float, "remedy": node.remedy}
         worst = [node.node for node in worst_first(self.nodes)]
         return content | {"bundle": str(self.bundle), "model": str(self.model), "worst": worst}
 

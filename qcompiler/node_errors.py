@@ -38,6 +38,12 @@ _QUANTIZATION = frozenset({
     "MatMulInteger", "ConvInteger",
 })  # fmt: skip
 _KEEPABLE = ("QMatMul", "DynamicQMatMul", "QConv")
+_HAND_ON = frozenset({
+    "DequantizeLinear", "Flatten", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
+    "Unsqueeze",
+})  # fmt: skip
+"""Ops that hand on integers as they are: what they store is for those that read it."""
+_JOINED = " + "
 
 _EXACT = "{}@model"
 """The input that stands for a tensor of the model's."""
@@ -55,8 +61,8 @@ class NodeError:
         why: for what reason.
         own: The error that the node adds to exact inputs.
         total: The error of its result in the bundle.
-        can_stay_float: Whether `keep_float` takes the node's error away; it cannot where the source
-            is quantized itself.
+        keep: The nodes that `keep_float` takes the error away with: itself, or, where a tensor is
+            stored as integers, those that read it; none where the source is quantized itself.
     """
 
     node: str
@@ -66,13 +72,18 @@ class NodeError:
     why: str
     own: OutputError
     total: OutputError
-    can_stay_float: bool
+    keep: tuple[str, ...]
+
+    @property
+    def can_stay_float(self) -> bool:
+        """Whether `keep_float` takes the node's error away."""
+        return bool(self.keep)
 
     @property
     def remedy(self) -> str:
         """What would help, as an option or a line of the recipe."""
-        if self.can_stay_float:
-            return f"--keep-float {shlex.quote(self.node)}"
+        if self.keep:
+            return " ".join(f"--keep-float {shlex.quote(name)}" for name in self.keep)
         rounded = self.op.endswith(("_bf16", "_int8"))
         return 'attention = "float32" in the recipe' if rounded else ""
 
@@ -154,10 +165,38 @@ def _sum_up(
 def _error(cut: _Cut, own: OutputError, total: OutputError, names: Collection[str]) -> NodeError:
     """The error of a node; `names` are those that the source has, none if it is quantized."""
     made = decision_of(cut.node)
+    keep = tuple(made.node.split(_JOINED)) if _can_stay(cut.node, names) else ()
+    if cut.node.op_type == "QuantizeLinear":
+        keep = _around(cut.node, names)
+    return NodeError(made.node, made.op, cut.tensor, made.action, made.why, own, total, keep)
+
+
+def _can_stay(node: ir.Node, names: Collection[str]) -> bool:
+    """Whether `keep_float` is about a node of the bundle; `names` are the source's."""
+    made = decision_of(node)
     # What lies between layers hands on integers, or is left float as they are.
     between = made.op not in _QUANTIZATION and made.node in names
-    can_stay = bool(names) and (between or made.op.startswith(_KEEPABLE))
-    return NodeError(made.node, made.op, cut.tensor, made.action, made.why, own, total, can_stay)
+    return bool(names) and (between or made.op.startswith(_KEEPABLE))
+
+
+def _around(quantize: ir.Node, names: Collection[str]) -> tuple[str, ...]:
+    """The nodes without which nobody would store a tensor as integers: who reads and makes them.
+
+    None if one of them cannot stay float.
+    """
+    maker = None if quantize.inputs[0] is None else quantize.inputs[0].producer()
+    around = [] if maker is None or decision_of(maker).action != "qdq" else [maker]
+    values = list(quantize.outputs)
+    for value in values:
+        for node in value.consumers():
+            if node.op_type in _HAND_ON and node.domain == "":
+                values.extend(each for each in node.outputs if each not in values)
+            elif decision_of(node).action != "float":
+                around.append(node)
+    if not all(_can_stay(node, names) for node in around):
+        return ()
+    found = (name for node in around for name in decision_of(node).node.split(_JOINED))
+    return tuple(dict.fromkeys(found))
 
 
 def worst_first(errors: Iterable[NodeError]) -> list[NodeError]:
@@ -195,7 +234,15 @@ def _steps(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     """Scale and zero point of the integers that a node stores."""
     by_op = {"QuantizeLinear": slice(1, 3), "QConv": slice(6, 8)}
     found = [value for value in node.inputs[by_op.get(node.op_type, slice(0))] if value is not None]
-    return (found[0], found[1]) if len(found) == 2 else None
+    if len(found) == 2:
+        return found[0], found[1]
+    # A product that stores integers has its scale once per column; those who read it have it once.
+    for user, index in (use for value in node.outputs for use in value.uses()):
+        scale, zero = (*user.inputs[index + 1 : index + 3], None, None)[:2]
+        stored = user.inputs[index]
+        if scale and zero and stored and zero.dtype == stored.dtype:
+            return scale, zero
+    return None
 
 
 def _altered(path: Path, cuts: Sequence[_Cut], *, exact: bool) -> bytes:
