@@ -11,6 +11,7 @@ from instruction_sets import needs_kernels
 
 import qcompiler
 from qcompiler.ir.decisions import decisions
+from qcompiler.ir.errors import CalibrationError
 from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.fuse_attention import FuseAttention
@@ -323,3 +324,14 @@ def test_golden_an_activation_between_softmax_and_values():
         outputs y""",
         notes=True,
     )
+
+
+def test_products_in_8_bits_need_samples_and_are_named(tmp_path):
+    text = f"{HEADS}{RESULT['h']} {CORE} scores = MatMul (q, turned) {SOFT} y = MatMul (p, v) }}"
+    recipe = Recipe(passes={"assign-precision": {"products": True}})
+    model = model_of(text, {})
+    for index, node in enumerate(model.graph):
+        node.name = f"node_{index}"
+    wanted = r"needed by node_1, node_3: give samples .* or leave out products of assign-precision$"
+    with pytest.raises(CalibrationError, match=wanted):
+        qcompiler.compile(model, "x86-int8", tmp_path / "b", recipe=recipe, timing=False)
