@@ -17,7 +17,7 @@ from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.sample_files import Sample, find_files, read_file
 from qcompiler.sample_function import find_function, samples_of
 
-__all__ = ["Sample", "Samples", "Source", "check_sample", "samples_from"]
+__all__ = ["Sample", "Samples", "Source", "check_sample", "disagreement", "samples_from"]
 
 _SMALL = 1 << 20
 """Bytes of a small array: a picture of 224 x 224 has 588 KiB."""
@@ -217,6 +217,25 @@ def _check_array(what: str, array: NDArray[Any], expected: Any, image: bool) -> 
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         bad = int(array.size - np.isfinite(array).sum())
         raise CalibrationError(f"{what} holds {bad} NaN or Inf; repair the sample, or leave it out")
+
+
+def disagreement(sample: Sample, inputs: Sequence[Any]) -> str:
+    """Which arrays of a sample have two sizes for one dimension that the model names, if any do.
+
+    Not an error by itself: there are models that call two dimensions the same and take any.
+    """
+    seen: dict[str, tuple[str, int]] = {}
+    for expected in inputs:
+        for dim, size in zip(expected.shape, sample[expected.name].shape, strict=False):
+            if not isinstance(dim, str):
+                continue
+            name, known = seen.setdefault(dim, (expected.name, size))
+            if known != size:
+                return (
+                    f"; {dim!r} is {known} in input {name!r} and {size} in input "
+                    f"{expected.name!r}: give both the same size"
+                )
+    return ""
 
 
 def _fits(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> bool:
