@@ -19,19 +19,19 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler.bundle import MODEL
+from qcompiler.cuts import EXACT, Cut, altered, cuts_of
 from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.errors import ModelError, said_by_ort
 from qcompiler.output_error import ErrorSums, OutputError
+from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.infer_shapes import InferShapes
+from qcompiler.passes.widen_floats import WidenFloats
 from qcompiler.probe import Probe
 from qcompiler.runtime import open_altered
 from qcompiler.samples import Sample, Samples
 
 __all__ = ["NodeError", "node_errors", "worst_first"]
-
-_QUANTIZED, _DEQUANTIZED = "_quantized", "_dequantized"
-"""What `insert_qdq` appends to the name of a tensor that it stores as integers, and gives back."""
 
 _QUANTIZATION = frozenset({
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
@@ -44,9 +44,6 @@ _HAND_ON = frozenset({
 })  # fmt: skip
 """Ops that hand on integers as they are: what they store is for those that read it."""
 _JOINED = " + "
-
-_EXACT = "{}@model"
-"""The input that stands for a tensor of the model's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +85,6 @@ class NodeError:
         return 'attention = "float32" in the recipe' if rounded else ""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Cut:
-    """A tensor that both have: where it lies in the bundle, and its name in the model."""
-
-    value: ir.Value
-    tensor: str
-    steps: tuple[ir.Value, ir.Value] | None
-    """Scale and zero point, where the bundle has it as integers."""
-    node: ir.Node
-
-
 def node_errors(
     model: Path,
     bundle: Path,
@@ -125,13 +111,14 @@ def node_errors(
     source = load_model(model)
     path = bundle / MODEL if bundle.is_dir() else bundle
     InferShapes()(source)
+    _widen(source)
     values = [*source.graph.inputs, *(v for node in source.graph for v in node.outputs)]
     floats = {v.name or "" for v in values if v.dtype is ir.DataType.FLOAT}
-    cuts = _cuts(ir.load(path), floats)
+    cuts = cuts_of(ir.load(path), floats)
     if not cuts:
         return []
     sides = [
-        open_altered(bundle, _altered(path, cuts, exact=exact), native=native)
+        open_altered(bundle, altered(path, cuts, exact=exact), native=native)
         for exact in (True, False)
     ]
     tell = progress or (lambda label, done, total: None)
@@ -145,8 +132,16 @@ def node_errors(
     ]
 
 
+def _widen(source: ir.Model) -> None:
+    """Bring a model of 16-bit floats into float32, as it was before anything was quantized."""
+    values = (value for node in source.graph for value in node.outputs)
+    if any(value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for value in values):
+        Canonicalize()(source)
+        WidenFloats()(source)
+
+
 def _sum_up(
-    source: ir.Model, cuts: Sequence[_Cut], sides: Sequence[Any], bundle: Path, samples: Samples,
+    source: ir.Model, cuts: Sequence[Cut], sides: Sequence[Any], bundle: Path, samples: Samples,
     tell: Callable[[str, float, int], None],
 ) -> list[tuple[ErrorSums, ErrorSums]]:  # fmt: skip
     """Of each tensor, how either side errs in it over all samples."""
@@ -162,7 +157,7 @@ def _sum_up(
     return sums
 
 
-def _error(cut: _Cut, own: OutputError, total: OutputError, names: Collection[str]) -> NodeError:
+def _error(cut: Cut, own: OutputError, total: OutputError, names: Collection[str]) -> NodeError:
     """The error of a node; `names` are those that the source has, none if it is quantized."""
     made = decision_of(cut.node)
     keep = tuple(made.node.split(_JOINED)) if _can_stay(cut.node, names) else ()
@@ -212,91 +207,8 @@ def _own(error: NodeError) -> float:
     return math.inf if error.own.sqnr is None else error.own.sqnr
 
 
-def _cuts(bundle: ir.Model, known: Collection[str]) -> list[_Cut]:
-    """The results of nodes that are not computed in float and that the model has too."""
-    cuts: list[_Cut] = []
-    for node in bundle.graph:
-        if decision_of(node).action == "float":
-            continue
-        if node.op_type == "DequantizeLinear" and any(c.value is node.inputs[0] for c in cuts):
-            continue  # what it gives back was looked at where it was stored
-        for value in node.outputs:
-            steps = _steps(node) if value.dtype is not ir.DataType.FLOAT else None
-            suffix = _DEQUANTIZED if steps is None else _QUANTIZED
-            name = value.name or ""
-            tensor = name if name in known else name.removesuffix(suffix)
-            if tensor in known and (steps is not None or value.dtype is ir.DataType.FLOAT):
-                cuts.append(_Cut(value, tensor, steps, node))
-    return cuts
-
-
-def _steps(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """Scale and zero point of the integers that a node stores."""
-    by_op = {"QuantizeLinear": slice(1, 3), "QConv": slice(6, 8)}
-    found = [value for value in node.inputs[by_op.get(node.op_type, slice(0))] if value is not None]
-    if len(found) == 2:
-        return found[0], found[1]
-    # A product that stores integers has its scale once per column; those who read it have it once.
-    for user, index in (use for value in node.outputs for use in value.uses()):
-        scale, zero = (*user.inputs[index + 1 : index + 3], None, None)[:2]
-        stored = user.inputs[index]
-        if scale and zero and stored and zero.dtype == stored.dtype:
-            return scale, zero
-    return None
-
-
-def _altered(path: Path, cuts: Sequence[_Cut], *, exact: bool) -> bytes:
-    """The bundle's model with the cut tensors as outputs; and if `exact`, as inputs as well."""
-    model = ir.load(path)
-    graph = model.graph
-    values = {value.name: value for node in graph for value in node.outputs}
-    steps_of = {v.name: v for v in graph.initializers.values()} | values
-    fed: dict[str, ir.Value] = {}
-    shown: list[ir.Value] = []
-    for cut in cuts:
-        value = values[cut.value.name]
-        uses = tuple(value.uses())
-        steps = None if cut.steps is None else [steps_of[step.name] for step in cut.steps]
-        shown.append(value if steps is None else _append(graph, "DequantizeLinear", value, steps))
-        if not exact:
-            continue
-        if cut.tensor not in fed:
-            fed[cut.tensor] = _input(graph, cut)
-        source = fed[cut.tensor]
-        if steps is not None:
-            source = _prepend(graph, "QuantizeLinear", source, steps)
-        for use in uses:
-            use.node.replace_input_with(use.idx, source)
-    graph.outputs.clear()
-    graph.outputs.extend(shown)
-    content: bytes = ir.to_proto(model).SerializeToString()
-    return content
-
-
-def _input(graph: ir.Graph, cut: _Cut) -> ir.Value:
-    value = ir.Value(
-        name=_EXACT.format(cut.tensor), type=ir.TensorType(ir.DataType.FLOAT), shape=cut.value.shape
-    )
-    graph.inputs.append(value)
-    return value
-
-
-def _append(graph: ir.Graph, op: str, value: ir.Value, steps: Sequence[ir.Value]) -> ir.Value:
-    node = ir.node(op, [value, *steps])
-    node.outputs[0].name = f"{value.name}_shown"
-    graph.append(node)
-    return node.outputs[0]
-
-
-def _prepend(graph: ir.Graph, op: str, value: ir.Value, steps: Sequence[ir.Value]) -> ir.Value:
-    node = ir.node(op, [value, *steps])
-    node.outputs[0].name = f"{value.name}_stored"
-    graph.insert_before(graph[0], node)
-    return node.outputs[0]
-
-
 def _run(session: Any, tensors: Sample, bundle: Path, label: str) -> Sequence[Any]:
-    given = tensors | {_EXACT.format(name): array for name, array in tensors.items()}
+    given = tensors | {EXACT.format(name): array for name, array in tensors.items()}
     wanted = {value.name for value in session.get_inputs()}
     try:
         found: Sequence[Any] = session.run(None, {k: v for k, v in given.items() if k in wanted})

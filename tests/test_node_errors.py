@@ -306,3 +306,34 @@ def test_a_product_that_stores_integers_is_looked_at(tmp_path):
     assert errors["b"].keep == ("node_0",)
     # Of exact integers only the weight of the last one is rounded.
     assert errors["y"].own.sqnr > errors["y"].total.sqnr + 1
+
+
+def test_a_source_of_16_bit_floats(tmp_path):
+    text = TEXT.replace("float[", "float16[")
+    model = model_of(text, {"w": W.astype(np.float16), "v": SPIKED.astype(np.float16)})
+    ir.save(model, tmp_path / "half.onnx")
+    report = qcompiler.compile(tmp_path / "half.onnx", "x86-int8", tmp_path / "b", timing=False)
+    given = [{"x": sample["x"].astype(np.float16)} for sample in data()()]
+    errors = node_errors(tmp_path / "half.onnx", report.bundle, Samples(given))
+    assert {"b", "d"} <= {error.tensor for error in errors}
+    worst = worst_first(errors)[0]
+    assert worst.tensor == "d"
+    assert worst.can_stay_float
+
+
+@pytest.mark.parametrize("source", ["float", "float16"])
+def test_a_bundle_that_computes_in_float16(tmp_path, source):
+    dtype = np.float16 if source == "float16" else np.float32
+    model = model_of(
+        TEXT.replace("float[", f"{source}["), {"w": W.astype(dtype), "v": SPIKED.astype(dtype)}
+    )
+    ir.save(model, tmp_path / "m.onnx")
+    bundle = qcompiler.compile(
+        tmp_path / "m.onnx", "cuda-int8", tmp_path / "b", timing=False
+    ).bundle
+    inside = [v.dtype for node in ir.load(bundle / "model.onnx").graph for v in node.outputs]
+    assert ir.DataType.FLOAT16 in inside
+    given = [{"x": sample["x"].astype(dtype)} for sample in data()()]
+    errors = node_errors(tmp_path / "m.onnx", bundle, Samples(given), native=False)
+    assert {"b", "d"} <= {error.tensor for error in errors}
+    assert worst_first(errors)[0].tensor == "d"
