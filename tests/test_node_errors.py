@@ -218,6 +218,9 @@ def test_metrics(spiked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ("compare", source, bundle, "--data", "x.npz", "--metric")
     assert "merit:two: 2 → 2" in qcompile(*arguments, "merit:two").stdout
+    (tmp_path / "lost.py").write_text("def none(run, samples):\n    return float('nan')\n")
+    told = json.loads(qcompile(*arguments, "lost:none", "--json", "--nodes", "0").stdout)
+    assert told["metric"] == {"name": "lost:none", "model": None, "bundle": None}
     for metric, message in [
         ("two", "metric 'two' is not module:function"),
         ("merit:three", "merit has no function 'three'"),
