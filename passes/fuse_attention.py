@@ -18,9 +18,9 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir.attention import PRECISIONS
-from qcompiler.ir.decisions import decide, decision_of, region_of
+from qcompiler.ir.decisions import decide, decision_of, is_kept_float, region_of
 from qcompiler.ir.errors import OptionError
-from qcompiler.ir.graph import new_initializer, replace_nodes
+from qcompiler.ir.graph import constant, new_initializer, replace_nodes
 from qcompiler.ir.region import HALF, Region
 from qcompiler.passes.match_attention import Attention, Mismatch, match_attention
 from qcompiler.passes.outlining import RegionPass, outline
@@ -47,8 +47,9 @@ class FuseAttention(RegionPass):
         Attributes:
             precision: What a kernel may round the factors of both products to, where the processor
                 multiplies those: int8, bfloat16 or float32.  By default int8 where q, k and v are
-                results of int8 products, good to 30 to 40 dB themselves, as is attention in int8,
-                else float32.
+                results of int8 products, good to 30 to 40 dB themselves, as is attention in int8;
+                else float32, as where outlying channels of those are multiplied in float, or a node
+                of the attention is kept float.
         """
 
         precision: str | None = None
@@ -91,6 +92,8 @@ class FuseAttention(RegionPass):
         if precision is None:
             quantized = all(_is_quantized(operand.value) for operand in found.operands)
             precision = "int8" if quantized else "float32"
+        if _is_kept(found):
+            precision = "float32"
         half = found.operands[0].value.dtype is ir.DataType.FLOAT16
         flags = (*found.flags, *PRECISIONS[precision], *((HALF,) if half else ()))
         region = Region(anchor, (("D", found.depth),), flags=flags)
@@ -101,21 +104,62 @@ class FuseAttention(RegionPass):
         return True
 
 
+def _is_kept(found: Attention) -> bool:
+    """Whether somebody decided that a product of an attention, or its softmax, stays float."""
+    ends = {found.mask, *(operand.value for operand in found.operands)}
+    values = [found.result]
+    for value in values:
+        node = value.producer()
+        if node is None or value in ends:
+            continue
+        if is_kept_float(node):
+            return True
+        data = node.inputs[:1] if node.op_type in _SHAPING else node.inputs  # not the sizes
+        values.extend(read for read in data if read is not None and read not in values)
+    return False
+
+
 def _is_quantized(value: ir.Value) -> bool:
-    """Whether `value` comes from a quantized product, through ops that move or combine elements."""
-    found, seen = [value], {value}
+    """Whether `value` comes from a quantized product, through ops that move or combine elements.
+
+    Not from one whose outlying channels are multiplied in float (`split_outliers`): those may be
+    most of its result, which then is better than 8 bits.
+    """
+    found, seen, quantized = [value], {value}, False
     for current in found:
         node = current.producer()
-        region = region_of(node) if node is not None else None
+        if node is None:
+            continue
+        if _multiplies_outliers(node):
+            return False
+        region = region_of(node)
         if isinstance(region, Region) and region.anchor.startswith("QMatMul"):
-            return True
-        if node is None or node.domain != "" or node.op_type not in _MOVING:
+            quantized = True
+            added = node.inputs[len(node.inputs) - len(region.extras) :]
+            if any(
+                each and (made := each.producer()) and _multiplies_outliers(made) for each in added
+            ):
+                return False
+            continue
+        if node.domain != "" or node.op_type not in _MOVING:
             continue
         for operand in node.inputs:
             if operand is not None and operand not in seen:
                 seen.add(operand)
                 found.append(operand)
-    return False
+    return quantized
+
+
+def _multiplies_outliers(node: ir.Node) -> bool:
+    """Whether a product is of a few channels, MatMul(Gather(x, indices), W)."""
+    if node.op_type != "MatMul" or node.inputs[0] is None:
+        return False
+    gather = node.inputs[0].producer()
+    return (
+        gather is not None
+        and gather.op_type == "Gather"
+        and (gather.attributes.get_int("axis", 0) == -1 and constant(gather.inputs[1]) is not None)
+    )
 
 
 def _replace(model: ir.Model, softmax: ir.Node, found: Attention, region: Region) -> None:

@@ -132,12 +132,14 @@ class InsertQDQ(ir.passes.InPlacePass):
 def missing_samples(nodes: Sequence[ir.Node]) -> CalibrationError:
     """What to say where static ranges are needed by some of `nodes`, and there are no samples."""
     static = [node for node in nodes if is_static(node)]
+    way_out = f"keep them float with --keep-float {static[0].op_type if static else 'Conv'}"
+    if not static and (products := [node for node in nodes if operand_plan_of(node) is not None]):
+        static, way_out = products, "leave out products of assign-precision"
     named = ", ".join(label(node) for node in static[:3])
     more = f" and {len(static) - 3} more" if len(static) > 3 else ""
     return CalibrationError(
         f"static activation ranges are needed by {named}{more}: give samples with "
-        "--calib DIR (calibration=...), or keep them float with --keep-float "
-        f"{static[0].op_type if static else 'Conv'}"
+        f"--calib DIR (calibration=...), or {way_out}"
     )
 
 

@@ -63,13 +63,14 @@ class Comparison:
     def by_channel(self, rows: Rows) -> float:
         """SQNR in dB of the average channel, one that is lost counting 1; infinite if all are 0.
 
-        NaN where no sample holds it.
+        NaN where no sample holds it, or its squares are infinite.
         """
         if not len(rows[self.noise]):
             return math.nan
         noise, signal = (rows[name].mean(axis=0, dtype=np.float64) for name in self.names[:2])
         alive = signal > 0
-        shares = np.minimum(noise[alive] / signal[alive], 1.0)
+        with np.errstate(invalid="ignore"):  # squares that left the range of float32: nobody knows
+            shares = np.minimum(noise[alive] / signal[alive], 1.0)
         return _decibels(float(shares.mean())) if alive.any() else math.inf
 
     def overall(self, rows: Rows) -> float:

@@ -6,6 +6,7 @@ A task metric hides damage, so these stand beside it, never behind it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -51,9 +52,15 @@ class Comparison:
         """Plain values, for JSON; nodes in the graph's order, and the names of the worst first."""
         content = dataclasses.asdict(self)
         for entry, node in zip(content["nodes"], self.nodes, strict=True):
-            entry["remedy"] = node.remedy
+            entry |= {"can_stay_float": node.can_stay_float, "remedy": node.remedy}
+        if self.metric is not None:  # JSON has no NaN
+            content["metric"] |= {k: _finite(getattr(self.metric, k)) for k in ("model", "bundle")}
         worst = [node.node for node in worst_first(self.nodes)]
         return content | {"bundle": str(self.bundle), "model": str(self.model), "worst": worst}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def compare(

@@ -18,7 +18,11 @@ IMAGES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 """Suffixes of files that are images."""
 
 
-_CHOICES = {"order": ("rgb", "bgr", "gray"), "layout": ("nchw", "nhwc")}
+_CHOICES = {
+    "order": ("rgb", "bgr", "gray"),
+    "layout": ("nchw", "nhwc"),
+    "dtype": ("float32", "float16", "uint8"),
+}
 _EIGHT_BITS = frozenset({"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK",
                          "YCbCr", "LAB", "HSV"})  # fmt: skip
 _LARGEST = 1 << 14
@@ -37,6 +41,8 @@ class Preprocess:
         std: What channels are divided by then.
         order: Of the channels.
         layout: Of the array: [1, C, H, W] or [1, H, W, C].
+        dtype: Of the array.  A model that takes uint8 does the arithmetic itself: it gets 0 to 255,
+            as decoded.
     """
 
     size: tuple[int, int]
@@ -46,6 +52,7 @@ class Preprocess:
     std: tuple[float, ...] = (1.0,)
     order: Literal["rgb", "bgr", "gray"] = "rgb"
     layout: Literal["nchw", "nhwc"] = "nchw"
+    dtype: Literal["float32", "float16", "uint8"] = "float32"
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -53,7 +60,7 @@ class Preprocess:
         Raises:
             OptionError: One out of range, or not as many as there are channels.
         """
-        for name in ("order", "layout"):
+        for name in _CHOICES:
             if getattr(self, name) not in _CHOICES[name]:
                 known = ", ".join(_CHOICES[name])
                 raise OptionError(f"preprocess {name}={getattr(self, name)}: one of {known}")
@@ -77,6 +84,12 @@ class Preprocess:
             )
         if not self.scale or not all(self.std):
             raise OptionError("preprocess: scale and std divide, and must not be 0")
+        plain = self.scale in (1.0, 255.0) and not any(self.mean) and set(self.std) == {1.0}
+        if self.dtype == "uint8" and not plain:
+            raise OptionError(
+                "preprocess dtype=uint8: a model that takes bytes gets 0 to 255; leave out scale, "
+                "mean and std"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Preprocess:
@@ -102,7 +115,7 @@ class Preprocess:
             raise OptionError(f"preprocess {text!r} does not say size=HEIGHTxWIDTH")
         return cls(**values)
 
-    def read(self, path: Path) -> NDArray[np.float32]:
+    def read(self, path: Path) -> NDArray[Any]:
         """The picture as the model takes it, of one image: [1, C, H, W] or [1, H, W, C].
 
         Raises:
@@ -136,9 +149,15 @@ class Preprocess:
         pixels = np.asarray(picture, np.float32).reshape(height, width, -1)
         if self.order == "bgr":
             pixels = pixels[..., ::-1]
-        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        array = ((pixels / np.float32(self.scale) - mean) / std)[None]
+        array = self._scaled(pixels)[None]
         return np.ascontiguousarray(array.transpose(0, 3, 1, 2) if self.layout == "nchw" else array)
+
+    def _scaled(self, pixels: NDArray[np.float32]) -> NDArray[Any]:
+        """The values that the model takes of pixels from 0 to 255; channels last."""
+        if self.dtype == "uint8":
+            return pixels.astype(np.uint8)
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        return ((pixels / np.float32(self.scale) - mean) / std).astype(self.dtype)
 
 
 def _eight_bits(image: Any) -> Any:
@@ -183,4 +202,5 @@ _PARSERS = {
     "std": _floats,
     "order": _one_of(*_CHOICES["order"]),
     "layout": _one_of(*_CHOICES["layout"]),
+    "dtype": _one_of(*_CHOICES["dtype"]),
 }

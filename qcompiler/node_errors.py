@@ -19,28 +19,31 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler.bundle import MODEL
+from qcompiler.cuts import EXACT, Cut, altered, cuts_of
 from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.errors import ModelError, said_by_ort
 from qcompiler.output_error import ErrorSums, OutputError
+from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.infer_shapes import InferShapes
+from qcompiler.passes.widen_floats import WidenFloats
 from qcompiler.probe import Probe
 from qcompiler.runtime import open_altered
 from qcompiler.samples import Sample, Samples
 
 __all__ = ["NodeError", "node_errors", "worst_first"]
 
-_QUANTIZED, _DEQUANTIZED = "_quantized", "_dequantized"
-"""What `insert_qdq` appends to the name of a tensor that it stores as integers, and gives back."""
-
 _QUANTIZATION = frozenset({
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul",
     "MatMulInteger", "ConvInteger",
 })  # fmt: skip
 _KEEPABLE = ("QMatMul", "DynamicQMatMul", "RequantizedQMatMul", "WindowedQMatMul", "QConv")
-
-_EXACT = "{}@model"
-"""The input that stands for a tensor of the model's."""
+_HAND_ON = frozenset({
+    "DequantizeLinear", "Flatten", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
+    "Unsqueeze",
+})  # fmt: skip
+"""Ops that hand on integers as they are: what they store is for those that read it."""
+_JOINED = " + "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +58,8 @@ class NodeError:
         why: for what reason.
         own: The error that the node adds to exact inputs.
         total: The error of its result in the bundle.
-        can_stay_float: Whether `keep_float` takes the node's error away; it cannot where the source
-            is quantized itself.
+        keep: The nodes that `keep_float` takes the error away with: itself, or, where a tensor is
+            stored as integers, those that read it; none where the source is quantized itself.
     """
 
     node: str
@@ -66,26 +69,20 @@ class NodeError:
     why: str
     own: OutputError
     total: OutputError
-    can_stay_float: bool
+    keep: tuple[str, ...]
+
+    @property
+    def can_stay_float(self) -> bool:
+        """Whether `keep_float` takes the node's error away."""
+        return bool(self.keep)
 
     @property
     def remedy(self) -> str:
         """What would help, as an option or a line of the recipe."""
-        if self.can_stay_float:
-            return f"--keep-float {shlex.quote(self.node)}"
+        if self.keep:
+            return " ".join(f"--keep-float {shlex.quote(name)}" for name in self.keep)
         rounded = self.op.endswith(("_bf16", "_int8"))
         return 'attention = "float32" in the recipe' if rounded else ""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cut:
-    """A tensor that both have: where it lies in the bundle, and its name in the model."""
-
-    value: ir.Value
-    tensor: str
-    steps: tuple[ir.Value, ir.Value] | None
-    """Scale and zero point, where the bundle has it as integers."""
-    node: ir.Node
 
 
 def node_errors(
@@ -114,13 +111,14 @@ def node_errors(
     source = load_model(model)
     path = bundle / MODEL if bundle.is_dir() else bundle
     InferShapes()(source)
+    _widen(source)
     values = [*source.graph.inputs, *(v for node in source.graph for v in node.outputs)]
     floats = {v.name or "" for v in values if v.dtype is ir.DataType.FLOAT}
-    cuts = _cuts(ir.load(path), floats)
+    cuts = cuts_of(ir.load(path), floats)
     if not cuts:
         return []
     sides = [
-        open_altered(bundle, _altered(path, cuts, exact=exact), native=native)
+        open_altered(bundle, altered(path, cuts, exact=exact), native=native)
         for exact in (True, False)
     ]
     tell = progress or (lambda label, done, total: None)
@@ -134,8 +132,16 @@ def node_errors(
     ]
 
 
+def _widen(source: ir.Model) -> None:
+    """Bring a model of 16-bit floats into float32, as it was before anything was quantized."""
+    values = (value for node in source.graph for value in node.outputs)
+    if any(value.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for value in values):
+        Canonicalize()(source)
+        WidenFloats()(source)
+
+
 def _sum_up(
-    source: ir.Model, cuts: Sequence[_Cut], sides: Sequence[Any], bundle: Path, samples: Samples,
+    source: ir.Model, cuts: Sequence[Cut], sides: Sequence[Any], bundle: Path, samples: Samples,
     tell: Callable[[str, float, int], None],
 ) -> list[tuple[ErrorSums, ErrorSums]]:  # fmt: skip
     """Of each tensor, how either side errs in it over all samples."""
@@ -151,13 +157,41 @@ def _sum_up(
     return sums
 
 
-def _error(cut: _Cut, own: OutputError, total: OutputError, names: Collection[str]) -> NodeError:
+def _error(cut: Cut, own: OutputError, total: OutputError, names: Collection[str]) -> NodeError:
     """The error of a node; `names` are those that the source has, none if it is quantized."""
     made = decision_of(cut.node)
+    keep = tuple(made.node.split(_JOINED)) if _can_stay(cut.node, names) else ()
+    if cut.node.op_type == "QuantizeLinear":
+        keep = _around(cut.node, names)
+    return NodeError(made.node, made.op, cut.tensor, made.action, made.why, own, total, keep)
+
+
+def _can_stay(node: ir.Node, names: Collection[str]) -> bool:
+    """Whether `keep_float` is about a node of the bundle; `names` are the source's."""
+    made = decision_of(node)
     # What lies between layers hands on integers, or is left float as they are.
     between = made.op not in _QUANTIZATION and made.node in names
-    can_stay = bool(names) and (between or made.op.startswith(_KEEPABLE))
-    return NodeError(made.node, made.op, cut.tensor, made.action, made.why, own, total, can_stay)
+    return bool(names) and (between or made.op.startswith(_KEEPABLE))
+
+
+def _around(quantize: ir.Node, names: Collection[str]) -> tuple[str, ...]:
+    """The nodes without which nobody would store a tensor as integers: who reads and makes them.
+
+    None if one of them cannot stay float.
+    """
+    maker = None if quantize.inputs[0] is None else quantize.inputs[0].producer()
+    around = [] if maker is None or decision_of(maker).action != "qdq" else [maker]
+    values = list(quantize.outputs)
+    for value in values:
+        for node in value.consumers():
+            if node.op_type in _HAND_ON and node.domain == "":
+                values.extend(each for each in node.outputs if each not in values)
+            elif decision_of(node).action != "float":
+                around.append(node)
+    if not all(_can_stay(node, names) for node in around):
+        return ()
+    found = (name for node in around for name in decision_of(node).node.split(_JOINED))
+    return tuple(dict.fromkeys(found))
 
 
 def worst_first(errors: Iterable[NodeError]) -> list[NodeError]:
@@ -173,83 +207,8 @@ def _own(error: NodeError) -> float:
     return math.inf if error.own.sqnr is None else error.own.sqnr
 
 
-def _cuts(bundle: ir.Model, known: Collection[str]) -> list[_Cut]:
-    """The results of nodes that are not computed in float and that the model has too."""
-    cuts: list[_Cut] = []
-    for node in bundle.graph:
-        if decision_of(node).action == "float":
-            continue
-        if node.op_type == "DequantizeLinear" and any(c.value is node.inputs[0] for c in cuts):
-            continue  # what it gives back was looked at where it was stored
-        for value in node.outputs:
-            steps = _steps(node) if value.dtype is not ir.DataType.FLOAT else None
-            suffix = _DEQUANTIZED if steps is None else _QUANTIZED
-            name = value.name or ""
-            tensor = name if name in known else name.removesuffix(suffix)
-            if tensor in known and (steps is not None or value.dtype is ir.DataType.FLOAT):
-                cuts.append(_Cut(value, tensor, steps, node))
-    return cuts
-
-
-def _steps(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
-    """Scale and zero point of the integers that a node stores."""
-    by_op = {"QuantizeLinear": slice(1, 3), "QConv": slice(6, 8)}
-    found = [value for value in node.inputs[by_op.get(node.op_type, slice(0))] if value is not None]
-    return (found[0], found[1]) if len(found) == 2 else None
-
-
-def _altered(path: Path, cuts: Sequence[_Cut], *, exact: bool) -> bytes:
-    """The bundle's model with the cut tensors as outputs; and if `exact`, as inputs as well."""
-    model = ir.load(path)
-    graph = model.graph
-    values = {value.name: value for node in graph for value in node.outputs}
-    steps_of = {v.name: v for v in graph.initializers.values()} | values
-    fed: dict[str, ir.Value] = {}
-    shown: list[ir.Value] = []
-    for cut in cuts:
-        value = values[cut.value.name]
-        uses = tuple(value.uses())
-        steps = None if cut.steps is None else [steps_of[step.name] for step in cut.steps]
-        shown.append(value if steps is None else _append(graph, "DequantizeLinear", value, steps))
-        if not exact:
-            continue
-        if cut.tensor not in fed:
-            fed[cut.tensor] = _input(graph, cut)
-        source = fed[cut.tensor]
-        if steps is not None:
-            source = _prepend(graph, "QuantizeLinear", source, steps)
-        for use in uses:
-            use.node.replace_input_with(use.idx, source)
-    graph.outputs.clear()
-    graph.outputs.extend(shown)
-    content: bytes = ir.to_proto(model).SerializeToString()
-    return content
-
-
-def _input(graph: ir.Graph, cut: _Cut) -> ir.Value:
-    value = ir.Value(
-        name=_EXACT.format(cut.tensor), type=ir.TensorType(ir.DataType.FLOAT), shape=cut.value.shape
-    )
-    graph.inputs.append(value)
-    return value
-
-
-def _append(graph: ir.Graph, op: str, value: ir.Value, steps: Sequence[ir.Value]) -> ir.Value:
-    node = ir.node(op, [value, *steps])
-    node.outputs[0].name = f"{value.name}_shown"
-    graph.append(node)
-    return node.outputs[0]
-
-
-def _prepend(graph: ir.Graph, op: str, value: ir.Value, steps: Sequence[ir.Value]) -> ir.Value:
-    node = ir.node(op, [value, *steps])
-    node.outputs[0].name = f"{value.name}_stored"
-    graph.insert_before(graph[0], node)
-    return node.outputs[0]
-
-
 def _run(session: Any, tensors: Sample, bundle: Path, label: str) -> Sequence[Any]:
-    given = tensors | {_EXACT.format(name): array for name, array in tensors.items()}
+    given = tensors | {EXACT.format(name): array for name, array in tensors.items()}
     wanted = {value.name for value in session.get_inputs()}
     try:
         found: Sequence[Any] = session.run(None, {k: v for k, v in given.items() if k in wanted})

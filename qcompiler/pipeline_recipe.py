@@ -9,7 +9,7 @@ from typing import Any
 from qcompiler.default_steps import OPTIONS_OF_RECIPE
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.passes.options import configured
-from qcompiler.pipeline_text import ALIASES
+from qcompiler.pipeline_text import ALIASES, with_aliases
 from qcompiler.recipe import Recipe
 from qcompiler.step import Step
 
@@ -40,7 +40,7 @@ def _told(
     if name == "smooth-activations" and not smooth:
         raise OptionError(f"{given!r} is left out by smooth = false")
     if name not in steps:
-        hint = did_you_mean(name, steps) or f"; one of {', '.join(steps)}"
+        hint = did_you_mean(name, with_aliases(steps)) or f"; one of {', '.join(steps)}"
         raise OptionError(f"no pass {given!r}{hint}")
     for option in options:
         if key := OPTIONS_OF_RECIPE.get((name, option)):

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from qcompiler.ir.errors import OptionError, did_you_mean
 
-__all__ = ["ALIASES", "PassText", "parse_pipeline"]
+__all__ = ["ALIASES", "PassText", "parse_pipeline", "with_aliases"]
 
 
 ALIASES = {"smooth-quant": "smooth-activations"}
@@ -105,12 +105,17 @@ def _options(name: str, text: str) -> dict[str, list[str]]:
     return options
 
 
+def with_aliases(names: Collection[str]) -> list[str]:
+    """Names of passes, and the other names of those."""
+    return [*names, *(alias for alias, name in ALIASES.items() if name in names)]
+
+
 def _names(text: str, known: Sequence[str]) -> Sequence[str]:
     """One name, or all from one to another: `a..b`, `a..`, `..b` or `..`."""
     first, ranges, last = (ALIASES.get(p.strip(), p.strip()) for p in text.partition(".."))
     for name in (first, last):
         if name and name not in known:
-            hint = did_you_mean(name, known) or f"; one of {', '.join(known)}"
+            hint = did_you_mean(name, with_aliases(known)) or f"; one of {', '.join(known)}"
             raise OptionError(f"no pass {name!r}{hint}")
     if not ranges:
         return [first]

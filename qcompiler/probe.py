@@ -21,7 +21,7 @@ from qcompiler.ir.errors import CalibrationError, said_by_ort
 from qcompiler.ir.graph import every_node
 from qcompiler.model_part import save_part
 from qcompiler.runtime import open_session
-from qcompiler.samples import Sample, check_sample
+from qcompiler.samples import Sample, check_sample, disagreement
 from qcompiler.session_options import QUIET
 from qcompiler.targets.cache import content_key
 
@@ -118,7 +118,10 @@ class Probe:
             return dict(zip(self._computed, session.run(self._computed, feeds), strict=True))
         except Exception as error:
             # ORT raises bare RuntimeErrors as well as its own types.
-            raise CalibrationError(f"the model fails on {label}: {said_by_ort(error)}") from error
+            sizes = disagreement(feeds, session.get_inputs())
+            raise CalibrationError(
+                f"the model fails on {label}: {said_by_ort(error)}{sizes}"
+            ) from error
 
     @property
     def _path(self) -> Path:

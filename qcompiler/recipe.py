@@ -36,7 +36,8 @@ class Recipe:
         attention: What attention may round the factors of both its products to, where kernels and
             the processor multiply those: "int8" (x86: AVX512-VNNI), good to 30 to 40 dB, "bfloat16"
             (AVX512-BF16), good to 45, or "float32".  By default int8 where queries, keys and values
-            are results of int8 products, which are no better themselves.
+            are results of int8 products, which are no better themselves, unless outlying channels
+            of those are multiplied in float.
         float: What the part of a model that is not quantized computes in: "fp16" or "fp32"; by
             default fp16 on CUDA, and fp32 elsewhere, see `passes/convert_float16.py`.
         smooth: Divide the outlying channels of activations before they are quantized, and multiply

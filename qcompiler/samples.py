@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qcompiler.arguments import require, require_path
 from qcompiler.images import IMAGES, Preprocess
@@ -16,7 +17,7 @@ from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.sample_files import Sample, find_files, read_file
 from qcompiler.sample_function import find_function, samples_of
 
-__all__ = ["Sample", "Samples", "Source", "check_sample", "samples_from"]
+__all__ = ["Sample", "Samples", "Source", "check_sample", "disagreement", "samples_from"]
 
 _SMALL = 1 << 20
 """Bytes of a small array: a picture of 224 x 224 has 588 KiB."""
@@ -117,7 +118,8 @@ class Samples:
 
         def checked() -> Iterator[tuple[str, Sample]]:
             for name, sample in self:
-                yield name, check_sample(name, sample, inputs)
+                image = self._preprocess is not None
+                yield name, check_sample(name, sample, inputs, image=image)
 
         self._digest = self._hash(checked())
         if not self._count:
@@ -156,13 +158,16 @@ def samples_from(source: Source | Samples) -> Samples:
     return source if isinstance(source, Samples) else Samples(source)
 
 
-def check_sample(name: str, sample: Sample, inputs: Sequence[Any]) -> Sample:
+def check_sample(
+    name: str, sample: Sample, inputs: Sequence[Any], *, image: bool = False
+) -> Sample:
     """The arrays of `sample` that the model takes, after checking each.
 
     Args:
         name: What to call the sample in a message.
         sample: The arrays.
         inputs: `session.get_inputs()`, or the like of it.
+        image: It was made of an image: messages then say what to do about that.
 
     Raises:
         CalibrationError: A missing input, a wrong dtype or shape, NaN or Inf.
@@ -176,34 +181,61 @@ def check_sample(name: str, sample: Sample, inputs: Sequence[Any]) -> Sample:
     for index, expected in enumerate(inputs):
         array = sample.get(expected.name, sample.get(f"#{index}"))
         if array is None:
+            wanted = f"input {expected.name!r}"
             raise CalibrationError(
-                f"{name} has no array for input {expected.name!r}, only {sorted(sample)}; name it "
-                f"so: np.savez(file, {_keyword(expected.name)}), in Python {{{expected.name!r}: …}}"
+                f"{name} is an image, and there is no array for {wanted}; images are for models of "
+                "one input: give .npz files, or module:function, with all of them"
+                if image
+                else f"{name} has no array for {wanted}, only {sorted(sample)}; name it so: "
+                f"np.savez(file, {_keyword(expected.name)}), in Python {{{expected.name!r}: …}}"
             )
-        if expected.type == "tensor(bfloat16)":
-            raise CalibrationError(
-                f"{name}: input {expected.name!r} is bfloat16, which numpy has not: export the "
-                "model with float16 or float32 inputs, or leave the samples out"
-            )
-        wanted = _numpy_dtype(expected.type)
-        if wanted is not None and array.dtype != wanted:
-            raise CalibrationError(
-                f"{name}: input {expected.name!r} is {array.dtype}, the model takes {wanted}; give "
-                f"array.astype({str(wanted)!r})"
-            )
-        if not _fits(array.shape, expected.shape):
-            raise CalibrationError(
-                f"{name}: input {expected.name!r} has shape {list(array.shape)}, the model takes "
-                f"{expected.shape}; give every sample its batch dimension and these sizes"
-            )
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            bad = int(array.size - np.isfinite(array).sum())
-            raise CalibrationError(
-                f"{name}: input {expected.name!r} holds {bad} NaN or Inf; repair the sample, or "
-                "leave it out"
-            )
+        _check_array(f"{name}: input {expected.name!r}", array, expected, image)
         feeds[expected.name] = array
     return feeds
+
+
+def _check_array(what: str, array: NDArray[Any], expected: Any, image: bool) -> None:
+    """Refuse what an input does not take; `expected` is the session's description of it."""
+    if expected.type == "tensor(bfloat16)":
+        raise CalibrationError(
+            f"{what} is bfloat16, which numpy has not: export the model with float16 or float32 "
+            "inputs, or leave the samples out"
+        )
+    wanted = _numpy_dtype(expected.type)
+    if wanted is not None and array.dtype != wanted:
+        way_out = f"--preprocess dtype={wanted}" if image else f"array.astype({str(wanted)!r})"
+        raise CalibrationError(f"{what} is {array.dtype}, the model takes {wanted}; give {way_out}")
+    if not _fits(array.shape, expected.shape):
+        raise CalibrationError(
+            f"{what} has shape {list(array.shape)}, the model takes {expected.shape}; "
+            + (
+                "say size, order=gray or layout=nhwc in --preprocess; each image is a batch of 1"
+                if image
+                else "give every sample its batch dimension and these sizes"
+            )
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        bad = int(array.size - np.isfinite(array).sum())
+        raise CalibrationError(f"{what} holds {bad} NaN or Inf; repair the sample, or leave it out")
+
+
+def disagreement(sample: Sample, inputs: Sequence[Any]) -> str:
+    """Which arrays of a sample have two sizes for one dimension that the model names, if any do.
+
+    Not an error by itself: there are models that call two dimensions the same and take any.
+    """
+    seen: dict[str, tuple[str, int]] = {}
+    for expected in inputs:
+        for dim, size in zip(expected.shape, sample[expected.name].shape, strict=False):
+            if not isinstance(dim, str):
+                continue
+            name, known = seen.setdefault(dim, (expected.name, size))
+            if known != size:
+                return (
+                    f"; {dim!r} is {known} in input {name!r} and {size} in input "
+                    f"{expected.name!r}: give both the same size"
+                )
+    return ""
 
 
 def _fits(shape: tuple[int, ...], expected: Sequence[int | str | None]) -> bool:

@@ -11,6 +11,7 @@ from instruction_sets import needs_kernels
 
 import qcompiler
 from qcompiler.ir.decisions import decisions
+from qcompiler.ir.errors import CalibrationError
 from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.fuse_attention import FuseAttention
@@ -204,6 +205,35 @@ def test_int8_is_used_after_int8_products_or_as_the_recipe_says(recipe, whole, a
     assert sum(node.op_type == f"Attention_D16_ssss{attention_alone}" for node in model.graph) == 2
 
 
+@pytest.mark.parametrize("kept", ["Softmax", "first", "last"])
+def test_what_is_kept_float_is_not_rounded_inside_of_attention(kept):
+    model = ir.load(DIGITS / "digits.onnx")
+    softmax = next(node for node in model.graph if node.op_type == "Softmax")
+    products = [node for node in model.graph if node.op_type == "MatMul"]
+    names = {
+        "Softmax": "Softmax",
+        "first": products[[p.name for p in products].index(_scores_of(softmax))].name,
+        "last": softmax.outputs[0].consumers()[0].name,
+    }
+    recipe = Recipe.from_dict({"keep_float": ["Conv", names[kept]]})
+    for step in Pipeline.default(get_target("x86-int8"), recipe):
+        model = step.apply(model).model
+        if step.name == "fuse-attention":
+            break
+    found = [node.op_type for node in model.graph if "Attention" in node.op_type]
+    rounded = {"Softmax": []}.get(kept, ["Attention_D16_ssss_int8"])
+    assert sorted(found) == sorted(rounded + ["Attention_D16_ssss"] * (2 - len(rounded)))
+
+
+def _scores_of(softmax: ir.Node) -> str | None:
+    value = softmax.inputs[0]
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "MatMul":
+            return node.name
+        value = node.inputs[0]
+    return None
+
+
 def assert_attends(text: str, before: str, after: str, *, notes: bool = False) -> None:
     model = model_of(text, {"half": np.float32(0.5)})
     checks = {"exact": False, "floor_db": 110, "notes": notes}
@@ -294,3 +324,14 @@ def test_golden_an_activation_between_softmax_and_values():
         outputs y""",
         notes=True,
     )
+
+
+def test_products_in_8_bits_need_samples_and_are_named(tmp_path):
+    text = f"{HEADS}{RESULT['h']} {CORE} scores = MatMul (q, turned) {SOFT} y = MatMul (p, v) }}"
+    recipe = Recipe(passes={"assign-precision": {"products": True}})
+    model = model_of(text, {})
+    for index, node in enumerate(model.graph):
+        node.name = f"node_{index}"
+    wanted = r"needed by node_1, node_3: give samples .* or leave out products of assign-precision$"
+    with pytest.raises(CalibrationError, match=wanted):
+        qcompiler.compile(model, "x86-int8", tmp_path / "b", recipe=recipe, timing=False)

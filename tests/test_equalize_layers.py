@@ -1,5 +1,7 @@
 """equalize-layers: which pairs are changed; the float model keeps its bits."""
 
+import math
+
 import numpy as np
 import pytest
 from calibrated import facts, output_sqnr, planned
@@ -10,7 +12,7 @@ from qcompiler.ir.errors import CalibrationError, OptionError
 from qcompiler.passes.equalize_layers import EqualizeLayers
 from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.options import configured
-from qcompiler.passes.side_by_side import quantized_copy
+from qcompiler.passes.side_by_side import Comparison, quantized_copy
 
 RNG = np.random.default_rng(0)
 C = 16
@@ -171,3 +173,8 @@ def test_what_holds_the_same_numbers_is_not_observed_again():
     quantized_copy(model, ranges)
     first, again = asked
     assert again and all(name.endswith("_equalized") for name in again) and not first & again
+
+
+def test_squares_beyond_float32_are_told_by_nobody():
+    rows = {"n": np.full((2, 3), np.inf, np.float32), "s": np.full((2, 3), np.inf, np.float32)}
+    assert math.isnan(Comparison("n", "s", "d").by_channel(rows))

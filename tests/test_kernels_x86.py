@@ -152,7 +152,7 @@ def test_quantize_is_bit_identical(isa: Isa, k: int, m: int, seed: int, tmp_path
     for values in (normal, normal * np.float32(1e30), ties, ties * 2, zeros, tiny):
         x = guarded(values)
         q, s = guarded(np.zeros((m, k), np.uint8)), guarded(np.zeros((m, 1), np.float32))
-        kernel(*map(pointer, (x, q, s)), m)
+        kernel(*map(pointer, (x, q, s)), m, k)
         expected_q, expected_s = quantize(values)
         np.testing.assert_array_equal(q, expected_q)
         np.testing.assert_array_equal(s.view(np.int32), expected_s.view(np.int32))

@@ -218,6 +218,9 @@ def test_metrics(spiked, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ("compare", source, bundle, "--data", "x.npz", "--metric")
     assert "merit:two: 2 → 2" in qcompile(*arguments, "merit:two").stdout
+    (tmp_path / "lost.py").write_text("def none(run, samples):\n    return float('nan')\n")
+    told = json.loads(qcompile(*arguments, "lost:none", "--json", "--nodes", "0").stdout)
+    assert told["metric"] == {"name": "lost:none", "model": None, "bundle": None}
     for metric, message in [
         ("two", "metric 'two' is not module:function"),
         ("merit:three", "merit has no function 'three'"),
@@ -239,3 +242,101 @@ def test_keeping_the_worst_of_no_bundle(spiked, tmp_path):
     assert failed.exit_code == 1
     assert "is not a bundle" in failed.stderr
     assert "0 is not in the range x>=1" in qcompile(*arguments, "0").stderr
+
+
+def compiled(tmp_path, text, weights, recipe, calibration, name="b"):
+    """The model as a file, its nodes named node_0, node_1…, and its bundle."""
+    model = model_of(text, weights)
+    for index, node in enumerate(model.graph):
+        node.name = f"node_{index}"
+    ir.save(model, tmp_path / "named.onnx")
+    report = qcompiler.compile(
+        tmp_path / "named.onnx", "x86-int8", tmp_path / name,
+        recipe=recipe, calibration=calibration, timing=False,
+    )  # fmt: skip
+    return tmp_path / "named.onnx", report.bundle
+
+
+def test_a_tensor_stored_as_integers_goes_with_those_that_read_it(tmp_path):
+    text = """g (float[n,3,8,8] x) => (float[n,4,8,8] y) {
+        a = Conv <pads = [1,1,1,1]> (x, u) b = Relu (a)
+        c = Conv <pads = [1,1,1,1]> (b, v) d = Relu (c)
+        e = Conv <pads = [1,1,1,1]> (d, v) y = Neg (e)
+    }"""
+    kernels = {
+        "u": RNG.standard_normal((4, 3, 3, 3)).astype(np.float32),
+        "v": RNG.standard_normal((4, 4, 3, 3)).astype(np.float32),
+    }
+    images = [RNG.standard_normal((1, 3, 8, 8)).astype(np.float32) ** 3 for _ in range(4)]
+    asked = {
+        "nodes": [{"op": "Conv", "precision": "int8"}],
+        "passes": {"keep-sensitive": {"own": -300.0, "runs": 0}},
+    }
+    recipe = qcompiler.Recipe.from_dict(asked)
+    source, bundle = compiled(tmp_path, text, kernels, recipe, images)
+    errors = {e.tensor: e for e in node_errors(source, bundle, Samples(images))}
+    assert errors["x"].op == "QuantizeLinear"
+    assert errors["x"].remedy == "--keep-float node_0"
+    better = qcompiler.Recipe.from_dict(asked | {"keep_float": list(errors["x"].keep)})
+    source, bundle = compiled(tmp_path, text, kernels, better, images, "c")
+    after = {e.tensor for e in node_errors(source, bundle, Samples(images))}
+    assert "x" not in after
+    assert "b" in after  # which the second one still reads as integers
+    told = qcompile("compare", source, bundle, "--data", _saved(tmp_path, images))
+    assert "keep node_2 float" in told.stdout
+
+
+def _saved(tmp_path, images):
+    (tmp_path / "data").mkdir()
+    for index, image in enumerate(images):
+        np.savez(tmp_path / "data" / f"{index}.npz", x=image)
+    return tmp_path / "data"
+
+
+def test_a_product_that_stores_integers_is_looked_at(tmp_path):
+    recipe = qcompiler.Recipe.from_dict(
+        {"nodes": [{"op": "MatMul", "precision": "int8", "activation": "static"}]}
+    )
+    text = (
+        "g (float[n,64] x) => (float[n,64] y) { a = MatMul (x, v) b = Relu (a) y = MatMul (b, w) }"
+    )
+    given = data()()
+    source, bundle = compiled(tmp_path, text, {"w": W, "v": W}, recipe, given)
+    stored = [v.name for node in ir.load(bundle / "model.onnx").graph for v in node.outputs]
+    assert "b_quantized" in stored
+    errors = {e.tensor: e for e in node_errors(source, bundle, Samples(given))}
+    assert set(errors) == {"x", "b", "y"}
+    assert errors["b"].keep == ("node_0",)
+    # Of exact integers only the weight of the last one is rounded.
+    assert errors["y"].own.sqnr > errors["y"].total.sqnr + 1
+
+
+def test_a_source_of_16_bit_floats(tmp_path):
+    text = TEXT.replace("float[", "float16[")
+    model = model_of(text, {"w": W.astype(np.float16), "v": SPIKED.astype(np.float16)})
+    ir.save(model, tmp_path / "half.onnx")
+    report = qcompiler.compile(tmp_path / "half.onnx", "x86-int8", tmp_path / "b", timing=False)
+    given = [{"x": sample["x"].astype(np.float16)} for sample in data()()]
+    errors = node_errors(tmp_path / "half.onnx", report.bundle, Samples(given))
+    assert {"b", "d"} <= {error.tensor for error in errors}
+    worst = worst_first(errors)[0]
+    assert worst.tensor == "d"
+    assert worst.can_stay_float
+
+
+@pytest.mark.parametrize("source", ["float", "float16"])
+def test_a_bundle_that_computes_in_float16(tmp_path, source):
+    dtype = np.float16 if source == "float16" else np.float32
+    model = model_of(
+        TEXT.replace("float[", f"{source}["), {"w": W.astype(dtype), "v": SPIKED.astype(dtype)}
+    )
+    ir.save(model, tmp_path / "m.onnx")
+    bundle = qcompiler.compile(
+        tmp_path / "m.onnx", "cuda-int8", tmp_path / "b", timing=False
+    ).bundle
+    inside = [v.dtype for node in ir.load(bundle / "model.onnx").graph for v in node.outputs]
+    assert ir.DataType.FLOAT16 in inside
+    given = [{"x": sample["x"].astype(dtype)} for sample in data()()]
+    errors = node_errors(tmp_path / "m.onnx", bundle, Samples(given), native=False)
+    assert {"b", "d"} <= {error.tensor for error in errors}
+    assert worst_first(errors)[0].tensor == "d"

@@ -158,6 +158,36 @@ def test_no_composition_is_a_silent_no_op(tmp_path, passes):
     assert sqnr(exact, got) > (25 if passes else 5)
 
 
+ATTENTION = """
+g (float[b,s,128] x) => (float[b,s,128] o) {
+    y = LayerNormalization <axis = -1> (x, gamma, beta)
+    q = MatMul (y, wq) q4 = Reshape (q, heads) qt = Transpose <perm = [0, 2, 1, 3]> (q4)
+    k = MatMul (y, wk) k4 = Reshape (k, heads) kt = Transpose <perm = [0, 2, 3, 1]> (k4)
+    v = MatMul (y, wv) v4 = Reshape (v, heads) vt = Transpose <perm = [0, 2, 1, 3]> (v4)
+    c = MatMul (qt, kt) d = Mul (c, scale) p = Softmax (d)
+    a = MatMul (p, vt) at = Transpose <perm = [0, 2, 1, 3]> (a) aj = Reshape (at, joined)
+    o = MatMul (aj, wo)
+}"""
+
+
+@pytest.mark.parametrize(("when", "suffix"), [("off", "_int8"), ("auto", "")])
+def test_attention_does_not_round_what_splitting_kept_exact(when, suffix):
+    rng = np.random.default_rng(6)
+    made = {f"w{n}": rng.standard_normal((128, 128), dtype=np.float32) / 11 for n in "qkvo"}
+    made |= {"gamma": np.ones(128, np.float32), "beta": np.zeros(128, np.float32)}
+    made |= {"scale": np.float32(32**-0.5), "heads": np.array([0, 0, 4, 32])}
+    made["gamma"][17] = 50
+    given = {"x": rng.standard_normal((2, 24, 128), dtype=np.float32)}
+    recipe = qcompiler.Recipe(passes={"split-outliers": {"when": when}})
+    model = model_of(ATTENTION, made | {"joined": np.array([0, 0, 128])})
+    for step in Pipeline.default("x86-int8", recipe, runs=ModelRuns(sample=sampler(given))):
+        model = step.apply(model).model
+        if step.name == "fuse-attention":
+            break
+    (op,) = [node.op_type for node in model.graph if "Attention" in node.op_type]
+    assert op == f"Attention_D32_ssss{suffix}"
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0), (0, 1, 0, 1), (1, 0, 1)])
 def test_every_order_quantizes_every_product(order):
     made = (SmoothActivations(sampler(FEEDS)), SplitOutliers(sampler(FEEDS)))

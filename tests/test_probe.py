@@ -134,3 +134,11 @@ def test_one_that_is_not_finite_is_named():
     rows[3] = rows[3] + 200
     with pytest.raises(CalibrationError, match=r"sample 4 of .*: tensor 'e' becomes NaN or Inf"):
         observe(MODEL, ["e"], Samples(lambda: rows))
+
+
+def test_inputs_that_disagree_about_a_size_are_named():
+    model = model_of("g (float[n,4] a, float[n,4] b) => (float[n,4] y) { y = Add (a, b) }", {})
+    sample = {"a": np.zeros((2, 4), np.float32), "b": np.zeros((3, 4), np.float32)}
+    message = "'n' is 2 in input 'a' and 3 in input 'b': give both the same size"
+    with Probe(model, ["y"]) as probing, pytest.raises(CalibrationError, match=message):
+        list(probing.run(lambda inputs: [("sample 1", sample)]))

@@ -57,6 +57,7 @@ def test_bad_tables(tmp_path, text, message):
     ("passes", "message"),
     [
         ({"smooth-activation": {}}, "no pass 'smooth-activation'; did you mean 'smooth-activatio"),
+        ({"smoth-quant": {}}, "no pass 'smoth-quant'; did you mean 'smooth-quant'"),
         ({"x": {}}, "passes: no pass 'x'; one of canonicalize, widen-fl"),
         ({"smooth-activations": {"alfa": [0.5]}}, "no option 'alfa'; did you mean 'alpha'"),
         ({"smooth-activations": {"alpha": ["half"]}}, "alpha takes a number, not 'half'"),

@@ -88,6 +88,33 @@ def test_images(tmp_path):
     assert 0 < sample["i"].mean() < 1
 
 
+def test_images_of_the_type_that_a_model_takes(tmp_path):
+    pixels = picture(tmp_path / "a.png", 6, 8)
+    bytes_in = [Input("i", [1, 6, 8, 3], "tensor(uint8)")]
+    (sample,) = arrays(tmp_path, bytes_in, Preprocess.parse("size=6x8,layout=nhwc,dtype=uint8"))
+    assert sample["i"].dtype == np.uint8
+    np.testing.assert_array_equal(sample["i"][0], pixels)
+    half = [Input("i", [1, 3, 6, 8], "tensor(float16)")]
+    (sample,) = arrays(tmp_path, half, Preprocess((6, 8), dtype="float16"))
+    assert sample["i"].dtype == np.float16
+    np.testing.assert_allclose(sample["i"][0], pixels.transpose(2, 0, 1) / 255, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ([Input("i", [1, 3, 6, 8], "tensor(uint8)")], "takes uint8; give --preprocess dtype=uint8"),
+        ([Input("i", [1, 6, 8, 3])], "order=gray or layout=nhwc in --preprocess"),
+        ([Input("i", [4, 3, 6, 8])], "each image is a batch of 1"),
+        ([Input("i", [1, 3, 6, 8]), *TWO], "no array for input 'x'; images are for models of one"),
+    ],
+)
+def test_images_that_do_not_fit(tmp_path, inputs, message):
+    picture(tmp_path / "a.png", 6, 8)
+    with pytest.raises(CalibrationError, match=message):
+        arrays(tmp_path, inputs, Preprocess((6, 8)))
+
+
 def test_images_of_16_bits_and_turned_ones(tmp_path):
     ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
     PIL.fromarray(ramp).save(tmp_path / "a.png")
@@ -140,6 +167,8 @@ def test_images_that_do_not_decode(tmp_path):
         ("size=8,resize=4", "size=8x8, resize=4: .* resize not below size"),
         ("size=8,mean=1/2", "mean=1/2: give 1 or 3 values"),
         ("size=8,std=0", "must not be 0"),
+        ("size=8,dtype=int8", "one of float32, float16, uint8"),
+        ("size=8,dtype=uint8,mean=0.5", "gets 0 to 255; leave out scale, mean and std"),
         ("size=8,order=gbr", "one of rgb, bgr, gray"),
         ("size=8,order=gray,mean=1/2/3", "give 1 or 1 values"),
     ],

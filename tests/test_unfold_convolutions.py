@@ -253,4 +253,4 @@ def test_speech_needs_no_samples(tmp_path):
     assert one.read_bytes() == other.read_bytes()
     # Convolutions of x86-int4 are int8, and so are these.
     few = qcompiler.compile(model, target="x86-int4", timing=False, output=tmp_path / "e")
-    assert {d.node: d.op for d in few.decisions}["first"].startswith("DynamicQMatMulW8A8")
+    assert {d.node: d.op for d in few.decisions}["first"].startswith("WindowedQMatMulW8A8")

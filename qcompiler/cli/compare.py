@@ -139,8 +139,16 @@ def _worst(errors: Sequence[NodeError], count: int | None) -> FigureTable:
                         droppable=["Op"])  # fmt: skip
     for error in worst_first(errors)[:count]:
         table.add_row(error.node, op_in_words(error.op), _sqnr(error.own), _sqnr(error.total),
-                      "keep float" if error.can_stay_float else error.remedy)  # fmt: skip
+                      _remedy(error))  # fmt: skip
     return table
+
+
+def _remedy(error: NodeError) -> str:
+    """In a few words: what is done to the node itself need not name it again."""
+    if error.can_stay_float and error.node != " + ".join(error.keep):
+        more = f" and {len(error.keep) - 1} more" if len(error.keep) > 1 else ""
+        return f"keep {error.keep[0]}{more} float"
+    return "keep float" if error.can_stay_float else error.remedy
 
 
 def _recipe(found: Comparison, count: int) -> Recipe:
@@ -156,8 +164,8 @@ def _recipe(found: Comparison, count: int) -> Recipe:
     worst = _keepable(found)[:count]
     if not worst:
         raise OptionError(f"{found.bundle}: no node of it errs, so there is none to keep float")
-    keep = [name for error in worst for name in error.node.split(" + ")]
-    return dataclasses.replace(recipe, keep_float=(*recipe.keep_float, *keep))
+    keep = [name for error in worst for name in error.keep]
+    return dataclasses.replace(recipe, keep_float=tuple(dict.fromkeys([*recipe.keep_float, *keep])))
 
 
 def _keepable(found: Comparison) -> list[NodeError]:

@@ -130,7 +130,7 @@ def preprocess_option(command: F) -> F:
     """`--preprocess`, for samples that are images."""
     return click.option(
         "--preprocess", metavar="size=224,…",
-        help="What is done to images: size, resize, scale, mean, std, order, layout.",
+        help="What is done to images: size, resize, scale, mean, std, order, layout, dtype.",
     )(command)  # fmt: skip
 
 
