@@ -14,16 +14,22 @@ Runs after `merge_siblings`, and before `fuse_quantize`, which would have the ne
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from qcompiler.ir.decisions import decide, decision_of, region_of
+from qcompiler.ir import dialect
+from qcompiler.ir.decisions import decide, decision_of, inherit, region_of, set_region
 from qcompiler.ir.graph import constant, only_consumer
+from qcompiler.ir.joined_regions import requantized_parts
 from qcompiler.ir.region import Region
 from qcompiler.passes.outlining import UNBOUND, JoiningPass, outline
 
-__all__ = ["FuseRequantize"]
+__all__ = ["FuseRequantize", "separate_results"]
+
+_RESULT = "qcompiler.result"
+"""The name of the floats that a node quantizes, which its own results do not say."""
 
 
 class FuseRequantize(JoiningPass):
@@ -47,6 +53,7 @@ class FuseRequantize(JoiningPass):
         operands = [*product.inputs, *([] if factor is None else [factor])]
         new = outline(model, whole, operands, like=product)
         decide(new, "body", f"{decision_of(product).why}; quantizes its result")
+        new.metadata_props[_RESULT] = result.name or ""
         self.put(new, nodes, [*([result] if is_read else []), *readers[-1].outputs])
         return True
 
@@ -59,6 +66,47 @@ def _whole(region: Region, *, is_stored: bool, is_smoothed: bool) -> Region:
         outputs=("y", "yq", "ys") if is_stored else ("yq", "ys"),
         flags=("smoothed",) if is_smoothed else (),
     )
+
+
+def separate_results(model: ir.Model) -> None:
+    """Take apart again what quantizes its own result, so that this is there to be looked at."""
+    for node in list(model.graph):
+        region = region_of(node)
+        if region is not None and region.anchor == "RequantizedQMatMulW8A8":
+            _separate(model, node, *requantized_parts(region))
+
+
+def _separate(model: ir.Model, node: ir.Node, quantize: Region, product: Region) -> None:
+    operands = list(node.inputs)
+    factors = [operands.pop() for _ in quantize.extras]
+    first = _call(model, product, operands, node)
+    inherit(first, node)
+    set_region(first, product)
+    (result,) = first.outputs
+    second = _call(model, quantize, [result, *factors], node)
+    *stored, q, s = node.outputs
+    result.name, result.shape = node.metadata_props.pop(_RESULT, None), q.shape
+    made = [*([result] if stored else []), *second.outputs]
+    graph = node.graph
+    assert graph is not None
+    ir.convenience.replace_nodes_and_values(
+        graph, node, [node], [first, second], [*stored, q, s], made
+    )
+
+
+def _call(
+    model: ir.Model, region: Region, operands: Sequence[ir.Value | None], like: ir.Node
+) -> ir.Node:
+    """A call of a region's function, which the model then has, in the domain of another's."""
+    function = dialect.region_function(region, like.domain, model.graph.opset_imports[""])
+    model.functions[function.identifier()] = function
+    new = ir.node(
+        region.name, operands, domain=like.domain, version=dialect.VERSION,
+        num_outputs=len(function.outputs),
+    )  # fmt: skip
+    for value, name in zip(new.outputs, dialect.OPS[region.anchor].outputs, strict=True):
+        value.dtype = dialect.result_type(region, name)
+    return new
 
 
 def _quantizing(result: ir.Value) -> list[ir.Node]:

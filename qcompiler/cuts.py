@@ -12,8 +12,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from qcompiler.ir.decisions import decision_of
+from qcompiler.passes.fuse_requantize import separate_results
 
-__all__ = ["EXACT", "Cut", "altered", "cuts_of"]
+__all__ = ["EXACT", "Cut", "altered", "cuts_of", "separated"]
 
 _QUANTIZED, _DEQUANTIZED = "_quantized", "_dequantized"
 """What `insert_qdq` appends to the name of a tensor that it stores as integers, and gives back."""
@@ -36,6 +37,13 @@ class Cut:
     steps: tuple[ir.Value, ir.Value] | None
     """Scale and zero point, where the bundle has it as integers."""
     node: ir.Node
+
+
+def separated(path: Path) -> ir.Model:
+    """A bundle's model, with the floats that its products quantize themselves."""
+    model = ir.load(path)
+    separate_results(model)
+    return model
 
 
 def cuts_of(bundle: ir.Model, known: Collection[str]) -> list[Cut]:
@@ -79,7 +87,7 @@ def _is_one(value: ir.Value) -> bool:
 
 def altered(path: Path, cuts: Sequence[Cut], *, exact: bool) -> bytes:
     """The bundle's model with the cut tensors as outputs; and if `exact`, as inputs as well."""
-    model = ir.load(path)
+    model = separated(path)
     graph = model.graph
     values = {value.name: value for node in graph for value in node.outputs}
     steps_of = {v.name: v for v in graph.initializers.values()} | values

@@ -19,7 +19,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompiler.bundle import MODEL
-from qcompiler.cuts import EXACT, Cut, altered, cuts_of
+from qcompiler.cuts import EXACT, Cut, altered, cuts_of, separated
 from qcompiler.frontend import load_model
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.errors import ModelError, said_by_ort
@@ -114,7 +114,7 @@ def node_errors(
     _widen(source)
     values = [*source.graph.inputs, *(v for node in source.graph for v in node.outputs)]
     floats = {v.name or "" for v in values if v.dtype is ir.DataType.FLOAT}
-    cuts = cuts_of(ir.load(path), floats)
+    cuts = cuts_of(separated(path), floats)
     if not cuts:
         return []
     sides = [

@@ -5,12 +5,12 @@ One row per anchor.  Nothing here imports tvm; a row's generator does when it is
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from qcompiler.ir.attention import INT8
 from qcompiler.ir.dialect import OPS
-from qcompiler.ir.region import ExtraKind, Region
+from qcompiler.ir.joined_regions import quantizing_parts, requantized_parts
+from qcompiler.ir.region import Region
 from qcompiler.targets.epilogue import unsupported_epilogue
 from qcompiler.targets.x86.attention_shape import MAX_DEPTH as MAX_HEAD
 from qcompiler.targets.x86.attention_shape import attention_shape, int8_attention_shape
@@ -104,11 +104,6 @@ def _unsupported_qmatmul(region: Region) -> str | None:
     return unsupported_epilogue(region)
 
 
-def _dynamic_parts(region: Region) -> tuple[Region, ...]:
-    quantize = Region("Quantize", (("K", region.size("K")),))
-    return quantize, dataclasses.replace(region, anchor="QMatMulW8A8")
-
-
 def _unsupported_dynamic(region: Region) -> str | None:
     k, n = region.size("K"), region.size("N")
     if k > MAX_QUANTIZED_DEPTH:
@@ -120,22 +115,10 @@ def _unsupported_dynamic(region: Region) -> str | None:
     return _unsupported_qmatmul(region)
 
 
-def _windowed_parts(region: Region) -> tuple[Region, ...]:
-    return _dynamic_parts(dataclasses.replace(region, sizes=region.sizes[:2]))
-
-
 def _unsupported_windowed(region: Region) -> str | None:
     if region.size("K") % region.size("R"):
         return f"rows of {region.size('K')} are no windows of {region.size('R')} rows"
     return _unsupported_dynamic(region)
-
-
-def _requantized_parts(region: Region) -> tuple[Region, ...]:
-    factors: tuple[ExtraKind, ...] = ("channel",) if region.flags else ()
-    quantize = Region("Quantize", (("K", region.size("N")),), factors, flags=region.flags)
-    extras = region.extras[: len(region.extras) - len(factors)]
-    product = dataclasses.replace(region, anchor="QMatMulW8A8", extras=extras, outputs=(), flags=())
-    return quantize, product
 
 
 def _unsupported_requantized(region: Region) -> str | None:
@@ -294,7 +277,7 @@ FAMILIES = {
         None,
         _qmatmul_constants,
         (AVX512_VNNI, AVX_VNNI, AVX2),
-        _dynamic_parts,
+        quantizing_parts,
     ),
     "WindowedQMatMulW8A8": Family(
         ("K", "N", "R", "S"),
@@ -305,7 +288,7 @@ FAMILIES = {
         None,
         _qmatmul_constants,
         (AVX512_VNNI, AVX_VNNI, AVX2),
-        _windowed_parts,
+        quantizing_parts,
     ),
     "RequantizedQMatMulW8A8": Family(
         ("K", "N"),
@@ -316,7 +299,7 @@ FAMILIES = {
         None,
         _qmatmul_constants,
         (AVX512_VNNI, AVX_VNNI, AVX2),
-        _requantized_parts,
+        requantized_parts,
     ),
     **W4_FAMILIES,
     "LayerNorm": _norm("qc_layer_norm"),
