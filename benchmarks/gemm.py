@@ -32,9 +32,9 @@ from qcompiler.targets import tir
 from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.library import build_library
 from qcompiler.targets.x86 import ISAS, Isa, supports
-from qcompiler.targets.x86.families import most_lacking
 from qcompiler.targets.x86.qmatmul import accumulator_function
 from qcompiler.targets.x86.tile import tile_shape
+from qcompiler.targets.x86.w8_family import most_lacking
 
 SHAPES = ((128, 384, 384), (128, 1536, 384), (512, 1024, 1024))
 """M, N, K."""

@@ -152,7 +152,7 @@ def operands(
     q: Array, w: Array, isa: Isa, anchor: str = "QMatMulW8A8", z: int = 128
 ) -> tuple[Array, list[Array], list[Array]]:
     """The activations of a product, its operands up to the scales of weights, and those after."""
-    from qcompiler.targets.x86.families import most_lacking
+    from qcompiler.targets.x86.w8_family import most_lacking
 
     weights, init = pack(w, isa)
     most = most_lacking(anchor, isa)

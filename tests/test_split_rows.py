@@ -15,8 +15,8 @@ from raw_kernels import Array, Guarded, centres, pointer, split_rows
 from qcompiler.targets import toolchain
 from qcompiler.targets.toolchain import find_linker
 from qcompiler.targets.x86 import AVX2
-from qcompiler.targets.x86.families import most_lacking
 from qcompiler.targets.x86.tile import tile_shape
+from qcompiler.targets.x86.w8_family import most_lacking
 
 NATIVE = Path(toolchain.__file__).resolve().parent / "native"
 ANCHORS = "QMatMulW8A8", "QMatMulU8S8"

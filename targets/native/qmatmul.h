@@ -9,6 +9,9 @@ enum { QUANTIZED_BYTES = 64 * 1024, QUANTIZED_ROWS = 512, FEW_BYTES = 32 * 1024 
 /* So do the results of a task that quantizes them. */
 enum { RESULT_FLOATS = 48 * 1024 };
 
+/* Of products by activations that came quantized. */
+enum { INPUT_Q, INPUT_S, INPUT_Z };
+
 struct qmatmul {
     const struct qc_op *op;
     int64_t panels;
@@ -96,6 +99,16 @@ static inline int quantizes_input(const struct qc_op *op) {
 
 static inline int quantizes_result(const struct qc_op *op) {
     return op->spec->anchor == &qc_requantized_qmatmul_w8a8;
+}
+
+/* How many windows rows of x make. */
+static inline int64_t window_count(const struct qc_op *op, int64_t rows) {
+    return rows < op->spec->r ? 0 : (rows - op->spec->r) / op->spec->s + 1;
+}
+
+/* The last dimension of y, yq, ys. */
+static inline int64_t width_or_scale(const struct qc_op *op, size_t output) {
+    return output == 2 ? 1 : op->spec->n;
 }
 
 /* Quantizes rows [row, row + rows) of x, for args to read. */

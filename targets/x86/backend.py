@@ -26,8 +26,8 @@ class X86Backend:
     all_isas: tuple[str, ...] = tuple(isa.name for isa in x86.ISAS)
     glue: tuple[str, ...] = (
         "attention.c", "centred_rows.c", "cpu.c", "group_sums.c", "norm.c", "ort.c", "qcompiler.c",
-        "qmatmul.c", "qmatmul_w4.c", "qmatmul_work.c", "quantize.c", "requantized.c",
-        "split_rows.c", "x86.c",
+        "qmatmul.c", "qmatmul_bind.c", "qmatmul_w4.c", "qmatmul_work.c", "quantize.c",
+        "requantized.c", "split_rows.c", "x86.c",
     )  # fmt: skip
     flags: tuple[str, ...] = ()
     link_flags: tuple[str, ...] = ()

@@ -22,12 +22,12 @@ from qcompiler.ir.region import Region
 from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
 from qcompiler.targets.x86.activations import ByteRows, Excess, Part, SplitRows
-from qcompiler.targets.x86.families import differences, most_lacking
 from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
 from qcompiler.targets.x86.results import Results
 from qcompiler.targets.x86.tile import tile_shape
 from qcompiler.targets.x86.units import unit_of
 from qcompiler.targets.x86.vector import VectorUnit, load_lanes, store_lanes
+from qcompiler.targets.x86.w8_family import differences, most_lacking
 
 __all__ = ["PART", "RANGE", "accumulator_function", "qmatmul_function"]
 
