@@ -21,7 +21,7 @@ from qcompiler.targets.cache import KernelCache, content_key
 
 __all__ = ["LayerCache", "arrays_digest"]
 
-_VERSION = "7"
+_VERSION = "8"
 """To be counted up when a pass rounds differently, or arrays are kept otherwise."""
 
 _LEVEL = 1

@@ -197,7 +197,22 @@ def test_hqq_becomes_the_same_graph_as_rounding_to_nearest():
     assert_rewrites(HQQ(), planned(rounding="hqq"), after, FEEDS, exact=False, floor_db=17)
 
 
-@pytest.mark.parametrize("granularity", [PerGroup(0, 32), PerGroup(0, 24), PerGroup(0, K)])
+def filled(weight, size):
+    return np.pad(weight, ((0, -len(weight) % size), (0, 0)))
+
+
+@pytest.mark.parametrize("two_level", [False, True])
+def test_hqq_fits_a_shorter_group_as_if_zeros_filled_it_up(two_level):
+    type = QuantType(
+        ir.DataType.INT4, granularity=PerGroup(0, 24), offset=True, two_level=two_level
+    )
+    weight = RNG.standard_t(3, (K, N)).astype(np.float32)
+    assert len(weight) % 24
+    one, other = hqq(weight, type, HQQ.Options()), hqq(filled(weight, 24), type, HQQ.Options())
+    np.testing.assert_array_equal(one.floats(type), other.floats(type)[: len(weight)])
+
+
+@pytest.mark.parametrize("granularity", [PerGroup(0, 32), PerGroup(0, 16), PerGroup(0, K)])
 @pytest.mark.parametrize("start", ["max", "mse"])
 def test_hqq_moves_zero_points_to_where_the_error_is_less(granularity, start):
     type = QuantType(ir.DataType.INT4, granularity=granularity, offset=True)
