@@ -14,8 +14,8 @@ from qcompiler.ir.errors import CalibrationError, OptionError, did_you_mean
 
 __all__ = ["IMAGES", "Preprocess"]
 
-IMAGES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
-"""Suffixes of files that are images."""
+IMAGES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+"""Suffixes of files that are images; of one that moves the first picture is taken."""
 
 
 _CHOICES = {

@@ -88,6 +88,16 @@ def test_images(tmp_path):
     assert 0 < sample["i"].mean() < 1
 
 
+def test_of_an_image_that_moves_the_first_picture_is_taken(tmp_path):
+    frames = [PIL.new("P", (8, 8), color) for color in (7, 200)]
+    for frame in frames:
+        frame.putpalette([value for gray in range(256) for value in (gray, gray, gray)])
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    model = [Input("i", [1, 1, 8, 8])]
+    (sample,) = arrays(tmp_path, model, Preprocess((8, 8), order="gray", scale=1.0))
+    np.testing.assert_array_equal(sample["i"], np.full((1, 1, 8, 8), 7))
+
+
 def test_images_of_the_type_that_a_model_takes(tmp_path):
     pixels = picture(tmp_path / "a.png", 6, 8)
     bytes_in = [Input("i", [1, 6, 8, 3], "tensor(uint8)")]
