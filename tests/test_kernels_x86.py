@@ -246,6 +246,17 @@ def test_one_scale_and_zero_points(
     np.testing.assert_array_equal(y, (q.astype(np.int64) - zero) @ (w - wz))
 
 
+def windows(k: int, taps: int, step: int) -> Region:
+    return Region("WindowedQMatMulW8A8", (("K", k), ("N", 4), ("R", taps), ("S", step)))
+
+
+def requantized(
+    k: int, n: int, outputs: tuple[str, ...] = ("yq", "ys"), widths: tuple[int, ...] = ()
+) -> Region:
+    sizes = (("K", k), ("N", n))
+    return Region("RequantizedQMatMulW8A8", sizes, outputs=outputs, widths=widths)
+
+
 @pytest.mark.parametrize(
     ("region", "reason"),
     [
@@ -272,6 +283,12 @@ def test_one_scale_and_zero_points(
         ),
         (product(4, 4, ("tensor",) * 2, Step("QuantizeLinear", (0, -1, -2))), "one per channel"),
         (product(4, 4, (), Step("Relu", (0,), (("alpha", 1.0),))), "no attribute alpha"),
+        (windows(64, 3, 1), "rows of 64 are no windows of 3 rows"),
+        (windows(64, 1, 1 << 15), "windows 2097152 floats apart; at most 1048576"),
+        (windows(8192, 2, 1), "rows of more than 4096 are quantized first"),
+        (requantized(64, 4097), "rows of more than 4096 are quantized later"),
+        (requantized(64, 96, widths=(48, 48)), "one result of floats is quantized"),
+        (requantized(64, 96, outputs=("y",)), "one result of floats is quantized"),
         (product(4, 4, (), Step("Gelu", (0,), (("approximate", "x"),))), "known are none, tanh"),
     ],
 )

@@ -24,6 +24,8 @@ MAX_QUANTIZED_WIDTH = 1024
 share in an L1 matter more: 128 x 1536 x 384 takes 4% longer in one op."""
 MAX_CACHED_WEIGHTS = 768 << 10
 """Bytes of weights that an L2 of 1 MiB holds beside a block of activations."""
+MAX_DISTANCE = 1 << 20
+"""Floats from one window to the next: kernels index up to 512 of them with int32."""
 MAX_DEPTH = (1 << 31) // (128 * 128) - 1
 """The longest sum of int8 products that an int32 surely holds."""
 MAX_ASYMMETRIC_DEPTH = {
@@ -67,6 +69,9 @@ def _unsupported_dynamic(region: Region) -> str | None:
 def _unsupported_windowed(region: Region) -> str | None:
     if region.size("K") % region.size("R"):
         return f"rows of {region.size('K')} are no windows of {region.size('R')} rows"
+    distance = region.size("K") // region.size("R") * region.size("S")
+    if distance > MAX_DISTANCE:
+        return f"windows {distance} floats apart; at most {MAX_DISTANCE} are supported"
     return _unsupported_dynamic(region)
 
 
