@@ -50,19 +50,22 @@ class FuseWindows(JoiningPass):
 
 def _windows(product: ir.Node) -> tuple[ir.Value, int, list[ir.Node]] | None:
     """What a product reads windows of, how far apart they are, and the nodes that make them."""
-    concat = product.inputs[0].producer() if product.inputs[0] is not None else None
+    windows = product.inputs[0]
+    concat = windows.producer() if windows is not None else None
     if concat is None or concat.op_type != "Concat" or concat.domain != "":
         return None
     if only_consumer(concat.outputs[0]) is not product or concat.graph is not product.graph:
         return None
+    if windows in product.inputs[1:]:  # what is added to the result, where N is K
+        return None
     slices = [value.producer() for value in concat.inputs if value is not None]
-    x = slices[0].inputs[0] if slices[0] is not None else None
+    taps = [node for node in slices if node is not None]
+    step = _step(slices[0])
+    if step is None or len(taps) != len(concat.inputs):
+        return None
+    x = taps[0].inputs[0]
     rank = len(x.shape) if x is not None and x.shape is not None else 0
     if x is None or rank < 2 or concat.attributes.get_int("axis", 0) not in (-1, rank - 1):
-        return None
-    step = _step(slices[0])
-    taps = [node for node in slices if node is not None]
-    if step is None or len(taps) != len(concat.inputs):
         return None
     fits = all(
         only_consumer(node.outputs[0]) is concat

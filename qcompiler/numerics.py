@@ -200,6 +200,7 @@ class CheckNumerics(Watcher):
 
 def _usual_bound(model: ir.Model) -> float:
     nodes = list(every_node(model.graph))
+    nodes += [node for function in model.functions.values() for node in function]  # of regions
     if any(node.op_type.startswith(_ROUNDING) for node in nodes):
         return _QUANTIZED
     half = ir.DataType.FLOAT16

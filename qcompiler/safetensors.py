@@ -84,7 +84,10 @@ def _index(folder: Path) -> dict[str, str]:
     if not found:
         return {}
     if len(found) > 1:
-        raise ModelError(f"{folder} holds {len(found)} indices: {', '.join(f.name for f in found)}")
+        names = ", ".join(file.name for file in found)
+        raise ModelError(
+            f"{folder} holds {len(found)} indices: {names}; leave there that of the layers' files"
+        )
     try:
         places = json.loads(found[0].read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in places.items()}

@@ -114,6 +114,19 @@ def test_kernel_is_its_definition_and_touches_nothing_else(kernel, rows, keys, k
     np.testing.assert_array_equal(np.delete(y, inside), untouched)
 
 
+@pytest.mark.parametrize("kind", ["plain", "masked"])
+@pytest.mark.parametrize("scale", [1e3, 1e7, -1e3, -0.3, 0.0])
+def test_scores_may_be_large_and_scales_negative(kernel, kind, scale):
+    """The largest score of a row is subtracted exactly, however large: its weight is 255."""
+    d, functions = kernel
+    rng, rows, keys = np.random.default_rng(1), 13, 300
+    q, k, v = (rng.standard_normal((n, d), np.float32) for n in (rows, keys, keys))
+    mask, y = np.zeros((1, 1), np.float32), np.zeros((rows, d), np.float32)
+    getattr(functions, kind)(*map(pointer, (q, k, v, mask, y)), *[d] * 4, 0, 0, rows, keys, 0,
+                             ctypes.c_float(scale))  # fmt: skip
+    assert sqnr(definition(q, k, v, np.broadcast_to(mask, (rows, keys)), scale), y) >= 40
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     path = tmp_path_factory.mktemp("int8") / "kernels.so"

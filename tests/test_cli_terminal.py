@@ -1,5 +1,6 @@
 """Streams, widths, interrupts and missing packages: what surrounds a command."""
 
+import dataclasses
 import io
 import json
 import os
@@ -18,7 +19,8 @@ import qcompiler
 from qcompiler.cli.decisions import decision_table
 from qcompiler.cli.figures import FigureTable
 from qcompiler.cli.progress import progress_bar
-from qcompiler.report import Group
+from qcompiler.ir.region import Region, Step
+from qcompiler.report import Group, op_in_words
 
 
 @pytest.fixture(autouse=True)
@@ -246,6 +248,16 @@ def test_reasons_are_in_plain_words():
     flat = " ".join(console.file.getvalue().split())
     assert "5 our kernel Quantize by itself" in flat
     assert "QMatMulW8A8 + Add per channel + Add + Gelu fused with" in flat
+
+
+def test_ops_are_named_without_their_sizes():
+    sizes = (("K", 192), ("N", 8), ("R", 3), ("S", 2))
+    steps = (Step("Add", (0, -1)), Step("Gelu", (1,)))
+    windowed = Region("WindowedQMatMulW8A8", sizes, ("channel",), steps)
+    assert op_in_words(windowed.name) == "WindowedQMatMulW8A8 + AddC + Gelu"
+    requantized = Region("RequantizedQMatMulW8A8", sizes[:2], outputs=("y", "yq", "ys"))
+    smoothed = dataclasses.replace(requantized, extras=("channel",), flags=("smoothed",))
+    assert {op_in_words(r.name) for r in (requantized, smoothed)} == {"RequantizedQMatMulW8A8"}
 
 
 def test_compare_tells_its_stages_and_nothing_else():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -28,8 +30,8 @@ TAPS = """i = Slice (x, zero, minus_two, zero, two) j = Slice (x, one, minus_one
 JOIN = "windows = Concat <axis = 1> (i, j, k) y = MatMul (windows, w)"
 
 
-def quantized(text: str) -> ir.Model:
-    model = folded(text, **VALUES)
+def quantized(text: str, **values: Any) -> ir.Model:
+    model = folded(text, **VALUES | values)
     FuseRegions(everything)(model)
     FuseQuantize(everything)(model)
     return model
@@ -64,6 +66,7 @@ def test_axes_may_count_from_the_end():
         ("k = Slice (x, two, end, zero, two)", "k = Slice (x, two, end, zero, one)"),
         ("k = Slice (x, two, end, zero, two)", "k = Slice (x, two, last, zero, two)"),
         ("k = Slice (x, two, end, zero, two)", "d = Neg (x) k = Slice (d, two, end, zero, two)"),
+        ("i = Slice (x, zero, minus_two, zero, two)", "i = RandomNormal <shape = [5, 64]> ()"),
         ("(i, j, k)", "(j, i, k)"),
         ("(i, j, k)", "(k, j, i)"),
     ],
@@ -81,6 +84,17 @@ def test_leaves_copies_that_others_read(read):
     assert not FuseWindows(everything)(
         quantized(f"{head}{{ {TAPS}{JOIN} z = Neg ({read}) }}")
     ).modified
+
+
+def test_leaves_copies_that_are_added_to_the_result():
+    """A layer around which its input goes, as wide as that: the product reads them twice."""
+    text = (
+        "g (float[11,64] x) => (float[5,192] y) <float[5,192] windows, float[5,192] z> "
+        f"{{ {TAPS}{JOIN.replace('y =', 'z =')} y = Add (z, windows) }}"
+    )
+    model = quantized(text, w=RNG.standard_normal((192, 192), np.float32))
+    assert model.graph[-1].op_type == "DynamicQMatMulW8A8_K192_N192_AddT"
+    assert not FuseWindows(everything)(model).modified
 
 
 @pytest.mark.parametrize("supported", [True, False])

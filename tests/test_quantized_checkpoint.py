@@ -406,6 +406,13 @@ def test_an_index_that_is_none(tmp_path, content):
         take_over_weights(model(), tmp_path)
 
 
+def test_of_two_indices_one_is_to_be_left(tmp_path):
+    sharded(tmp_path)
+    (tmp_path / "consolidated.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ModelError, match="2 indices: consolidated.*, model.*; leave there that of"):
+        take_over_weights(model(), tmp_path)
+
+
 def test_on_the_command_line(tmp_path):
     file, floats = gptq(tmp_path, 4)
     made = model()

@@ -157,6 +157,17 @@ def test_a_quantized_model_may_decide_ties_otherwise(samples):
     assert 15 < numerics.changes[0].sqnr < 60
 
 
+def test_so_may_one_all_of_whose_products_quantize_their_input(samples):
+    """The only QuantizeLinear are in the functions of regions."""
+    passes = "canonicalize..merge-siblings,fuse-quantize"
+    model = Pipeline.default("x86-int8").select(passes).run(mlp())
+    assert not any(node.op_type.startswith("Quantize") for node in model.graph)
+    numerics = CheckNumerics(samples)
+    scaled = Step("scale", Halve(Halve.Options(factor=1.02)), Stage.KERNEL)
+    Pipeline([scaled]).run(model, watchers=[numerics])
+    assert 15 < numerics.changes[0].sqnr < 60
+
+
 def rename(graph):
     graph.outputs[0].name = "z"
 

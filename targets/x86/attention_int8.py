@@ -83,9 +83,16 @@ class _AttentionInt8(Attention):
 
     def pack_queries(self) -> None:
         """All rows, 16 at a time; those after the last are copies of it."""
+        given = self._a["scale"]
+        one = tir.constant(1.0, "float32")
+        sign = tir.select(given < tir.constant(0.0, "float32"), -one, one)
+        magnitude = given * sign
         with tir.loop(0, (self._a["rows"] + (LANES - 1)) // LANES) as group:
             starts = row_starts(self._a["q_stride"], 0, self._a["rows"], group)
-            scale = self._measure("q", starts) * tir.broadcast(self._a["scale"])
+            # The sign of the scale goes to the queries: the largest of sums is that of scores then.
+            scale = self._measure("q", starts) * tir.broadcast(magnitude)
+            inverses = load_lanes(self._inverses, 0, LANES) * tir.broadcast(sign)
+            tir.store(self._inverses, inverses, tir.lanes(0))
             tir.store(self._q_scale, scale, tir.lanes(group * LANES))
             for chunk in range(0, self._d, _STEP):
                 for i, row in enumerate(self._quantize("q", starts, chunk)):

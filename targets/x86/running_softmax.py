@@ -94,21 +94,22 @@ class RunningSoftmax:
 
         What a row has one of is computed for all rows of the tile at once, a lane for each.
         """
-        factors = self.raise_tops(self.highest(tops), first_row)
+        highest = self.only_rows(self.highest(tops), len(tops))
+        factors = self.raise_tops(highest, first_row)
         now, kept = (all_rows(vector, len(tops)) for vector in factors)
         sums = [self._exponentials(i, top, count, packed) for i, top in enumerate(now)]
         self.add_sums([total.value for total in sums], kept, first_row)
         return kept
 
-    def highest(self, tops: Sequence[Register], scale: Expr | None = None) -> Register:
-        """The largest lanes of a tile's rows times their scales, a lane for each; else LOWEST."""
+    def highest(self, tops: Sequence[Register]) -> Expr:
+        """The largest lanes of a tile's rows, a lane for each; anything in the others."""
         count = len(tops)
-        padded = [*tops, *[tops[-1]] * ((1 << (count - 1).bit_length()) - count)]
+        return maxima_of([*tops, *[tops[-1]] * ((1 << (count - 1).bit_length()) - count)])
+
+    def only_rows(self, highest: Expr, count: int) -> Register:
+        """What `highest` has of a tile's rows; LOWEST in the other lanes."""
         is_row = tir.lanes(0) < tir.broadcast(count)
-        largest = maxima_of(padded)
-        if scale is not None:
-            largest = largest * scale
-        return Register("float32", tir.select(is_row, largest, tir.broadcast(LOWEST)))
+        return Register("float32", tir.select(is_row, highest, tir.broadcast(LOWEST)))
 
     def raise_tops(self, highest: Register, first_row: Expr) -> tuple[Register, Register]:
         """The largest scores so far, and the factors for what has been summed before."""

@@ -66,7 +66,9 @@ class SoftmaxInt8(RunningSoftmax):
         if not packed:
             return super().weigh(tops, first_row, count, packed=False)
         scale = self._row_scale(first_row)
-        highest = self.highest(tops, scale)
+        largest = Register("float32", self.highest(tops))
+        whole = largest.value if scale is None else largest.value * scale
+        highest = self.only_rows(whole, len(tops))
         now, before = self.raise_tops(highest, first_row)
         factors = Register("float32", self._exp(highest.value - now.value))
         kept, self.block_factors = (all_rows(v, len(tops)) for v in (before, factors))
@@ -77,7 +79,7 @@ class SoftmaxInt8(RunningSoftmax):
                 end = i * self.stride + count // _BYTES * _BYTES + PANEL
                 for u in range(0, PANEL, LANES):
                     tir.store(self.scores, nothing, tir.lanes(end + u))
-        powers = self._powers(highest, scale, len(tops))
+        powers = self._powers(largest, scale, len(tops))
         sums = [self._bytes(i, power, count) for i, power in enumerate(powers)]
         scaled = [
             tir.cast("float32x16", total.value) * factor.value
@@ -91,16 +93,13 @@ class SoftmaxInt8(RunningSoftmax):
         scales = self.row_scales
         return None if scales is None else load_lanes(scales, first_row, LANES)
 
-    def _powers(self, highest: Register, scale: Expr | None, count: int) -> list[Power]:
-        """For each row the function from its scores to t - 1."""
+    def _powers(self, largest: Register, scale: Expr | None, count: int) -> list[Power]:
+        """For each row the function from its scores, the largest of which is given, to t - 1."""
+        tops = all_rows(largest, count)
         if scale is None:
-            return [partial(_from_top, top) for top in all_rows(highest, count)]
-        slope = Register("float32", scale * tir.broadcast(_SCALE))
-        start = fma(highest.value, tir.broadcast(-_SCALE), tir.broadcast(-1.0))
-        lines = zip(
-            all_rows(slope, count), all_rows(Register("float32", start), count), strict=True
-        )
-        return [partial(_on_line, *line) for line in lines]
+            return [partial(_power, top, tir.broadcast(_SCALE)) for top in tops]
+        slopes = all_rows(Register("float32", scale * tir.broadcast(_SCALE)), count)
+        return [partial(_power, top, slope.value) for top, slope in zip(tops, slopes, strict=True)]
 
     def _bytes(self, i: int, power: Power, count: Expr) -> Register:
         """Row i of the weights; returns their sums per lane."""
@@ -134,10 +133,11 @@ class SoftmaxInt8(RunningSoftmax):
         return self._unit.rounded_shift_by_7(self._unit.shift_right(series, halvings))
 
 
-def _from_top(top: Register, score: Expr) -> Expr:
-    """A row of the least of all floats, which masks are made of, does not overflow so."""
-    return fma(score - top.value, tir.broadcast(_SCALE), tir.broadcast(-1.0))
+def _power(top: Register, slope: Expr, score: Expr) -> Expr:
+    """The t - 1 of a score.
 
-
-def _on_line(slope: Register, start: Register, score: Expr) -> Expr:
-    return fma(score, slope.value, start.value)
+    The difference comes first: it is exactly 0 at the top, where a product rounded by half a step
+    would make t positive, and the largest weight 0; and a row of the least of all floats, which
+    masks are made of, does not overflow.
+    """
+    return fma(score - top.value, slope, tir.broadcast(-1.0))
