@@ -104,6 +104,7 @@ def _call(
         region.name, operands, domain=like.domain, version=dialect.VERSION,
         num_outputs=len(function.outputs),
     )  # fmt: skip
+    set_region(new, region)
     for value, name in zip(new.outputs, dialect.OPS[region.anchor].outputs, strict=True):
         value.dtype = dialect.result_type(region, name)
     return new

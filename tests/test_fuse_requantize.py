@@ -11,7 +11,7 @@ from test_regions import everything, folded
 from qcompiler.ir.decisions import decisions
 from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.fuse_regions import FuseRegions
-from qcompiler.passes.fuse_requantize import FuseRequantize
+from qcompiler.passes.fuse_requantize import FuseRequantize, separate_results
 from qcompiler.targets.x86 import supports
 
 RNG = np.random.default_rng(7)
@@ -19,6 +19,7 @@ MLP = WEIGHTS | {
     "e": RNG.standard_normal((16, 8), np.float32),
     "f": RNG.standard_normal((16, 8), np.float32),
     "mask": np.float32([1] * 15 + [0]),
+    "other": np.float32([2] * 16),
     "row": np.ones((1, 16), np.float32),
 }
 ONE = "g (float[m,64] x) => (float[m,8] p) "
@@ -104,6 +105,32 @@ def test_branches_may_read_the_integers():
         "Quantize", "RequantizedQMatMulW8A8", "If", "QMatMulW8A8", "QMatMulW8A8",
     ]  # fmt: skip
     np.testing.assert_array_equal(run(model, feeds)[0], before[0])
+
+
+def test_of_two_factors_one_is_taken_in():
+    text = "g (float[m,64] x) => (float[m,8] p, float[m,8] q) "
+    body = "k = Mul (j, mask) p = MatMul (k, e) l = Mul (j, other) q = MatMul (l, f)"
+    ops = joined(f"{text}{{ {NEXT} {body} }}")
+    assert first_of(ops).startswith("RequantizedQMatMulW8A8_K64_N16_smoothed_AddC_Relu_yyqys")
+    assert [op.split("_")[0] for op in ops[2:]].count("Quantize") == 1
+    assert ops.count("Mul") == 1
+
+
+@pytest.mark.parametrize("between", ["", "k = Mul (j, mask) z = Sin (j)"])
+def test_results_are_taken_apart_again(between):
+    text = "g (float[m,64] x) => (float[m,8] p, float[m,16] z) " if between else ONE
+    last = f"{between} p = MatMul (k, e)" if between else "p = MatMul (j, e)"
+    model = folded(f"{text}{{ {NEXT} {last} }}", **MLP)
+    FuseRegions(supports)(model)
+    FuseRequantize(everything)(model)
+    before = run(model, FEEDS)
+    separate_results(model)
+    verify(model, Stage.KERNEL, "separate_results")
+    ops = [node.op_type.split("_")[0] for node in model.graph]
+    assert ops[:3] == ["Quantize", "QMatMulW8A8", "Quantize"]
+    assert "j" in {value.name for node in model.graph for value in node.outputs}
+    for got, want in zip(run(model, FEEDS), before, strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("supported", [True, False])
