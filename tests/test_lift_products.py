@@ -196,7 +196,7 @@ def test_dynamic_conv():
         v9 = DequantizeLinear {'axis': '0'} (v6, v7, v8)
         y = Conv {'pads': '(1, 1, 1, 1)'} (v5, v9)
         outputs y""",
-        {"x": RNG.standard_normal((1, 3, 8, 8)).astype(np.float32)},
+        {"x": np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)},
     )
 
 
