@@ -54,6 +54,17 @@ def library(tmp_path_factory) -> Path:
     return path
 
 
+def assert_computes_its_body(region, rank, feeds, library, isa):
+    """On one thread and on two; scales are multiplied in another order, and sums are exact."""
+    expected = session(region, rank, 1).run(None, feeds)
+    for threads in (1, 2):
+        natives = session(region, rank, threads, library, isa).run(None, feeds)
+        for native, want in zip(natives, expected, strict=True):
+            assert native.shape == want.shape
+            assert not native.size or sqnr(want, native) >= 60
+            np.testing.assert_allclose(native, want, rtol=1e-4, atol=1e-4)
+
+
 leading = st.lists(st.integers(0, 21), min_size=1, max_size=3)
 
 
@@ -110,13 +121,7 @@ def test_matmul(library, isa, shape, region, seed):
     for index, kind in enumerate(region.extras):
         if kind == "tensor":
             feeds[f"extra{index}"] = rng.standard_normal([*shape, n]).astype(np.float32)
-    expected = session(region, len(shape) + 1, 1).run(None, feeds)
-    for threads in (1, 2):
-        natives = session(region, len(shape) + 1, threads, library, isa).run(None, feeds)
-        for native, want in zip(natives, expected, strict=True):
-            assert native.shape == want.shape
-            assert not native.size or sqnr(want, native) >= 60
-            np.testing.assert_allclose(native, want, rtol=1e-4, atol=1e-4)
+    assert_computes_its_body(region, len(shape) + 1, feeds, library, isa)
 
 
 @each_isa("QMatMulW8A8")
@@ -140,13 +145,7 @@ def test_a_product_of_windows(library, isa, batch, tokens, region, seed):
     for index, kind in enumerate(region.extras):
         if kind == "tensor":
             feeds[f"extra{index}"] = rng.standard_normal([*batch, count, n]).astype(np.float32)
-    expected = session(region, len(batch) + 2, 1).run(None, feeds)
-    for threads in (1, 2):
-        natives = session(region, len(batch) + 2, threads, library, isa).run(None, feeds)
-        for native, want in zip(natives, expected, strict=True):
-            assert native.shape == want.shape
-            assert not native.size or sqnr(want, native) >= 60
-            np.testing.assert_allclose(native, want, rtol=1e-4, atol=1e-4)
+    assert_computes_its_body(region, len(batch) + 2, feeds, library, isa)
 
 
 @each_isa("QMatMulW8A8")

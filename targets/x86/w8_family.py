@@ -5,6 +5,8 @@ Some are made of two kernels, one of them a Quantize of what is multiplied or of
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from qcompiler.ir.joined_regions import quantizing_parts, requantized_parts
@@ -17,6 +19,7 @@ from qcompiler.targets.x86.tile import tile_shape
 __all__ = ["W8_FAMILIES", "differences", "most_lacking"]
 
 _ISAS = (AVX512_VNNI, AVX_VNNI, AVX2)
+
 MAX_QUANTIZED_DEPTH = 4096
 """A tile of such rows fits the 64 KiB that DynamicQMatMulW8A8 quantizes into."""
 MAX_QUANTIZED_WIDTH = 1024
@@ -148,41 +151,33 @@ def _qmatmul(anchor: str) -> Family:
     )
 
 
+def _joined(
+    anchor: str,
+    unsupported: Callable[[Region], str | None],
+    parts: Callable[[Region], tuple[Region, ...]],
+    *sizes: str,
+) -> Family:
+    """A product made of its own kernel and a Quantize's, with sizes beside K and N."""
+    return dataclasses.replace(
+        _qmatmul(anchor),
+        sizes=("K", "N", *sizes),
+        unsupported=unsupported,
+        generate=None,
+        parts=parts,
+    )
+
+
 W8_FAMILIES = {
     "QMatMulW8A8": _qmatmul("qc_qmatmul_w8a8"),
     "QMatMulU8S8": _qmatmul("qc_qmatmul_u8s8"),
     "QMatMulU8U8": _qmatmul("qc_qmatmul_u8u8"),
-    "DynamicQMatMulW8A8": Family(
-        ("K", "N"),
-        "qc_dynamic_qmatmul_w8a8",
-        "qmatmul",
-        _qmatmul_parameters,
-        _unsupported_dynamic,
-        None,
-        _qmatmul_constants,
-        _ISAS,
-        quantizing_parts,
+    "DynamicQMatMulW8A8": _joined(
+        "qc_dynamic_qmatmul_w8a8", _unsupported_dynamic, quantizing_parts
     ),
-    "WindowedQMatMulW8A8": Family(
-        ("K", "N", "R", "S"),
-        "qc_windowed_qmatmul_w8a8",
-        "qmatmul",
-        _qmatmul_parameters,
-        _unsupported_windowed,
-        None,
-        _qmatmul_constants,
-        _ISAS,
-        quantizing_parts,
+    "WindowedQMatMulW8A8": _joined(
+        "qc_windowed_qmatmul_w8a8", _unsupported_windowed, quantizing_parts, "R", "S"
     ),
-    "RequantizedQMatMulW8A8": Family(
-        ("K", "N"),
-        "qc_requantized_qmatmul_w8a8",
-        "qmatmul",
-        _qmatmul_parameters,
-        _unsupported_requantized,
-        None,
-        _qmatmul_constants,
-        _ISAS,
-        requantized_parts,
+    "RequantizedQMatMulW8A8": _joined(
+        "qc_requantized_qmatmul_w8a8", _unsupported_requantized, requantized_parts
     ),
 }
