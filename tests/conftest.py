@@ -8,7 +8,7 @@ import pytest
 from cuda_library import DOMAIN, REGIONS
 from golden import model_of
 from hypothesis import settings
-from stand_in import ON_CPU, Bench, NoCompiler, StandInBackend, names_of_kernels
+from stand_in import Bench, NoCompiler, StandInBackend, build_for_cpu, names_of_kernels
 
 import qcompiler
 from qcompiler.report import Report
@@ -78,7 +78,7 @@ def kernel_cache(tmp_path_factory) -> KernelCache:
 def on_cpu(tmp_path_factory, kernel_cache) -> Path:
     """A library for GPUs whose ops run in the CPU provider."""
     path = tmp_path_factory.mktemp("library") / "on_cpu.so"
-    build_library(REGIONS, DOMAIN, path, cache=kernel_cache, arch=StandInBackend(ON_CPU))
+    build_for_cpu(path, REGIONS, DOMAIN, kernel_cache)
     return path
 
 

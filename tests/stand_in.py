@@ -20,15 +20,16 @@ from typing import Any
 import pytest
 
 from qcompiler.ir.region import Region
-from qcompiler.targets import cuda
+from qcompiler.targets import cuda, toolchain
+from qcompiler.targets.cache import KernelCache
 from qcompiler.targets.cuda.backend import CudaBackend
+from qcompiler.targets.library import build_library
 from qcompiler.targets.toolchain import find_linker
 
 SOURCE = Path(__file__).resolve().parent / "native" / "stand_in_cuda.c"
 STAND_IN = "-DQC_STAND_IN"
 """The driver is the one that the variable QC_STAND_IN names."""
-ON_CPU = "-DQC_ON_CPU"
-"""The ops are offered to the CPU provider, instead of their twins."""
+RUNTIME = SOURCE.with_name("stand_in_ort.c")
 
 _numbers = itertools.count()
 
@@ -198,7 +199,53 @@ class Bench:
 
     def library(self, path: Path) -> Path:
         """A copy of a library that has seen no driver yet."""
-        return Path(shutil.copy(path, self.folder / f"library_{next(_numbers)}.so"))
+        copy = Path(shutil.copy(path, self.folder / f"library_{next(_numbers)}.so"))
+        if _inner(path).exists():
+            shutil.copy(_inner(path), _inner(copy))
+        return copy
+
+
+def _inner(path: Path) -> Path:
+    return path.with_name(f"{path.name}.inner")
+
+
+def build_for_cpu(path: Path, regions: Sequence[Region], domain: str, cache: KernelCache) -> None:
+    """A library whose ops for GPUs the CPU provider runs, see `native/stand_in_ort.c`."""
+    build_library(regions, domain, _inner(path), cache=cache, arch=StandInBackend())
+    headers = Path(toolchain.__file__).resolve().parent / "native"
+    flags = ["-std=c11", "-O1", "-shared", "-fPIC", f"-I{headers}"]
+    command = [*find_linker().command, *flags, str(RUNTIME), "-o", str(path), "-ldl"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+class Runtime:
+    """The ONNX Runtime that a library of `build_for_cpu` meets."""
+
+    def __init__(self, library: Path) -> None:
+        self._loaded = ctypes.CDLL(str(library))
+
+    def set_device(self, ordinal: int) -> None:
+        """The GPU of sessions from now on."""
+        ctypes.c_int.in_dll(self._loaded, "stand_in_device").value = ordinal
+
+    def set_stream(self, stream: int) -> None:
+        """The stream of runs from now on in this thread."""
+        self._loaded.stand_in_set_stream(ctypes.c_void_p(stream))
+
+    def let_scratch(self, what: str) -> None:
+        """Scratch buffers are given "as ort" does, or it "gives null", or "fails"."""
+        ways = ("as ort", "gives null", "fails")
+        ctypes.c_int.in_dll(self._loaded, "stand_in_scratch").value = ways.index(what)
+
+    @property
+    def buffers(self) -> int:
+        """Scratch buffers that were given and not taken back."""
+        return ctypes.c_int.in_dll(self._loaded, "stand_in_buffers").value
+
+    @property
+    def freed_nulls(self) -> int:
+        """How often a null pointer was given back."""
+        return ctypes.c_int.in_dll(self._loaded, "stand_in_freed_nulls").value
 
 
 class NoCompiler:
@@ -220,8 +267,8 @@ class NoCompiler:
 class StandInBackend(CudaBackend):
     """Kernels that are names alone (see `conftest.py`), for the driver of this file."""
 
-    def __init__(self, *flags: str) -> None:
-        super().__init__((STAND_IN, *flags), NoCompiler())
+    def __init__(self) -> None:
+        super().__init__((STAND_IN,), NoCompiler())
 
 
 def names_of_kernels(_: CudaBackend, region: Region, arch: str) -> str:

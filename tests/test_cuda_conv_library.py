@@ -14,7 +14,7 @@ from cuda_emulator import Emulated, needs_compiler
 from cuda_images import BIAS, RESIDUAL, Array, Conv
 from cuda_library import DOMAIN, memory, open_session
 from onnx import TensorProto, helper, numpy_helper
-from stand_in import ON_CPU, Bench, Gpu, StandInBackend
+from stand_in import Bench, Gpu, StandInBackend, build_for_cpu
 
 from qcompiler.ir import dialect
 from qcompiler.ir.region import HALF
@@ -51,11 +51,10 @@ ids = pytest.mark.parametrize("conv", CONVS, ids=lambda conv: conv.region.name)
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One whose ops run in the CPU provider, and one as it is shipped, with twins."""
     folder = tmp_path_factory.mktemp("libraries")
-    cache, made = KernelCache(folder / "cache"), {}
+    cache, made = KernelCache(folder / "cache"), {n: folder / f"{n}.so" for n in ("gpu", "twins")}
     regions = [region for conv in (*CONVS, PLAIN) for region in (conv.region, conv.image)]
-    for name, flags in (("gpu", (ON_CPU,)), ("twins", ())):
-        made[name] = folder / f"{name}.so"
-        build_library(regions, DOMAIN, made[name], cache=cache, arch=StandInBackend(*flags))
+    build_for_cpu(made["gpu"], regions, DOMAIN, cache)
+    build_library(regions, DOMAIN, made["twins"], cache=cache, arch=StandInBackend())
     return made
 
 

@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from cuda_emulator import Emulated, kernels_of, needs_compiler
 from cuda_library import memory, open_session, run_op
-from stand_in import ON_CPU, Bench, Gpu, StandInBackend
+from stand_in import Bench, Gpu, StandInBackend, build_for_cpu
 from test_cuda_norms import body_of, norm, operands
 
 from qcompiler.ir import dialect
@@ -35,10 +35,9 @@ ids = pytest.mark.parametrize("region", REGIONS, ids=lambda region: region.name)
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One whose ops run in the CPU provider, and one as it is shipped, with twins."""
     folder = tmp_path_factory.mktemp("libraries")
-    cache, made = KernelCache(folder / "cache"), {}
-    for name, flags in (("gpu", (ON_CPU,)), ("twins", ())):
-        made[name] = folder / f"{name}.so"
-        build_library(REGIONS, DOMAIN, made[name], cache=cache, arch=StandInBackend(*flags))
+    cache, made = KernelCache(folder / "cache"), {n: folder / f"{n}.so" for n in ("gpu", "twins")}
+    build_for_cpu(made["gpu"], REGIONS, DOMAIN, cache)
+    build_library(REGIONS, DOMAIN, made["twins"], cache=cache, arch=StandInBackend())
     return made
 
 

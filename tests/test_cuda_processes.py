@@ -20,7 +20,7 @@ from cuda_library import (
     open_session,
     run_op,
 )
-from stand_in import ON_CPU, Bench, StandInBackend
+from stand_in import Bench, StandInBackend, build_for_cpu
 
 from qcompiler.runtime import _find_cuda
 from qcompiler.session_options import new_session_options
@@ -36,10 +36,9 @@ QUANTIZE = half("Quantize", {"K": 64})
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One whose ops run in the CPU provider, and one as it is shipped, with twins."""
     folder = tmp_path_factory.mktemp("libraries")
-    cache, made = KernelCache(folder / "cache"), {}
-    for name, flags in (("gpu", (ON_CPU,)), ("twins", ())):
-        made[name] = folder / f"{name}.so"
-        build_library([W8, QUANTIZE], DOMAIN, made[name], cache=cache, arch=StandInBackend(*flags))
+    cache, made = KernelCache(folder / "cache"), {n: folder / f"{n}.so" for n in ("gpu", "twins")}
+    build_for_cpu(made["gpu"], [W8, QUANTIZE], DOMAIN, cache)
+    build_library([W8, QUANTIZE], DOMAIN, made["twins"], cache=cache, arch=StandInBackend())
     return made
 
 

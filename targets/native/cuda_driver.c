@@ -32,14 +32,22 @@ struct qc_loaded {
     struct qc_loaded *next;
 };
 
-/* Guards what is made once. libpthread is no part of the C library before glibc 2.34. */
-static atomic_flag busy = ATOMIC_FLAG_INIT;
+/* Guards what is made once: the process of which a thread holds it, or 0. (libpthread is no part of the
+ * C library before glibc 2.34.) What a thread of its parent held when a child was forked, nobody gives
+ * back there: the child takes it. */
+static atomic_int holder;
 
 static void lock(void) {
-    while (atomic_flag_test_and_set(&busy)) sched_yield();
+    const int process = getpid();
+    int held = 0;
+    while (!atomic_compare_exchange_weak(&holder, &held, process)) {
+        if (held != process) continue;
+        held = 0;
+        sched_yield();
+    }
 }
 
-static void unlock(void) { atomic_flag_clear(&busy); }
+static void unlock(void) { atomic_store(&holder, 0); }
 
 /* --- finding it ------------------------------------------------------------------------------- */
 
@@ -124,20 +132,24 @@ static int has_provider(const char *provider) {
                 provider);
 }
 
-/* Once in each process: what a process opened, a child that is forked from it cannot use. */
+/* What a process opened, a child that is forked from it cannot use. */
+static pid_t opener; /* 0: none yet */
+static const char FORKED[] =
+    "this process was forked from one that had opened the GPUs, which CUDA does not survive: start it by "
+    "multiprocessing.get_context('spawn'), or fork before a session is made";
+
+static int is_forked(void) { return opener && opener != getpid(); }
+
 static void find_devices(void) {
-    static pid_t process;
     lock();
-    if (!process) {
-        const char *provider = qc_specs[0].anchor->provider;
-        if ((!provider || has_provider(provider)) && open_driver() && check_driver()) list_devices();
-    } else if (process != getpid() && found.count) {
+    if (!opener) {
+        opener = getpid();
+        if (has_provider(qc_specs[0].anchor->provider) && open_driver() && check_driver())
+            list_devices();
+    } else if (is_forked() && found.count) {
         found.count = 0;
-        fail("this process was forked from one that had opened the GPUs, which CUDA does not "
-             "survive: start it by multiprocessing.get_context('spawn'), or fork before a session is "
-             "made");
+        fail("%s", FORKED);
     }
-    process = getpid();
     unlock();
 }
 
@@ -244,6 +256,7 @@ OrtStatus *qc_cuda_check(const struct qc_op *op, int result, const char *format,
     va_start(arguments, format);
     vsnprintf(message, sizeof message, format, arguments);
     va_end(arguments);
+    if (is_forked()) return qc_error(op, "%s: %s", message, FORKED);
     return qc_error(op, "%s: %s (%s)", message, name ? name : "unknown error", text ? text : "?");
 }
 

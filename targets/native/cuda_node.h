@@ -21,11 +21,7 @@ struct qc_gpu_node {
 
 enum { QC_MAX_GRID_Y = 65535, QC_ALIGNMENT = 16 };
 
-#ifdef QC_ON_CPU /* tests run these ops in the only provider there is without a GPU */
-#define QC_PROVIDER NULL
-#else
 #define QC_PROVIDER "CUDAExecutionProvider"
-#endif
 
 /* Some rows of a run. */
 struct qc_call {

@@ -136,14 +136,9 @@ static OrtStatus *launch_on_device(const struct qc_call *call) {
 
 static OrtStatus *ask_for(const struct qc_gpu_node *node, OrtKernelContext *context, size_t bytes,
                           char **memory) {
-#ifdef QC_ON_CPU /* a CPU session has no stream for a scratch buffer to belong to */
-    (void)context;
-    return QC_ORT(AllocatorAlloc)(node->allocator, bytes, (void **)memory);
-#else
     /* Belongs to the run's stream: given back right after the launch, it is not given to another
      * stream before the kernel is done. */
     return QC_ORT(KernelContext_GetScratchBuffer)(context, node->memory, bytes, (void **)memory);
-#endif
 }
 
 /* ONNX Runtime's own message does not say for what; and a kernel must not be given no memory. */

@@ -1,13 +1,17 @@
 /* A CUDA driver without a GPU: memory is the host's, launches are noted, and a test may run a function
  * of its own in the place of a kernel.  tests/stand_in.py sets it up. */
+#define _POSIX_C_SOURCE 200809L
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
+#include <unistd.h>
 
 enum { MAX_DEVICES = 4, MAX_LAUNCHES = 256, MAX_ARGUMENTS = 16, MAX_SYMBOLS = 256 };
-enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NO_DEVICE = 100, INVALID_CONTEXT = 201,
-       NO_BINARY = 209, NOT_FOUND = 500 };
+enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100,
+       INVALID_CONTEXT = 201, NO_BINARY = 209, INVALID_HANDLE = 400, NOT_FOUND = 500,
+       CAPTURE_UNSUPPORTED = 900 };
 enum { MAJOR = 75, MINOR = 76, SHARED_BYTES = 97, MAX_SHARED_ATTRIBUTE = 8 };
 
 struct device {
@@ -30,6 +34,8 @@ struct record {
 
 /* Set by tests. */
 int stand_in_version = 13000, stand_in_device_count, stand_in_failing_code;
+int stand_in_is_capturing; /* nothing may wait or allocate */
+int stand_in_load_milliseconds;
 char stand_in_failing[64]; /* the function that fails with that code */
 size_t stand_in_memory = (size_t)1 << 40;
 struct device stand_in_devices[MAX_DEVICES];
@@ -43,6 +49,7 @@ size_t stand_in_used;
 
 static _Thread_local void *contexts[8];
 static _Thread_local int depth;
+static pid_t process; /* the one that initialized it; it is of no use to those forked from that */
 
 static int fails(const char *function) {
     return strcmp(function, stand_in_failing) == 0 ? stand_in_failing_code : OK;
@@ -50,14 +57,23 @@ static int fails(const char *function) {
 
 #define FAIL_IF_ASKED                                                                              \
     do {                                                                                           \
-        int code_ = fails(__func__);                                                               \
+        int code_ = getpid() != process ? NOT_INITIALIZED : fails(__func__);                       \
         if (code_) return code_;                                                                   \
     } while (0)
+
+#define FAIL_IN_A_CAPTURE                                                                          \
+    do {                                                                                           \
+        FAIL_IF_ASKED;                                                                             \
+        if (stand_in_is_capturing) return CAPTURE_UNSUPPORTED;                                     \
+    } while (0)
+
+static void *current(void) { return depth ? contexts[depth - 1] : NULL; }
 
 static void *context_of(int device) { return (void *)(uintptr_t)(0x1000 + device); }
 
 int cuInit(unsigned flags) {
     (void)flags;
+    if (!process) process = getpid();
     FAIL_IF_ASKED;
     return stand_in_device_count ? OK : NO_DEVICE;
 }
@@ -73,6 +89,9 @@ int cuGetErrorName(int code, const char **name) {
             : code == INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT"
             : code == NO_BINARY       ? "CUDA_ERROR_NO_BINARY_FOR_GPU"
             : code == NOT_FOUND       ? "CUDA_ERROR_NOT_FOUND"
+            : code == NOT_INITIALIZED ? "CUDA_ERROR_NOT_INITIALIZED"
+            : code == INVALID_HANDLE  ? "CUDA_ERROR_INVALID_HANDLE"
+            : code == CAPTURE_UNSUPPORTED ? "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"
                                       : NULL;
     return *name ? OK : INVALID_VALUE;
 }
@@ -112,7 +131,8 @@ int cuDevicePrimaryCtxRetain(void **context, int device) {
 
 #ifndef OLD_DRIVER
 int cuCtxGetCurrent(void **context) {
-    *context = depth ? contexts[depth - 1] : NULL;
+    FAIL_IF_ASKED;
+    *context = current();
     return OK;
 }
 #endif
@@ -131,9 +151,15 @@ int cuCtxPopCurrent_v2(void **context) {
 
 /* --- kernels ---------------------------------------------------------------------------------- */
 
+struct module {
+    const unsigned char *image;
+    void *context;
+};
+
 struct function {
     char name[160];
     int shared_limit;
+    void *context;
 };
 
 /* The end of what the section headers of an ELF file describe. */
@@ -153,23 +179,33 @@ static size_t size_of_elf(const unsigned char *image) {
     return end;
 }
 
+static void sleep_for(int milliseconds) {
+    nanosleep(&(struct timespec){milliseconds / 1000, milliseconds % 1000 * 1000000L}, NULL);
+}
+
 int cuModuleLoadData(void **module, const void *image) {
-    FAIL_IF_ASKED;
+    FAIL_IN_A_CAPTURE;
     if (!depth) return INVALID_CONTEXT;
     if (memcmp(image, "\177ELF", 4)) return NO_BINARY;
     stand_in_modules++;
-    *module = (void *)image;
+    sleep_for(stand_in_load_milliseconds);
+    struct module *made = malloc(sizeof *made);
+    *made = (struct module){image, current()};
+    *module = made;
     return OK;
 }
 
 int cuModuleGetFunction(void **function, void *module, const char *name) {
-    FAIL_IF_ASKED;
-    const unsigned char *image = module;
+    FAIL_IN_A_CAPTURE;
+    const struct module *loaded = module;
+    const unsigned char *image = loaded->image;
+    if (loaded->context != current()) return INVALID_CONTEXT;
     const size_t length = strlen(name) + 1, size = size_of_elf(image);
     for (size_t i = 0; i + length <= size; i++)
         if (memcmp(image + i, name, length) == 0) {
             struct function *made = calloc(1, sizeof *made);
             snprintf(made->name, sizeof made->name, "%s", name);
+            made->context = loaded->context;
             *function = made;
             return OK;
         }
@@ -177,7 +213,7 @@ int cuModuleGetFunction(void **function, void *module, const char *name) {
 }
 
 int cuFuncSetAttribute(void *function, int attribute, int value) {
-    FAIL_IF_ASKED;
+    FAIL_IN_A_CAPTURE;
     if (attribute != MAX_SHARED_ATTRIBUTE) return INVALID_VALUE;
     ((struct function *)function)->shared_limit = value;
     return OK;
@@ -197,6 +233,7 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
     const struct symbol *symbol = find_symbol(kernel->name);
     const unsigned grid[] = {x, y, z};
     if (!symbol || !depth) return symbol ? INVALID_CONTEXT : NOT_FOUND;
+    if (kernel->context != current()) return INVALID_HANDLE;
     if (threads_y != 1 || threads_z != 1 || extra || threads > 1024 || y > 65535 || z > 65535 ||
         !x || !y || !z || (shared > 48 * 1024 && (int)shared > kernel->shared_limit))
         return INVALID_VALUE;
@@ -219,16 +256,21 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
 
 /* --- memory ----------------------------------------------------------------------------------- */
 
-/* The size lies before what is handed out. */
+/* The size and the context lie before what is handed out. */
 enum { HEADER = 256 };
 
+struct block {
+    size_t bytes;
+    void *context;
+};
+
 int cuMemAlloc_v2(uint64_t *pointer, size_t bytes) {
-    FAIL_IF_ASKED;
+    FAIL_IN_A_CAPTURE;
     if (!depth) return INVALID_CONTEXT;
     if (bytes == 0) return INVALID_VALUE;
     if (stand_in_used + bytes > stand_in_memory) return OUT_OF_MEMORY;
-    size_t *memory = aligned_alloc(HEADER, HEADER + (bytes + HEADER - 1) / HEADER * HEADER);
-    *memory = bytes;
+    struct block *memory = aligned_alloc(HEADER, HEADER + (bytes + HEADER - 1) / HEADER * HEADER);
+    *memory = (struct block){bytes, current()};
     stand_in_used += bytes;
     stand_in_allocations++;
     *pointer = (uintptr_t)memory + HEADER;
@@ -236,16 +278,17 @@ int cuMemAlloc_v2(uint64_t *pointer, size_t bytes) {
 }
 
 int cuMemFree_v2(uint64_t pointer) {
-    if (!depth) return INVALID_CONTEXT;
-    size_t *memory = (void *)(uintptr_t)(pointer - HEADER);
-    stand_in_used -= *memory;
+    FAIL_IN_A_CAPTURE;
+    struct block *memory = (void *)(uintptr_t)(pointer - HEADER);
+    if (memory->context != current()) return INVALID_VALUE;
+    stand_in_used -= memory->bytes;
     stand_in_allocations--;
     free(memory);
     return OK;
 }
 
 int cuMemcpyHtoD_v2(uint64_t target, const void *source, size_t bytes) {
-    FAIL_IF_ASKED;
+    FAIL_IN_A_CAPTURE;
     if (!depth) return INVALID_CONTEXT;
     memcpy((void *)(uintptr_t)target, source, bytes);
     return OK;
@@ -268,7 +311,10 @@ int cuStreamCreate(void **stream, unsigned flags) {
 static int check_stream(void *stream) { return stream == (void *)0x5000 ? OK : INVALID_VALUE; }
 
 /* The library waits for the default stream. */
-int cuStreamSynchronize(void *stream) { return stream ? check_stream(stream) : OK; }
+int cuStreamSynchronize(void *stream) {
+    FAIL_IN_A_CAPTURE;
+    return stream ? check_stream(stream) : OK;
+}
 
 int cuMemcpyDtoH_v2(void *target, uint64_t source, size_t bytes) {
     memcpy(target, (void *)(uintptr_t)source, bytes);
