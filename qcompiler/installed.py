@@ -7,7 +7,7 @@ from typing import Any
 
 from qcompiler.ir.errors import RuntimeMissingError
 
-__all__ = ["OLDEST_ORT", "check_onnxruntime", "import_onnxruntime", "version_of"]
+__all__ = ["OLDEST_ORT", "check_onnxruntime", "distribution", "import_onnxruntime", "version_of"]
 
 OLDEST_ORT = "1.23"
 """The oldest ONNX Runtime that any bundle runs in."""
@@ -25,7 +25,7 @@ def import_onnxruntime() -> Any:
     Raises:
         RuntimeMissingError: It is not installed, or more than one is.
     """
-    installed = [name for name in _PACKAGES if _is_installed(name)]
+    installed = _installed()
     if len(installed) > 1:
         raise RuntimeMissingError(
             f"{' and '.join(installed)} are installed together and overwrite each other's files: "
@@ -40,7 +40,7 @@ def import_onnxruntime() -> Any:
     if not hasattr(onnxruntime, "InferenceSession"):
         raise RuntimeMissingError(
             "the installed onnxruntime is broken (its files were removed with another package); "
-            "pip install --force-reinstall onnxruntime"
+            f"pip install --force-reinstall {distribution()}"
         )
     return onnxruntime
 
@@ -55,8 +55,17 @@ def check_onnxruntime() -> None:
     if version_of(found) < version_of(OLDEST_ORT):
         raise RuntimeMissingError(
             f"ONNX Runtime {found} is too old, {OLDEST_ORT} or newer is needed: "
-            "pip install -U onnxruntime"
+            f"pip install -U {distribution()}"
         )
+
+
+def distribution() -> str:
+    """The package that `onnxruntime` is of: what to upgrade, for another would break it."""
+    return (_installed() or ["onnxruntime"])[0]
+
+
+def _installed() -> list[str]:
+    return [name for name in _PACKAGES if _is_installed(name)]
 
 
 def _is_installed(package: str) -> bool:

@@ -10,17 +10,23 @@ The same in plain ONNX Runtime:
 from __future__ import annotations
 
 import os
-import platform
 import types
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompiler.arguments import require, require_path, require_utf8
-from qcompiler.bundle import MANIFEST, MODEL, LibraryEntry, Manifest
-from qcompiler.installed import import_onnxruntime, version_of
+from qcompiler.bundle import MANIFEST, MODEL, Manifest
+from qcompiler.installed import distribution, import_onnxruntime, version_of
 from qcompiler.ir.errors import BundleError, ModelError, OptionError, said_by_ort
+from qcompiler.registration import (
+    CUDA,
+    is_for_gpus,
+    is_registered,
+    register,
+    runs_twins,
+    tell_missing_gpu,
+)
 from qcompiler.session_options import QUIET, exact_sums
 
 if TYPE_CHECKING:
@@ -37,8 +43,6 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 Provider = str | tuple[str, dict[str, Any]]
 """An execution provider, alone or with its options, as ONNX Runtime takes them."""
-
-_CUDA = "CUDAExecutionProvider"
 
 _MOST_THREADS = 1024
 """More than any machine has cores; ORT would start as many as it is told."""
@@ -58,7 +62,8 @@ def load(
         bundle: The folder.
         providers: Execution providers in order; by default the bundle target's, then the CPU.
         threads: Threads inside one op; by default ORT's choice (one per core).
-        native: Use the kernels; False runs the functions' bodies only.
+        native: Use the kernels; False runs the functions' bodies only, as do kernels for GPUs where
+            `providers` has none.
         session_options: Further options. The library, `threads` and exact sums (see
             `qcompiler/session_options.py`) are added to this very object.
 
@@ -81,24 +86,32 @@ def load(
     if version_of(ort.__version__) < version_of(manifest.minimum_ort):
         raise BundleError(
             f"{folder} needs ONNX Runtime {manifest.minimum_ort} or newer, this is "
-            f"{ort.__version__}; pip install -U onnxruntime"
+            f"{ort.__version__}; pip install -U {distribution()}"
         )
     for name in manifest.files:
         if manifest.library is None or name != manifest.library.file:
             manifest.check_file(folder, name)
     options = exact_sums(session_options or ort.SessionOptions())
+    names = [CUDA] if providers is None else _names_of(providers, ort)
     if manifest.library is not None:
-        registered = _is_registered(options, manifest.library)
+        registered = is_registered(options, manifest.library)
         if registered and not native:
             raise OptionError(
                 "native=False, but these session_options already hold the bundle's kernels; pass "
                 "fresh ones"
             )
-        if native:
-            _register(options, folder, manifest, manifest.library)
+        # On the CPU the twins of kernels for GPUs would run, up to 500 times slower than bodies.
+        if native and (CUDA in names or not is_for_gpus(manifest)):
+            register(options, folder, manifest, manifest.library)
     if providers is None:
-        providers = _default_providers(manifest.target, ort.get_available_providers())
-    return open_session(folder / MODEL, providers=providers, threads=threads, options=options)
+        providers = _default_providers(manifest, ort.get_available_providers())
+    session = open_session(folder / MODEL, providers=providers, threads=threads, options=options)
+    if CUDA not in names or not runs_twins(session, options, manifest):
+        return session
+    tell_missing_gpu(folder, has_twins=session_options is not None)
+    if session_options is not None:
+        return session
+    return open_session(folder / MODEL, threads=threads, options=exact_sums(ort.SessionOptions()))
 
 
 def open_session(
@@ -133,15 +146,7 @@ def open_session(
             most = f"from 1 to {_MOST_THREADS}"
             raise OptionError(f"threads must be a whole number {most}, not {threads!r}")
         options.intra_op_num_threads = threads
-    available = ort.get_available_providers()
-    if isinstance(providers, str):
-        raise OptionError(f"providers is a sequence of names: give [{providers!r}]")
-    require("providers", providers, Sequence, "a sequence of names")
-    names = [_name_of(provider) for provider in providers or ()]
-    for name in names:
-        if name not in available:
-            raise OptionError(f"provider {name!r} is not in this ONNX Runtime: {available}")
-    if _CUDA in names:
+    if CUDA in _names_of(providers, ort):
         _find_cuda(ort)
     try:
         return ort.InferenceSession(
@@ -200,44 +205,13 @@ def open_altered(path: Path, model: bytes, *, native: bool = True) -> onnxruntim
         exact_sums(options)
     if path.is_dir() and native:
         manifest = Manifest.read(path)
-        if manifest.library is not None:
-            _register(options, path, manifest, manifest.library)
+        if manifest.library is not None and not is_for_gpus(manifest):
+            register(options, path, manifest, manifest.library)
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         # ORT raises a dozen unrelated exception types here, some of them bare RuntimeError.
         raise ModelError(f"ONNX Runtime cannot look inside {path}: {said_by_ort(error)}") from error
-
-
-def _is_registered(options: Any, library: LibraryEntry) -> bool:
-    """Whether the options hold this library; it leaves its domain there as a config entry."""
-    try:
-        return bool(options.get_session_config_entry(library.domain) == "registered")
-    except RuntimeError:
-        return False
-
-
-def _register(options: Any, folder: Path, manifest: Manifest, library: LibraryEntry) -> None:
-    """Add the library to the options, or warn that the bodies will run instead."""
-    here = f"{platform.system().lower()}-{platform.machine().lower()}"
-    path = folder / library.file
-    if library.machine != here:
-        problem = f"its kernels are for {library.machine}, this is {here}"
-    elif not path.is_file():
-        problem = f"{library.file} is missing"
-    elif manifest.target.startswith("cuda") and not _has_cuda():
-        problem = (
-            f"this onnxruntime has no {_CUDA}: pip uninstall onnxruntime, then pip install "
-            "'onnxruntime-gpu[cuda,cudnn]'"
-        )
-    else:
-        manifest.check_file(folder, library.file)
-        try:
-            options.register_custom_ops_library(str(path.resolve()))
-            return
-        except Exception as error:
-            problem = f"{library.file} cannot be loaded ({error})"
-    warnings.warn(f"{folder}: {problem}; running without kernels", stacklevel=3)
 
 
 def _name_of(provider: object) -> str:
@@ -248,13 +222,22 @@ def _name_of(provider: object) -> str:
     raise OptionError(f"provider {provider!r} is neither a name nor (name, {{option: value}})")
 
 
-def _default_providers(target: str, available: Sequence[str]) -> list[str]:
-    wanted = [_CUDA] if target.startswith("cuda") else []
+def _names_of(providers: Sequence[Provider] | None, ort: Any) -> list[str]:
+    """The names of execution providers, all of which this ONNX Runtime must have."""
+    available = ort.get_available_providers()
+    if isinstance(providers, str):
+        raise OptionError(f"providers is a sequence of names: give [{providers!r}]")
+    require("providers", providers, Sequence, "a sequence of names")
+    names = [_name_of(provider) for provider in providers or ()]
+    for name in names:
+        if name not in available:
+            raise OptionError(f"provider {name!r} is not in this ONNX Runtime: {available}")
+    return names
+
+
+def _default_providers(manifest: Manifest, available: Sequence[str]) -> list[str]:
+    wanted = [CUDA] if is_for_gpus(manifest) else []
     return [*(p for p in wanted if p in available), "CPUExecutionProvider"]
-
-
-def _has_cuda() -> bool:
-    return _CUDA in import_onnxruntime().get_available_providers()
 
 
 def _find_cuda(ort: Any) -> None:

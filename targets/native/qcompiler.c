@@ -242,8 +242,9 @@ static OrtStatus *add_once(OrtSessionOptions *options, OrtCustomOpDomain *domain
 static OrtStatus *too_old(const OrtApiBase *base) {
     char message[256];
     snprintf(message, sizeof message,
-             "%s needs ONNX Runtime 1.%d or newer, this is %s: pip install -U onnxruntime",
-             qc_domain, QC_ORT_API_VERSION, base->GetVersionString());
+             "%s needs ONNX Runtime 1.%d or newer, this is %s: pip install -U onnxruntime%s",
+             qc_domain, QC_ORT_API_VERSION, base->GetVersionString(),
+             qc_specs[0].anchor->provider ? "-gpu" : "");
     /* Version 1 is in every ONNX Runtime, and has CreateStatus. */
     void *const *oldest = base->GetApi(1);
     return ((qc_ort_CreateStatus)oldest[QC_ORT_INDEX_CreateStatus])(ORT_FAIL, message);
