@@ -16,7 +16,7 @@ Each part runs in a process of its own, with a share of the time (`--minutes`), 
 in the file as soon as they are known: what one kernel breaks is lost to no other.  A kernel whose
 numbers are wrong is not timed.  Weights rotate, more than any cache holds, and calls are replayed
 as a CUDA graph, ours and peers'.  Needs a GPU of compute capability 8.0 to 9.0, its driver, and
-either nvcc or the extra [cuda] with TVM, or all compiled beforehand (`--prepare`).
+either nvcc or the extra [nvrtc] with TVM, or all compiled beforehand (`--prepare`).
 """
 
 from __future__ import annotations

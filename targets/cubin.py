@@ -1,4 +1,4 @@
-"""CUDA source to cubins: by the nvcc of this machine, else by NVRTC from the extra `[cuda]`.
+"""CUDA source to cubins: by the nvcc of this machine, else by NVRTC from the extra `[nvrtc]`.
 
 A cubin is machine code for one architecture: the driver loads it as it is, so that neither a
 compiler nor a CUDA toolkit is needed where a bundle runs.  No GPU is needed here.
@@ -30,7 +30,7 @@ _FLAGS = ("-std=c++17",)
 _OLDEST = (12, 0)
 """The first CUDA whose compilers know sm_89 and sm_90a, and whose kernels need no newer driver."""
 
-_WAY_OUT = "install the CUDA toolkit, or: pip install 'qcompiler[cuda]'"
+_WAY_OUT = "install the CUDA toolkit, or: pip install 'qcompiler[nvrtc]'"
 
 
 class CubinCompiler(Protocol):

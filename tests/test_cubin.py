@@ -101,7 +101,7 @@ def test_nvcc_goes_first(nvcc: Nvcc) -> None:
 def test_neither(nothing: None) -> None:
     with pytest.raises(
         ToolchainError,
-        match=r"no CUDA compiler: no nvcc .*; no NVRTC; .* pip install 'qcompiler\[cuda\]'",
+        match=r"no CUDA compiler: no nvcc .*; no NVRTC; .* pip install 'qcompiler\[nvrtc\]'",
     ):
         find_cubin_compiler()
 

@@ -170,7 +170,7 @@ def _print(terminal: Terminal, found: list[TargetStatus], here: dict[str, Any]) 
         ("ONNX Runtime", _onnxruntime_in_words(here)),
         ("Linker", here["linker"] or "none: pip install 'qcompiler[zig]', or set CC"),
         ("CUDA compiler", here["cuda_compiler"] or "none: install CUDA, or pip install "
-         "'qcompiler[cuda]'"),
+         "'qcompiler[nvrtc]'"),
     ))  # fmt: skip
     if terminal.verbose:
         terminal.out.print("\nInstruction sets planned, best first", style="dim")

@@ -29,8 +29,8 @@ class CudaBackend:
 
     all_isas: tuple[str, ...] = tuple(reversed(cuda.ARCHS))
     glue: tuple[str, ...] = (
-        "cpu.c", "cuda_conv.c", "cuda_driver.c", "cuda_node.c", "cuda_ops.c", "cuda_pack.c",
-        "ort.c", "qcompiler.c", "twin_conv.c", "twin_norm.c", "twins.c",
+        "cpu.c", "cuda_conv.c", "cuda_driver.c", "cuda_find.c", "cuda_node.c", "cuda_ops.c",
+        "cuda_pack.c", "ort.c", "qcompiler.c", "twin_conv.c", "twin_norm.c", "twins.c",
     )  # fmt: skip
     # Kernels that were loaded onto a GPU stay there: a library that comes back must know of them.
     link_flags: tuple[str, ...] = ("-Wl,-z,nodelete",)

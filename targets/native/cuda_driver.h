@@ -155,6 +155,10 @@ struct qc_device {
 struct qc_device *qc_find_device(int ordinal);
 /* Why there is none at all; empty if there is one. */
 const char *qc_device_problem(void);
+/* What a process should do that was forked from one that had opened the driver; NULL of others. */
+const char *qc_fork_problem(void);
+/* Guard what is made once. */
+void qc_lock(void), qc_unlock(void);
 /* Whether the device runs the kernels of a variant. */
 int qc_device_runs(const struct qc_device *device, const struct qc_variant *variant);
 
