@@ -75,6 +75,7 @@ def depthwise_kernel(region: Region, shape: Channels) -> Any:
         TILE_THREADS,
         body,
         sizes=("height", "width"),
+        is_tall=True,
     )
 
 

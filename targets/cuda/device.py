@@ -19,6 +19,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.build import split_host_device_mods
 from tvm.tirx.script import builder as script
 
+from qcompiler.targets.cuda.launch import TALL_BLOCKS
 from qcompiler.targets.tir import (
     cast,
     constant,
@@ -93,12 +94,15 @@ def kernel(
     threads: int,
     body: Callable[[Mapping[str, Expr], Expr, Place], None],
     sizes: Sequence[str] = (),
+    is_tall: bool = False,
 ) -> Any:
     """A kernel with these arrays (name to dtype) and `rows` as parameters; none may alias.
 
     `grid` gives the blocks in x, y and z for a number of rows: TVM leaves out an index that is
-    always 0.  `body` gets the arrays, and other `sizes` by their names, the number of rows, and the
-    thread's place, and emits statements.  TVM sorts the parameters by name, pointers first.
+    always 0.  Of one that `is_tall`, blocks of rows that a grid does not hold in y lie in z, and
+    `Place.y` counts all.  `body` gets the arrays, and other `sizes` by their names, the number of
+    rows, and the thread's place, and emits statements.  TVM sorts the parameters by name, pointers
+    first.
     """
     with IRBuilder() as builder, script.prim_func(private=True):
         script.func_attr({"tirx.noalias": True})
@@ -109,7 +113,12 @@ def kernel(
         rows, *others = (script.arg(name, tirx.Var(name, "int32")) for name in (ROWS, *sizes))
         arrays |= zip(sizes, others, strict=True)
         script.device_entry()
-        x, y, z = script.cta_id([*grid(rows)])
+        blocks = [*grid(rows)]
+        if is_tall:
+            blocks[2] = ceildiv(blocks[1], TALL_BLOCKS)
+        x, y, z = script.cta_id(blocks)
+        if is_tall:
+            y, z = z * TALL_BLOCKS + y, constant(0)
         thread = script.thread_id([threads])
         place = Place(x, y, z, thread, let(thread % 32), let(thread // 32))
         body(arrays, rows, place)

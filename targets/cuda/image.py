@@ -73,6 +73,7 @@ def image_kernel(region: Region) -> Any:
         BLOCK_PIXELS,
         body,
         sizes=("height", "width"),
+        is_tall=True,
     )
 
 

@@ -5,6 +5,8 @@ the M rows at hand.  With M = 0 none runs.
 
     grid  = (ceil(N / block_columns), ceil(M / block_rows), splits)    block = (threads, 1, 1)
 
+Of images more than 65535 blocks of pixels come to 32768 in y and the rest in z (`TALL_BLOCKS`).
+
 N is the region's size "N"; where it has none, it is K.  A launch with `splits` > 1 leaves partial
 sums [splits, M, N] in a workspace, and `combine` runs after it, on the same stream, with the
 arguments `combine_parameters` and no dynamic shared memory:
@@ -46,7 +48,10 @@ import dataclasses
 
 from qcompiler.ir.region import Region
 
-__all__ = ["Launch", "row_launches"]
+__all__ = ["TALL_BLOCKS", "Launch", "row_launches"]
+
+TALL_BLOCKS = 32768
+"""Blocks of pixels in y, where there are more than a grid holds there; `native/cuda_ops.c` too."""
 
 _MOST_ROWS = 32768
 """Of one per block: a grid has at most 65535 blocks in y."""

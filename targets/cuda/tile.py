@@ -94,6 +94,7 @@ def tile_kernel(region: Region, shape: Tile, product: Product, sums_type: type[S
         TILE_THREADS,
         body,
         sizes=("height", "width") if is_conv else (),
+        is_tall=is_conv and shape.splits == 1,
     )
 
 

@@ -1,23 +1,29 @@
 /* Convolutions on NVIDIA GPUs: QuantizeImage stores images with their border and channels last, and
  * QConvW8A8 multiplies them.  Rows are pixels of what is made; a call has as many whole images as its
- * grid and indices take. */
+ * grid and indices take, and one at least. */
 #include <string.h>
 
 #include "cuda_node.h"
 
-/* Of one call. */
-static const int64_t MAX_NUMBER = INT32_MAX;
+/* Of one call: blocks count beyond its last row. */
+static const int64_t MAX_NUMBER = INT32_MAX - QC_TALL_BLOCKS * 128;
 
 static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* How many images of so many rows one call takes; `numbers` is the most that it counts of each. */
 static OrtStatus *images_of_call(const struct qc_gpu_node *node, int64_t rows, int64_t numbers,
                                  int64_t *images) {
     const struct qc_cuda_kernels *kernels = node->variant->cuda;
     const int64_t blocks = kernels->launches[kernels->launch_count - 1].block_rows;
-    *images = min(QC_MAX_GRID_Y * blocks / rows, MAX_NUMBER / numbers);
+    /* One image may have more pixels than a grid has blocks of in y. */
+    *images = min(max(QC_MAX_GRID_Y * blocks / rows, 1), MAX_NUMBER / max(numbers, rows));
     if (*images) return NULL;
-    return qc_error(node->op, "an image of %lld pixels is too large for one call", (long long)rows);
+    return qc_error(node->op,
+                    "an image of %lld pixels, of which %lld numbers are counted, is too large for "
+                    "kernels; at most %lld are supported: cut the image, or set QCOMPILER_ISA=none to "
+                    "run function bodies",
+                    (long long)rows, (long long)numbers, (long long)MAX_NUMBER);
 }
 
 /* --- QuantizeImage ---------------------------------------------------------------------------- */

@@ -19,7 +19,7 @@ struct qc_gpu_node {
     struct qc_functions functions[]; /* one for each launch of the variant */
 };
 
-enum { QC_MAX_GRID_Y = 65535, QC_ALIGNMENT = 16 };
+enum { QC_MAX_GRID_Y = 65535, QC_TALL_BLOCKS = 32768, QC_ALIGNMENT = 16 };
 
 #define QC_PROVIDER "CUDAExecutionProvider"
 

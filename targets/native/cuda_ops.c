@@ -111,8 +111,11 @@ static OrtStatus *launch_all(const struct qc_call *call) {
     const struct qc_launch *launch_ = call->launch;
     const struct qc_op_spec *spec = call->node->op->spec;
     const int64_t columns = qc_columns(spec);
+    const int64_t blocks = ceil_div(call->rows, launch_->block_rows);
+    const int is_tall = blocks > QC_MAX_GRID_Y; /* only of images, whose kernels are written for it */
     const unsigned grid[] = {(unsigned)ceil_div(columns, launch_->block_columns),
-                             (unsigned)ceil_div(call->rows, launch_->block_rows), launch_->splits};
+                             is_tall ? QC_TALL_BLOCKS : (unsigned)blocks,
+                             is_tall ? (unsigned)ceil_div(blocks, QC_TALL_BLOCKS) : launch_->splits};
     QC_TRY(launch(call, call->functions.kernel, launch_->symbol, launch_->arguments, grid,
                   launch_->shared_bytes));
     if (!launch_->combine) return NULL;
