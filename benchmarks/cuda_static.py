@@ -24,7 +24,7 @@ from cuda_convs import Conv
 
 from qcompiler.ir.region import Region
 from qcompiler.targets import cuda
-from qcompiler.targets.cubin import Nvcc, find_cubin_compiler
+from qcompiler.targets.cubin import find_cubin_compiler
 from qcompiler.targets.cuda.machine_code import (
     KernelCode,
     blocks_per_multiprocessor,
@@ -195,11 +195,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help=f"write {RESULT.name}")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
-    nvcc, cuobjdump = find_cubin_compiler(), find_cuobjdump()
-    assert isinstance(nvcc, Nvcc), "only nvcc says what registers kernels take"
+    compiler, cuobjdump = find_cubin_compiler(), find_cuobjdump()
 
     def compiled(region: Region, arch: str) -> dict[str, KernelCode]:
-        return compile_kernels(cuda.source(region, arch), arch, nvcc, cuobjdump)
+        return compile_kernels(cuda.source(region, arch), arch, compiler, cuobjdump)
 
     shown = ("anchor", "device", "rows", "n", "k", "kernel", "registers",
              "blocks_per_multiprocessor", "waves", "busy", "bytes_per_output", "bytes_brought",
@@ -211,7 +210,7 @@ def main() -> None:
     if options.json:
         before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         kept = {part: before[part] for part in PARTS if part in before}
-        result = {"compiler": nvcc.name, "measured": False, **kept, **found}
+        result = {"compiler": compiler.name, "measured": False, **kept, **found}
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 

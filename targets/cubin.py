@@ -27,6 +27,7 @@ _PATIENCE = 600
 """Seconds that one file may take to compile."""
 
 _FLAGS = ("-std=c++17",)
+_VERBOSE = "--ptxas-options=-v"
 _OLDEST = (12, 0)
 """The first CUDA whose compilers know sm_89 and sm_90a, and whose kernels need no newer driver."""
 
@@ -54,6 +55,13 @@ class CubinCompiler(Protocol):
             ToolchainError: The text does not compile, or the compiler does not run.
         """
 
+    def explain(self, source: str, arch: str) -> tuple[bytes, str]:
+        """The same, and what ptxas says of each kernel: registers, stack, spills.
+
+        Raises:
+            ToolchainError: The text does not compile, or the compiler does not run.
+        """
+
 
 @dataclasses.dataclass(frozen=True)
 class Nvcc:
@@ -70,10 +78,17 @@ class Nvcc:
 
     def compile(self, source: str, arch: str) -> bytes:
         """See `CubinCompiler`."""
+        return self._made(source, arch)[0]
+
+    def explain(self, source: str, arch: str) -> tuple[bytes, str]:
+        """See `CubinCompiler`."""
+        return self._made(source, arch, _VERBOSE)
+
+    def _made(self, source: str, arch: str, *flags: str) -> tuple[bytes, str]:
         # Relative names in a fresh folder, so that no path of this machine reaches the output.
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "kernel.cu").write_text(source)
-            command = [self.path, "-cubin", f"-arch={arch}", *_FLAGS, "-o", "kernel.cubin"]
+            command = [self.path, "-cubin", f"-arch={arch}", *_FLAGS, *flags, "-o", "kernel.cubin"]
             try:
                 done = subprocess.run(
                     [*command, "kernel.cu"], cwd=folder, capture_output=True, text=True,
@@ -84,7 +99,7 @@ class Nvcc:
             if done.returncode != 0:
                 log = (done.stderr + done.stdout).strip()
                 raise ToolchainError(f"{self.name} cannot compile for {arch}:\n{log}")
-            return Path(folder, "kernel.cubin").read_bytes()
+            return Path(folder, "kernel.cubin").read_bytes(), done.stdout + done.stderr
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,16 +118,25 @@ class Nvrtc:
 
     def compile(self, source: str, arch: str) -> bytes:
         """See `CubinCompiler`."""
+        return self._made(source, arch)[0]
+
+    def explain(self, source: str, arch: str) -> tuple[bytes, str]:
+        """See `CubinCompiler`."""
+        return self._made(source, arch, _VERBOSE)
+
+    def _made(self, source: str, arch: str, *flags: str) -> tuple[bytes, str]:
         nvrtc, program = _library(self.path), ctypes.c_void_p()
         _check(nvrtc, nvrtc.nvrtcCreateProgram(
             ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None))  # fmt: skip
         try:
-            options = [f"--gpu-architecture={arch}", *_FLAGS, *(f"-I{p}" for p in self.includes)]
+            options = [f"--gpu-architecture={arch}", *_FLAGS, *flags]
+            options += [f"-I{folder}" for folder in self.includes]
             array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-            if nvrtc.nvrtcCompileProgram(program, len(options), array):
-                log = _text(nvrtc, "ProgramLog", program).decode(errors="replace").strip("\0\n ")
+            failed = nvrtc.nvrtcCompileProgram(program, len(options), array)
+            log = _text(nvrtc, "ProgramLog", program).decode(errors="replace").strip("\0\n ")
+            if failed:
                 raise ToolchainError(f"{self.name} cannot compile for {arch}:\n{log}")
-            return _text(nvrtc, "CUBIN", program)
+            return _text(nvrtc, "CUBIN", program), log
         finally:
             nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from registry import package
+from test_cubin import WHEELS as NVRTC
 
 from qcompiler.ir.errors import ToolchainError
 from qcompiler.ir.region import Region, Step
 from qcompiler.targets import cuda
-from qcompiler.targets.cubin import Nvcc, find_cubin_compiler
+from qcompiler.targets.cubin import CubinCompiler, find_cubin_compiler
 from qcompiler.targets.cuda.machine_code import (
     blocks_per_multiprocessor,
     compile_kernels,
@@ -18,18 +21,44 @@ from qcompiler.targets.cuda.machine_code import (
 )
 from qcompiler.targets.cuda.packing import CONVS
 
+WHEELS = ("nvidia-cuda-cuobjdump==13.5.37", "nvidia-cuda-nvdisasm==13.5.37")
+needs_cuobjdump = pytest.mark.usefixtures("listings")
 
-def _nvcc() -> Nvcc | None:
+
+@pytest.fixture(scope="module")
+def compiler() -> CubinCompiler:
+    """That of this machine, else NVRTC of the registry's."""
     try:
-        found = find_cubin_compiler()
+        return find_cubin_compiler()
     except ToolchainError:
+        folders = [package(wheel) for wheel in NVRTC]
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in folders:
+            patch.syspath_prepend(folder)
+        return find_cubin_compiler()
+
+
+@pytest.fixture(scope="module")
+def cuobjdump(tmp_path_factory: pytest.TempPathFactory) -> str | None:
+    """That of this machine, else the registry's; None without a network."""
+    if (found := find_cuobjdump()) is not None:
+        return found
+    folder = tmp_path_factory.mktemp("bin")
+    try:
+        programs = [next(package(wheel).glob("nvidia/cu13/bin/*")) for wheel in WHEELS]
+    except pytest.skip.Exception:
         return None
-    return found if isinstance(found, Nvcc) else None
+    for program in programs:
+        shutil.copy(program, folder)
+        (folder / program.name).chmod(0o755)
+    return str(folder / "cuobjdump")
 
 
-NVCC, CUOBJDUMP = _nvcc(), find_cuobjdump()
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc with a C++ compiler")
-needs_cuobjdump = pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump with nvdisasm")
+@pytest.fixture
+def listings(cuobjdump: str | None) -> None:
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump with nvdisasm, and none can be downloaded")
+
 
 BIAS_GELU = {"extras": ("channel",), "steps": (Step("Add", (0, -1)), Step("Gelu", (1,)))}
 SIZES = (("K", 4096), ("N", 4096))
@@ -94,14 +123,14 @@ def names(parameters):
 
 
 @pytest.fixture(scope="module")
-def code(request):
+def code(request, compiler, cuobjdump):
     """What the compiler makes of a region; of all that tests here ask for, two at once."""
     pool, found = ThreadPoolExecutor(2), {}
 
     def ask(region, arch):
         if (region, arch) not in found:
             source = cuda.source(region, arch)  # by TVM, in this thread alone
-            found[region, arch] = pool.submit(compile_kernels, source, arch, NVCC, CUOBJDUMP)
+            found[region, arch] = pool.submit(compile_kernels, source, arch, compiler, cuobjdump)
         return found[region, arch]
 
     given = [

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qcompiler.ir.errors import ToolchainError
-from qcompiler.targets.cubin import Nvcc
+from qcompiler.targets.cubin import CubinCompiler
 
 __all__ = ["KernelCode", "blocks_per_multiprocessor", "compile_kernels", "find_cuobjdump"]
 
@@ -75,19 +75,19 @@ def find_cuobjdump() -> str | None:
 
 
 def compile_kernels(
-    source: str, arch: str, nvcc: Nvcc, cuobjdump: str | None
+    source: str, arch: str, compiler: CubinCompiler, cuobjdump: str | None
 ) -> dict[str, KernelCode]:
     """The kernels of a CUDA text, by name.
 
     Raises:
         ToolchainError: The text does not compile, or cuobjdump fails.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "kernel.cu").write_text(source)
-        said = _run(
-            [nvcc.path, "-cubin", f"-arch={arch}", "-std=c++17", "-Xptxas", "-v", "kernel.cu",
-             "-o", "kernel.cubin"], folder)  # fmt: skip
-        listing = _run([cuobjdump, "-sass", "kernel.cubin"], folder) if cuobjdump else ""
+    cubin, said = compiler.explain(source, arch)
+    listing = ""
+    if cuobjdump:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "kernel.cubin").write_bytes(cubin)
+            listing = _run([cuobjdump, "-sass", "kernel.cubin"], folder)
     instructions = _instructions(listing)
     return {
         name: KernelCode(int(registers), int(stores) + int(loads), int(stack),
