@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from cuda_emulator import Emulated, EmulatorError, kernels_of, needs_compiler
+from cuda_emulator import Emulated, EmulatorError, kernels_of, needs_compiler, run
 from cuda_operands import operands_of
 from test_cuda_kernels import compare, launch_for, w4a16
 
@@ -157,6 +157,20 @@ def test_a_short_result_is_seen(planted):
     operands.device["y"] = np.full((7, 136), np.nan, np.float16)
     with pytest.raises(EmulatorError, match=r"of y, which has|past the end of y"):
         planted("sm_80", ROWS).run(launch_for(REGION, FEW), 136, operands.device, FEW)
+
+
+def test_zig_compiles_it_where_nothing_else_does(tmp_path, monkeypatch):
+    """The compiler that links libraries, of the extra [zig], is enough for all of these tests."""
+    pytest.importorskip("ziglang")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    run._runtime.cache_clear()
+    assert "ziglang" in run._compiler()
+    operands, launch = operands_of(REGION, FEW), launch_for(REGION, FEW)
+    kernels = Emulated(cuda.source(REGION, "sm_80"), tmp_path, only=kernels_of(launch))
+    monkeypatch.undo()
+    run._runtime.cache_clear()
+    kernels.run(launch, REGION.size("N"), operands.device, FEW)
+    compare(REGION, operands)
 
 
 def test_an_instruction_that_is_not_known_is_refused(tmp_path):
