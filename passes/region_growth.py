@@ -147,9 +147,10 @@ def _repeats(operand: ir.Value, result: ir.Value) -> bool:
     while own and own[0] == 1:
         del own[0]
     sizes = [size for size in own if isinstance(size, int)]
-    if len(sizes) < len(own) or not 2 <= len(own) < len(result.shape):
+    if len(sizes) < len(own) or not 2 <= len(sizes) < len(result.shape):
         return False
-    return own == list(result.shape)[-len(own) :] and math.prod(own[:-1]) >= _LEAST_ROWS
+    same = sizes == list(result.shape)[-len(sizes) :]
+    return same and math.prod(sizes[:-1]) >= _LEAST_ROWS
 
 
 def _is_by_constants(node: ir.Node, region: Region) -> bool:

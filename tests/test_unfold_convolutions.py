@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 
 import qcompiler
 from qcompiler.ir.decisions import decision_of, plan_of
+from qcompiler.ir.graph import constant
 from qcompiler.ir.sites import Choice
 from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.assign_precision import AssignPrecision
