@@ -8,8 +8,10 @@ two.  Zeros around rows are not stored either, p = Pad(x):
 
         =>  y = WindowedQMatMulW8A8_K1152_N384_R3_S2_AddC_Gelu_f00bd2(x, w, ws, b)
 
-Convolutions of one dimension become such products (`unfold_convolutions`).  Runs after
-`fuse_quantize`.
+Convolutions of one dimension become such products (`unfold_convolutions`).  No Pad is of integers
+there: rows are quantized by a scale of each window, so not before there are windows, and
+convolutions of static scales pad by themselves.  Pads by what is no zero, by the edge or by
+reflection are left.  Runs after `fuse_quantize`.
 """
 
 from __future__ import annotations
