@@ -286,7 +286,7 @@ def requantized(
         (product(4, 4, (), Step("Relu", (0,), (("alpha", 1.0),))), "no attribute alpha"),
         (windows(64, 3, 1), "rows of 64 are no windows of 3 rows"),
         (windows(64, 1, 1 << 15), "windows 2097152 floats apart; at most 1048576"),
-        (windows(64, 2, 1, 1, -1), r"\(1, -1\) rows of zeros around x: 0 to 2\^30 are supported"),
+        (windows(64, 2, 1, 1, -1), "(1, -1) rows of zeros around x: 0 to 2^30 are supported"),
         (windows(8192, 2, 1), "rows of more than 4096 are quantized first"),
         (requantized(64, 4097), "rows of more than 4096 are quantized later"),
         (requantized(64, 96, widths=(48, 48)), "one result of floats is quantized"),
