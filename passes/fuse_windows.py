@@ -24,6 +24,7 @@ import onnx_ir as ir
 
 from qcompiler.ir.decisions import decide, decision_of, region_of
 from qcompiler.ir.graph import constant, drop_if_unread, only_consumer
+from qcompiler.ir.region import Region
 from qcompiler.passes.outlining import UNBOUND, JoiningPass, outline
 from qcompiler.passes.zero_pads import drop_unread_pad, zero_pads
 
@@ -57,22 +58,18 @@ class FuseWindows(JoiningPass):
         region = region_of(product) if product.domain == UNBOUND else None
         if region is None or region.anchor != "DynamicQMatMulW8A8":
             return False
-        for windows in _alternatives(product):
-            sizes = (*region.sizes, ("R", windows.taps), ("S", windows.step))
-            whole = dataclasses.replace(
-                region,
-                anchor="WindowedQMatMulW8A8",
-                sizes=sizes,
-                attributes=(("pads", windows.pads),) if any(windows.pads) else (),
-            )
-            nodes = [*windows.copies, product]
-            if self.refusal(whole, nodes) is None:
-                break
-        else:
+        able = (
+            (windows, whole)
+            for windows in _alternatives(product)
+            for whole in [_reading(region, windows)]
+            if self.refusal(whole, [*windows.copies, product]) is None
+        )
+        windows, whole = next(able, (None, region))
+        if windows is None:
             return False
+        nodes = [*windows.copies, product]
         numbers = {value for node in windows.copies for value in node.inputs[1:] if value}
-        read = product.inputs[0]
-        source = windows.copies[0].inputs[0] if windows.copies else read
+        source = nodes[0].inputs[0]  # behind the zeros, if there are any
         new = outline(model, whole, [windows.x, *product.inputs[1:]], like=product)
         zeros = ", with zeros around it" if any(windows.pads) else ""
         decide(new, "body", f"{decision_of(product).why}; reads windows of it{zeros}")
@@ -82,6 +79,16 @@ class FuseWindows(JoiningPass):
         if source is not windows.x:
             drop_unread_pad(source)
         return True
+
+
+def _reading(region: Region, windows: _Windows) -> Region:
+    """The region of a product, as one of windows."""
+    return dataclasses.replace(
+        region,
+        anchor="WindowedQMatMulW8A8",
+        sizes=(*region.sizes, ("R", windows.taps), ("S", windows.step)),
+        attributes=(("pads", windows.pads),) if any(windows.pads) else (),
+    )
 
 
 def _alternatives(product: ir.Node) -> Iterator[_Windows]:
