@@ -77,7 +77,9 @@ _TOKEN_TO_FP8 = (
 WINDOWS = """
     windows = Identity (x)
 """
-"""Of one tap; a region's sizes say of how many, R, and how many rows there are to the next, S."""
+"""Of one tap; a region's sizes say of how many, R, and how many rows there are to the next, S.
+
+Its attribute `pads`, if there is one, says how many rows of zeros are before and behind x."""
 
 _SHIFTED = """
     middle = Constant <value = uint8 {128}> ()
