@@ -11,7 +11,8 @@ import re
 import onnx.parser
 import onnx_ir as ir
 
-from qcompiler.ir.dialect_ops import OPS, SMALLEST_MAGNITUDE, WINDOWS, DialectOp
+from qcompiler.ir.dialect_ops import OPS, WINDOWS, DialectOp
+from qcompiler.ir.dialect_quantize import SMALLEST_MAGNITUDE
 from qcompiler.ir.graph import every_node
 from qcompiler.ir.joined_regions import pads_of_windows
 from qcompiler.ir.region import HALF, QUANTIZATION, Region, Step
