@@ -11,8 +11,10 @@ import re
 import onnx.parser
 import onnx_ir as ir
 
-from qcompiler.ir.dialect_ops import OPS, SMALLEST_MAGNITUDE, WINDOWS, DialectOp
+from qcompiler.ir.dialect_ops import OPS, WINDOWS, DialectOp
+from qcompiler.ir.dialect_quantize import SMALLEST_MAGNITUDE
 from qcompiler.ir.graph import every_node
+from qcompiler.ir.joined_regions import pads_of_windows
 from qcompiler.ir.region import HALF, QUANTIZATION, Region, Step
 
 __all__ = [
@@ -72,7 +74,7 @@ def region_function(region: Region, domain: str, opset: int) -> ir.Function:
     op, sizes = OPS[region.anchor], dict(region.sizes)
     body = op.body_of(region.flags)
     if "windows" in body:
-        body = body.replace(WINDOWS, _windows(sizes["R"], sizes["S"]))
+        body = body.replace(WINDOWS, _windows(sizes["R"], sizes["S"], pads_of_windows(region)))
     extras = tuple(f"extra{i}" for i in range(len(region.extras)))
     values = [op.outputs[0]]
     for step in region.steps:
@@ -100,17 +102,27 @@ def region_function(region: Region, domain: str, opset: int) -> ir.Function:
     return function
 
 
-def _windows(taps: int, step: int) -> str:
-    """The lines that make rows of `taps` rows of x, of every `step`th one and those after it."""
-    lines = f"""
+def _windows(taps: int, step: int, pads: tuple[int, int]) -> str:
+    """The lines that make rows of `taps` rows of x, of every `step`th one and those after it.
+
+    There are so many rows of zeros before and behind x.
+    """
+    rows, lines = (
+        "x",
+        f"""
     axis = Constant <value_ints = [-2]> ()
     step = Constant <value_ints = [{step}]> ()
-"""
+""",
+    )
+    if any(pads):
+        rows = "padded"
+        lines += f"    pads = Constant <value_ints = {list(pads)}> ()\n"
+        lines += "    padded = Pad (x, pads, , axis)\n"
     for tap in range(taps):
         end = tap - taps + 1 or (1 << 63) - 1
         lines += f"    first_{tap} = Constant <value_ints = [{tap}]> ()\n"
         lines += f"    end_{tap} = Constant <value_ints = [{end}]> ()\n"
-        lines += f"    tap_{tap} = Slice (x, first_{tap}, end_{tap}, axis, step)\n"
+        lines += f"    tap_{tap} = Slice ({rows}, first_{tap}, end_{tap}, axis, step)\n"
     parts = ", ".join(f"tap_{tap}" for tap in range(taps))
     return f"{lines}    windows = Concat <axis = -1> ({parts})\n"
 

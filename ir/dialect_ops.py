@@ -13,7 +13,8 @@ Bodies are written in the forms ORT fuses and avoid the ones it gets wrong:
   8 times slower;
 * RMSNorm in the one spelling that ORT makes SimplifiedLayerNormalization of.
 
-Those of products by weights of 4 bits are in `dialect_w4.py`, convolutions of GPUs in
+Here are products by weights of 8 bits; those by 4 are in `dialect_w4.py`, what quantizes tokens in
+`dialect_quantize.py`, norms and attention in `dialect_rows.py`, convolutions of GPUs in
 `dialect_image.py`.
 
 Regions also come in float16, by the flag `HALF`: the floats that a kernel would read and write in
@@ -31,53 +32,20 @@ import re
 
 import onnx_ir as ir
 
-from qcompiler.ir.attention import attention_body
 from qcompiler.ir.dialect_image import IMAGE_OPS
 from qcompiler.ir.dialect_op import DialectOp
+from qcompiler.ir.dialect_quantize import QUANTIZE_OPS, TOKEN_TO_INT8
+from qcompiler.ir.dialect_rows import ATTENTION_OPS, NORM_OPS
 from qcompiler.ir.dialect_w4 import W4_OPS
 
-__all__ = ["OPS", "SMALLEST_MAGNITUDE", "WINDOWS", "DialectOp"]
-
-SMALLEST_MAGNITUDE = 1e-20
-"""Floor of a token's largest magnitude: an all-zero token still needs a scale to divide by."""
-
-
-_SCALE_OF_TOKEN = """
-    magnitude = Abs ({x})
-    last = Constant <value_ints = [-1]> ()
-    reduced = ReduceMax <keepdims = 1> (magnitude, last)
-    first = Constant <value_ints = [0]> ()
-    second = Constant <value_ints = [1]> ()
-    largest = Slice (reduced, first, second, last)
-    floor = Constant <value_float = {floor}> ()
-    bounded = Max (largest, floor)
-    top = Constant <value_float = {top}> ()
-    s = Div (bounded, top)
-""".replace("{floor}", str(SMALLEST_MAGNITUDE))
-
-_TOKEN_TO_INT8 = (
-    _SCALE_OF_TOKEN.replace("{top}", "127.0")
-    + """
-    middle = Constant <value = uint8 {128}> ()
-    shape = Shape (s)
-    zero = Expand (middle, shape)
-    q = QuantizeLinear <axis = -1, {block_size}> ({x}, s, zero)
-"""
-)
-
-_SMOOTHED = "    z = Mul (x, extra0)" + _TOKEN_TO_INT8.replace("{x}", "z")
-
-_TOKEN_TO_FP8 = (
-    _SCALE_OF_TOKEN.replace("{top}", "448.0")
-    + """
-    q = QuantizeLinear <axis = -1, {block_size}, output_dtype = 17> ({x}, s)
-"""
-)
+__all__ = ["OPS", "WINDOWS", "DialectOp"]
 
 WINDOWS = """
     windows = Identity (x)
 """
-"""Of one tap; a region's sizes say of how many, R, and how many rows there are to the next, S."""
+"""Of one tap; a region's sizes say of how many, R, and how many rows there are to the next, S.
+
+Its attribute `pads`, if there is one, says how many rows of zeros are before and behind x."""
 
 _SHIFTED = """
     middle = Constant <value = uint8 {128}> ()
@@ -85,33 +53,9 @@ _SHIFTED = """
     shifted = BitwiseXor (bytes, middle)
 """
 
-_TOKENS = (("x", "* block_size"), ("q", "* block_size"), ("s", "* 1"))
 _ROWS = (("q", "* K"), ("s", "* 1"))
 _MATRIX = (("w", "K N"), ("ws", "N"), ("y", "* N"))
 _ONE_ROW = (("q", "* K"), ("s", "1?"), ("z", "1?"))
-
-_QUANTIZE = DialectOp(
-    name="Quantize",
-    inputs=("x",),
-    outputs=("q", "s"),
-    attributes=("block_size",),
-    types=(("q", ir.DataType.UINT8),),
-    shapes=_TOKENS,
-    wide=("s",),
-    body=_TOKEN_TO_INT8.replace("{x}", "x"),
-    form=lambda flags: _SMOOTHED if "smoothed" in flags else _TOKEN_TO_INT8.replace("{x}", "x"),
-)
-
-_QUANTIZE_FP8 = DialectOp(
-    name="QuantizeFp8",
-    inputs=("x",),
-    outputs=("q", "s"),
-    attributes=("block_size",),
-    types=(("q", ir.DataType.FLOAT8E4M3FN),),
-    shapes=_TOKENS,
-    wide=("s",),
-    body=_TOKEN_TO_FP8.replace("{x}", "x"),
-)
 
 _W8A8 = DialectOp(
     name="QMatMulW8A8",
@@ -133,7 +77,7 @@ _W8A8 = DialectOp(
 def _requantized(x: str) -> str:
     """A `Quantize` of x, `width` wide, as the ending of a body with a q and an s of its own."""
     own = {"x": x, "q": "yq", "s": "ys", "middle": "result_middle"}
-    body = _TOKEN_TO_INT8.replace("{block_size}", "block_size {=width}")
+    body = TOKEN_TO_INT8.replace("{block_size}", "block_size {=width}")
     return re.sub(r"\{x\}|\b(q|s|middle)\b", lambda m: own[m[0].strip("{}")], body)
 
 
@@ -173,7 +117,7 @@ _W8A8_DYNAMIC = DialectOp(
     shapes=(("x", "* block_size"), ("w", "block_size N"), *_MATRIX[1:]),
     wide=("ws",),
     stage="kernel",
-    body=_QUANTIZE.body + _W8A8.body.replace("middle", "zero_point"),
+    body=TOKEN_TO_INT8.replace("{x}", "x") + _W8A8.body.replace("middle", "zero_point"),
 )
 
 _W8A8_WINDOWED = DialectOp(
@@ -186,7 +130,7 @@ _W8A8_WINDOWED = DialectOp(
     wide=("ws",),
     stage="kernel",
     body=WINDOWS
-    + _TOKEN_TO_INT8.replace("{x}", "windows")
+    + TOKEN_TO_INT8.replace("{x}", "windows")
     + _W8A8.body.replace("middle", "zero_point"),
 )
 
@@ -247,85 +191,7 @@ _CONV = DialectOp(
 """,
 )
 
-_LAYER_NORM = """
-    y = LayerNormalization <axis = -1, {epsilon}> (x, gamma, beta)
-"""
-
-_RMS_NORM = """
-    two = Constant <value_float = 2.0> ()
-    squares = Pow (x, two)
-    axes = Constant <value_ints = [-1]> ()
-    mean = ReduceMean <keepdims = 1> (squares, axes)
-    epsilon = Constant <value_float {=epsilon}> ()
-    above_zero = Add (mean, epsilon)
-    root = Sqrt (above_zero)
-    unit = Div (x, root)
-    y = Mul (unit, gamma)
-"""
-
-
-def _norm(name: str, body: str, parameters: tuple[str, ...]) -> DialectOp:
-    """A norm of `x`, or of `x = a + b`, and the `Quantize` of its result.
-
-    With the flag "smoothed" what is quantized is the product with one extra operand per channel.
-    """
-    residual, is_fp8 = name.startswith("Add"), name.endswith("Fp8")
-    quantized = _TOKEN_TO_FP8 if is_fp8 else _TOKEN_TO_INT8
-    body = ("    x = Sum (a, b)" if residual else "") + body
-    smoothed = f"{body}    z = Mul (y, extra0)\n" + quantized.replace("{x}", "z")
-    plain = body + quantized.replace("{x}", "y")
-    return DialectOp(
-        name=name,
-        inputs=(*(("a", "b") if residual else ("x",)), *parameters),
-        outputs=(*(("x",) if residual else ()), "y", "q", "s"),
-        attributes=("epsilon", "block_size"),
-        types=(("q", ir.DataType.FLOAT8E4M3FN if is_fp8 else ir.DataType.UINT8),),
-        shapes=(
-            *((name, "* block_size") for name in ("x", "y", "q")),
-            *((name, "block_size") for name in parameters),
-            ("s", "* 1"),
-        ),
-        stage="kernel",
-        wide=("s",),
-        body=plain,
-        form=lambda flags: smoothed if "smoothed" in flags else plain,
-    )
-
-
-_NORMS = tuple(
-    _norm(f"{residual}{name}{kind}", body, parameters)
-    for kind in ("", "Fp8")
-    for name, body, parameters in (
-        ("LayerNorm", _LAYER_NORM, ("gamma", "beta")),
-        ("RMSNorm", _RMS_NORM, ("gamma",)),
-    )
-    for residual in ("", "Add")
-)
-
-_ATTENTION = DialectOp(
-    name="Attention",
-    inputs=("q", "k", "v", "scale"),
-    outputs=("y",),
-    stage="kernel",
-    wide=("scale",),
-    body=attention_body((), masked=False),
-    form=lambda flags: attention_body(flags, masked=False),
-)
-
-_MASKED_ATTENTION = DialectOp(
-    name="MaskedAttention",
-    inputs=("q", "k", "v", "scale", "mask"),
-    outputs=("y",),
-    stage="kernel",
-    wide=("scale",),
-    body=attention_body((), masked=True),
-    form=lambda flags: attention_body(flags, masked=True),
-)
-
 _MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, _W8A8_WINDOWED, _W8A8_REQUANTIZED, *W4_OPS, _FP8)
-_ATTENTIONS = (_ATTENTION, _MASKED_ATTENTION)
-
 OPS = {
-    op.name: op
-    for op in (_QUANTIZE, _QUANTIZE_FP8, *_MATMULS, _CONV, *IMAGE_OPS, *_NORMS, *_ATTENTIONS)
+    op.name: op for op in (*QUANTIZE_OPS, *_MATMULS, _CONV, *IMAGE_OPS, *NORM_OPS, *ATTENTION_OPS)
 }

@@ -1,4 +1,4 @@
-"""The regions that stand for a Quantize and a product: which two."""
+"""The regions that stand for a Quantize and a product: which two, and what the first reads."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import dataclasses
 
 from qcompiler.ir.region import ExtraKind, Region
 
-__all__ = ["quantizing_parts", "requantized_parts"]
+__all__ = ["pads_of_windows", "quantizing_parts", "requantized_parts"]
 
 
 def quantizing_parts(region: Region) -> tuple[Region, Region]:
     """The Quantize before the product of a region that quantizes its input, and the product."""
     quantize = Region("Quantize", (("K", region.size("K")),))
-    product = dataclasses.replace(region, anchor="QMatMulW8A8", sizes=region.sizes[:2])
+    sizes = region.sizes[:2]
+    product = dataclasses.replace(region, anchor="QMatMulW8A8", sizes=sizes, attributes=())
     return quantize, product
+
+
+def pads_of_windows(region: Region) -> tuple[int, int]:
+    """How many rows of zeros there are before and behind those that a region reads windows of."""
+    begin, end = region.integers("pads") if dict(region.attributes).get("pads") else (0, 0)
+    return begin, end
 
 
 def requantized_parts(region: Region) -> tuple[Region, Region]:

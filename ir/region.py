@@ -28,7 +28,7 @@ import hashlib
 import json
 from typing import Any, Literal
 
-__all__ = ["HALF", "QUANTIZATION", "ExtraKind", "Region", "Step"]
+__all__ = ["HALF", "LETTERS", "QUANTIZATION", "ExtraKind", "Region", "Step"]
 
 HALF = "f16"
 """The flag of a region whose floating operands and results are float16, see `dialect_ops.py`."""
@@ -36,10 +36,12 @@ HALF = "f16"
 QUANTIZATION = ("QuantizeLinear", "DequantizeLinear")
 """Steps that read, beside their value, a scale and a zero point, as floats, of each channel."""
 
-ExtraKind = Literal["channel", "tensor"]
-"""How an extra operand meets the result: one value per output channel, or the same shape."""
+ExtraKind = Literal["channel", "tensor", "repeated"]
+"""How an extra operand meets the result: one value per output channel, the same shape, or that of
+its last dimensions, two or more, for all that is before them."""
 
-_LETTER = {"channel": "C", "tensor": "T"}
+LETTERS: dict[ExtraKind, str] = {"channel": "C", "tensor": "T", "repeated": "R"}
+"""How names of regions, and the table of a library, say it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,7 @@ class Region:
         """A C identifier, equal only for equal regions: "QMatMulW8A8_K384_N1536_AddC_Gelu"."""
         parts = [self.anchor, *(f"{name}{size}" for name, size in self.sizes), *self.flags]
         for step in self.steps:
-            letters = (_LETTER[self.extras[-1 - arg]] for arg in step.args if arg < 0)
+            letters = (LETTERS[self.extras[-1 - arg]] for arg in step.args if arg < 0)
             parts.append(step.op + "".join(letters))
         parts += ["x".join(map(str, self.widths))] if self.widths else []
         parts += ["".join(self.outputs)] if self.outputs else []

@@ -5,8 +5,9 @@
 
 A region grows by all nodes up to the one where the ways from its result join, as in x * Sigmoid(x),
 so that it always has one exit and no way leads back into it; if these are elementwise, their other
-operands are one value per channel or provably have the result's shape, and a kernel for the larger
-region exists.  The function's body is the region in standard ops, so the numbers do not change.
+operands are one value per channel or provably have the result's shape, or that of its last
+dimensions (position embeddings), and a kernel for the larger region exists.  The function's body is
+the region in standard ops, so the numbers do not change.
 
 Quantizing by constants is such a step, where a result is uint8 or was for a while; a region does
 not end in dequantizing:
@@ -108,7 +109,7 @@ class FuseRegions(RegionPass):
         anchor = growth.covered[0]
         # Each once: the scale of a Q is often that of the DQ behind it.
         extras = {
-            value: value if kind == "tensor" else per_channel(model.graph, value, growth.region)
+            value: per_channel(model.graph, value, growth.region) if kind == "channel" else value
             for value, kind in dict(zip(growth.extras, growth.region.extras, strict=True)).items()
         }
         operands = [*growth.inputs, *(extras[value] for value in growth.extras)]

@@ -1,80 +1,146 @@
 """Let a product that quantizes its input read windows of it where they are, instead of copies.
 
-    y = DynamicQMatMulW8A8_K1152_N384_AddC_Gelu(Concat(x[0:-2:2], x[1:-1:2], x[2::2]), w, ws, b)
-        =>  y = WindowedQMatMulW8A8_K1152_N384_R3_S2_AddC_Gelu(x, w, ws, b)
+    y = DynamicQMatMulW8A8_K1152_N384_AddC_Gelu(Concat(p[0:-2:2], p[1:-1:2], p[2::2]), w, ws, b)
+        =>  y = WindowedQMatMulW8A8_K1152_N384_R3_S2_AddC_Gelu(p, w, ws, b)
 
-Rows of x that follow each other are one longer row in memory, at every second row if the stride is
-two.  Convolutions of one dimension become such products (`unfold_convolutions`).  Runs after
-`fuse_quantize`.
+Rows of p that follow each other are one longer row in memory, at every second row if the stride is
+two.  Zeros around rows are not stored either, p = Pad(x):
+
+        =>  y = WindowedQMatMulW8A8_K1152_N384_R3_S2_AddC_Gelu_f00bd2(x, w, ws, b)
+
+Convolutions of one dimension become such products (`unfold_convolutions`).  No Pad is of integers
+there: rows are quantized by a scale of each window, so not before there are windows, and
+convolutions of static scales pad by themselves.  Pads by what is no zero, by the edge or by
+reflection are left.  Runs after `fuse_quantize`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.decisions import decide, decision_of, region_of
 from qcompiler.ir.graph import constant, drop_if_unread, only_consumer
+from qcompiler.ir.region import Region
 from qcompiler.passes.outlining import UNBOUND, JoiningPass, outline
+from qcompiler.passes.zero_pads import drop_unread_pad, zero_pads
 
 __all__ = ["FuseWindows"]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Windows:
+    """What a product multiplies: rows of `taps` rows of `x`, every `step`th one and those after it.
+
+    Attributes:
+        x: What is read.
+        taps: How many.
+        step: How many rows further the next begins.
+        copies: The nodes that make them and nothing else.
+        pads: How many rows of zeros are before and behind those of `x`.
+    """
+
+    x: ir.Value
+    taps: int
+    step: int
+    copies: tuple[ir.Node, ...]
+    pads: tuple[int, int] = (0, 0)
+
+
 class FuseWindows(JoiningPass):
-    """Join each outlined product with the Slices and the Concat that make its input."""
+    """Join each outlined product with the Pad, the Slices and the Concat that make its input."""
 
     def join(self, model: ir.Model, product: ir.Node) -> bool:
         """Join a product with what makes the windows that it quantizes."""
         region = region_of(product) if product.domain == UNBOUND else None
         if region is None or region.anchor != "DynamicQMatMulW8A8":
             return False
-        found = _windows(product)
-        if found is None:
+        able = (
+            (windows, whole)
+            for windows in _alternatives(product)
+            for whole in [_reading(region, windows)]
+            if self.refusal(whole, [*windows.copies, product]) is None
+        )
+        windows, whole = next(able, (None, region))
+        if windows is None:
             return False
-        x, step, copies = found
-        sizes = (*region.sizes, ("R", len(copies) - 1), ("S", step))
-        whole = dataclasses.replace(region, anchor="WindowedQMatMulW8A8", sizes=sizes)
-        nodes = [*copies, product]
-        if self.refusal(whole, nodes) is not None:
-            return False
-        numbers = {value for node in copies[:-1] for value in node.inputs[1:] if value is not None}
-        new = outline(model, whole, [x, *product.inputs[1:]], like=product)
-        decide(new, "body", f"{decision_of(product).why}; reads windows of it")
+        nodes = [*windows.copies, product]
+        numbers = {value for node in windows.copies for value in node.inputs[1:] if value}
+        source = nodes[0].inputs[0]  # behind the zeros, if there are any
+        new = outline(model, whole, [windows.x, *product.inputs[1:]], like=product)
+        zeros = ", with zeros around it" if any(windows.pads) else ""
+        decide(new, "body", f"{decision_of(product).why}; reads windows of it{zeros}")
         self.put(new, nodes, product.outputs)
         for number in numbers:
             drop_if_unread(number)
+        if source is not windows.x:
+            drop_unread_pad(source)
         return True
 
 
-def _windows(product: ir.Node) -> tuple[ir.Value, int, list[ir.Node]] | None:
-    """What a product reads windows of, how far apart they are, and the nodes that make them."""
-    windows = product.inputs[0]
-    concat = windows.producer() if windows is not None else None
-    if concat is None or concat.op_type != "Concat" or concat.domain != "":
+def _reading(region: Region, windows: _Windows) -> Region:
+    """The region of a product, as one of windows."""
+    return dataclasses.replace(
+        region,
+        anchor="WindowedQMatMulW8A8",
+        sizes=(*region.sizes, ("R", windows.taps), ("S", windows.step)),
+        attributes=(("pads", windows.pads),) if any(windows.pads) else (),
+    )
+
+
+def _alternatives(product: ir.Node) -> Iterator[_Windows]:
+    """What windows a product reads, those around which there are zeros first."""
+    found = _windows(product)
+    if found is None:
+        return
+    pad = found.x.producer()
+    pads = zero_pads(pad, axis=-2) if pad is not None and pad.graph is product.graph else None
+    if pad is not None and pads is not None:
+        x = pad.inputs[0]
+        assert x is not None
+        yield dataclasses.replace(found, x=x, pads=pads)
+    if found.copies:
+        yield found
+
+
+def _windows(product: ir.Node) -> _Windows | None:
+    """What a product reads windows of; one row each where it reads no copies."""
+    read = product.inputs[0]
+    last = read.producer() if read is not None else None
+    rank = len(read.shape) if read is not None and read.shape is not None else 0
+    if read is None or last is None or last.domain or rank < 2:
         return None
-    if only_consumer(concat.outputs[0]) is not product or concat.graph is not product.graph:
-        return None
-    if windows in product.inputs[1:]:  # what is added to the result, where N is K
-        return None
-    slices = [value.producer() for value in concat.inputs if value is not None]
-    taps = [node for node in slices if node is not None]
-    step = _step(slices[0])
-    if step is None or len(taps) != len(concat.inputs):
-        return None
-    x = taps[0].inputs[0]
-    rank = len(x.shape) if x is not None and x.shape is not None else 0
-    if x is None or rank < 2 or concat.attributes.get_int("axis", 0) not in (-1, rank - 1):
-        return None
+    taps = _taps(last, rank)
+    if taps is None:
+        return _Windows(read, 1, 1, ())
+    copies = tuple(dict.fromkeys([*taps, last]))
+    if only_consumer(read) is not product or read in product.inputs[1:]:
+        return None  # the latter is added to the result, where N is K
+    x, step = taps[0].inputs[0], _step(taps[0])
     fits = all(
-        only_consumer(node.outputs[0]) is concat
-        and node.graph is product.graph
+        node.graph is product.graph
+        and (node is last or only_consumer(node.outputs[0]) is last)
         and node.inputs[0] is x
         and _takes(node, _bounds(tap, len(taps)), rank, step)
         for tap, node in enumerate(taps)
     )
-    return (x, step, [*taps, concat]) if fits else None
+    if x is None or step is None or not fits or last.graph is not product.graph:
+        return None
+    return _Windows(x, len(taps), step, copies)
+
+
+def _taps(last: ir.Node, rank: int) -> list[ir.Node] | None:
+    """The Slices, if there are any, that a Concat of columns joins, or the one it is."""
+    if last.op_type == "Slice":
+        return [last]
+    if last.op_type != "Concat" or last.attributes.get_int("axis", 0) not in (-1, rank - 1):
+        return None
+    makers = [value.producer() for value in last.inputs if value is not None]
+    slices = [node for node in makers if node is not None and node.op_type == "Slice"]
+    return slices if len(slices) == len(last.inputs) else None
 
 
 def _bounds(tap: int, taps: int) -> tuple[int, int | None]:
@@ -82,10 +148,10 @@ def _bounds(tap: int, taps: int) -> tuple[int, int | None]:
     return tap, tap - taps + 1 or None
 
 
-def _takes(node: ir.Node, bounds: tuple[int, int | None], rank: int, step: int) -> bool:
+def _takes(node: ir.Node, bounds: tuple[int, int | None], rank: int, step: int | None) -> bool:
     """Whether a Slice takes every `step`th row between two bounds, of the axis before the last."""
     numbers = [_integer(value) for value in node.inputs[1:]]
-    if node.op_type != "Slice" or node.domain != "" or len(numbers) < 3:
+    if node.domain != "" or len(numbers) < 3:
         return False
     first, last = bounds
     ends = [last] if last is not None else [np.iinfo(np.int64).max, np.iinfo(np.int32).max]
@@ -93,10 +159,8 @@ def _takes(node: ir.Node, bounds: tuple[int, int | None], rank: int, step: int) 
     return numbers[0] == first and numbers[1] in ends and numbers[2] in axes and _step(node) == step
 
 
-def _step(node: ir.Node | None) -> int | None:
+def _step(node: ir.Node) -> int | None:
     """That of a Slice of one axis, if it goes forwards."""
-    if node is None or node.op_type != "Slice":
-        return None
     step = _integer(node.inputs[4]) if len(node.inputs) > 4 else 1
     return step if step is not None and step > 0 else None
 

@@ -80,7 +80,7 @@ def _is_mergeable(node: ir.Node) -> bool:
         region is not None
         and region.anchor in _MERGEABLE
         and not region.widths
-        and "tensor" not in region.extras
+        and all(kind == "channel" for kind in region.extras)
         and region.is_chain()
     )
 

@@ -2,11 +2,13 @@
 
 y = Add(p, DQ(b))                   =>   Step("Add", (i, -j)), b as floats of each channel
 y = QuantizeLinear(p, scale, zero)  =>   Step("QuantizeLinear", (i, -j, -k)), both likewise
+y = Add(p, e), p of [B, T, N], e of [T, N]  =>  Step("Add", (i, -j)), e for each of the batch
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +25,10 @@ _DEFAULTS = frozenset({("Gelu", "approximate", "none")})
 
 _SCALES = (2.0**-100, 2.0**100)
 """Of which kernels can take the reciprocal, and divide by that."""
+
+
+_LEAST_ROWS = 32
+"""Of an operand that repeats; a block of fewer takes longer than an Add by itself."""
 
 
 @dataclasses.dataclass
@@ -70,7 +76,7 @@ def try_extend(growth: Growth, reader: ir.Node) -> Growth | None:
         kind = _extra_kind(operand, result, region)
         if kind is None or operand is None:
             return None
-        if kind == "tensor" and growth.was_dequantized and dequantize_of(operand) is not None:
+        if kind != "channel" and growth.was_dequantized and dequantize_of(operand) is not None:
             return None  # ORT's integer forms, such as QLinearAdd, read 8 bits
         extras.append(operand)
         kinds.append(kind)
@@ -112,11 +118,39 @@ def _extra_kind(operand: ir.Value | None, result: ir.Value, region: Region) -> E
     if operand is None or operand.dtype not in (dtype, ir.DataType.UINT8):
         return None
     array = dequantized_constant(operand)
-    if array is not None:
-        fits = array.size == 1 or array.shape == _per_channel_shape(region)
-        return "channel" if fits and array.ndim <= len(_per_channel_shape(region)) else None
-    fits = operand.dtype is dtype and same_shape(operand, result)
-    return "tensor" if fits else None
+    if array is not None and _is_per_channel(array.shape, region):
+        return "channel"
+    if operand.dtype is not dtype:
+        return None
+    if region.anchor == "QConvW8A8" and array is not None:
+        return None  # images are stored with their channels last, this is not
+    if same_shape(operand, result):
+        return "tensor"
+    return "repeated" if _repeats(operand, result) else None
+
+
+def _is_per_channel(shape: tuple[int, ...], region: Region) -> bool:
+    """Whether it is one number, or one for each channel of the result."""
+    wanted = _per_channel_shape(region)
+    leading, rest = shape[: -len(wanted)], shape[-len(wanted) :]
+    return math.prod(shape) == 1 or (rest == wanted and math.prod(leading) == 1)
+
+
+def _repeats(operand: ir.Value, result: ir.Value) -> bool:
+    """Whether an operand has the last dimensions of the result, and enough rows.
+
+    Kernels multiply so many at once, and read all weights for them.
+    """
+    if operand.shape is None or result.shape is None:
+        return False
+    own = list(operand.shape)
+    while own and own[0] == 1:
+        del own[0]
+    sizes = [size for size in own if isinstance(size, int)]
+    if len(sizes) < len(own) or not 2 <= len(sizes) < len(result.shape):
+        return False
+    same = sizes == list(result.shape)[-len(sizes) :]
+    return same and math.prod(sizes[:-1]) >= _LEAST_ROWS
 
 
 def _is_by_constants(node: ir.Node, region: Region) -> bool:
@@ -143,4 +177,5 @@ def per_channel(graph: ir.Graph, operand: ir.Value, region: Region) -> ir.Value:
     dtype = np.float16 if HALF in region.flags else np.float32
     if array.shape == shape and array.dtype == dtype and constant(operand) is not None:
         return operand
-    return new_initializer(graph, f"{operand.name}_per_channel", np.full(shape, array, dtype))
+    numbers = array if array.size == 1 else array.reshape(shape)
+    return new_initializer(graph, f"{operand.name}_per_channel", np.full(shape, numbers, dtype))

@@ -5,7 +5,8 @@
     windows = Concat(Slice(p, j d :: s) for each tap j),    p = Pad(Transpose(x))
 
 A product has scales of its own for each row, which need no samples and cost less accuracy than one
-for all, and kernels that add the bias and what follows.  Transposes move behind elementwise ops to
+for all, and kernels that add the bias and what follows.  A Pad by zeros before the convolution, as
+causal ones have, becomes one with its own.  Transposes move behind elementwise ops to
 where others undo them (`sink_transposes`).  Speech models begin with such convolutions; those of
 one tap are the feed-forward layers of others.
 """
@@ -30,6 +31,7 @@ from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.passes.integer_part import MARGIN
 from qcompiler.passes.sink_transposes import TOKENS_LAST, sink_transpose
 from qcompiler.passes.sites_of_nodes import Shape, known_shapes, product_site, site_of
+from qcompiler.passes.zero_pads import drop_unread_pad, zero_pads
 
 __all__ = ["UnfoldConvolutions"]
 
@@ -131,12 +133,15 @@ def _some_shape(node: ir.Node) -> Shape:
 
 def _unfold(graph: ir.Graph, conv: ir.Node, rounding: str, known: dict[ir.Value, ir.Value]) -> None:
     """Put the product in the place of a convolution; `known` are columns of shared weights."""
-    x, weight, *rest = conv.inputs
+    padded, weight, *rest = conv.inputs
+    x, more = _without_pad(padded)
     kernel, bias = constant(weight), rest[0] if rest else None
-    assert x is not None and weight is not None and kernel is not None
+    assert weight is not None and kernel is not None
     name, (width, channels, taps) = conv.name, kernel.shape
     turned = _node("Transpose", [x], name, "turned", perm=TOKENS_LAST)
-    windows = _windowed(graph, conv, turned.outputs[0], taps)
+    begin, end = explicit_pads(conv, [taps]) or (0, 0)
+    pads = begin + more[0], end + more[1]
+    windows = _windowed(graph, conv, turned.outputs[0], taps, pads)
     columns = known.get(weight)
     if columns is None:
         matrix = kernel.transpose(2, 1, 0).reshape(taps * channels, width)
@@ -153,14 +158,26 @@ def _unfold(graph: ir.Graph, conv: ir.Node, rounding: str, known: dict[ir.Value,
     add_note(product, f"a convolution of {taps} taps, its windows as rows")
     replace_nodes([conv], [*chain, back])
     drop_if_unread(weight)
+    drop_unread_pad(padded)
     sink_transpose(turned)
     sink_transpose(back)
 
 
-def _windowed(graph: ir.Graph, conv: ir.Node, tokens: ir.Value, taps: int) -> list[ir.Node]:
+def _without_pad(data: ir.Value | None) -> tuple[ir.Value, tuple[int, int]]:
+    """What a convolution reads, before zeros are put around its tokens, and how many those are."""
+    assert data is not None
+    pad = data.producer()
+    pads = zero_pads(pad, axis=-1) if pad is not None else None
+    source = pad.inputs[0] if pad is not None and pads is not None else None
+    return (data, (0, 0)) if source is None or pads is None else (source, pads)
+
+
+def _windowed(
+    graph: ir.Graph, conv: ir.Node, tokens: ir.Value, taps: int, pads: tuple[int, int]
+) -> list[ir.Node]:
     """What makes rows of windows of [N, tokens, channels]."""
     name, attributes = conv.name, conv.attributes
-    begin, end = explicit_pads(conv, [taps]) or (0, 0)
+    begin, end = pads
     stride, dilation = (attributes.get_ints(key, [1])[0] for key in ("strides", "dilations"))
     nodes: list[ir.Node] = []
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from qcompiler.ir.dialect import OPS
 from qcompiler.ir.errors import ToolchainError
-from qcompiler.ir.region import Region
+from qcompiler.ir.region import LETTERS, Region
 
 __all__ = ["kernel_table", "members", "op_spec"]
 
@@ -59,7 +59,7 @@ def op_spec(region: Region, anchor: str, variants: int, **more: str) -> str:
         "anchor": f"&{anchor}",
         **{name.lower(): str(size) for name, size in region.sizes},
         "form": f'"{"_".join(region.flags)}"',
-        "extras": '"' + "".join("C" if k == "channel" else "T" for k in region.extras) + '"',
+        "extras": '"' + "".join(LETTERS[kind] for kind in region.extras) + '"',
         "outputs": '"' + "".join(map(str, outputs)) + '"',
         "result_type": "ORT_UINT8" if region.is_quantized else "0",
         "widths": "(const int64_t[]){" + ", ".join(map(str, [*widths, 0])) + "}",

@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
@@ -59,6 +60,9 @@ LANES = 16
 _ON_STACK = {"disable_lower_builtin": True}
 """Without this, TVM asks its runtime for the memory of a local array."""
 
+_CACHE_LINE = 64
+"""In bytes, as long as a zmm register."""
+
 _ANY_SIZE = 1 << 30
 """The declared length of a pointer parameter; TVM checks no bounds in raw functions."""
 
@@ -91,7 +95,7 @@ class Register:
     def __init__(self, dtype: str, init: Expr, count: int = LANES) -> None:
         self._count = count
         self._vector_type = f"{dtype}x{count}"
-        self._array = scratch(dtype, count)
+        self._array = _on_stack(dtype, count)
         self.set(init)
 
     def set(self, value: Expr) -> None:
@@ -159,8 +163,23 @@ def half(value: Expr) -> Expr:
 
 
 def scratch(dtype: str, size: int) -> Expr:
-    """An array on the stack, on a cache line of its own."""
-    return script.alloc_buffer((size,), dtype, scope="local", align=64, annotations=_ON_STACK)
+    """An array on the stack, on a cache line of its own unless it is shorter than one.
+
+    TVM aligns arrays to 16 bytes at most, so that every vector might lie across two lines.  What it
+    leaves to LLVM are arrays of vectors: this is one, seen as its elements.  Not so a `Register`:
+    TVM visits what is declared inside one another with Python, which ends after hundreds.
+    """
+    width = _CACHE_LINE // np.dtype(dtype).itemsize
+    if size < width:
+        return _on_stack(dtype, size)
+    lines = _on_stack(f"{dtype}x{width}", -(-size // width))
+    return script.decl_buffer((size,), dtype, data=lines.data, scope="local", align=_CACHE_LINE)
+
+
+def _on_stack(dtype: str, size: int) -> Expr:
+    return script.alloc_buffer(
+        (size,), dtype, scope="local", align=_CACHE_LINE, annotations=_ON_STACK
+    )
 
 
 def store(array: Expr, value: Expr, index: Expr) -> None:

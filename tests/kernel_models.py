@@ -88,10 +88,14 @@ def requantized(region, outputs=("yq", "ys"), flags=()):
     )
 
 
-def windowed(region, taps, step):
-    """A region that reads windows of `taps` rows, `step` rows apart."""
-    sizes = (*region.sizes, ("R", taps), ("S", step))
-    return dataclasses.replace(region, anchor="WindowedQMatMulW8A8", sizes=sizes)
+def windowed(region, taps, step, pads=None):
+    """A region that reads windows of `taps` rows, `step` rows apart, with zeros around the rows."""
+    return dataclasses.replace(
+        region,
+        anchor="WindowedQMatMulW8A8",
+        sizes=(*region.sizes, ("R", taps), ("S", step)),
+        attributes=() if pads is None else (("pads", pads),),
+    )
 
 
 WINDOWED = [
@@ -102,6 +106,34 @@ WINDOWED = [
     windowed(matmul(4096, 17), 2, 3),
     windowed(dataclasses.replace(matmul(20, 96), widths=(48, 48)), 5, 1),
 ]
+
+PADDED = [
+    windowed(matmul(1, 1), 1, 1, (1, 0)),
+    windowed(matmul(63, 47, ("channel", "tensor"), BIAS, Step("Add", (1, -2))), 3, 2, (1, 1)),
+    windowed(matmul(10, 64), 10, 5, (3, 17)),
+    windowed(matmul(384, 193, ("channel",), BIAS, Step("Gelu", (1,))), 3, 1, (1, 1)),
+    windowed(matmul(4096, 17), 2, 3, (0, 2)),
+    windowed(dataclasses.replace(matmul(20, 96), widths=(48, 48)), 5, 1, (4, 0)),
+    windowed(matmul(12, 20), 2, 3, (5, 9)),
+]
+"""Some of whose windows are zeros throughout."""
+
+REPEATED = [
+    matmul(24, 40, ("repeated",), Step("Add", (0, -1))),
+    matmul(64, 49, ("channel", "repeated"), BIAS, Step("Gelu", (1,)), Step("Add", (2, -2))),
+    matmul(20, 96, ("tensor", "repeated"), Step("Mul", (0, -1)), Step("Add", (1, -2))),
+]
+REPEATED += [
+    dataclasses.replace(REPEATED[1], anchor="DynamicQMatMulW8A8"),
+    dataclasses.replace(REPEATED[2], anchor="DynamicQMatMulW8A8", widths=(48, 48)),
+    dataclasses.replace(REPEATED[1], anchor="QMatMulU8S8"),
+    dataclasses.replace(REPEATED[0], anchor="QMatMulU8U8"),
+    requantized(REPEATED[1]),
+    requantized(REPEATED[2], ("y", "yq", "ys"), ("smoothed",)),
+    windowed(matmul(63, 47, ("repeated",), Step("Add", (0, -1))), 3, 2),
+    windowed(REPEATED[1], 2, 1, (1, 2)),
+]
+"""Whose operands have fewer dimensions than the result."""
 
 WIDE = matmul(800, 1000)
 """With weights that an L2 does not hold beside other things."""
@@ -163,7 +195,9 @@ def model_of(region: Region, rank: int) -> bytes:
         ]
         if "z" in op.inputs and name in ("s", "z"):
             shape = []
-        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        kind = region.extras[int(name[5:])] if name.startswith("extra") else None
+        known = None if kind == "repeated" else ir.Shape(shape)
+        return ir.Value(name=name, type=ir.TensorType(dtype), shape=known)
 
     operands = [value(v.name) for v in function.inputs]
     results = [value(name) for name in region.outputs or op.outputs]

@@ -63,7 +63,7 @@ def definition(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array
     return result
 
 
-@pytest.fixture(scope="module", params=[20, 128])
+@pytest.fixture(scope="module", params=[8, 20, 128])
 def kernel(request, tmp_path_factory):
     from qcompiler.targets.x86.attention_int8 import attention_int8_function
 
@@ -76,7 +76,7 @@ def kernel(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("rows", "keys"), [(2, 1), (3, 5), (9, 33), (13, 64), (17, 100), (40, 300), (2, 1040)]
+    ("rows", "keys"), [(2, 1), (3, 5), (9, 33), (13, 64), (16, 96), (17, 100), (40, 300), (2, 1040)]
 )
 @pytest.mark.parametrize("kind", ["random", "padding", "lowest", "half", "none"])
 def test_kernel_is_its_definition_and_touches_nothing_else(kernel, rows, keys, kind):

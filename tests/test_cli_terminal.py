@@ -242,12 +242,14 @@ def test_reasons_are_in_plain_words():
     table = decision_table([
         Group("Quantize", "kernel", "outlined", 5),
         Group("QMatMulW8A8 + AddC + AddT + Gelu", "kernel", "fused with Add + Add + Gelu", 2),
+        Group("QMatMulW8A8 + MulC + AddR", "kernel", "fused with Mul + Add", 1),
     ])  # fmt: skip
     console = Console(file=io.StringIO(), width=100, markup=False)
     console.print(table)
     flat = " ".join(console.file.getvalue().split())
     assert "5 our kernel Quantize by itself" in flat
     assert "QMatMulW8A8 + Add per channel + Add + Gelu fused with" in flat
+    assert "QMatMulW8A8 + Mul per channel + Add fused with" in flat
 
 
 def test_ops_are_named_without_their_sizes():

@@ -22,7 +22,10 @@ VALUES = {
     "w": RNG.standard_normal((192, 8), np.float32),
     "zero": np.int64([0]), "one": np.int64([1]), "two": np.int64([2]), "three": np.int64([3]),
     "minus_two": np.int64([-2]), "minus_one": np.int64([-1]), "end": np.int64([2**63 - 1]),
-    "last": np.int64([99]),
+    "last": np.int64([99]), "pads": np.int64([1, 0, 2, 0]), "ends": np.int64([1, 2]),
+    "of_columns": np.int64([1, 1, 2, 1]), "cropping": np.int64([1, 0, -1, 0]),
+    "nothing": np.float32(0), "something": np.float32(0.5),
+    "v": RNG.standard_normal((64, 8), np.float32),
 }  # fmt: skip
 HEAD = "g (float[n,64] x) => (float[m,8] y) "
 TAPS = """i = Slice (x, zero, minus_two, zero, two) j = Slice (x, one, minus_one, zero, two)
@@ -76,6 +79,73 @@ def test_leaves_what_are_no_windows(old, new):
     assert old in text
     model = quantized(text.replace(old, new))
     assert not FuseWindows(everything)(model).modified
+
+
+@pytest.mark.parametrize(
+    "pad",
+    ["Pad (x, pads)", "Pad (x, pads, nothing)", "Pad (x, ends, , zero)",
+     "Pad (x, ends, nothing, minus_two)"],
+)  # fmt: skip
+def test_zeros_around_the_rows_are_not_stored(pad):
+    padded = quantized(f"{HEAD}{{ p = {pad} {TAPS.replace('(x', '(p')}{JOIN} }}")
+    (op,) = rewritten(padded, FuseWindows(everything), FEEDS)
+    assert op.startswith("WindowedQMatMulW8A8_K192_N8_R3_S2_")
+    assert not {*padded.graph.initializers} & {"pads", "ends", "nothing"}
+
+
+@pytest.mark.parametrize(
+    "pad",
+    ['Pad <mode = "edge"> (x, pads)', "Pad (x, pads, something)", "Pad (x, of_columns)",
+     "Pad (x, cropping)", "Pad (x, pads, y0)"],
+)  # fmt: skip
+def test_windows_are_of_other_pads_results(pad):
+    """Pads by what is no zero, of both axes, that cut rows off, and by what is not known."""
+    wide = {"w": RNG.standard_normal((198, 8), np.float32)} if "columns" in pad else {}
+    text = f"{{ y0 = ReduceMax <keepdims = 0> (x) p = {pad} {TAPS.replace('(x', '(p')}{JOIN} }}"
+    padded = quantized(f"{HEAD}{text}", **wide)
+    ops = rewritten(padded, FuseWindows(everything), FEEDS)
+    assert "Pad" in ops
+    assert ops[-1] == f"WindowedQMatMulW8A8_K{198 if wide else 192}_N8_R3_S2"
+
+
+def test_a_pad_that_others_read_stays_for_them():
+    head = "g (float[n,64] x) => (float[m,8] y, float[p,64] z) "
+    text = f"{head}{{ p = Pad (x, pads) {TAPS.replace('(x', '(p')}{JOIN} z = Neg (p) }}"
+    ops = rewritten(quantized(text), FuseWindows(everything), FEEDS)
+    assert sorted(op[:5] for op in ops) == ["Neg", "Pad", "Windo"]
+
+
+def test_two_products_read_past_one_pad():
+    head = "g (float[n,64] x) => (float[m,8] y, float[p,8] z) "
+    text = f"{head}{{ p = Pad (x, pads) {TAPS.replace('(x', '(p')}{JOIN} z = MatMul (p, v) }}"
+    ops = rewritten(quantized(text), FuseWindows(everything), FEEDS)
+    assert sorted(op.split("_", 2)[1] for op in ops) == ["K192", "K64"]
+
+
+def test_without_a_kernel_for_zeros_they_are_stored():
+    model = quantized(f"{HEAD}{{ p = Pad (x, pads) {TAPS.replace('(x', '(p')}{JOIN} }}")
+    FuseWindows(lambda region: "zeros" if region.attributes else None)(model)
+    assert [n.op_type for n in model.graph] == ["Pad", "WindowedQMatMulW8A8_K192_N8_R3_S2"]
+
+
+@pytest.mark.parametrize(
+    ("made", "region"),
+    [
+        ("Slice (x, zero, end, zero, two)", "WindowedQMatMulW8A8_K64_N8_R1_S2"),
+        ("Pad (x, pads)", "WindowedQMatMulW8A8_K64_N8_R1_S1_#"),
+        ("Slice (x, one, end, zero, two)", None),
+        ("Slice (x, zero, minus_one, zero, two)", None),
+        ("Neg (x)", None),
+    ],
+)
+def test_windows_of_one_row(made, region):
+    """Every second row, as in convolutions that others are added to; or with zeros around them."""
+    model = quantized(f"{HEAD}{{ p = {made} y = MatMul (p, v) }}")
+    if region is None:
+        assert not FuseWindows(everything)(model).modified
+        return
+    (op,) = rewritten(model, FuseWindows(everything), FEEDS)
+    assert op == region or (region.endswith("#") and op[:-6] == region[:-1])
 
 
 @pytest.mark.parametrize("read", ["i", "windows"])

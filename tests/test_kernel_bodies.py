@@ -25,7 +25,6 @@ from kernel_models import (
     REQUANTIZED,
     SMOOTHED,
     STORED,
-    WINDOWED,
     matmul,
     model_of,
     session,
@@ -47,7 +46,6 @@ def library(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("library") / "kernels.so"
     regions = [
         *QUANTIZES, *SMOOTHED, *MATMULS, *PER_TENSOR, *STORED, *DYNAMIC, *REQUANTIZED,
-        *WINDOWED,
     ]  # fmt: skip
     with compiled_for_here():
         build_library(regions, DOMAIN, path, cache=KernelCache())
@@ -61,7 +59,7 @@ def assert_computes_its_body(region, rank, feeds, library, isa):
         natives = session(region, rank, threads, library, isa).run(None, feeds)
         for native, want in zip(natives, expected, strict=True):
             assert native.shape == want.shape
-            assert not native.size or sqnr(want, native) >= 60
+            assert np.array_equal(native, want) or sqnr(want, native) >= 60
             np.testing.assert_allclose(native, want, rtol=1e-4, atol=1e-4)
 
 
@@ -122,44 +120,6 @@ def test_matmul(library, isa, shape, region, seed):
         if kind == "tensor":
             feeds[f"extra{index}"] = rng.standard_normal([*shape, n]).astype(np.float32)
     assert_computes_its_body(region, len(shape) + 1, feeds, library, isa)
-
-
-@each_isa("QMatMulW8A8")
-@settings(deadline=None, max_examples=100)
-@example([], 1, WINDOWED[0], 0).via("one row")
-@example([2], 2, WINDOWED[1], 0).via("fewer rows than a window has")
-@example([2], 3, WINDOWED[1], 0).via("one window of each batch")
-@example([0], 9, WINDOWED[1], 0).via("an empty batch")
-@example([3, 0], 9, WINDOWED[1], 0).via("an empty batch inside")
-@example([7], 12, WINDOWED[1], 0).via("batches that are quantized together, rows left over")
-@example([3], 300, WINDOWED[3], 0).via("tasks that end within a batch")
-@example([], 3000, WINDOWED[2], 0).via("more rows than are quantized at once")
-@example([2], 100, WINDOWED[4], 0).via("long rows, and some that no window reads")
-@given(st.lists(st.integers(0, 3), max_size=2), st.integers(1, 40), st.sampled_from(WINDOWED),
-       st.integers(0, 2**32 - 1))  # fmt: skip
-def test_a_product_of_windows(library, isa, batch, tokens, region, seed):
-    rng = np.random.default_rng(seed)
-    taps, step, n = (region.size(name) for name in "RSN")
-    feeds = {"x": rng.standard_normal([*batch, tokens, region.size("K") // taps], np.float32)}
-    count = max(0, (tokens - taps) // step + 1)
-    for index, kind in enumerate(region.extras):
-        if kind == "tensor":
-            feeds[f"extra{index}"] = rng.standard_normal([*batch, count, n]).astype(np.float32)
-    assert_computes_its_body(region, len(batch) + 2, feeds, library, isa)
-
-
-@each_isa("QMatMulW8A8")
-@pytest.mark.parametrize("shape", [(21,), (4, 20), (2, 4, 22)])
-def test_windows_are_of_rows_of_the_right_length(library, isa, shape):
-    model = onnx.load_from_string(model_of(WINDOWED[1], 2))
-    for operand in model.graph.input:
-        operand.type.tensor_type.ClearField("shape")
-    options = new_session_options()
-    offer(options, library, isa)
-    session = ort.InferenceSession(model.SerializeToString(), options)
-    feeds = {"x": np.zeros(shape, np.float32), "extra1": np.zeros((1, 47), np.float32)}
-    with pytest.raises(Exception, match="two dimensions or more, the last 21"):
-        session.run(None, feeds)
 
 
 @each_isa("QMatMulW8A8")

@@ -246,8 +246,9 @@ def test_one_scale_and_zero_points(
     np.testing.assert_array_equal(y, (q.astype(np.int64) - zero) @ (w - wz))
 
 
-def windows(k: int, taps: int, step: int) -> Region:
-    return Region("WindowedQMatMulW8A8", (("K", k), ("N", 4), ("R", taps), ("S", step)))
+def windows(k: int, taps: int, step: int, *pads: int) -> Region:
+    sizes = (("K", k), ("N", 4), ("R", taps), ("S", step))
+    return Region("WindowedQMatMulW8A8", sizes, attributes=(("pads", pads),) if pads else ())
 
 
 def requantized(
@@ -285,6 +286,7 @@ def requantized(
         (product(4, 4, (), Step("Relu", (0,), (("alpha", 1.0),))), "no attribute alpha"),
         (windows(64, 3, 1), "rows of 64 are no windows of 3 rows"),
         (windows(64, 1, 1 << 15), "windows 2097152 floats apart; at most 1048576"),
+        (windows(64, 2, 1, 1, -1), "(1, -1) rows of zeros around x: 0 to 2^30 are supported"),
         (windows(8192, 2, 1), "rows of more than 4096 are quantized first"),
         (requantized(64, 4097), "rows of more than 4096 are quantized later"),
         (requantized(64, 96, widths=(48, 48)), "one result of floats is quantized"),

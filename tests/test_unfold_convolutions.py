@@ -11,6 +11,7 @@ from onnx import helper, numpy_helper
 
 import qcompiler
 from qcompiler.ir.decisions import decision_of, plan_of
+from qcompiler.ir.graph import constant
 from qcompiler.ir.sites import Choice
 from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.assign_precision import AssignPrecision
@@ -82,6 +83,34 @@ def test_all_forms_compute_the_same(attributes, kernel, tokens):
         f"{HEAD} {{ c = Conv <{attributes}> (x, {kernel}, b) y = Neg (c) }}", feeds=feeds
     )
     assert "Conv" not in ops(model)
+
+
+PADS = {"causal": np.int64([0, 0, 2, 0, 0, 0]), "channels": np.int64([0, 1, 1, 0, 1, 1])}
+
+
+def test_zeros_before_a_causal_convolution_are_its_own():
+    """And no longer stand between two Transposes."""
+    text = (
+        HEAD + " { p = Pad (x, causal) c = Conv <pads = [0, 1]> (p, w, b) r = Relu (c) "
+        "q = Pad (r, causal) d = Conv (q, v) y = Neg (d) }"
+    )
+    model = unfolded(text, WEIGHTS | PADS)
+    assert ops(model).count("Transpose") == 2 and ops(model).count("Pad") == 2
+    numbers = model.graph.initializers
+    pads = [constant(value).tolist() for name, value in numbers.items() if "pads" in name]
+    assert sorted(pads) == [[0, 2, 0, 0, 0, 0], [0, 2, 0, 0, 1, 0]]
+
+
+def test_a_pad_that_is_read_elsewhere_stays():
+    text = HEAD.replace("y)", "y, float[n,8,u] z)") + " { p = Pad (x, causal) z = Neg (p) "
+    model = unfolded(text + "c = Conv (p, w, b) y = Neg (c) }", WEIGHTS | PADS)
+    assert ops(model).count("Pad") == 2
+
+
+def test_other_pads_are_left_to_themselves():
+    weights = WEIGHTS | PADS | {"w": RNG.standard_normal((12, 10, 3)).astype(np.float32)}
+    model = unfolded(f"{HEAD} {{ p = Pad (x, channels) c = Conv (p, w, b) y = Neg (c) }}", weights)
+    assert ops(model).count("Pad") == 1 and ops(model)[0] == "Pad"
 
 
 @pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])

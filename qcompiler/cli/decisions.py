@@ -32,8 +32,9 @@ _IN_WORDS = {
 }
 """Reasons in the compiler's own language, and what they mean."""
 
-_STEP = re.compile(r"(?P<op>\w*[a-z0-9])(?P<operands>[CT]+)")
-"""A step of a region's name with its operands: C one value per channel, T one per element."""
+_STEP = re.compile(r"(?P<op>\w*[a-z0-9])(?P<operands>[CRT]+)")
+"""A step of a region's name with its operands: C one value per channel, T one per element, R one
+per element of the last dimensions."""
 
 
 def decision_table(groups: Iterable[Group]) -> FigureTable:
@@ -81,4 +82,4 @@ def _step_in_words(step: str) -> str:
     found = _STEP.fullmatch(step)
     if found is None:
         return step
-    return found["op"] + ("" if "T" in found["operands"] else " per channel")
+    return found["op"] + (" per channel" if set(found["operands"]) == {"C"} else "")

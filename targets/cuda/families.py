@@ -75,6 +75,8 @@ def unsupported(region: Region) -> str | None:
         return f"a size of {dict(region.sizes)} is not positive"
     if any(size > MAX_ELEMENTS for _, size in region.sizes):
         return f"a size of {dict(region.sizes)} is more than 2^30"
+    if "repeated" in region.extras:
+        return "operands that repeat over the first dimensions have no kernel"
     if region.anchor == IMAGE:
         return unsupported_image(region)
     if region.anchor in CONVS and (reason := unsupported_conv(region)) is not None:

@@ -146,9 +146,10 @@ struct qc_op_spec {
     int64_t r, s, strides[2], dilations[2]; /* of a convolution: its taps, down and across */
                                             /* of windows: r rows each, s from one to the next */
     int64_t group; /* of a convolution: how many there are */
-    int64_t pads[8]; /* of an image, as ONNX's Pad has them */
+    int64_t pads[8]; /* of an image, as ONNX's Pad has them; of windows: rows before and behind x */
     const char *form;   /* the region's flags */
-    const char *extras; /* a letter per extra operand: C per channel, T same shape as the result */
+    const char *extras; /* a letter per extra operand: C per channel, T same shape as the result,
+                         * R its last dimensions, the same for all others */
     const char *outputs; /* a digit per output: which of the anchor's it is */
     int result_type; /* of every output; 0: the anchor's */
     const int64_t *widths; /* columns of each result, ends with 0; empty for a single result */

@@ -8,7 +8,8 @@
  * one each task the rows it multiplies, so that no task waits for another and what a core quantized is
  * still in its cache.
  *
- * WindowedQMatMulW8A8 has rows of several rows of x that follow each other: windows, which may overlap.
+ * WindowedQMatMulW8A8 has rows of several rows of x that follow each other: windows, which may overlap,
+ * and reach into rows of zeros before the first and behind the last.
  *
  * yq, ys = RequantizedQMatMulW8A8(q, s, w, ws, extra...) quantizes y, see requantized.c. */
 #define _DEFAULT_SOURCE /* madvise */
@@ -77,14 +78,17 @@ static struct qmatmul_run start(const struct qmatmul *kernel) {
     };
 }
 
+static OrtStatus *compute_rows(struct qmatmul_run *run, OrtKernelContext *context) {
+    if (run->x && run->rows <= QUANTIZED_ROWS && run->rows * run->kernel->op->spec->k <= FEW_BYTES)
+        return quantize_then_run(run, context);
+    if (run->yq) return qc_run_requantized(run, context);
+    return qc_run_qmatmul(run, context);
+}
+
 static OrtStatus *qmatmul_compute(void *state, OrtKernelContext *context) {
     struct qmatmul_run run = start(state);
     QC_TRY(qc_bind_qmatmul(&run, context));
-    if (run.rows == 0) return NULL;
-    if (run.x && run.rows <= QUANTIZED_ROWS && run.rows * run.kernel->op->spec->k <= FEW_BYTES)
-        return quantize_then_run(&run, context);
-    if (run.yq) return qc_run_requantized(&run, context);
-    return qc_run_qmatmul(&run, context);
+    return qc_run_periods(&run, context, compute_rows);
 }
 
 static OrtStatus *qmatmul_u8_compute(void *state, OrtKernelContext *context) {
@@ -93,7 +97,7 @@ static OrtStatus *qmatmul_u8_compute(void *state, OrtKernelContext *context) {
     QC_TRY(qc_bind_qmatmul(&run, context));
     if (run.rows == 0) return NULL;
     OrtStatus *status = bind_zero_point(&run, context, few, &allocated);
-    if (!status) status = qc_run_qmatmul(&run, context);
+    if (!status) status = qc_run_periods(&run, context, qc_run_qmatmul);
     free(allocated);
     return status;
 }

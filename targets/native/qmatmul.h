@@ -8,6 +8,8 @@
 enum { QUANTIZED_BYTES = 64 * 1024, QUANTIZED_ROWS = 512, FEW_BYTES = 32 * 1024 };
 /* So do the results of a task that quantizes them. */
 enum { RESULT_FLOATS = 48 * 1024 };
+/* And a window that reaches beyond what there is: MAX_QUANTIZED_DEPTH in w8_family.py. */
+enum { WINDOW_FLOATS = 4096 };
 
 /* Of products by activations that came quantized. */
 enum { INPUT_Q, INPUT_S, INPUT_Z };
@@ -48,6 +50,11 @@ struct qmatmul_run {
     struct qc_qmatmul_args args; /* of the whole; y, rows and panels are set per task */
     const float *x; /* to be quantized; NULL if q and s are inputs */
     int64_t x_stride, batch_rows, batch_stride; /* of x, whose batches follow each other at a distance */
+    int64_t inner_begin, inner_end; /* rows of a batch that lie in x from end to end: row i from element */
+    int64_t inner_offset;           /* inner_offset + i x_stride of the batch on */
+    int64_t first_row; /* the row of x that row 0 is */
+    int64_t extra_rows[QC_MAX_EXTRAS]; /* of operands that have rows */
+    int64_t period; /* rows after which one starts again, so that no block may go on */
     uint8_t zero_point;
     char *y[QC_MAX_PARTS];
     uint8_t *yq; /* the one result quantized, beside y[0] if that is not NULL; or NULL */
@@ -101,8 +108,9 @@ static inline int quantizes_result(const struct qc_op *op) {
     return op->spec->anchor == &qc_requantized_qmatmul_w8a8;
 }
 
-/* How many windows rows of x make. */
+/* How many windows rows of x make, with the zeros before and behind them. */
 static inline int64_t window_count(const struct qc_op *op, int64_t rows) {
+    rows += op->spec->pads[0] + op->spec->pads[1];
     return rows < op->spec->r ? 0 : (rows - op->spec->r) / op->spec->s + 1;
 }
 
@@ -139,7 +147,11 @@ OrtStatus *qc_find_extras(struct qmatmul *kernel, const OrtKernelInfo *info);
 /* The operands and results of a run by activations with a scale per row. */
 OrtStatus *qc_bind_qmatmul(struct qmatmul_run *run, OrtKernelContext *context);
 
-/* The same, and quantizes the result: each task its rows where that pays, else all of them at the end. */
+/* Computes the rows of each period, as `compute` does. */
+OrtStatus *qc_run_periods(struct qmatmul_run *run, OrtKernelContext *context,
+                          OrtStatus *(*compute)(struct qmatmul_run *, OrtKernelContext *));
+
+/* Runs it, and quantizes the result: each task its rows where that pays, else all of them at the end. */
 OrtStatus *qc_run_requantized(struct qmatmul_run *run, OrtKernelContext *context);
 
 /* Panels [begin, end) of rows from `row` of the results `y` on. */

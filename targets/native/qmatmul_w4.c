@@ -124,7 +124,7 @@ static OrtStatus *qmatmul_w4_compute(void *state, OrtKernelContext *context) {
     const struct qmatmul *kernel = state;
     struct qmatmul_run run = {.kernel = kernel, .args = {.weights = kernel->weights, .ws = kernel->ws}};
     QC_TRY(qc_bind_qmatmul(&run, context));
-    return run.rows ? qc_run_qmatmul(&run, context) : NULL;
+    return qc_run_periods(&run, context, qc_run_qmatmul);
 }
 
 #define QMATMUL(types, inputs, make)                                                               \

@@ -1,5 +1,6 @@
 /* The work of a product: blocks of rows times groups of panels of columns, one task each. */
 #include <stdlib.h>
+#include <string.h>
 
 #include "qmatmul.h"
 
@@ -30,14 +31,33 @@ void qc_run_panels(const struct qmatmul_run *run, struct qc_qmatmul_args *args, 
     }
 }
 
+/* Window `index` of a batch, with zeros where there is no row of x. */
+static const float *padded_window(const struct qmatmul_run *run, const float *x, int64_t index,
+                                  float *window) {
+    const struct qc_op_spec *spec = run->kernel->op->spec;
+    const int64_t columns = spec->k / spec->r, rows = run->batch_stride / columns;
+    const int64_t first = index * spec->s - spec->pads[0];
+    const int64_t begin = max(first, 0), end = min(first + spec->r, rows);
+    memset(window, 0, (size_t)spec->k * sizeof *window);
+    if (begin < end)
+        memcpy(window + (begin - first) * columns, x + begin * columns,
+               (size_t)((end - begin) * columns) * sizeof *window);
+    return window;
+}
+
 void qc_quantize_rows(const struct qmatmul_run *run, int64_t row, int64_t rows,
                       struct quantized *memory, struct qc_qmatmul_args *args) {
     const struct qc_op *op = run->kernel->op;
+    float window[WINDOW_FLOATS];
+    row += run->first_row;
     for (int64_t done = 0, count; done < rows; done += count) {
         const int64_t batch = (row + done) / run->batch_rows, first = (row + done) % run->batch_rows;
-        count = min(rows - done, run->batch_rows - first);
+        const int is_inner = first >= run->inner_begin && first < run->inner_end;
+        const float *x = run->x + batch * run->batch_stride;
+        count = is_inner ? min(rows - done, run->inner_end - first) : 1;
         const struct qc_quantize_args part = {
-            .x = run->x + batch * run->batch_stride + first * run->x_stride,
+            .x = is_inner ? x + run->inner_offset + first * run->x_stride
+                          : padded_window(run, x, first, window),
             .q = memory->q + done * op->spec->k,
             .s = memory->s + done,
             .rows = (int32_t)count,
@@ -91,7 +111,7 @@ static void qmatmul_task(void *argument, size_t index) {
 
     struct qc_qmatmul_args args = run->args;
     for (size_t i = 0; spec->extras[i]; i++)
-        if (spec->extras[i] == 'T') args.extra[i] += row * spec->n;
+        if (spec->extras[i] != 'C') args.extra[i] += row * spec->n;
     args.rows = (int32_t)rows;
     if (run->x) {
         quantize_and_run(run, &args, row);

@@ -9,17 +9,18 @@ apart, as those of 16 heads of 64 are, share one set of every cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qcompiler.targets import tir
 from qcompiler.targets.tir import LANES, Expr, Parameter, Register
-from qcompiler.targets.x86.attention_row import SingleRow, row_starts
-from qcompiler.targets.x86.attention_shape import PANEL, TILE_ROWS, AttentionShape, attention_shape
+from qcompiler.targets.x86.attention_operands import AttentionOperands
+from qcompiler.targets.x86.attention_row import SingleRow
+from qcompiler.targets.x86.attention_shape import PANEL, TILE_ROWS, AttentionShape
 from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
 from qcompiler.targets.x86.running_softmax import LOWEST, RunningSoftmax
 from qcompiler.targets.x86.units import unit_of
-from qcompiler.targets.x86.vector import VectorUnit, fma, load_lanes, transpose
+from qcompiler.targets.x86.vector import VectorUnit, fma, load_lanes
 
 __all__ = ["Attention", "attention_function"]
 
@@ -27,6 +28,14 @@ _TILES = {32: ((TILE_ROWS, 4, 1), 2), 8: ((6, 4, 2, 1), 1)}
 """By the vectors that the registers hold: rows of a tile, and its vectors.  8 by 2 zmm keep both
 multiply-add units busy and fit the registers, as do 6 by 1 pairs of ymm.  No tile reaches past the
 rows that `pack_queries` fills: a multiple of 8 is 0, 2 or 4 more than one of 6."""
+
+PARTS = 4
+"""Of the products of a panel, if something is computed beside them: its scores are 4 times 64."""
+
+_UNROLLED = 4
+"""The most steps of such a part: so many instructions fit in what a processor looks ahead."""
+
+Beside = Callable[[Expr], None]
 
 _POINTERS = ("q", "k", "v", "mask", "y")
 _INTEGERS = ("q_stride", "k_stride", "v_stride", "y_stride", "mask_row_stride", "mask_step", "rows",
@@ -59,32 +68,21 @@ def attention_function(
     return tir.function(parameters, body)
 
 
-class Attention:
+class Attention(AttentionOperands):
     """Emits the loops over blocks of keys and tiles of rows.
 
-    What is multiplied are lanes of 32 bits: a float32 here, `pair` smaller numbers in a subclass;
-    the products add up in a `total`.
+    The products of lanes add up in a `total`.
     """
 
-    lane = "float32"
     total = "float32"
-    pair = 1
-    shape = staticmethod(attention_shape)
 
     def __init__(self, d: int, isa: Isa, arguments: dict[str, Expr], is_masked: bool) -> None:
-        shape = self.shape(d)
+        super().__init__(d, arguments)
         self._is_masked = is_masked
-        self._d, self._padded_d, self._block = d, shape.padded_d, shape.keys
-        self._a = arguments
         self._heights, self._width = _TILES[isa.vectors]
         self._unit = unit_of(isa)
-        self._softmax = self.running_softmax(shape, self._unit)
+        self._softmax = self.running_softmax(self.shape(d), self._unit)
         self._single_row = SingleRow(d, arguments, self._softmax)
-        self._depth = -(-d // self.pair)
-        self._query_stride = -(-self._depth // LANES) * LANES
-        self._q = tir.scratch(self.lane, shape.rows * self._query_stride)
-        self._k = tir.scratch(self.lane, shape.keys * self._depth)
-        self._v = tir.scratch(self.lane, shape.keys // self.pair * shape.padded_d)
 
     def running_softmax(self, shape: AttentionShape, unit: VectorUnit) -> RunningSoftmax:
         """What keeps the scores and their weights."""
@@ -93,10 +91,6 @@ class Attention:
     def dot(self, total: Expr, one: Expr, other: Expr) -> Expr:
         """`total` plus the products of two vectors of lanes."""
         return fma(one, other, total)
-
-    def key_lanes(self, start: Expr, first: Expr, width: int) -> Expr:
-        """A vector of lanes from `width` numbers of a key, zeros after them."""
-        return load_lanes(self._a["k"], start + first, width)
 
     def first_total(self, key: Expr) -> Expr:
         """Where the scores of 16 keys start."""
@@ -109,27 +103,6 @@ class Attention:
     def context(self, i: int, first: int, total: Expr) -> Expr:
         """What 16 totals, from value `first` on, add to the context of row i of a tile."""
         return total
-
-    def pack_queries(self) -> None:
-        """All rows; those that the last tile has too many are copies of the last."""
-        rows, step = self._a["rows"], LANES * self.pair
-        with tir.loop(0, ((rows + (TILE_ROWS - 1)) // TILE_ROWS) * TILE_ROWS) as i:
-            start = Register("int32", tir.minimum(i, rows - 1) * self._a["q_stride"], 1)
-            for first in range(0, self._d, step):
-                self.store_query(i, start.value, first, min(step, self._d - first))
-
-    def store_query(self, i: Expr, start: Expr, first: int, width: int) -> None:
-        """`width` numbers of a query, scaled, to row i."""
-        values = load_lanes(self._a["q"], start + first, width) * tir.broadcast(self._a["scale"])
-        tir.store(self._q, values, tir.lanes(i * self._query_stride + first))
-
-    def pack_values(self, first: Expr, count: Expr) -> None:
-        """The block's values without gaps."""
-        with tir.loop(0, count) as key:
-            source = Register("int32", (first + key) * self._a["v_stride"], 1)
-            for chunk in range(0, self._d, LANES):
-                values = load_lanes(self._a["v"], source.value + chunk, min(LANES, self._d - chunk))
-                tir.store(self._v, values, tir.lanes(key * self._padded_d + chunk))
 
     def emit(self) -> None:
         """Everything."""
@@ -145,7 +118,7 @@ class Attention:
             with tir.when(a["rows"] == 1):
                 self._single_row.emit(first.value, count.value)
             with tir.when(a["rows"] > 1):
-                self._pack_keys(first.value, count.value)
+                self.pack_keys(first.value, count.value)
                 self.pack_values(first.value, count.value)
                 self._rows(first.value, count.value)
         with tir.loop(0, a["rows"]) as row:
@@ -156,54 +129,52 @@ class Attention:
         start = row * a["mask_row_stride"] + first * a["mask_step"]
         self._softmax.fill(i, a["mask"], start, a["mask_step"], count)
 
-    def _pack_keys(self, first: Expr, count: Expr) -> None:
-        """To [panel][d][32]; the keys after the last are copies of it."""
-        with tir.loop(0, (count + (PANEL - 1)) // PANEL * (PANEL // LANES)) as group:
-            starts = row_starts(self._a["k_stride"], first, count, group)
-            target = (group // 2) * (self._depth * PANEL) + (group % 2) * LANES
-            self.pack_16_keys(starts, target, group * LANES)
-
-    def pack_16_keys(self, starts: Sequence[Register], target: Expr, key: Expr) -> None:
-        """The keys at `starts`, which are those from `key` on, transposed to half of a panel."""
-        step = LANES * self.pair
-        whole, rest = divmod(self._d, step)
-        if whole:
-            with tir.loop(0, whole) as chunk:
-                self._transpose_keys(starts, target, chunk, step)
-        if rest:
-            self._transpose_keys(starts, target, tir.constant(whole, "int32"), rest)
-
-    def _transpose_keys(
-        self, starts: Sequence[Register], target: Expr, chunk: Expr, width: int
-    ) -> None:
-        first = chunk * (LANES * self.pair)
-        rows = [Register(self.lane, self.key_lanes(start.value, first, width)) for start in starts]
-        for i, column in enumerate(transpose(rows, self.lane)[: -(-width // self.pair)]):
-            tir.store(self._k, column.value, tir.lanes(target + (chunk * LANES + i) * PANEL))
-
     def _rows(self, first: Expr, count: Expr) -> None:
         """All rows against one block, in tiles; rows that the last tile has too many repeat."""
         most = self._heights[0]
         whole = Register("int32", self._a["rows"] // most, 1)
-        with tir.loop(0, whole.value) as tile:
-            self._tile(most, tile * most, first, count)
+        self.whole_tiles(whole.value, first, count)
         rest = Register("int32", self._a["rows"] - whole.value * most, 1)
         for height, below in zip(self._heights, (*self._heights[1:], 0), strict=True):
             with tir.when((rest.value > below) & (rest.value <= height)):
                 self._tile(height, whole.value * most, first, count)
 
+    def whole_tiles(self, tiles: Expr, first: Expr, count: Expr) -> None:
+        """The tiles of as many rows as a tile has at most."""
+        with tir.loop(0, tiles) as tile:
+            self._tile(self._heights[0], tile * self._heights[0], first, count)
+
     def _tile(self, height: int, first_row: Expr, first: Expr, count: Expr) -> None:
+        tops = self.new_tops(height)
+        self.fill_masks(height, first_row, first, count)
+        self.multiply_keys(tops, first_row, count)
+        kept = self._softmax.weigh(tops, first_row, count)
+        self.multiply_values(kept, first_row, count)
+
+    def new_tops(self, height: int) -> list[Register]:
+        """For the largest scores of a tile's rows, per lane."""
+        return _registers("float32", tir.broadcast(LOWEST), height)
+
+    def fill_masks(self, height: int, first_row: Expr, first: Expr, count: Expr) -> None:
+        """The masks of a tile's rows, unless all rows share one."""
         with tir.when(self._a["mask_row_stride"] != 0):
             for i in range(height):
                 row = tir.minimum(first_row + i, self._a["rows"] - 1)
                 self._fill(i, row, first, count)
-        tops = self._multiply_keys(height, first_row, count)
-        kept = self._softmax.weigh(tops, first_row, count)
-        self._multiply_values(kept, first_row, count)
 
-    def _multiply_keys(self, height: int, first_row: Expr, count: Expr) -> list[Register]:
-        """Stores the rows of scores; returns their maxima, per lane."""
-        softmax, tops = self._softmax, _registers("float32", tir.broadcast(LOWEST), height)
+    def multiply_keys(
+        self,
+        tops: Sequence[Register],
+        first_row: Expr,
+        count: Expr,
+        score_row: Expr = 0,
+        beside: Beside | None = None,
+    ) -> None:
+        """Stores the scores of a tile's rows, from `score_row` on, and raises `tops` to them.
+
+        `beside` emits a part of another tile's work, of which each panel of keys does four.
+        """
+        softmax, height = self._softmax, len(tops)
         # A mask that all rows share is there once.
         has_rows = tir.cast("int32", self._a["mask_row_stride"] != 0)
         mask_stride = Register("int32", has_rows * softmax.stride, 1)
@@ -211,13 +182,13 @@ class Attention:
         def add_panel(panel: Expr, *, masked: bool) -> None:
             for first in range(0, PANEL, self._width * LANES):
                 keys = [panel * PANEL + first + u * LANES for u in range(self._width)]
-                sums = self._panel_sums(height, first_row, panel, first)
+                sums = self._panel_sums(height, first_row, panel, first, beside)
                 for i, row in enumerate(sums):
                     for key, total in zip(keys, row, strict=True):
                         at = i * mask_stride.value + key
                         mask = load_lanes(softmax.masks, at, LANES) if masked else None
                         score = self.score(first_row + i, key, total.value, mask)
-                        softmax.add_scores(i, key, score, tops[i])
+                        softmax.add_scores(score_row + i, key, score, tops[i])
 
         # Without a mask only what lies behind the last key has one: 6% faster.
         unmasked = tir.constant(0, "int32") if self._is_masked else count // PANEL
@@ -227,22 +198,34 @@ class Attention:
                 add_panel(panel, masked=False)
         with tir.loop(0, (count + (PANEL - 1)) // PANEL - begin.value) as panel:
             add_panel(begin.value + panel, masked=True)
-        return tops
 
     def _panel_sums(
-        self, height: int, first_row: Expr, panel: Expr, first: int
+        self, height: int, first_row: Expr, panel: Expr, first: int, beside: Beside | None
     ) -> list[list[Register]]:
         offsets = range(first, first + self._width * LANES, LANES)
         starts = [self.first_total(panel * PANEL + u) for u in offsets]
         sums = [[Register(self.total, start) for start in starts] for _ in range(height)]
-        with tir.loop(0, self._depth) as j:
+
+        def add(j: Expr) -> None:
             start = (panel * self._depth + j) * PANEL
             keys = [load_lanes(self._k, start + u, LANES, self.lane) for u in offsets]
             queries = [self._q[(first_row + i) * self._query_stride + j] for i in range(height)]
             self._multiply(sums, queries, keys)
+
+        done = 0
+        if beside is not None:
+            steps = min(self._depth // PARTS, _UNROLLED)
+            done = PARTS * steps
+            with tir.loop(0, PARTS) as part:
+                beside(panel * PARTS + part)
+                for step in range(steps):
+                    add(part * steps + step)
+        if done < self._depth:
+            with tir.loop(done, self._depth) as j:
+                add(j)
         return sums
 
-    def _multiply_values(self, kept: Sequence[Register], first_row: Expr, count: Expr) -> None:
+    def multiply_values(self, kept: Sequence[Register], first_row: Expr, count: Expr) -> None:
         """Adds the weighted sums of the block's values to what is kept of the rows' contexts."""
         softmax, height = self._softmax, len(kept)
         for chunk in range(0, self._padded_d, self._width * LANES):

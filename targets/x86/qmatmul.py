@@ -36,6 +36,9 @@ _QUAD = 4
 Finish = Callable[[Sequence[Expr], Expr, Expr, int], None]
 """Stores a part of one row of y: (its sums, 16 in each; row; first column; columns that exist)."""
 
+Ask = Callable[[Expr, Expr, int], None]
+"""Asks memory for what the same part will be finished with: (row; first column; columns)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Operands:
@@ -55,13 +58,20 @@ class Loops:
     """Emits the loops over panels, tiles and K for one shape; `finish` turns sums into y."""
 
     def __init__(
-        self, k: int, n: int, unit: VectorUnit, isa: Isa, operands: Operands, finish: Finish
+        self,
+        k: int,
+        n: int,
+        unit: VectorUnit,
+        isa: Isa,
+        operands: Operands,
+        finish: Finish,
+        ask: Ask = lambda row, column, columns: None,
     ) -> None:
         self._unit = unit
         self._k, self._groups = k, -(-k // _QUAD)
         self._shape = tile_shape(n, isa)
         self._operands = operands
-        self._finish = finish
+        self._finish, self._ask = finish, ask
         self._whole_panels, self._edge_columns = divmod(n, self._shape.columns)
         self._activations = self._rows()
 
@@ -107,6 +117,8 @@ class Loops:
             with tir.when(height.value < most), tir.loop(0, height.value) as i:
                 self._finish(_spilled(spilled, i, vectors), first.value + i, first_column, columns)
             with tir.when(height.value == most):
+                for i in range(most):
+                    self._ask(first.value + i, first_column, columns)
                 tile = self._accumulate([panel], index, first.value, most, vectors, part)
                 for i, sums in enumerate(tile):
                     self._finish(_values(sums), first.value + i, first_column, columns)
@@ -212,7 +224,7 @@ def qmatmul_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
         extras, (y, rows, begin, end, *part) = rest[:extra_count], rest[extra_count:]
         results = Results(region, unit, s, ws, subtracted, extras, y, *(part or (n, 0)))
         operands = Operands(q, weights, init, rows, begin, end, excess)
-        Loops(k, n, unit, isa, operands, results).emit()
+        Loops(k, n, unit, isa, operands, results, results.ask).emit()
 
     return tir.function(
         [

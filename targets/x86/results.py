@@ -53,6 +53,13 @@ class Results:
             start = row * self.y_columns + (column - self.y_first)
             store_lanes(self.y, result, start, count, y_type)
 
+    def ask(self, row: Expr, first_column: Expr, columns: int) -> None:
+        """Ask memory for the operands of a part of one row, long before they are needed."""
+        for extra, kind in zip(self.extras, self.region.extras, strict=True):
+            for column in range(0, columns if kind != "channel" else 0, LANES):
+                start = row * self.region.size("N") + first_column + column
+                tir.prefetch_to_l1(extra, start)
+
     def _product(self, total: Expr, row: Expr, column: Expr) -> Expr:
         for of_row, of_column in zip(self.subtracted[::2], self.subtracted[1::2], strict=True):
             factors = load_lanes(of_column, column, LANES, "int32")

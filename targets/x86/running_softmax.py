@@ -32,15 +32,15 @@ LOWEST = -3.4028234663852886e38
 class RunningSoftmax:
     """Emits what happens between the two products; all of its memory is on the stack.
 
-    `scores` holds one block for the rows of a tile, `stride` floats apart, `masks` what is added to
-    them, and `weights` what becomes of them, here in the same place as the scores.
+    `scores` holds one block for the rows of a tile, or of several, `stride` floats apart, `masks`
+    what is added to them, and `weights` what becomes of them, here in the same place as the scores.
     """
 
-    def __init__(self, shape: AttentionShape, unit: VectorUnit) -> None:
+    def __init__(self, shape: AttentionShape, unit: VectorUnit, *, tiles: int = 1) -> None:
         self._exp = unit.exp_of_negative
         self._padded_d = shape.padded_d
         self.stride = shape.keys + LANES
-        self.scores = tir.scratch("float32", TILE_ROWS * self.stride)
+        self.scores = tir.scratch("float32", tiles * TILE_ROWS * self.stride)
         self.masks = tir.scratch("float32", TILE_ROWS * self.stride)
         self.weights, self.weight_stride = self.scores, self.stride
         self._context = tir.scratch("float32", shape.rows * shape.padded_d)
@@ -79,7 +79,7 @@ class RunningSoftmax:
         with tir.loop(count, ((count + (PANEL - 1)) // PANEL) * PANEL) as j:
             tir.store(self.masks, tir.constant(-math.inf, "float32"), target + j)
 
-    def add_scores(self, i: int, key: Expr, values: Expr, top: Register) -> None:
+    def add_scores(self, i: Expr, key: Expr, values: Expr, top: Register) -> None:
         """Stores 16 scores of row i, and raises `top` to them."""
         score = Register("float32", values)
         tir.store(self.scores, score.value, tir.lanes(i * self.stride + key))

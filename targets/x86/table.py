@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qcompiler.ir.joined_regions import pads_of_windows
 from qcompiler.ir.region import Region
 from qcompiler.targets.kernel_table import kernel_table, members, op_spec
 from qcompiler.targets.x86 import Isa, best_isa, has_own_kernel, isas_of, kernel_symbol
@@ -20,10 +21,14 @@ def x86_table(regions: Sequence[Region], domain: str) -> str:
         if has_own_kernel(region)
         for isa in isas_of(region)
     ]
-    ops = [
-        op_spec(region, FAMILIES[region.anchor].anchor, len(isas_of(region))) for region in regions
-    ]
+    ops = [_op(region) for region in regions]
     return kernel_table("qcompiler.h", domain, [*wrappers, *map(_variants, regions)], ops)
+
+
+def _op(region: Region) -> str:
+    begin, end = pads_of_windows(region)
+    more = {"pads": f"{{{begin}, {end}}}"} if begin or end else {}
+    return op_spec(region, FAMILIES[region.anchor].anchor, len(isas_of(region)), **more)
 
 
 def _variants(region: Region) -> str:

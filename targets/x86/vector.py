@@ -298,8 +298,8 @@ class VectorUnit(ABC):
         bounded = Register("float32", tir.minimum(tir.broadcast(pieces.last), magnitude))
         per_step = tir.broadcast(1.0 / pieces.step)
         index = Register("float32", fma(bounded.value, per_step, tir.broadcast(_ROUNDER)))
-        middle = index.value - tir.broadcast(_ROUNDER)
-        offset = Register("float32", fma(bounded.value, per_step, tir.broadcast(0.0) - middle))
+        before = tir.broadcast(_ROUNDER) - index.value
+        offset = Register("float32", fma(bounded.value, per_step, before))
         order = tir.reinterpret("int32x16", index.value)
         return horner(offset.value, [self.lookup(table, order) for table in pieces.coefficients])
 

@@ -9,7 +9,11 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from qcompiler.ir.joined_regions import quantizing_parts, requantized_parts
+from qcompiler.ir.joined_regions import (
+    pads_of_windows,
+    quantizing_parts,
+    requantized_parts,
+)
 from qcompiler.ir.region import Region
 from qcompiler.targets.epilogue import unsupported_epilogue
 from qcompiler.targets.x86.family import MAX_ELEMENTS, Family, misfit_of_results
@@ -21,7 +25,8 @@ __all__ = ["W8_FAMILIES", "differences", "most_lacking"]
 _ISAS = (AVX512_VNNI, AVX_VNNI, AVX2)
 
 MAX_QUANTIZED_DEPTH = 4096
-"""A tile of such rows fits the 64 KiB that DynamicQMatMulW8A8 quantizes into."""
+"""A tile of such rows fits the 64 KiB that DynamicQMatMulW8A8 quantizes into; one is
+WINDOW_FLOATS of native/qmatmul.h."""
 MAX_QUANTIZED_WIDTH = 1024
 """Beyond this many columns quantizing is little of the work, and panels of weights that many rows
 share in an L1 matter more: 128 x 1536 x 384 takes 4% longer in one op."""
@@ -75,6 +80,8 @@ def _unsupported_windowed(region: Region) -> str | None:
     distance = region.size("K") // region.size("R") * region.size("S")
     if distance > MAX_DISTANCE:
         return f"windows {distance} floats apart; at most {MAX_DISTANCE} are supported"
+    if not all(0 <= pad <= MAX_ELEMENTS for pad in pads_of_windows(region)):
+        return f"{pads_of_windows(region)} rows of zeros around x: 0 to 2^30 are supported"
     return _unsupported_dynamic(region)
 
 
