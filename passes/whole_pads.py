@@ -38,4 +38,5 @@ def _try_name(graph: ir.Graph, pad: ir.Node) -> None:
     pad.resize_inputs(3 if value is not None else 2)
     pad.replace_input_with(1, name)
     for number in (pads, axes):
-        drop_if_unread(number)
+        if number is not None:
+            drop_if_unread(number)

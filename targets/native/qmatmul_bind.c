@@ -80,7 +80,7 @@ static OrtStatus *bind_repeated(struct qmatmul_run *run, OrtKernelContext *conte
     QC_TRY(qc_tensor_shape(op, value, &own));
     size_t same = 0, ones = 0;
     int64_t rows = 1;
-    if (own.rank && own.rank <= shape->rank && own.dims[own.rank - 1] == op->spec->n) same = 1;
+    if (own.rank <= shape->rank && own.dims[own.rank - 1] == op->spec->n) same = 1;
     while (same && same < own.rank &&
            own.dims[own.rank - 1 - same] == shape->dims[shape->rank - 1 - same])
         rows *= own.dims[own.rank - 1 - same++];
