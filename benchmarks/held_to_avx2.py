@@ -41,10 +41,8 @@ def build_handler(path: Path) -> None:
 
 def hold(library: Path) -> int:
     """Replaces cpuid in a shared library, and returns how often."""
-    listing = subprocess.run(
-        ["objdump", "-d", "-w", str(library)], check=True, capture_output=True, text=True
-    ).stdout
     content, places = bytearray(library.read_bytes()), 0
+    listing = _objdump("-dw", library)
     for line in re.finditer(r"^ *([0-9a-f]+):\s+0f a2 \s*cpuid", listing, re.MULTILINE):
         offset = _file_offset(library, int(line[1], 16))
         if content[offset : offset + 2] != _CPUID:
@@ -58,21 +56,28 @@ def hold(library: Path) -> int:
 def _file_offset(library: Path, address: int) -> int:
     return next(
         address - start + offset
-        for start, size, offset in _segments(str(library))
+        for start, size, offset in _sections(library)
         if start <= address < start + size
     )
 
 
-def _segments(library: str) -> list[tuple[int, int, int]]:
-    """The address, size and file offset of each section."""
-    table = subprocess.run(["objdump", "-hw", library], check=True, capture_output=True, text=True)
-    rows = re.findall(r"^ *\d+ \S+ +(\w+) +(\w+) +\w+ +(\w+)", table.stdout, re.MULTILINE)
+def _sections(library: Path) -> list[tuple[int, int, int]]:
+    """The address, size and file offset of each."""
+    table = _objdump("-hw", library)
+    rows = re.findall(r"^ *\d+ \S+ +(\w+) +(\w+) +\w+ +(\w+)", table, re.MULTILINE)
     return [(int(start, 16), int(size, 16), int(offset, 16)) for size, start, offset in rows]
+
+
+def _objdump(option: str, library: Path) -> str:
+    if shutil.which("objdump") is None:
+        raise SystemExit("objdump is not installed; binutils has it")
+    command = ["objdump", option, str(library)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def main() -> None:
     """Command line."""
-    if len(sys.argv) < 2:
+    if sys.argv[1:] in ([], ["-h"], ["--help"]):
         raise SystemExit(__doc__)
     spec = importlib.util.find_spec("onnxruntime")
     if spec is None or spec.origin is None:
@@ -82,6 +87,8 @@ def main() -> None:
         shutil.copytree(Path(spec.origin).parent, package)
         libraries = sorted(package.glob("capi/onnxruntime_pybind11_state*.so"))
         places = sum(hold(library) for library in libraries)
+        if not places:
+            raise SystemExit(f"no cpuid was found in {spec.origin}: ONNX Runtime would not be held")
         print(f"{places} cpuid in {', '.join(library.name for library in libraries)}")
         build_handler(handler)
         Path(folder, "sitecustomize.py").write_text(_SITE.format(handler=str(handler)))

@@ -107,17 +107,12 @@ def _windows(taps: int, step: int, pads: tuple[int, int]) -> str:
 
     There are so many rows of zeros before and behind x.
     """
-    rows, lines = (
-        "x",
-        f"""
+    lines = f"""
     axis = Constant <value_ints = [-2]> ()
     step = Constant <value_ints = [{step}]> ()
-""",
-    )
-    if any(pads):
-        rows = "padded"
-        lines += f"    pads = Constant <value_ints = {list(pads)}> ()\n"
-        lines += "    padded = Pad (x, pads, , axis)\n"
+"""
+    rows = "padded" if any(pads) else "x"
+    lines += _padded(*pads) if any(pads) else ""
     for tap in range(taps):
         end = tap - taps + 1 or (1 << 63) - 1
         lines += f"    first_{tap} = Constant <value_ints = [{tap}]> ()\n"
@@ -125,6 +120,23 @@ def _windows(taps: int, step: int, pads: tuple[int, int]) -> str:
         lines += f"    tap_{tap} = Slice ({rows}, first_{tap}, end_{tap}, axis, step)\n"
     parts = ", ".join(f"tap_{tap}" for tap in range(taps))
     return f"{lines}    windows = Concat <axis = -1> ({parts})\n"
+
+
+def _padded(before: int, behind: int) -> str:
+    """The lines that put rows of zeros around x.
+
+    A Pad of one axis would do, but ORT 1.32 moves a Transpose across it as if it were of all axes:
+    between two of them it reads numbers that are not there.
+    """
+    lines = "    leading = Shape <end = -2> (x)\n    columns = Shape <start = -1> (x)\n"
+    parts = ["x"]
+    for name, rows, place in (("before", before, 0), ("behind", behind, 2)):
+        if rows:
+            lines += f"    {name}_rows = Constant <value_ints = [{rows}]> ()\n"
+            lines += f"    {name}_shape = Concat <axis = 0> (leading, {name}_rows, columns)\n"
+            lines += f"    {name} = ConstantOfShape ({name}_shape)\n"
+            parts.insert(place, name)
+    return f"{lines}    padded = Concat <axis = -2> ({', '.join(parts)})\n"
 
 
 def _remove_unused(function: ir.Function) -> None:

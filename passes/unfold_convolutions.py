@@ -31,6 +31,7 @@ from qcompiler.passes.infer_shapes import InferShapes
 from qcompiler.passes.integer_part import MARGIN
 from qcompiler.passes.sink_transposes import TOKENS_LAST, sink_transpose
 from qcompiler.passes.sites_of_nodes import Shape, known_shapes, product_site, site_of
+from qcompiler.passes.whole_pads import name_all_axes
 from qcompiler.passes.zero_pads import drop_unread_pad, zero_pads
 
 __all__ = ["UnfoldConvolutions"]
@@ -65,6 +66,7 @@ class UnfoldConvolutions(ir.passes.InPlacePass):
         for node in chosen:
             _unfold(model.graph, node, self.rounding, columns)
         if chosen:
+            name_all_axes(model.graph)
             FixNames()(model)
             InferShapes()(model)
         return ir.passes.PassResult(model, bool(chosen))

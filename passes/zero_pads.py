@@ -34,7 +34,7 @@ def zero_pads(pad: ir.Node, axis: int) -> tuple[int, int] | None:
     rank = _rank(pad, counts.size // 2, has_axes=axes is not None)
     if rank is None or rank + axis < 0:
         return None
-    where = [int(i) % rank for i in named] if named is not None else list(range(rank))
+    where = [int(i) % rank for i in named.reshape(-1)] if named is not None else list(range(rank))
     if counts.size != 2 * len(where) or len(set(where)) < len(where):
         return None
     ends = counts.reshape(2, -1).T.tolist()

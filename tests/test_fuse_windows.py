@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from golden import assert_step, model_of
+from golden import assert_step, model_of, run
 from test_merge_siblings import rewritten
 from test_regions import everything, folded
 
@@ -91,6 +91,25 @@ def test_zeros_around_the_rows_are_not_stored(pad):
     (op,) = rewritten(padded, FuseWindows(everything), FEEDS)
     assert op.startswith("WindowedQMatMulW8A8_K192_N8_R3_S2_")
     assert not {*padded.graph.initializers} & {"pads", "ends", "nothing"}
+
+
+@pytest.mark.parametrize("pads", ["ends", "one_before", "two_behind"])
+def test_zeros_between_two_transposes(pads):
+    """As convolutions have them; ONNX Runtime may turn what the body of a region does there."""
+    taps = TAPS.replace("(x", "(p").replace("zero, two)", "minus_two, two)")
+    model = quantized(
+        "g (float[b,64,n] x) => (float[b,8,m] y) { q = Transpose <perm = [0, 2, 1]> (x) "
+        f"p = Pad (q, {pads}, , minus_two) {taps}"
+        "windows = Concat <axis = 2> (i, j, k) z = MatMul (windows, w) "
+        "y = Transpose <perm = [0, 2, 1]> (z) }",
+        one_before=np.int64([1, 0]),
+        two_behind=np.int64([0, 2]),
+    )
+    feeds = {"x": RNG.standard_normal((2, 64, 11), np.float32)}
+    before = run(model, feeds, plainly=True)
+    assert FuseWindows(everything)(model).modified
+    assert [n.op_type[:8] for n in model.graph] == ["Transpos", "Windowed", "Transpos"]
+    np.testing.assert_array_equal(run(model, feeds), before)
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,18 @@ def test_a_pad_that_is_read_elsewhere_stays():
     assert ops(model).count("Pad") == 2
 
 
+@pytest.mark.parametrize("mode", ["reflect", "edge"])
+def test_other_pads_may_name_their_axes(mode):
+    """Between Transposes, which ONNX Runtime moves across them."""
+    text = (
+        f'{HEAD} {{ c = Conv (x, w, b) p = Pad <mode = "{mode}"> (c, ends, , last) '
+        "d = Conv (p, v) y = Neg (d) }"
+    )
+    model = unfolded(text, WEIGHTS | {"ends": np.int64([2, 1]), "last": np.int64([-1])})
+    (pad,) = (node for node in model.graph if node.op_type == "Pad")
+    assert constant(pad.inputs[1]).tolist() == [0, 0, 2, 0, 0, 1]
+
+
 def test_other_pads_are_left_to_themselves():
     weights = WEIGHTS | PADS | {"w": RNG.standard_normal((12, 10, 3)).astype(np.float32)}
     model = unfolded(f"{HEAD} {{ p = Pad (x, channels) c = Conv (p, w, b) y = Neg (c) }}", weights)
