@@ -26,26 +26,32 @@ struct work {
 
 /* y = a + b and a quarter as many bytes to q: the least that a residual, y and q can cost. */
 AVX512 static void stream_zmm(const struct work *work, int64_t begin, int64_t end) {
+    const float *a = work->a, *b = work->b; /* once: what is stored might be *work */
+    float *y = work->y;
+    uint8_t *q = work->q;
     for (int64_t i = begin; i < end; i += 64) {
         __m512 sum[4];
         for (int j = 0; j < 4; j++) {
-            sum[j] = _mm512_add_ps(_mm512_loadu_ps(work->a + i + 16 * j),
-                                   _mm512_loadu_ps(work->b + i + 16 * j));
-            _mm512_storeu_ps(work->y + i + 16 * j, sum[j]);
+            sum[j] = _mm512_add_ps(_mm512_loadu_ps(a + i + 16 * j),
+                                   _mm512_loadu_ps(b + i + 16 * j));
+            _mm512_storeu_ps(y + i + 16 * j, sum[j]);
         }
-        _mm512_storeu_si512(work->q + i, _mm512_castps_si512(sum[0]));
+        _mm512_storeu_si512(q + i, _mm512_castps_si512(sum[0]));
     }
 }
 
 AVX2 static void stream_ymm(const struct work *work, int64_t begin, int64_t end) {
+    const float *a = work->a, *b = work->b;
+    float *y = work->y;
+    uint8_t *q = work->q;
     for (int64_t i = begin; i < end; i += 32) {
         __m256 sum[4];
         for (int j = 0; j < 4; j++) {
-            sum[j] = _mm256_add_ps(_mm256_loadu_ps(work->a + i + 8 * j),
-                                   _mm256_loadu_ps(work->b + i + 8 * j));
-            _mm256_storeu_ps(work->y + i + 8 * j, sum[j]);
+            sum[j] = _mm256_add_ps(_mm256_loadu_ps(a + i + 8 * j),
+                                   _mm256_loadu_ps(b + i + 8 * j));
+            _mm256_storeu_ps(y + i + 8 * j, sum[j]);
         }
-        _mm256_storeu_si256((__m256i *)(work->q + i), _mm256_castps_si256(sum[0]));
+        _mm256_storeu_si256((__m256i *)(q + i), _mm256_castps_si256(sum[0]));
     }
 }
 

@@ -8,6 +8,7 @@ it only from a function, or from a module that is itself imported that way.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -71,6 +72,16 @@ maximum: Callable[[Expr, Expr], Expr] = tirx.max
 cast: Callable[[str, Expr], Expr] = tirx.Cast
 reinterpret: Callable[[str, Expr], Expr] = tirx.reinterpret
 select: Callable[[Expr, Expr, Expr], Expr] = tirx.Select
+
+
+def any_of(conditions: Sequence[Expr]) -> Expr:
+    """Whether one of them holds; all are computed."""
+    return functools.reduce(tirx.bitwise_or, conditions)
+
+
+def negation(condition: Expr) -> Expr:
+    """Whether it does not hold."""
+    return tirx.Not(condition)
 
 
 @dataclasses.dataclass(frozen=True)

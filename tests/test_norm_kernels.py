@@ -202,6 +202,20 @@ def test_large_mean(library, isa, norm):
 
 @each_isa("LayerNorm")
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
+def test_rows_off_centre_beside_others(library, isa, norm):
+    """They are summed up once more; numbers of a row are the same whatever its neighbours."""
+    means = np.array([0, 0.2, 0.4, 0.6, 0, 1, 3, 100, 0, 0, 1e4], np.float32)[:, None]
+    feeds = {name: x + means for name, x in feeds_of(norm, [len(means)], 0).items()}
+    check(norm, feeds, library, isa, against_body=False)
+    shifted = {name: x + np.float32(50) * (means == 0) for name, x in feeds.items()}
+    near, far = (run(norm, each, 1, library, isa) for each in (feeds, shifted))
+    for name in norm.outputs:
+        same = means[:, 0] != 0
+        np.testing.assert_array_equal(near[name][same], far[name][same])
+
+
+@each_isa("LayerNorm")
+@pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
 @pytest.mark.parametrize("value", [0.0, 1.0, 12345.678])
 def test_rows_without_variance(library, isa, norm, value):
     feeds = {name: np.full_like(x, value) for name, x in feeds_of(norm, [7], 0).items()}

@@ -5,12 +5,14 @@
     y = x / sqrt(mean(x^2) + epsilon) gamma                                      (RMSNorm)
     q, s = Quantize(y), or Quantize(y smoothing) with one factor per channel
 
-A row is read once from memory and swept three or four times in L1; nothing is kept on a stack.  A
-sum that a later sweep needs waits in x where that is an output, else in y before y itself; where
-neither is, it is added again.
+A row is read once from memory and swept three times in L1; nothing is kept on a stack.  A sum that
+a later sweep needs waits in x where that is an output, else in y before y itself; where neither is,
+it is added again.
 
-mean(c) would be 0 but for rounding.  Taking it out once more makes rows whose mean is thousands of
-times their deviation as exact as all others, for one addition per vector.
+The variance is mean(x^2) - mean(x)^2 from the first sweep where the mean is less than half of the
+deviation, so that nothing cancels.  Other rows get another sweep, which sums up c and c^2.  Their
+mean(c) would be 0 but for rounding: taking it out once more makes rows whose mean is thousands of
+times their deviation as exact as all others.
 
 Where squares leave float32, for values about 1e19 and above, y is beta (0 for RMSNorm), as in ONNX
 Runtime; where the sum of a row does, it is NaN.
@@ -18,29 +20,36 @@ Runtime; where the sum of a row does, it is NaN.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from qcompiler.ir.dialect import SMALLEST_MAGNITUDE
 from qcompiler.ir.region import Region
 from qcompiler.targets import tir
-from qcompiler.targets.tir import Expr, Parameter, Register
+from qcompiler.targets.tir import LANES, Expr, Parameter, Register
 from qcompiler.targets.x86.families import norm_operands
 from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
-from qcompiler.targets.x86.quantize import for_rows, quantize_rows, sweep
-from qcompiler.targets.x86.units import unit_of
-from qcompiler.targets.x86.vector import (
-    all_lanes_max,
-    all_lanes_sum,
-    first_lanes,
-    fma,
-    load_lanes,
-    store_lanes,
+from qcompiler.targets.x86.norm_rows import (
+    Chains,
+    Row,
+    Sums,
+    averages,
+    negative,
+    one_is_less,
+    reciprocal_deviations,
+    spread,
 )
+from qcompiler.targets.x86.quantize import (
+    FastQuotient,
+    QuantizedRow,
+    quantize_rows,
+    scale_rows,
+    sweep,
+    sweep_chunks,
+)
+from qcompiler.targets.x86.units import unit_of
+from qcompiler.targets.x86.vector import first_lanes, fma, load_lanes, store_lanes
 
 __all__ = ["norm_function"]
 
@@ -48,9 +57,12 @@ _GROUPED_ELEMENTS = 1536
 """Rows are taken several at a time while they have no more elements than this: the reductions and
 roots of one are latency that the others fill, and they share the loads of gamma and beta."""
 
-_LONGEST_PREFETCHED_ROW = 2048
-"""The operands and results of longer rows are more than half of an L1: fetching the next ones would
-drive out those at work, and the hardware's own prefetching is better."""
+_LONGEST_PREFETCHED_ROW = 1536
+"""Of longer rows, two with their operands fill an L1: fetching the next would drive out those at
+work, and the hardware's own prefetching is better."""
+
+_LONGEST_ROW_IN_L1 = 2048
+"""Longer ones are taken two at a time, since gamma and beta come from an L2 each time."""
 
 _MOST_ROWS = 4
 
@@ -61,8 +73,8 @@ _VECTORS_PER_CHAIN = 4
 """Of the registers: two sums, and what is added to them.  Of 16 ymm a vector takes two: that leaves
 two accumulators for all rows, and more would be spilled."""
 
-_LARGEST = 3e38
-"""Bound of a variance, so that an estimate of its root can be refined."""
+_LEAST_DEVIATION = 2.0
+"""Times the mean: below that a row takes a sweep of its own for its variance."""
 
 
 def norm_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
@@ -71,118 +83,156 @@ def norm_function(region: Region, isa: Isa = AVX512_VNNI) -> Any:
     pointers = [Parameter(name, "uint8" if name == "q" else "float32") for name in names]
 
     def body(*arguments: Expr) -> None:
-        norm = _Norm(region, isa, dict(zip(names, arguments[:-1], strict=True)))
-        for_rows(arguments[-1], norm.group, norm.emit)
+        _Norm(region, isa, dict(zip(names, arguments[:-1], strict=True))).emit(arguments[-1])
 
     return tir.function([*pointers, Parameter("rows", "int32", is_pointer=False)], body)
 
 
-class _Chains:
-    """Accumulators of one row, kept apart because each waits for its own last addition."""
-
-    def __init__(self, count: int, init: float = 0.0) -> None:
-        self._parts = [Register("float32", tir.broadcast(init)) for _ in range(count)]
-
-    def update(self, chain: int, change: Callable[[Expr], Expr]) -> None:
-        """Replace one accumulator by a function of it."""
-        self._parts[chain].set(change(self._parts[chain].value))
-
-    def combine(self, operation: Callable[[Expr, Expr], Expr]) -> Expr:
-        """One vector of all."""
-        return functools.reduce(operation, [part.value for part in self._parts])
-
-
-@dataclasses.dataclass
-class _Row:
-    """What is known of a row so far; every register has its value in all lanes."""
-
-    start: Expr
-    mean: Register | None = None
-    """None for RMSNorm."""
-    factor: Register | None = None
-    offset: Register | None = None
-    """y = (c * factor + offset) * gamma + beta."""
-    amax: Register | None = None
-
-
 class _Norm:
-    """Emits the code for some rows; each sweep over all of them before the next."""
+    """Emits the code for groups of rows; each sweep over all of them before the next."""
 
     def __init__(self, region: Region, isa: Isa, arrays: dict[str, Expr]) -> None:
         self._unit = unit_of(isa)
         self._k = region.size("K")
-        self._chains = isa.vectors // _VECTORS_PER_CHAIN
-        self.group = max(1, min(_MOST_ROWS, self._chains, _GROUPED_ELEMENTS // self._k))
+        self._most_chains = isa.vectors // _VECTORS_PER_CHAIN
+        grouped = 2 if self._k > _LONGEST_ROW_IN_L1 else _GROUPED_ELEMENTS // self._k
+        self._group = max(1, min(_MOST_ROWS, self._most_chains, grouped))
         self._arrays = arrays
         self._centred = "beta" in arrays
         self._residual = "a" in arrays
         self._epsilon = region.number("epsilon")
         self._waiting = "x" if "x" in arrays else "y" if "y" in arrays else ""
-        self._ahead = self._plan_prefetches(region)
 
-    def emit(self, rows: Sequence[Expr]) -> None:
-        """The code for the given rows."""
-        states = [_Row(row * self._k) for row in rows]
-        chains = min(_MOST_CHAINS, self._chains // len(rows))
-        self._sum_up(states, chains)
-        if self._centred:
-            self._deviate(states, chains)
-        if {"y", "q"} & self._arrays.keys():
-            self._store_y(states, chains)
-        if "q" in self._arrays:
-            values = [functools.partial(self._result, state) for state in states]
-            amax = [state.amax for state in states if state.amax is not None]
-            q, s = self._arrays["q"], self._arrays["s"]
-            quantize_rows(self._unit, values, amax, q, s, rows, self._k)
+    def emit(self, rows: Expr) -> None:
+        """The code for so many rows: groups of them, and those left over one by one."""
+        grouped = tir.constant(0, "int32")
+        if self._group > 1:
+            groups = Register("int32", rows // self._group, 1)
+            self._emit_groups(grouped, groups.value, self._group)
+            grouped = groups.value * self._group
+        self._emit_groups(grouped, rows - grouped, 1)
 
-    def _sum_up(self, rows: Sequence[_Row], chains: int) -> None:
-        """Sets the mean of every row, or for RMSNorm its factor."""
-        totals = [_Chains(chains) for _ in rows]
+    def _emit_groups(self, first: Expr, count: Expr, size: int) -> None:
+        """`count` groups of `size` rows, from `first` on."""
+        chains = min(_MOST_CHAINS, self._most_chains // size)
+        with tir.when(count > 0):
+            rows = self._rows(first, size)
+            sums = [Sums(chains, self._centred) for _ in rows]
+            self._sum_up(rows, sums, chains)
+            with tir.loop(0, count) as index:
+                row = first + index * size
+                rows = self._rows(row, size)
+                if {"y", "q"} & self._arrays.keys():
+                    self._measure(rows, sums, chains)
+                    self._store_y(rows, chains)
+                quantized = self._quantized(rows, row)
+                for own in sums:
+                    own.reset()
+                with tir.when(index + 1 < count):
+                    self._go_on(quantized, self._rows(row + size, size), sums, chains)
+                if quantized:
+                    with tir.when(index + 1 >= count):
+                        quantize_rows(quantized, self._k)
 
+    def _rows(self, first: Expr, count: int) -> list[Row]:
+        return [Row((first + i) * self._k) for i in range(count)]
+
+    def _sum_up(self, rows: Sequence[Row], sums: Sequence[Sums], chains: int) -> None:
         def update(offset: Expr, count: int, chain: int) -> None:
-            for row, total in zip(rows, totals, strict=True):
-                self._prefetch("sum", row, offset)
-                x = Register("float32", self._sum(row, offset, count)).value
-                if self._residual and self._waiting:
-                    store_lanes(self._arrays[self._waiting], x, row.start + offset, count)
-                term = functools.partial(fma, x, x) if not self._centred else x.__add__
-                total.update(chain, term)
+            for row, own in zip(rows, sums, strict=True):
+                self._keep(row, offset, count, self._add(row, own, offset, count, chain))
 
         sweep(self._k, chains, update)
-        for row, total in zip(rows, totals, strict=True):
-            average = self._average(total)
-            if self._centred:
-                row.mean = Register("float32", average)
-            else:
-                row.factor = self._factor(average)
 
-    def _deviate(self, rows: Sequence[_Row], chains: int) -> None:
-        """Sets factor and offset of every row of a LayerNorm."""
-        totals = [(_Chains(chains), _Chains(chains)) for _ in rows]
+    def _add(self, row: Row, sums: Sums, offset: Expr, count: int, chain: int) -> Register:
+        """Some lanes of the norm's operand, counted in."""
+        x = Register("float32", self._sum(row, offset, count))
+        sums.add(chain, x.value)
+        return x
 
-        def update(offset: Expr, count: int, chain: int) -> None:
-            for row, (deviations, squares) in zip(rows, totals, strict=True):
-                self._prefetch("deviate", row, offset)
-                c = first_lanes(self._deviation(row, offset, count), count)
-                c = Register("float32", c).value
-                deviations.update(chain, c.__add__)
-                squares.update(chain, functools.partial(fma, c, c))
+    def _keep(self, row: Row, offset: Expr, count: int, x: Register) -> None:
+        """Store what was added, where there is an array for it."""
+        if self._residual and self._waiting:
+            store_lanes(self._arrays[self._waiting], x.value, row.start + offset, count)
+
+    def _go_on(
+        self,
+        quantized: Sequence[QuantizedRow],
+        following: Sequence[Row],
+        sums: Sequence[Sums],
+        chains: int,
+    ) -> None:
+        """Quantizes rows, and sums up those that follow.
+
+        Both in one loop: the arithmetic of the first fills the time in which the others come from
+        memory.  All is read before anything is stored, since rows of 1024 are 4 KiB apart, and a
+        load waits for a store before it whose address has the same last 12 bits.
+        """
+        if not quantized:
+            self._sum_up(following, sums, chains)
+            return
+
+        def both(offset: Expr, count: int) -> None:
+            for row, own, one in zip(following, sums, quantized, strict=True):
+                parts = [(at, min(LANES, count - at)) for at in range(0, count, LANES)]
+                added = [
+                    self._add(row, own, offset + at, lanes, at // LANES) for at, lanes in parts
+                ]
+                one.store(offset, count)
+                for (at, lanes), x in zip(parts, added, strict=True):
+                    self._keep(row, offset + at, lanes, x)
+
+        sweep_chunks(self._k, both)
+
+    def _measure(self, rows: Sequence[Row], sums: Sequence[Sums], chains: int) -> None:
+        """Sets factor of every row, and for LayerNorm mean and offset."""
+        square = Register("float32", averages([own.squares for own in sums], self._k))
+        if not self._centred:
+            spread(reciprocal_deviations(self._unit, square.value, self._epsilon), rows, "factor")
+            return
+        mean = Register("float32", averages([own.values for own in sums], self._k))
+        spread(mean, rows, "mean")
+        variance = Register("float32", fma(negative(mean.value), mean.value, square.value))
+        offset = Register("float32", tir.broadcast(0.0))
+        bound = Register("float32", mean.value * mean.value * tir.broadcast(_LEAST_DEVIATION**2))
+        with tir.when(one_is_less(variance, bound, len(rows))):
+            self._deviate(rows, chains, bound.value, variance, offset)
+        positive = tir.maximum(tir.broadcast(0.0), variance.value)
+        factor = reciprocal_deviations(self._unit, positive, self._epsilon)
+        spread(factor, rows, "factor")
+        spread(Register("float32", offset.value * factor.value), rows, "offset")
+
+    def _deviate(
+        self, rows: Sequence[Row], chains: int, bound: Expr, variance: Register, offset: Register
+    ) -> None:
+        """Of rows that are off centre, the variance of deviations, and what is left of their mean.
+
+        The others keep theirs, lest numbers of a row depend on its neighbours.
+        """
+        totals = [Sums(chains, is_centred=True) for _ in rows]
+
+        def update(at: Expr, count: int, chain: int) -> None:
+            for row, own in zip(rows, totals, strict=True):
+                c = first_lanes(self._deviation(row, at, count), count)
+                own.add(chain, Register("float32", c).value)
 
         sweep(self._k, chains, update)
-        for row, (deviations, squares) in zip(rows, totals, strict=True):
-            rest = Register("float32", self._average(deviations)).value
-            # One fma: of huge rows inf - inf would be NaN, of which a maximum would make 0.
-            variance = fma(tir.broadcast(0.0) - rest, rest, self._average(squares))
-            row.factor = self._factor(tir.maximum(tir.broadcast(0.0), variance))
-            row.offset = Register("float32", (tir.broadcast(0.0) - rest) * row.factor.value)
+        deviation = Register("float32", averages([own.values for own in totals], self._k))
+        left = Register("float32", negative(deviation.value))
+        square = averages([own.squares for own in totals], self._k)
+        # One fma: of huge rows inf - inf would be NaN, of which a maximum would make 0.
+        exact = Register("float32", fma(left.value, deviation.value, square))
+        is_centred = variance.value >= bound
+        offset.set(tir.select(is_centred, offset.value, left.value))
+        variance.set(tir.select(is_centred, variance.value, exact.value))
 
-    def _store_y(self, rows: Sequence[_Row], chains: int) -> None:
-        """Stores y where it is an output; sets amax of every row where it is to be quantized."""
-        tops = [_Chains(chains, SMALLEST_MAGNITUDE) for _ in rows]
+    def _store_y(self, rows: Sequence[Row], chains: int) -> None:
+        """Stores y where it is an output; sets `top` of every row where it is to be quantized."""
+        tops = [Chains(chains, SMALLEST_MAGNITUDE) for _ in rows]
 
         def update(offset: Expr, count: int, chain: int) -> None:
             for row, top in zip(rows, tops, strict=True):
-                self._prefetch("normalize", row, offset)
+                self._prefetch(row, offset, len(rows))
                 y = Register("float32", self._normalized(row, offset, count)).value
                 if "y" in self._arrays:
                     store_lanes(self._arrays["y"], y, row.start + offset, count)
@@ -193,29 +243,26 @@ class _Norm:
         sweep(self._k, chains, update)
         if "q" in self._arrays:
             for row, top in zip(rows, tops, strict=True):
-                row.amax = Register("float32", all_lanes_max(top.combine(tir.maximum)))
+                row.top = Register("float32", top.combine(tir.maximum))
 
-    def _average(self, total: _Chains) -> Expr:
-        return all_lanes_sum(total.combine(operator.add)) * tir.broadcast(1.0 / self._k)
+    def _quantized(self, rows: Sequence[Row], first: Expr) -> list[QuantizedRow]:
+        """The same rows with their scales, which are stored; none if there is no q."""
+        if "q" not in self._arrays:
+            return []
+        values = [functools.partial(self._result, row) for row in rows]
+        tops = [row.top for row in rows if row.top is not None]
+        numbers = [first + i for i in range(len(rows))]
+        q, s = self._arrays["q"], self._arrays["s"]
+        return scale_rows(self._unit, values, tops, q, s, numbers, self._k, FastQuotient)
 
-    def _factor(self, variance: Expr) -> Register:
-        above_zero = Register("float32", variance + tir.broadcast(self._epsilon))
-        largest = tir.broadcast(_LARGEST)
-        # In this order a NaN stays: the second operand is taken if the comparison fails.
-        bounded = Register("float32", tir.minimum(largest, above_zero.value))
-        factor = self._unit.reciprocal_root(bounded.value)
-        return Register(
-            "float32", tir.select(above_zero.value > largest, tir.broadcast(0.0), factor)
-        )
-
-    def _sum(self, row: _Row, offset: Expr, count: int) -> Expr:
+    def _sum(self, row: Row, offset: Expr, count: int) -> Expr:
         """The norm's operand, from its inputs."""
         at = row.start + offset
         if not self._residual:
             return load_lanes(self._arrays["x"], at, count)
         return load_lanes(self._arrays["a"], at, count) + load_lanes(self._arrays["b"], at, count)
 
-    def _deviation(self, row: _Row, offset: Expr, count: int) -> Expr:
+    def _deviation(self, row: Row, offset: Expr, count: int) -> Expr:
         """The norm's operand once more, less its mean."""
         if self._residual and self._waiting:
             x = load_lanes(self._arrays[self._waiting], row.start + offset, count)
@@ -223,7 +270,7 @@ class _Norm:
             x = self._sum(row, offset, count)
         return x - row.mean.value if row.mean is not None else x
 
-    def _normalized(self, row: _Row, offset: Expr, count: int) -> Expr:
+    def _normalized(self, row: Row, offset: Expr, count: int) -> Expr:
         """Y, from the norm's operand."""
         assert row.factor is not None
         c = self._deviation(row, offset, count)
@@ -233,9 +280,8 @@ class _Norm:
         beta = load_lanes(self._arrays["beta"], offset, count)
         return fma(fma(c, row.factor.value, row.offset.value), gamma, beta)
 
-    def _result(self, row: _Row, offset: Expr, count: int) -> Expr:
+    def _result(self, row: Row, offset: Expr, count: int) -> Expr:
         """What is quantized, from y once more."""
-        self._prefetch("quantize", row, offset)
         if "y" in self._arrays:
             y = load_lanes(self._arrays["y"], row.start + offset, count)
         else:
@@ -248,21 +294,7 @@ class _Norm:
         smoothing = load_lanes(self._arrays["smoothing"], offset, count)
         return Register("float32", y * smoothing).value
 
-    def _plan_prefetches(self, region: Region) -> dict[str, list[tuple[Expr, bool]]]:
-        """Which arrays each sweep prefetches for the next rows, and whether they are written.
-
-        Spread over the sweeps, because more at a time than an L1 can wait for stall it.
-        """
-        steps = [*(["deviate"] if self._centred else []), "normalize"]
-        steps += [*(["quantize"] if "q" in self._arrays else []), "sum"]
-        plan: dict[str, list[tuple[Expr, bool]]] = {step: [] for step in steps}
-        if self._k <= _LONGEST_PREFETCHED_ROW:
-            streams = [name for name in ("a", "b", "x", "y") if name in self._arrays]
-            for step, name in zip(itertools.cycle(steps), streams, strict=False):
-                plan[step].append((self._arrays[name], name in region.outputs))
-        return plan
-
-    def _prefetch(self, step: str, row: _Row, offset: Expr) -> None:
-        for array, is_written in self._ahead[step]:
-            at = row.start + offset + self.group * self._k
-            tir.prefetch_to_l1(array, at, write=is_written)
+    def _prefetch(self, row: Row, offset: Expr, group: int) -> None:
+        """Fetch one operand of the rows that follow; for both an L1 has no time."""
+        if self._residual and self._k <= _LONGEST_PREFETCHED_ROW:
+            tir.prefetch_to_l1(self._arrays["a"], row.start + offset + group * self._k)

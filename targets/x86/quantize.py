@@ -23,14 +23,25 @@ from qcompiler.targets.x86.isa import AVX512_VNNI, Isa
 from qcompiler.targets.x86.units import unit_of
 from qcompiler.targets.x86.vector import (
     VectorUnit,
-    all_lanes_max,
+    all_lanes,
     fma,
     load_lanes,
+    maxima_of,
     offset_by_128,
     store_lanes,
 )
 
-__all__ = ["Values", "for_rows", "quantize_function", "quantize_rows", "sweep"]
+__all__ = [
+    "FastQuotient",
+    "QuantizedRow",
+    "Quotient",
+    "Values",
+    "quantize_function",
+    "quantize_rows",
+    "scale_rows",
+    "sweep",
+    "sweep_chunks",
+]
 
 Values = Callable[[Expr, int], Expr]
 """Lanes `offset` to `offset + count` of a row as a vector, zeros after them."""
@@ -111,8 +122,8 @@ def _rows(
 ) -> None:
     """Quantize the given rows; each step is emitted for all of them before the next."""
     values = [functools.partial(load, row) for row in rows]
-    amax = [Register("float32", _row_amax(unit, value, k)) for value in values]
-    quantize_rows(unit, values, amax, q, s, rows, k)
+    tops = [Register("float32", _row_top(unit, value, k)) for value in values]
+    quantize_rows(scale_rows(unit, values, tops, q, s, rows, k), k)
 
 
 def _load(
@@ -122,58 +133,121 @@ def _load(
     return value * load_lanes(smoothing[0], offset, count) if smoothing else value
 
 
-def quantize_rows(
+class Quotient:
+    """x / s, correctly rounded (see above)."""
+
+    @staticmethod
+    def inverse(amax: Expr, scale: Expr) -> Expr:
+        """1 / s, correctly rounded."""
+        return tir.broadcast(1.0) / scale
+
+    def __init__(self, scale: Expr, inverse: Expr) -> None:
+        self._inverse = Register("float32", inverse)
+        self._minus_scale = Register("float32", tir.broadcast(0.0) - scale)
+
+    def of(self, x: Expr) -> Expr:
+        """Of a register's value."""
+        near = Register("float32", x * self._inverse.value)
+        error = fma(near.value, self._minus_scale.value, x)
+        return fma(error, self._inverse.value, near.value)
+
+
+class FastQuotient:
+    """x / s to 2^-45 of itself, then rounded: x r + x e, where e is what r is short of 1 / s.
+
+    An instruction less.  It differs from the other where x / s lies so close to the middle of two
+    floats, which decides an integer once in 1e11 numbers: not for numbers that have been rounded
+    otherwise than the body's before.
+    """
+
+    @staticmethod
+    def inverse(amax: Expr, scale: Expr) -> Expr:
+        """Nearly 1 / s, computed at the same time as s."""
+        return tir.broadcast(127.0) / amax
+
+    def __init__(self, scale: Expr, inverse: Expr) -> None:
+        self._inverse = Register("float32", inverse)
+        short = fma(tir.broadcast(0.0) - scale, self._inverse.value, tir.broadcast(1.0))
+        self._rest = Register("float32", short * self._inverse.value)
+
+    def of(self, x: Expr) -> Expr:
+        """Of a register's value."""
+        return fma(x, self._inverse.value, x * self._rest.value)
+
+
+class QuantizedRow:
+    """A row whose scale is known: its integers are stored some at a time."""
+
+    def __init__(
+        self,
+        unit: VectorUnit,
+        values: Values,
+        q: Expr,
+        start: Expr,
+        quotient: Quotient | FastQuotient,
+    ) -> None:
+        self._unit, self._values, self._quotient = unit, values, quotient
+        self._q, self._start = q, start
+
+    def store(self, offset: Expr, count: int) -> None:
+        """Those from `offset` on: 64, or 16 or fewer."""
+        at = self._start + offset
+        if count < _CHUNK:
+            narrow = tir.cast("uint8x16", self._integers(offset, count) + tir.broadcast(128))
+            store_lanes(self._q, narrow, at, count, "uint8")
+            return
+        quarters = [
+            Register("int32", self._integers(offset + i * LANES, LANES)) for i in range(_CHAINS)
+        ]
+        packed = self._unit.pack_int8([quarter.value for quarter in quarters])
+        tir.store(self._q, offset_by_128(packed), tir.lanes(at, _CHUNK))
+
+    def _integers(self, offset: Expr, count: int) -> Expr:
+        value = Register("float32", self._values(offset, count))
+        return self._unit.round_to_int32(self._quotient.of(value.value))
+
+
+def scale_rows(
     unit: VectorUnit,
     values: Sequence[Values],
-    amax: Sequence[Register],
+    tops: Sequence[Register],
     q: Expr,
     s: Expr,
     rows: Sequence[Expr],
     k: int,
-) -> None:
-    """Store `q` and `s` of the given rows, with their values and largest magnitudes."""
-    scales = [Register("float32", top.lane(0) / tir.constant(127.0, "float32"), 1) for top in amax]
-    inverses = [
-        Register("float32", tir.constant(1.0, "float32") / scale.value, 1) for scale in scales
-    ]
-    for row, scale in zip(rows, scales, strict=True):
-        tir.store(s, scale.value, row)
-    for row, value, scale, inverse in zip(rows, values, scales, inverses, strict=True):
-        multiples = [Register("float32", tir.broadcast(one.value)) for one in (scale, inverse)]
-        _quantize_row(unit, value, q, row * k, k, *(several.value for several in multiples))
+    quotient: type[Quotient | FastQuotient] = Quotient,
+) -> list[QuantizedRow]:
+    """Store `s` of the given rows, with their values and largest magnitudes per lane.
+
+    The scales are computed for all rows at once, a lane for each.
+    """
+    amax = Register("float32", maxima_of(tops))
+    scales = Register("float32", amax.value / tir.broadcast(127.0))
+    inverses = Register("float32", quotient.inverse(amax.value, scales.value))
+    quantized = []
+    for i, (row, value) in enumerate(zip(rows, values, strict=True)):
+        tir.store(s, scales.lane(i), row)
+        scale, inverse = (all_lanes(vector.value, i) for vector in (scales, inverses))
+        quantized.append(QuantizedRow(unit, value, q, row * k, quotient(scale, inverse)))
+    return quantized
 
 
-def _quantize_row(
-    unit: VectorUnit,
-    values: Values,
-    q: Expr,
-    start: Expr,
-    k: int,
-    scale: Expr,
-    inverse: Expr,
-) -> None:
-    minus_scale = Register("float32", tir.broadcast(0.0) - scale)
+def quantize_rows(rows: Sequence[QuantizedRow], k: int) -> None:
+    """Store `q` of rows of `k`, one after the other."""
+    for row in rows:
+        sweep_chunks(k, row.store)
 
-    def integers(offset: Expr, count: int) -> Expr:
-        value = Register("float32", values(offset, count))
-        near = Register("float32", value.value * inverse)
-        error = fma(near.value, minus_scale.value, value.value)
-        return unit.round_to_int32(fma(error, inverse, near.value))
 
+def sweep_chunks(k: int, emit: Callable[[Expr, int], None]) -> None:
+    """`emit(offset, count)` for each 64 elements of a row of `k`, then for at most 16 each."""
     with tir.loop(0, k // _CHUNK) as index:
-        quarters = [
-            Register("int32", integers(index * _CHUNK + i * LANES, LANES)) for i in range(4)
-        ]
-        packed = unit.pack_int8([quarter.value for quarter in quarters])
-        tir.store(q, offset_by_128(packed), tir.lanes(start + index * _CHUNK, _CHUNK))
+        emit(index * _CHUNK, _CHUNK)
     for offset in range(k - k % _CHUNK, k, LANES):
-        count = min(LANES, k - offset)
-        narrow = tir.cast("uint8x16", integers(offset, count) + tir.broadcast(128))
-        store_lanes(q, narrow, start + offset, count, "uint8")
+        emit(offset, min(LANES, k - offset))
 
 
-def _row_amax(unit: VectorUnit, values: Values, k: int) -> Expr:
-    """The largest magnitude of the row, at least 1e-20, in all lanes."""
+def _row_top(unit: VectorUnit, values: Values, k: int) -> Expr:
+    """The largest magnitude in each lane of a row, at least 1e-20."""
     maxima = [Register("float32", tir.broadcast(SMALLEST_MAGNITUDE)) for _ in range(_CHAINS)]
 
     def update(offset: Expr, count: int, chain: int) -> None:
@@ -181,4 +255,4 @@ def _row_amax(unit: VectorUnit, values: Values, k: int) -> Expr:
 
     sweep(k, _CHAINS, update)
     first, second, third, fourth = (chain.value for chain in maxima)
-    return all_lanes_max(tir.maximum(tir.maximum(first, second), tir.maximum(third, fourth)))
+    return tir.maximum(tir.maximum(first, second), tir.maximum(third, fourth))

@@ -103,8 +103,7 @@ class RunningSoftmax:
 
     def highest(self, tops: Sequence[Register]) -> Expr:
         """The largest lanes of a tile's rows, a lane for each; anything in the others."""
-        count = len(tops)
-        return maxima_of([*tops, *[tops[-1]] * ((1 << (count - 1).bit_length()) - count)])
+        return maxima_of(tops)
 
     def only_rows(self, highest: Expr, count: int) -> Register:
         """What `highest` has of a tile's rows; LOWEST in the other lanes."""

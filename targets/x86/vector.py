@@ -123,17 +123,22 @@ def transpose(rows: Sequence[Register], dtype: str = "float32") -> list[Register
 
 
 def sums_of(rows: Sequence[Register]) -> Expr:
-    """The sums of the lanes of 16 registers, one in each lane: a transpose that adds as it goes."""
+    """The sums of the lanes of up to 16 registers: a transpose that adds as it goes.
+
+    Lane i has that of number i, and so on from lane 2, 4, 8 or 16, as many as there are registers
+    or more.
+    """
     return _reduce_rows(rows, lambda one, other: one + other)
 
 
 def maxima_of(rows: Sequence[Register]) -> Expr:
-    """The largest lanes of 1, 2, 4, 8 or 16 registers: lane i has that of number i modulo those."""
+    """The largest lanes of up to 16 registers, where `sums_of` has their sums."""
     return _reduce_rows(rows, tir.maximum)
 
 
 def _reduce_rows(rows: Sequence[Register], combine: Callable[[Expr, Expr], Expr]) -> Expr:
-    current = list(rows)
+    count = len(rows)
+    current = [*rows, *[rows[-1]] * ((1 << (count - 1).bit_length()) - count)]
     for distance in (1, 2, 4, 8):
         if len(current) == 1:
             return _reduce_lanes(current[0].value, combine, down_to=distance)
