@@ -11,6 +11,8 @@ Bodies are written in the forms ORT fuses and avoid the ones it gets wrong:
 * a Slice after ReduceMax: ORT returns an empty batch unreduced, [0, K] instead of [0, 1];
 * Sum, not Add, before a LayerNormalization: ORT makes SkipLayerNormalization of that pair, which is
   8 times slower;
+* zeros joined by Concat, where a Pad would be of some axes: ORT moves Transposes across it as if it
+  were of all, and fails;
 * RMSNorm in the one spelling that ORT makes SimplifiedLayerNormalization of.
 
 Here are products by weights of 8 bits; those by 4 are in `dialect_w4.py`, what quantizes tokens in

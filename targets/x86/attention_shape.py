@@ -33,7 +33,7 @@ class AttentionShape:
 
     Attributes:
         padded_d: The head dimension in whole vectors.
-        keys: Keys of a block; all that a kernel needs lies on the stack, 300 to 370 KiB.
+        keys: Keys of a block; all that a kernel needs lies on the stack, at most 370 KiB.
         rows: The most rows of one call.
     """
 
