@@ -31,10 +31,10 @@ FLOAT_OPERATIONS = {"zmm": 32, "ymm": 16}
 Samples = list[float]
 
 
-def aligned(array: np.ndarray) -> np.ndarray:
-    """A copy on a 64-byte boundary, as ONNX Runtime and our packing allocate."""
-    raw = np.empty(array.nbytes + 64, np.uint8)
-    start = -raw.ctypes.data % 64
+def aligned(array: np.ndarray, to: int = 64) -> np.ndarray:
+    """A copy on a 64-byte boundary, as ONNX Runtime and our packing allocate, or on another."""
+    raw = np.empty(array.nbytes + to, np.uint8)
+    start = -raw.ctypes.data % to
     copy = raw[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array
     return copy

@@ -53,6 +53,8 @@ COPIES = 16
 """Ops per timed run, so that Python's part in it is small."""
 PAUSE = 0.02
 """Seconds before each measurement, until the threads of the session before sleep."""
+PAGE = 4096
+"""In bytes.  Where arrays lie in theirs changes times by a fifth: it is the same for all kinds."""
 DOMAIN = "qcompiler.benchmark"
 
 KINDS = ("kernel", "off centre", "smoothed", "stream")
@@ -99,19 +101,21 @@ class Loops:
         path = folder / "norm.so"
         path.write_bytes(linker.link(objects, ["measure", *functions]))
         self._library = ctypes.CDLL(str(path))
-        self._alive: list[np.ndarray] = []
+
+    @functools.cache  # noqa: B019
+    def _arrays(self, shape: tuple[int, int], mean: float) -> list[np.ndarray]:
+        """Those of a shape, which all kinds share, each from the start of a page on."""
+        m, k = shape
+        rng = np.random.default_rng(0)
+        floats = [rng.standard_normal(size, np.float32) for size in (m * k, m * k, k, k, k)]
+        floats[0] += np.float32(mean)
+        results = (np.zeros(m * k, np.float32), np.zeros(m * k, np.uint8), np.zeros(m, np.float32))
+        return [aligned(array, PAGE) for array in (*floats, *results)]
 
     def work(self, shape: tuple[int, int], kind: str) -> Work:
         """Arrays of a shape, and what to do with them."""
         m, k = shape
-        rng = np.random.default_rng(0)
-        arrays = [
-            aligned(rng.standard_normal(size, np.float32)) for size in (m * k, m * k, k, k, k)
-        ]
-        arrays[0] += np.float32(2 if kind == "off centre" else 0)
-        arrays += [aligned(np.zeros(m * k, np.float32)), aligned(np.zeros(m * k, np.uint8))]
-        arrays += [aligned(np.zeros(m, np.float32))]
-        self._alive += arrays
+        arrays = self._arrays(shape, 2.0 if kind == "off centre" else 0.0)
         kernel, smoothed = (
             ctypes.cast(getattr(self._library, f"{name}_{k}"), ctypes.c_void_p)
             for name in ("kernel", "smoothed")

@@ -162,11 +162,10 @@ class _Norm:
         sums: Sequence[Sums],
         chains: int,
     ) -> None:
-        """Quantizes rows, and sums up those that follow.
+        """Quantizes rows beside the sums of those that follow, which come from memory meanwhile.
 
-        Both in one loop: the arithmetic of the first fills the time in which the others come from
-        memory.  All is read before anything is stored, since rows of 1024 are 4 KiB apart, and a
-        load waits for a store before it whose address has the same last 12 bits.
+        All is read before anything is stored: rows of 1024 are 4 KiB apart, and a load waits for a
+        store before it whose address has the same last 12 bits.
         """
         if not quantized:
             self._sum_up(following, sums, chains)
@@ -174,13 +173,13 @@ class _Norm:
 
         def both(offset: Expr, count: int) -> None:
             for row, own, one in zip(following, sums, quantized, strict=True):
-                parts = [(at, min(LANES, count - at)) for at in range(0, count, LANES)]
-                added = [
-                    self._add(row, own, offset + at, lanes, at // LANES) for at, lanes in parts
-                ]
+                # The chains of `sweep`, so that the first row is summed up as all others are.
+                chain = offset // LANES if isinstance(offset, int) else 0
+                parts = [(offset + at, min(LANES, count - at)) for at in range(0, count, LANES)]
+                added = [self._add(row, own, *part, chain + i) for i, part in enumerate(parts)]
                 one.store(offset, count)
-                for (at, lanes), x in zip(parts, added, strict=True):
-                    self._keep(row, offset + at, lanes, x)
+                for part, x in zip(parts, added, strict=True):
+                    self._keep(row, *part, x)
 
         sweep_chunks(self._k, both)
 
