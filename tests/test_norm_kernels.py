@@ -214,6 +214,13 @@ def test_rows_off_centre_beside_others(library, isa, norm):
 
 
 @each_isa("LayerNorm")
+@pytest.mark.parametrize("norm", [NORMS[0], NORMS[4], NORMS[6], NORMS[9]], ids=str)
+def test_squares_of_a_mean_may_leave_float32(library, isa, norm):
+    """Those of deviations do not."""
+    check(norm, feeds_of(norm, [9], 0, 1e17, 2e19), library, isa, against_body=False)
+
+
+@each_isa("LayerNorm")
 @pytest.mark.parametrize("norm", NORMS, ids=lambda norm: norm.name)
 @pytest.mark.parametrize("value", [0.0, 1.0, 12345.678])
 def test_rows_without_variance(library, isa, norm, value):

@@ -39,6 +39,7 @@ from qcompiler.targets.x86.norm_rows import (
     one_is_less,
     reciprocal_deviations,
     spread,
+    variances,
 )
 from qcompiler.targets.x86.quantize import (
     FastQuotient,
@@ -191,7 +192,7 @@ class _Norm:
             return
         mean = Register("float32", averages([own.values for own in sums], self._k))
         spread(mean, rows, "mean")
-        variance = Register("float32", fma(negative(mean.value), mean.value, square.value))
+        variance = variances(square, mean)
         offset = Register("float32", tir.broadcast(0.0))
         bound = Register("float32", mean.value * mean.value * tir.broadcast(_LEAST_DEVIATION**2))
         with tir.when(one_is_less(variance, bound, len(rows))):

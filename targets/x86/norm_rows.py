@@ -20,6 +20,7 @@ __all__ = [
     "one_is_less",
     "reciprocal_deviations",
     "spread",
+    "variances",
 ]
 
 _LARGEST = 3e38
@@ -92,6 +93,16 @@ def averages(totals: Sequence[Chains | None], k: int) -> Expr:
     """The averages of rows of `k`, a lane for each."""
     sums = [Register("float32", total.combine(operator.add)) for total in totals if total]
     return sums_of(sums) * tir.broadcast(1.0 / k)
+
+
+def variances(squares: Register, means: Register) -> Register:
+    """Those of rows, from their averages of squares and of values.
+
+    -1, which makes a row be off centre, where squares left float32: those of deviations need not.
+    """
+    apart = fma(negative(means.value), means.value, squares.value)
+    is_large = squares.value > tir.broadcast(_LARGEST)
+    return Register("float32", tir.select(is_large, tir.broadcast(-1.0), apart))
 
 
 def reciprocal_deviations(unit: VectorUnit, variances: Expr, epsilon: float) -> Register:
