@@ -42,9 +42,9 @@ def build_handler(path: Path) -> None:
 def hold(library: Path) -> int:
     """Replaces cpuid in a shared library, and returns how often."""
     content, places = bytearray(library.read_bytes()), 0
-    listing = _objdump("-dw", library)
+    listing, sections = _objdump("-dw", library), _sections(library)
     for line in re.finditer(r"^ *([0-9a-f]+):\s+0f a2 \s*cpuid", listing, re.MULTILINE):
-        offset = _file_offset(library, int(line[1], 16))
+        offset = _file_offset(sections, int(line[1], 16))
         if content[offset : offset + 2] != _CPUID:
             raise SystemExit(f"{library} has no cpuid at {line[1]}, where objdump shows it")
         content[offset : offset + 2] = _UD2
@@ -53,10 +53,10 @@ def hold(library: Path) -> int:
     return places
 
 
-def _file_offset(library: Path, address: int) -> int:
+def _file_offset(sections: list[tuple[int, int, int]], address: int) -> int:
     return next(
         address - start + offset
-        for start, size, offset in _sections(library)
+        for start, size, offset in sections
         if start <= address < start + size
     )
 

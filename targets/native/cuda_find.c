@@ -59,7 +59,8 @@ static const char *library_name(void) {
 
 static int open_driver(void) {
     void *library = dlopen(library_name(), RTLD_NOW | RTLD_LOCAL);
-    if (!library) return fail("there is no NVIDIA driver (libcuda.so.1 cannot be loaded): install it; a container "
+    if (!library)
+        return fail("there is no NVIDIA driver (libcuda.so.1 cannot be loaded): install it; a container "
                     "gets that of its host (docker run --gpus all)");
 #define FIND(name, symbol, ...)                                                                    \
     *(void **)&qc_driver.name = dlsym(library, #symbol);                                           \

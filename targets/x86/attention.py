@@ -22,7 +22,7 @@ from qcompiler.targets.x86.running_softmax import LOWEST, RunningSoftmax
 from qcompiler.targets.x86.units import unit_of
 from qcompiler.targets.x86.vector import VectorUnit, fma, load_lanes
 
-__all__ = ["Attention", "attention_function"]
+__all__ = ["PARTS", "Attention", "attention_function"]
 
 _TILES = {32: ((TILE_ROWS, 4, 1), 2), 8: ((6, 4, 2, 1), 1)}
 """By the vectors that the registers hold: rows of a tile, and its vectors.  8 by 2 zmm keep both

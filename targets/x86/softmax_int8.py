@@ -151,6 +151,6 @@ class SoftmaxInt8(RunningSoftmax):
         halvings = (t.value ^ tir.all_words(0xFFFF)) >> tir.all_words(POINT)
         fraction = Register("uint16", t.value << tir.all_words(16 - POINT), 2 * LANES)
         constant, linear, square = (tir.all_words(term) for term in EXP2_TERMS)
-        slope = self._unit.high_product(fraction.value, square) + linear
-        series = self._unit.high_product(fraction.value, slope) + constant
+        rise = self._unit.high_product(fraction.value, square) + linear
+        series = self._unit.high_product(fraction.value, rise) + constant
         return self._unit.rounded_shift_by_7(self._unit.shift_right(series, halvings))
