@@ -23,8 +23,8 @@ MAX_EXTRAS = 8
 
 Expr = Any
 Vectors = Any
-"""An object with vector operations: broadcast, maximum, minimum, Register, absolute, gelu_tail,
-sigmoid; nearest and quotient where results may be integers."""
+"""An object with vector operations: broadcast, maximum, minimum, Register, gelu_tail, sigmoid;
+nearest and quotient where results may be integers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,8 @@ def _leaky_relu(v: Vectors, x: Expr, alpha: float = 0.01) -> Expr:
 
 
 def _gelu(v: Vectors, x: Expr, approximate: str = "none") -> Expr:
-    return v.maximum(x, v.broadcast(0.0)) - v.gelu_tail(v.absolute(x), approximate)
+    # In this order a NaN stays: the second operand is taken if the comparison fails.
+    return v.maximum(v.broadcast(0.0), x) - v.gelu_tail(x, approximate)
 
 
 def _quantize(v: Vectors, x: Expr, scale: Expr, zero: Expr) -> Expr:

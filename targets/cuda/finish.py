@@ -82,10 +82,10 @@ class Scalars:
             "float32", "__fdividef", self.broadcast(1.0), self.broadcast(1.0) + exponential
         )
 
-    def gelu_tail(self, magnitude: Expr, approximate: str) -> Expr:
-        """max(x, 0) - GELU(x) for the magnitude of x."""
+    def gelu_tail(self, value: Expr, approximate: str) -> Expr:
+        """max(x, 0) - GELU(x)."""
         # Infinity times the 0 of its tail would be NaN.
-        x = _Register("float32", minimum(self.broadcast(1e4), magnitude)).value
+        x = _Register("float32", minimum(self.broadcast(1e4), self.absolute(value))).value
         if approximate == "tanh":
             scale = -2 * math.sqrt(2 / math.pi)
             cubic = x * x * self.broadcast(0.044715 * scale) + self.broadcast(scale)

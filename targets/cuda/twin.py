@@ -75,10 +75,10 @@ class _Floats:
     def sigmoid(value: _Text) -> _Text:
         return _Text(f"(1.0f / (1.0f + expf(-{value.text})))")
 
-    def gelu_tail(self, magnitude: _Text, approximate: str) -> _Text:
-        """max(x, 0) - GELU(x) for the magnitude of x."""
+    def gelu_tail(self, value: _Text, approximate: str) -> _Text:
+        """max(x, 0) - GELU(x)."""
         # Infinity times the 0 of its tail would be NaN.
-        x = self.name(self.minimum(self.broadcast(1e4), magnitude))
+        x = self.name(self.minimum(self.broadcast(1e4), self.absolute(value)))
         if approximate == "tanh":
             scale = -2 * math.sqrt(2 / math.pi)
             cubic = x * x * self.broadcast(0.044715 * scale) + self.broadcast(scale)

@@ -65,6 +65,10 @@ class Avx2(VectorUnit):
         """max(|value|, magnitude) for magnitude >= 0; `magnitude` if `value` is NaN."""
         return tir.maximum(absolute(value), magnitude)
 
+    def smaller_magnitude(self, value: Expr, magnitude: Expr) -> Expr:
+        """min(|value|, magnitude) for magnitude >= 0; NaN if `value` is."""
+        return tir.minimum(magnitude, absolute(value))
+
     def reciprocal_estimate(self, value: Expr) -> Expr:
         """1 / value, good to 11 bits."""
         return _by_halves("float32", "llvm.x86.avx.rcp.ps.256", value)

@@ -20,6 +20,9 @@ _BY_QUARTERS = [4 * (dword % 4) + dword // 4 for dword in range(LANES)]
 _ROUND_DOWN = 1
 """The rounding operand of vreduceps that means "towards minus infinity"."""
 
+_SMALLER, _LARGER = 0b1010, 0b1011
+"""Operands of vrangeps: the value of smaller or of larger magnitude, its sign cleared."""
+
 
 class Avx512(VectorUnit):
     """AVX-512 F, BW, DQ and VNNI."""
@@ -79,16 +82,12 @@ class Avx512(VectorUnit):
         return _words("pmul.hr.sw", value, tir.all_words(1 << 8))
 
     def larger_magnitude(self, value: Expr, magnitude: Expr) -> Expr:
-        """max(|value|, magnitude) for magnitude >= 0, in one instruction (vrangeps)."""
-        sign_cleared_of_larger_magnitude = tir.constant(0b1011, "int32")
-        return _masked(
-            "float32x16",
-            "llvm.x86.avx512.mask.range.ps.512",
-            value,
-            magnitude,
-            sign_cleared_of_larger_magnitude,
-            tir.broadcast(0.0),
-        )
+        """max(|value|, magnitude) for magnitude >= 0, in one instruction."""
+        return _of_magnitudes(_LARGER, value, magnitude)
+
+    def smaller_magnitude(self, value: Expr, magnitude: Expr) -> Expr:
+        """min(|value|, magnitude) for magnitude >= 0; `magnitude` if `value` is NaN."""
+        return _of_magnitudes(_SMALLER, value, magnitude)
 
     def reciprocal_estimate(self, value: Expr) -> Expr:
         """1 / value, good to 14 bits."""
@@ -140,6 +139,11 @@ def _mix_int8(quarters: Sequence[Expr]) -> Expr:
 
 def _words(name: str, *operands: Expr) -> Expr:
     return tir.intrinsic("uint16x32", f"llvm.x86.avx512.{name}.512", *operands)
+
+
+def _of_magnitudes(which: int, one: Expr, other: Expr) -> Expr:
+    how, nothing = tir.constant(which, "int32"), tir.broadcast(0.0)
+    return _masked("float32x16", "llvm.x86.avx512.mask.range.ps.512", one, other, how, nothing)
 
 
 def _estimate(name: str, value: Expr) -> Expr:

@@ -12,7 +12,7 @@ from qcompiler.ir.dialect import OPS
 from qcompiler.ir.region import Region
 from qcompiler.targets.x86.attention_shape import MAX_DEPTH as MAX_HEAD
 from qcompiler.targets.x86.attention_shape import attention_shape, int8_attention_shape
-from qcompiler.targets.x86.family import Family
+from qcompiler.targets.x86.family import FAST, Family
 from qcompiler.targets.x86.isa import AVX512_BF16, AVX512_VNNI, Isa
 from qcompiler.targets.x86.w4_family import W4_FAMILIES
 from qcompiler.targets.x86.w8_family import W8_FAMILIES
@@ -23,7 +23,8 @@ __all__ = ["FAMILIES", "norm_operands"]
 def _generate_quantize(region: Region, isa: Isa) -> Any:
     from qcompiler.targets.x86.quantize import quantize_function
 
-    return quantize_function(region.size("K"), isa, is_smoothed=bool(region.flags))
+    is_smoothed, is_fast = bool(region.extras), FAST in region.flags
+    return quantize_function(region.size("K"), isa, is_smoothed=is_smoothed, is_fast=is_fast)
 
 
 def _generate_norm(region: Region, isa: Isa) -> Any:
@@ -46,7 +47,7 @@ def _generate_attention(region: Region, isa: Isa) -> Any:
 
 
 def _unsupported_quantize(region: Region) -> str | None:
-    if region.steps or region.extras != (("channel",) if region.flags else ()):
+    if region.steps or region.extras != (("channel",) if "smoothed" in region.flags else ()):
         return "Quantize takes no epilogue"
     return None
 
@@ -70,7 +71,7 @@ def _unsupported_attention(region: Region) -> str | None:
 def _quantize_parameters(region: Region, isa: Isa) -> list[tuple[str, str]]:
     return [
         ("const float *", "a->x"),
-        *((("const float *", "a->smoothing"),) if region.flags else ()),
+        *((("const float *", "a->smoothing"),) if region.extras else ()),
         ("uint8_t *", "a->q"),
         ("float *", "a->s"),
         ("int32_t", "a->rows"),

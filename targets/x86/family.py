@@ -9,10 +9,12 @@ from typing import Any
 from qcompiler.ir.region import Region
 from qcompiler.targets.x86.isa import AVX2, AVX512_VNNI, Isa
 
-__all__ = ["MAX_ELEMENTS", "Family", "misfit_of_results"]
+__all__ = ["FAST", "MAX_ELEMENTS", "Family", "misfit_of_results"]
 
 MAX_ELEMENTS = 1 << 30
 """Kernels index a row, and the packed weights, with int32."""
+FAST = "fast"
+"""The flag of a Quantize of numbers that have been rounded otherwise than the body's before."""
 _MAX_PARTS = 8
 """Results of merged products: QC__MAX_PARTS of native/qcompiler.h."""
 

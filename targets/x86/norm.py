@@ -295,6 +295,7 @@ class _Norm:
         return Register("float32", y * smoothing).value
 
     def _prefetch(self, row: Row, offset: Expr, group: int) -> None:
-        """Fetch one operand of the rows that follow; for both an L1 has no time."""
+        """Fetch the operands of the rows that follow; asking for where y goes as well is slower."""
         if self._residual and self._k <= _LONGEST_PREFETCHED_ROW:
-            tir.prefetch_to_l1(self._arrays["a"], row.start + offset + group * self._k)
+            for name in ("a", "b"):
+                tir.prefetch_to_l1(self._arrays[name], row.start + offset + group * self._k)

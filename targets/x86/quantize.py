@@ -69,19 +69,23 @@ _RESULTS = (
 )
 
 
-def quantize_function(k: int, isa: Isa = AVX512_VNNI, *, is_smoothed: bool = False) -> Any:
+def quantize_function(
+    k: int, isa: Isa = AVX512_VNNI, *, is_smoothed: bool = False, is_fast: bool = False
+) -> Any:
     """The TIR of `void f(const float *x, uint8_t *q, float *s, int32_t rows, int32_t x_stride)`.
 
     Rows of `k`, those of x so many floats apart: they may overlap.  With `is_smoothed`,
-    `const float *smoothing` follows `x`: a factor for each column.
+    `const float *smoothing` follows `x`: a factor for each column.  With `is_fast`, quotients are
+    those of `FastQuotient`.
     """
     unit = unit_of(isa)
+    quotient = FastQuotient if is_fast else Quotient
 
     def body(x: Expr, *rest: Expr) -> None:
         *smoothing, q, s, rows, stride = rest
         group = _ROWS if k <= _LONGEST_GROUPED_ROW else 1
         load = functools.partial(_load, x, stride, smoothing)
-        for_rows(rows, group, lambda some: _rows(unit, load, q, s, k, some))
+        for_rows(rows, group, lambda some: _rows(unit, load, q, s, k, some, quotient))
 
     smoothing = (_SMOOTHING,) if is_smoothed else ()
     return tir.function((Parameter("x", "float32"), *smoothing, *_RESULTS, _STRIDE), body)
@@ -119,11 +123,12 @@ def _rows(
     s: Expr,
     k: int,
     rows: Sequence[Expr],
+    quotient: type[Quotient | FastQuotient],
 ) -> None:
     """Quantize the given rows; each step is emitted for all of them before the next."""
     values = [functools.partial(load, row) for row in rows]
     tops = [Register("float32", _row_top(unit, value, k)) for value in values]
-    quantize_rows(scale_rows(unit, values, tops, q, s, rows, k), k)
+    quantize_rows(scale_rows(unit, values, tops, q, s, rows, k, quotient), k)
 
 
 def _load(
@@ -215,7 +220,7 @@ def scale_rows(
     s: Expr,
     rows: Sequence[Expr],
     k: int,
-    quotient: type[Quotient | FastQuotient] = Quotient,
+    quotient: type[Quotient | FastQuotient],
 ) -> list[QuantizedRow]:
     """Store `s` of the given rows, with their values and largest magnitudes per lane.
 

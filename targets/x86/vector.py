@@ -1,7 +1,8 @@
 """Arithmetic on vectors of 16 lanes of 32 bits, whatever the registers: one zmm or two ymm.
 
-Here is what LLVM makes of plain vector code; a `VectorUnit` adds what takes the instructions of one
-instruction set.  A vector of two ymm needs no care in a generator: LLVM emits each operation twice.
+Here is what LLVM makes of plain vector code, and in a `VectorUnit` what is made of the
+`Instructions` of one set.  A vector of two ymm needs no care in a generator: LLVM emits each
+operation twice.
 
 The transcendental functions are ours because TVM calls libm once per lane for `exp` and `tanh` and
 has no `erf`.  Their coefficients are minimax fits (Lawson's iterated weighted least squares).
@@ -11,12 +12,12 @@ from __future__ import annotations
 
 import functools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from qcompiler.targets import tir
 from qcompiler.targets.piecewise import GELU_TAILS, Piecewise
 from qcompiler.targets.tir import LANES, Expr, Register, broadcast, maximum, minimum
+from qcompiler.targets.x86.instructions import Instructions
 
 __all__ = [
     "EXP2_OF_FRACTION",
@@ -188,80 +189,14 @@ def horner(variable: Expr, coefficients: Sequence[Expr]) -> Expr:
     return functools.reduce(lambda sum_, c: fma(sum_, variable, c), reversed(rest), top)
 
 
-class VectorUnit(ABC):
-    """What an instruction set computes in its own way, and the functions made of that."""
+class VectorUnit(Instructions):
+    """The functions that are made of an instruction set."""
 
     Register = Register
-    absolute = staticmethod(absolute)
     broadcast = staticmethod(broadcast)
     maximum = staticmethod(maximum)
     minimum = staticmethod(minimum)
     nearest = staticmethod(nearest)
-
-    splits = False
-    """Whether it takes activations as `SplitRows`, and weights as uint8, 128 more."""
-    lookup_size: int
-    """How many numbers a table for `lookup` has."""
-
-    @abstractmethod
-    def dot_product_u8s8(self, total: Expr, activations: Expr, weights: Expr) -> Expr:
-        """`total` plus four products per lane, exactly.
-
-        `activations` are the bits of an int32, used for all lanes; `weights` are int8, those of a
-        lane side by side.
-        """
-
-    def dot_products_u8s8(self, total: Expr, factors: Sequence[tuple[Expr, Expr]]) -> Expr:
-        """The same of several pairs of activations and weights."""
-        return functools.reduce(
-            lambda so_far, pair: self.dot_product_u8s8(so_far, *pair), factors, total
-        )
-
-    nibble_sums = ("int32", LANES)
-    """Type and lanes of what `add_nibbles` adds up."""
-
-    @abstractmethod
-    def add_nibbles(self, total: Expr, nibbles: Expr, activations: Expr) -> Expr:
-        """`total` plus the products of a uint8x64 below 16 and the int8 of `activations`.
-
-        Those are the bits of an int32, used for all lanes.
-        """
-
-    def whole_sums(self, total: Expr) -> Expr:
-        """The int32x16 that a total of `add_nibbles` is."""
-        return total
-
-    @abstractmethod
-    def round_to_int32(self, value: Expr) -> Expr:
-        """Nearest integer, ties to even; `T.round` rounds ties away from zero."""
-
-    @abstractmethod
-    def pack_int8(self, quarters: Sequence[Expr]) -> Expr:
-        """Four vectors of int32 from -128 to 127 as one int8x64, in order."""
-
-    @abstractmethod
-    def larger_magnitude(self, value: Expr, magnitude: Expr) -> Expr:
-        """max(|value|, magnitude) for magnitude >= 0; `magnitude` if `value` is NaN."""
-
-    @abstractmethod
-    def reciprocal_estimate(self, value: Expr) -> Expr:
-        """1 / value, good to at least 11 bits."""
-
-    @abstractmethod
-    def reciprocal_root_estimate(self, value: Expr) -> Expr:
-        """1 / sqrt(value), good to at least 11 bits."""
-
-    @abstractmethod
-    def times_power_of_two(self, value: Expr, power: Expr) -> Expr:
-        """`value` 2^power, for a whole `power` from -126 to 126 and a value about 1."""
-
-    @abstractmethod
-    def exp_of_negative(self, value: Expr) -> Expr:
-        """e^value to 3e-6 relative for -80 < value <= 0; 0 far below and for -inf, NaN for NaN."""
-
-    @abstractmethod
-    def lookup(self, table: Sequence[float], index: Expr) -> Expr:
-        """`table[index % lookup_size]` for each lane of an int32x16."""
 
     def reciprocal_root(self, value: Expr) -> Expr:
         """1 / sqrt(value) to 2 ulp: an estimate and one Newton step.
@@ -293,20 +228,17 @@ class VectorUnit(ABC):
         """e^value to 1e-5 relative (1e-7 for |value| < 1), between 2^-126 and 2^126."""
         return self._exp2(value * tir.broadcast(math.log2(math.e)))
 
-    def gelu_tail(self, magnitude: Expr, approximate: str) -> Expr:
-        """max(x, 0) - GELU(x) for the magnitude of x, to 6e-7; NaN for NaN."""
-        return self._piecewise(magnitude, GELU_TAILS[self.lookup_size][approximate])
+    def gelu_tail(self, value: Expr, approximate: str) -> Expr:
+        """max(x, 0) - GELU(x), to 3e-5; anything for NaN."""
+        return self._piecewise(value, GELU_TAILS[self.lookup_size][approximate])
 
-    def _piecewise(self, magnitude: Expr, pieces: Piecewise) -> Expr:
-        """A function of magnitude >= 0, of which each coefficient is looked up."""
-        # In this order vminps returns NaN for NaN.
-        bounded = Register("float32", tir.minimum(tir.broadcast(pieces.last), magnitude))
-        per_step = tir.broadcast(1.0 / pieces.step)
-        index = Register("float32", fma(bounded.value, per_step, tir.broadcast(_ROUNDER)))
-        before = tir.broadcast(_ROUNDER) - index.value
-        offset = Register("float32", fma(bounded.value, per_step, before))
-        order = tir.reinterpret("int32x16", index.value)
-        return horner(offset.value, [self.lookup(table, order) for table in pieces.coefficients])
+    def _piecewise(self, value: Expr, pieces: Piecewise) -> Expr:
+        """A function of |value|, of which each coefficient is looked up."""
+        bounded = Register("float32", self.smaller_magnitude(value, tir.broadcast(pieces.last)))
+        rounded = fma(bounded.value, tir.broadcast(1.0 / pieces.step), tir.broadcast(_ROUNDER))
+        index = Register("int32", tir.reinterpret("int32x16", rounded))
+        tables = [self.lookup(table, index.value) for table in pieces.coefficients]
+        return horner(bounded.value, tables)
 
     def sigmoid(self, value: Expr) -> Expr:
         """1 / (1 + e^-value)."""

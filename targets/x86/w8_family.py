@@ -16,7 +16,7 @@ from qcompiler.ir.joined_regions import (
 )
 from qcompiler.ir.region import Region
 from qcompiler.targets.epilogue import unsupported_epilogue
-from qcompiler.targets.x86.family import MAX_ELEMENTS, Family, misfit_of_results
+from qcompiler.targets.x86.family import FAST, MAX_ELEMENTS, Family, misfit_of_results
 from qcompiler.targets.x86.isa import AVX2, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
 
@@ -92,6 +92,12 @@ def _unsupported_requantized(region: Region) -> str | None:
     if n > MAX_QUANTIZED_DEPTH:
         return f"N={n}: rows of more than {MAX_QUANTIZED_DEPTH} are quantized later"
     return _unsupported_qmatmul(region)
+
+
+def _requantizing_kernels(region: Region) -> tuple[Region, Region]:
+    """Its parts.  Results have been rounded otherwise than the body's before they are quantized."""
+    quantize, product = requantized_parts(region)
+    return dataclasses.replace(quantize, flags=(FAST, *quantize.flags)), product
 
 
 def _qmatmul_parameters(region: Region, isa: Isa) -> list[tuple[str, str]]:
@@ -185,6 +191,6 @@ W8_FAMILIES = {
         "qc_windowed_qmatmul_w8a8", _unsupported_windowed, quantizing_parts, "R", "S"
     ),
     "RequantizedQMatMulW8A8": _joined(
-        "qc_requantized_qmatmul_w8a8", _unsupported_requantized, requantized_parts
+        "qc_requantized_qmatmul_w8a8", _unsupported_requantized, _requantizing_kernels
     ),
 }
