@@ -22,7 +22,8 @@ from qcompiler.ir.decisions import decide, decision_of, is_kept_float, region_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import constant, new_initializer, replace_nodes
 from qcompiler.ir.region import HALF, Region
-from qcompiler.passes.match_attention import Attention, Mismatch, match_attention
+from qcompiler.passes.attention_operand import Mismatch
+from qcompiler.passes.match_attention import Attention, match_attention
 from qcompiler.passes.outlining import RegionPass, outline
 
 __all__ = ["FuseAttention"]

@@ -10,33 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import onnx_ir as ir
 
-from qcompiler.ir.attention import ZERO
-from qcompiler.ir.graph import constant, only_consumer, same_dimension, same_shape
+from qcompiler.ir.attention import ZERO, grouped
+from qcompiler.ir.graph import constant, only_consumer, same_shape
+from qcompiler.passes.attention_operand import (
+    SWAP,
+    Mismatch,
+    Operand,
+    factor_of,
+    look_through,
+    order_of,
+    require,
+)
 
-__all__ = ["Attention", "Mismatch", "match_attention"]
-
-_SWAP = [0, 2, 1, 3]
-
-
-class Mismatch(Exception):  # noqa: N818 - no error: it says why a Softmax is not attention
-    """Why a Softmax is not the middle of an attention that can be one kernel."""
-
-
-@dataclasses.dataclass
-class Operand:
-    """A tensor of rank 4 behind transposes and scales.
-
-    `turned` means that its last two dimensions are exchanged, `tokens_first` that it is
-    [batch, tokens, heads, D]; the value used is `scale` times `value`.
-    """
-
-    value: ir.Value
-    scale: float = 1.0
-    turned: bool = False
-    tokens_first: bool = False
+__all__ = ["Attention", "match_attention"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,16 +54,25 @@ class Attention:
         """The flags of the region, see `ir/attention.py`."""
         order = [operand.tokens_first for operand in self.operands] + [self.tokens_first]
         layout = "".join("s" if tokens_first else "h" for tokens_first in order)
-        return (layout, ZERO) if self.guarded else (layout,)
+        return (layout, *grouped(self.group), *((ZERO,) if self.guarded else ()))
+
+    @property
+    def group(self) -> int:
+        """How many heads of q read one of k and v."""
+        return self.operands[1].copies
 
 
-def match_attention(softmax: ir.Node) -> Attention:
+def match_attention(softmax: ir.Node, *, may_group: bool = True) -> Attention:
     """The attention around `softmax`.
+
+    Args:
+        softmax: Its middle.
+        may_group: Whether several heads of q may read one of k and v; else the copies are read.
 
     Raises:
         Mismatch: There is none, or not one that is provably what a kernel computes.
     """
-    scores, result = _require(softmax.inputs[0]), softmax.outputs[0]
+    scores, result = require(softmax.inputs[0]), softmax.outputs[0]
     rank = len(scores.shape) if scores.shape is not None else None
     if softmax.attributes.get_int("axis", -1) not in (-1, 3) or rank != 4:
         raise Mismatch("not a softmax over the last of four dimensions")
@@ -84,9 +81,13 @@ def match_attention(softmax: ir.Node) -> Attention:
     if context.inputs[0] is not weights or context.inputs[1] is weights:
         raise Mismatch("its result is not the left operand of a product")
     product, mask, scale = _product(scores)
-    query = _look_through(_require(product.inputs[0]))
-    key = _look_through(_require(product.inputs[1]), turned=True)
-    value = _look_through(_require(context.inputs[1]), scaled=False)
+    query = look_through(require(product.inputs[0]))
+    keys, values = require(product.inputs[1]), require(context.inputs[1])
+    key = look_through(keys, turned=True, grouped=may_group)
+    value = look_through(values, scaled=False, grouped=may_group)
+    if key.copies != value.copies:
+        key = look_through(keys, turned=True)
+        value = look_through(values, scaled=False)
     if not key.turned:
         raise Mismatch("the scores are not a product with transposed keys")
     output, tokens_first = _by_tokens(context.outputs[0])
@@ -102,14 +103,6 @@ def match_attention(softmax: ir.Node) -> Attention:
         tokens_first=tokens_first,
         depth=_depth(query, key, value),
     )
-
-
-def _require(value: ir.Value | None) -> ir.Value:
-    if value is None:
-        raise Mismatch("an operand is missing")
-    if value.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
-        raise Mismatch(f"{value.name} is {value.dtype}, not FLOAT or FLOAT16")
-    return value
 
 
 def _only_reader(value: ir.Value, op: str) -> ir.Node:
@@ -160,7 +153,7 @@ def _scaled_product(value: ir.Value | None) -> tuple[ir.Node, float] | None:
             return None
         if node.op_type == "MatMul":
             return node, scale
-        factor = _factor(node)
+        factor = factor_of(node)
         if factor is None:
             return None
         value, scale = factor[0], scale * factor[1]
@@ -168,76 +161,10 @@ def _scaled_product(value: ir.Value | None) -> tuple[ir.Node, float] | None:
 
 
 def _usable_mask(mask: ir.Value | None) -> ir.Value:
-    mask = _require(mask)
+    mask = require(mask)
     if mask.shape is None or not 1 <= len(mask.shape) <= 4:
         raise Mismatch(f"the mask {mask.name} has no known rank from 1 to 4")
     return mask
-
-
-def _factor(node: ir.Node) -> tuple[ir.Value, float] | None:
-    """The operand and number of a Mul or Div by a constant scalar."""
-    if node.op_type not in ("Mul", "Div") or node.domain != "":
-        return None
-    for value, other in (node.inputs, reversed(node.inputs)):
-        array = constant(other)
-        if value is None or array is None or array.size != 1 or array.ndim > 4:
-            continue
-        number = float(array.astype(np.float64).item())
-        if node.op_type == "Mul" and np.isfinite(number):
-            return value, number
-        if node.op_type == "Div" and value is node.inputs[0] and np.isfinite(number) and number:
-            return value, 1.0 / number
-    return None
-
-
-def _look_through(value: ir.Value, *, turned: bool = False, scaled: bool = True) -> Operand:
-    """The tensor behind transposes and scales; `turned` if it is to be found transposed."""
-    operand = Operand(value)
-    while (node := operand.value.producer()) is not None and node.domain == "":
-        order = _order(node)
-        may_turn = turned and not operand.turned and not operand.tokens_first
-        if scaled and (factor := _factor(node)) is not None:
-            operand.value, operand.scale = factor[0], operand.scale * factor[1]
-        elif may_turn and (source := _turn_of(node)) is not None:
-            operand.value, operand.turned = source, True
-        elif may_turn and order == [0, 2, 3, 1]:
-            operand.value, operand.turned = _require(node.inputs[0]), True
-            operand.tokens_first = True
-        elif order == _SWAP and not operand.tokens_first and operand.turned == turned:
-            operand.value, operand.tokens_first = _require(node.inputs[0]), True
-        else:
-            break
-    return operand
-
-
-def _turn_of(node: ir.Node) -> ir.Value | None:
-    """What `node` exchanges the last two dimensions of, by one Transpose or between Reshapes."""
-    if _order(node) == [0, 1, 3, 2]:
-        return node.inputs[0]
-    turn = node.inputs[0].producer() if node.op_type == "Reshape" and node.inputs[0] else None
-    if turn is None or _order(turn) != [0, 2, 1] or turn.inputs[0] is None:
-        return None
-    merge = turn.inputs[0].producer()
-    source = merge.inputs[0] if merge is not None and merge.op_type == "Reshape" else None
-    found = source is not None and _is_turned(source, turn.inputs[0], node.outputs[0])
-    return source if found else None
-
-
-def _order(node: ir.Node) -> list[int] | None:
-    """The perm of a Transpose."""
-    if node.op_type != "Transpose" or node.domain != "":
-        return None
-    return list(node.attributes.get_ints("perm", []))
-
-
-def _is_turned(source: ir.Value, merged: ir.Value, result: ir.Value) -> bool:
-    """Whether the shapes are [a, b, c, d], [?, c, d] and [a, b, d, c]: then no row is mixed up."""
-    shapes = [tuple(value.shape or ()) for value in (source, merged, result)]
-    if [len(shape) for shape in shapes] != [4, 3, 4]:
-        return False
-    (a, b, c, d), middle, last = shapes
-    pairs = zip((c, d, a, b, d, c), (*middle[1:], *last), strict=True)
-    return all(same_dimension(one, other) for one, other in pairs)
 
 
 def _by_tokens(context: ir.Value) -> tuple[ir.Value, bool]:
@@ -246,7 +173,7 @@ def _by_tokens(context: ir.Value) -> tuple[ir.Value, bool]:
     if reader is not None and reader.op_type == "Reshape" and same_shape(reader.outputs[0], result):
         result = reader.outputs[0]
         reader = only_consumer(result)
-    if reader is None or _order(reader) != _SWAP:
+    if reader is None or order_of(reader) != SWAP:
         return context, False
     return reader.outputs[0], True
 
@@ -254,7 +181,7 @@ def _by_tokens(context: ir.Value) -> tuple[ir.Value, bool]:
 def _depth(query: Operand, key: Operand, value: Operand) -> int:
     depths = set()
     for operand in (query, key, value):
-        shape = _require(operand.value).shape
+        shape = require(operand.value).shape
         if shape is None or len(shape) != 4:
             raise Mismatch(f"{operand.value.name} has no known rank of 4")
         depths.add(shape[3])

@@ -27,8 +27,9 @@ from onnx_ir.passes import common
 
 from qcompiler.ir.decisions import decide
 from qcompiler.ir.graph import new_initializer, replace_nodes, same_dimension
+from qcompiler.passes.attention_operand import Mismatch, Operand
 from qcompiler.passes.fix_names import FixNames
-from qcompiler.passes.match_attention import Attention, Mismatch, Operand, match_attention
+from qcompiler.passes.match_attention import Attention, match_attention
 
 __all__ = ["UseOrtAttention"]
 
@@ -58,7 +59,7 @@ class UseOrtAttention(ir.passes.InPlacePass):
 
     def _try_replace(self, model: ir.Model, softmax: ir.Node) -> bool:
         try:
-            found = match_attention(softmax)
+            found = match_attention(softmax, may_group=False)
             heads = _heads(found)
         except Mismatch as reason:
             decide(softmax, "float", f"not {_DOMAIN}.MultiHeadAttention: {reason}")

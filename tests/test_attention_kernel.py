@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from instruction_sets import compiled_for_here, each_isa, each_raw_isa, needs
 from raw_kernels import Guarded, load, pointer
 
+from qcompiler.ir.attention import group_of, grouped
 from qcompiler.ir.region import Region
 from qcompiler.targets.library import KernelCache, build_library
 from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, Isa
@@ -22,8 +23,8 @@ from qcompiler.targets.x86.isa import AVX2, AVX512_BF16, AVX512_VNNI, Isa
 LAYOUTS = ("hhhh", "ssss", "hshs")
 
 
-def region(d: int, layout: str, masked: bool, zero: bool) -> Region:
-    flags = (layout, "zero") if zero else (layout,)
+def region(d: int, layout: str, masked: bool, zero: bool, group: int = 1) -> Region:
+    flags = (layout, *grouped(group), *(("zero",) if zero else ()))
     return Region("MaskedAttention" if masked else "Attention", (("D", d),), flags=flags)
 
 
@@ -34,6 +35,9 @@ REGIONS = [
     region(32, "ssss", True, True),
     region(64, "ssss", False, False),
     region(80, "hshs", True, True),
+    region(20, "hhhs", True, True, 3),
+    region(32, "ssss", False, False, 2),
+    region(16, "hshs", True, False, 12),
 ]
 
 
@@ -78,6 +82,11 @@ def check(region: Region, feeds: dict[str, np.ndarray], library: Path, isa: Isa)
 @example(REGIONS[3], (2, 1, 9), 0, 4, 0, (), "random").via("no keys")
 @example(REGIONS[3], (2, 3, 9), 33, 4, 0, (3,), "random").via("a mask of one value per row")
 @example(REGIONS[3], (2, 3, 9), 33, 1, 0, (0, 1, 2), "random").via("a mask of rank 1")
+@example(REGIONS[6], (2, 2, 1), 40, 4, 0, (1,), "random").via("one row of grouped queries")
+@example(REGIONS[7], (2, 3, 140), 300, 4, 0, (), "random").via("blocks of grouped queries")
+@example(REGIONS[8], (2, 1, 9), 33, 4, 0, (0,), "half").via("all queries in one group")
+@example(REGIONS[8], (0, 1, 9), 33, 4, 0, (), "random").via("no grouped queries")
+@example(REGIONS[6], (2, 3, 9), 0, 4, 0, (), "random").via("no keys of grouped queries")
 @given(
     st.sampled_from(REGIONS),
     st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(0, 40)),
@@ -90,13 +99,14 @@ def check(region: Region, feeds: dict[str, np.ndarray], library: Path, isa: Isa)
 def test_kernel_is_its_body(library, isa, region, sizes, keys, mask_rank, seed, ones, kind):
     rng, d = np.random.default_rng(seed), region.size("D")
     batch, heads, rows = sizes
-    layout = region.flags[0]
+    layout, all_heads = region.flags[0], heads * group_of(region.flags)
+    counts = ((all_heads, rows), (heads, keys), (heads, keys))
     feeds = {
-        name: rng.standard_normal(by(letter, batch, heads, tokens, d), np.float32)
-        for name, letter, tokens in zip("qkv", layout, (rows, keys, keys), strict=False)
+        name: rng.standard_normal(by(letter, batch, some, tokens, d), np.float32)
+        for name, letter, (some, tokens) in zip("qkv", layout, counts, strict=False)
     }
     if region.anchor == "MaskedAttention":
-        shape = [1 if i in ones else n for i, n in enumerate((batch, heads, rows, keys))]
+        shape = [1 if i in ones else n for i, n in enumerate((batch, all_heads, rows, keys))]
         feeds["mask"] = mask_of(kind, rng, shape[4 - mask_rank :])
     check(region, feeds, library, isa)
 

@@ -2,6 +2,7 @@
  *
  * Shapes meet as they do in the body: batch, heads and mask broadcast like those of MatMul and Add,
  * which costs nothing here, because a dimension of 1 is walked with stride 0. */
+#include <stdlib.h>
 #include <string.h>
 
 #include "qcompiler.h"
@@ -27,6 +28,7 @@ struct attention_run {
     const struct qc_op *op;
     struct operand q, k, v, mask, y;
     int64_t heads, rows, keys; /* rows per head */
+    int64_t group;             /* heads that read one of k and v */
     int64_t block_rows, blocks, units, tasks;
     float scale;
 };
@@ -38,10 +40,11 @@ static void run_unit(const struct attention_run *run, int64_t unit) {
     int64_t block = unit % run->blocks, head = unit / run->blocks % run->heads;
     int64_t batch = unit / run->blocks / run->heads, row = block * run->block_rows;
     const struct operand *q = &run->q, *k = &run->k, *v = &run->v, *mask = &run->mask, *y = &run->y;
+    const int64_t group = head / run->group;
     run->op->variant->attention(&(struct qc_attention_args){
         .q = q->data + batch * q->stride[0] + head * q->stride[1] + row * q->stride[2],
-        .k = k->data + batch * k->stride[0] + head * k->stride[1],
-        .v = v->data + batch * v->stride[0] + head * v->stride[1],
+        .k = k->data + batch * k->stride[0] + group * k->stride[1],
+        .v = v->data + batch * v->stride[0] + group * v->stride[1],
         .mask = mask->data + batch * mask->stride[0] + head * mask->stride[1] +
                 row * mask->stride[2],
         .y = (float *)y->data + batch * y->stride[0] + head * y->stride[1] + row * y->stride[2],
@@ -126,6 +129,7 @@ static OrtStatus *bind(struct attention_run *run, OrtKernelContext *context, siz
         return qc_error(op, "input %s has shape %s; its rows lie more than 2^30 values apart", name,
                         qc_shape_text(&shape, text));
     broadcast(operand);
+    if (whole) operand->size[1] *= run->group;
     return NULL;
 }
 
@@ -162,10 +166,16 @@ static OrtStatus *bind_output(struct attention_run *run, OrtKernelContext *conte
     return qc_output(context, 0, &shape, (void **)&run->y.data);
 }
 
+/* The number after g in a form such as "hhhs_g3_zero". */
+static int64_t group_size(const char *form) {
+    const char *flag = strstr(form, "_g");
+    return flag ? strtol(flag + 2, NULL, 10) : 1;
+}
+
 static OrtStatus *compute(const struct qc_op *op, OrtKernelContext *context, int masked) {
     static const float no_mask = 0;
     static const struct operand NO_MASK = {&no_mask, {1, 1, 1, 1}, {0, 0, 0, 0}};
-    struct attention_run run = {.op = op, .mask = NO_MASK};
+    struct attention_run run = {.op = op, .mask = NO_MASK, .group = group_size(op->spec->form)};
     const float *scale = NULL;
     int64_t size[4];
     QC_TRY(bind(&run, context, INPUT_Q, "q", &run.q));
