@@ -29,8 +29,9 @@ from qcompiler.passes.outlining import RegionPass, outline
 __all__ = ["FuseAttention"]
 
 _SHAPING = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Expand", "Split", "Slice", "Gather"}
-_MOVING = _SHAPING | {"Concat", "Add", "Sub", "Mul", "Div", "Neg", "Identity"}
+_MOVING = _SHAPING | {"Concat", "Add", "Sub", "Mul", "Div", "Neg", "Identity", "RotaryEmbedding"}
 """Ops between a projection and its attention: heads, a bias, a rotary embedding, a cache."""
+_DOMAINS = ("", "com.microsoft")
 
 
 class FuseAttention(RegionPass):
@@ -142,7 +143,7 @@ def _is_quantized(value: ir.Value) -> bool:
             ):
                 return False
             continue
-        if node.domain != "" or node.op_type not in _MOVING:
+        if node.domain not in _DOMAINS or node.op_type not in _MOVING:
             continue
         for operand in node.inputs:
             if operand is not None and operand not in seen:

@@ -48,6 +48,7 @@ from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.passes.split_outliers import SplitOutliers
 from qcompiler.passes.unfold_convolutions import UnfoldConvolutions
 from qcompiler.passes.use_ort_attention import UseOrtAttention
+from qcompiler.passes.use_ort_rotary import UseOrtRotary
 from qcompiler.passes.widen_floats import WidenFloats
 from qcompiler.recipe import Recipe
 from qcompiler.step import Step
@@ -149,6 +150,7 @@ def default_steps(
         Step("fuse-regions", FuseRegions(supports), Stage.KERNEL, "target"),
         Step("fuse-images", FuseImages(supports), Stage.KERNEL, "target"),
         Step("fuse-norms", FuseNorms(supports), Stage.KERNEL, "target"),
+        Step("use-ort-rotary", UseOrtRotary(target.arch == "x86"), Stage.KERNEL, "target"),
         Step(
             "use-ort-attention",
             UseOrtAttention(target.arch == "cuda"),

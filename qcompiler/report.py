@@ -100,8 +100,9 @@ class Report:
 def op_in_words(op: str) -> str:
     """Regions of one anchor count together, whatever their sizes."""
     head, *rest = op.split("_")
-    # Neither sizes nor widths of merged results, nor flags, nor the digest of attributes.
-    hidden = re.compile("[A-Z][0-9]+|[0-9]+(x[0-9]+)+|[a-z]+|[0-9a-f]{6}")
+    # Neither sizes nor widths of merged results, nor groups of heads, nor flags, nor the digest of
+    # attributes.
+    hidden = re.compile("[A-Zg][0-9]+|[0-9]+(x[0-9]+)+|[a-z]+|[0-9a-f]{6}")
     return " + ".join([head, *(part for part in rest if not hidden.fullmatch(part))])
 
 
