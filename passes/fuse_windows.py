@@ -9,6 +9,9 @@ two.  Zeros around rows are not stored either, p = Pad(x):
 
         =>  y = WindowedQMatMulW8A8_K1152_N384_R3_S2_AddC_Gelu_f00bd2(x, w, ws, b)
 
+Windows may have holes, Concat(p[0:-4], p[2:-2], p[4:]), as dilated convolutions have them: a core
+copies a few at a time to where it quantizes them.
+
 Convolutions of one dimension become such products (`unfold_convolutions`).  No Pad is of integers
 there: rows are quantized by a scale of each window, so not before there are windows, and
 convolutions of static scales pad by themselves.  Pads by what is no zero, by the edge or by
@@ -22,7 +25,7 @@ So this runs before it and `fuse_quantize`, and after `merge_siblings`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -52,6 +55,7 @@ class _Windows:
         x: What is read.
         taps: How many.
         step: How many rows further the next begins.
+        dilation: How many rows further the next row of each is.
         copies: The nodes that make them and nothing else.
         pads: How many rows of zeros are before and behind those of `x`.
     """
@@ -59,6 +63,7 @@ class _Windows:
     x: ir.Value
     taps: int
     step: int
+    dilation: int
     copies: tuple[ir.Node, ...]
     pads: tuple[int, int] = (0, 0)
 
@@ -107,11 +112,13 @@ class FuseWindows(JoiningPass):
 
 def _reading(region: Region, windows: _Windows) -> Region:
     """The region of a product, as one of windows."""
+    dilations = (("dilations", (windows.dilation,)),) if windows.dilation > 1 else ()
+    pads = (("pads", windows.pads),) if any(windows.pads) else ()
     return dataclasses.replace(
         region,
         anchor="WindowedQMatMulW8A8",
         sizes=(*region.sizes, ("R", windows.taps), ("S", windows.step)),
-        attributes=(("pads", windows.pads),) if any(windows.pads) else (),
+        attributes=(*dilations, *pads),
     )
 
 
@@ -139,21 +146,21 @@ def _windows(quantize: ir.Node) -> _Windows | None:
         return None
     taps = _taps(last, rank)
     if taps is None:
-        return _Windows(read, 1, 1, ())
+        return _Windows(read, 1, 1, 1, ())
     copies = tuple(dict.fromkeys([*taps, last]))
     if only_consumer(read) is not quantize:
         return None
-    x, step = taps[0].inputs[0], _step(taps[0])
+    x, step, dilation = taps[0].inputs[0], _step(taps[0]), _dilation(taps)
     fits = all(
         node.graph is quantize.graph
         and (node is last or only_consumer(node.outputs[0]) is last)
         and node.inputs[0] is x
-        and _takes(node, _bounds(tap, len(taps)), rank, step)
+        and _takes(node, _bounds(tap, len(taps), dilation), rank, step)
         for tap, node in enumerate(taps)
     )
     if x is None or step is None or not fits or last.graph is not quantize.graph:
         return None
-    return _Windows(x, len(taps), step, copies)
+    return _Windows(x, len(taps), step, dilation, copies)
 
 
 def _taps(last: ir.Node, rank: int) -> list[ir.Node] | None:
@@ -167,9 +174,15 @@ def _taps(last: ir.Node, rank: int) -> list[ir.Node] | None:
     return slices if len(slices) == len(last.inputs) else None
 
 
-def _bounds(tap: int, taps: int) -> tuple[int, int | None]:
+def _dilation(taps: Sequence[ir.Node]) -> int:
+    """How many rows behind the first the second Slice begins, if these are windows."""
+    first = _integer(taps[1].inputs[1]) if len(taps) > 1 and len(taps[1].inputs) > 1 else None
+    return max(1, first or 1)
+
+
+def _bounds(tap: int, taps: int, dilation: int) -> tuple[int, int | None]:
     """The first row of a tap, and how many behind the last it leaves out, as a negative number."""
-    return tap, tap - taps + 1 or None
+    return tap * dilation, (tap - taps + 1) * dilation or None
 
 
 def _takes(node: ir.Node, bounds: tuple[int, int | None], rank: int, step: int | None) -> bool:

@@ -11,7 +11,7 @@ from golden import assert_step, model_of, run
 from test_merge_siblings import rewritten
 from test_regions import everything, folded
 
-from qcompiler.ir.decisions import decisions
+from qcompiler.ir.decisions import decisions, region_of
 from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.passes.fuse_requantize import FuseRequantize
 from qcompiler.passes.fuse_windows import FuseWindows
@@ -21,6 +21,7 @@ FEEDS = {"x": RNG.standard_normal((11, 64), np.float32)}
 VALUES = {
     "w": RNG.standard_normal((192, 8), np.float32),
     "zero": np.int64([0]), "one": np.int64([1]), "two": np.int64([2]), "three": np.int64([3]),
+    "four": np.int64([4]), "minus_four": np.int64([-4]),
     "minus_two": np.int64([-2]), "minus_one": np.int64([-1]), "end": np.int64([2**63 - 1]),
     "last": np.int64([99]), "pads": np.int64([1, 0, 2, 0]), "ends": np.int64([1, 2]),
     "of_columns": np.int64([1, 1, 2, 1]), "cropping": np.int64([1, 0, -1, 0]),
@@ -58,6 +59,38 @@ def test_axes_may_count_from_the_end():
     model = quantized(f"{head}{{ {taps}{JOIN.replace('axis = 1', 'axis = -1')} }}")
     FuseWindows(everything)(model)
     assert [node.op_type for node in model.graph] == ["WindowedQMatMulW8A8_K192_N8_R3_S2"]
+
+
+DILATED = """i = Slice (x, zero, minus_four, zero) j = Slice (x, two, minus_two, zero)
+    k = Slice (x, four, end, zero) """
+
+
+def test_windows_may_have_holes():
+    model = quantized(f"{HEAD}{{ {DILATED}{JOIN} }}")
+    (op,) = rewritten(model, FuseWindows(everything), FEEDS)
+    assert op.startswith("WindowedQMatMulW8A8_K192_N8_R3_S1_")
+    assert region_of(model.graph.node(0)).attributes == (("dilations", (2,)),)
+
+
+def test_windows_with_holes_reach_into_zeros():
+    model = quantized(f"{HEAD}{{ p = Pad (x, pads) {DILATED.replace('(x', '(p')}{JOIN} }}")
+    assert len(rewritten(model, FuseWindows(everything), FEEDS)) == 1
+    attributes = region_of(model.graph.node(0)).attributes
+    assert attributes == (("dilations", (2,)), ("pads", (1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("j = Slice (x, two, minus_two", "j = Slice (x, three, minus_one"),  # two other holes
+        ("j = Slice (x, two, minus_two", "j = Slice (x, two, minus_one"),
+        ("(i, j, k)", "(k, j, i)"),
+    ],
+)
+def test_holes_are_all_of_one_size(old, new):
+    text = f"{HEAD}{{ {DILATED}{JOIN} }}"
+    assert old in text
+    assert not FuseWindows(everything)(quantized(text.replace(old, new))).modified
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ class Layer:
     taps: int = 3
     stride: int = 1
     pad: int = 1
+    dilation: int = 1
 
 
 def weight(*shape: int) -> np.ndarray:
@@ -40,7 +41,8 @@ def stack(channels: int, layers: list[Layer], width: int) -> ir.Model:
         weights[f"w{i}"] = weight(layer.width, channels, layer.taps)
         weights[f"b{i}"] = weight(layer.width)
         lines.append(
-            f"c{i} = Conv <pads = [{layer.pad}, {layer.pad}], strides = [{layer.stride}]>"
+            f"c{i} = Conv <pads = [{layer.pad}, {layer.pad}], strides = [{layer.stride}],"
+            f" dilations = [{layer.dilation}]>"
             f" ({value}, w{i}, b{i}) a{i} = {layer.then} (c{i})"
         )
         channels, value = layer.width, f"a{i}"
@@ -77,6 +79,11 @@ STACKS: dict[str, tuple[list[Layer], list[str]]] = {
         [Layer(24, "Relu", pad=0), Layer(40, pad=0, stride=2), Layer(24, "Relu", pad=0)],
         ["Windowed_K24_N24_R3_S1_AddC_Relu", "Windowed_K72_N40_R3_S2_AddC_Gelu",
          "Windowed_K120_N24_R3_S1_AddC_Relu", "Dynamic_K24_N16"],
+    ),
+    "dilated": (
+        [Layer(24, "Relu", pad=d, dilation=d) for d in (1, 2, 4, 8)],
+        ["Windowed_K24_N24_R3_S1_AddC_Relu_#", *["Windowed_K72_N24_R3_S1_AddC_Relu_#"] * 3,
+         "Dynamic_K24_N16"],
     ),
     "one tap last": (
         [Layer(24), Layer(48, taps=1, pad=0)],
