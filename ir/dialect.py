@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qcompiler.ir.dialect_ops import OPS, WINDOWS, DialectOp
 from qcompiler.ir.dialect_quantize import SMALLEST_MAGNITUDE
 from qcompiler.ir.graph import every_node
-from qcompiler.ir.joined_regions import pads_of_windows
+from qcompiler.ir.joined_regions import dilation_of_windows, pads_of_windows
 from qcompiler.ir.region import HALF, QUANTIZATION, Region, Step
 
 __all__ = [
@@ -74,7 +74,7 @@ def region_function(region: Region, domain: str, opset: int) -> ir.Function:
     op, sizes = OPS[region.anchor], dict(region.sizes)
     body = op.body_of(region.flags)
     if "windows" in body:
-        body = body.replace(WINDOWS, _windows(sizes["R"], sizes["S"], pads_of_windows(region)))
+        body = body.replace(WINDOWS, _windows(region))
     extras = tuple(f"extra{i}" for i in range(len(region.extras)))
     values = [op.outputs[0]]
     for step in region.steps:
@@ -102,20 +102,18 @@ def region_function(region: Region, domain: str, opset: int) -> ir.Function:
     return function
 
 
-def _windows(taps: int, step: int, pads: tuple[int, int]) -> str:
-    """The lines that make rows of `taps` rows of x, of every `step`th one and those after it.
-
-    There are so many rows of zeros before and behind x.
-    """
+def _windows(region: Region) -> str:
+    """The lines that make rows of R rows of x, of every Sth one and those after it."""
+    taps, pads, dilation = region.size("R"), pads_of_windows(region), dilation_of_windows(region)
     lines = f"""
     axis = Constant <value_ints = [-2]> ()
-    step = Constant <value_ints = [{step}]> ()
+    step = Constant <value_ints = [{region.size("S")}]> ()
 """
     rows = "padded" if any(pads) else "x"
     lines += _padded(*pads) if any(pads) else ""
     for tap in range(taps):
-        end = tap - taps + 1 or (1 << 63) - 1
-        lines += f"    first_{tap} = Constant <value_ints = [{tap}]> ()\n"
+        end = (tap - taps + 1) * dilation or (1 << 63) - 1
+        lines += f"    first_{tap} = Constant <value_ints = [{tap * dilation}]> ()\n"
         lines += f"    end_{tap} = Constant <value_ints = [{end}]> ()\n"
         lines += f"    tap_{tap} = Slice ({rows}, first_{tap}, end_{tap}, axis, step)\n"
     parts = ", ".join(f"tap_{tap}" for tap in range(taps))

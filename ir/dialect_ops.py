@@ -47,7 +47,8 @@ WINDOWS = """
 """
 """Of one tap; a region's sizes say of how many, R, and how many rows there are to the next, S.
 
-Its attribute `pads`, if there is one, says how many rows of zeros are before and behind x."""
+Its attribute `pads`, if there is one, says how many rows of zeros are before and behind x, and
+`dilations` how many rows further the next of a window is."""
 
 _SHIFTED = """
     middle = Constant <value = uint8 {128}> ()

@@ -6,7 +6,7 @@ import dataclasses
 
 from qcompiler.ir.region import ExtraKind, Region
 
-__all__ = ["pads_of_windows", "quantizing_parts", "requantized_parts"]
+__all__ = ["dilation_of_windows", "pads_of_windows", "quantizing_parts", "requantized_parts"]
 
 
 def quantizing_parts(region: Region) -> tuple[Region, Region]:
@@ -21,6 +21,11 @@ def pads_of_windows(region: Region) -> tuple[int, int]:
     """How many rows of zeros there are before and behind those that a region reads windows of."""
     begin, end = region.integers("pads") if dict(region.attributes).get("pads") else (0, 0)
     return begin, end
+
+
+def dilation_of_windows(region: Region) -> int:
+    """How many rows further in what it reads the next row of a window is."""
+    return region.integers("dilations")[0] if "dilations" in dict(region.attributes) else 1
 
 
 def requantized_parts(region: Region) -> tuple[Region, Region]:

@@ -17,7 +17,7 @@ from qcompiler.ir.decisions import decide, decision_of, region_of
 from qcompiler.ir.graph import only_consumer
 from qcompiler.passes.outlining import UNBOUND, JoiningPass, outline
 
-__all__ = ["FuseQuantize"]
+__all__ = ["FuseQuantize", "only_product"]
 
 
 class FuseQuantize(JoiningPass):
@@ -25,7 +25,7 @@ class FuseQuantize(JoiningPass):
 
     def join(self, model: ir.Model, quantize: ir.Node) -> bool:
         """Join a Quantize with the product that reads it."""
-        product = _only_product(quantize)
+        product = only_product(quantize)
         region = region_of(product) if product is not None else None
         if product is None or region is None:
             return False
@@ -39,7 +39,7 @@ class FuseQuantize(JoiningPass):
         return True
 
 
-def _only_product(quantize: ir.Node) -> ir.Node | None:
+def only_product(quantize: ir.Node) -> ir.Node | None:
     """The product of the same graph that alone reads both results of an outlined Quantize."""
     region = region_of(quantize) if quantize.domain == UNBOUND else None
     if region is None or region.anchor != "Quantize":

@@ -8,7 +8,8 @@ reaches memory: what is wide, between the two products of an MLP, is the largest
 quantized may be the result times one factor per channel (see `smooth_activations`, and the masks of
 `split_outliers`); if others read the result it is stored, too.
 
-Runs after `merge_siblings`, and before `fuse_quantize`, which would have the next product do it.
+Runs after `merge_siblings`, and after `fuse_windows`, whose products quantize their input and not
+their result; before `fuse_quantize`, which would have the next product do it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from qcompiler.ir.joined_regions import requantized_parts
 from qcompiler.ir.region import Region
 from qcompiler.passes.outlining import UNBOUND, JoiningPass, outline
 
-__all__ = ["FuseRequantize", "separate_results"]
+__all__ = ["FuseRequantize", "quantizing_readers", "separate_results"]
 
 _RESULT = "qcompiler.result"
 """The name of the floats that a node quantizes, which its own results do not say."""
@@ -41,7 +42,7 @@ class FuseRequantize(JoiningPass):
         if region is None or region.anchor != "QMatMulW8A8" or region.widths or region.flags:
             return False
         result = product.outputs[0]
-        readers = _quantizing(result)
+        readers = quantizing_readers(result)
         if not readers:
             return False
         factor = _factor(readers[0], result)
@@ -110,7 +111,7 @@ def _call(
     return new
 
 
-def _quantizing(result: ir.Value) -> list[ir.Node]:
+def quantizing_readers(result: ir.Value) -> list[ir.Node]:
     """The outlined Quantize of a value, or a Mul by channel and the one that alone reads that."""
     for use in result.uses():
         if _quantizes(use.node, result):

@@ -88,13 +88,17 @@ def requantized(region, outputs=("yq", "ys"), flags=()):
     )
 
 
-def windowed(region, taps, step, pads=None):
-    """A region that reads windows of `taps` rows, `step` rows apart, with zeros around the rows."""
+def windowed(region, taps, step, pads=None, dilation=1):
+    """A region that reads windows of `taps` rows, `step` rows apart, with zeros around the rows.
+
+    Rows of a window are `dilation` rows apart.
+    """
+    given = {"dilations": (dilation,) if dilation > 1 else None, "pads": pads}
     return dataclasses.replace(
         region,
         anchor="WindowedQMatMulW8A8",
         sizes=(*region.sizes, ("R", taps), ("S", step)),
-        attributes=() if pads is None else (("pads", pads),),
+        attributes=tuple((key, value) for key, value in given.items() if value is not None),
     )
 
 
@@ -105,6 +109,8 @@ WINDOWED = [
     windowed(matmul(384, 193, ("channel",), BIAS, Step("Gelu", (1,))), 3, 1),
     windowed(matmul(4096, 17), 2, 3),
     windowed(dataclasses.replace(matmul(20, 96), widths=(48, 48)), 5, 1),
+    windowed(matmul(63, 47, ("channel", "tensor"), BIAS, Step("Add", (1, -2))), 3, 2, None, 4),
+    windowed(matmul(4096, 17), 4, 1, None, 2),
 ]
 
 PADDED = [
@@ -115,6 +121,8 @@ PADDED = [
     windowed(matmul(4096, 17), 2, 3, (0, 2)),
     windowed(dataclasses.replace(matmul(20, 96), widths=(48, 48)), 5, 1, (4, 0)),
     windowed(matmul(12, 20), 2, 3, (5, 9)),
+    windowed(matmul(384, 193, ("channel",), BIAS, Step("Relu", (1,))), 3, 1, (16, 0), 8),
+    windowed(matmul(20, 30), 5, 2, (3, 4), 3),
 ]
 """Some of whose windows are zeros throughout."""
 
@@ -132,6 +140,7 @@ REPEATED += [
     requantized(REPEATED[2], ("y", "yq", "ys"), ("smoothed",)),
     windowed(matmul(63, 47, ("repeated",), Step("Add", (0, -1))), 3, 2),
     windowed(REPEATED[1], 2, 1, (1, 2)),
+    windowed(REPEATED[1], 2, 1, (0, 3), 2),
 ]
 """Whose operands have fewer dimensions than the result."""
 

@@ -11,9 +11,9 @@ from golden import assert_step, model_of, run
 from test_merge_siblings import rewritten
 from test_regions import everything, folded
 
-from qcompiler.ir.decisions import decisions
-from qcompiler.passes.fuse_quantize import FuseQuantize
+from qcompiler.ir.decisions import decisions, region_of
 from qcompiler.passes.fuse_regions import FuseRegions
+from qcompiler.passes.fuse_requantize import FuseRequantize
 from qcompiler.passes.fuse_windows import FuseWindows
 
 RNG = np.random.default_rng(9)
@@ -21,6 +21,7 @@ FEEDS = {"x": RNG.standard_normal((11, 64), np.float32)}
 VALUES = {
     "w": RNG.standard_normal((192, 8), np.float32),
     "zero": np.int64([0]), "one": np.int64([1]), "two": np.int64([2]), "three": np.int64([3]),
+    "four": np.int64([4]), "minus_four": np.int64([-4]),
     "minus_two": np.int64([-2]), "minus_one": np.int64([-1]), "end": np.int64([2**63 - 1]),
     "last": np.int64([99]), "pads": np.int64([1, 0, 2, 0]), "ends": np.int64([1, 2]),
     "of_columns": np.int64([1, 1, 2, 1]), "cropping": np.int64([1, 0, -1, 0]),
@@ -36,7 +37,6 @@ JOIN = "windows = Concat <axis = 1> (i, j, k) y = MatMul (windows, w)"
 def quantized(text: str, **values: Any) -> ir.Model:
     model = folded(text, **VALUES | values)
     FuseRegions(everything)(model)
-    FuseQuantize(everything)(model)
     return model
 
 
@@ -59,6 +59,38 @@ def test_axes_may_count_from_the_end():
     model = quantized(f"{head}{{ {taps}{JOIN.replace('axis = 1', 'axis = -1')} }}")
     FuseWindows(everything)(model)
     assert [node.op_type for node in model.graph] == ["WindowedQMatMulW8A8_K192_N8_R3_S2"]
+
+
+DILATED = """i = Slice (x, zero, minus_four, zero) j = Slice (x, two, minus_two, zero)
+    k = Slice (x, four, end, zero) """
+
+
+def test_windows_may_have_holes():
+    model = quantized(f"{HEAD}{{ {DILATED}{JOIN} }}")
+    (op,) = rewritten(model, FuseWindows(everything), FEEDS)
+    assert op.startswith("WindowedQMatMulW8A8_K192_N8_R3_S1_")
+    assert region_of(model.graph.node(0)).attributes == (("dilations", (2,)),)
+
+
+def test_windows_with_holes_reach_into_zeros():
+    model = quantized(f"{HEAD}{{ p = Pad (x, pads) {DILATED.replace('(x', '(p')}{JOIN} }}")
+    assert len(rewritten(model, FuseWindows(everything), FEEDS)) == 1
+    attributes = region_of(model.graph.node(0)).attributes
+    assert attributes == (("dilations", (2,)), ("pads", (1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("j = Slice (x, two, minus_two", "j = Slice (x, three, minus_one"),  # two other holes
+        ("j = Slice (x, two, minus_two", "j = Slice (x, two, minus_one"),
+        ("(i, j, k)", "(k, j, i)"),
+    ],
+)
+def test_holes_are_all_of_one_size(old, new):
+    text = f"{HEAD}{{ {DILATED}{JOIN} }}"
+    assert old in text
+    assert not FuseWindows(everything)(quantized(text.replace(old, new))).modified
 
 
 @pytest.mark.parametrize(
@@ -182,7 +214,7 @@ def test_leaves_copies_that_are_added_to_the_result():
         f"{{ {TAPS}{JOIN.replace('y =', 'z =')} y = Add (z, windows) }}"
     )
     model = quantized(text, w=RNG.standard_normal((192, 192), np.float32))
-    assert model.graph[-1].op_type == "DynamicQMatMulW8A8_K192_N192_AddT"
+    assert model.graph[-1].op_type == "QMatMulW8A8_K192_N192_AddT"
     assert not FuseWindows(everything)(model).modified
 
 
@@ -192,7 +224,42 @@ def test_asks_for_a_kernel_and_says_what_was_done(supported):
     result = FuseWindows(lambda region: None if supported else "too wide")(model)
     assert result.modified == supported
     whys = [decision.why for decision in decisions(model)]
-    assert supported == any("quantizes its input; reads windows of it" in why for why in whys)
+    assert supported == any("quantizes windows of its input" in why for why in whys)
+
+
+SLICE = "windows = Slice (x, zero, end, zero, two) "
+THREE = f"{TAPS} windows = Concat <axis = 1> (i, j, k) "
+
+
+@pytest.mark.parametrize(
+    ("made", "depth", "width", "takes"),
+    [
+        (THREE, 192, 384, True),
+        (THREE, 192, 385, False),
+        (SLICE, 64, 64, True),
+        (SLICE, 64, 65, False),
+    ],
+)
+def test_wide_results_are_rather_quantized_than_windows_read(made, depth, width, takes):
+    """By the product that makes them, where the next one would read them as integers."""
+    shapes = {"w": (depth, width), "e": (width, 8)}
+    weights = {name: RNG.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    model = quantized(f"{HEAD}{{ {made} h = MatMul (windows, w) y = MatMul (h, e) }}", **weights)
+    before = run(model, FEEDS)
+    assert FuseWindows(everything)(model).modified == takes
+    assert FuseRequantize(everything)(model).modified != takes
+    np.testing.assert_array_equal(run(model, FEEDS), before)
+    (why,) = (d.why for d in decisions(model) if f"K{depth}_N{width}" in d.op)
+    assert takes == ("quantizes windows of its input, and so not its result" in why)
+    assert takes != ("copies of its windows cost less than a result of floats" in why)
+
+
+def test_results_that_stay_floats_may_be_wide():
+    wide = RNG.standard_normal((192, 385), np.float32)
+    model = quantized(f"{HEAD}{{ {TAPS}{JOIN} }}".replace("m,8", "m,385"), w=wide)
+    assert rewritten(model, FuseWindows(everything), FEEDS) == [
+        "WindowedQMatMulW8A8_K192_N385_R3_S2"
+    ]
 
 
 def test_golden_windows_of_every_second_row():
@@ -204,7 +271,8 @@ def test_golden_windows_of_every_second_row():
         v8 = Slice  (x, v6, v7, v2, v4)
         v10 = Slice  (x, v4, v9, v2, v4)
         v11 = Concat {'axis': '1'} (v5, v8, v10)
-        y = qcompiler.region.DynamicQMatMulW8A8_K192_N8  (v11, v12, v13)
+        v12, v13 = qcompiler.region.Quantize_K192  (v11)
+        y = qcompiler.region.QMatMulW8A8_K192_N8  (v12, v13, v14, v15)
         outputs y""",
         """inputs x
         y = qcompiler.region.WindowedQMatMulW8A8_K192_N8_R3_S2  (x, v2, v3)

@@ -6,6 +6,7 @@ from golden import run
 from test_regions import RNG, everything, folded, fused
 
 from qcompiler.ir.stages import Stage, verify
+from qcompiler.passes import region_growth
 from qcompiler.passes.fuse_regions import FuseRegions
 from qcompiler.targets.cuda.families import unsupported as cuda_unsupported
 
@@ -53,6 +54,21 @@ def test_takes_in_position_embeddings(rows, shape, step, made):
     grown = [n.op_type for n in model.graph if n.op_type.startswith("QMatMul")]
     assert grown == ["QMatMulW8A8_K64_N8_AddC_Gelu" + (f"_{step}" if step else "")]
     assert any(n.op_type == "Add" for n in model.graph) == (step is None)
+
+
+@pytest.mark.parametrize(
+    ("rows", "large", "taken"), [(512, 511, True), (511, 511, False), (511, 512, True)]
+)
+def test_many_weights_are_read_for_many_rows(monkeypatch, rows, large, taken):
+    """The 64 x 8 here, if more than `large` are many."""
+    monkeypatch.setattr(region_growth, "_LARGE_WEIGHTS", large)
+    model = folded(
+        f"g (float[m,{rows},64] x) => (float[m,{rows},8] y) {{ p = MatMul (x, w) y = Add (p, c) }}",
+        c=np.ones((rows, 8), np.float32),
+    )
+    FuseRegions(everything)(model)
+    last = "QMatMulW8A8_K64_N8_AddR" if taken else "Add"
+    assert [node.op_type for node in model.graph][-1] == last
 
 
 def test_asks_for_a_kernel_with_an_operand_that_repeats():

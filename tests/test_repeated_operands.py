@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from instruction_sets import compiled_for_here, each_isa, offer
 from kernel_models import BIAS, DOMAIN, REPEATED, session
 
-from qcompiler.ir.joined_regions import pads_of_windows
+from qcompiler.ir.joined_regions import dilation_of_windows, pads_of_windows
 from qcompiler.ir.region import Step
 from qcompiler.session_options import new_session_options
 from qcompiler.targets.library import KernelCache, build_library
@@ -36,7 +36,8 @@ def feeds_of(region, batch, rows, own, seed):
     k, n, sizes = region.size("K"), region.size("N"), dict(region.sizes)
     tokens = rows
     if "R" in sizes:
-        tokens = (rows - 1) * sizes["S"] + sizes["R"] - sum(pads_of_windows(region))
+        reach = (sizes["R"] - 1) * dilation_of_windows(region) + 1
+        tokens = (rows - 1) * sizes["S"] + reach - sum(pads_of_windows(region))
     x = rng.standard_normal([*batch, max(tokens, 0), k // sizes.get("R", 1)], np.float32)
     one_scale = region.anchor in ("QMatMulU8S8", "QMatMulU8U8")
     feeds = {

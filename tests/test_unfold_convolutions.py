@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 import qcompiler
 from qcompiler.ir.decisions import decision_of, plan_of
 from qcompiler.ir.graph import constant
+from qcompiler.ir.joined_regions import dilation_of_windows
 from qcompiler.ir.sites import Choice
 from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.assign_precision import AssignPrecision
@@ -243,12 +244,33 @@ def by_op(conv, product):
 def test_it_is_unfolded_where_the_product_is_faster():
     float_, int8 = {"float": 100.0, "ort": 60.0}, {"kernel": 10.0, "ort": 90.0, "float": 95.0}
     assert weighed(by_op(float_, int8))
-    assert not weighed(by_op(float_, int8 | {"kernel": 55.0}))  # a border is 10, and a tap
+    assert not weighed(by_op(float_, int8 | {"kernel": 55.0}))  # a border is 10, and a node
     assert weighed(by_op(float_, int8 | {"kernel": 55.0}), observed=False)  # int8 is none
     assert not weighed(by_op(float_, int8), kernels=False)
     assert not weighed(by_op(float_, int8), forced={"MatMul": "slower"})
     assert not weighed(by_op(float_, int8), forced={"Conv": "slower"})
     assert not weighed(None)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_windows_cost_nothing_where_they_are_read_in_place(dilation):
+    """Else a border, and one more for each tap."""
+    conv = CONV.replace("<pads", f"<dilations = [{dilation}], pads")
+    products = {"kernel": 30.0, "ort": 90.0, "float": 95.0}
+    times, asked = by_op({"float": 60.0, "ort": 60.0}, products), []
+
+    def supports(region):
+        asked.append(region)
+        return "none" if region.anchor == "WindowedQMatMulW8A8" else None
+
+    choose = choosing(times)
+    assert UnfoldConvolutions(choose)(planned(conv, WEIGHTS)).modified
+    choose = choosing(times)
+    choose.supports = supports
+    assert not UnfoldConvolutions(choose)(planned(conv, WEIGHTS)).modified
+    (windows,) = {region for region in asked if region.anchor == "WindowedQMatMulW8A8"}
+    assert windows.sizes == (("K", 24), ("N", 12), ("R", 3), ("S", 1))
+    assert dilation_of_windows(windows) == dilation
 
 
 def test_choices_made_before_are_made_again():

@@ -15,14 +15,21 @@ from instruction_sets import compiled_for_here, each_isa, offer
 from kernel_models import DOMAIN, PADDED, WINDOWED, model_of, session
 from test_kernel_bodies import assert_computes_its_body
 
-from qcompiler.ir.joined_regions import pads_of_windows
+from qcompiler.ir.joined_regions import dilation_of_windows, pads_of_windows
 from qcompiler.session_options import new_session_options
 from qcompiler.targets.library import KernelCache, build_library
 
 
 def of_stored(region):
     """The one that reads what has zeros around it already."""
-    return dataclasses.replace(region, attributes=())
+    kept = tuple(pair for pair in region.attributes if pair[0] != "pads")
+    return dataclasses.replace(region, attributes=kept)
+
+
+def window_count(region, tokens):
+    """How many windows there are of so many rows."""
+    reach = (region.size("R") - 1) * dilation_of_windows(region) + 1
+    return max(0, (tokens + sum(pads_of_windows(region)) - reach) // region.size("S") + 1)
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +43,10 @@ def library(tmp_path_factory) -> Path:
 
 def feeds_of(region, batch, tokens, seed):
     rng = np.random.default_rng(seed)
-    taps, step, n = (region.size(name) for name in "RSN")
+    taps, n = region.size("R"), region.size("N")
     x = rng.standard_normal([*batch, tokens, region.size("K") // taps], np.float32)
     feeds = {"x": x}
-    count = max(0, (tokens + sum(pads_of_windows(region)) - taps) // step + 1)
+    count = window_count(region, tokens)
     for index, kind in enumerate(region.extras):
         if kind == "tensor":
             feeds[f"extra{index}"] = rng.standard_normal([*batch, count, n]).astype(np.float32)
@@ -66,6 +73,12 @@ def feeds_of(region, batch, tokens, seed):
 @example([2], 0, PADDED[2], 0).via("nothing but zeros, of no rows")
 @example([3], 2, PADDED[6], 0).via("windows before the first row and behind the last")
 @example([2], 40, PADDED[5], 0).via("several results of causal windows")
+@example([3], 300, WINDOWED[6], 0).via("holes, tasks that end within a batch")
+@example([2], 8, WINDOWED[6], 0).via("fewer rows than a window with holes reaches over")
+@example([2], 20, WINDOWED[7], 0).via("windows with holes, one of which fits the memory for them")
+@example([3], 300, PADDED[7], 0).via("causal windows with holes, tasks of some of a batch")
+@example([30], 5, PADDED[8], 0).via("holes and zeros, tasks of several batches")
+@example([2], 0, PADDED[8], 0).via("fewer zeros than a window with holes reaches over")
 @given(st.lists(st.integers(0, 3), max_size=2), st.integers(1, 40),
        st.sampled_from([*WINDOWED, *PADDED]), st.integers(0, 2**32 - 1))  # fmt: skip
 def test_a_product_of_windows(library, isa, batch, tokens, region, seed):

@@ -9,7 +9,7 @@
  * still in its cache.
  *
  * WindowedQMatMulW8A8 has rows of several rows of x that follow each other: windows, which may overlap,
- * and reach into rows of zeros before the first and behind the last.
+ * have holes, and reach into rows of zeros before the first and behind the last.
  *
  * yq, ys = RequantizedQMatMulW8A8(q, s, w, ws, extra...) quantizes y, see requantized.c. */
 #define _DEFAULT_SOURCE /* madvise */

@@ -8,7 +8,7 @@
 enum { QUANTIZED_BYTES = 64 * 1024, QUANTIZED_ROWS = 512, FEW_BYTES = 32 * 1024 };
 /* So do the results of a task that quantizes them. */
 enum { RESULT_FLOATS = 48 * 1024 };
-/* And a window that reaches beyond what there is: MAX_QUANTIZED_DEPTH in w8_family.py. */
+/* And windows that do not lie in x from end to end; one of MAX_QUANTIZED_DEPTH (w8_family.py) fits. */
 enum { WINDOW_FLOATS = 4096 };
 
 /* Of products by activations that came quantized. */
@@ -108,10 +108,15 @@ static inline int quantizes_result(const struct qc_op *op) {
     return op->spec->anchor == &qc_requantized_qmatmul_w8a8;
 }
 
+/* Rows from the first of a window to behind its last. */
+static inline int64_t window_reach(const struct qc_op *op) {
+    return (op->spec->r - 1) * op->spec->dilations[0] + 1;
+}
+
 /* How many windows rows of x make, with the zeros before and behind them. */
 static inline int64_t window_count(const struct qc_op *op, int64_t rows) {
-    rows += op->spec->pads[0] + op->spec->pads[1];
-    return rows < op->spec->r ? 0 : (rows - op->spec->r) / op->spec->s + 1;
+    rows += op->spec->pads[0] + op->spec->pads[1] - window_reach(op);
+    return rows < 0 ? 0 : rows / op->spec->s + 1;
 }
 
 /* The last dimension of y, yq, ys. */

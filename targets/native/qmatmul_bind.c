@@ -12,16 +12,18 @@ static OrtStatus *bind_rows(struct qmatmul_run *run, const struct qc_shape *shap
     return NULL;
 }
 
-/* Which windows of `rows` rows reach into none of the zeros around them. */
+/* Which windows of `rows` rows reach into none of the zeros around them, and have no holes. */
 static void find_inner(struct qmatmul_run *run, int64_t rows) {
     const struct qc_op_spec *spec = run->kernel->op->spec;
+    if (spec->dilations[0] > 1) return;
     const int64_t last = rows + spec->pads[0] - spec->r; /* where the last begins, with the zeros */
     run->inner_begin = ceil_div(spec->pads[0], spec->s);
     run->inner_end = last < 0 ? 0 : min(last / spec->s + 1, run->batch_rows);
     run->inner_offset = -spec->pads[0] * (spec->k / spec->r);
 }
 
-/* A row of the product is r rows of x, which lie behind each other; `shape` becomes that of the rows. */
+/* A row of the product is r rows of x, one behind the other or some rows apart; `shape` becomes that of
+ * the rows. */
 static OrtStatus *bind_windows(struct qmatmul_run *run, struct qc_shape *shape) {
     const struct qc_op *op = run->kernel->op;
     const int64_t columns = op->spec->k / op->spec->r;

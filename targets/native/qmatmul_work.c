@@ -31,37 +31,48 @@ void qc_run_panels(const struct qmatmul_run *run, struct qc_qmatmul_args *args, 
     }
 }
 
-/* Window `index` of a batch, with zeros where there is no row of x. */
-static const float *padded_window(const struct qmatmul_run *run, const float *x, int64_t index,
-                                  float *window) {
+/* Copies window `index` of a batch, with zeros where there is no row of x. */
+static void copy_window(const struct qmatmul_run *run, const float *x, int64_t index, float *window) {
     const struct qc_op_spec *spec = run->kernel->op->spec;
     const int64_t columns = spec->k / spec->r, rows = run->batch_stride / columns;
-    const int64_t first = index * spec->s - spec->pads[0];
-    const int64_t begin = max(first, 0), end = min(first + spec->r, rows);
-    memset(window, 0, (size_t)spec->k * sizeof *window);
-    if (begin < end)
-        memcpy(window + (begin - first) * columns, x + begin * columns,
-               (size_t)((end - begin) * columns) * sizeof *window);
-    return window;
+    int64_t row = index * spec->s - spec->pads[0];
+    for (int64_t tap = 0; tap < spec->r; tap++, row += spec->dilations[0], window += columns) {
+        const size_t bytes = (size_t)columns * sizeof *window;
+        if (row >= 0 && row < rows)
+            memcpy(window, x + row * columns, bytes);
+        else
+            memset(window, 0, bytes);
+    }
+}
+
+/* Windows from `index` on, as many as there is room for and at most so many; how many. */
+static int64_t copy_windows(const struct qmatmul_run *run, const float *x, int64_t index, int64_t most,
+                            float *windows) {
+    const int64_t k = run->kernel->op->spec->k, count = min(most, WINDOW_FLOATS / k);
+    for (int64_t i = 0; i < count; i++) copy_window(run, x, index + i, windows + i * k);
+    return count;
 }
 
 void qc_quantize_rows(const struct qmatmul_run *run, int64_t row, int64_t rows,
                       struct quantized *memory, struct qc_qmatmul_args *args) {
     const struct qc_op *op = run->kernel->op;
-    float window[WINDOW_FLOATS];
+    float windows[WINDOW_FLOATS];
     row += run->first_row;
     for (int64_t done = 0, count; done < rows; done += count) {
         const int64_t batch = (row + done) / run->batch_rows, first = (row + done) % run->batch_rows;
         const int is_inner = first >= run->inner_begin && first < run->inner_end;
         const float *x = run->x + batch * run->batch_stride;
-        count = is_inner ? min(rows - done, run->inner_end - first) : 1;
+        int64_t end = run->batch_rows;
+        if (is_inner) end = run->inner_end;
+        if (first < run->inner_begin) end = min(end, run->inner_begin);
+        count = min(rows - done, end - first);
+        if (!is_inner) count = copy_windows(run, x, first, count, windows);
         const struct qc_quantize_args part = {
-            .x = is_inner ? x + run->inner_offset + first * run->x_stride
-                          : padded_window(run, x, first, window),
+            .x = is_inner ? x + run->inner_offset + first * run->x_stride : windows,
             .q = memory->q + done * op->spec->k,
             .s = memory->s + done,
             .rows = (int32_t)count,
-            .x_stride = (int32_t)run->x_stride,
+            .x_stride = (int32_t)(is_inner ? run->x_stride : op->spec->k),
         };
         qc_quantize_block(op->variant, &part, op->spec->k);
     }

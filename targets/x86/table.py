@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qcompiler.ir.joined_regions import pads_of_windows
+from qcompiler.ir.joined_regions import dilation_of_windows, pads_of_windows
 from qcompiler.ir.region import Region
 from qcompiler.targets.kernel_table import kernel_table, members, op_spec
 from qcompiler.targets.x86 import Isa, best_isa, has_own_kernel, isas_of, kernel_symbol
@@ -26,8 +26,11 @@ def x86_table(regions: Sequence[Region], domain: str) -> str:
 
 
 def _op(region: Region) -> str:
-    begin, end = pads_of_windows(region)
-    more = {"pads": f"{{{begin}, {end}}}"} if begin or end else {}
+    more = {}
+    if region.anchor == "WindowedQMatMulW8A8":
+        begin, end = pads_of_windows(region)
+        more["pads"] = f"{{{begin}, {end}}}"
+        more["dilations"] = f"{{{dilation_of_windows(region)}}}"
     return op_spec(region, FAMILIES[region.anchor].anchor, len(isas_of(region)), **more)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from qcompiler.ir.joined_regions import (
+    dilation_of_windows,
     pads_of_windows,
     quantizing_parts,
     requantized_parts,
@@ -78,6 +79,8 @@ def _unsupported_windowed(region: Region) -> str | None:
     if region.size("K") % region.size("R"):
         return f"rows of {region.size('K')} are no windows of {region.size('R')} rows"
     distance = region.size("K") // region.size("R") * region.size("S")
+    if not 0 < dilation_of_windows(region) <= MAX_ELEMENTS // region.size("R"):
+        return f"dilation {dilation_of_windows(region)}: windows of up to 2^30 rows are supported"
     if distance > MAX_DISTANCE:
         return f"windows {distance} floats apart; at most {MAX_DISTANCE} are supported"
     if not all(0 <= pad <= MAX_ELEMENTS for pad in pads_of_windows(region)):
