@@ -130,6 +130,18 @@ def mlp(seed: int = 0, depth: int = 64, width: int = 48) -> ir.Model:
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> None:
+    """Nothing was compiled, rounded or timed before."""
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch) -> None:
+    """The test runs in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
 def matmul(tmp_path):
     path = tmp_path / "matmul.onnx"
     ir.save(model_of(MATMUL, {"w": W}), path)
