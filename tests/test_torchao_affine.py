@@ -10,6 +10,38 @@ from qcompiler.ir.types import PerAxis, PerGroup, PerTensor
 RNG = np.random.default_rng(0)
 
 
+def parts(x, block_size):
+    return x.reshape(*x.shape[:-1], -1, block_size[-1])
+
+
+def choose(x, scheme, block_size, dtype, low, high, eps, scale_dtype, zero_dtype, keepdim):
+    assert scheme == "SYMMETRIC" and keepdim
+    scale = x.abs().amax(-1, keepdim=True) / ((high - low) / 2)
+    return scale.clamp(min=eps), torch.zeros_like(scale, dtype=zero_dtype)
+
+
+def quantize(x, block_size, scale, zero, dtype, low, high):
+    rounded = torch.round(parts(x, block_size) * (1 / scale[..., None])) + zero[..., None]
+    return rounded.clamp(low, high).to(dtype).reshape(x.shape)
+
+
+def dequantize(q, block_size, scale, zero, dtype, low, high, out_dtype=torch.float32):
+    wide = parts(q, block_size).to(out_dtype) - zero[..., None]
+    return (wide * scale[..., None]).reshape(q.shape)
+
+
+ENDS = "Scalar? quant_min=None, Scalar? quant_max=None"
+STAND_INS = {
+    "choose_qparams_affine(Tensor? input, str mapping_type, SymInt[] block_size, "
+    f"ScalarType target_dtype, {ENDS}, float? eps=None, ScalarType? scale_dtype=None, "
+    "ScalarType? zero_point_dtype=None, bool keepdim=False) -> (Tensor, Tensor)": choose,
+    "quantize_affine(Tensor input, SymInt[] block_size, Tensor scale, Tensor? zero_point, "
+    f"ScalarType output_dtype, {ENDS}) -> Tensor": quantize,
+    "dequantize_affine(Tensor input, SymInt[] block_size, Tensor scale, Tensor? zero_point, "
+    f"ScalarType input_dtype, {ENDS}, ScalarType output_dtype=6) -> Tensor": dequantize,
+}
+
+
 @pytest.fixture(scope="module")
 def affine():
     """torchao's ops on rows and their groups; where it is not installed, the same arithmetic."""
@@ -18,42 +50,7 @@ def affine():
         yield ops
         return
     library = torch.library.Library("torchao", "DEF")
-    ends = "Scalar? quant_min=None, Scalar? quant_max=None"
-
-    def parts(x, block_size):
-        return x.reshape(*x.shape[:-1], -1, block_size[-1])
-
-    def choose(x, scheme, block_size, dtype, low, high, eps, scale_dtype, zero_dtype, keepdim):
-        assert scheme == "SYMMETRIC" and keepdim
-        scale = x.abs().amax(-1, keepdim=True) / ((high - low) / 2)
-        return scale.clamp(min=eps), torch.zeros_like(scale, dtype=zero_dtype)
-
-    def quantize(x, block_size, scale, zero, dtype, low, high):
-        rounded = torch.round(parts(x, block_size) * (1 / scale[..., None])) + zero[..., None]
-        return rounded.clamp(low, high).to(dtype).reshape(x.shape)
-
-    def dequantize(q, block_size, scale, zero, dtype, low, high, out_dtype=torch.float32):
-        wide = parts(q, block_size).to(out_dtype) - zero[..., None]
-        return (wide * scale[..., None]).reshape(q.shape)
-
-    for schema, function in (
-        (
-            "choose_qparams_affine(Tensor? input, str mapping_type, SymInt[] block_size, "
-            f"ScalarType target_dtype, {ends}, float? eps=None, ScalarType? scale_dtype=None, "
-            "ScalarType? zero_point_dtype=None, bool keepdim=False) -> (Tensor, Tensor)",
-            choose,
-        ),
-        (
-            "quantize_affine(Tensor input, SymInt[] block_size, Tensor scale, Tensor? zero_point, "
-            f"ScalarType output_dtype, {ends}) -> Tensor",
-            quantize,
-        ),
-        (
-            "dequantize_affine(Tensor input, SymInt[] block_size, Tensor scale, Tensor? "
-            f"zero_point, ScalarType input_dtype, {ends}, ScalarType output_dtype=6) -> Tensor",
-            dequantize,
-        ),
-    ):
+    for schema, function in STAND_INS.items():
         library.define(schema)
         library.impl(schema.split("(")[0], function, "CompositeExplicitAutograd")
     yield ops
