@@ -11,8 +11,8 @@ import ctypes
 import functools
 
 import numpy as np
-from models import package
 from numpy.typing import NDArray
+from packages import package
 
 KINDS = {"Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q4_K": (12, 256, 144)}
 """Number in ggml, weights of a block, bytes of a block."""

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-from models import package
+from packages import package
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 CARRIERS = ("scikit-image==0.26.0", "scikit-learn==1.9.1", "matplotlib==3.11.2")

@@ -48,20 +48,27 @@ def _read_weights(folder: Path) -> dict[str, np.ndarray]:
     return weights
 
 
-def _network(weights: dict[str, np.ndarray]) -> Any:
+def _convolution(
+    weights: dict[str, np.ndarray], layer: str, norm: str, stride: int = 1, pad: int = 0
+) -> Any:
+    """A convolution and the norm after it."""
     import torch
     from torch import nn
 
-    def conv(layer: str, norm: str, stride: int = 1, pad: int = 0) -> nn.Sequential:
-        kernel = torch.from_numpy(weights[f"{layer}/kernel"].transpose(3, 2, 0, 1).copy())
-        made = nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2], stride, pad)
-        scaled = nn.BatchNorm2d(kernel.shape[0], eps=EPSILON)
-        given = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean",
-                 "running_var": "moving_variance"}  # fmt: skip
-        state = {ours: torch.from_numpy(weights[f"{norm}/{name}"]) for ours, name in given.items()}
-        scaled.load_state_dict(state, strict=False)
-        made.load_state_dict({"weight": kernel, "bias": torch.from_numpy(weights[f"{layer}/bias"])})
-        return nn.Sequential(made, scaled)
+    kernel = torch.from_numpy(weights[f"{layer}/kernel"].transpose(3, 2, 0, 1).copy())
+    made = nn.Conv2d(kernel.shape[1], kernel.shape[0], kernel.shape[2], stride, pad)
+    scaled = nn.BatchNorm2d(kernel.shape[0], eps=EPSILON)
+    given = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean",
+             "running_var": "moving_variance"}  # fmt: skip
+    state = {ours: torch.from_numpy(weights[f"{norm}/{name}"]) for ours, name in given.items()}
+    scaled.load_state_dict(state, strict=False)
+    made.load_state_dict({"weight": kernel, "bias": torch.from_numpy(weights[f"{layer}/bias"])})
+    return nn.Sequential(made, scaled)
+
+
+def _network(weights: dict[str, np.ndarray]) -> Any:
+    import torch
+    from torch import nn
 
     class Block(nn.Module):
         """Three convolutions and a shortcut, which has one of its own in the first of a stage."""
@@ -70,9 +77,9 @@ def _network(weights: dict[str, np.ndarray]) -> Any:
             super().__init__()
             stride = 2 if letter == "a" and stage > 2 else 1
 
-            def branch(name: str, stride: int = 1, pad: int = 0) -> nn.Sequential:
+            def branch(name: str, stride: int = 1, pad: int = 0) -> Any:
                 place = f"{stage}{letter}_branch{name}"
-                return conv(f"res{place}", f"bn{place}", stride, pad)
+                return _convolution(weights, f"res{place}", f"bn{place}", stride, pad)
 
             self.main = nn.Sequential(
                 branch("2a", stride), nn.ReLU(), branch("2b", pad=1), nn.ReLU(), branch("2c")
@@ -89,6 +96,6 @@ def _network(weights: dict[str, np.ndarray]) -> Any:
         "bias": torch.from_numpy(weights["fc1000/bias"]),
     })  # fmt: skip
     return nn.Sequential(
-        conv("conv1", "bn_conv1", 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *blocks,
+        _convolution(weights, "conv1", "bn_conv1", 2, 3), nn.ReLU(), nn.MaxPool2d(3, 2, 1), *blocks,
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), last,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from contenders import Feeds
-from models import package
+from packages import package
 
 POCKETSPHINX = "pocketsphinx==5.1.1"
 RATE = 16_000

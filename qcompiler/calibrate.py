@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from qcompiler.clipping import Clipping, Observed
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import CalibrationError, ModelError, OptionError
-from qcompiler.ir.graph import constant
 from qcompiler.ir.types import TensorStats
+from qcompiler.made_up import made_up
 from qcompiler.probe import Probe
-from qcompiler.random_inputs import random_feed
 from qcompiler.samples import Sample, Samples
 from qcompiler.summaries import Summary, summarized
 from qcompiler.targets.cache import KernelCache, content_key
@@ -32,7 +31,6 @@ from qcompiler.targets.cache import KernelCache, content_key
 __all__ = [
     "TOKENS",
     "is_large",
-    "made_up",
     "observe",
     "run_exactly",
     "sample_tokens",
@@ -47,9 +45,6 @@ TOKENS = 512
 
 _RUNS = 32
 """The most samples that it runs, evenly spaced: 16 tokens of each say as much as 4 of 128."""
-
-_ROWS = 64
-"""Rows that are made up for an input that takes any number of them."""
 
 _AT_ONCE = 2
 """Small samples that run side by side; large ones keep all cores busy, and take memory."""
@@ -241,29 +236,6 @@ def sample_tokens(
         return {}  # whatever is wrong with inputs that nobody gave is nobody's mistake
 
 
-def made_up(model: ir.Model, inputs: Sequence[Any]) -> Sample:
-    """A sample that nobody gave: `random_feed`, with token ids of the whole vocabulary.
-
-    Args:
-        model: What it is for.
-        inputs: As a session describes them.
-
-    Raises:
-        OptionError: An input whose values or sizes cannot be made up.
-    """
-    return random_feed(inputs, _many_rows(inputs), _vocabularies(model))[0]
-
-
-def _many_rows(inputs: Sequence[Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes for inputs that are rows of features, as many as one likes: of one nothing is learned.
-
-    The largest of a channel over a single row is chance, and the rows of a batch need no more runs.
-    """
-    rows = (each for each in inputs if len(each.shape) == 2 and "float" in each.type)
-    free = (each for each in rows if isinstance(each.shape[1], int))
-    return {e.name: (_ROWS, e.shape[1]) for e in free if not isinstance(e.shape[0], int)}
-
-
 def is_large(model: ir.Model) -> bool:
     """Whether running all of a model at once takes more memory than its passes may."""
     weights = [value.const_value for value in model.graph.initializers.values()]
@@ -288,14 +260,3 @@ def _not_finite(label: str, name: str) -> CalibrationError:
     return CalibrationError(
         f"{label}: tensor {name!r} becomes NaN or Inf; repair or remove the sample"
     )
-
-
-def _vocabularies(model: ir.Model) -> dict[str, int]:
-    """The inputs that are indices into a table of weights, and its length."""
-    tables = {}
-    for node in model.graph:
-        if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0:
-            table, ids = constant(node.inputs[0]), node.inputs[1]
-            if table is not None and table.ndim and ids is not None and ids.is_graph_input():
-                tables[ids.name or ""] = len(table)
-    return tables

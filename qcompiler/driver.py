@@ -116,12 +116,7 @@ def compile(
     if last is not None:
         save_model(model, destination)
     else:
-        with staged_folder(destination) as stage:
-            job.write(model, stage)
-            while job.is_slower(model, stage):
-                model = _run_passes(job, strict)
-                job.write(model, stage)
-            job.write_choices(stage)
+        model = _write_bundle(job, model, destination, strict)
     return _report(job, model, destination)
 
 
@@ -149,6 +144,17 @@ def _run_passes(job: Job, strict: bool) -> ir.Model:
     model = job.run_passes()
     if strict:
         _refuse_fallbacks(decisions(model))
+    return model
+
+
+def _write_bundle(job: Job, model: ir.Model, destination: Path, strict: bool) -> ir.Model:
+    """Write the bundle, anew with other choices while it is slower; the model of the last one."""
+    with staged_folder(destination) as stage:
+        job.write(model, stage)
+        while job.is_slower(model, stage):
+            model = _run_passes(job, strict)
+            job.write(model, stage)
+        job.write_choices(stage)
     return model
 
 

@@ -83,14 +83,7 @@ def load(
     manifest = Manifest.read(folder)
     ort = import_onnxruntime()
     require("session_options", session_options, ort.SessionOptions, "SessionOptions")
-    if version_of(ort.__version__) < version_of(manifest.minimum_ort):
-        raise BundleError(
-            f"{folder} needs ONNX Runtime {manifest.minimum_ort} or newer, this is "
-            f"{ort.__version__}; pip install -U {distribution()}"
-        )
-    for name in manifest.files:
-        if manifest.library is None or name != manifest.library.file:
-            manifest.check_file(folder, name)
+    _check_bundle(folder, manifest, ort.__version__)
     options = exact_sums(session_options or ort.SessionOptions())
     names = [CUDA] if providers is None else _names_of(providers, ort)
     if manifest.library is not None:
@@ -112,6 +105,22 @@ def load(
     if session_options is not None:
         return session
     return open_session(folder / MODEL, threads=threads, options=exact_sums(ort.SessionOptions()))
+
+
+def _check_bundle(folder: Path, manifest: Manifest, version: str) -> None:
+    """Refuse an ONNX Runtime older than it needs, and altered files; its library is checked later.
+
+    Raises:
+        BundleError: Says which.
+    """
+    if version_of(version) < version_of(manifest.minimum_ort):
+        raise BundleError(
+            f"{folder} needs ONNX Runtime {manifest.minimum_ort} or newer, this is {version}; "
+            f"pip install -U {distribution()}"
+        )
+    for name in manifest.files:
+        if manifest.library is None or name != manifest.library.file:
+            manifest.check_file(folder, name)
 
 
 def open_session(

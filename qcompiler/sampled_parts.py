@@ -13,8 +13,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from qcompiler.calibrate import TOKENS, is_large, made_up, sample_tokens, some_rows
+from qcompiler.calibrate import TOKENS, is_large, sample_tokens, some_rows
 from qcompiler.ir.errors import CalibrationError, ModelError, OptionError
+from qcompiler.made_up import made_up
 from qcompiler.samples import Samples
 from qcompiler.timing.observed_shapes import model_inputs
 from qcompiler.walk import walker

@@ -8,6 +8,7 @@ import pytest
 from cuda_library import DOMAIN, REGIONS
 from golden import model_of
 from hypothesis import settings
+from spiked_models import compile_spiked
 from stand_in import Bench, NoCompiler, StandInBackend, build_for_cpu, names_of_kernels
 
 import qcompiler
@@ -113,6 +114,14 @@ def digits(tmp_path_factory) -> Report:
     )
 
 
+@pytest.fixture(scope="session")
+def arm_digits(tmp_path_factory) -> Path:
+    """The example for arm-int8, its convolution float: compiled in a tenth of a second."""
+    output = tmp_path_factory.mktemp("digits") / "digits.arm-int8"
+    recipe = qcompiler.Recipe(keep_float=("Conv",))
+    return qcompiler.compile(DIGITS / "digits.onnx", "arm-int8", output, recipe=recipe).bundle
+
+
 def mlp(seed: int = 0, depth: int = 64, width: int = 48) -> ir.Model:
     """Two linear layers with a GELU between and a residual around, dynamic in its rows."""
     rng = np.random.default_rng(seed)
@@ -127,6 +136,18 @@ def mlp(seed: int = 0, depth: int = 64, width: int = 48) -> ir.Model:
             "d": rng.standard_normal(depth, dtype=np.float32),
         },
     )
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> None:
+    """Nothing was compiled, rounded or timed before."""
+    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def empty_folder(tmp_path, monkeypatch) -> None:
+    """The test runs in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -146,6 +167,12 @@ def conv(tmp_path):
 @pytest.fixture
 def bundle(matmul, tmp_path):
     return qcompiler.compile(matmul, "arm-int8", tmp_path / "bundle").bundle
+
+
+@pytest.fixture
+def spiked(tmp_path) -> tuple[Path, Path]:
+    """A model of which one node errs, and its bundle, see `spiked_models.py`."""
+    return compile_spiked(tmp_path)
 
 
 def samples(folder, *arrays):

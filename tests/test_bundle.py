@@ -1,4 +1,4 @@
-"""Bundles as they live: several at once, stale, without their library, in other runtimes."""
+"""Bundles as they live: several at once, stale, without their library, in other folders."""
 
 import os
 import platform
@@ -7,32 +7,19 @@ import subprocess
 import sys
 import threading
 
-import c_host
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
-from conftest import DIGITS, mlp
+from conftest import DIGITS
 from golden import model_of, sqnr
 from instruction_sets import needs_kernels
-from registry import package
+from mlp_bundles import X, compiled, library_of, without_bodies
 
 import qcompiler
-from qcompiler.bundle import Manifest
 from qcompiler.targets.catalog import TARGETS
 
 pytestmark = needs_kernels
-
-RNG = np.random.default_rng(0)
-X = {"x": RNG.standard_normal((5, 64), dtype=np.float32)}
-
-
-def compiled(folder, seed=0, **sizes):
-    return qcompiler.compile(mlp(seed, **sizes), "x86-int8", folder).bundle
-
-
-def library_of(bundle):
-    return bundle / Manifest.read(bundle).library.file
+RNG = np.random.default_rng(1)
 
 
 def test_native_and_bodies_agree(tmp_path):
@@ -89,14 +76,6 @@ def test_two_bundles_in_one_process(tmp_path):
     for session, bundle, feeds in zip(sessions, (first, second), (X, small), strict=True):
         bodies = qcompiler.load(bundle, native=False).run(None, feeds)[0]
         assert sqnr(bodies, session.run(None, feeds)[0]) > 60
-
-
-def without_bodies(bundle, prefix=""):
-    """The model of a bundle, with nothing to run where a kernel is missing."""
-    model = onnx.load(bundle / "model.onnx")
-    assert model.functions
-    model.ClearField("functions")
-    return onnx.compose.add_prefix(model, prefix)
 
 
 def test_two_libraries_in_one_session(tmp_path):
@@ -213,43 +192,6 @@ def test_every_target_compiles_the_example(tmp_path, target):
     kept = sum(d.op == "MatMul" and "float is faster" in d.why for d in report.decisions)
     assert quantized + kept == 13
     assert kept <= 1  # ten columns are too few to gain anything
-
-
-def test_in_the_oldest_onnxruntime(digits, tmp_path):
-    """It runs the same bundle, and with its kernels: a model without bodies opens."""
-    runtime, bundle = package(f"onnxruntime=={c_host.OLDEST}"), tmp_path / "b"
-    shutil.copytree(digits.bundle, bundle)
-    onnx.save(without_bodies(bundle), bundle / "bare.onnx")
-    script = (
-        "import sys, pathlib, numpy as np, onnxruntime, qcompiler\n"
-        "bundle, x, y, version = sys.argv[1:]\n"
-        "assert onnxruntime.__version__ == version, onnxruntime.__file__\n"
-        "options = onnxruntime.SessionOptions()\n"
-        "qcompiler.load(bundle, session_options=options)\n"
-        "sessions = [qcompiler.load(bundle), qcompiler.load(bundle, native=False),\n"
-        "            onnxruntime.InferenceSession(pathlib.Path(bundle, 'bare.onnx'), options)]\n"
-        "image = {'image': np.load(x)}\n"
-        "np.save(y, [session.run(None, image)[0] for session in sessions])\n"
-    )
-    image = RNG.random((3, 1, 20, 20), dtype=np.float32)
-    x, y = tmp_path / "x.npy", tmp_path / "y.npy"
-    np.save(x, image)
-    command = [sys.executable, "-c", script, bundle, x, y, c_host.OLDEST]
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(runtime)})
-    native, bodies, bare = np.load(y)
-    np.testing.assert_array_equal(native, bare)
-    for got, options in ((native, {}), (bodies, {"native": False})):
-        assert sqnr(qcompiler.load(bundle, **options).run(None, {"image": image})[0], got) > 60
-
-
-@pytest.mark.parametrize("version", c_host.VERSIONS)
-def test_from_c(tmp_path, version):
-    bundle = compiled(tmp_path / "b")
-    y = c_host.run(version, library_of(bundle), bundle / "model.onnx", X["x"], 64, tmp_path)
-    assert sqnr(qcompiler.load(bundle).run(None, X)[0], y) > 60
-    onnx.save(without_bodies(bundle), bundle / "bare.onnx")
-    bare = c_host.run(version, library_of(bundle), bundle / "bare.onnx", X["x"], 64, tmp_path)
-    np.testing.assert_array_equal(y, bare)
 
 
 def test_moved_to_another_folder(digits, tmp_path):

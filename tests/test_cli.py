@@ -14,10 +14,7 @@ from terminal import ARM, MODEL, fails, qcompile
 from qcompiler.cli.console import Terminal
 from qcompiler.cli.figures import size, span
 
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 # The program as a whole

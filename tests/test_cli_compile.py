@@ -9,10 +9,7 @@ from terminal import ARM, CALIB, MODEL, TEST, fails, qcompile
 
 from qcompiler.ir.decisions import NO_WEIGHTS, decision_of
 
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def test_compile_tells_what_was_done():

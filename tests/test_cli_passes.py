@@ -1,3 +1,5 @@
+"""Passes on the command line: by name, with options, up to a stage, with samples, and watched."""
+
 import json
 import shutil
 from pathlib import Path
@@ -12,12 +14,9 @@ from qcompiler.cli.passes import _SAMPLED
 from qcompiler.pass_docs import document
 from qcompiler.pipeline import Pipeline
 
+pytestmark = pytest.mark.usefixtures("empty_folder")
+
 FLOATS = "canonicalize..fuse-gelu"
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
 
 
 def ops(path):

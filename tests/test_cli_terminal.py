@@ -22,10 +22,7 @@ from qcompiler.cli.progress import progress_bar
 from qcompiler.ir.region import Region, Step
 from qcompiler.report import Group, op_in_words
 
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import planned_norm as models
 import pytest
-import test_awq_hqq as models
 
 from qcompiler.passes.awq import AWQ
 from qcompiler.passes.gptq import GPTQ

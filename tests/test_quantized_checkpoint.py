@@ -1,12 +1,10 @@
 """Weights of GPTQ and AWQ checkpoints: files made here, by the layouts as they are documented."""
 
-import json
-
 import numpy as np
 import onnx_ir as ir
 import pytest
+from checkpoints import FEEDS, GROUP, LAYER, K, N, W, awq, gptq, model, pack_rows, write
 from golden import model_of, run
-from terminal import fails, qcompile
 
 from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.errors import ModelError, OptionError
@@ -14,77 +12,7 @@ from qcompiler.passes.widen_constants import dequantized_constant
 from qcompiler.quantized_checkpoint import take_over_weights
 from qcompiler.safetensors import SafeTensors
 
-K, N, GROUP = 64, 32, 16
 RNG = np.random.default_rng(0)
-W = RNG.standard_normal((K, N), dtype=np.float32)
-FEEDS = {"x": RNG.standard_normal((5, K), dtype=np.float32)}
-LAYER = "model.layers.0.mlp.up_proj"
-
-
-def write(path, tensors):
-    """The format, as its documentation has it."""
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    kinds = {"float32": "F32", "float16": "F16", "int32": "I32"}
-    for name, array in tensors.items():
-        header[name] = {"dtype": kinds[str(array.dtype)], "shape": list(array.shape),
-                        "data_offsets": [offset, offset + array.nbytes]}  # fmt: skip
-        offset += array.nbytes
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text
-                     + b"".join(array.tobytes() for array in tensors.values()))  # fmt: skip
-    return path
-
-
-def model(text=f"g (float[m,{K}] x) => (float[m,{N}] y) {{ y = MatMul (x, w) }}"):
-    ones = {"gamma": np.ones(K, np.float32), "router": np.ones((K, 4), np.float32)}
-    made = model_of(text, {"w": W} | ones)
-    for node in made.graph:
-        if node.op_type == "MatMul":
-            node.name = "/model/layers.0/mlp/up_proj/MatMul"
-    for value in list(made.graph.initializers.values()):
-        if value.name == "gamma":
-            value.name = "model.norm.weight"
-    return made
-
-
-def rounded(bits, order=None):
-    """Codes [K, N], zero points and scales [G, N], the group of each input, and the floats."""
-    codes = RNG.integers(0, 2**bits, (K, N))
-    zeros, scales = (
-        RNG.integers(0, 2**bits, (K // GROUP, N)),
-        RNG.uniform(0.01, 0.1, (K // GROUP, N)),
-    )
-    scales = scales.astype(np.float16)
-    groups = np.arange(K) // GROUP if order is None else (np.arange(K) // GROUP)[order]
-    floats = (codes - zeros[groups]).astype(np.float32) * scales.astype(np.float32)[groups]
-    return codes, zeros, scales, groups, floats
-
-
-def pack_rows(codes, bits):
-    """Along the first axis, the way AutoGPTQ does it word by word."""
-    rows, width = codes.shape
-    words = np.zeros((rows * bits // 32, width), np.uint64)
-    for row in range(rows):
-        word, shift = divmod(row * bits, 32)
-        value = codes[row].astype(np.uint64)
-        words[word] |= (value << np.uint64(shift)) & np.uint64(0xFFFFFFFF)
-        if shift + bits > 32:
-            words[word + 1] |= value >> np.uint64(32 - shift)
-    return words.astype(np.uint32).view(np.int32)
-
-
-def gptq(tmp_path, bits, order=None, less=1, **change):
-    codes, zeros, scales, groups, floats = rounded(bits, order)
-    stored = (zeros - less) & (2**bits - 1)
-    tensors = {
-        f"{LAYER}.qweight": pack_rows(codes, bits),
-        f"{LAYER}.qzeros": np.ascontiguousarray(pack_rows(stored.T, bits).T),
-        f"{LAYER}.scales": scales,
-        f"{LAYER}.g_idx": groups.astype(np.int32),
-    }
-    tensors |= {f"{LAYER}.{part}": array for part, array in change.items()}
-    tensors = {name: array for name, array in tensors.items() if array is not None}
-    return write(tmp_path / "model.safetensors", tensors), floats
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -127,34 +55,6 @@ def test_a_last_group_that_is_shorter(tmp_path):
     file, _ = gptq(tmp_path, 4, g_idx=None, **change)
     with pytest.raises(ModelError, match="3 groups of 64 inputs together, .* no g_idx that says"):
         take_over_weights(model(), file)
-
-
-@pytest.mark.parametrize("config", ["quantize_config.json", "config.json"])
-def test_the_second_format_of_gptq(tmp_path, config):
-    file, floats = gptq(tmp_path, 4, less=0)
-    content = {"checkpoint_format": "gptq_v2"}
-    content = content if config.startswith("q") else {"quantization_config": content}
-    (tmp_path / config).write_text(json.dumps(content))
-    for where in (file, tmp_path):
-        made = model()
-        take_over_weights(made, where)
-        (node,) = [node for node in made.graph if node.op_type == "MatMul"]
-        np.testing.assert_array_equal(dequantized_constant(node.inputs[1]), floats)
-
-
-def awq(tmp_path, **more):
-    codes, zeros, scales, _, floats = rounded(4)
-    order = [0, 2, 4, 6, 1, 3, 5, 7]
-
-    def pack(table):
-        words = np.zeros((len(table), table.shape[1] // 8), np.uint32)
-        for i, column in enumerate(order):
-            words |= table[:, column::8].astype(np.uint32) << np.uint32(4 * i)
-        return words.view(np.int32)
-
-    tensors = {f"{LAYER}.qweight": pack(codes), f"{LAYER}.qzeros": pack(zeros),
-               f"{LAYER}.scales": scales}  # fmt: skip
-    return write(tmp_path / "model.safetensors", tensors | more), floats
 
 
 NORM = (
@@ -281,16 +181,6 @@ def test_a_model_in_float16(tmp_path):
     np.testing.assert_allclose(y, x.astype(np.float32) @ floats, rtol=0.01, atol=0.05)
 
 
-@pytest.mark.parametrize("content", ["[]", "null", '{"quantization_config": null}'])
-def test_a_configuration_that_says_nothing(tmp_path, content):
-    file, floats = gptq(tmp_path, 4)
-    (tmp_path / "config.json").write_text(content)
-    made = model()
-    take_over_weights(made, file)
-    (node,) = [node for node in made.graph if node.op_type == "MatMul"]
-    np.testing.assert_array_equal(dequantized_constant(node.inputs[1]), floats)
-
-
 def test_awq_has_no_zero_points_less_one(tmp_path):
     file, _ = awq(tmp_path)
     with pytest.raises(OptionError, match="zeros_less_one=False .--zeros.: .* is of AWQ"):
@@ -330,130 +220,3 @@ def test_a_layer_of_another_name(tmp_path):
     take_over_weights(made, file, {LAYER: "up"})
     (node,) = [node for node in made.graph if node.op_type == "MatMul"]
     np.testing.assert_array_equal(dequantized_constant(node.inputs[1]), floats)
-
-
-def test_files_that_are_none(tmp_path):
-    with pytest.raises(ModelError, match="no checkpoint: .*no.safetensors does not exist; give"):
-        SafeTensors(tmp_path / "no.safetensors")
-    with pytest.raises(ModelError, match="holds no .safetensors file"):
-        SafeTensors(tmp_path)
-    bad = tmp_path / "bad.safetensors"
-    for content in (b"", b"\xff" * 64, b"\x02" + b"\0" * 7 + b"[]"):
-        bad.write_bytes(content)
-        with pytest.raises(ModelError, match="bad.safetensors is no whole safetensors file"):
-            SafeTensors(bad)
-    whole = write(tmp_path / "bad.safetensors", {"a": np.zeros(100, np.float32)}).read_bytes()
-    bad.write_bytes(whole[:-4])
-    with pytest.raises(ModelError, match="'a' does not lie within it"):
-        SafeTensors(bad)
-    with pytest.raises(ModelError, match="holds no qweight: it is no checkpoint of GPTQ or AWQ"):
-        take_over_weights(model(), write(bad, {"a": np.zeros(100, np.float32)}))
-
-
-def sharded(folder, places=None):
-    """A layer of which each part is in a file of its own, and an index; and what it stands for."""
-    file, floats = gptq(folder, 4)
-    held = SafeTensors(file)
-    parts = {name: held[name] for name in held}
-    file.unlink()
-    shards = {name: f"model-{number:05}-of-00004.safetensors"
-              for number, name in enumerate(sorted(parts), 1)}  # fmt: skip
-    for name, shard in shards.items():
-        write(folder / shard, {name: parts[name]})
-    index = json.dumps({"metadata": {}, "weight_map": shards | (places or {})})
-    (folder / "model.safetensors.index.json").write_text(index)
-    return shards, floats
-
-
-def test_a_checkpoint_in_several_files(tmp_path):
-    _, floats = sharded(tmp_path)
-    # Some folders hold the same weights once more, in a form that the index does not know.
-    write(tmp_path / "consolidated.safetensors", {f"{LAYER}.scales": np.zeros(3, np.float32)})
-    made = model()
-    assert take_over_weights(made, tmp_path) == [LAYER]
-    (node,) = [node for node in made.graph if node.op_type == "MatMul"]
-    np.testing.assert_array_equal(dequantized_constant(node.inputs[1]), floats)
-
-
-def test_a_file_that_was_not_downloaded(tmp_path):
-    """Its layers would stay float, and nobody would hear of it."""
-    shards, _ = sharded(tmp_path)
-    (tmp_path / shards[f"{LAYER}.qweight"]).unlink()
-    with pytest.raises(ModelError, match="names model-0000.-of-00004.safetensors, which is not th"):
-        take_over_weights(model(), tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("places", "why"),
-    [
-        ({"other.qweight": "model-00001-of-00004.safetensors"}, "00001.* holds no 'other.qweight'"),
-        ({f"{LAYER}.g_idx": "model-00004-of-00004.safetensors"}, "00004.* holds no .*g_idx'"),
-        ({"other.qweight": "../model.safetensors"}, "'../model.safetensors', which is no file of"),
-    ],
-)
-def test_an_index_that_is_wrong(tmp_path, places, why):
-    (tmp_path / "checkpoint").mkdir()
-    sharded(tmp_path / "checkpoint", places)
-    with pytest.raises(ModelError, match=why):
-        take_over_weights(model(), tmp_path / "checkpoint")
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": 3}', '{"metadata": {}}'])
-def test_an_index_that_is_none(tmp_path, content):
-    gptq(tmp_path, 4)
-    (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ModelError, match="index.json is no index of a checkpoint: "):
-        take_over_weights(model(), tmp_path)
-
-
-def test_of_two_indices_one_is_to_be_left(tmp_path):
-    sharded(tmp_path)
-    (tmp_path / "consolidated.safetensors.index.json").write_text('{"weight_map": {}}')
-    with pytest.raises(ModelError, match="2 indices: consolidated.*, model.*; leave there that of"):
-        take_over_weights(model(), tmp_path)
-
-
-def test_on_the_command_line(tmp_path):
-    file, floats = gptq(tmp_path, 4)
-    made = model()
-    made.graph[0].name = "up"
-    ir.save(made, tmp_path / "m.onnx")
-    words = ["take-weights", tmp_path / "m.onnx", file]
-    result = qcompile(*words, tmp_path / "out.onnx", "--name", f"{LAYER}=up")
-    assert result.exit_code == 0, result.output
-    assert "1 layers of " in result.stdout and "Written to" in result.stdout
-    loaded = ir.load(tmp_path / "out.onnx")
-    (node,) = [node for node in loaded.graph if node.op_type == "MatMul"]
-    np.testing.assert_array_equal(dequantized_constant(node.inputs[1]), floats)
-    result = qcompile(*words, tmp_path / "two.onnx", "--name", f"{LAYER}=up", "--json")
-    assert json.loads(result.stdout)["layers"] == [LAYER]
-
-
-@pytest.mark.parametrize(
-    ("code", "message", "more"),
-    [
-        (2, "--name 'up' is not LAYER=NODE", ["--name", "up"]),
-        (2, "the layer 'a' is given twice", ["--name", "a=up", "--name", "a=down"]),
-        (1, "has no layer 'model.layers.0.mlp.up_prjo'; did you mean 'model.layers.0.mlp.up_proj'",
-         ["--name", "model.layers.0.mlp.up_prjo=up"]),
-        (1, "no MatMul of the model has the name of layer", []),
-        (1, "no MatMul of the model has the name of layer", ["--name", f"{LAYER}=down"]),
-    ],
-)  # fmt: skip
-def test_what_the_command_line_refuses(tmp_path, code, message, more):
-    file, _ = gptq(tmp_path, 4)
-    made = model()
-    made.graph[0].name = "up"
-    ir.save(made, tmp_path / "m.onnx")
-    fails(code, message, "take-weights", tmp_path / "m.onnx", file, tmp_path / "out.onnx", *more)
-    assert not (tmp_path / "out.onnx").exists()
-
-
-def test_the_command_line_names_files_that_are_not_there(tmp_path):
-    file, _ = gptq(tmp_path, 4)
-    ir.save(model(), tmp_path / "m.onnx")
-    out = tmp_path / "out.onnx"
-    fails(1, "no.safetensors does not exist", "take-weights", tmp_path / "m.onnx",
-          tmp_path / "no.safetensors", out)  # fmt: skip
-    fails(1, "no.onnx", "take-weights", tmp_path / "no.onnx", file, out)
-    fails(1, "is the input", "take-weights", tmp_path / "m.onnx", file, tmp_path / "m.onnx")

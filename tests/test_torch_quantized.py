@@ -3,47 +3,14 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from golden import model_of, run
+from golden import run
+from quantized_torch import Of, Q, both, nodes, torch
 
 import qcompiler
 from qcompiler.frontend import load_model
 from qcompiler.ir.errors import ModelError
-from qcompiler.ir.types import PerAxis, PerGroup, PerTensor
 
-torch = pytest.importorskip("torch", reason="torch is not installed")
-pytest.importorskip("torch.ao.quantization.fx._decomposed")  # registers the quantized ops
-
-Q = torch.ops.quantized_decomposed
 RNG = np.random.default_rng(0)
-
-
-class Of(torch.nn.Module):
-    """A function of an input and of constants."""
-
-    def __init__(self, function, **constants):
-        super().__init__()
-        self.function, self.names = function, list(constants)
-        for name, value in constants.items():
-            self.register_buffer(name, torch.as_tensor(value))
-
-    def forward(self, x):
-        return self.function(x, *(getattr(self, name) for name in self.names))
-
-
-def both(module, *inputs, dynamic=True):
-    """The model of a module, and its results and the module's for each input."""
-    shapes = ({0: torch.export.Dim.AUTO},) if dynamic else None
-    model = load_model(module.eval(), (torch.from_numpy(inputs[0]),), shapes)
-    pairs = []
-    for x in inputs:
-        with torch.no_grad():
-            expected = module(torch.from_numpy(x)).numpy()
-        pairs.append((run(model, {model.graph.inputs[0].name: x})[0], expected))
-    return model, pairs
-
-
-def nodes(model, op):
-    return [node for node in model.graph if node.op_type == op]
 
 
 def assert_same_integers(ours, theirs, steps):
@@ -263,82 +230,6 @@ def test_a_quantized_network_compiles(tmp_path):
         assert np.abs(compiled - theirs).max() <= 1.01 * STEP
 
 
-@pytest.fixture(scope="module")
-def affine():
-    """torchao's ops on rows and their groups; where it is not installed, the same arithmetic."""
-    ops = torch.ops.torchao
-    if hasattr(ops, "quantize_affine"):
-        yield ops
-        return
-    library = torch.library.Library("torchao", "DEF")
-    ends = "Scalar? quant_min=None, Scalar? quant_max=None"
-
-    def parts(x, block_size):
-        return x.reshape(*x.shape[:-1], -1, block_size[-1])
-
-    def choose(x, scheme, block_size, dtype, low, high, eps, scale_dtype, zero_dtype, keepdim):
-        assert scheme == "SYMMETRIC" and keepdim
-        scale = x.abs().amax(-1, keepdim=True) / ((high - low) / 2)
-        return scale.clamp(min=eps), torch.zeros_like(scale, dtype=zero_dtype)
-
-    def quantize(x, block_size, scale, zero, dtype, low, high):
-        rounded = torch.round(parts(x, block_size) * (1 / scale[..., None])) + zero[..., None]
-        return rounded.clamp(low, high).to(dtype).reshape(x.shape)
-
-    def dequantize(q, block_size, scale, zero, dtype, low, high, out_dtype=torch.float32):
-        wide = parts(q, block_size).to(out_dtype) - zero[..., None]
-        return (wide * scale[..., None]).reshape(q.shape)
-
-    for schema, function in (
-        (
-            "choose_qparams_affine(Tensor? input, str mapping_type, SymInt[] block_size, "
-            f"ScalarType target_dtype, {ends}, float? eps=None, ScalarType? scale_dtype=None, "
-            "ScalarType? zero_point_dtype=None, bool keepdim=False) -> (Tensor, Tensor)",
-            choose,
-        ),
-        (
-            "quantize_affine(Tensor input, SymInt[] block_size, Tensor scale, Tensor? zero_point, "
-            f"ScalarType output_dtype, {ends}) -> Tensor",
-            quantize,
-        ),
-        (
-            "dequantize_affine(Tensor input, SymInt[] block_size, Tensor scale, Tensor? "
-            f"zero_point, ScalarType input_dtype, {ends}, ScalarType output_dtype=6) -> Tensor",
-            dequantize,
-        ),
-    ):
-        library.define(schema)
-        library.impl(schema.split("(")[0], function, "CompositeExplicitAutograd")
-    yield ops
-    library._destroy()
-
-
-def test_torchao_tokens_of_8_bits_and_weights_of_4(affine):
-    def linear(x, weight, scale, zero):
-        row, int8 = [1, x.shape[-1]], torch.int8
-        eps, dtypes = 1e-7, (torch.float32, int8)
-        s, z = affine.choose_qparams_affine(
-            x, "SYMMETRIC", row, int8, -127, 127, eps, *dtypes, True
-        )
-        q = affine.quantize_affine(x, row, s, z, int8, -127, 127)
-        x = affine.dequantize_affine(q, row, s, z, int8, -127, 127)
-        wide = affine.dequantize_affine(weight, [1, 32], scale, zero, int8, -8, 7)
-        return torch.nn.functional.linear(x, wide)
-
-    weight = RNG.integers(-8, 8, (8, 64)).astype(np.int8)
-    scale = RNG.uniform(0.01, 0.02, (8, 2)).astype(np.float32)
-    module = Of(linear, weight=weight, scale=scale, zero=np.zeros((8, 2), np.int8))
-    x = RNG.standard_normal((4, 64), dtype=np.float32)
-    model, pairs = both(module, x, x[:1] * 9)
-    for ours, theirs in pairs:
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-    (quantize,) = nodes(model, "QuantizeLinear")
-    assert len(quantize.inputs) == 2
-    assert quantize.attributes.get_int("block_size") == 64
-    stored = [node.inputs[0].dtype for node in nodes(model, "DequantizeLinear")]
-    assert sorted(stored) == [ir.DataType.INT8, ir.DataType.INT4]
-
-
 def test_int16():
     stored = lambda x: Q.quantize_per_tensor(x, 1e-3, 0, -32768, 32767, torch.int16)  # noqa: E731
     x = RNG.standard_normal((2, 16), dtype=np.float32)
@@ -359,73 +250,3 @@ def test_tokens_of_varying_size_are_refused():
     module, x = Of(dynamic_token).eval(), torch.zeros(2, 16)
     with pytest.raises(ModelError, match=r"a token of varying size .*: fix the last dimension"):
         load_model(module, (x,), ({1: torch.export.Dim.AUTO},))
-
-
-@pytest.mark.parametrize(
-    ("block_size", "shape", "grain"),
-    [
-        ([4, 64], [4, 64], PerTensor()),
-        ([1, 64], [4, 64], PerGroup(-1, 64)),
-        ([1, 1, 64], ["n", 5, 64], PerGroup(-1, 64)),
-        ([1, 32], [4, 64], PerGroup(-1, 32)),
-        ([4, 1], [4, 64], PerAxis(1)),
-    ],
-)
-def test_block_sizes_of_torchao(block_size, shape, grain):
-    from qcompiler.from_torch.scales import grain_of
-
-    assert grain_of(block_size, ir.Value(shape=ir.Shape(shape)), None) == grain
-
-
-def test_blocks_in_two_directions_have_no_onnx_form():
-    from qcompiler.from_torch.scales import grain_of
-
-    with pytest.raises(ValueError, match=r"no ONNX form for blocks of \[2, 32\]"):
-        grain_of([2, 32], ir.Value(shape=ir.Shape([4, 64])), None)
-
-
-def look_up(i, table, scale, zero):
-    floats = Q.dequantize_per_channel(table, scale, zero, 0, 0, 255, torch.uint8)
-    return torch.nn.functional.embedding(i, floats)
-
-
-@pytest.mark.parametrize(
-    ("zeros", "ops"),
-    [
-        (RNG.uniform(90, 140, 16), ["DequantizeLinear", "Gather", "Gather", "Sub"]),
-        # Of rows without a negative number: no uint8 is below 0.
-        (np.full(16, -20.0), ["DequantizeLinear", "Gather", "Gather", "Sub"]),
-        (RNG.integers(90, 140, 16), ["DequantizeLinear", "Gather"]),
-    ],
-)
-def test_zero_points_of_floats(zeros, ops):
-    """They are as torch has them; as integers they would be off by up to half a step."""
-    module = Of(look_up, table=RNG.integers(0, 256, (16, 8), np.uint8),
-                scale=SCALES.astype(np.float32), zero=zeros.astype(np.float32))  # fmt: skip
-    model, pairs = both(module, np.array([[3, 0, 15], [7, 7, 1]]), dynamic=False)
-    for got, expected in pairs:
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-    assert [node.op_type for node in model.graph] == ops
-    (table,) = nodes(model, "DequantizeLinear")
-    assert table.inputs[0].dtype is ir.DataType.UINT8
-    assert (len(table.inputs) == 3) == (len(ops) == 2)
-
-
-@pytest.mark.parametrize(("shape", "stored"), [([4, 1], True), ([4], False), ([1, 4], False)])
-def test_what_is_subtracted_along_another_axis_is_no_zero_point(shape, stored):
-    from qcompiler.from_torch.float_zero_points import float_zero_points
-
-    constants = {
-        "w": RNG.integers(-8, 8, (4, 4)).astype(np.int8), "s": np.full(4, 0.5, np.float32),
-        "o": np.array([0, 0.5, 1, 1.5], np.float32).reshape(shape),
-    }  # fmt: skip
-    text = (
-        "g (float[1,4] x) => (float[4,4] y) "
-        "{ d = DequantizeLinear <axis = 0> (w, s) e = Sub (d, o) y = Add (e, x) }"
-    )
-    model = model_of(text, constants)
-    feeds = {"x": np.zeros((1, 4), np.float32)}
-    expected = run(model, feeds, plainly=True)
-    float_zero_points(model)
-    assert ("Sub" not in [node.op_type for node in model.graph]) == stored
-    np.testing.assert_array_equal(run(model, feeds, plainly=True), expected)

@@ -8,6 +8,8 @@ import qcompiler
 from qcompiler.passes.node_rules import NodeRule
 from qcompiler.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 K, N = 128, 96
 RNG = np.random.default_rng(3)
 W = (RNG.standard_normal((K, N)) + 0.2).astype(np.float32)
@@ -18,11 +20,6 @@ def rows(seed):
     x = np.random.default_rng(seed).standard_normal((64, K)).astype(np.float32)
     x[:, 5] *= 60  # an outlier that nothing before the product can take
     return {"x": x}
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("QCOMPILER_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "hqq", "awq", "gptq", "awq_gptq"])
