@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.graph import constant, same_dimension
+from qcompiler.ir.sizes import is_size_of, sizes_of
 
 __all__ = ["SWAP", "Mismatch", "Operand", "factor_of", "look_through", "order_of", "require"]
 
@@ -95,33 +96,49 @@ def look_through(
     return operand
 
 
-def _repeated(reshape: ir.Node, heads: int) -> tuple[ir.Value, int] | None:
-    """What `reshape` has several copies of each head of, side by side on that axis, and how many.
+def _repeated(merge: ir.Node, heads: int) -> tuple[ir.Value, int] | None:
+    """What `merge` has several copies of each head of, side by side on that axis, and how many.
 
     Reshape(Expand(Unsqueeze(x, [heads + 1]), sizes)), as in grouped-query attention.
     """
-    value, names = reshape.outputs[0], ("Reshape", "Expand", "Unsqueeze")
-    result, chain = value, list[ir.Value]()
-    for name in names:
-        node = value.producer()
-        if node is None or node.op_type != name or node.domain != "" or node.inputs[0] is None:
-            return None
-        chain.append(value := node.inputs[0])
-    expanded, source = chain[0], chain[-1]
-    before, apart, after = (tuple(v.shape or ()) for v in (source, expanded, result))
-    if (len(before), len(apart), len(after)) != (4, 5, 4):
+    expand = _made_by(merge.inputs[0], "Expand") if merge.op_type == "Reshape" else None
+    apart = _made_by(expand.inputs[0], "Unsqueeze") if expand is not None else None
+    source = apart.inputs[0] if apart is not None else None
+    if expand is None or apart is None or source is None:
         return None
-    copies = apart[heads + 1]
-    if not isinstance(copies, int) or not isinstance(before[heads], int) or copies < 1:
+    values = (source, apart.outputs[0], expand.outputs[0], merge.outputs[0])
+    before, separate, repeated, after = (tuple(value.shape or ()) for value in values)
+    if [len(before), len(separate), len(repeated), len(after)] != [4, 5, 5, 4]:
         return None
-    is_apart = chain[1].shape is not None and chain[1].shape[heads + 1] == 1
-    wanted = (*before[: heads + 1], copies, *before[heads + 1 :])
-    merged = (*before[:heads], before[heads] * copies, *before[heads + 1 :])
-    same = (
-        same_dimension(one, other)
-        for one, other in (*zip(apart, wanted, strict=True), *zip(after, merged, strict=True))
+    sizes, count = sizes_of(expand.inputs[1]), before[heads]
+    copies = sizes[heads + 1] if sizes is not None and len(sizes) == 5 else repeated[heads + 1]
+    if not isinstance(count, int) or not isinstance(copies, int) or separate[heads + 1] != 1:
+        return None
+    is_expanded = all(
+        _keeps(expand, axis, separate[axis], ones=True) for axis in range(5) if axis != heads + 1
     )
-    return (source, copies) if is_apart and all(same) else None
+    # Of the two other dimensions of a row-major tensor one says what the other is.
+    is_merged = (after[heads], after[3]) == (count * copies, before[3]) and any(
+        _keeps(merge, axis, before[axis]) for axis in {0, 1, 2} - {heads}
+    )
+    return (source, copies) if is_expanded and is_merged else None
+
+
+def _made_by(value: ir.Value | None, op: str) -> ir.Node | None:
+    node = value.producer() if value is not None else None
+    return node if node is not None and node.op_type == op and node.domain == "" else None
+
+
+def _keeps(
+    node: ir.Node, axis: int, dimension: int | ir.SymbolicDim, *, ones: bool = False
+) -> bool:
+    """Whether a dimension of an Expand or Reshape is provably this one; a size of 1 may keep it."""
+    shape, sizes = node.outputs[0].shape, sizes_of(node.inputs[1])
+    if shape is not None and same_dimension(shape[axis], dimension):
+        return True
+    if sizes is None or len(sizes) <= axis:
+        return False
+    return is_size_of(sizes[axis], dimension) or (ones and sizes[axis] == 1)
 
 
 def _turn_of(node: ir.Node) -> ir.Value | None:

@@ -35,7 +35,9 @@ def text_of(before: str, k: str = "kk", v: str = "vv", inputs: str = INPUTS) -> 
 
 def graph(text: str) -> ir.Model:
     numbers = {name: np.int64([number]) for name, number in
-               {"one": 1, "two": 2, "three": 3, "six": 6, "depth": 16}.items()}  # fmt: skip
+               {"zero": 0, "one": 1, "two": 2, "three": 3, "five": 5, "six": 6, "depth": 16,
+                "minus": -1}.items()}  # fmt: skip
+    numbers |= {"first": np.int64(0), "second": np.int64(2)}
     model = model_of(text, numbers | {"quarter": np.float32(0.25)})
     return Canonicalize()(model).model
 
@@ -60,6 +62,19 @@ def fused(text: str) -> list[str]:
 
 def test_copies_of_heads_are_not_made():
     assert fused(text_of(SIZES + REPEATED_K + REPEATED_V)) == ["MaskedAttention_D16_hhhh_g3"]
+
+
+def test_nor_where_sizes_are_computed_from_shapes():
+    """As TorchScript does, which shape inference does not follow."""
+    where = (
+        "all = Shape (k) b0 = Gather (all, first) batch = Unsqueeze (b0, zero) "
+        "t0 = Gather (all, second) keys = Unsqueeze (t0, zero) "
+        "given = Concat <axis = 0> (batch, two, three, keys, depth) flat = Reshape (given, minus) "
+        "ones = ConstantOfShape <value = int64[1] {1}> (five) negative = Mul (ones, minus) "
+        "is_same = Equal (flat, negative) apart = Where (is_same, ones, flat) "
+        "together = Concat <axis = 0> (batch, six, keys, depth) "
+    )
+    assert fused(text_of(where + REPEATED_K + REPEATED_V)) == ["MaskedAttention_D16_hhhh_g3"]
 
 
 def test_nor_are_heads_put_first_for_them():
