@@ -65,6 +65,7 @@ REGIONS = (
     of_two_levels(product(384, 50, 64, ("channel",), BIAS, Step("Relu", (1,)))),
     dataclasses.replace(product(96, 128, 32, ("channel",), BIAS), widths=(64, 32, 32)),
     of_two_levels(dataclasses.replace(product(64, 96, 16), widths=(32, 64))),
+    product(300, 33, 32),
 )
 ALL = ("y", "yq", "ys")
 WIDE = product(800, 1700, 32)
