@@ -30,13 +30,11 @@ attribute something else.
 
 from __future__ import annotations
 
-import re
-
 import onnx_ir as ir
 
 from qcompiler.ir.dialect_image import IMAGE_OPS
 from qcompiler.ir.dialect_op import DialectOp
-from qcompiler.ir.dialect_quantize import QUANTIZE_OPS, TOKEN_TO_INT8
+from qcompiler.ir.dialect_quantize import QUANTIZE_OPS, TOKEN_TO_INT8, requantized
 from qcompiler.ir.dialect_rows import ATTENTION_OPS, NORM_OPS
 from qcompiler.ir.dialect_w4 import W4_OPS
 
@@ -75,13 +73,6 @@ _W8A8 = DialectOp(
     y = Mul (by_token, ws)
 """,
 )
-
-
-def _requantized(x: str) -> str:
-    """A `Quantize` of x, `width` wide, as the ending of a body with a q and an s of its own."""
-    own = {"x": x, "q": "yq", "s": "ys", "middle": "result_middle"}
-    body = TOKEN_TO_INT8.replace("{block_size}", "block_size {=width}")
-    return re.sub(r"\{x\}|\b(q|s|middle)\b", lambda m: own[m[0].strip("{}")], body)
 
 
 _SUMS_OF_ONE_SCALE = """
@@ -137,20 +128,6 @@ _W8A8_WINDOWED = DialectOp(
     + _W8A8.body.replace("middle", "zero_point"),
 )
 
-_W8A8_REQUANTIZED = DialectOp(
-    name="RequantizedQMatMulW8A8",
-    inputs=_W8A8.inputs,
-    outputs=("y", "yq", "ys"),
-    attributes=("width",),
-    types=(*_W8A8.types, ("yq", ir.DataType.UINT8)),
-    shapes=(*_W8A8.shapes, ("yq", "* N"), ("ys", "* 1")),
-    wide=(*_W8A8.wide, "ys"),
-    stage="kernel",
-    body=_W8A8.body,
-    ending=_requantized("y"),
-    smoothed_ending="    z = Mul (y, smoothing)\n" + _requantized("z"),
-)
-
 _FP8 = DialectOp(
     name="QMatMulFp8",
     inputs=("q", "s", "w", "ws"),
@@ -194,7 +171,7 @@ _CONV = DialectOp(
 """,
 )
 
-_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, _W8A8_WINDOWED, _W8A8_REQUANTIZED, *W4_OPS, _FP8)
+_MATMULS = (_W8A8, _U8S8, _U8U8, _W8A8_DYNAMIC, _W8A8_WINDOWED, requantized(_W8A8), *W4_OPS, _FP8)
 OPS = {
     op.name: op for op in (*QUANTIZE_OPS, *_MATMULS, _CONV, *IMAGE_OPS, *NORM_OPS, *ATTENTION_OPS)
 }

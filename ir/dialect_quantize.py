@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import onnx_ir as ir
 
 from qcompiler.ir.dialect_op import DialectOp
 
-__all__ = ["QUANTIZE_OPS", "SMALLEST_MAGNITUDE", "TOKEN_TO_FP8", "TOKEN_TO_INT8"]
+__all__ = ["QUANTIZE_OPS", "SMALLEST_MAGNITUDE", "TOKEN_TO_FP8", "TOKEN_TO_INT8", "requantized"]
 
 SMALLEST_MAGNITUDE = 1e-20
 """Floor of a token's largest magnitude: an all-zero token still needs a scale to divide by."""
@@ -70,3 +73,26 @@ _QUANTIZE_FP8 = DialectOp(
 )
 
 QUANTIZE_OPS = (_QUANTIZE, _QUANTIZE_FP8)
+
+
+def requantized(product: DialectOp) -> DialectOp:
+    """The op that quantizes the result y of a product, too; a region may store yq and ys alone."""
+    return dataclasses.replace(
+        product,
+        name=f"Requantized{product.name}",
+        outputs=("y", "yq", "ys"),
+        attributes=(*product.attributes, "width"),
+        types=(*product.types, ("yq", ir.DataType.UINT8)),
+        shapes=(*product.shapes, ("yq", "* N"), ("ys", "* 1")),
+        wide=(*product.wide, "ys"),
+        stage="kernel",
+        ending=_quantized_result("y"),
+        smoothed_ending="    z = Mul (y, smoothing)\n" + _quantized_result("z"),
+    )
+
+
+def _quantized_result(x: str) -> str:
+    """A `Quantize` of x, `width` wide, as the ending of a body with a q and an s of its own."""
+    own = {"x": x, "q": "yq", "s": "ys", "middle": "result_middle"}
+    body = TOKEN_TO_INT8.replace("{block_size}", "block_size {=width}")
+    return re.sub(r"\{x\}|\b(q|s|middle)\b", lambda m: own[m[0].strip("{}")], body)

@@ -5,7 +5,8 @@
     QMatMulW4Z4A8      (w - wz) ws           wz int4 [K/G, N]
     QMatMulW4S8A8      w gs cs               gs int8 [K/G, N], cs float [N]
 
-A8 multiplies int8 activations with a scale per token, A16 floats.  Groups with offsets o, a weight
+A8 multiplies int8 activations with a scale per token, A16 floats; two of the former have kernels
+that quantize their result as well, `Requantized`.  Groups with offsets o, a weight
 being w ws + o, take one of these, and what all the weights of a group have in common once:
 
     x W = QMatMulW4…(x, w, ws) + GroupSums(x) o
@@ -24,6 +25,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from qcompiler.ir.dialect_op import DialectOp
+from qcompiler.ir.dialect_quantize import requantized
 
 __all__ = ["W4_OPS"]
 
@@ -123,6 +125,7 @@ _SUMS_A16 = DialectOp(
 
 W4_OPS = (
     *(_product(scale, activation) for scale in _SCALES for activation in ("A8", "A16")),
+    *(requantized(_product(scale, "A8")) for scale in ("", "S8")),
     _SUMS_A8,
     _SUMS_A16,
 )

@@ -6,7 +6,16 @@ import dataclasses
 
 from qcompiler.ir.region import ExtraKind, Region
 
-__all__ = ["dilation_of_windows", "pads_of_windows", "quantizing_parts", "requantized_parts"]
+__all__ = [
+    "dilation_of_windows",
+    "pads_of_windows",
+    "quantizing_parts",
+    "requantized",
+    "requantized_parts",
+    "requantizes",
+]
+
+_REQUANTIZED = "Requantized"
 
 
 def quantizing_parts(region: Region) -> tuple[Region, Region]:
@@ -28,6 +37,16 @@ def dilation_of_windows(region: Region) -> int:
     return region.integers("dilations")[0] if "dilations" in dict(region.attributes) else 1
 
 
+def requantized(anchor: str) -> str:
+    """The anchor that quantizes the result of a product with `anchor`."""
+    return _REQUANTIZED + anchor
+
+
+def requantizes(region: Region) -> bool:
+    """Whether a region is a product that quantizes its result."""
+    return region.anchor.startswith(_REQUANTIZED)
+
+
 def requantized_parts(region: Region) -> tuple[Region, Region]:
     """The Quantize of the result of a region that quantizes it, and the product without.
 
@@ -36,5 +55,6 @@ def requantized_parts(region: Region) -> tuple[Region, Region]:
     factors: tuple[ExtraKind, ...] = ("channel",) if region.flags else ()
     quantize = Region("Quantize", (("K", region.size("N")),), factors, flags=region.flags)
     extras = region.extras[: len(region.extras) - len(factors)]
-    product = dataclasses.replace(region, anchor="QMatMulW8A8", extras=extras, outputs=(), flags=())
+    anchor = region.anchor.removeprefix(_REQUANTIZED)
+    product = dataclasses.replace(region, anchor=anchor, extras=extras, outputs=(), flags=())
     return quantize, product

@@ -8,6 +8,8 @@ reaches memory: what is wide, between the two products of an MLP, is the largest
 quantized may be the result times one factor per channel (see `smooth_activations`, and the masks of
 `split_outliers`); if others read the result it is stored, too.
 
+Products by int4 weights do so, too: RequantizedQMatMulW4A8 and RequantizedQMatMulW4S8A8.
+
 Runs after `merge_siblings`, and after `fuse_windows`, whose products quantize their input and not
 their result; before `fuse_quantize`, which would have the next product do it.
 """
@@ -23,11 +25,13 @@ import onnx_ir as ir
 from qcompiler.ir import dialect
 from qcompiler.ir.decisions import decide, decision_of, inherit, region_of, set_region
 from qcompiler.ir.graph import constant, only_consumer
-from qcompiler.ir.joined_regions import requantized_parts
+from qcompiler.ir.joined_regions import requantized, requantized_parts, requantizes
 from qcompiler.ir.region import Region
 from qcompiler.passes.outlining import UNBOUND, JoiningPass, outline
 
 __all__ = ["FuseRequantize", "quantizing_readers", "separate_results"]
+
+_PRODUCTS = ("QMatMulW8A8", "QMatMulW4A8", "QMatMulW4S8A8")
 
 _RESULT = "qcompiler.result"
 """The name of the floats that a node quantizes, which its own results do not say."""
@@ -39,7 +43,7 @@ class FuseRequantize(JoiningPass):
     def join(self, model: ir.Model, product: ir.Node) -> bool:
         """Join a product with the Quantize of its result."""
         region = region_of(product) if product.domain == UNBOUND else None
-        if region is None or region.anchor != "QMatMulW8A8" or region.widths or region.flags:
+        if region is None or region.anchor not in _PRODUCTS or region.widths or region.flags:
             return False
         result = product.outputs[0]
         readers = quantizing_readers(result)
@@ -62,7 +66,7 @@ class FuseRequantize(JoiningPass):
 def _whole(region: Region, *, is_stored: bool, is_smoothed: bool) -> Region:
     return dataclasses.replace(
         region,
-        anchor="RequantizedQMatMulW8A8",
+        anchor=requantized(region.anchor),
         extras=(*region.extras, "channel") if is_smoothed else region.extras,
         outputs=("y", "yq", "ys") if is_stored else ("yq", "ys"),
         flags=("smoothed",) if is_smoothed else (),
@@ -73,7 +77,7 @@ def separate_results(model: ir.Model) -> None:
     """Take apart again what quantizes its own result, so that this is there to be looked at."""
     for node in list(model.graph):
         region = region_of(node)
-        if region is not None and region.anchor == "RequantizedQMatMulW8A8":
+        if region is not None and requantizes(region):
             _separate(model, node, *requantized_parts(region))
 
 

@@ -140,6 +140,23 @@ def test_results_are_taken_apart_again(between):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize(("scales", "product"), [
+    ("float", "QMatMulW4A8"), ("int8", "QMatMulW4S8A8"),
+])  # fmt: skip
+def test_products_by_four_bits_quantize_their_results_too(scales, product):
+    text = f"{ONE}{{ {NEXT} p = MatMul (j, e) }}"
+    model = folded(text, "x86-int4", scales=scales, **MLP)
+    FuseRegions(supports)(model)
+    before = run(model, FEEDS)
+    ops = rewritten(model, FuseRequantize(supports))
+    assert first_of(ops) == f"Requantized{product}_K64_N16_G32_AddC_Relu_yqys"
+    separate_results(model)
+    verify(model, Stage.KERNEL, "separate_results")
+    ops = [node.op_type.split("_")[0] for node in model.graph]
+    assert ops == ["Quantize", product, "Quantize", product]
+    np.testing.assert_array_equal(run(model, FEEDS)[0], before[0])
+
+
 @pytest.mark.parametrize("supported", [True, False])
 def test_asks_for_a_kernel_and_says_what_was_done(supported):
     model = folded(f"{ONE}{{ {NEXT} p = MatMul (j, e) }}", **MLP)

@@ -40,6 +40,16 @@ def of_two_levels(region: Region) -> Region:
     return dataclasses.replace(region, anchor="QMatMulW4S8A8")
 
 
+def requantized(
+    region: Region, outputs: tuple[str, ...] = ("yq", "ys"), flags: tuple[str, ...] = ()
+) -> Region:
+    """A region that quantizes its result, times a factor of each channel with "smoothed"."""
+    return dataclasses.replace(
+        region, anchor=f"Requantized{region.anchor}", outputs=outputs, flags=flags,
+        extras=(*region.extras, *["channel"] * len(flags)),
+    )  # fmt: skip
+
+
 REGIONS = (
     product(1, 1, 32),
     product(3, 5, 8),
@@ -55,6 +65,21 @@ REGIONS = (
     of_two_levels(product(384, 50, 64, ("channel",), BIAS, Step("Relu", (1,)))),
     dataclasses.replace(product(96, 128, 32, ("channel",), BIAS), widths=(64, 32, 32)),
     of_two_levels(dataclasses.replace(product(64, 96, 16), widths=(32, 64))),
+    product(300, 33, 32),
+)
+ALL = ("y", "yq", "ys")
+WIDE = product(800, 1700, 32)
+"""With weights that an L2 does not hold beside other things."""
+REQUANTIZED = (
+    *map(requantized, (REGIONS[0], REGIONS[1], REGIONS[4], REGIONS[5], REGIONS[7], REGIONS[8])),
+    requantized(REGIONS[5], ALL, ("smoothed",)),
+    requantized(REGIONS[6], ALL),
+    requantized(REGIONS[2], flags=("smoothed",)),
+    requantized(product(16, 4096, 8)),
+    requantized(WIDE),
+    requantized(WIDE, ALL),
+    requantized(REGIONS[10]),
+    requantized(REGIONS[11], ALL, ("smoothed",)),
 )
 
 
@@ -62,7 +87,7 @@ REGIONS = (
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("library") / "kernels.so"
     with compiled_for_here():
-        build_library(REGIONS, DOMAIN, path, cache=KernelCache())
+        build_library([*REGIONS, *REQUANTIZED], DOMAIN, path, cache=KernelCache())
     return path
 
 
@@ -79,7 +104,7 @@ def constants(region: Region) -> dict[str, Array]:
         "w": rng.integers(-8, 8, (k, n)),
         "ws": (rng.uniform(0.1, 1.5, (-(-k // group), n)) / np.sqrt(k)).astype(np.float32),
     }
-    if region.anchor == "QMatMulW4S8A8":
+    if region.anchor.endswith("QMatMulW4S8A8"):
         values["cs"] = values.pop("ws").max(0) / 127
         values["gs"] = rng.integers(-127, 128, (-(-k // group), n))
     for index, kind in enumerate(region.extras):
@@ -94,8 +119,8 @@ def model_of(region: Region) -> bytes:
 
     def value(name: str) -> ir.Value:
         if name not in values:
-            dtype = ir.DataType.UINT8 if name == "q" else ir.DataType.FLOAT
-            last = {"q": region.size("K"), "s": 1}.get(name, region.size("N"))
+            dtype = ir.DataType.UINT8 if name in ("q", "yq") else ir.DataType.FLOAT
+            last = {"q": region.size("K"), "s": 1, "ys": 1}.get(name, region.size("N"))
             return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(["m", last]))
         dtype = {"w": ir.DataType.INT4, "gs": ir.DataType.INT8}.get(name, ir.DataType.FLOAT)
         array = values[name].astype(dtype.numpy())
@@ -164,6 +189,52 @@ def test_against_its_body(library: Path, isa: Isa, rows: int, region: Region, se
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@each_isa("RequantizedQMatMulW4A8")
+@settings(deadline=None, max_examples=60)
+@example(1, REQUANTIZED[3], 0).via("one row")
+@example(1, REQUANTIZED[9], 0).via("a row that does not lie on the stack with another")
+@example(0, REQUANTIZED[3], 0).via("an empty batch")
+@example(9, REQUANTIZED[2], 0).via("just over a tile")
+@example(33, REQUANTIZED[3], 0).via("just enough rows for tasks of whole rows")
+@example(300, REQUANTIZED[6], 0).via("tasks of whole rows, stored beside, times factors")
+@example(300, REQUANTIZED[9], 0).via("tasks of a tile of rows each")
+@example(300, REQUANTIZED[13], 0).via("tasks of whole rows, scales of two levels")
+@example(100, REQUANTIZED[10], 0).via("large weights")
+@example(100, REQUANTIZED[11], 0).via("large weights, stored beside")
+@example(700, REQUANTIZED[10], 0).via("large weights and results")
+@given(st.integers(0, 40), st.sampled_from(REQUANTIZED), st.integers(0, 2**32 - 1))
+def test_a_result_that_is_quantized(
+    library: Path, isa: Isa, rows: int, region: Region, seed: int
+) -> None:
+    """The floats are those of a product, which differ in their last bits: few integers by one."""
+    data = feeds(region, rows, np.random.default_rng(seed))
+    wanted = session(region, 1).run(None, data)
+    for threads in (1, 2):
+        results = session(region, threads, library, isa).run(None, data)
+        for name, want, got in zip(region.outputs, wanted, results, strict=True):
+            assert (got.shape, got.dtype) == (want.shape, want.dtype)
+            if name == "yq":
+                difference = np.abs(got.astype(int) - want)
+                assert difference.max(initial=0) <= 1
+                assert (difference != 0).sum() <= 1 + got.size / 500
+            else:
+                np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@each_isa("RequantizedQMatMulW4A8")
+@pytest.mark.parametrize("rows", [1, 9, 40])
+@pytest.mark.parametrize("region", [REQUANTIZED[6], REQUANTIZED[13]], ids=lambda r: r.name)
+def test_what_is_quantized_is_what_is_stored(
+    library: Path, isa: Isa, region: Region, rows: int
+) -> None:
+    y, q, s = session(region, 2, library, isa).run(
+        None, feeds(region, rows, np.random.default_rng(rows))
+    )
+    smoothed = y * constants(region)[f"extra{len(region.extras) - 1}"]
+    np.testing.assert_allclose(s[:, 0], np.abs(smoothed).max(1) / 127, rtol=1e-6)
+    assert np.abs((q.astype(np.float64) - 128) * s - smoothed).max() <= 0.5001 * s.max()
+
+
 @each_isa("QMatMulW4A8")
 @pytest.mark.parametrize("region", [r for r in REGIONS if not r.steps], ids=lambda r: r.name)
 @pytest.mark.parametrize("extreme", [0, 1, 255])
@@ -189,6 +260,13 @@ def test_sums_are_exact(library: Path, isa: Isa, region: Region, extreme: int) -
         (product(4, 4, 32, (), Step("Erf", (0,))), "no vector form of Erf"),
         (dataclasses.replace(product(64, 64, 32), widths=(48, 16)), "not all are multiples of 32"),
         (dataclasses.replace(product(64, 288, 32), widths=(32,) * 9), "9 results; at most 8"),
+        (requantized(product(64, 4, 20)), "groups of 20: kernels take multiples of 8"),
+        (requantized(product(64, 4097, 32)), "rows of more than 4096 are quantized later"),
+        (requantized(product(64, 4, 32), ("y",)), "one result of floats is quantized"),
+        (
+            requantized(dataclasses.replace(product(64, 64, 32), widths=(32, 32))),
+            "one result of floats is quantized",
+        ),
     ],
 )
 def test_unsupported_regions_say_why(region: Region, reason: str) -> None:

@@ -22,11 +22,11 @@ X = {"x": RNG.standard_normal((3, 64), dtype=np.float32)}
 R = {"r": RNG.standard_normal((3, 8), dtype=np.float32)}
 
 
-def folded(text, target="x86-int8", **weights):
+def folded(text, target="x86-int8", scales="float", **weights):
     model = model_of(text, {"w": W, "b": B} | weights)
     for index, node in enumerate(model.graph):
         node.name = f"node_{index}"
-    AssignPrecision(TARGETS[target].scheme)(model)
+    AssignPrecision(TARGETS[target].scheme, AssignPrecision.Options(scales=scales))(model)
     for rewrite in (InsertQDQ(), RoundToNearest(), FoldQDQ()):
         rewrite(model)
     return model

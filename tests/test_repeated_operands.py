@@ -113,9 +113,10 @@ def test_others_are_refused(library, isa, shape):
 
 
 @each_isa("QMatMulW4A8")
-def test_weights_of_4_bits(tmp_path, isa):
-    build_library([OF_4_BITS], w4.DOMAIN, tmp_path / "kernels.so", cache=KernelCache())
-    model = onnx.load_from_string(w4.model_of(OF_4_BITS))
+@pytest.mark.parametrize("region", [OF_4_BITS, w4.requantized(OF_4_BITS, ("y", "yq", "ys"))])
+def test_weights_of_4_bits(tmp_path, isa, region):
+    build_library([region], w4.DOMAIN, tmp_path / "kernels.so", cache=KernelCache())
+    model = onnx.load_from_string(w4.model_of(region))
     for operand in [*model.graph.input, *model.graph.output]:
         operand.type.tensor_type.ClearField("shape")
     results = []
@@ -125,6 +126,7 @@ def test_weights_of_4_bits(tmp_path, isa):
         if path is not None:
             offer(options, path, isa)
         found = ort.InferenceSession(model.SerializeToString(), options)
-        feeds = given_to(found, feeds_of(OF_4_BITS, [3], 40, 2, 0))
-        results.append(found.run(None, feeds)[0])
-    np.testing.assert_allclose(*results, rtol=1e-4, atol=1e-4)
+        feeds = given_to(found, feeds_of(region, [3], 40, 2, 0))
+        results.append(found.run(None, feeds))
+    for want, native in zip(*results, strict=True):
+        agree(native, want)

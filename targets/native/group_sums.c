@@ -11,12 +11,6 @@ struct sums_run {
     int64_t rows, k, group, groups, tasks;
 };
 
-__attribute__((target("avx2"))) static int32_t sum_of(const uint8_t *q, int64_t count) {
-    int32_t sum = 0;
-    for (int64_t i = 0; i < count; i++) sum += q[i];
-    return sum - 128 * (int32_t)count;
-}
-
 static void sums_task(void *argument, size_t index) {
     const struct sums_run *run = argument;
     const int64_t end = run->rows * ((int64_t)index + 1) / run->tasks;
@@ -24,7 +18,8 @@ static void sums_task(void *argument, size_t index) {
         for (int64_t group = 0; group < run->groups; group++) {
             const int64_t first = group * run->group, left = run->k - first;
             const int64_t count = left < run->group ? left : run->group;
-            const int32_t sum = sum_of(run->q + row * run->k + first, count);
+            int32_t sum;
+            qc_sum_rows(run->q + row * run->k + first, 1, count, 128, &sum);
             run->y[row * run->groups + group] = (float)sum * run->s[row];
         }
 }

@@ -135,6 +135,7 @@ extern const struct qc_anchor qc_qmatmul_w8a8, qc_qmatmul_u8s8, qc_qmatmul_u8u8;
 extern const struct qc_anchor qc_dynamic_qmatmul_w8a8, qc_windowed_qmatmul_w8a8;
 extern const struct qc_anchor qc_requantized_qmatmul_w8a8;
 extern const struct qc_anchor qc_qmatmul_w4a8, qc_qmatmul_w4s8a8;
+extern const struct qc_anchor qc_requantized_qmatmul_w4a8, qc_requantized_qmatmul_w4s8a8;
 extern const struct qc_anchor qc_group_sums;
 extern const struct qc_anchor qc_attention, qc_masked_attention;
 extern const struct qc_anchor qc_layer_norm, qc_add_layer_norm, qc_rms_norm, qc_add_rms_norm;

@@ -187,6 +187,7 @@ static OrtStatus *qmatmul_create(const struct qc_op *op, const OrtKernelInfo *in
 
 const int qc_float_results[QC_MAX_PARTS] = {ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT,
                                             ORT_FLOAT, ORT_FLOAT, ORT_FLOAT, ORT_FLOAT};
+const int qc_quantized_results[] = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT};
 
 #define QMATMUL(types, inputs, run)                                                                \
     .input_types = types, .input_count = inputs, .create = qmatmul_create, .compute = run,         \
@@ -197,7 +198,6 @@ static const int Q_S_W_WS[] = {ORT_UINT8, ORT_FLOAT, ORT_INT8, ORT_FLOAT};
 static const int Q_S_Z_W_WS[] = {ORT_UINT8, ORT_FLOAT, ORT_UINT8, ORT_INT8, ORT_FLOAT};
 static const int Q_S_Z_W_WS_WZ[] = {ORT_UINT8, ORT_FLOAT, ORT_UINT8,
                                     ORT_UINT8, ORT_FLOAT, ORT_UINT8};
-static const int Y_YQ_YS[] = {ORT_FLOAT, ORT_UINT8, ORT_FLOAT};
 static const int X_W_WS[] = {ORT_FLOAT, ORT_INT8, ORT_FLOAT};
 
 const struct qc_anchor qc_qmatmul_w8a8 = {QMATMUL(Q_S_W_WS, 4, qmatmul_compute), TO_FLOATS};
@@ -207,4 +207,5 @@ const struct qc_anchor qc_dynamic_qmatmul_w8a8 = {QMATMUL(X_W_WS, 3, qmatmul_com
 const struct qc_anchor qc_windowed_qmatmul_w8a8 = {QMATMUL(X_W_WS, 3, qmatmul_compute), TO_FLOATS,
                                                    .rows = window_count};
 const struct qc_anchor qc_requantized_qmatmul_w8a8 = {
-    QMATMUL(Q_S_W_WS, 4, qmatmul_compute), .output_types = Y_YQ_YS, .last_dimension = width_or_scale};
+    QMATMUL(Q_S_W_WS, 4, qmatmul_compute), .output_types = qc_quantized_results,
+    .last_dimension = width_or_scale};

@@ -8,7 +8,7 @@
 enum { QUANTIZED_BYTES = 64 * 1024, QUANTIZED_ROWS = 512, FEW_BYTES = 32 * 1024 };
 /* So do the results of a task that quantizes them. */
 enum { RESULT_FLOATS = 48 * 1024 };
-/* And windows that do not lie in x from end to end; one of MAX_QUANTIZED_DEPTH (w8_family.py) fits. */
+/* And windows that do not lie in x from end to end; one of MAX_QUANTIZED_DEPTH (x86/family.py) fits. */
 enum { WINDOW_FLOATS = 4096 };
 
 /* Of products by activations that came quantized. */
@@ -104,8 +104,11 @@ static inline int quantizes_input(const struct qc_op *op) {
     return op->spec->anchor == &qc_dynamic_qmatmul_w8a8 || has_windows(op);
 }
 
+/* The types of a product's results: floats, or y, yq, ys. */
+extern const int qc_float_results[QC_MAX_PARTS], qc_quantized_results[3];
+
 static inline int quantizes_result(const struct qc_op *op) {
-    return op->spec->anchor == &qc_requantized_qmatmul_w8a8;
+    return op->spec->anchor->output_types == qc_quantized_results;
 }
 
 /* Rows from the first of a window to behind its last. */
@@ -143,8 +146,6 @@ OrtStatus *qc_centre(struct centred_rows *centred, OrtKernelContext *context);
 /* Lets args read the rows from `row` on. */
 void qc_read_centred(const struct centred_rows *centred, int64_t row, struct qc_qmatmul_args *args);
 
-/* The types of a product's results. */
-extern const int qc_float_results[QC_MAX_PARTS];
 /* Memory for packed weights, to be freed. */
 void *qc_allocate(size_t bytes);
 /* The extra operands that are initializers. */

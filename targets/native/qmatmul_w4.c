@@ -1,6 +1,9 @@
 /* y = epilogue(QMatMulW4A8(q, s, w, ws), extra...): int4 weights in groups of K with a scale each, int8
  * activations per row.  QMatMulW4S8A8(q, s, w, gs, cs) has the scales gs cs, an int8 of each group times
- * a float of each column.  See x86/qmatmul_w4.py for the layouts. */
+ * a float of each column.  See x86/qmatmul_w4.py for the layouts.
+ *
+ * yq, ys = RequantizedQMatMulW4A8(q, s, w, ws, extra...), and the other so, quantize y, see
+ * requantized.c. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -124,18 +127,22 @@ static OrtStatus *qmatmul_w4_compute(void *state, OrtKernelContext *context) {
     const struct qmatmul *kernel = state;
     struct qmatmul_run run = {.kernel = kernel, .args = {.weights = kernel->weights, .ws = kernel->ws}};
     QC_TRY(qc_bind_qmatmul(&run, context));
-    return qc_run_periods(&run, context, qc_run_qmatmul);
+    return qc_run_periods(&run, context, run.yq ? qc_run_requantized : qc_run_qmatmul);
 }
 
 #define QMATMUL(types, inputs, make)                                                               \
-    {                                                                                              \
-        .input_types = types, .input_count = inputs, .output_types = qc_float_results,             \
-        .create = make, .compute = qmatmul_w4_compute, .destroy = qmatmul_w4_destroy,              \
-        .last_dimension = width,                                                                   \
-    }
+    .input_types = types, .input_count = inputs, .create = make, .compute = qmatmul_w4_compute,    \
+    .destroy = qmatmul_w4_destroy
+#define TO_FLOATS .output_types = qc_float_results, .last_dimension = width
+#define QUANTIZED .output_types = qc_quantized_results, .last_dimension = width_or_scale
 
 static const int Q_S_W_WS[] = {ORT_UINT8, ORT_FLOAT, ORT_INT4, ORT_FLOAT};
 static const int Q_S_W_GS_CS[] = {ORT_UINT8, ORT_FLOAT, ORT_INT4, ORT_INT8, ORT_FLOAT};
 
-const struct qc_anchor qc_qmatmul_w4a8 = QMATMUL(Q_S_W_WS, 4, qmatmul_w4_create);
-const struct qc_anchor qc_qmatmul_w4s8a8 = QMATMUL(Q_S_W_GS_CS, 5, qmatmul_w4s8_create);
+#define W4A8 QMATMUL(Q_S_W_WS, 4, qmatmul_w4_create)
+#define W4S8A8 QMATMUL(Q_S_W_GS_CS, 5, qmatmul_w4s8_create)
+
+const struct qc_anchor qc_qmatmul_w4a8 = {W4A8, TO_FLOATS};
+const struct qc_anchor qc_qmatmul_w4s8a8 = {W4S8A8, TO_FLOATS};
+const struct qc_anchor qc_requantized_qmatmul_w4a8 = {W4A8, QUANTIZED};
+const struct qc_anchor qc_requantized_qmatmul_w4s8a8 = {W4S8A8, QUANTIZED};

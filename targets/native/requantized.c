@@ -1,4 +1,4 @@
-/* The end of RequantizedQMatMulW8A8: yq, ys = Quantize of the result y, or of y * smoothing. */
+/* The end of RequantizedQMatMul…: yq, ys = Quantize of the result y, or of y * smoothing. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -35,10 +35,16 @@ void qc_run_and_quantize(const struct qmatmul_run *run, struct qc_qmatmul_args *
     quantize_rows(run, y, row, args->rows);
 }
 
+static int64_t weight_bytes(const struct qc_op *op) {
+    const int64_t count = op->spec->k * op->spec->n;
+    if (!op->variant->chunk) return count;
+    return count / 2 + ceil_div(op->spec->k, op->spec->g) * op->spec->n * (int64_t)sizeof(float);
+}
+
 static int in_tasks(const struct qmatmul_run *run) {
     const struct qc_op_spec *spec = run->kernel->op->spec;
     if (run->rows * spec->n * (int64_t)sizeof(float) >= CACHED_BYTES) return 1;
-    return run->rows > LEAST_ROWS && spec->k * spec->n <= CACHED_WEIGHTS;
+    return run->rows > LEAST_ROWS && weight_bytes(run->kernel->op) <= CACHED_WEIGHTS;
 }
 
 static void quantize_task(void *argument, size_t index) {

@@ -6,13 +6,25 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from qcompiler.ir.joined_regions import requantized_parts
 from qcompiler.ir.region import Region
 from qcompiler.targets.x86.isa import AVX2, AVX512_VNNI, Isa
 
-__all__ = ["FAST", "MAX_ELEMENTS", "Family", "misfit_of_results"]
+__all__ = [
+    "FAST",
+    "MAX_ELEMENTS",
+    "MAX_QUANTIZED_DEPTH",
+    "Family",
+    "misfit_of_quantized",
+    "misfit_of_results",
+    "requantizing_kernels",
+]
 
 MAX_ELEMENTS = 1 << 30
 """Kernels index a row, and the packed weights, with int32."""
+MAX_QUANTIZED_DEPTH = 4096
+"""A tile of such rows fits the 64 KiB that DynamicQMatMulW8A8 quantizes into; one is
+WINDOW_FLOATS of native/qmatmul.h, and a tile of results fits its RESULT_FLOATS."""
 FAST = "fast"
 """The flag of a Quantize of numbers that have been rounded otherwise than the body's before."""
 _MAX_PARTS = 8
@@ -56,3 +68,19 @@ def misfit_of_results(region: Region, panels: Iterable[int]) -> str | None:
         if any(width % panel for width in region.widths):
             return f"results of {region.widths} columns: not all are multiples of {panel}"
     return None
+
+
+def misfit_of_quantized(region: Region) -> str | None:
+    """Why the result of a product cannot be quantized by it, or None."""
+    n = region.size("N")
+    if region.widths or region.is_quantized or region.outputs[-2:] != ("yq", "ys"):
+        return "one result of floats is quantized"
+    if n > MAX_QUANTIZED_DEPTH:
+        return f"N={n}: rows of more than {MAX_QUANTIZED_DEPTH} are quantized later"
+    return None
+
+
+def requantizing_kernels(region: Region) -> tuple[Region, Region]:
+    """Its parts.  Results have been rounded otherwise than the body's before they are quantized."""
+    quantize, product = requantized_parts(region)
+    return dataclasses.replace(quantize, flags=(FAST, *quantize.flags)), product

@@ -1,7 +1,8 @@
-"""The kernels of `QMatMulW4A8` and `QMatMulW4S8A8`: which products have one, and their arguments.
+"""The kernels of products by weights of 4 bits: which have one, and their arguments.
 
 Scales of two levels are multiplied when a session is made: the kernels are the same.  The sums of
-groups beside them are so little work that they are plain C (native/group_sums.c).
+groups beside them are so little work that they are plain C (native/group_sums.c).  What quantizes
+its own result is made of two kernels, one of them a Quantize's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from typing import Any
 
 from qcompiler.ir.region import Region
 from qcompiler.targets.epilogue import unsupported_epilogue
-from qcompiler.targets.x86.family import MAX_ELEMENTS, Family, misfit_of_results
+from qcompiler.targets.x86.family import (
+    MAX_ELEMENTS,
+    Family,
+    misfit_of_quantized,
+    misfit_of_results,
+    requantizing_kernels,
+)
 from qcompiler.targets.x86.isa import AVX2, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import TileShape
 
@@ -129,6 +136,20 @@ def _family(anchor: str) -> Family:
     )
 
 
+def _unsupported_requantized(region: Region) -> str | None:
+    return misfit_of_quantized(region) or _unsupported(region)
+
+
+def _requantizing(anchor: str) -> Family:
+    """A product made of its own kernel and a Quantize's."""
+    return dataclasses.replace(
+        _family(anchor),
+        unsupported=_unsupported_requantized,
+        generate=None,
+        parts=requantizing_kernels,
+    )
+
+
 def _unsupported_sums(region: Region) -> str | None:
     return f"{region.anchor} takes no epilogue" if region.steps or region.extras else None
 
@@ -145,4 +166,6 @@ W4_FAMILIES = {
     ),
     "QMatMulW4A8": _family("qc_qmatmul_w4a8"),
     "QMatMulW4S8A8": _family("qc_qmatmul_w4s8a8"),
+    "RequantizedQMatMulW4A8": _requantizing("qc_requantized_qmatmul_w4a8"),
+    "RequantizedQMatMulW4S8A8": _requantizing("qc_requantized_qmatmul_w4s8a8"),
 }

@@ -9,15 +9,17 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from qcompiler.ir.joined_regions import (
-    dilation_of_windows,
-    pads_of_windows,
-    quantizing_parts,
-    requantized_parts,
-)
+from qcompiler.ir.joined_regions import dilation_of_windows, pads_of_windows, quantizing_parts
 from qcompiler.ir.region import Region
 from qcompiler.targets.epilogue import unsupported_epilogue
-from qcompiler.targets.x86.family import FAST, MAX_ELEMENTS, Family, misfit_of_results
+from qcompiler.targets.x86.family import (
+    MAX_ELEMENTS,
+    MAX_QUANTIZED_DEPTH,
+    Family,
+    misfit_of_quantized,
+    misfit_of_results,
+    requantizing_kernels,
+)
 from qcompiler.targets.x86.isa import AVX2, AVX512_VNNI, AVX_VNNI, Isa
 from qcompiler.targets.x86.tile import tile_shape
 
@@ -25,9 +27,6 @@ __all__ = ["W8_FAMILIES", "differences", "most_lacking"]
 
 _ISAS = (AVX512_VNNI, AVX_VNNI, AVX2)
 
-MAX_QUANTIZED_DEPTH = 4096
-"""A tile of such rows fits the 64 KiB that DynamicQMatMulW8A8 quantizes into; one is
-WINDOW_FLOATS of native/qmatmul.h."""
 MAX_QUANTIZED_WIDTH = 1024
 """Beyond this many columns quantizing is little of the work, and panels of weights that many rows
 share in an L1 matter more: 128 x 1536 x 384 takes 4% longer in one op."""
@@ -89,18 +88,7 @@ def _unsupported_windowed(region: Region) -> str | None:
 
 
 def _unsupported_requantized(region: Region) -> str | None:
-    n = region.size("N")
-    if region.widths or region.is_quantized or region.outputs[-2:] != ("yq", "ys"):
-        return "one result of floats is quantized"
-    if n > MAX_QUANTIZED_DEPTH:
-        return f"N={n}: rows of more than {MAX_QUANTIZED_DEPTH} are quantized later"
-    return _unsupported_qmatmul(region)
-
-
-def _requantizing_kernels(region: Region) -> tuple[Region, Region]:
-    """Its parts.  Results have been rounded otherwise than the body's before they are quantized."""
-    quantize, product = requantized_parts(region)
-    return dataclasses.replace(quantize, flags=(FAST, *quantize.flags)), product
+    return misfit_of_quantized(region) or _unsupported_qmatmul(region)
 
 
 def _qmatmul_parameters(region: Region, isa: Isa) -> list[tuple[str, str]]:
@@ -194,6 +182,6 @@ W8_FAMILIES = {
         "qc_windowed_qmatmul_w8a8", _unsupported_windowed, quantizing_parts, "R", "S"
     ),
     "RequantizedQMatMulW8A8": _joined(
-        "qc_requantized_qmatmul_w8a8", _unsupported_requantized, _requantizing_kernels
+        "qc_requantized_qmatmul_w8a8", _unsupported_requantized, requantizing_kernels
     ),
 }
