@@ -7,6 +7,7 @@ MiniLM: both made on the spot (`cuda_graphs.py`).  Part of `cuda.py`.
 from __future__ import annotations
 
 import functools
+import logging
 import shutil
 import sys
 import time
@@ -122,6 +123,7 @@ def _four_bits(half: Callable[[], Path]) -> onnx.ModelProto:
     """Groups of 128, symmetric, in its float16 model."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    logging.getLogger().setLevel(logging.WARNING)  # it says a line or two of each node
     quantizer = MatMulNBitsQuantizer(onnx.load(half()), block_size=128, is_symmetric=True)
     quantizer.process()
     quantized: onnx.ModelProto = quantizer.model.model
