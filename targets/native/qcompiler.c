@@ -289,7 +289,7 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
     qc_has_api_24 = has_api_24(base);
     const char *only = getenv("QCOMPILER_ISA");
     if (!only) only = "";
-    struct registration *registration;
+    struct registration *registration = NULL;
     int device;
     QC_TRY(check_override(only));
     QC_TRY(find_device(options, &device));
