@@ -26,6 +26,7 @@ import functools
 import importlib.metadata
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,10 +37,11 @@ from cuda_checkers import TOOLS, check_with
 from cuda_convs import TOLERANCE, convs_to_check
 from cuda_cubins import Compiled, Cubins, Packed, PackError, prepare
 from cuda_device import CudaError, Device
-from cuda_models import prepare_models, whole_models
+from cuda_models import model_tasks, prepare_models
 from cuda_numbers import EIGHT_BIT, eight_bit, regions_to_check, w4
-from cuda_peers import EIGHT_BIT_SIZES, W4_ROWS, W4_SHAPES, ort_peers, torch_peers
+from cuda_peers import EIGHT_BIT_SIZES, W4_ROWS, W4_SHAPES, peer_tasks
 from cuda_tasks import Found, Task, be_child, run_apart
+from cuda_wanted import lines_of, wanted
 
 from qcompiler.ir.errors import ToolchainError
 from qcompiler.ir.region import Region
@@ -115,12 +117,16 @@ class Parts:
         ]
 
     def _peers(self) -> list[Task]:
-        return [("torch", torch_peers), ("ONNX Runtime", ort_peers)]
+        return peer_tasks()
+
+    @functools.cached_property
+    def _scratch(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory()
 
     def _models(self) -> list[Task]:
-        folder = self._options.prepared
-        models = folder / MODELS if folder else None
-        return [("models", lambda: whole_models(prepared=models))]
+        prepared = self._options.prepared and self._options.prepared / MODELS
+        has_some = prepared is not None and prepared.is_dir()
+        return model_tasks(lambda: prepared if has_some else Path(self._scratch.name))
 
     def _checkers(self) -> list[Task]:
         return self._tools(TOOLS[:1])
@@ -129,16 +135,24 @@ class Parts:
         return self._tools(TOOLS[1:])
 
     def _tools(self, tools: tuple[str, ...]) -> list[Task]:
-        command = child_command(self._options, "numbers")
-        return [(tool, lambda tool=tool: check_with(tool, [*command, "0"])) for tool in tools]
+        command = [*child_command(self._options, "numbers"), "0"]
+        return [
+            (tool, lambda tool=tool, left=left: check_with(
+                tool, command, self._seconds_for_each(left)))
+            for tool, left in zip(tools, range(len(tools), 0, -1), strict=True)
+        ]  # fmt: skip
+
+    def _seconds_for_each(self, left: int) -> float:
+        """Of so many tools, so that each is done, or stopped, before this process is."""
+        return max(1.0, (self._options.until - time.time()) / left - 3)
 
 
-def child_command(options: argparse.Namespace, part: str) -> list[str]:
-    """Starts a child; what it lacks is the number of its first task."""
+def child_command(options: argparse.Namespace, part: str, end: float = 0.0) -> list[str]:
+    """Starts a child that ends at `end` of the clock; it lacks the number of its first task."""
     command = [sys.executable, str(Path(__file__).resolve()), "--seed", str(options.seed)]
     command += ["--driver", options.driver]
     command += ["--prepared", str(options.prepared)] if options.prepared else []
-    return [*command, "--part", part, "--first"]
+    return [*command, "--until", str(end), "--part", part, "--first"]
 
 
 def versions() -> dict[str, str]:
@@ -177,8 +191,8 @@ def cubins_of(options: argparse.Namespace) -> Cubins:
         sys.exit(f"benchmarks/cuda.py: {error}")
 
 
-def prepare_all(folder: Path, archs: list[str]) -> None:
-    """What a machine needs that has a GPU and nothing to compile with; exits without a compiler."""
+def prepare_all(folder: Path, archs: list[str], parts: list[str]) -> None:
+    """What parts need where nothing compiles; exits where nothing does here, either."""
     tell = functools.partial(print, file=sys.stderr)
     try:
         compiler = find_cubin_compiler()
@@ -186,7 +200,8 @@ def prepare_all(folder: Path, archs: list[str]) -> None:
     except (ToolchainError, OSError) as error:
         sys.exit(f"benchmarks/cuda.py: {error}")
     prepare(folder / CUBINS, all_regions(), archs, compiler, tell)
-    prepare_models(folder / MODELS, tell)
+    if "models" in parts:
+        prepare_models(folder / MODELS, tell)
 
 
 def parsed() -> argparse.Namespace:
@@ -194,16 +209,17 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path, help="where to write what was found")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32)
-    parser.add_argument("--minutes", type=float, default=12.0, help="for all parts together")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
     parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES))
     parser.add_argument("--prepared", type=Path, metavar="FOLDER", help="what --prepare wrote")
     parser.add_argument("--prepare", type=Path, metavar="FOLDER",
-                        help="compile kernels and models, no GPU")  # fmt: skip
+                        help="compile kernels and models for --parts, no GPU")  # fmt: skip
     parser.add_argument("--archs", nargs="+", choices=cuda.ARCHS, default=["sm_90a"],
                         help="what --prepare compiles for")  # fmt: skip
     parser.add_argument("--driver", default="libcuda.so.1", help=argparse.SUPPRESS)
     parser.add_argument("--part", choices=SHARES, help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -218,8 +234,12 @@ class Report:
         if "problem" in found:
             print(f"  {found['task']}: {found['problem']}", file=sys.stderr)
         self.content["parts"].setdefault(part, []).append(found)
+        self.content["wanted"] = wanted(self.content["parts"])
         if self._path is not None:
-            self._path.write_text(json.dumps(self.content, indent=1) + "\n")
+            # Never half of it, whenever this process is ended.
+            new = self._path.with_name(f"{self._path.name}.new")
+            new.write_text(json.dumps(self.content, indent=1) + "\n")
+            new.replace(self._path)
 
     def bad(self) -> list[str]:
         """What is wrong."""
@@ -248,7 +268,8 @@ def run_parts(options: argparse.Namespace) -> Report:
         print(f"{part}:", file=sys.stderr)
         names = [name for name, _ in parts.tasks(part)]
         end = min(last, time.monotonic() + SHARES[part] * options.minutes * 60)
-        run_apart(child_command(options, part), names, end, functools.partial(report.tell, part))
+        command = child_command(options, part, time.time() + end - time.monotonic())
+        run_apart(command, names, end, functools.partial(report.tell, part))
     return report
 
 
@@ -256,13 +277,15 @@ def main() -> None:
     """Prepare, or be a child, or run all parts."""
     options = parsed()
     if options.prepare:
-        prepare_all(options.prepare, options.archs)
+        prepare_all(options.prepare, options.archs, options.parts)
         return
     if options.part:
         be_child(Parts(options).tasks(options.part), options.first)
     report = run_parts(options)
     if options.json is None:
         print(json.dumps(report.content, indent=1))
+    for line in lines_of(report.content["parts"]):
+        print(line, file=sys.stderr)
     if bad := report.bad():
         sys.exit("\n".join([f"{len(bad)} problems:", *bad]))
 

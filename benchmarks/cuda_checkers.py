@@ -2,53 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["NO_SANITIZER", "PATIENCE", "TOOLS", "CheckerError", "check_with", "is_bad"]
+__all__ = ["NO_SANITIZER", "TOOLS", "CheckerError", "check_with", "is_bad"]
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 NO_SANITIZER = "not installed"
 TOO_LONG = "stopped after"
-PATIENCE = 120
-"""Seconds for each tool: the machine is lent for minutes."""
 
 
 class CheckerError(Exception):
     """A checker found something, or does not run though it is installed."""
 
 
-def check_with(tool: str, command: Sequence[str]) -> list[dict[str, Any]]:
-    """What one of compute-sanitizer's tools says of a command.
+def check_with(tool: str, command: Sequence[str], patience: float) -> list[dict[str, Any]]:
+    """What one of compute-sanitizer's tools says of a command, in so many seconds.
 
     Raises:
         CheckerError: Something bad.
     """
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     program = shutil.which("compute-sanitizer") or shutil.which(f"{home}/bin/compute-sanitizer")
-    said = NO_SANITIZER if program is None else _said([program, "--tool", tool, *command])
+    said = NO_SANITIZER if program is None else _said([program, "--tool", tool, *command], patience)
     print(f"  {tool}: {said}", file=sys.stderr)
     if is_bad(said):
         raise CheckerError(said)
     return [{"tool": tool, "said": said}]
 
 
-def _said(command: Sequence[str]) -> str:
+def _said(command: Sequence[str], patience: float) -> str:
     """The summary of one tool, or why there is none."""
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=PATIENCE
+        done = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0
         )
-    except subprocess.TimeoutExpired:
-        return f"{TOO_LONG} {PATIENCE} s"
     except OSError as error:
         return f"cannot be run: {error}"
-    text = done.stdout + done.stderr
+    try:
+        text, _ = done.communicate(timeout=patience)
+    except subprocess.TimeoutExpired:
+        # With what it watches: that would go on, on the GPU on which others are to be timed.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(done.pid, signal.SIGKILL)
+        done.communicate()
+        return f"{TOO_LONG} {patience:.1f} s"
     summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
     if summary:
         return summary[-1]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from cuda_clock import settled
 from cuda_cubins import Cubins
 from cuda_tasks import CudaError
 from numpy.typing import NDArray
@@ -77,6 +78,9 @@ class Device:
         raw = content if isinstance(content, bytes) else np.ascontiguousarray(content).tobytes()
         pointer = self.allocate(len(raw))
         self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(pointer), raw, ctypes.c_size_t(len(raw)))
+        # It returns when the host's memory was read; ours is a stream that does not wait for the
+        # default one, where the rest of the copy may still be under way.
+        self._call("cuStreamSynchronize", None)
         return pointer
 
     def download(self, pointer: int, dtype: Any, *shape: int) -> Array:
@@ -117,8 +121,8 @@ class Device:
             "cuLaunchKernel", function, *grid, threads, 1, 1, shared, self.stream, array, None
         )
 
-    def seconds(self, enqueue: Callable[[int], None], count: int, repeats: int = 7) -> float:
-        """The least time of one of `count` calls of `enqueue`, replayed together as a graph."""
+    def seconds(self, enqueue: Callable[[int], None], count: int) -> float:
+        """The time of one of `count` calls of `enqueue`, replayed together as a graph."""
         graph, ready = ctypes.c_void_p(), ctypes.c_void_p()
         enqueue(0)  # what is made at the first call is not captured
         self._call("cuStreamSynchronize", self.stream)
@@ -130,16 +134,17 @@ class Device:
         events = [ctypes.c_void_p() for _ in range(2)]
         for event in events:
             self._call("cuEventCreate", ctypes.byref(event), 0)
-        times = []
-        for _ in range(repeats):
+
+        def replay() -> float:
             self._call("cuEventRecord", events[0], self.stream)
             self._call("cuGraphLaunch", ready, self.stream)
             self._call("cuEventRecord", events[1], self.stream)
             self._call("cuStreamSynchronize", self.stream)
             milliseconds = ctypes.c_float()
             self._call("cuEventElapsedTime", ctypes.byref(milliseconds), *events)
-            times.append(milliseconds.value / 1e3 / count)
-        return min(times[1:])  # the first uploads the graph
+            return milliseconds.value / 1e3
+
+        return settled(replay) / count
 
     def _attribute(self, attribute: int, handle: ctypes.c_int) -> int:
         value = ctypes.c_int()

@@ -7,62 +7,70 @@ MiniLM: both made on the spot (`cuda_graphs.py`).  Part of `cuda.py`.
 from __future__ import annotations
 
 import functools
+import logging
 import shutil
-import statistics
 import sys
-import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+from cuda_clock import settled
 from cuda_graphs import MINILM, SMOLLM2, Array, decoder, encoder
+from cuda_tasks import Task
 
 import qcompiler
+from qcompiler.bundle import Manifest
+from qcompiler.registration import is_registered
 
-__all__ = ["prepare_models", "whole_models"]
+__all__ = ["model_tasks", "prepare_models"]
 
 TARGETS = ("cuda-int4", "cuda-int8", "cuda-fp8")
 CASES: dict[str, tuple[Callable[[Any], onnx.ModelProto], Any, dict[str, int]]] = {
     "SmolLM2-135M decode": (decoder, SMOLLM2, {"past": 512}),
     "MiniLM-L6 batch 64": (encoder, MINILM, {"batch": 64, "tokens": 128}),
 }
-RUNS = 50
+_PEERS = ("ORT FP32", "ORT FP16", "ORT MatMulNBits")
 
 
-def whole_models(
+def model_tasks(
+    folder: Callable[[], Path],
     provider: str = "CUDAExecutionProvider",
     targets: Sequence[str] = TARGETS,
-    prepared: Path | None = None,
-) -> list[dict[str, Any]]:
-    """The median time of a run of each model in each form, in milliseconds; or why there is none.
+) -> list[Task]:
+    """The time of a run of each model in each form, in milliseconds, each as a task of its own.
 
     Args:
-        provider: Of ONNX Runtime.
+        folder: What `prepare_models` made, or where models are made and compiled now.
+        provider: Of ONNX Runtime; where it is not installed, rows say so.
         targets: Ours.
-        prepared: What `prepare_models` made; else models are made and compiled here.
-
-    Raises:
-        RuntimeError: The provider is not installed.
     """
+    # Whether there is a folder at all matters to who runs a task.
+    return [
+        (f"{name}, {contender}", functools.partial(
+            _row, folder, provider, targets, name, contender))
+        for name in CASES for contender in (*_PEERS, *targets)
+    ]  # fmt: skip
+
+
+def _row(
+    folder: Callable[[], Path], provider: str, targets: Sequence[str], name: str, contender: str
+) -> list[dict[str, Any]]:
     import onnxruntime as ort
 
-    if provider not in ort.get_available_providers():
-        raise RuntimeError(f"this onnxruntime has no {provider}: pip install onnxruntime-gpu")
-    rows = []
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, contender, make in _contenders(prepared or Path(scratch), targets):
-            row: dict[str, Any] = {"model": name, "contender": contender}
-            try:
-                row["milliseconds"] = _time(_session(make(), provider), provider, CASES[name][2])
-            except Exception as error:  # whatever it is, the others are to be timed
-                row["problem"] = (str(error).splitlines() or [repr(error)])[0][:300]
-            said = row.get("problem") or f"{row['milliseconds']:.3f} ms"
-            print(f"  {name:22} {contender:18} {said}", file=sys.stderr)
-            rows.append(row)
-    return rows
+    row: dict[str, Any] = {"model": name, "contender": contender}
+    if provider in ort.get_available_providers():
+        every = _contenders(folder(), targets)
+        make = next(make for *which, make in every if which == [name, contender])
+        row["milliseconds"] = _time(_session(make(), provider), provider, CASES[name][2])
+    else:
+        row["problem"] = f"onnxruntime {ort.__version__} has no {provider}: onnxruntime-gpu has"
+    said = row.get("problem") or f"{row['milliseconds']:.3f} ms"
+    print(f"  {name:22} {contender:18} {said}", file=sys.stderr)
+    return [row]
 
 
 def prepare_models(
@@ -88,9 +96,7 @@ def _contenders(
         bits = functools.partial(
             _made, place / "four_bits.onnx", functools.partial(_four_bits, half)
         )
-        yield name, "ORT FP32", source
-        yield name, "ORT FP16", half
-        yield name, "ORT MatMulNBits", bits
+        yield from ((name, *each) for each in zip(_PEERS, (source, half, bits), strict=True))
         for target in targets:
             yield name, target, functools.partial(_ours, source, place, target)
 
@@ -117,6 +123,7 @@ def _four_bits(half: Callable[[], Path]) -> onnx.ModelProto:
     """Groups of 128, symmetric, in its float16 model."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    logging.getLogger().setLevel(logging.WARNING)  # it says a line or two of each node
     quantizer = MatMulNBitsQuantizer(onnx.load(half()), block_size=128, is_symmetric=True)
     quantizer.process()
     quantized: onnx.ModelProto = quantizer.model.model
@@ -131,17 +138,33 @@ def _ours(source: Callable[[], Path], place: Path, target: str) -> Path:
 
 
 def _session(path: Path, provider: str) -> Any:
+    """Of a bundle, with its kernels.
+
+    Raises:
+        RuntimeError: ONNX Runtime went on without the provider, or without kernels.
+        UserWarning: As `qcompiler.load` said it.
+    """
     import onnxruntime as ort
 
     if hasattr(ort, "preload_dlls") and provider.startswith("CUDA"):
         ort.preload_dlls()
+    options = ort.SessionOptions()
     if path.is_dir():
-        return qcompiler.load(path, providers=[provider])
-    return ort.InferenceSession(str(path), providers=[provider])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # bodies or twins would be timed
+            session = qcompiler.load(path, providers=[provider], session_options=options)
+        library = Manifest.read(path).library
+        if library is not None and not is_registered(options, library):
+            raise RuntimeError("no kernel was registered; the library says why on stderr")
+    else:
+        session = ort.InferenceSession(str(path), options, providers=[provider])
+    if provider not in session.get_providers():
+        raise RuntimeError(f"ONNX Runtime could not make its {provider}; it says why on stderr")
+    return session
 
 
 def _time(session: Any, provider: str, dimensions: Mapping[str, int]) -> float:
-    """The median of a run whose inputs and outputs lie on the device."""
+    """A run whose inputs and outputs lie on the device, in milliseconds."""
     import onnxruntime as ort
 
     device = "cuda" if provider.startswith("CUDA") else "cpu"
@@ -152,13 +175,14 @@ def _time(session: Any, provider: str, dimensions: Mapping[str, int]) -> float:
         binding.bind_ortvalue_input(given.name, value)
     for made in session.get_outputs():
         binding.bind_output(made.name, device)
-    times = []
-    for _ in range(RUNS + 10):
+
+    def replay() -> float:
         begin = time.perf_counter()
         session.run_with_iobinding(binding)
         binding.synchronize_outputs()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return statistics.median(times[10:])
+        return time.perf_counter() - begin
+
+    return settled(replay) * 1e3
 
 
 def _values(kind: str, shape: Sequence[int]) -> Array:

@@ -18,7 +18,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-__all__ = ["CudaError", "Found", "Task", "be_child", "run_apart", "run_here"]
+__all__ = [
+    "CudaError", "Found", "Task", "be_child", "breaks_the_gpu", "run_apart", "run_here",
+]  # fmt: skip
 
 
 class CudaError(Exception):
@@ -29,6 +31,12 @@ Task = tuple[str, Callable[[], list[dict[str, Any]]]]
 """What reports call it, and what gives its rows."""
 Found = dict[str, Any]
 """{"task": name, "rows": [...]}, or with "problem" instead of rows."""
+
+
+def breaks_the_gpu(error: Exception) -> bool:
+    """Whether all that this process asks of the GPU from now on may fail, too."""
+    return isinstance(error, CudaError) or "CUDA error" in str(error)
+
 
 _BROKEN = 3
 """Exit status of a child that reported a problem after which nothing on the GPU can be trusted."""
@@ -42,11 +50,11 @@ def run_here(tasks: Sequence[Task], tell: Callable[[Found], None]) -> bool:
     for name, run in tasks:
         try:
             tell({"task": name, "rows": run()})
-        except CudaError as error:
-            tell({"task": name, "problem": str(error)})
-            return False
         except Exception as error:  # whatever it is, the others are to run
-            tell({"task": name, "problem": f"{type(error).__name__}: {error}"[:400]})
+            kind = "" if isinstance(error, CudaError) else f"{type(error).__name__}: "
+            tell({"task": name, "problem": f"{kind}{error}"[:400]})
+            if breaks_the_gpu(error):
+                return False
     return True
 
 

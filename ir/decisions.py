@@ -18,6 +18,7 @@ from qcompiler.ir.region import Region
 from qcompiler.ir.types import QuantSpec, QuantType
 
 __all__ = [
+    "MAY_OVERFLOW",
     "NO_WEIGHTS",
     "Action",
     "Decision",
@@ -50,6 +51,9 @@ Action = Literal["kernel", "body", "qdq", "float"]
 
 NO_WEIGHTS = "holds no weights to quantize"
 """Why an op that nobody decided about stays float."""
+
+MAY_OVERFLOW = "float32: float16 may overflow"
+"""Why a node stays in float32 where others do not; its note goes on with what it reached."""
 
 _ACTION = "qcompiler.action"
 _WHY = "qcompiler.why"

@@ -27,7 +27,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from qcompiler.ir import dialect
-from qcompiler.ir.decisions import add_note
+from qcompiler.ir.decisions import MAY_OVERFLOW, add_note
 from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer, place_after
 from qcompiler.passes.fix_names import FixNames
@@ -168,10 +168,10 @@ class ConvertFloat16(ir.passes.InPlacePass):
             what = f"reached {reached:.3g} where the model was run, and float16 ends at 65504"
             maker = value.producer()
             if maker is not None:
-                _keep(kept, maker, f"float32: its result {what}")
+                _keep(kept, maker, f"{MAY_OVERFLOW}: its result {what}")
             for use in value.uses():
                 if not reads_any_type(use.node) or use.node.op_type == "Cast":
-                    _keep(kept, use.node, f"float32: {value.name} {what}")
+                    _keep(kept, use.node, f"{MAY_OVERFLOW}: {value.name} {what}")
         return set(beyond)
 
 

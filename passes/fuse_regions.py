@@ -116,7 +116,9 @@ class FuseRegions(RegionPass):
         new = outline(model, growth.region, operands, like=anchor)
         steps = " + ".join(step.op for step in growth.region.steps)
         decide(new, "body", f"fused with {steps}" if steps else "outlined")
-        read = [anchor.inputs[0], *growth.extras]
+        # The bounds of a Clip have become attributes.
+        taken_in = (value for node in growth.covered[1:] for value in node.inputs)
+        read = dict.fromkeys([anchor.inputs[0], *growth.extras, *taken_in])
         self.put(new, growth.covered, growth.covered[-1].outputs)
         for value in read:
             _drop_if_unread(value)

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import platform
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qcompiler.bundle import LibraryEntry, Manifest
 from qcompiler.installed import distribution, import_onnxruntime
 
-__all__ = ["CUDA", "is_for_gpus", "is_registered", "register", "runs_twins", "tell_missing_gpu"]
+__all__ = [
+    "CUDA",
+    "Provider",
+    "is_for_gpus",
+    "is_registered",
+    "name_gpu",
+    "register",
+    "runs_twins",
+    "tell_missing_gpu",
+]
 
 CUDA = "CUDAExecutionProvider"
+
+Provider = str | tuple[str, dict[str, Any]]
+"""An execution provider, alone or with its options, as ONNX Runtime takes them."""
+
+_DEVICE = "qcompiler.device_id"
+"""The config entry that tells a library which GPU judges what is registered."""
 _CUDA_PACKAGE = "'onnxruntime-gpu[cuda,cudnn]'"
 
 
@@ -27,6 +43,22 @@ def is_registered(options: Any, library: LibraryEntry) -> bool:
         return bool(options.get_session_config_entry(library.domain) == "registered")
     except RuntimeError:
         return False
+
+
+def name_gpu(options: Any, providers: Sequence[Provider] | None) -> None:
+    """Tell a library that is to be registered which GPU a session will run on.
+
+    GPUs of one machine may differ. A name that is registered has no body any more, so what this GPU
+    cannot run is not registered, though another could.
+
+    Args:
+        options: What the session is made with.
+        providers: As for `load`; by default the first GPU.
+    """
+    given = [one[1] for one in providers or () if not isinstance(one, str) and one[0] == CUDA]
+    number = str(given[0].get("device_id", 0) if given else 0)
+    if number.isdecimal():  # of anything else ONNX Runtime says what is wrong
+        options.add_session_config_entry(_DEVICE, number)
 
 
 def register(options: Any, folder: Path, manifest: Manifest, library: LibraryEntry) -> None:

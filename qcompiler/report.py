@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qcompiler.ir.decisions import Action, Decision
+from qcompiler.ir.decisions import MAY_OVERFLOW, Action, Decision
 
 __all__ = ["Group", "Report", "op_in_words"]
 
@@ -111,4 +111,6 @@ def _why(decision: Decision) -> str:
     why = decision.why
     if decision.note is not None:
         why = why.replace(f"; {decision.note}", "")
+        if MAY_OVERFLOW in decision.note:
+            why = f"{why}; {MAY_OVERFLOW}"
     return re.sub(r": \S+ us against .*", "", why)

@@ -21,8 +21,10 @@ from qcompiler.installed import distribution, import_onnxruntime, version_of
 from qcompiler.ir.errors import BundleError, ModelError, OptionError, said_by_ort
 from qcompiler.registration import (
     CUDA,
+    Provider,
     is_for_gpus,
     is_registered,
+    name_gpu,
     register,
     runs_twins,
     tell_missing_gpu,
@@ -40,9 +42,6 @@ __all__ = [
 ]
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
-
-Provider = str | tuple[str, dict[str, Any]]
-"""An execution provider, alone or with its options, as ONNX Runtime takes them."""
 
 _MOST_THREADS = 1024
 """More than any machine has cores; ORT would start as many as it is told."""
@@ -95,6 +94,8 @@ def load(
             )
         # On the CPU the twins of kernels for GPUs would run, up to 500 times slower than bodies.
         if native and (CUDA in names or not is_for_gpus(manifest)):
+            if is_for_gpus(manifest) and not registered:
+                name_gpu(options, providers)
             register(options, folder, manifest, manifest.library)
     if providers is None:
         providers = _default_providers(manifest, ort.get_available_providers())

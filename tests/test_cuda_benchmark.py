@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,8 @@ import cuda_checkers
 import cuda_convs
 import cuda_cubins
 import cuda_device
-import cuda_models
 import cuda_norms
 import cuda_tasks
-from cuda_graphs import Sizes
 
 H200 = Gpu()
 
@@ -52,7 +51,7 @@ def bench(
 def run_together(command: list[str], names: list[str], end: float, tell: Any) -> None:
     """In the place of `run_apart`: the stand-in's kernels are functions of this process."""
     part, driver = command[command.index("--part") + 1], command[command.index("--driver") + 1]
-    options = argparse.Namespace(driver=driver, prepared=None, seed=3)
+    options = argparse.Namespace(driver=driver, prepared=None, seed=3, until=0.0)
     cuda_tasks.run_here(benchmark.Parts(options).tasks(part), tell)
 
 
@@ -225,16 +224,18 @@ def test_times_and_the_file(
     monkeypatch.setattr(
         sys, "argv", ["cuda.py", "--json", str(out), "--driver", str(driver.path), "--seed", "3"]
     )
-    monkeypatch.setattr(benchmark, "check_with", lambda tool, command: [{"tool": tool}])
-    monkeypatch.setattr(benchmark, "torch_peers", lambda: 1 / 0)
+    monkeypatch.setattr(benchmark, "check_with", lambda tool, command, patience: [{"tool": tool}])
+    peer = {"peer": "cuBLAS fp16", "shape": [128, 1024, 128], "microseconds": 1e3}
+    peers = [("broken", lambda: 1 / 0), ("cuBLAS fp16", lambda: [peer])]
+    monkeypatch.setattr(benchmark, "peer_tasks", lambda: peers)
     models = [{"model": "m", "contender": "c", "milliseconds": 1.0}]
-    monkeypatch.setattr(benchmark, "whole_models", lambda prepared: models)
+    monkeypatch.setattr(benchmark, "model_tasks", lambda folder: [("models", lambda: models)])
     with pytest.raises(SystemExit) as stopped:
         benchmark.main()
     said = str(stopped.value).splitlines()
     assert said[0] == "2 problems:"
     assert said[1].startswith(f"times {wrong.name}: WrongError: not timed: its numbers are off by")
-    assert said[2] == "peers torch: ZeroDivisionError: division by zero"
+    assert said[2] == "peers broken: ZeroDivisionError: division by zero"
     found = json.loads(out.read_text())
     assert list(found["parts"]) == list(benchmark.SHARES)
     parts = {
@@ -243,7 +244,7 @@ def test_times_and_the_file(
     }
     assert (found["device"], found["arch"], found["driver"]) == ("Stand-in", "sm_90a", "13.0")
     assert found["compiler"] == "no compiler"
-    assert parts["models"] == models
+    assert (parts["models"], parts["peers"]) == (models, [peer])
     assert [row["tool"] for row in parts["checkers"] + parts["races"]] == list(cuda_checkers.TOOLS)
     bandwidth, *rows = parts["times"]
     assert bandwidth["copy_bytes_per_second"] == pytest.approx(2 * 4096 / (1e-3 / 4))
@@ -253,6 +254,10 @@ def test_times_and_the_file(
     layout = cuda.packing(benchmark.w4(1024, 128))
     sets = -(-(1 << 18) // (layout.weight_bytes + layout.scale_bytes))
     assert rows[0]["microseconds"] == pytest.approx(1e3 / max(16, sets))
+    judged = {one["what"].partition(", ")[2]: one for one in found["wanted"]}
+    assert set(judged) == {"1 row, of a copy's bandwidth", "128 rows, cuBLAS fp16 / ours"}
+    assert judged["128 rows, cuBLAS fp16 / ours"]["found"] == max(16, sets)
+    assert list(tmp_path.glob("*.new")) == []
 
 
 @pytest.mark.parametrize(
@@ -295,7 +300,7 @@ def test_what_a_checker_says(said: str, bad: bool) -> None:
 
 def test_without_the_sanitizer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_checkers.shutil, "which", lambda name: None)
-    assert cuda_checkers.check_with("memcheck", []) == [
+    assert cuda_checkers.check_with("memcheck", [], 1) == [
         {"tool": "memcheck", "said": "not installed"}
     ]
 
@@ -303,62 +308,18 @@ def test_without_the_sanitizer(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_checker_that_takes_too_long(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program = tmp_path / "compute-sanitizer"
     program.write_text(
-        "#!/bin/sh\n[ $2 = racecheck ] && exec sleep 60\necho '= Device not supported'\n"
+        "#!/bin/sh\n[ $2 = racecheck ] && { sleep 60 & echo $! > $3; wait; }\n"
+        "echo '= Device not supported'\n"
     )
     program.chmod(0o755)
     monkeypatch.setattr(cuda_checkers.shutil, "which", lambda name: str(program))
-    monkeypatch.setattr(cuda_checkers, "PATIENCE", 0.2)
-    (row,) = cuda_checkers.check_with("racecheck", [])
-    assert row["said"] == "stopped after 0.2 s"
-    monkeypatch.setattr(cuda_checkers, "PATIENCE", 60)
+    begin, watched = time.monotonic(), tmp_path / "watched"
+    (row,) = cuda_checkers.check_with("racecheck", [str(watched)], 1)
+    assert row["said"] == "stopped after 1.0 s"
+    assert time.monotonic() - begin < 30
+    # What it watched would go on, on the GPU on which others are timed.
+    state = Path("/proc") / watched.read_text().strip() / "stat"
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() - begin < 30
     with pytest.raises(cuda_checkers.CheckerError, match="no summary, exit status 0"):
-        cuda_checkers.check_with("memcheck", [])
-
-
-def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of each kind one, with few runs."""
-    small = {
-        "decode": (cuda_models.decoder, Sizes("d", 1, 64, 4, 2, 128, 100), {"past": 3}),
-        "encode": (cuda_models.encoder, Sizes("e", 1, 64, 2, 2, 128, 100),
-                   {"batch": 2, "tokens": 5}),
-    }  # fmt: skip
-    monkeypatch.setattr(cuda_models, "CASES", small)
-    monkeypatch.setattr(cuda_models, "RUNS", 2)
-
-
-def test_prepared_models(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where they are timed nothing is built or compiled any more."""
-    small_models(monkeypatch)
-    (tmp_path / "e").mkdir()
-    (tmp_path / "e" / "model.onnx").write_text("of another time")
-    told: list[str] = []
-    cuda_models.prepare_models(tmp_path, told.append, ("arm-int8",))
-    assert [line.partition(":")[0] for line in told] == [
-        f"{name}, {form}" for name in ("decode", "encode")
-        for form in ("ORT FP32", "ORT FP16", "ORT MatMulNBits", "arm-int8")
-    ]  # fmt: skip
-    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == [
-        "arm-int8", "four_bits.onnx", "half.onnx", "model.onnx"
-    ]  # fmt: skip
-    cases = {name: (lambda sizes: 1 / 0, *rest) for name, (_, *rest) in cuda_models.CASES.items()}
-    monkeypatch.setattr(cuda_models, "CASES", cases)
-    monkeypatch.setattr(cuda_models.qcompiler, "compile", None)
-    rows = cuda_models.whole_models("CPUExecutionProvider", ("arm-int8",), tmp_path)
-    assert len(rows) == 8
-    assert all(row["milliseconds"] > 0 for row in rows)
-
-
-def test_whole_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each form of each, small and on the CPU: that it is built, converted, compiled and run."""
-    small_models(monkeypatch)
-    rows = cuda_models.whole_models("CPUExecutionProvider", ("arm-int8", "nothing"))
-    assert [row["model"] for row in rows] == ["decode"] * 5 + ["encode"] * 5
-    for row in rows:
-        if row["contender"] == "nothing":
-            assert "unknown target 'nothing'" in row["problem"]
-        else:
-            assert row["milliseconds"] > 0, row
-    with pytest.raises(
-        RuntimeError, match=r"no NoneExecutionProvider: pip install onnxruntime-gpu"
-    ):
-        cuda_models.whole_models("NoneExecutionProvider")
+        cuda_checkers.check_with("memcheck", [], 60)

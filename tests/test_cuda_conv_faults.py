@@ -25,8 +25,10 @@ SPLIT = (
 )
 
 # What is planted, by the number of the fault: a pattern in the source of a case, and what takes
-# its place everywhere.
+# its place everywhere.  TVM numbers its variables as it pleases: a pattern names none of them.
 BARRIER = ("no barrier", r"(tvm_builtin_cuda_cta_sync\(\);)", r"if (!FAULT(1)) \1")
+DIVIDED = r" / ([a-z]\w*)(\), -)"
+"""A float by a variable, and the lower end of what the quotient is brought into."""
 OF_CONV = {
     1: BARRIER,
     2: ("taps past the last", r" < 1\)\) \* \(uint\)16", " < 1 + 9 * FAULT(2))) * (uint)16"),
@@ -54,7 +56,7 @@ OF_CHANNELS = {
     2: ("no border above", r"== 0\) \? 0 :", "== 0) ? FAULT(2) :"),
     3: ("no border below", r"\? height :", "? height - FAULT(3) :"),
     4: ("no border to the right", r"\? width :", "? width - FAULT(4) :"),
-    5: ("padding is computed", r"\(v_(\d+) < 10\)", r"(v_\1 < 10 + FAULT(5))"),
+    5: ("padding is computed", r"\(([a-z]\w*) < 10\)", r"(\1 < 10 + FAULT(5))"),
     6: ("channels past the last", r" < 12\)\)", " < 12 + FAULT(6)))"),
     7: (
         "pixels past the last",
@@ -63,7 +65,7 @@ OF_CHANNELS = {
     ),
     8: ("another channel", r"\(uint\)21520\)", "(uint)(FAULT(8) ? 30258 : 21520))"),
     9: ("taps in another order", r"\(uint\)20800\)", "(uint)(FAULT(9) ? 20740 : 20800))"),
-    10: ("the scale's inverse", r" / v_41\)", " / (FAULT(10) ? 1 / v_41 : v_41))"),
+    10: ("the scale's inverse", DIVIDED, r" / (FAULT(10) ? 1 / \1 : \1)\2"),
     11: ("bytes on each other", r"& 31\) \* 132\)", "& 31) * (132 - FAULT(11) * 100))"),
     12: (
         "weights of other taps",
@@ -72,7 +74,7 @@ OF_CHANNELS = {
     ),
 }
 OF_SPLITS = {
-    2: ("a part less", r"(for \(int v_\d+ = 0; v_\d+ < 3);", r"\1 - FAULT(2);"),
+    2: ("a part less", r"(for \(int (\w+) = 0; \2 < 3);", r"\1 - FAULT(2);"),
     3: ("no border below", r"\? height :", "? height - FAULT(3) :"),
     4: ("a byte beside its place", r" << \(uint\)16", " << (uint)(16 + 8 * FAULT(4))"),
     5: ("of other channels", r"(\* \(int64_t\))32\)", r"\1(32 - FAULT(5)))"),
@@ -86,7 +88,7 @@ OF_IMAGE = {
     2: ("a line above", r"1 <= \(", "1 - FAULT(2) <= ("),
     3: ("no barrier", r"(tvm_builtin_cuda_cta_sync\(\);)", r"if (!FAULT(3)) \1"),
     4: ("another image", r"\* \(int64_t\)20\)", "* (int64_t)(20 - FAULT(4)))"),
-    5: ("the scale's inverse", r" / v_6\)", " / (FAULT(5) ? 1 / v_6 : v_6))"),
+    5: ("the scale's inverse", DIVIDED, r" / (FAULT(5) ? 1 / \1 : \1)\2"),
 }
 
 

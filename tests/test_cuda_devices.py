@@ -15,7 +15,6 @@ from cuda_library import (
     A100,
     H200,
     SMALL,
-    T4,
     W4,
     W8,
     constants_of,
@@ -81,23 +80,6 @@ def test_two_gpus_of_a_kind_do_not_share_modules(on_cpu: Path, bench: Bench) -> 
         feed = feed_of(W4, 3)
         check(run_op(session, feed)[0], W4, constants_of(W4), feed)
         assert {one.context for one in driver.launched()} == {CONTEXTS[context]}
-
-
-def test_gpus_that_cannot_run_it(on_cpu: Path, bench: Bench) -> None:
-    """The name is registered, because GPU 0 can run it; a session on another cannot be made."""
-    bench.driver(H200, T4)
-    library = bench.library(on_cpu)
-    model = model_of(W4, constants_of(W4))
-    Runtime(library).set_device(1)
-    message = (
-        r"there is no kernel for GPU 1 \(T4, compute capability 7.5\), only for another of this "
-        "machine: choose that as device_id, or set QCOMPILER_ISA=none"
-    )
-    with pytest.raises(Exception, match=f"{W4.name}: {message}"):
-        open_session(library, model)
-    Runtime(library).set_device(2)
-    with pytest.raises(Exception, match=rf"{W4.name}: there is no GPU 2"):
-        open_session(library, model)
 
 
 def test_threads_on_streams_of_their_own(on_cpu: Path, bench: Bench) -> None:

@@ -31,7 +31,8 @@ PLANTED = {
     6: ("rows past the end", r"\(rows - 1\)", 0, "(rows - 1 + (FAULT(6) ? 16 : 0))"),
     7: ("codes off by one", r"\(uint\)1678271496", 0, "(uint)(1678271496 + FAULT(7))"),
     8: ("groups end late", r"(\w+_cp_async_commit_group_\w+\(\);)", 3, r"if (!FAULT(8)) \1"),
-    9: ("another stage", r"(x4_shared_b16\([^;]*?)\((v_\d+) & 3\)", 0, r"\1((\2 + FAULT(9)) & 3)"),
+    9: ("another stage", r"(x4_shared_b16\([^;]*?)\(([a-z]\w*) & 3\)", 0,
+        r"\1((\2 + FAULT(9)) & 3)"),
 }  # fmt: skip
 SEEN_AS = {
     1: "no barrier between|numbers",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from conftest import mlp
-from cuda_library import H200
+from cuda_library import H200, T4
 from stand_in import Bench, StandInBackend
 
 import qcompiler
@@ -74,6 +75,31 @@ def test_on_the_cpu_bodies_run_where_there_is_a_gpu(bundle: Path) -> None:
         altered = open_altered(bundle, (bundle / "model.onnx").read_bytes())
     assert not is_registered(options, Manifest.read(bundle).library)
     np.testing.assert_array_equal(altered.run(None, {"x": X})[0], bodies(bundle))
+
+
+@pytest.mark.parametrize("able", [0, 1])
+@pytest.mark.usefixtures("with_provider")
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_the_gpu_of_the_session_is_asked(
+    able: int, bundle: Path, bench: Bench, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A GPU below 8.0 beside one that runs the kernels: no name is registered for it."""
+    bench.driver(*((H200, T4) if able == 0 else (T4, H200)))
+    # Where a library lies is what a process knows it by, and this one saw another driver.
+    copy = Path(shutil.copytree(bundle, bench.folder / bundle.name))
+    library = Manifest.read(copy).library
+    for number in (0, 1, 1):
+        for device in (number, str(number)):
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                options = options_of(copy, providers=[(CUDA, {"device_id": device})])
+            assert is_registered(options, library) == (number == able)
+            # That it has no CUDA provider matters only where a kernel was registered for it.
+            assert any("slow twins" in str(one.message) for one in told) == (number == able)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert is_registered(options_of(copy), library) == (able == 0)  # the first
+    assert capfd.readouterr().err.count("T4 has compute capability 7.5") == 1
 
 
 # --- which package to install -----------------------------------------------------------------

@@ -1,16 +1,24 @@
 """convert-float16 and regions: kernels in float16, and between Casts beside float32."""
 
+import io
+from pathlib import Path
+
+import numpy as np
 import onnx_ir as ir
 import pytest
 from float16_models import FEEDS, LAYERS, MORE, W, X, named, only_half, why
 from golden import run, sqnr, text_of
+from rich.console import Console
 
+from qcompiler.cli.decisions import decision_table
+from qcompiler.ir.decisions import decisions
 from qcompiler.ir.region import HALF
 from qcompiler.ir.stages import Stage
 from qcompiler.model_runs import ModelRuns
 from qcompiler.passes.convert_float16 import ConvertFloat16
 from qcompiler.pipeline import Pipeline
 from qcompiler.recipe import Recipe
+from qcompiler.report import Report
 
 REGIONS = {
     "cuda-int8": ["Quantize_K64_f16", "QMatMulW8A8_K64_N64_f16_AddC_Gelu", "Quantize_K64_f16",
@@ -123,7 +131,27 @@ def test_what_leaves_the_range_beside_float32_has_no_kernel():
     model = Pipeline(steps[: [s.name for s in steps].index("fuse-regions") + 1]).run(model)
     ops = [node.op_type for node in model.graph if node.domain.startswith("qcompiler")]
     assert ops == ["Quantize_K64_f16", "QMatMulW8A8", "Quantize", "QMatMulW8A8_K64_N64_f16"]
-    assert "kernels for GPUs take floats of 16 bits; float32: its result reached" in why(model, "p")
+    assert (
+        "kernels for GPUs take floats of 16 bits; float32: float16 may overflow: its result reached"
+    ) in why(model, "p")
+
+
+def test_the_closing_table_says_what_may_overflow():
+    """Briefly, for all such nodes together; what each of them reached is in the manifest."""
+    text = """g (float[m,64] x) => (float[m,64] y) {
+        p = Mul (x, v) q = Mul (x, u) s = Softmax (p) t = Tanh (q) y = Add (s, t) }"""
+    model = named(text, v=np.float32(6e4), u=np.float32(5e4))
+    ConvertFloat16(ModelRuns().sample)(model)
+    report = Report(Path(), "cuda-int8", tuple(decisions(model)), bytes_before=0)
+    console = Console(file=io.StringIO(), width=100, markup=False)
+    console.print(decision_table(report.groups()))
+    told = [" ".join(line.split()) for line in console.file.getvalue().splitlines()]
+    overflow = "float others float32, where float16 may overflow: Mul 2, Softmax 1, Tanh 1"
+    assert [line for line in told if "overflow" in line] == [f"4 {overflow}"]
+    assert [line for line in told if "no weights" in line] == [
+        "1 float others no weights to quantize: Add 1"
+    ]
+    assert "float16 may overflow: p reached " in why(model, "s")
 
 
 def test_kernels_of_floats_take_no_regions_in_float16():

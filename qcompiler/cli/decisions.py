@@ -38,25 +38,33 @@ per element of the last dimensions."""
 
 
 def decision_table(groups: Iterable[Group]) -> FigureTable:
-    """Nodes counted by who computes them and why; ops without weights on one line."""
-    from qcompiler.ir.decisions import NO_WEIGHTS
+    """Nodes counted by who computes them and why; ops without weights on a line or two."""
+    from qcompiler.ir.decisions import MAY_OVERFLOW, NO_WEIGHTS
 
     table = FigureTable(">Nodes", "Computed by", "Op", "Why")
-    weightless = collections.Counter[str]()
+    headings = {
+        f"{NO_WEIGHTS}; {MAY_OVERFLOW}": "float32, where float16 may overflow",
+        NO_WEIGHTS: "no weights to quantize",
+    }
+    weightless = {why: collections.Counter[str]() for why in headings}
     for group in groups:
-        if group.action == "float" and group.why == NO_WEIGHTS:
-            weightless[group.op] += group.count
+        if group.action == "float" and group.why in weightless:
+            weightless[group.why][group.op] += group.count
             continue
         who, style = _WHO[group.action]
         table.add_row(
             str(group.count), Text(who, style), _op_in_words(group.op), _why_in_words(group.why)
         )
-    if weightless:
-        listed = ", ".join(f"{op} {count}" for op, count in weightless.most_common(6))
-        more = f" and {len(weightless) - 6} more ops" if len(weightless) > 6 else ""
-        why = Text(f"no weights to quantize: {listed}{more}", "dim")
-        table.add_row(str(weightless.total()), "float", "others", why)
+    for why, ops in weightless.items():
+        if ops:
+            listed = Text(f"{headings[why]}: {_most(ops)}", "dim")
+            table.add_row(str(ops.total()), "float", "others", listed)
     return table
+
+
+def _most(ops: collections.Counter[str]) -> str:
+    listed = ", ".join(f"{op} {count}" for op, count in ops.most_common(6))
+    return f"{listed} and {len(ops) - 6} more ops" if len(ops) > 6 else listed
 
 
 def every_decision(decisions: Sequence[Decision]) -> FigureTable:

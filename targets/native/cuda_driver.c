@@ -40,8 +40,10 @@ static int any_matches(const struct qc_isa *isa) {
     return 0;
 }
 
-static int any_runs(const struct qc_variant *variant) {
+static int runs(const struct qc_variant *variant, int ordinal) {
     const struct qc_device *device;
+    if (ordinal != QC_ANY_DEVICE)
+        return (device = qc_find_device(ordinal)) && qc_device_runs(device, variant);
     for (int i = 0; (device = qc_find_device(i)); i++)
         if (qc_device_runs(device, variant)) return 1;
     return 0;
@@ -54,24 +56,24 @@ static int sm_80_is_available(void) { return any_matches(&qc_sm_80); }
 const struct qc_isa qc_sm_80 = {
     .name = "sm_80",
     .is_available = sm_80_is_available,
-    .fits = any_runs,
+    .fits = runs,
 };
 const struct qc_isa qc_sm_89 = {
     .name = "sm_89",
     .is_available = sm_89_is_available,
     .includes = &qc_sm_80,
-    .fits = any_runs,
+    .fits = runs,
 };
 const struct qc_isa qc_sm_90a = {
     .name = "sm_90a",
     .is_available = sm_90a_is_available,
-    .fits = any_runs,
+    .fits = runs,
 };
 
 const struct qc_isa *const qc_all_isa[] = {&qc_sm_90a, &qc_sm_89, &qc_sm_80, NULL};
 
-/* Why the GPUs, of which this is the first, run nothing of this. */
-static void explain(const struct qc_device *device, char *text, size_t size) {
+/* Why a GPU runs nothing of this, or not all. */
+void qc_explain(const struct qc_device *device, char *text, size_t size) {
     char names[64] = "";
     for (size_t i = 0; qc_all_isa[i]; i++) {
         int has = 0;
@@ -91,13 +93,15 @@ static void explain(const struct qc_device *device, char *text, size_t size) {
                  device->name, device->major, device->minor, device->shared_bytes / 1024, names);
 }
 
-void qc_tell_missing(size_t missing, size_t all) {
-    const struct qc_device *device = qc_find_device(0);
-    char reason[320];
-    if (device) explain(device, reason, sizeof reason);
-    else snprintf(reason, sizeof reason, "%s", qc_device_problem());
-    fprintf(stderr, "%s: %zu of %zu ops run as their function bodies, without kernels: %s\n",
-            qc_domain, missing, all, reason);
+void qc_tell_missing(size_t missing, size_t all, int ordinal) {
+    const struct qc_device *device = qc_find_device(ordinal == QC_ANY_DEVICE ? 0 : ordinal);
+    char reason[320], on[32] = "";
+    if (device) qc_explain(device, reason, sizeof reason);
+    else if (*qc_device_problem()) snprintf(reason, sizeof reason, "%s", qc_device_problem());
+    else snprintf(reason, sizeof reason, "there is no such GPU");
+    if (ordinal > 0) snprintf(on, sizeof on, " on GPU %d", ordinal);
+    fprintf(stderr, "%s: %zu of %zu ops run as their function bodies%s, without kernels: %s\n",
+            qc_domain, missing, all, on, reason);
 }
 
 /* --- using it --------------------------------------------------------------------------------- */

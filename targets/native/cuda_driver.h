@@ -157,6 +157,8 @@ struct qc_device *qc_find_device(int ordinal);
 const char *qc_device_problem(void);
 /* What a process should do that was forked from one that had opened the driver; NULL of others. */
 const char *qc_fork_problem(void);
+/* "T4 has compute capability 7.5, and kernels need 8.0 or newer". */
+void qc_explain(const struct qc_device *device, char *text, size_t size);
 /* Guard what is made once. */
 void qc_lock(void), qc_unlock(void);
 /* Whether the device runs the kernels of a variant. */

@@ -16,19 +16,28 @@ static OrtStatus *find_device(struct qc_gpu_node *node, const OrtKernelInfo *inf
                     qc_device_problem());
 }
 
-/* The first that runs there: those before the op's own run on no GPU of this machine. */
-static OrtStatus *choose_variant(struct qc_gpu_node *node) {
-    const struct qc_op *op = node->op;
+/* The first that runs on a device; NULL: none. */
+static const struct qc_variant *choose_variant(const struct qc_op *op, const struct qc_device *device) {
     const struct qc_variant *end = op->spec->variants + op->spec->variant_count;
-    for (node->variant = op->variant; node->variant < end; node->variant++)
-        if (qc_is_allowed(node->variant->isa, op->only) && qc_device_runs(node->device, node->variant))
-            return NULL;
+    for (const struct qc_variant *variant = op->spec->variants; variant < end; variant++)
+        if (qc_is_allowed(variant->isa, op->only) && qc_device_runs(device, variant)) return variant;
+    return NULL;
+}
+
+/* The op was registered, because another GPU of this machine runs it. */
+static OrtStatus *tell_unable(const struct qc_op *op, const struct qc_device *device) {
+    const struct qc_device *able;
+    char reason[320];
+    int other = 0;
+    while ((able = qc_find_device(other)) && !choose_variant(op, able)) other++;
+    qc_explain(device, reason, sizeof reason);
     return qc_error(op,
-                    "there is no kernel for GPU %d (%s, compute capability %d.%d)%s%s, only for "
-                    "another of this machine: choose that as device_id, or set QCOMPILER_ISA=none "
-                    "to run function bodies",
-                    node->device->ordinal, node->device->name, node->device->major,
-                    node->device->minor, *op->only ? " under QCOMPILER_ISA=" : "", op->only);
+                    "there is no kernel for GPU %d%s%s: %s.  GPU %d (%s) has one: choose it by device_id "
+                    "of the CUDA provider or by CUDA_VISIBLE_DEVICES; or, for function bodies on GPU %d, "
+                    "set the session config entry qcompiler.device_id to %d before the library is "
+                    "registered (qcompiler.load does), or QCOMPILER_ISA=none",
+                    device->ordinal, *op->only ? " under QCOMPILER_ISA=" : "", op->only, reason, other,
+                    able ? able->name : "?", device->ordinal, device->ordinal);
 }
 
 static OrtStatus *find_function(const struct qc_gpu_node *node, qc_module module, const char *symbol,
@@ -123,7 +132,8 @@ OrtStatus *qc_gpu_create(const struct qc_op *op, const OrtKernelInfo *info, void
     if (!node) return qc_error(op, "out of memory for a node");
     node->op = op;
     OrtStatus *status = find_device(node, info);
-    if (!status) status = choose_variant(node);
+    if (!status) node->variant = choose_variant(op, node->device);
+    if (!status && !node->variant) status = tell_unable(op, node->device);
     if (!status) status = qc_enter(op, node->device);
     if (!status) {
         status = fill_node(node, info);

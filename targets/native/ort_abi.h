@@ -69,6 +69,8 @@ enum { ORT_MEMORY_CPU_INPUT = -2, ORT_MEMORY_DEFAULT = 0 };        /* OrtMemType
     X(132, ReleaseAllocator, void, OrtAllocator *)                                                 \
     X(193, KernelContext_GetGPUComputeStream, OrtStatus *, const OrtKernelContext *, void **)      \
     X(237, HasSessionConfigEntry, OrtStatus *, const OrtSessionOptions *, const char *, int *)     \
+    X(238, GetSessionConfigEntry, OrtStatus *, const OrtSessionOptions *, const char *, char *,    \
+      size_t *)                                                                                    \
     X(249, KernelInfoGetConstantInput_tensor, OrtStatus *, const OrtKernelInfo *, size_t, int *,   \
       const OrtValue **)                                                                           \
     X(268, ShapeInferContext_GetInputTypeShape, OrtStatus *, const OrtShapeInferContext *, size_t, \

@@ -140,11 +140,12 @@ int qc_is_allowed(const struct qc_isa *isa, const char *only) {
     return named != NULL;
 }
 
-static const struct qc_variant *choose_variant(const struct qc_op_spec *spec, const char *only) {
+static const struct qc_variant *choose_variant(const struct qc_op_spec *spec, const char *only,
+                                               int device) {
     for (size_t i = 0; i < spec->variant_count; i++) {
         const struct qc_isa *isa = spec->variants[i].isa;
         if (!qc_is_allowed(isa, only)) continue;
-        if (!isa->fits || isa->fits(&spec->variants[i])) return &spec->variants[i];
+        if (!isa->fits || isa->fits(&spec->variants[i], device)) return &spec->variants[i];
     }
     return NULL;
 }
@@ -163,10 +164,35 @@ static OrtStatus *check_override(const char *only) {
     return QC_ORT(CreateStatus)(ORT_INVALID_ARGUMENT, message);
 }
 
+/* Which GPU sessions of these options run on, where their maker says so: a name that the GPU cannot run
+ * is then not registered, though another GPU of this machine could. */
+static OrtStatus *find_device(const OrtSessionOptions *options, int *device) {
+    static const char key[] = "qcompiler.device_id";
+    char value[16] = "", *end = value, message[128];
+    size_t size = sizeof value;
+    int is_there = 0;
+    *device = QC_ANY_DEVICE;
+    if (!qc_specs[0].anchor->provider) return NULL;
+    QC_TRY(QC_ORT(HasSessionConfigEntry)(options, key, &is_there));
+    if (!is_there) return NULL;
+    OrtStatus *status = QC_ORT(GetSessionConfigEntry)(options, key, value, &size);
+    if (status) QC_ORT(ReleaseStatus)(status); /* it is longer, which no number of a GPU is */
+    const long number = strtol(value, &end, 10);
+    if (end == value || *end || number < 0 || number > INT16_MAX) {
+        snprintf(message, sizeof message, "session config entry %s=%s is no number of a GPU", key,
+                 status ? "..." : value);
+        return QC_ORT(CreateStatus)(ORT_INVALID_ARGUMENT, message);
+    }
+    *device = (int)number;
+    return NULL;
+}
+
 /* The ops that can run, made once and shared by all sessions; never released, because sessions
  * may outlive the options they came with. */
 struct registration {
+    struct registration *next;
     char only[64]; /* QCOMPILER_ISA as it was */
+    int device;
     pid_t process; /* after a fork the devices may be of no use */
     OrtCustomOpDomain *domain; /* NULL if no op can run */
     size_t count;
@@ -181,15 +207,16 @@ static OrtStatus *add(struct registration *made, const struct qc_op_spec *spec,
     return QC_ORT(CustomOpDomain_Add)(made->domain, &op->base);
 }
 
-static OrtStatus *build(const char *only, struct registration **result) {
+static OrtStatus *build(const char *only, int device, struct registration **result) {
     struct registration *made = calloc(1, sizeof *made + 2 * qc_spec_count * sizeof *made->ops);
     size_t missing = 0;
     if (!made) return QC_ORT(CreateStatus)(ORT_FAIL, "out of memory for the op table");
     strncpy(made->only, only, sizeof made->only - 1);
+    made->device = device;
     made->process = getpid();
     for (size_t i = 0; i < qc_spec_count; i++) {
         const struct qc_op_spec *spec = &qc_specs[i];
-        const struct qc_variant *variant = choose_variant(spec, only);
+        const struct qc_variant *variant = choose_variant(spec, only, device);
         missing += !variant;
         if (!variant) continue;
         QC_TRY(add(made, spec, variant, spec->anchor));
@@ -197,19 +224,23 @@ static OrtStatus *build(const char *only, struct registration **result) {
         if (spec->anchor->twin && spec->anchor->provider)
             QC_TRY(add(made, spec, variant, spec->anchor->twin));
     }
-    if (missing && !*only) qc_tell_missing(missing, qc_spec_count);
+    if (missing && !*only) qc_tell_missing(missing, qc_spec_count, device);
     *result = made;
     return NULL;
 }
 
 /* Two threads that come first together may build twice; either result is good. */
-static OrtStatus *find_or_build(const char *only, struct registration **result) {
+static OrtStatus *find_or_build(const char *only, int device, struct registration **result) {
     static _Atomic(struct registration *) latest;
-    *result = atomic_load(&latest);
-    if (*result && strcmp((*result)->only, only) == 0 && (*result)->process == getpid())
+    const pid_t process = getpid();
+    for (struct registration *made = atomic_load(&latest); made; made = made->next) {
+        if (made->device != device || made->process != process || strcmp(made->only, only)) continue;
+        *result = made;
         return NULL;
-    QC_TRY(build(only, result));
-    atomic_store(&latest, *result);
+    }
+    QC_TRY(build(only, device, result));
+    (*result)->next = atomic_load(&latest);
+    while (!atomic_compare_exchange_weak(&latest, &(*result)->next, *result)) {}
     return NULL;
 }
 
@@ -258,8 +289,10 @@ __attribute__((visibility("default"))) OrtStatus *RegisterCustomOps(OrtSessionOp
     qc_has_api_24 = has_api_24(base);
     const char *only = getenv("QCOMPILER_ISA");
     if (!only) only = "";
-    struct registration *registration;
+    struct registration *registration = NULL;
+    int device;
     QC_TRY(check_override(only));
-    QC_TRY(find_or_build(only, &registration));
+    QC_TRY(find_device(options, &device));
+    QC_TRY(find_or_build(only, device, &registration));
     return registration->domain ? add_once(options, registration->domain) : NULL;
 }

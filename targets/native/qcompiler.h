@@ -64,7 +64,8 @@ struct qc_isa {
     const char *name;
     int (*is_available)(void);
     const struct qc_isa *includes; /* what a CPU that has it has too, for ops without kernels for it */
-    int (*fits)(const struct qc_variant *); /* whether it runs this kernel too; NULL: any */
+    /* Whether the GPU of this number, or with QC_ANY_DEVICE any, runs this kernel too; NULL: yes. */
+    int (*fits)(const struct qc_variant *, int device);
     /* w [k, n] to panels of `vectors` * 16 columns; init[column] = -128 * sum_k w. */
     void (*pack_w8)(const int8_t *w, int64_t k, int64_t n, int vectors, int8_t *packed,
                     int32_t *init);
@@ -84,8 +85,10 @@ extern const struct qc_isa *const qc_all_isa[];
 /* Whether this machine has it and `only`, a name, "none" or "", allows it: as if the machine had the
  * one named and what that includes. */
 int qc_is_allowed(const struct qc_isa *isa, const char *only);
-/* Says, once, why `missing` of `all` ops are not registered, where that would surprise. */
-void qc_tell_missing(size_t missing, size_t all);
+enum { QC_ANY_DEVICE = -1 };
+/* Says, once, why `missing` of `all` ops are not registered for that GPU, or for any, where that would
+ * surprise. */
+void qc_tell_missing(size_t missing, size_t all, int device);
 
 /* sums[row] = sum_k (q - z) of q [rows, k]; for processors that have any of the instruction sets. */
 void qc_sum_rows(const uint8_t *q, int64_t rows, int64_t k, uint8_t z, int32_t *sums);
@@ -164,7 +167,7 @@ extern const char qc_domain[];
 extern const struct qc_op_spec qc_specs[];
 extern const size_t qc_spec_count;
 
-/* A spec and the variant chosen for this machine, as ONNX Runtime sees it. */
+/* A spec and the variant chosen for this machine or GPU, as ONNX Runtime sees it. */
 struct qc_op {
     OrtCustomOp base;
     const struct qc_op_spec *spec;

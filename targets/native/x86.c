@@ -126,6 +126,6 @@ const struct qc_isa qc_avx512_bf16 = {
 const struct qc_isa *const qc_all_isa[] = {&qc_avx512_bf16, &qc_avx512_vnni, &qc_avx_vnni, &qc_avx2,
                                            NULL};
 
-void qc_tell_missing(size_t missing, size_t all) {
-    (void)missing, (void)all; /* every CPU has ops that ONNX Runtime runs from their bodies */
+void qc_tell_missing(size_t missing, size_t all, int device) {
+    (void)missing, (void)all, (void)device; /* every CPU has ops that ONNX Runtime runs from their bodies */
 }
