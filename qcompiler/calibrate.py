@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 from qcompiler.clipping import Clipping, Observed
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import CalibrationError, ModelError, OptionError
-from qcompiler.ir.graph import constant
 from qcompiler.ir.types import TensorStats
 from qcompiler.probe import Probe
 from qcompiler.random_inputs import random_feed
 from qcompiler.samples import Sample, Samples
 from qcompiler.summaries import Summary, summarized
 from qcompiler.targets.cache import KernelCache, content_key
+from qcompiler.vocabularies import vocabularies
 
 __all__ = [
     "TOKENS",
@@ -251,7 +251,7 @@ def made_up(model: ir.Model, inputs: Sequence[Any]) -> Sample:
     Raises:
         OptionError: An input whose values or sizes cannot be made up.
     """
-    return random_feed(inputs, _many_rows(inputs), _vocabularies(model))[0]
+    return random_feed(inputs, _many_rows(inputs), vocabularies(model))[0]
 
 
 def _many_rows(inputs: Sequence[Any]) -> dict[str, tuple[int, ...]]:
@@ -288,14 +288,3 @@ def _not_finite(label: str, name: str) -> CalibrationError:
     return CalibrationError(
         f"{label}: tensor {name!r} becomes NaN or Inf; repair or remove the sample"
     )
-
-
-def _vocabularies(model: ir.Model) -> dict[str, int]:
-    """The inputs that are indices into a table of weights, and its length."""
-    tables = {}
-    for node in model.graph:
-        if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0:
-            table, ids = constant(node.inputs[0]), node.inputs[1]
-            if table is not None and table.ndim and ids is not None and ids.is_graph_input():
-                tables[ids.name or ""] = len(table)
-    return tables
