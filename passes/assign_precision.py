@@ -5,7 +5,7 @@
 2. Conv and ConvTranspose by a constant kernel: the scheme's weight type per output channel, static
    activations.  The last layers of a network are known by where their results go: one that leaves
    the graph, as it is or through what averages nothing (`last_values`), is not rounded, unless
-   asked for.
+   asked for.  Nor is what a logarithm is taken of (`logged_values`), nor in 1.
 3. MatMul of two activations: left float, or static, if asked for.
 4. Gather of a constant matrix's rows: 8 or 4 bits if a rule asks for them.
 5. Everything else stays float, with the reason; so does all that a quantized source keeps float:
@@ -38,6 +38,7 @@ from qcompiler.ir.errors import OptionError, did_you_mean
 from qcompiler.ir.graph import constant, drop_if_unread, every_node, new_initializer
 from qcompiler.passes.forms import Usual, check_usual
 from qcompiler.passes.last_values import last_values
+from qcompiler.passes.logged_values import logged_values
 from qcompiler.passes.node_names import check_pattern, matches, names_of
 from qcompiler.passes.node_plans import NodePlanner, StayFloat
 from qcompiler.passes.node_rules import (
@@ -181,8 +182,9 @@ class AssignPrecision(ir.passes.InPlacePass):
         zero_points = options.zero_points or self.scheme.zero_points
         usual = Usual(self.group_sizes, options.rounding, zero_points, options.scales)
         return NodePlanner(
-            self.scheme, usual, options.products, options.outputs, last_values(graph), self._asked
-        )
+            self.scheme, usual, options.products, options.outputs, last_values(graph),
+            logged_values(graph), self._asked,
+        )  # fmt: skip
 
     def _check_nothing_asked(self) -> None:
         """Refuse requests about what is quantized already."""

@@ -1,21 +1,24 @@
-"""Gather the pieces of an exact GELU into one op.
+"""Gather the pieces of a GELU into one op.
 
     Mul(x, Mul(0.5, Add(Erf(Div(x, sqrt 2)), 1)))   =>   Gelu(x)
     Mul(Mul(x, Add(Erf(Div(x, sqrt 2)), 1)), 0.5)   =>   Gelu(x)
     Mul(Mul(x, 0.5), Add(Erf(Div(x, sqrt 2)), 1))   =>   Gelu(x)
 
-in any operand order; `Div(x, sqrt 2)` may also be `Mul(x, 1 / sqrt 2)`.  Between Q and DQ these
-pieces could not be found again, so this runs before any are inserted.
+in any operand order; `Div(x, sqrt 2)` may also be `Mul(x, 1 / sqrt 2)`.  So is the one with tanh,
+`Gelu<approximate = "tanh">`, in every spelling (`match_tanh_gelu`).  Between Q and DQ these pieces
+could not be found again, so this runs before any are inserted.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.graph import constant, every_node, only_consumer, replace_nodes
+from qcompiler.passes.match_tanh_gelu import match_tanh_gelu
 
 __all__ = ["FuseGelu"]
 
@@ -25,12 +28,17 @@ _ROUNDED = 2e-4
 
 
 class FuseGelu(ir.passes.InPlacePass):
-    """Replace an erf-form GELU by `Gelu` (opset 20)."""
+    """Replace a GELU, exact or approximated by tanh, by `Gelu` (opset 20)."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Fuse every match."""
-        erfs = [node for node in every_node(model.graph) if node.op_type == "Erf"]
-        fused = sum(_try_fuse(erf) for erf in erfs)
+        fused = 0
+        for node in list(every_node(model.graph)):
+            if node.op_type == "Erf":
+                fused += _try_fuse(node)
+            elif node.op_type == "Tanh" and (match := match_tanh_gelu(node)) is not None:
+                x, covered = match
+                fused += _replace(covered, covered[-1], x, approximate="tanh")
         return ir.passes.PassResult(model, fused > 0)
 
 
@@ -72,17 +80,28 @@ def _factor(value: ir.Value | None, x: ir.Value) -> set[str] | None:
     return None
 
 
-def _replace(covered: list[ir.Node], last: ir.Node, x: ir.Value) -> bool:
+def _replace(covered: list[ir.Node], last: ir.Node, x: ir.Value, **attributes: str) -> bool:
     inner = {value for node in covered for value in node.outputs} - set(last.outputs)
     if any(value.is_graph_output() for value in inner):
         return False
-    new = ir.node("Gelu", [x], name=last.name)
+    new = ir.node("Gelu", [x], attributes, name=last.name)
+    read = list(last.inputs)
     # Only the last node is removed here: `x * 0.5` or `x / sqrt 2` may have other readers.
     replace_nodes([last], [new])
-    for node in reversed(covered[:-1]):
-        if not any(value.uses() for value in node.outputs) and node.graph is not None:
-            node.graph.remove(node, safe=True)
+    _remove_unread(read, x)
     return True
+
+
+def _remove_unread(values: Sequence[ir.Value | None], x: ir.Value) -> None:
+    """Remove what made values that nobody reads now, back to `x`."""
+    for value in values:
+        node = value.producer() if value is not None and value is not x else None
+        if node is None or node.graph is None or any(output.uses() for output in node.outputs):
+            continue
+        if not any(output.is_graph_output() for output in node.outputs):
+            read = list(node.inputs)
+            node.graph.remove(node, safe=True)
+            _remove_unread(read, x)
 
 
 def _divided_by_sqrt2(node: ir.Node | None) -> ir.Value | None:

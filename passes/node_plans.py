@@ -46,6 +46,7 @@ class StayFloat:
 _UNSEEN = "static ranges are not observed inside branches and loops"
 IMPORTED = "already quantized in the source: left to ORT as it is"
 _IMPORTED = StayFloat(IMPORTED)
+_LOGGED = StayFloat("a Log takes its result: there small values, which rounding loses, count too")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +59,7 @@ class NodePlanner:
         products: Whether MatMuls of two activations are planned.
         outputs: Whether convolutions whose results leave the graph are.
         last: The values that its outputs are made of, see `last_values`.
+        logged: The values of which a logarithm is taken, see `logged_values`.
         rules: What a recipe says of single nodes.
     """
 
@@ -66,6 +68,7 @@ class NodePlanner:
     products: bool
     outputs: bool
     last: frozenset[ir.Value]
+    logged: frozenset[ir.Value]
     rules: NodeRules
 
     def plan(self, node: ir.Node, in_branch: bool) -> NodePlan | OperandPlan | StayFloat | None:
@@ -73,6 +76,8 @@ class NodePlanner:
         if node.domain not in ("", "ai.onnx"):
             return StayFloat(f"op of the foreign domain {node.domain}")
         match node.op_type:
+            case "MatMul" | "Conv" if node.outputs[0] in self.logged and not self._is_asked(node):
+                return _LOGGED
             case "MatMul":
                 return self._plan_matmul(node, in_branch)
             case "Conv" | "ConvTranspose":
@@ -194,6 +199,11 @@ class NodePlanner:
             return None
         readers = dict.fromkeys(use.node.op_type for use in result.uses() if use.node.outputs)
         return f"its result leaves the graph, or decides what does, through {', '.join(readers)}"
+
+    def _is_asked(self, node: ir.Node) -> bool:
+        """Whether a rule names the precision of a node."""
+        asked = self.rules.about(node)
+        return asked is not None and asked.precision is not None
 
     def _form(self, node: ir.Node) -> Form:
         """The form of a node that can be quantized; what rules ask for in vain is noted on it."""

@@ -16,16 +16,20 @@ SmoothQuant, 2023).  With `m` the largest magnitude of each channel over some to
 and alpha is what quantizes those tokens' products best.  Powers of two make both products exact, so
 that the float model's results stay the same bits; t is never below 1, so that no step grows
 whatever the tokens were.  It is a float model again: a static range is observed of y' itself.
+
+Products that share a weight (ALBERT's layers are one) share t, found on the tokens of all.  A copy
+of the weight for each would undo what sharing saves.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompiler.ir.decisions import plan_of
 from qcompiler.ir.errors import OptionError
 from qcompiler.ir.graph import new_initializer, place_after
 from qcompiler.passes.absorb_factors import Absorber, absorber_of, scale_constant
@@ -34,6 +38,7 @@ from qcompiler.passes.known_ranges import KnownRanges
 from qcompiler.passes.known_rows import KnownRows
 from qcompiler.passes.planned_products import Products, Rows, Sampler, is_norm, sampled_products
 from qcompiler.passes.product_error import AT_ONCE, Trial, rounding_errors
+from qcompiler.passes.shared_weights import by_weights
 
 __all__ = ["SmoothActivations"]
 
@@ -100,32 +105,36 @@ class SmoothActivations(ir.passes.InPlacePass):
         with sampled_products(
             model, self.sample, _NOT, made_up=self.made_up, ranges=self.ranges
         ) as sites:
-            for some in _in_batches(self._plan(site, tokens) for site, tokens in sites):
+            for some in _in_batches(map(self._plan, by_weights(sites))):
                 trials = [plan.trial for plan in some]
                 for plan, errors in zip(some, rounding_errors(trials), strict=True):
                     factors = self._try_smooth(model.graph, plan, errors)
                     smoothed += factors is not None
-                    read = plan.site.nodes[0].inputs[0]
-                    assert read is not None
-                    rows[read] = plan.tokens if factors is None else plan.tokens / factors
+                    for site, tokens in plan.uses:
+                        read = site.nodes[0].inputs[0]
+                        assert read is not None
+                        rows[read] = tokens if factors is None else tokens / factors
         if smoothed:
             FixNames()(model)
         if isinstance(self.sample, KnownRows):
             self.sample.keep(model, {value.name or "": tokens for value, tokens in rows.items()})
         return ir.passes.PassResult(model, smoothed > 0)
 
-    def _plan(self, site: Products, tokens: Rows) -> _Plan:
-        """What could be done to one value; nothing where no channel is outlying."""
+    def _plan(self, uses: Sequence[tuple[Products, Rows]]) -> _Plan:
+        """What could be done to some values; nothing where no channel is outlying."""
+        tokens = uses[0][1] if len(uses) == 1 else np.concatenate([rows for _, rows in uses])
         spread, alphas = _spread(tokens), self.options.alpha
         if not _factors(spread, max(alphas)).max(initial=1) > 1:
-            return _Plan(site, tokens, "", {}, Trial(tokens, {}, []))
-        absorber = _absorber(site)
+            return _Plan(uses, [], {}, Trial(tokens, {}, []))
+        absorbers = [_absorber(site) for site, _ in uses]
         tried = _factors(spread, np.array(alphas, np.float32)[:, None])
-        tied = {a: _tied(each, absorber) for a, each in zip(alphas, tried, strict=True)}
+        tied = {a: _tied(each, absorbers) for a, each in zip(alphas, tried, strict=True)}
         # Of a short range of powers of two several are often the same.
         distinct = {each.tobytes(): each for each in [np.ones_like(spread), *tied.values()]}
-        trial = Trial(tokens, site.weights(), list(distinct.values()))
-        return _Plan(site, tokens, absorber, tied, trial)
+        first, nodes = uses[0][0], [node for site, _ in uses for node in site.nodes]
+        once = {(plan_of(node), node.inputs[1]): node for node in reversed(nodes)}
+        weights = Products(first.value, list(once.values())[::-1]).weights()
+        return _Plan(uses, absorbers, tied, Trial(tokens, weights, list(distinct.values())))
 
     def _try_smooth(self, graph: ir.Graph, plan: _Plan, errors: list[float]) -> Rows | None:
         """Smooth one value if that is worth it; notes what was done, or why not where it could.
@@ -133,47 +142,65 @@ class SmoothActivations(ir.passes.InPlacePass):
         Returns:
             What its channels were divided by, [K].
         """
-        site, absorber = plan.site, plan.absorber
         alpha, left = plan.best(errors)
-        rest = f"{left:.2g} of the error"
         if left >= self.options.worth:
             return None
-        if isinstance(absorber, str) and not is_norm(site.value):
-            if self.made_up or left >= self.options.worth_mul:
-                why = f"{absorber}, and a Mul is worth it below {self.options.worth_mul:g}"
-                why = f"{absorber}, and a Mul takes given samples" if self.made_up else why
-                site.note(f"{_NOT}, which would leave {rest}: {why}")
-                return None
-            rest += f"; by a Mul, because {absorber}"
+        rest = f"{left:.2g} of the error"
+        if (why := self._reason_not_to(plan, left)) is not None:
+            plan.note(f"{_NOT}, which would leave {rest}: {why}")
+            return None
         factors = plan.factors[alpha]
-        if isinstance(absorber, str):
-            _insert_mul(graph, site, np.reciprocal(factors))
-        else:
-            absorber.divide(graph, factors)
-        for weight in dict.fromkeys(node.inputs[1] for node in site.nodes):
-            readers = [node for node in site.nodes if node.inputs[1] is weight]
+        for (site, _), absorber in zip(plan.uses, plan.absorbers, strict=True):
+            if isinstance(absorber, str):
+                _insert_mul(graph, site, np.reciprocal(factors))
+                rest = f"{left:.2g} of the error; by a Mul, because {absorber}"
+            else:
+                absorber.divide(graph, factors)
+        nodes = [node for site, _ in plan.uses for node in site.nodes]
+        for weight in dict.fromkeys(node.inputs[1] for node in nodes):
+            readers = [node for node in nodes if node.inputs[1] is weight]
             scale_constant(graph, readers, 1, factors[:, None])
-        site.note(f"activations smoothed with alpha={alpha:g}, which leaves {rest}")
+        many = f", as those of {len(plan.uses) - 1} more by these weights" * (len(plan.uses) > 1)
+        plan.note(f"activations smoothed with alpha={alpha:g}{many}, which leaves {rest}")
         return factors
+
+    def _reason_not_to(self, plan: _Plan, left: float) -> str | None:
+        """Why no constant may take the factors, nor a Mul, if so."""
+        norms = sum(is_norm(site.value) for site, _ in plan.uses)
+        if 2 * norms > len(plan.uses):
+            return None  # what makes most of them takes a Mul for nothing
+        if len(plan.uses) > 1:
+            return f"of {len(plan.uses)} values that they multiply norms make but {norms}"
+        (absorber,) = plan.absorbers
+        if not isinstance(absorber, str):
+            return None
+        if self.made_up:
+            return f"{absorber}, and a Mul takes given samples"
+        if left >= self.options.worth_mul:
+            return f"{absorber}, and a Mul is worth it below {self.options.worth_mul:g}"
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What may be done to one value.
+    """What may be done to one value, or to those that are multiplied by the same weights.
 
     Attributes:
-        site: The products that read it.
-        tokens: Its tokens, [tokens, K].
-        absorber: What takes the factors, or why nothing can.
+        uses: The products that read each, and its tokens, [tokens, K].
+        absorbers: For each what takes the factors, or why nothing can.
         factors: What channels would be divided by, [K], by alpha; none if none is outlying.
         trial: The products with all different factors, those of 1 first.
     """
 
-    site: Products
-    tokens: Rows
-    absorber: Absorber | str
+    uses: Sequence[tuple[Products, Rows]]
+    absorbers: Sequence[Absorber | str]
     factors: Mapping[float, Rows]
     trial: Trial
+
+    def note(self, text: str) -> None:
+        """Add to the reason of each product."""
+        for site, _ in self.uses:
+            site.note(text)
 
     def best(self, errors: list[float]) -> tuple[float, float]:
         """The alpha of the least error of the trial's, and the part of the error that it leaves."""
@@ -226,8 +253,10 @@ def _factors(spread: Rows, alpha: float | Rows) -> Rows:
     return np.asarray(np.exp2(np.rint(alpha * spread)), np.float32)
 
 
-def _tied(factors: Rows, absorber: Absorber | str) -> Rows:
-    return absorber.tie(factors) if isinstance(absorber, Absorber) else factors
+def _tied(factors: Rows, absorbers: Sequence[Absorber | str]) -> Rows:
+    for absorber in absorbers:
+        factors = absorber.tie(factors) if isinstance(absorber, Absorber) else factors
+    return factors
 
 
 def _insert_mul(graph: ir.Graph, site: Products, inverse: Rows) -> None:

@@ -138,11 +138,16 @@ def _reads_in_place(choose: ChooseKernels, conv: Site, product: Site) -> bool:
 
 
 def _some_shape(node: ir.Node) -> Shape:
-    weight = node.inputs[1]
-    assert weight is not None and weight.const_value is not None
+    """One sample of as many frames as the graph says, or enough for `_ROWS` windows."""
+    data, weight = node.inputs[:2]
+    assert data is not None and weight is not None and weight.const_value is not None
     _, channels, taps = weight.const_value.shape.numpy()
+    known = None if data.shape is None or len(data.shape) < 3 else data.shape[2]
+    if isinstance(known, int) and known > 0:
+        return 1, channels, known
     stride = node.attributes.get_ints("strides", [1])[0]
-    return 1, channels, _ROWS * stride + taps
+    span = node.attributes.get_ints("dilations", [1])[0] * (taps - 1) + 1
+    return 1, channels, (_ROWS - 1) * stride + span
 
 
 def _unfold(graph: ir.Graph, conv: ir.Node, rounding: str, known: dict[ir.Value, ir.Value]) -> None:

@@ -21,10 +21,11 @@ from qcompiler.cores import available_cores, busy_cores
 from qcompiler.frontend import onnx_file
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import ModelError, OptionError, said_by_ort
-from qcompiler.random_inputs import Feed, InputShape, random_feed
+from qcompiler.random_inputs import SMALLEST_VOCABULARY, Feed, InputShape, random_feed
 from qcompiler.runtime import open_model
 from qcompiler.samples import Samples, Source, check_sample, samples_from
 from qcompiler.session_options import QUIET
+from qcompiler.vocabularies import vocabularies_of_file
 
 __all__ = ["Bench", "Result", "Timing", "bench"]
 
@@ -134,7 +135,7 @@ def bench(
         for index, count in enumerate(counts):
             first, second = _sessions(source, bundle, count)
             if index == 0:
-                feeds, fed = _feeds(first.get_inputs(), shapes or {}, data)
+                feeds, fed = _feeds(source, first.get_inputs(), shapes or {}, data)
             step = _percent(progress, count, index, len(counts))
             with _explained([] if data is not None else fed):
                 results.append(_measure(first, second, feeds, count, seconds, step))
@@ -172,11 +173,16 @@ def _percent(
 
 
 def _feeds(
-    inputs: Sequence[Any], shapes: Mapping[str, tuple[int, ...]],
+    model: Path,
+    inputs: Sequence[Any],
+    shapes: Mapping[str, tuple[int, ...]],
     data: Source | Samples | None,
 ) -> tuple[list[Feed], list[InputShape]]:  # fmt: skip
     if data is None:
-        feed, fed = random_feed(inputs, shapes)
+        integers = any("int" in expected.type for expected in inputs)
+        sizes = vocabularies_of_file(model) if integers else {}
+        limits = {name: min(size, SMALLEST_VOCABULARY) for name, size in sizes.items()}
+        feed, fed = random_feed(inputs, shapes, limits)
         return [feed], fed
     if shapes:
         raise OptionError("give shapes or data, not both: samples have shapes of their own")

@@ -145,7 +145,7 @@ def default_steps(
         Step("insert-qdq", InsertQDQ(ranges), Stage.QDQ, "plans"),
         Step("round-to-nearest", RoundToNearest(), Stage.QDQ, "plans"),
         Step("fold-qdq", FoldQDQ(left, target.scheme.images), Stage.QUANTIZED),
-        Step("shift-weights", ShiftWeights(), Stage.QUANTIZED),
+        Step("shift-weights", ShiftWeights(sessions_ask=True), Stage.QUANTIZED),
         Step("convert-float16", ConvertFloat16(runs.sample, floats), Stage.QUANTIZED, "target"),
         Step("fuse-regions", FuseRegions(supports), Stage.KERNEL, "target"),
         Step("fuse-images", FuseImages(supports), Stage.KERNEL, "target"),

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import onnx
 import onnx_ir as ir
 
-__all__ = ["fault_of", "weight_given_twice"]
+__all__ = ["fault_of", "map_of", "weight_given_twice"]
 
 _TYPES = frozenset(ir.DataType)
 
@@ -23,6 +23,17 @@ def fault_of(model: onnx.ModelProto) -> str | None:
     """The first fault that is found, None where it is none of those that are looked for."""
     for fault in itertools.chain(_faults(model.graph), _faults_of_functions(model)):
         return fault
+    return None
+
+
+def map_of(model: onnx.ModelProto) -> str | None:
+    """An input or output that is a map or holds maps, which onnx_ir cannot read."""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        kind = value.type
+        while (which := kind.WhichOneof("value")) in ("sequence_type", "optional_type"):
+            kind = getattr(kind, which).elem_type
+        if which == "map_type":
+            return str(value.name)
     return None
 
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from qcompiler.arguments import require_path, require_utf8
 from qcompiler.bundle import MANIFEST
-from qcompiler.faults import fault_of, weight_given_twice
+from qcompiler.faults import fault_of, map_of, weight_given_twice
 from qcompiler.from_torch import is_torch_file, is_torch_object, load_torch
 from qcompiler.installed import import_onnxruntime
 from qcompiler.ir.errors import ModelError, OptionError, QCompilerError, VerifyError, first_cause
@@ -201,6 +201,11 @@ def _read(path: Path) -> ir.Model:
         if fault is not None:
             raise ModelError(
                 f"{path} is not a valid ONNX model: {fault}; export it again"
+            ) from error
+        if proto is not None and (name := map_of(proto)) is not None:
+            raise ModelError(
+                f"{path}: {name!r} holds maps from labels to numbers (ZipMap), which are not "
+                "supported: export the model with tensors of probabilities (zipmap=False)"
             ) from error
         raise ModelError(
             f"{path} is not a readable ONNX model (corrupt or truncated?): "

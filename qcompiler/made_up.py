@@ -7,9 +7,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qcompiler.ir.graph import constant
 from qcompiler.random_inputs import random_feed
 from qcompiler.samples import Sample
+from qcompiler.vocabularies import vocabularies
 
 __all__ = ["made_up"]
 
@@ -27,7 +27,7 @@ def made_up(model: ir.Model, inputs: Sequence[Any]) -> Sample:
     Raises:
         OptionError: An input whose values or sizes cannot be made up.
     """
-    return random_feed(inputs, _many_rows(inputs), _vocabularies(model))[0]
+    return random_feed(inputs, _many_rows(inputs), vocabularies(model))[0]
 
 
 def _many_rows(inputs: Sequence[Any]) -> dict[str, tuple[int, ...]]:
@@ -38,14 +38,3 @@ def _many_rows(inputs: Sequence[Any]) -> dict[str, tuple[int, ...]]:
     rows = (each for each in inputs if len(each.shape) == 2 and "float" in each.type)
     free = (each for each in rows if isinstance(each.shape[1], int))
     return {e.name: (_ROWS, e.shape[1]) for e in free if not isinstance(e.shape[0], int)}
-
-
-def _vocabularies(model: ir.Model) -> dict[str, int]:
-    """The inputs that are indices into a table of weights, and its length."""
-    tables = {}
-    for node in model.graph:
-        if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0:
-            table, ids = constant(node.inputs[0]), node.inputs[1]
-            if table is not None and table.ndim and ids is not None and ids.is_graph_input():
-                tables[ids.name or ""] = len(table)
-    return tables

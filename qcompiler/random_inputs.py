@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 
 from qcompiler.ir.errors import OptionError, did_you_mean
 
-__all__ = ["Feed", "InputShape", "random_feed"]
+__all__ = ["SMALLEST_VOCABULARY", "Feed", "InputShape", "random_feed"]
 
 Feed = dict[str, NDArray[Any]]
 
 _MOST_VALUES = 1 << 26
 """An image of 4096 x 4096 in colour is smaller; six dynamic dimensions of 128 are not."""
 
-_SMALLEST_VOCABULARY = 100
-"""Integers below this are token ids of any vocabulary."""
+SMALLEST_VOCABULARY = 100
+"""Integers below this are token ids of any vocabulary of words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ def random_feed(
                 f"{_MOST_VALUES:,} values: give {smaller}"
             )
         kind = _kind(expected)
-        limit = (limits or {}).get(expected.name, _SMALLEST_VOCABULARY)
+        limit = (limits or {}).get(expected.name, SMALLEST_VOCABULARY)
         array = _values(expected, kind, shape, random, limit)
         feed[expected.name] = array
         fed.append(InputShape(expected.name, str(array.dtype), shape, kind, assumed))

@@ -3,7 +3,8 @@
 On x86 processors without VNNI, ONNX Runtime multiplies uint8 by int8 with an instruction that adds
 two products in 16 bits and saturates (vpmaddubsw): sums are wrong by up to half, quantized models
 lose 3 dB and more.  Bundles hold such weights for convolutions alone, because ORT has faster
-kernels for those (`passes/fold_conv.py`), and one option makes it store them as uint8 and be exact.
+kernels for those (`passes/fold_conv.py`), and for LSTMs that others quantized; one option makes it
+store them as uint8 and be exact.
 Where VNNI is, sums are exact as they are, and products by uint8 weights take 2.4 times as long (ORT
 1.32, Zen 4): there the option stays off.
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import pytest
+from golden import model_of
 
 from qcompiler.bench import bench
 from qcompiler.cores import available_cores, busy_cores
@@ -20,6 +22,7 @@ from qcompiler.ir.errors import (
 )
 from qcompiler.random_inputs import random_feed
 from qcompiler.runtime import open_model
+from qcompiler.vocabularies import vocabularies_of_file
 
 
 @dataclasses.dataclass
@@ -280,3 +283,22 @@ def test_every_error_is_one_of_ours(tmp_path):
     path.write_bytes(b"garbage")
     with pytest.raises(QCompilerError, match="cannot load .*: it is no ONNX model, or damaged"):
         open_model(path)
+
+
+IDS_OF_FEW = """
+g (int64[n,t] ids, int64[t] roles) => (float[a,b,c] y, float[d,e] z)
+{ table = DequantizeLinear (stored, scale) wide = Cast <to = 7> (ids) y = Gather (table, wide)
+  again = Unsqueeze (roles, first) flat = Squeeze (again, first) z = Gather (few, flat) }
+"""
+
+
+def test_indices_made_up_are_rows_of_the_models_tables(tmp_path):
+    tables = {
+        "stored": np.ones((7, 4), np.int8), "scale": np.float32(0.5),
+        "few": np.ones((3, 4), np.float32), "first": np.zeros(1, np.int64),
+    }  # fmt: skip
+    path = tmp_path / "few.onnx"
+    ir.save(model_of(IDS_OF_FEW, tables), path)
+    assert vocabularies_of_file(path) == {"ids": 7, "roles": 3}
+    assert bench(path, path, threads=[1], seconds=0.01).results
+    assert vocabularies_of_file(tmp_path / "none.onnx") == {}

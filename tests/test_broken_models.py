@@ -34,6 +34,21 @@ def test_bundle_as_model(bundle, tmp_path):
             qcompiler.compile(source, "arm-int8", tmp_path / "out")
 
 
+def test_maps_are_said_to_be_the_problem(tmp_path):
+    """What scikit-learn's classifiers are exported with, if nobody asks for tensors."""
+    tensor = onnx.helper.make_tensor_value_info("x", 1, ["n", 2])
+    entry = onnx.helper.make_map_type_proto(7, onnx.helper.make_tensor_type_proto(1, []))
+    maps = onnx.helper.make_value_info("p", onnx.helper.make_sequence_type_proto(entry))
+    zip_map = onnx.helper.make_node(
+        "ZipMap", ["x"], ["p"], domain="ai.onnx.ml", classlabels_int64s=[0, 1]
+    )
+    graph = onnx.helper.make_graph([zip_map], "g", [tensor], [maps])
+    path = tmp_path / "classifier.onnx"
+    onnx.save(onnx.helper.make_model(graph), path)
+    with pytest.raises(ModelError, match=r"'p' holds maps .*: export .* \(zipmap=False\)"):
+        qcompiler.compile(path, "x86-int8", tmp_path / "out")
+
+
 @pytest.mark.parametrize("content", [b"", b"not a model", b"\x08\x09\x12\xff\xff\xff"])
 def test_corrupt_model(tmp_path, content):
     path = tmp_path / "bad.onnx"

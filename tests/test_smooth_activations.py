@@ -11,6 +11,8 @@ from qcompiler.ir.decisions import decision_of
 from qcompiler.ir.types import TensorStats
 from qcompiler.passes.assign_precision import AssignPrecision
 from qcompiler.passes.known_ranges import KnownRanges
+from qcompiler.passes.planned_products import Products
+from qcompiler.passes.shared_weights import by_weights
 from qcompiler.passes.smooth_activations import SmoothActivations
 from qcompiler.pipeline import Pipeline
 from qcompiler.targets.catalog import TARGETS
@@ -109,13 +111,68 @@ def test_a_norm_in_pieces():
 def test_a_constant_that_others_read_keeps_its_values():
     model = planned(
         f"{X} => ({OUT} p, {OUT} o, float[n,{K}] u) "
-        f"{{ {NORM} p = MatMul (y, v) o = MatMul (x, v) u = Mul (x, gamma) }}"
+        f"{{ {NORM} p = MatMul (y, v) o = MatMul (x, v) u = Mul (x, gamma) }}",
+        keep_float=("node_2",),
     )
     SmoothActivations(sample)(model)
     first, second = (node for node in model.graph if node.op_type == "MatMul")
     assert first.inputs[1].name == "v_smoothed" and second.inputs[1].name == "v"
     np.testing.assert_array_equal(constants(model)["gamma"], GAMMA)
     assert "smoothed" not in decision_of(second).why
+
+
+SHARED = (
+    f"{NORM} p = MatMul (y, v) z = LayerNormalization <axis = -1> (w2, gamma, beta) "
+    "o = MatMul (z, v)"
+)
+
+
+def test_products_that_share_a_weight_share_their_factors():
+    """One layer that is run twice: its weight is stored once, its norms' parameters are two."""
+    model = planned(f"{X} => ({OUT} p, {OUT} o) {{ w2 = Mul (x, half) {SHARED} }}",
+                    WEIGHTS | {"half": np.float32(0.5)})  # fmt: skip
+    before = run(model, FEEDS)
+    assert SmoothActivations(sample)(model).modified
+    np.testing.assert_allclose(run(model, FEEDS), before, rtol=2e-6, atol=1e-6)
+    products = [node for node in model.graph if node.op_type == "MatMul"]
+    assert len({node.inputs[1] for node in products}) == 1
+    assert sum(name.startswith("v") for name in constants(model)) == 1
+    for node in products:
+        assert "as those of 1 more by these weights" in decision_of(node).why
+
+
+def test_the_first_of_many_layers_may_read_what_no_norm_makes():
+    model = planned(f"{X} => ({OUT} p, {OUT} o, {OUT} q) {{ w2 = Mul (x, half) {SHARED} "
+                    "n = Neg (x) q = MatMul (n, v) }",
+                    WEIGHTS | {"half": np.float32(0.5)})  # fmt: skip
+    before = run(model, FEEDS)
+    assert SmoothActivations(sample)(model).modified
+    np.testing.assert_allclose(run(model, FEEDS), before, rtol=2e-6, atol=1e-6)
+    assert [node.op_type for node in model.graph].count("Mul") == 2
+    assert len({node.inputs[1] for node in model.graph if node.op_type == "MatMul"}) == 1
+
+
+def test_they_are_not_smoothed_where_norms_make_no_more_than_half():
+    model = planned(f"{X} => ({OUT} p, {OUT} o) {{ {NORM} p = MatMul (y, v) o = MatMul (x, v) }}")
+    assert not SmoothActivations(sample)(model).modified
+    for node in list(model.graph)[1:]:
+        assert "of 2 values that they multiply norms make but 1" in decision_of(node).why
+
+
+def test_values_are_together_that_share_a_weight_with_any_of_them():
+    model = planned(
+        f"{X} => ({OUT} o, {OUT} p, {OUT} q, {OUT} r) {{ y = Neg (x) z = Abs (x) u = Exp (x) "
+        "o = MatMul (x, v) p = MatMul (y, w) q = MatMul (z, v) r = MatMul (z, w) s = MatMul (u, b) "
+        "}",
+        WEIGHTS | {"b": WEIGHTS["v"] + 1},
+    )
+    products = {node.inputs[0]: [] for node in model.graph if node.op_type == "MatMul"}
+    for node in model.graph:
+        if node.op_type == "MatMul":
+            products[node.inputs[0]].append(node)
+    rows = np.ones((1, K), np.float32)
+    groups = by_weights((Products(value, nodes), rows) for value, nodes in products.items())
+    assert [[site.value.name for site, _ in group] for group in groups] == [["x", "y", "z"], ["u"]]
 
 
 def test_a_product_that_stays_float_reads_the_norm_as_it_was():

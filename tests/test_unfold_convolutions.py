@@ -237,12 +237,15 @@ def weighed(times, **options):
     return UnfoldConvolutions(choosing(times, **options))(model).modified
 
 
+FAST = {"kernel": 10.0, "ort": 90.0, "float": 95.0}
+
+
 def by_op(conv, product):
     return lambda site: conv if site.op == "Conv" else product
 
 
 def test_it_is_unfolded_where_the_product_is_faster():
-    float_, int8 = {"float": 100.0, "ort": 60.0}, {"kernel": 10.0, "ort": 90.0, "float": 95.0}
+    float_, int8 = {"float": 100.0, "ort": 60.0}, FAST
     assert weighed(by_op(float_, int8))
     assert not weighed(by_op(float_, int8 | {"kernel": 55.0}))  # a border is 10, and a node
     assert weighed(by_op(float_, int8 | {"kernel": 55.0}), observed=False)  # int8 is none
@@ -271,6 +274,26 @@ def test_windows_cost_nothing_where_they_are_read_in_place(dilation):
     (windows,) = {region for region in asked if region.anchor == "WindowedQMatMulW8A8"}
     assert windows.sizes == (("K", 24), ("N", 12), ("R", 3), ("S", 1))
     assert dilation_of_windows(windows) == dilation
+
+
+@pytest.mark.parametrize(("frames", "windows"), [("t", 128), (7510, 7500)])
+def test_what_the_graph_does_not_say_of_frames_suits_a_wide_span(frames, windows):
+    """Between the first tap and the last are more frames than there are windows."""
+    text = f"g (float[n,8,{frames}] x) => (float[n,c,u] y)"
+    dilation = 100 if frames == "t" else 5
+    model = planned(
+        text + f" {{ c = Conv <dilations = [{dilation}]> (x, w, b) y = Neg (c) }}", WEIGHTS
+    )
+    sites = []
+
+    def times(site):
+        sites.append(site)
+        return {"float": 100.0, "ort": 60.0} if site.op == "Conv" else FAST
+
+    assert UnfoldConvolutions(choosing(times))(model).modified
+    conv, product = sites[:2]
+    assert conv.result(conv.inputs[0]) == (1, 12, windows)
+    assert product.inputs == ((windows, 24),)
 
 
 def test_choices_made_before_are_made_again():

@@ -17,6 +17,7 @@ from qcompiler.targets.target import Target
 from qcompiler.timing.cost_model import MODELLED, estimate, model_error
 from qcompiler.timing.measure import Stopwatch, can_time, machine
 from qcompiler.timing.observed_shapes import model_inputs, observed_shapes
+from qcompiler.vocabularies import vocabularies
 
 __all__ = ["Judge", "runs_here", "thread_counts"]
 
@@ -80,7 +81,7 @@ class Judge:
             CalibrationError: The first sample cannot be read or does not fit.
         """
         if self.given is not None:
-            feed, _ = random_feed(model_inputs(model), self.given)
+            feed, _ = random_feed(model_inputs(model), self.given, vocabularies(model))
             return observed_shapes(model, names, feed)
         feed = self._sample(model)
         try:
