@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompiler.ir.graph import constant, same_dimension
@@ -50,7 +51,7 @@ class _Follow:
             return None
         if node.op_type == "Shape":
             return _shape(node)
-        if node.op_type not in _RULES:
+        if node.op_type not in _RULES or not _is_flat(node, value):
             return None
         operands = [self.elements(operand, deep + 1) for operand in node.inputs]
         known = [operand for operand in operands if operand is not None]
@@ -60,6 +61,13 @@ class _Follow:
 def is_size_of(size: Size, dimension: int | ir.SymbolicDim) -> bool:
     """Whether a size is provably that dimension."""
     return size is not None and same_dimension(size, dimension)
+
+
+def _is_flat(node: ir.Node, value: ir.Value) -> bool:
+    """Whether the result is of rank 0 or 1, if its operands are; the rules are for no other."""
+    if node.op_type not in ("Unsqueeze", "Reshape"):
+        return True
+    return value.shape is not None and len(value.shape) <= 1
 
 
 def _shape(node: ir.Node) -> list[Size] | None:
@@ -91,12 +99,20 @@ def _unchanged(node: ir.Node, data: list[Size], *others: list[Size]) -> list[Siz
     return data
 
 
+def _cast(node: ir.Node, data: list[Size]) -> list[Size] | None:
+    """The same numbers, where the type has all of them."""
+    has_all = node.attributes.get_int("to") in (ir.DataType.INT32, ir.DataType.INT64)
+    return data if has_all else None
+
+
 def _filled(node: ir.Node, shape: list[Size]) -> list[Size] | None:
     value = node.attributes.get_tensor("value", None)
     count = shape[0] if len(shape) == 1 else None
     if not isinstance(count, int) or not 0 <= count <= _MOST:
         return None
-    return [0 if value is None else int(value.numpy().item())] * count
+    # Without a value they are zeros.
+    array = np.zeros(1, np.int64) if value is None else value.numpy()
+    return [int(array.item())] * count if array.dtype.kind in "iub" else None
 
 
 def _by_element(rule: Callable[..., Size]) -> Callable[..., list[Size] | None]:
@@ -137,7 +153,7 @@ _RULES: dict[str, Callable[..., list[Size] | None]] = {
     "Gather": _gather,
     "Concat": _concat,
     "Slice": _slice,
-    "Cast": _unchanged,
+    "Cast": _cast,
     "Identity": _unchanged,
     "Unsqueeze": _unchanged,
     "Squeeze": _unchanged,

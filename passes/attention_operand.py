@@ -112,7 +112,9 @@ def _repeated(merge: ir.Node, heads: int) -> tuple[ir.Value, int] | None:
         return None
     sizes, count = sizes_of(expand.inputs[1]), before[heads]
     copies = sizes[heads + 1] if sizes is not None and len(sizes) == 5 else repeated[heads + 1]
-    if not isinstance(count, int) or not isinstance(copies, int) or separate[heads + 1] != 1:
+    if not isinstance(count, int) or not isinstance(copies, int) or copies < 1:
+        return None
+    if separate[heads + 1] != 1:
         return None
     is_expanded = all(
         _keeps(expand, axis, separate[axis], ones=True) for axis in range(5) if axis != heads + 1
@@ -136,7 +138,8 @@ def _keeps(
     shape, sizes = node.outputs[0].shape, sizes_of(node.inputs[1])
     if shape is not None and same_dimension(shape[axis], dimension):
         return True
-    if sizes is None or len(sizes) <= axis:
+    # The sizes of an Expand may be those of its last dimensions alone.
+    if shape is None or sizes is None or len(sizes) != len(shape):
         return False
     return is_size_of(sizes[axis], dimension) or (ones and sizes[axis] == 1)
 

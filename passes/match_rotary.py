@@ -17,6 +17,8 @@ from qcompiler.ir.graph import constant, same_dimension
 
 __all__ = ["Rotary", "match_rotary"]
 
+_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
+"""What ONNX Runtime's op on a CPU takes."""
 _ELEMENTWISE = {"Cos", "Sin", "Cast", "Neg", "Identity"}
 _MOVING = {"Unsqueeze", "Squeeze", "Reshape", "Expand", "Slice", "Gather", "Transpose"}
 """Ops that move rows, where these are as long before as after."""
@@ -61,15 +63,17 @@ def _either_way(node: ir.Node | None, op: str) -> Iterator[tuple[ir.Value, ir.Va
 
 
 def _depth(x: ir.Value) -> int | None:
-    """The size of a head, if x has four dimensions and heads of an even size."""
-    size = x.shape[3] if x.shape is not None and len(x.shape) == 4 else None
+    """The size of a head, if x has a type of the op, four dimensions and heads of an even size."""
+    if x.dtype not in _TYPES or x.shape is None or len(x.shape) != 4:
+        return None
+    size = x.shape[3]
     return size if isinstance(size, int) and size > 0 and size % 2 == 0 else None
 
 
 def _is_rotated(value: ir.Value, x: ir.Value, depth: int) -> bool:
     """Whether `value` is Concat(-x[D/2:], x[:D/2])."""
     join = value.producer()
-    if join is None or join.op_type != "Concat" or len(join.inputs) != 2:
+    if join is None or (join.op_type, join.domain) != ("Concat", "") or len(join.inputs) != 2:
         return False
     first, axis = join.inputs[0], join.attributes.get_int("axis", 0)
     negation = first.producer() if first is not None else None
@@ -126,7 +130,7 @@ def _has_equal_halves(value: ir.Value | None) -> bool:
         node = value.producer()
         if node is None or node.domain != "":
             return False
-        last = len(value.shape) - 1 if value.shape is not None else 0
+        last = len(value.shape) - 1 if value.shape is not None else -1
         if node.op_type == "Concat" and node.attributes.get_int("axis", 0) in (-1, last):
             return len(node.inputs) == 2 and node.inputs[0] is node.inputs[1]
         value = _source(node, value)

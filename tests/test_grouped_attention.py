@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from golden import model_of, run
 
+from qcompiler.ir.sizes import sizes_of
 from qcompiler.ir.stages import Stage, verify
 from qcompiler.passes.canonicalize import Canonicalize
 from qcompiler.passes.fuse_attention import FuseAttention
@@ -36,7 +37,8 @@ def text_of(before: str, k: str = "kk", v: str = "vv", inputs: str = INPUTS) -> 
 def graph(text: str) -> ir.Model:
     numbers = {name: np.int64([number]) for name, number in
                {"zero": 0, "one": 1, "two": 2, "three": 3, "five": 5, "six": 6, "depth": 16,
-                "minus": -1}.items()}  # fmt: skip
+                "minus": -1, "seven": 7,
+                "ten": 10}.items()}  # fmt: skip
     numbers |= {"first": np.int64(0), "second": np.int64(2)}
     model = model_of(text, numbers | {"quarter": np.float32(0.25)})
     return Canonicalize()(model).model
@@ -45,7 +47,7 @@ def graph(text: str) -> ir.Model:
 def fused(text: str) -> list[str]:
     """The ops of the attention after fusing, which changes no number, and what it reads."""
     model, rng = graph(text), np.random.default_rng(0)
-    sizes = {"b": 2, "s": 5, "t": 7}
+    sizes = {"b": 2, "s": 5, "t": 7, "o": 1}
     feeds = {
         str(value.name): rng.standard_normal(
             [dim if isinstance(dim, int) else sizes[str(dim.value)] for dim in value.shape or ()]
@@ -113,8 +115,48 @@ def test_copies_in_another_order_stay_copies(axis, apart):
     assert ops[-1] == "MaskedAttention_D16_hhhh"
 
 
+@pytest.mark.parametrize(
+    ("inputs", "apart", "together"),
+    [
+        pytest.param("float[b,2,1,16], float[b,1,s,7]",
+                     "apart = Concat <axis = 0> (two, three, seven, one) ",
+                     "batch, six, seven, depth", id="those of the last dimensions alone"),
+        pytest.param("float[1,2,t,16], float[b,o,s,t]",
+                     "only = Shape <start = 1, end = 2> (m) "
+                     "some = Concat <axis = 0> (batch, one, one, one, one) "
+                     "more = Concat <axis = 0> (one, one, three, one, only) "
+                     "left = Unsqueeze (some, one) right = Unsqueeze (more, one) "
+                     "rows = Concat <axis = 1> (left, right) flat = Reshape (rows, minus) "
+                     "apart = Slice (flat, five, ten) ",
+                     "one, six, keys, depth", id="columns side by side"),
+    ],
+)  # fmt: skip
+def test_sizes_are_no_others_than_they_seem(inputs, apart, together):
+    """Else copies of a token, or of a whole batch, would be taken for those of heads."""
+    kv, mask = inputs.split(", ")
+    given = f"g (float[b,6,s,16] q, {kv} k, {kv} v, {mask} m) "
+    sizes = SIZES.split("apart")[0] + f"{apart} together = Concat <axis = 0> ({together}) "
+    ops = fused(text_of(sizes + REPEATED_K + REPEATED_V, inputs=given))
+    assert ops.count("Expand") == 2
+    assert ops[-1] == "MaskedAttention_D16_hhhh"
+
+
 def test_onnx_runtimes_own_attention_reads_the_copies():
     model = graph(text_of(SIZES + REPEATED_K + REPEATED_V))
     assert UseOrtAttention()(model).modified
     ops = [node.op_type for node in model.graph]
     assert ops.count("Expand") == 3, "of keys, of values, and of the mask"
+
+
+@pytest.mark.parametrize(("to", "sizes"), [(6, [6]), (7, [6]), (9, None), (10, None)])
+def test_casts_are_followed_to_types_that_have_all_sizes(to, sizes):
+    text = (
+        f"g (float[b,6] x) => (float[b] y) {{ n = Shape <start = 1> (x) y = Cast <to = {to}> (n) }}"
+    )
+    assert sizes_of(model_of(text).graph.outputs[0]) == sizes
+
+
+def test_constants_that_are_no_integers_are_no_sizes():
+    text = "g (float[b,6] x) => (float[1] y) { y = ConstantOfShape <value = float[1] {0.5}> (one) }"
+    model = model_of(text, {"one": np.int64([1])})
+    assert sizes_of(model.graph.outputs[0]) is None

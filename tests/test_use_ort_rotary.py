@@ -136,6 +136,11 @@ def test_what_is_none_stays(text):
     assert [node.op_type for node in model.graph] == before
 
 
+def test_numbers_that_the_op_does_not_take_stay():
+    text = f"{HEADS.format(1)} {{ {SHARED}{SLICED}{TURNED}{SUM} }}".replace("float[", "double[")
+    assert not UseOrtRotary()(graph(text)).modified
+
+
 def test_angles_of_each_head_stay():
     start = HEADS.format(1).replace(f"[1,t,{D // 2}] a", f"[1,2,t,{D // 2}] a")
     text = f"{start} {{ {SHARED}{SLICED}{TURNED}{SUM} }}".replace(
