@@ -76,7 +76,10 @@ static OrtStatus *get_scratch(const OrtKernelContext *context, const OrtMemoryIn
     if (stand_in_scratch == GIVES_NULL) return NULL;
     if (stand_in_scratch == FAILS)
         return ((CreateStatus_t)real[CreateStatus])(ORT_FAIL, "the arena is full");
-    for (int i = 0; i < MAX_ALLOCATORS; i++) {
+    /* The latest first: a session that is gone may have had its place where a new one's is. */
+    const int count = atomic_load(&allocator_count);
+    for (int age = 1; age <= count && age <= MAX_ALLOCATORS; age++) {
+        const int i = (count - age) % MAX_ALLOCATORS;
         if (allocators[i].place != place) continue;
         OrtStatus *status =
             ((AllocatorAlloc_t)real[AllocatorAlloc])(allocators[i].allocator, bytes, memory);
